@@ -1,0 +1,35 @@
+# `make app` and `make test` set up all they need, in a virtual environment beside this file.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PORT ?= 8501
+MODEL ?= books-5m
+
+.PHONY: app test lint bench demo
+app: $(VENV)/app.stamp
+	$(BIN)/streamlit run app/main.py --server.port $(PORT)
+
+test: $(VENV)/dev.stamp lint
+	$(BIN)/python -m pytest -n auto
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/app.stamp  ## memory and time of a capture, as ratios to the plain ways
+	$(BIN)/python -m tests.bench_capture
+
+demo: $(VENV)/app.stamp  ## the demo run and the presets again, of MODEL=name or folder
+	$(BIN)/python -m analysis demo --model $(MODEL)
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.x")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/app.stamp: requirements.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/dev.stamp: requirements-dev.txt $(VENV)/app.stamp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@

@@ -1,0 +1,351 @@
+"""Compressed decoding against the masked full forward pass, and what a cache must be besides."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from transformers import (
+    AttentionInterface,
+    BertConfig,
+    DeepseekV3Config,
+    DynamicCache,
+    FalconConfig,
+    FalconForCausalLM,
+    MambaConfig,
+    MistralConfig,
+    MistralForCausalLM,
+    T5Config,
+)
+
+from l2kv import (
+    POLICIES,
+    CompressedCache,
+    CompressionSpec,
+    UnsupportedModelError,
+    cache_nbytes,
+    compressible,
+    l2_compress,
+)
+from l2kv.layer import CompressedLayer
+from l2kv.policies import NewPairs
+from tests.conftest import build, tokens
+from tests.oracle import masked_forward, replay
+
+ONE_BY_ONE = (20, *[1] * 12)
+IN_CHUNKS = (17, 5, 1, 4, 1, 3, 1)
+
+
+def decode(model, ids, chunks, cache):
+    """Logits [B, T, V] of the chunks fed one after the other, each over the cache that the last one left."""
+    start, logits = 0, []
+    with compressible(model), torch.no_grad():
+        for chunk in chunks:
+            logits.append(model(ids[:, start : start + chunk], past_key_values=cache, use_cache=True).logits)
+            start += chunk
+    return torch.cat(logits, dim=1)
+
+
+def kept_sets(cache):
+    """As the oracle has them: [layer][row][kv head] -> list of positions."""
+    return [
+        [[head[row].tolist() for head in heads] for row in range(heads[0].shape[0])]
+        for heads in (cache.kept_positions(i) for i in range(len(cache)))
+    ]
+
+
+@pytest.mark.parametrize("chunks", [ONE_BY_ONE, IN_CHUNKS], ids=["one by one", "in chunks"])
+@pytest.mark.parametrize("skip", [(), (0,), (1, 2)], ids=str)
+@pytest.mark.parametrize("ratio", [0.9, 0.5, 0.1])
+def test_compressed_decoding_is_a_full_forward_with_the_evicted_masked(model, ratio, skip, chunks):
+    ids = tokens(model, sum(chunks))
+    spec = CompressionSpec(keep_ratio=ratio, skip_layers=skip)
+    cache = CompressedCache(model.config, spec)
+    logits = decode(model, ids, chunks, cache)
+    expected, kept = masked_forward(model, ids, chunks, spec)
+    assert kept_sets(cache) == kept
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        CompressionSpec(keep_ratio=0.4, policy="high_norm"),
+        CompressionSpec(keep_ratio=0.3, protect_first=2, protect_last=5),
+        CompressionSpec(keep_ratio=0.1, protect_last=25),
+        CompressionSpec(keep_ratio=0.5, prune_after=24),
+        CompressionSpec(keep_ratio=0.0),
+        CompressionSpec(keep_ratio=0.0, protect_first=1),
+    ],
+    ids=lambda s: f"{s.policy} {s.keep_ratio} {s.protect_first} {s.protect_last} {s.prune_after}",
+)
+def test_every_option_agrees_with_the_oracle_in_a_batch(tiny, spec):
+    ids = tokens(tiny, sum(IN_CHUNKS), batch=3)
+    cache = CompressedCache(tiny.config, spec)
+    logits = decode(tiny, ids, IN_CHUNKS, cache)
+    expected, kept = masked_forward(tiny, ids, IN_CHUNKS, spec)
+    assert kept_sets(cache) == kept
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+def test_random_keeps_the_same_tokens_however_the_text_is_cut_and_half_of_them(tiny):
+    spec = CompressionSpec(keep_ratio=0.5, policy="random", seed=3)
+
+    def scores(layer, keys):
+        return POLICIES["random"](NewPairs(keys[None], keys[None], torch.arange(keys.shape[1]), layer, spec.seed))[0]
+
+    ids = tokens(tiny, sum(IN_CHUNKS))
+    cache = CompressedCache(tiny.config, spec)
+    logits = decode(tiny, ids, IN_CHUNKS, cache)
+    expected, kept = masked_forward(tiny, ids, IN_CHUNKS, spec, scores)
+    assert kept_sets(cache) == kept
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    layers_and_heads = {str(head) for layer in kept for head in layer[0]}
+    assert len(layers_and_heads) == 6  # no two heads drew the same
+
+
+def test_random_scores_are_uniform_and_depend_on_the_seed():
+    keys = torch.zeros(1, 4, 20_000, 2)
+    one, two = (POLICIES["random"](NewPairs(keys, keys, torch.arange(20_000), 5, seed)) for seed in (0, 1))
+    counts = torch.histc(one, bins=10, min=0, max=1) / one.numel()
+    assert (counts - 0.1).abs().max() < 0.005
+    assert torch.corrcoef(torch.stack([one.flatten(), two.flatten()]))[0, 1].abs() < 0.02
+    assert torch.corrcoef(one[0]).fill_diagonal_(0).abs().max() < 0.03  # between heads
+
+
+@pytest.mark.parametrize("chunks", [ONE_BY_ONE, IN_CHUNKS], ids=["one by one", "in chunks"])
+def test_keeping_everything_gives_the_logits_of_the_plain_model(model, chunks):
+    ids = tokens(model, sum(chunks))
+    logits = decode(model, ids, chunks, CompressedCache(model.config, CompressionSpec(keep_ratio=1.0)))
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model(ids).logits, atol=1e-4, rtol=0)
+
+
+def test_ties_go_to_the_earlier_position_and_zero_norms_survive():
+    """Norms of 0, 1, 2, 3 with many ties, in every cut of the text, against sorted Python lists."""
+    norms = torch.randint(0, 4, (2, 3, 40), generator=torch.Generator().manual_seed(1)).float()
+    keys = torch.stack([norms, torch.zeros_like(norms)], dim=-1)
+    for chunks in ([40], [1] * 40, [7, 1, 1, 20, 11]):
+        for policy, sign in (("low_norm", -1), ("high_norm", 1)):
+            spec = CompressionSpec(keep_ratio=0.35, policy=policy, protect_last=2)
+            layer, start = CompressedLayer(spec, 0), 0
+            for chunk in chunks:
+                layer.update(keys[:, :, start : start + chunk], keys[:, :, start : start + chunk])
+                layer.evict()
+                start += chunk
+            for row in range(2):
+                for head in range(3):
+                    scores = [sign * x for x in norms[row, head].tolist()]
+                    _, kept = replay(scores, chunks, keep_ratio=0.35, protect_last=2)
+                    held = layer.positions()[row, head]
+                    assert sorted(held.tolist()) == kept
+                    torch.testing.assert_close(layer.keys[row, head, :, 0], norms[row, head, held])
+
+
+@pytest.mark.parametrize("ratio,seen,kept", [(0.55, 100, 55), (0.7, 30, 21), (0.5, 7, 4), (0.001, 5, 1), (0.0, 9, 0)])
+def test_a_ratio_of_a_count_is_rounded_up_in_decimals(ratio, seen, kept):
+    assert CompressionSpec(keep_ratio=ratio).kept(seen, seen) == kept
+
+
+def test_a_cache_shorter_than_prune_after_is_left_alone():
+    spec = CompressionSpec(keep_ratio=0.5, prune_after=10)
+    assert [spec.kept(n, n) for n in (9, 10, 11)] == [9, 5, 6]
+
+
+@pytest.mark.parametrize(
+    "field,value,error",
+    [
+        ("keep_ratio", 1.5, ValueError),
+        ("keep_ratio", float("nan"), ValueError),
+        ("keep_ratio", "half", TypeError),
+        ("prune_after", -1, ValueError),
+        ("protect_last", 2.5, TypeError),
+        ("skip_layers", 3, TypeError),
+        ("skip_layers", (-1,), ValueError),
+        ("policy", "lowest", ValueError),
+    ],
+)
+def test_a_bad_spec_is_refused_by_name_and_value(field, value, error):
+    with pytest.raises(error, match=field if field != "skip_layers" else "skip_layers") as caught:
+        CompressionSpec(**{field: value})
+    assert repr(value).strip("(),") in str(caught.value)
+
+
+def test_bytes_are_really_freed_at_once_and_while_decoding(tiny):
+    ids, spec = tokens(tiny, 100), CompressionSpec(keep_ratio=0.2, skip_layers=(0,))
+    full, cache = DynamicCache(config=tiny.config), CompressedCache(tiny.config, spec)
+    with torch.no_grad():
+        tiny(ids, past_key_values=full)
+    decode(tiny, ids, [100], cache)
+    pair = 2 * 2 * 8 * 4  # K and V, 2 kv heads, head_dim 8, float32
+    assert cache_nbytes(full) == 3 * 100 * pair
+    assert cache.held == (100, 20, 20)
+    assert 140 * pair <= cache.nbytes <= (100 + 2 * 24) * pair
+    assert cache.nbytes == sum(
+        t.untyped_storage().nbytes() for layer in cache.layers for t in (layer.keys, layer.values)
+    )
+
+
+def test_decoding_copies_the_cache_now_and_then_not_at_every_token(tiny):
+    cache = CompressedCache(tiny.config, CompressionSpec(keep_ratio=1.0))
+    ids, moves, before = tokens(tiny, 120), 0, None
+    with compressible(tiny), torch.no_grad():
+        tiny(ids[:, :60], past_key_values=cache)
+        for i in range(60, 120):
+            tiny(ids[:, i : i + 1], past_key_values=cache)
+            moves += cache.layers[0].keys.data_ptr() != before
+            before = cache.layers[0].keys.data_ptr()
+    assert moves <= 9
+
+
+def test_generate_is_plain_generate_at_keep_1_greedy_sampled_and_with_beams(tiny):
+    ids = tokens(tiny, 12)
+    for options in ({"do_sample": False}, {"do_sample": True, "top_k": 5}, {"num_beams": 3, "do_sample": False}):
+        runs = []
+        for spec in (None, CompressionSpec(keep_ratio=1.0)):
+            torch.manual_seed(0)
+            with compressible(tiny):
+                cache = DynamicCache(config=tiny.config) if spec is None else CompressedCache(tiny.config, spec)
+                runs.append(tiny.generate(ids, max_new_tokens=10, past_key_values=cache, **options))
+        assert torch.equal(*runs), options
+
+
+def test_generate_with_compression_is_decoding_step_by_step(tiny):
+    ids, spec = tokens(tiny, 20), CompressionSpec(keep_ratio=0.4, skip_layers=(1,))
+    with compressible(tiny):
+        out = tiny.generate(ids, max_new_tokens=8, do_sample=False, past_key_values=CompressedCache(tiny.config, spec))
+    expected, _ = masked_forward(tiny, out, (20, *[1] * 8), spec)
+    assert out[0, 20:].tolist() == expected[0, 19:-1].argmax(-1).tolist()
+
+
+def test_one_cache_may_be_used_again_after_reset(tiny):
+    ids, cache = tokens(tiny, 20), CompressedCache(tiny.config, CompressionSpec(keep_ratio=0.5))
+    first = decode(tiny, ids, [16, 4], cache)
+    cache.reset()
+    assert cache.held == (0, 0, 0) and cache.nbytes == 0 and cache.get_seq_length() == 0
+    torch.testing.assert_close(decode(tiny, ids, [16, 4], cache), first)
+
+
+def test_the_call_of_the_papers_readme(tiny):
+    ids = tokens(tiny, 40)
+    spec = CompressionSpec(keep_ratio=0.6, skip_layers=(0, 1))
+    with compressible(tiny), torch.no_grad():
+        outputs = tiny(ids[:, :30], use_cache=True)
+        cache = l2_compress(outputs.past_key_values, keep_ratio=0.6, prune_after=10, skip_layers=[0, 1])
+        assert cache.held == (30, 30, 18) and outputs.past_key_values.get_seq_length() == 30
+        logits = tiny(ids[:, 30:], past_key_values=cache, use_cache=True).logits
+        assert cache.held == (40, 40, 28)  # acts once: nothing more is evicted
+        _, kept = masked_forward(tiny, ids[:, :30], (30,), spec)
+        assert kept_sets(cache)[2][0][0] == [*kept[2][0][0], *range(30, 40)]
+        again = l2_compress(cache, keep_ratio=0.5, skip_layers=[0])
+    assert again.held == (40, 20, 14) and again.get_seq_length() == 40
+    assert set(again.kept_positions(2)[1][0].tolist()) <= set(cache.kept_positions(2)[1][0].tolist())
+    expected, _ = masked_forward(tiny, ids, (30, 10), spec)
+    torch.testing.assert_close(logits, expected[:, 30:], atol=1e-4, rtol=0)
+
+
+def test_a_stock_model_is_told_what_to_do(tiny):
+    with pytest.raises(RuntimeError, match=r"with compressible\(model\)"):
+        tiny(tokens(tiny, 5), past_key_values=CompressedCache(tiny.config, CompressionSpec()))
+    with torch.no_grad():
+        once = l2_compress(tiny(tokens(tiny, 9), use_cache=True).past_key_values, keep_ratio=0.5, skip_layers=[0])
+    with pytest.raises(RuntimeError, match="compressible"):
+        tiny(tokens(tiny, 2), past_key_values=once)
+
+
+def test_compressible_leaves_no_trace(tiny):
+    before = (tiny.config._attn_implementation, set(AttentionInterface._global_mapping))
+    with pytest.raises(ZeroDivisionError), compressible(tiny):
+        assert tiny.config._attn_implementation != before[0]
+        with compressible(tiny):
+            pass
+        decode(tiny, tokens(tiny, 6), [6], CompressedCache(tiny.config, CompressionSpec()))  # still prepared
+        raise ZeroDivisionError
+    assert (tiny.config._attn_implementation, set(AttentionInterface._global_mapping)) == before
+    assert not tiny.base_model._forward_pre_hooks and not tiny.base_model._forward_hooks
+
+    model = build("llama")
+    with compressible(model):
+        pass
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_compressible_works_as_a_plain_call_too(tiny):
+    handle = compressible(tiny)
+    try:
+        cache = CompressedCache(tiny.config, CompressionSpec(keep_ratio=0.5))
+        tiny(tokens(tiny, 10), past_key_values=cache)
+        assert cache.held == (5, 5, 5)
+    finally:
+        handle.restore()
+    handle.restore()
+    assert tiny.config._attn_implementation == "sdpa"
+
+
+def test_a_failed_forward_pass_lets_go_of_the_cache(tiny):
+    cache = CompressedCache(tiny.config, CompressionSpec())
+    with compressible(tiny):
+        with pytest.raises(IndexError):
+            tiny(torch.tensor([[10**6]]), past_key_values=cache)
+        assert not cache.serving
+        tiny(tokens(tiny, 4), past_key_values=cache)
+
+
+def test_eager_attention_is_delegated_to(tiny):
+    model, ids = build("llama", attn_implementation="eager"), tokens(tiny, 24)
+    cache = CompressedCache(model.config, CompressionSpec(keep_ratio=0.5, skip_layers=(0,)))
+    expected, _ = masked_forward(tiny, ids, (16, 4, 4), cache.spec)
+    torch.testing.assert_close(decode(model, ids, (16, 4, 4), cache), expected, atol=1e-4, rtol=0)
+
+
+def test_a_sliding_window_is_left_whole():
+    config = MistralConfig(**{**tiny_shape(), "sliding_window": 8})
+    cache = CompressedCache(config, CompressionSpec(keep_ratio=0.5))
+    model = MistralForCausalLM(config).eval()
+    ids = tokens(model, 30)
+    with torch.no_grad():
+        torch.testing.assert_close(decode(model, ids, (20, 4, 6), cache), model(ids).logits, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="sliding window"):
+        cache.kept_positions(0)
+
+
+def tiny_shape() -> dict:
+    return build("llama").config.to_dict() | {"num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize(
+    "config,reason",
+    [
+        (T5Config(), "decoder-only"),
+        (BertConfig(), "decoder-only"),
+        (MambaConfig(num_hidden_layers=2), "without a key/value cache"),
+        (DeepseekV3Config(num_hidden_layers=2), "latents"),
+    ],
+    ids=["t5", "bert", "mamba", "deepseek"],
+)
+def test_models_without_keys_to_rank_are_refused_with_the_reason(config, reason):
+    with pytest.raises(UnsupportedModelError, match=reason):
+        CompressedCache(config, CompressionSpec())
+
+
+def test_a_model_that_bypasses_the_registry_is_refused():
+    config = FalconConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    model = FalconForCausalLM(config).eval()
+    with pytest.raises(UnsupportedModelError, match="Falcon"), compressible(model):
+        model(tokens(model, 6), past_key_values=CompressedCache(config, CompressionSpec()))
+    assert not model.config._attn_implementation.startswith("l2kv")
+
+
+def test_bad_use_is_refused_with_what_was_wrong(tiny):
+    with pytest.raises(ValueError, match="layer 7, but the layers are 0 to 2"):
+        CompressedCache(tiny.config, CompressionSpec(skip_layers=(7,)))
+    with pytest.raises(TypeError, match="tuple"):
+        l2_compress(((torch.zeros(1), torch.zeros(1)),), keep_ratio=0.5)
+    cache = CompressedCache(tiny.config, CompressionSpec())
+    with pytest.raises(ValueError, match="without padding"), compressible(tiny):
+        tiny(tokens(tiny, 4), attention_mask=torch.tensor([[0, 1, 1, 1]]), past_key_values=cache)
+    with pytest.raises(ValueError, match="cropped"):
+        cache.crop(-1)
