@@ -1,19 +1,19 @@
 """KV-cache compression by key norm for transformers models. See `CompressedCache` and `compressible`."""
 
-from l2kv.cache import CompressedCache, cache_nbytes, check_compressible, l2_compress
-from l2kv.policies import POLICIES
-from l2kv.prepare import compressible
-from l2kv.seam import UnsupportedModelError, attention_seam
-from l2kv.spec import CompressionSpec
+from __future__ import annotations
 
-__all__ = [
-    "POLICIES",
-    "CompressedCache",
-    "CompressionSpec",
-    "UnsupportedModelError",
-    "attention_seam",
-    "cache_nbytes",
-    "check_compressible",
-    "compressible",
-    "l2_compress",
-]
+from l2kv._lazy import lazy_names
+
+_HOME = {
+    "POLICIES": "policies",
+    "CompressedCache": "cache",
+    "CompressionSpec": "spec",
+    "UnsupportedModelError": "seam",
+    "attention_seam": "seam",
+    "cache_nbytes": "cache",
+    "check_compressible": "cache",
+    "compressible": "prepare",
+    "l2_compress": "cache",
+}
+__all__ = sorted(_HOME)
+__getattr__ = lazy_names(__name__, _HOME)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class NewPairs:
     seed: int
 
 
-Policy = Callable[[NewPairs], Tensor]
+Policy = Callable[[NewPairs], "Tensor"]
 """NewPairs -> float32 scores [B, Hkv, T], higher = keep."""
 
 
@@ -41,7 +42,7 @@ def high_norm(new: NewPairs) -> Tensor:
 
 def random(new: NewPairs) -> Tensor:
     """Keep tokens at random: what any rule must beat."""
-    head = torch.arange(new.keys.shape[1], device=new.keys.device)[:, None]
+    head = new.positions.new_tensor(range(new.keys.shape[1]))[:, None]
     # A hash, not a generator: the score of a token must not depend on how the text was cut into forward passes.
     mixed = _mix(_mix(_mix(new.positions + 1) + head + 1) + (new.layer_idx + 1) * 0x10001 + new.seed * 0x1000003)
     uniform = (mixed & 0xFFFFFF).float() / 2.0**24  # 24 bits are exact in float32

@@ -1,0 +1,246 @@
+"""One run of a model over a text: key norms and attention of every head, without a T x T matrix.
+
+The model runs as it always does, through its own attention. Beside each layer's attention, the probabilities are
+worked out again in blocks of queries, summed up, and forgotten: memory grows with T, not with T^2.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from analysis.errors import ModelError, TextError
+from analysis.memory import BLOCK, MAX_BINS, check_fits
+from analysis.models import LoadedModel
+from analysis.run import Capture
+from analysis.tokens import MIN_TOKENS, Tokens, tokenize
+from l2kv import UnsupportedModelError, attention_seam
+
+OnLayer = Callable[[int, int], None]
+"""Called as (layers done, layers) after each; what it raises cancels the run and passes through."""
+
+
+def capture(loaded: LoadedModel, text: str, *, on_layer: OnLayer | None = None) -> Capture:
+    """Run the model once over a text, and once more for its greedy next token, and keep what each head did.
+
+    Args:
+        loaded: the model.
+        text: at least a few tokens of it.
+        on_layer: for progress and cancelling.
+
+    Raises:
+        TextError: empty, too short, or longer than the model's learned positions.
+        OutOfMemoryError: it would not fit into free memory; says what would.
+        ModelError: NaN in the weights, or an architecture that cannot be looked into.
+    """
+    tokens = tokenize(loaded.tokenizer, text)
+    warnings = check_length(loaded, tokens)
+    check_fits(loaded, len(tokens))
+    config, model, started = loaded.config, loaded.model, time.perf_counter()
+    recorder = _Recorder(len(tokens), config.num_hidden_layers, on_layer)
+    ids = torch.from_numpy(tokens.ids)[None].to(loaded.device)
+    cache = DynamicCache(config=config)
+    try:
+        with torch.inference_mode(), attention_seam(model, recorder.attend):
+            logits = _last_logits(model, ids, cache)
+            if not logits.isfinite().all():
+                raise ModelError(f"{loaded.name} computes NaN or infinity on this text; its weights may be damaged.")
+            next_token = logits.argmax(-1, keepdim=True)
+            recorder.start_probe()
+            _last_logits(model, next_token, cache)
+        recorder.check_complete(type(model).__name__)
+    except UnsupportedModelError as error:
+        raise ModelError(str(error)) from error
+    prompt, probe = recorder.prompt, recorder.probe
+    return Capture(
+        model=loaded.name,
+        architecture=type(model).__name__,
+        device=str(loaded.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        text=text,
+        labels=tokens.labels,
+        probe_label=loaded.tokenizer.decode(next_token[0]),
+        layer_kinds=tuple("sliding" if s else "full" for s in cache.is_sliding),
+        warnings=tuple(warnings),
+        seconds=time.perf_counter() - started,
+        tokens_per_bin=recorder.bin_width,
+        token_ids=tokens.ids,
+        token_spans=tokens.spans,
+        key_norm=np.stack([layer.key_norm for layer in prompt]),
+        value_norm=np.stack([layer.value_norm for layer in prompt]),
+        attention_received=np.stack([layer.received for layer in prompt]),
+        probe_attention=np.stack(probe),
+        pooled_attention=np.stack([layer.pooled for layer in prompt]),
+        pooled_scale=np.stack([layer.pooled_scale for layer in prompt]),
+    )
+
+
+def check_length(loaded: LoadedModel, tokens: Tokens) -> list[str]:
+    """Warnings about the length of a text. Raises TextError where the model cannot take it at all."""
+    n, limit = len(tokens), getattr(loaded.config, "max_position_embeddings", None)
+    if n < MIN_TOKENS:
+        raise TextError(f"The text has {n} token{'s' * (n != 1)}; at least {MIN_TOKENS} are needed to rank them.")
+    if tokens.ids.max() >= loaded.model.get_input_embeddings().num_embeddings:
+        raise TextError("The tokenizer gives tokens that the model does not have: the two do not belong together.")
+    if limit is None or n < limit:
+        return []
+    if getattr(loaded.config, "rope_parameters", None) is None:
+        raise TextError(
+            f"The text has {n} tokens, and one more is run after it; {loaded.name} has positions for {limit}. "
+            f"Shorten it to {limit - 1} tokens."
+        )
+    return [f"{n} tokens are more than the {limit} that {loaded.name} was trained on: expect it to fail beyond."]
+
+
+def _last_logits(model: nn.Module, ids: Tensor, cache: DynamicCache) -> Tensor:
+    """Logits [1, V] after the last token; those of the others would take T * V numbers."""
+    only_last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    return model(ids, past_key_values=cache, use_cache=True, **only_last).logits[:, -1]
+
+
+@dataclass(frozen=True, slots=True)
+class _LayerRecord:
+    key_norm: np.ndarray  # [Hkv, T]
+    value_norm: np.ndarray  # [Hkv, T]
+    received: np.ndarray  # [H, T]
+    pooled: np.ndarray  # [H, P, P] uint8
+    pooled_scale: np.ndarray  # [H]
+
+
+@dataclass(slots=True)
+class _Recorder:
+    """Stands in the attention seam, looks on, and writes down."""
+
+    n_tokens: int
+    n_layers: int
+    on_layer: OnLayer | None
+    prompt: list[_LayerRecord] = field(default_factory=list)
+    probe: list[np.ndarray] = field(default_factory=list)  # [H, T] each
+    probing: bool = False
+
+    @property
+    def bin_width(self) -> int:
+        return -(-self.n_tokens // MAX_BINS)
+
+    def start_probe(self) -> None:
+        self.probing = True
+
+    def attend(self, inner, module, query, key, value, mask, **kwargs):
+        if kwargs.get("position_bias") is not None:
+            raise UnsupportedModelError("this model adds a bias to its attention scores that is not looked into yet")
+        attention = _Attention(query[0], key[0], module, kwargs)
+        if self.probing:
+            row = attention.probabilities(0, 1)[:, 0, :-1]  # its own column is dropped; the row is not renormalised
+            full = row.new_zeros(row.shape[0], self.n_tokens)
+            full[:, self.n_tokens - row.shape[1] :] = row  # a sliding window holds the latest only
+            self.probe.append(full.cpu().numpy())
+        else:
+            received, pooled = _summarise(attention, self.bin_width)
+            self.prompt.append(
+                _LayerRecord(
+                    key_norm=key[0].float().norm(dim=-1).cpu().numpy(),
+                    value_norm=value[0].float().norm(dim=-1).cpu().numpy(),
+                    received=received.cpu().numpy(),
+                    **_as_bytes(pooled),
+                )
+            )
+            if self.on_layer is not None:
+                self.on_layer(len(self.prompt), self.n_layers)
+        return inner(module, query, key, value, mask, **kwargs)
+
+    def check_complete(self, model: str) -> None:
+        if not len(self.prompt) == len(self.probe) == self.n_layers:
+            raise UnsupportedModelError(
+                f"{model} showed the attention of {len(self.prompt)} of its {self.n_layers} layers: the others are "
+                "of another kind, or bypass transformers' attention registry."
+            )
+
+
+class _Attention:
+    """The attention probabilities of one layer, block by block. One text, so nothing but causality is masked."""
+
+    def __init__(self, query: Tensor, key: Tensor, module: nn.Module, options: dict) -> None:
+        self.query, self.key = query, key  # [H, q, D], [Hkv, n, D]
+        self.n_heads, self.n_queries, head_dim = query.shape
+        self.n_keys = key.shape[1]
+        scaling = options.get("scaling")
+        self.scaling = head_dim**-0.5 if scaling is None else scaling
+        self.softcap = options.get("softcap")  # Gemma 2
+        self.window = options.get("sliding_window")
+        self.sinks = options.get("s_aux")  # gpt-oss: a logit per head that takes attention and gives nothing
+
+    def probabilities(self, start: int, end: int) -> Tensor:
+        """Of the queries start..end: float32 [H, end - start, n], n the keys that any of them can see."""
+        before = self.n_keys - self.n_queries  # keys that precede the first query
+        query = self.query[:, start:end]
+        seen = before + end
+        grouped = query.reshape(self.key.shape[0], -1, query.shape[-1])  # [Hkv, G * q, D]: no copy of the keys
+        scores = (grouped @ self.key[:, :seen].transpose(-1, -2)).float().view(self.n_heads, end - start, seen)
+        scores *= self.scaling
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        self._hide(scores, before + start)
+        if self.sinks is None:
+            return scores.softmax(dim=-1)
+        sink = self.sinks.float().reshape(-1, 1, 1).expand(-1, end - start, 1)
+        return torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :-1]
+
+    def _hide(self, scores: Tensor, first_query: int) -> None:
+        rows, seen = scores.shape[1:]
+        # All keys before the block precede all its queries: only its own square is masked.
+        square = torch.ones(rows, rows, dtype=torch.bool, device=scores.device).triu_(1)
+        scores[:, :, seen - rows :].masked_fill_(square, -torch.inf)
+        if self.window is not None and seen > self.window:
+            query = torch.arange(first_query, seen, device=scores.device)[:, None]
+            gone = torch.arange(seen, device=scores.device) <= query - self.window
+            scores.masked_fill_(gone, -torch.inf)
+
+    def visible(self) -> Tensor:
+        """How many of the queries can see each key, [n]."""
+        counts = torch.arange(self.n_keys, 0, -1, device=self.key.device)
+        return counts if self.window is None else counts.clamp_max(self.window)
+
+
+def _summarise(attention: _Attention, width: int) -> tuple[Tensor, Tensor]:
+    """Mean attention received [H, n], and the map pooled in bins of `width` tokens [H, P, P] (rows sum to 1)."""
+    n, heads = attention.n_keys, attention.n_heads
+    bins = -(-n // width)
+    total = attention.query.new_zeros(heads, n, dtype=torch.float32)
+    pooled = total.new_zeros(heads, bins, bins)
+    block = max(1, BLOCK // width) * width  # whole bins
+    for start in range(0, n, block):
+        end = min(start + block, n)
+        rows = _sum_bins(attention.probabilities(start, end), dim=1, width=width)  # [H, bins of the block, end]
+        total[:, :end] += rows.sum(dim=1)
+        columns = _sum_bins(rows, dim=2, width=width)
+        first = start // width
+        pooled[:, first : first + rows.shape[1], : columns.shape[2]] = columns
+    in_bin = torch.full((bins, 1), float(width), device=total.device)
+    in_bin[-1] = n - (bins - 1) * width
+    return total / attention.visible(), pooled / in_bin
+
+
+def _sum_bins(x: Tensor, *, dim: int, width: int) -> Tensor:
+    """Sum [H, a, b] over runs of `width` along `dim`; the last run may be shorter."""
+    if width == 1:
+        return x
+    short = -x.shape[dim] % width
+    if short:
+        x = nn.functional.pad(x, (0, short) if dim == 2 else (0, 0, 0, short))
+    return x.unflatten(dim, (-1, width)).sum(dim=dim + 1)
+
+
+def _as_bytes(pooled: Tensor) -> dict[str, np.ndarray]:
+    scale = pooled.amax(dim=(1, 2)).clamp_min(1e-12)
+    root = (pooled / scale[:, None, None]).sqrt()  # square root: small shares keep some of the 256 steps
+    return {
+        "pooled": (root * 255).round().to(torch.uint8).cpu().numpy(),
+        "pooled_scale": scale.cpu().numpy(),
+    }

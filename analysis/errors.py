@@ -1,0 +1,21 @@
+"""Mistakes that a user can mend: each message says what was wrong, what was got and what to do. The app shows it."""
+
+
+class UserError(ValueError):
+    """Base of the errors below."""
+
+
+class ModelError(UserError):
+    """A model that cannot be loaded or looked into."""
+
+
+class TextError(UserError):
+    """A text that cannot be run: empty, too short, too long, or not text."""
+
+
+class RunFileError(UserError):
+    """A saved run that cannot be read: corrupt, foreign, or of a newer version."""
+
+
+class OutOfMemoryError(UserError):
+    """More memory would be needed than is free."""

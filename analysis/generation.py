@@ -1,0 +1,112 @@
+"""Greedy generation over several caches in step, the full one and compressed ones, token by token.
+
+The prompt is run but for its last token, then compressed; the last token is decoded over what is left. So the first
+new token already comes from the compressed cache, which flatters nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+
+from analysis.capturing import check_length
+from analysis.errors import ModelError
+from analysis.models import LoadedModel
+from analysis.tokens import Tokens, tokenize
+from l2kv import CompressedCache, CompressionSpec, UnsupportedModelError, cache_nbytes, compressible
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A new token, and the cache that it left behind."""
+
+    token_ids: tuple[int, ...]  # of all new tokens
+    text: str  # of all new tokens
+    held: tuple[int, ...]  # tokens in the cache, per layer
+    nbytes: int  # of the cache's tensors
+    finished: bool  # the model ended its text here
+
+
+def stream(
+    loaded: LoadedModel, prompt: str, specs: Sequence[CompressionSpec | None], *, max_new_tokens: int
+) -> Iterator[tuple[Step, ...]]:
+    """Yield, after each new token, the state of all columns; None among the specs is the full cache.
+
+    A column that has finished repeats its last step. Closing the iterator stops at once and restores the model.
+
+    Raises:
+        TextError, OutOfMemoryError: as `capture`.
+        ModelError: the model cannot be compressed.
+        ValueError: a spec does not fit the model.
+    """
+    tokens = tokenize(loaded.tokenizer, prompt)
+    check_length(loaded, tokens)
+    try:
+        with compressible(loaded.model), torch.inference_mode():
+            columns = [_Column(loaded, tokens, spec) for spec in specs]
+            for _ in range(max_new_tokens):
+                yield tuple(column.step() for column in columns)
+                if all(column.finished for column in columns):
+                    return
+    except UnsupportedModelError as error:
+        raise ModelError(str(error)) from error
+
+
+class _Column:
+    def __init__(self, loaded: LoadedModel, tokens: Tokens, spec: CompressionSpec | None) -> None:
+        config = loaded.config
+        self._loaded = loaded
+        self._cache: Cache = DynamicCache(config=config) if spec is None else CompressedCache(config, spec)
+        ids = torch.from_numpy(tokens.ids)[None].to(loaded.device)
+        prefill(loaded.model, ids[:, :-1], self._cache)
+        self._next, self._new = ids[:, -1:], []
+        self._last: Step | None = None
+        self._ends = _end_tokens(loaded)
+
+    @property
+    def finished(self) -> bool:
+        return self._last is not None and self._last.finished
+
+    def step(self) -> Step:
+        if self.finished:
+            return self._last
+        self._next = decode_one_token(self._loaded.model, self._next, self._cache)
+        self._new.append(int(self._next))
+        compressed = isinstance(self._cache, CompressedCache)
+        self._last = Step(
+            token_ids=tuple(self._new),
+            text=_whole_characters(self._loaded.tokenizer.decode(self._new)),
+            held=self._cache.held if compressed else tuple(layer.keys.shape[-2] for layer in self._cache.layers),
+            nbytes=cache_nbytes(self._cache),
+            finished=self._new[-1] in self._ends,
+        )
+        return self._last
+
+
+def prefill(model, ids: Tensor, cache: Cache) -> None:
+    """Run the prompt [1, T] into an empty cache; a compressed one is compressed by it."""
+    model.base_model(ids, past_key_values=cache, use_cache=True)  # no logits are needed
+
+
+def decode_one_token(model, token: Tensor, cache: Cache) -> Tensor:
+    """The greedy token [1, 1] after `token` [1, 1]."""
+    return model(token, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
+
+
+def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
+    """Index of the first token that differs, None while there is none; one being shorter is no difference."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
+
+
+def _end_tokens(loaded: LoadedModel) -> set[int]:
+    ends = loaded.model.generation_config.eos_token_id
+    return set(ends if isinstance(ends, list) else [ends])
+
+
+def _whole_characters(text: str) -> str:
+    """Without the replacement characters at the end: the bytes of a character that is not complete yet."""
+    return text.rstrip("\N{REPLACEMENT CHARACTER}")

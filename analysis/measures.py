@@ -1,0 +1,181 @@
+"""Does key norm order tokens as attention does? The paper's ALR, its normal form Γ, and rank correlations.
+
+All from a `Capture`, in float64; no model, no plot. For one query head, with `a` the attention that the probe query
+gives to the n tokens and ranks ascending (ties: the earlier token first, as the cache ranks them):
+
+    L^m     = attention of the m tokens of highest key norm         dropping them, as low_norm does
+    L^m,ref = attention of the m tokens of lowest attention         the ideal order
+    ALR     = sum over m = 1..n of (L^m - L^m,ref)                  Eq. 5-7 of the paper; 0 is ideal
+    Γ       = cov(a, rank(norm)) / cov(a, rank(a))                  -1 ideal, 0 chance, +1 the reverse
+
+and ALR = (1 + Γ) * the ALR expected of a random order. Undefined values are NaN, and `status` says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from analysis.run import Capture
+
+CONSTANT = 1e-5  # a relative spread of norms below this is rounding, not order
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionLoss:
+    """What one head loses when m = 0..n tokens are dropped, as shares of the probe's attention. Each [n + 1]."""
+
+    low_norm: np.ndarray  # low norms kept: the highest dropped first
+    high_norm: np.ndarray  # the mirror
+    ideal: np.ndarray  # the least attended dropped first
+    chance: np.ndarray  # expected of a random order
+
+
+def attention_loss(capture: Capture, layer: int, head: int, *, leave_out: int = 0) -> AttentionLoss:
+    """The loss curves of a head, for the probe query. `leave_out` drops the first tokens (the sink) from all of it."""
+    attention = capture.probe_attention[layer, head, leave_out:].astype(np.float64)
+    norm = capture.key_norm[layer, capture.kv_head(head), leave_out:]
+    order = np.argsort(norm, kind="stable")
+    n = len(attention)
+    return AttentionLoss(
+        low_norm=_cumulative(attention[order[::-1]]),
+        high_norm=_cumulative(attention[np.argsort(-norm, kind="stable")[::-1]]),
+        ideal=_cumulative(np.sort(attention)),
+        chance=np.arange(n + 1) / max(n, 1) * attention.sum(),
+    )
+
+
+def alr(capture: Capture, *, leave_out: int = 0) -> np.ndarray:
+    """The paper's attention loss against the reference, [L, H]: a sum over m, so it grows with the text."""
+    by_norm, by_attention = _rank_sums(capture, leave_out)
+    n = capture.n_tokens - leave_out
+    attention = capture.probe_attention[..., leave_out:].sum(axis=-1, dtype=np.float64)
+    # The m-th token dropped counts n - m + 1 times: its rank. Ideally that of the reversed attention order.
+    return _where_defined(capture, leave_out, by_norm - ((n + 1) * attention - by_attention))
+
+
+def alr_chance(capture: Capture, *, leave_out: int = 0) -> np.ndarray:
+    """The ALR expected when tokens are dropped in random order, [L, H]."""
+    _, by_attention = _rank_sums(capture, leave_out)
+    n = capture.n_tokens - leave_out
+    attention = capture.probe_attention[..., leave_out:].sum(axis=-1, dtype=np.float64)
+    return by_attention - (n + 1) / 2 * attention
+
+
+def correlation(capture: Capture, method: str = "gini", *, leave_out: int = 0) -> np.ndarray:
+    """How key norm goes with attention, [L, H] in [-1, 1]; negative is the paper's claim, NaN is undefined (`status`).
+
+    Args:
+        method: "gini" (Γ, of the probe row), or "spearman" or "pearson" (of the attention that each key receives, as
+            the mean over the queries that can see it).
+        leave_out: the first tokens are left out: 1 leaves out the usual sink.
+    """
+    if method not in _CORRELATIONS:
+        raise ValueError(f"method must be one of {', '.join(_CORRELATIONS)}, got {method!r}")
+    return _where_defined(capture, leave_out, _CORRELATIONS[method](capture, leave_out))
+
+
+def status(capture: Capture, *, leave_out: int = 0) -> np.ndarray:
+    """Why a head's figures are undefined, [L, H] of str: "ok", "constant norms", "no attention" or "too short"."""
+    shape = (capture.n_layers, capture.n_heads)
+    result = np.full(shape, "ok", dtype=object)
+    if capture.n_tokens - leave_out < 3:
+        result[:] = "too short"
+        return result
+    norm = capture.key_norm_by_head()[..., leave_out:].astype(np.float64)
+    attention = capture.probe_attention[..., leave_out:]
+    even = np.ptp(attention, axis=-1) <= 1e-12  # no mass at all, or spread with no difference
+    result[even] = "no attention"
+    result[np.ptp(norm, axis=-1) <= CONSTANT * norm.mean(axis=-1)] = "constant norms"
+    return result
+
+
+def sink_share(capture: Capture, *, n_first: int = 1) -> np.ndarray:
+    """The share of the probe's attention that goes to the first tokens, [L, H]."""
+    row = capture.probe_attention.astype(np.float64)
+    return row[..., :n_first].sum(axis=-1) / np.maximum(row.sum(axis=-1), 1e-12)
+
+
+VERDICTS = {
+    "follows the paper": "Γ < 0 with and without the sink: low-norm keys get the attention",
+    "sink only": "Γ < 0 only thanks to the first token: take it out, and low norm predicts nothing good",
+    "hidden by the sink": "Γ > 0 only because of the first token: among the others, low norm does get the attention",
+    "mirror": "Γ > 0 with and without the sink: HIGH-norm keys get the attention",
+    "undefined": "no order to compare (see the status)",
+}
+
+
+def verdicts(capture: Capture) -> np.ndarray:
+    """What each head says of the paper's claim on this one text, [L, H], keys of `VERDICTS`. No interval: one text."""
+    with_sink, without = correlation(capture), correlation(capture, leave_out=1)
+    result = np.full(with_sink.shape, "undefined", dtype=object)
+    defined = np.isfinite(with_sink) & np.isfinite(without)
+    for name, chosen in {
+        "follows the paper": (with_sink < 0) & (without < 0),
+        "sink only": (with_sink < 0) & (without >= 0),
+        "hidden by the sink": (with_sink >= 0) & (without < 0),
+        "mirror": (with_sink >= 0) & (without >= 0),
+    }.items():
+        result[defined & chosen] = name
+    return result
+
+
+def _cumulative(values: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0.0], np.cumsum(values)])
+
+
+def _rank_sums(capture: Capture, leave_out: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sum of attention * rank, [L, H] each: with ranks by norm, and by attention. Ranks ascend from 1."""
+    attention = capture.probe_attention[..., leave_out:].astype(np.float64)
+    ranks = _ordinal(capture.key_norm[..., leave_out:])
+    by_norm = np.repeat(ranks, capture.n_heads // capture.n_kv_heads, axis=1)
+    return (attention * by_norm).sum(axis=-1), (attention * _ordinal(attention)).sum(axis=-1)
+
+
+def _ordinal(values: np.ndarray) -> np.ndarray:
+    """Ranks 1..n along the last axis; of equal values the earlier gets the lower rank."""
+    order = np.argsort(values, axis=-1, kind="stable")
+    ranks = np.empty_like(order)
+    np.put_along_axis(ranks, order, np.arange(1, values.shape[-1] + 1), axis=-1)
+    return ranks
+
+
+def _gini(capture: Capture, leave_out: int) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        by_norm, by_attention = _rank_sums(capture, leave_out)
+        mean_rank = (capture.n_tokens - leave_out + 1) / 2
+        total = capture.probe_attention[..., leave_out:].sum(axis=-1, dtype=np.float64)
+        return (by_norm - mean_rank * total) / (by_attention - mean_rank * total)
+
+
+def _row_by_row(statistic: Callable) -> Callable[[Capture, int], np.ndarray]:
+    def compute(capture: Capture, leave_out: int) -> np.ndarray:
+        norm, attention = capture.key_norm_by_head()[..., leave_out:], capture.attention_received[..., leave_out:]
+        if norm.shape[-1] < 3:
+            return np.full(norm.shape[:2], np.nan)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return statistic(norm.astype(np.float64), attention.astype(np.float64))
+
+    return compute
+
+
+def _pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return stats.pearsonr(x, y, axis=-1).statistic
+
+
+def _spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return _pearson(stats.rankdata(x, axis=-1), stats.rankdata(y, axis=-1))
+
+
+_CORRELATIONS: dict[str, Callable[[Capture, int], np.ndarray]] = {
+    "gini": _gini,
+    "spearman": _row_by_row(_spearman),
+    "pearson": _row_by_row(_pearson),
+}
+
+
+def _where_defined(capture: Capture, leave_out: int, values: np.ndarray) -> np.ndarray:
+    return np.where(status(capture, leave_out=leave_out) == "ok", values, np.nan)

@@ -1,0 +1,72 @@
+"""From text to tokens, with the characters that each token covers. Knows tokenizers; knows no model and no HTML."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from analysis.errors import TextError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MIN_TOKENS = 4  # fewer cannot be ranked in any way that means something
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """The tokens of a text, T of them."""
+
+    ids: np.ndarray  # [T] int64
+    spans: np.ndarray  # [T, 2] int32: text[start:end]; start == end for tokens the tokenizer added (<s>)
+    labels: tuple[str, ...]  # what a reader should see: the characters, or the name of a special token
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tokens:
+    """Tokens of a text as the tokenizer makes them, its special tokens included.
+
+    A character that several tokens share (an emoji, say) is the label of each, numbered: "🙂 1/4", "🙂 2/4", ...
+
+    Raises:
+        TextError: nothing to tokenise, or no valid Unicode.
+    """
+    check_text(text)
+    encoded = tokenizer(text, return_offsets_mapping=tokenizer.is_fast, verbose=False)
+    ids = np.asarray(encoded["input_ids"], dtype=np.int64)
+    if not tokenizer.is_fast:  # no spans to be had: the pieces themselves must do
+        pieces = tokenizer.convert_ids_to_tokens(ids.tolist())
+        return Tokens(ids, np.zeros((len(ids), 2), dtype=np.int32), tuple(pieces))
+    spans = np.asarray(encoded["offset_mapping"], dtype=np.int32).reshape(-1, 2)
+    return Tokens(ids, spans, _labels(tokenizer, text, ids, spans))
+
+
+def check_text(text: str) -> None:
+    """Raise TextError unless this is text that can be tokenised."""
+    if not text.strip():
+        raise TextError("The text is empty. Paste or choose a text first.")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise TextError(
+            f"The text holds half a character (a lone surrogate, U+{ord(text[error.start]):04X}) at position "
+            f"{error.start}. Remove it, or paste the text again."
+        ) from error
+
+
+def _labels(tokenizer: PreTrainedTokenizerBase, text: str, ids: np.ndarray, spans: np.ndarray) -> tuple[str, ...]:
+    names = tokenizer.convert_ids_to_tokens(ids.tolist())
+    pieces = [text[start:end] or name for (start, end), name in zip(spans.tolist(), names, strict=True)]
+    same = [False, *((spans[1:] == spans[:-1]).all(axis=1) & (spans[1:, 1] > spans[1:, 0])).tolist()]
+    labels, start = [], 0
+    for end in range(1, len(pieces) + 1):
+        if end < len(pieces) and same[end]:
+            continue
+        parts = end - start
+        labels += [pieces[i] if parts == 1 else f"{pieces[i]} {i - start + 1}/{parts}" for i in range(start, end)]
+        start = end
+    return tuple(labels)
