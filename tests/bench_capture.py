@@ -1,0 +1,104 @@
+"""`make bench`: what a capture costs beside the plain ways, each in a process of its own so that peaks do not mix.
+
+Shape: 30 layers, 9 query and 3 kv heads, 576 wide, 2048 tokens, float32, random weights (right for time and memory).
+Memory is the peak resident set beyond the loaded model; time is the best of three runs after a warm-up.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+
+LAYERS, WIDTH, TOKENS = 30, 576, 2048
+WAYS = {
+    "sdpa": "the plain forward pass",
+    "eager": "output_attentions=True",
+    "capture": "analysis.capture",
+}
+
+
+def measure(way: str, repeats: int = 3) -> dict[str, float]:
+    """Seconds and bytes of one way, in this process."""
+    import psutil
+    import torch
+    from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
+
+    from analysis.capturing import capture
+    from analysis.models import BUNDLED, LoadedModel
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED / "books-5m")
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=WIDTH,
+        intermediate_size=1536,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        attn_implementation="eager" if way == "eager" else "sdpa",
+    )
+    loaded = LoadedModel(LlamaForCausalLM(config).eval(), tokenizer, way)
+    text = "a" + " a" * (TOKENS - 3)  # with <s>, about TOKENS tokens
+    ids = torch.tensor([tokenizer(text).input_ids])
+
+    def run():
+        if way == "capture":
+            return capture(loaded, text)
+        with torch.inference_mode():
+            return loaded.model(
+                ids,
+                past_key_values=DynamicCache(config=config),
+                use_cache=True,
+                logits_to_keep=1,
+                output_attentions=way == "eager",
+            )
+
+    with torch.inference_mode():
+        loaded.model(ids[:, :64])  # warm up kernels, not the allocator
+    process, peak, done = psutil.Process(), 0, threading.Event()
+    before = process.memory_info().rss
+
+    def watch():
+        nonlocal peak
+        while not done.is_set():
+            peak = max(peak, process.memory_info().rss)
+            time.sleep(0.002)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    run()
+    done.set()
+    watcher.join()
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - started)
+    return {"seconds": min(seconds), "bytes": peak - before, "tokens": ids.shape[1]}
+
+
+def main() -> None:
+    results = {}
+    for way in WAYS:
+        out = subprocess.run([sys.executable, "-m", __spec__.name, way], capture_output=True, text=True, check=True)
+        results[way] = json.loads(out.stdout.splitlines()[-1])
+    eager, plain = results["eager"], results["sdpa"]
+    print(f"{LAYERS} layers, 9 query and 3 kv heads, {WIDTH} wide, {eager['tokens']} tokens, float32 on this machine")
+    for way, label in WAYS.items():
+        r = results[way]
+        print(
+            f"{label:24} {r['seconds']:6.2f} s  {r['bytes'] / 2**20:7.0f} MiB   "
+            f"time {r['seconds'] / eager['seconds']:.2f} and memory 1/{eager['bytes'] / r['bytes']:.0f} of eager's, "
+            f"{r['seconds'] / plain['seconds']:.2f} times plain sdpa"
+        )
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        print(json.dumps(measure(sys.argv[1])))
+    else:
+        main()

@@ -1,0 +1,184 @@
+"""What a capture holds against `output_attentions=True`, and how it behaves when things go wrong."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoTokenizer,
+    FalconConfig,
+    FalconForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+from analysis import ModelError, OutOfMemoryError, TextError, capture
+from analysis import memory as memory_module
+from analysis.memory import MAX_BINS, cache_bytes, capture_bytes, human_bytes
+from analysis.models import LoadedModel
+from tests.conftest import BUNDLED, MODELS, STORIES, TINY, build
+
+TEXT = (
+    "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness, "
+    "it was the epoch of belief, it was the epoch of incredulity, it was the season of Light, and all was well. "
+)
+TOKENIZER_VOCABULARY = {"vocab_size": 4096}
+OTHERS = {
+    "mistral, sliding window": (MistralForCausalLM, MistralConfig, {"sliding_window": 10}),
+    "gemma 2, soft cap and hybrid": (Gemma2ForCausalLM, Gemma2Config, {"sliding_window": 10}),
+    "gpt-2, no rotary": (GPT2LMHeadModel, GPT2Config, {"n_layer": 3, "n_head": 6, "n_embd": 48}),
+}
+
+
+@pytest.fixture(scope="module")
+def load(models):
+    def get(name: str) -> LoadedModel:
+        tokenizer = AutoTokenizer.from_pretrained(STORIES if name == "stories260K" else BUNDLED)
+        if name in OTHERS:
+            model_class, config_class, changes = OTHERS[name]
+            torch.manual_seed(0)
+            config = config_class(**(TINY | TOKENIZER_VOCABULARY | changes))
+            return LoadedModel(model_class(config).eval(), tokenizer, name)
+        real = name in ("stories260K", "books-5m")
+        return LoadedModel(models(name) if real else build(name, **TOKENIZER_VOCABULARY), tokenizer, name)
+
+    return get
+
+
+def eager(loaded: LoadedModel, ids: torch.Tensor):
+    """Attention [L, H, T, T] of the prompt, and [L, H, T + 1] of the greedy next token, by transformers itself."""
+    model, before = loaded.model, loaded.model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            prompt = model(ids, output_attentions=True)
+            longer = torch.cat([ids, prompt.logits[:, -1:].argmax(-1)], dim=1)
+            after = model(longer, output_attentions=True)
+    finally:
+        model.set_attn_implementation(before)
+    return torch.cat(prompt.attentions).numpy(), torch.cat(after.attentions)[:, :, -1].numpy()
+
+
+@pytest.mark.parametrize("name", [*MODELS, *OTHERS])
+@pytest.mark.parametrize("repeats", [1, 6], ids=["one block", "several blocks"])
+def test_a_capture_is_what_output_attentions_shows(load, name, repeats):
+    loaded = load(name)
+    run = capture(loaded, TEXT * repeats if name != "stories260K" else TEXT * min(repeats, 3))
+    attention, probe = eager(loaded, torch.from_numpy(run.token_ids)[None])
+    n = run.n_tokens
+    assert (repeats == 1) == (n <= 256)
+
+    def sees(query: int, key: int, kind: str) -> bool:
+        return key <= query and (kind == "full" or query - key < loaded.config.sliding_window)
+
+    for layer, kind in enumerate(run.layer_kinds):
+        visible = np.array([[sees(q, k, kind) for k in range(n)] for q in range(n)])
+        received = attention[layer].sum(axis=1) / visible.sum(axis=0)
+        np.testing.assert_allclose(run.attention_received[layer], received, atol=1e-5)
+    np.testing.assert_allclose(run.probe_attention, probe[:, :, :-1], atol=1e-5)
+
+    width = run.tokens_per_bin
+    assert run.pooled_attention.shape[-1] == -(-n // width) <= MAX_BINS
+    for layer, head in ((0, 0), (run.n_layers - 1, run.n_heads - 1)):
+        for row, column in ((0, 0), (run.pooled_attention.shape[-1] - 1, 0), (9, 3), (9, 9), (3, 9)):
+            tokens = attention[layer, head, row * width : (row + 1) * width, column * width : (column + 1) * width]
+            share = tokens.sum(axis=1).mean()
+            step = 2 * np.sqrt(share * run.pooled_scale[layer, head]) / 255 + 1e-4  # of 8 bits over a square root
+            assert abs(run.pooled(layer, head)[row, column] - share) <= step
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "books-5m"])
+def test_norms_are_those_of_the_keys_as_cached(load, name):
+    loaded = load(name)
+    run = capture(loaded, TEXT)
+    with torch.no_grad():
+        cache = loaded.model(torch.from_numpy(run.token_ids)[None], use_cache=True).past_key_values
+    for layer in range(run.n_layers):
+        for kind, tensor in (("key_norm", cache.layers[layer].keys), ("value_norm", cache.layers[layer].values)):
+            norms = [[sum(x * x for x in pair) ** 0.5 for pair in head] for head in tensor[0].tolist()]
+            np.testing.assert_allclose(getattr(run, kind)[layer], norms, rtol=1e-5)
+
+
+def test_progress_comes_per_layer_and_an_exception_in_it_cancels_cleanly(load):
+    loaded, calls = load("books-5m"), []
+    capture(loaded, TEXT, on_layer=lambda done, total: calls.append((done, total)))
+    assert calls == [(i, 6) for i in range(1, 7)]
+
+    class Cancelled(BaseException):
+        pass
+
+    def cancel(done, total):
+        if done == 3:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        capture(loaded, TEXT, on_layer=cancel)
+    assert loaded.model.config._attn_implementation == "sdpa"
+
+
+def test_texts_that_cannot_be_run_are_refused_with_the_reason(load):
+    loaded = load("books-5m")
+    for text, reason in (
+        ("", "empty"),
+        (" \n", "empty"),
+        ("a", "2 tokens; at least 4"),
+        ("a\ud800b c d e", "U\\+D800"),
+    ):
+        with pytest.raises(TextError, match=reason):
+            capture(loaded, text)
+    assert any("more than the 512" in w for w in capture(loaded, TEXT * 9).warnings)
+    with pytest.raises(TextError, match=r"positions for 64.*Shorten it to 63"):
+        capture(LoadedModel(gpt2_of_64(), loaded.tokenizer, "gpt2"), TEXT * 2)
+    with pytest.raises(TextError, match="do not belong together"):
+        capture(LoadedModel(build("llama"), loaded.tokenizer, "foreign"), TEXT)
+
+
+def gpt2_of_64() -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=4096, n_positions=64)).eval()
+
+
+def test_damaged_weights_and_hidden_attention_are_refused(load):
+    tokenizer, damaged = load("books-5m").tokenizer, build("llama", **TOKENIZER_VOCABULARY)
+    damaged.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(ModelError, match="NaN or infinity"):
+        capture(LoadedModel(damaged, tokenizer, "damaged"), TEXT)
+    falcon = FalconForCausalLM(
+        FalconConfig(vocab_size=4096, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    )
+    with pytest.raises(ModelError, match="Falcon"):
+        capture(LoadedModel(falcon.eval(), tokenizer, "falcon"), TEXT)
+
+
+def test_a_text_that_would_not_fit_is_refused_with_the_length_that_would(load, monkeypatch):
+    loaded = load("books-5m")
+    monkeypatch.setattr(memory_module, "free_bytes", lambda device: 5 * 2**20)
+    with pytest.raises(OutOfMemoryError, match=r"Shorten it to about (\d+) tokens") as caught:
+        capture(loaded, TEXT * 20)
+    fits = int(str(caught.value).split("about ")[-1].split(" ")[0])
+    at = {n: capture_bytes(loaded.config, n, bytes_per_number=4) <= 4 * 2**20 for n in (fits, fits + 1)}
+    assert at == {fits: True, fits + 1: False}
+
+
+def test_cache_bytes_are_those_of_the_tensors(load):
+    loaded = load("books-5m")
+    # 6 layers, 4 kv heads of 32, K and V, 2 bytes; layer 0 whole, the others 250 of 500
+    assert cache_bytes(loaded.config, 500, bytes_per_number=2, keep_ratio=0.5, skip_layers=(0,)) == (
+        (500 + 5 * 250) * 4 * 32 * 2 * 2
+    )
+    with torch.no_grad():
+        cache = loaded.model(torch.arange(2, 102)[None], use_cache=True).past_key_values
+    counted = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+    assert cache_bytes(loaded.config, 100, bytes_per_number=4) == counted
+
+
+def test_bytes_are_said_in_binary_units():
+    assert [human_bytes(n) for n in (0, 1023, 1536, 300 * 2**20, 3 * 2**40)] == [
+        "0 B",
+        "1023 B",
+        "1.5 KiB",
+        "300 MiB",
+        "3.0 TiB",
+    ]

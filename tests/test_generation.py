@@ -1,0 +1,87 @@
+"""The live preview: columns in step, each as if it were alone."""
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from analysis import ModelError, TextError
+from analysis.generation import _whole_characters, first_difference, stream
+from analysis.models import LoadedModel
+from l2kv import CompressionSpec
+from tests.conftest import BUNDLED, build
+from tests.oracle import masked_forward
+
+PROMPT = "The old man looked at the sea, and the sea looked at the old man. Then he said to his wife: "
+
+
+@pytest.fixture(scope="module")
+def loaded(models) -> LoadedModel:
+    return LoadedModel(models("books-5m"), AutoTokenizer.from_pretrained(BUNDLED), "books-5m")
+
+
+def test_the_full_column_is_plain_generate(loaded):
+    steps = list(stream(loaded, PROMPT, [None], max_new_tokens=12))
+    inputs = loaded.tokenizer(PROMPT, return_tensors="pt").input_ids
+    expected = loaded.model.generate(inputs, max_new_tokens=12, do_sample=False)[0, inputs.shape[1] :].tolist()
+    assert list(steps[-1][0].token_ids) == expected
+    assert [len(row[0].token_ids) for row in steps] == list(range(1, 13))
+    assert steps[-1][0].text == loaded.tokenizer.decode(expected)
+
+
+def test_each_column_is_what_it_would_be_alone_and_its_first_token_is_already_compressed(loaded):
+    specs = [
+        None,
+        CompressionSpec(keep_ratio=0.3),
+        CompressionSpec(keep_ratio=0.6, policy="high_norm", skip_layers=(0,)),
+    ]
+    last = list(stream(loaded, PROMPT, specs, max_new_tokens=8))[-1]
+    prompt = loaded.tokenizer(PROMPT, return_tensors="pt").input_ids
+    n = prompt.shape[1]
+    for step, spec in zip(last[1:], specs[1:], strict=True):
+        ids = torch.cat([prompt, torch.tensor([step.token_ids])], dim=1)
+        logits, kept = masked_forward(loaded.model, ids[:, :-1], (n - 1, *[1] * 8), spec)
+        assert logits[0, n - 1 :].argmax(-1).tolist() == list(step.token_ids)
+        assert step.held == tuple(len(layer[0][0]) for layer in kept)
+        assert step.nbytes < last[0].nbytes
+    assert last[0].held == (n + 7,) * 6
+
+
+def test_closing_it_midway_restores_the_model(loaded):
+    rows = stream(loaded, PROMPT, [None, CompressionSpec()], max_new_tokens=50)
+    next(rows)
+    assert loaded.model.config._attn_implementation != "sdpa"
+    rows.close()
+    assert loaded.model.config._attn_implementation == "sdpa"
+
+
+def test_a_column_that_ends_its_text_waits_for_the_others(loaded, monkeypatch):
+    free = list(stream(loaded, PROMPT, [None, CompressionSpec(keep_ratio=0.2)], max_new_tokens=8))
+    end = free[-1][0].token_ids[2]
+    monkeypatch.setattr(loaded.model.generation_config, "eos_token_id", [end])
+    bound = list(stream(loaded, PROMPT, [None, CompressionSpec(keep_ratio=0.2)], max_new_tokens=8))
+    assert bound[-1][0].finished and len(bound[-1][0].token_ids) == free[-1][0].token_ids.index(end) + 1
+    assert len(bound) == 8 or bound[-1][1].finished
+
+
+def test_half_a_character_is_not_shown(loaded):
+    emoji = loaded.tokenizer("🙂", add_special_tokens=False).input_ids
+    whole = loaded.tokenizer.decode(emoji[-4:])
+    assert whole == "🙂"
+    assert _whole_characters("a" + loaded.tokenizer.decode(emoji[-4:-1])) == "a"
+
+
+def test_the_first_difference_is_found():
+    assert first_difference([1, 2, 3], [1, 2, 3]) is None
+    assert first_difference([1, 2, 3], [1, 9, 3]) == 1
+    assert first_difference([1, 2], [1, 2, 3]) is None
+
+
+def test_bad_requests_are_refused(loaded):
+    with pytest.raises(TextError, match="empty"):
+        next(stream(loaded, " ", [None], max_new_tokens=3))
+    with pytest.raises(ValueError, match="layer 9"):
+        next(stream(loaded, PROMPT, [CompressionSpec(skip_layers=(9,))], max_new_tokens=3))
+    latent = build("llama", vocab_size=4096)
+    latent.config.kv_lora_rank = 4
+    with pytest.raises(ModelError, match="latents"):
+        next(stream(LoadedModel(latent, loaded.tokenizer, "latent"), PROMPT, [CompressionSpec()], max_new_tokens=3))

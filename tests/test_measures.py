@@ -1,0 +1,173 @@
+"""Each figure against a slow loop over its definition, and against examples worked out by hand."""
+
+import numpy as np
+import pytest
+
+from analysis import Plan, alr, attention_loss, correlation, suggest_skip_layers, verdicts
+from analysis.measures import alr_chance, sink_share, status
+from analysis.run import Capture
+from analysis.skip import layer_loss
+from l2kv import CompressionSpec
+
+
+def run_of(key_norm, probe, received=None) -> Capture:
+    """A capture of [L, Hkv, T] norms and [L, H, T] attention."""
+    key_norm, probe = np.asarray(key_norm, np.float32), np.asarray(probe, np.float32)
+    layers, heads, n = probe.shape
+    return Capture(
+        model="made up",
+        architecture="None",
+        device="cpu",
+        dtype="float32",
+        text="x" * n,
+        labels=("x",) * n,
+        probe_label="y",
+        layer_kinds=("full",) * layers,
+        warnings=(),
+        seconds=0.0,
+        tokens_per_bin=1,
+        token_ids=np.arange(n),
+        token_spans=np.stack([np.arange(n), np.arange(1, n + 1)], axis=1).astype(np.int32),
+        key_norm=key_norm,
+        value_norm=key_norm,
+        attention_received=probe if received is None else np.asarray(received, np.float32),
+        probe_attention=probe,
+        pooled_attention=np.zeros((layers, heads, n, n), np.uint8),
+        pooled_scale=np.ones((layers, heads), np.float32),
+    )
+
+
+@pytest.fixture(scope="module", params=[0, 1], ids=["random", "with ties and a sink"])
+def run(request) -> Capture:
+    rng = np.random.default_rng(request.param)
+    norm, probe = rng.gamma(5, size=(3, 2, 40)), rng.gamma(0.3, size=(3, 6, 40))
+    if request.param:
+        norm, probe = norm.round(), probe.round(1)
+        norm[..., 0], probe[..., 0] = 0.5, 20
+    return run_of(norm, probe / probe.sum(-1, keepdims=True) * 0.9)
+
+
+def slow_losses(run, layer, head, leave_out):
+    """L^m of keeping low norms, of keeping high norms, and of the ideal order, m = 0..n, straight from the paper."""
+    attention = run.probe_attention[layer, head].astype(float).tolist()[leave_out:]
+    norms = run.key_norm[layer, head // 3].tolist()[leave_out:]
+    n = len(norms)
+
+    def curve(order):
+        return [sum(attention[i] for i in order[:m]) for m in range(n + 1)]
+
+    high_first = sorted(range(n), key=lambda i: (-norms[i], -i))  # of equals the earlier is kept
+    low_first = sorted(range(n), key=lambda i: (norms[i], -i))
+    ideal = sorted(range(n), key=lambda i: attention[i])
+    return curve(high_first), curve(low_first), curve(ideal)
+
+
+@pytest.mark.parametrize("leave_out", [0, 1, 3])
+def test_alr_and_the_loss_curves_are_the_papers_sums(run, leave_out):
+    figures = alr(run, leave_out=leave_out)
+    for layer in range(3):
+        for head in range(6):
+            low, high, ideal = slow_losses(run, layer, head, leave_out)
+            curves = attention_loss(run, layer, head, leave_out=leave_out)
+            for got, expected in ((curves.low_norm, low), (curves.high_norm, high), (curves.ideal, ideal)):
+                np.testing.assert_allclose(got, expected, atol=1e-12)
+            assert figures[layer, head] == pytest.approx(sum(a - b for a, b in zip(low[1:], ideal[1:], strict=True)))
+
+
+@pytest.mark.parametrize("leave_out", [0, 1])
+def test_alr_is_chance_times_one_plus_gamma(run, leave_out):
+    chance = alr_chance(run, leave_out=leave_out)
+    gamma = correlation(run, leave_out=leave_out)
+    np.testing.assert_allclose(alr(run, leave_out=leave_out), chance * (1 + gamma), rtol=1e-9, atol=1e-12)
+    for layer, head in np.ndindex(3, 6):
+        curves = attention_loss(run, layer, head, leave_out=leave_out)
+        assert chance[layer, head] == pytest.approx((curves.chance - curves.ideal)[1:].sum())
+
+
+def test_gamma_by_hand():
+    """Attention .5 .3 .2 (ranks 3 2 1): covariance with the norms' ranks over that with its own."""
+    run = run_of([[[1.0, 2.0, 3.0]], [[3.0, 2.0, 1.0]], [[2.0, 1.0, 3.0]]], [[[0.5, 0.3, 0.2]]] * 3)
+    np.testing.assert_allclose(correlation(run)[:, 0], [-1, 1, -1 / 3], atol=1e-6)
+    # norms 2 1 3: dropping the highest loses .2, then .2 + .5, then all; ideally .2, .5, all
+    np.testing.assert_allclose(alr(run)[:, 0], [0, 0.6, 0.2], atol=1e-6)
+
+
+def test_gamma_sees_the_sink_that_spearman_hides():
+    norm = [0.1, *range(1, 20)]
+    probe = [0.9, *(np.arange(1, 20) / 1900)]
+    run = run_of([[norm]], [[probe]])
+    assert correlation(run)[0, 0] < -0.8 and correlation(run, leave_out=1)[0, 0] == pytest.approx(1)
+    assert correlation(run, "spearman")[0, 0] > 0.5
+    assert verdicts(run)[0, 0] == "sink only"
+    assert sink_share(run)[0, 0] == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize("leave_out", [0, 1])
+def test_rank_correlations_are_those_of_their_definitions(run, leave_out):
+    def pearson(x, y):
+        mx, my = sum(x) / len(x), sum(y) / len(y)
+        top = sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True))
+        return top / (sum((a - mx) ** 2 for a in x) * sum((b - my) ** 2 for b in y)) ** 0.5
+
+    def mean_ranks(x):
+        return [sum(b < a for b in x) + (sum(b == a for b in x) + 1) / 2 for a in x]
+
+    spearman, plain = (
+        correlation(run, "spearman", leave_out=leave_out),
+        correlation(run, "pearson", leave_out=leave_out),
+    )
+    for layer, head in np.ndindex(3, 6):
+        x = run.key_norm[layer, head // 3, leave_out:].tolist()
+        y = run.attention_received[layer, head, leave_out:].tolist()
+        assert plain[layer, head] == pytest.approx(pearson(x, y))
+        assert spearman[layer, head] == pytest.approx(pearson(mean_ranks(x), mean_ranks(y)))
+
+
+def test_verdicts_by_sign_with_and_without_the_sink():
+    rest, falling, rising = [1.0, 2.0, 3.0], [0.03, 0.02, 0.01], [0.01, 0.02, 0.03]
+    low_sink, high_sink = [0.5, *rest], [9.0, *rest]
+    run = run_of(
+        [[low_sink], [low_sink], [high_sink], [high_sink]],
+        [[[0.9, *falling]], [[0.9, *rising]], [[0.9, *falling]], [[0.9, *rising]]],
+    )
+    assert verdicts(run)[:, 0].tolist() == ["follows the paper", "sink only", "hidden by the sink", "mirror"]
+
+
+def test_the_undefined_is_named_and_never_a_number():
+    run = run_of(
+        [[[1.0, 1.0, 1.0, 1.000001]], [[1.0, 2.0, 3.0, 4.0]], [[1.0, 2.0, 3.0, 4.0]]],
+        [[[0.4, 0.3, 0.2, 0.1]], [[0.0, 0.0, 0.0, 0.0]], [[0.4, 0.3, 0.2, 0.1]]],
+    )
+    assert status(run)[:, 0].tolist() == ["constant norms", "no attention", "ok"]
+    for figure in (correlation(run), correlation(run, "spearman"), alr(run)):
+        assert np.isnan(figure[:2]).all() and np.isfinite(figure[2]).all()
+    assert verdicts(run)[:, 0].tolist() == ["undefined", "undefined", "follows the paper"]
+    assert set(status(run, leave_out=2).ravel()) == {"too short"} and np.isnan(correlation(run, leave_out=2)).all()
+
+
+def test_an_unknown_method_is_refused(run):
+    with pytest.raises(ValueError, match="gini, spearman, pearson"):
+        correlation(run, "kendall")
+
+
+def test_layers_are_skipped_where_the_policy_is_no_better_than_dice():
+    ranks = np.arange(1.0, 9.0)
+    run = run_of([[ranks], [ranks], [np.ones(8)]], [[1 / ranks], [ranks], [ranks]])
+    assert layer_loss(run).by_layer[:2] == pytest.approx([0, 2])
+    assert suggest_skip_layers(run).layers == (1, 2)
+    assert suggest_skip_layers(run, "high_norm").layers == (0, 2)
+    assert suggest_skip_layers(run, threshold=2.5).layers == (2,)
+    assert "8 tokens" in suggest_skip_layers(run).rule and "1 of them" in suggest_skip_layers(run).rule
+
+
+def test_a_layer_counts_its_heads_by_what_there_is_to_lose(run):
+    loss, low, chance = layer_loss(run), alr(run), alr_chance(run)
+    np.testing.assert_allclose(loss.by_layer, low.mean(1) / chance.mean(1))
+    np.testing.assert_allclose(loss.paper, low.mean(1))
+    np.testing.assert_allclose(layer_loss(run, "high_norm").by_head, 2 - low / chance)
+    np.testing.assert_allclose(layer_loss(run, "random").by_layer, 1)
+
+
+def test_a_plan_is_read_back_as_it_was_written():
+    plan = Plan("books-5m", CompressionSpec(keep_ratio=0.3, skip_layers=(0, 4), protect_last=32), "by hand")
+    assert Plan.from_json(plan.to_json()) == plan
