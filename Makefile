@@ -7,7 +7,7 @@ MODEL ?= books-5m
 
 .PHONY: app test lint bench demo
 app: $(VENV)/app.stamp
-	$(BIN)/streamlit run app/main.py --server.port $(PORT)
+	$(BIN)/python -m streamlit run app/main.py --server.port $(PORT)
 
 test: $(VENV)/dev.stamp lint
 	$(BIN)/python -m pytest -n auto

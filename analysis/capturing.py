@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from analysis.errors import ModelError, TextError
-from analysis.memory import BLOCK, MAX_BINS, check_fits
+from analysis.memory import BLOCK, MAX_BINS, check_fits, memory_errors
 from analysis.models import LoadedModel
 from analysis.run import Capture
 from analysis.tokens import MIN_TOKENS, Tokens, tokenize
@@ -48,7 +48,7 @@ def capture(loaded: LoadedModel, text: str, *, on_layer: OnLayer | None = None) 
     ids = torch.from_numpy(tokens.ids)[None].to(loaded.device)
     cache = DynamicCache(config=config)
     try:
-        with torch.inference_mode(), attention_seam(model, recorder.attend):
+        with memory_errors(), torch.inference_mode(), attention_seam(model, recorder.attend):
             logits = _last_logits(model, ids, cache)
             if not logits.isfinite().all():
                 raise ModelError(f"{loaded.name} computes NaN or infinity on this text; its weights may be damaged.")
@@ -70,6 +70,7 @@ def capture(loaded: LoadedModel, text: str, *, on_layer: OnLayer | None = None) 
         layer_kinds=tuple("sliding" if s else "full" for s in cache.is_sliding),
         warnings=tuple(warnings),
         seconds=time.perf_counter() - started,
+        head_dim=cache.layers[0].values.shape[-1],
         tokens_per_bin=recorder.bin_width,
         token_ids=tokens.ids,
         token_spans=tokens.spans,
@@ -82,21 +83,23 @@ def capture(loaded: LoadedModel, text: str, *, on_layer: OnLayer | None = None) 
     )
 
 
-def check_length(loaded: LoadedModel, tokens: Tokens) -> list[str]:
+def check_length(loaded: LoadedModel, tokens: Tokens, *, new_tokens: int = 1) -> list[str]:
     """Warnings about the length of a text. Raises TextError where the model cannot take it at all."""
     n, limit = len(tokens), getattr(loaded.config, "max_position_embeddings", None)
     if n < MIN_TOKENS:
         raise TextError(f"The text has {n} token{'s' * (n != 1)}; at least {MIN_TOKENS} are needed to rank them.")
     if tokens.ids.max() >= loaded.model.get_input_embeddings().num_embeddings:
         raise TextError("The tokenizer gives tokens that the model does not have: the two do not belong together.")
-    if limit is None or n < limit:
+    if limit is None or n + new_tokens <= limit:
         return []
     if getattr(loaded.config, "rope_parameters", None) is None:
         raise TextError(
-            f"The text has {n} tokens, and one more is run after it; {loaded.name} has positions for {limit}. "
-            f"Shorten it to {limit - 1} tokens."
+            f"The text has {n} tokens, and {new_tokens} more are run after it; {loaded.name} has positions for "
+            f"{limit}. Shorten it to {max(limit - new_tokens, 0)} tokens."
         )
-    return [f"{n} tokens are more than the {limit} that {loaded.name} was trained on: expect it to fail beyond."]
+    return [
+        f"{n} tokens and {new_tokens} more are beyond the {limit} that {loaded.name} was trained on: expect it to fail."
+    ]
 
 
 def _last_logits(model: nn.Module, ids: Tensor, cache: DynamicCache) -> Tensor:

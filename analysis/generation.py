@@ -15,6 +15,7 @@ from transformers import Cache, DynamicCache
 
 from analysis.capturing import check_length
 from analysis.errors import ModelError
+from analysis.memory import memory_errors
 from analysis.models import LoadedModel
 from analysis.tokens import Tokens, tokenize
 from l2kv import CompressedCache, CompressionSpec, UnsupportedModelError, cache_nbytes, compressible
@@ -44,9 +45,9 @@ def stream(
         ValueError: a spec does not fit the model.
     """
     tokens = tokenize(loaded.tokenizer, prompt)
-    check_length(loaded, tokens)
+    check_length(loaded, tokens, new_tokens=max_new_tokens)
     try:
-        with compressible(loaded.model), torch.inference_mode():
+        with memory_errors(), compressible(loaded.model), torch.inference_mode():
             columns = [_Column(loaded, tokens, spec) for spec in specs]
             for _ in range(max_new_tokens):
                 yield tuple(column.step() for column in columns)

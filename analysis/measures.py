@@ -13,6 +13,7 @@ and ALR = (1 + Γ) * the ALR expected of a random order. Undefined values are Na
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,7 +21,11 @@ import numpy as np
 from scipy import stats
 
 from analysis.run import Capture
+from l2kv.spec import CompressionSpec
 
+_NORM_SIGN = {"low_norm": -1.0, "high_norm": 1.0}
+
+WEAK = 0.1  # a |Γ| below this is not called on one text: between texts it changes sign
 CONSTANT = 1e-5  # a relative spread of norms below this is rounding, not order
 
 
@@ -100,11 +105,12 @@ def sink_share(capture: Capture, *, n_first: int = 1) -> np.ndarray:
 
 
 VERDICTS = {
-    "follows the paper": "Γ < 0 with and without the sink: low-norm keys get the attention",
-    "sink only": "Γ < 0 only thanks to the first token: take it out, and low norm predicts nothing good",
-    "hidden by the sink": "Γ > 0 only because of the first token: among the others, low norm does get the attention",
-    "mirror": "Γ > 0 with and without the sink: HIGH-norm keys get the attention",
-    "undefined": "no order to compare (see the status)",
+    "follows the paper": "Γ < 0 with and without the first token: low-norm keys get the attention",
+    "sink only": "Γ < 0 only thanks to the first token; without it high-norm keys get the attention",
+    "hidden by the sink": "Γ > 0 only because of the first token; without it low-norm keys get the attention",
+    "mirror": "Γ > 0 with and without the first token: HIGH-norm keys get the attention",
+    "too weak to call": f"|Γ| < {WEAK} with and without the first token: one text cannot tell its sign",
+    "undefined": "no order to compare: constant norms, no attention, or too short a text",
 }
 
 
@@ -118,9 +124,79 @@ def verdicts(capture: Capture) -> np.ndarray:
         "sink only": (with_sink < 0) & (without >= 0),
         "hidden by the sink": (with_sink >= 0) & (without < 0),
         "mirror": (with_sink >= 0) & (without >= 0),
+        "too weak to call": (abs(with_sink) < WEAK) & (abs(without) < WEAK),  # the last word
     }.items():
         result[defined & chosen] = name
     return result
+
+
+def answer(capture: Capture) -> str:
+    """Does low norm predict attention in this model? In two or three sentences."""
+    verdict, gamma = verdicts(capture), correlation(capture)
+    defined = verdict != "undefined"
+    total = int(defined.sum())
+    if not total:
+        return "This run cannot tell: in no head do norms and attention give an order to compare."
+    follows, mirror = (int((verdict == name).sum()) for name in ("follows the paper", "mirror"))
+    if follows > 0.75 * total:
+        short = "Yes, in most heads."
+    elif mirror > 0.75 * total:
+        short = "No, the opposite: in most heads HIGH-norm keys get the attention."
+    elif max(follows, mirror) < 0.25 * total:
+        short = "Hardly: in most heads norm and attention have little to do with each other."
+    else:
+        short = "It depends on the head."
+    others = total - follows - mirror
+    return (
+        f"{short} In {follows} of {total} heads low-norm keys get the attention, as the paper says; in {mirror} "
+        f"high-norm keys do; {others} {'is' if others == 1 else 'are'} too weak to call or hang on the first token. "
+        f"Median Γ {np.median(gamma[defined]):+.2f}."
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeadFigures:
+    """All figures of all heads, [L, H] each."""
+
+    gamma: np.ndarray
+    alr: np.ndarray
+    alr_per_token: np.ndarray  # ALR / n, in [0, 1]: what two texts may be compared by
+    alr_against_chance: np.ndarray  # 1 + Γ
+    spearman: np.ndarray
+    pearson: np.ndarray
+    sink_share: np.ndarray
+    status: np.ndarray
+    verdict: np.ndarray
+
+
+def head_figures(capture: Capture, *, leave_out: int = 0) -> HeadFigures:
+    """Everything there is to say of each head in a number; `leave_out` as in `correlation`, not for the verdict."""
+    gamma, loss = correlation(capture, leave_out=leave_out), alr(capture, leave_out=leave_out)
+    return HeadFigures(
+        gamma=gamma,
+        alr=loss,
+        alr_per_token=loss / max(capture.n_tokens - leave_out, 1),
+        alr_against_chance=1 + gamma,
+        spearman=correlation(capture, "spearman", leave_out=leave_out),
+        pearson=correlation(capture, "pearson", leave_out=leave_out),
+        sink_share=sink_share(capture),
+        status=status(capture, leave_out=leave_out),
+        verdict=verdicts(capture),
+    )
+
+
+def kept_tokens(capture: Capture, layer: int, head: int, spec: CompressionSpec) -> np.ndarray:
+    """Which tokens the kv head of `head` keeps when the whole text is compressed at once by norm, [T] bool."""
+    if spec.policy not in _NORM_SIGN:
+        raise ValueError(f"kept_tokens goes by norm: {', '.join(_NORM_SIGN)}; got {spec.policy!r}")
+    n = capture.n_tokens
+    kept = np.ones(n, dtype=bool)
+    if layer in spec.skip_layers or capture.layer_kinds[layer] != "full":
+        return kept
+    score = _NORM_SIGN[spec.policy] * capture.key_norm[layer, capture.kv_head(head)].astype(np.float64)
+    score[: spec.protect_first] = score[n - min(spec.protect_last, n) :] = np.inf
+    kept[np.argsort(-score, kind="stable")[spec.kept(n, n) :]] = False
+    return kept
 
 
 def _cumulative(values: np.ndarray) -> np.ndarray:
@@ -156,7 +232,7 @@ def _row_by_row(statistic: Callable) -> Callable[[Capture, int], np.ndarray]:
         norm, attention = capture.key_norm_by_head()[..., leave_out:], capture.attention_received[..., leave_out:]
         if norm.shape[-1] < 3:
             return np.full(norm.shape[:2], np.nan)
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with warnings.catch_warnings(action="ignore", category=stats.ConstantInputWarning):  # `status` tells
             return statistic(norm.astype(np.float64), attention.astype(np.float64))
 
     return compute

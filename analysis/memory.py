@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import psutil
 
 from analysis.errors import OutOfMemoryError
+from l2kv.spec import CompressionSpec
 
 if TYPE_CHECKING:
     from analysis.models import LoadedModel
@@ -16,33 +21,44 @@ MAX_BINS = 128  # of its pooled attention map, a side
 _SHARE_OF_FREE = 0.8  # the rest is for others, and for the estimate being one
 
 
-def cache_bytes(config, n_tokens: int, *, bytes_per_number: int, keep_ratio: float = 1.0, skip_layers=()) -> int:
-    """Bytes of keys and values after `n_tokens`, by arithmetic, when all but `skip_layers` keep a share of them."""
-    from l2kv.spec import share
+@dataclass(frozen=True, slots=True)
+class CacheShape:
+    """What a token takes in a key/value cache, in the layers that keep every token (no sliding window)."""
 
-    layers, _, kv_heads, head_dim = shape_of(config)
-    skipped = len(set(skip_layers) & set(range(layers)))
-    pairs = skipped * n_tokens + (layers - skipped) * share(keep_ratio, n_tokens)
-    return pairs * 2 * kv_heads * head_dim * bytes_per_number
+    layers: tuple[int, ...]  # which they are
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    itemsize: int  # bytes per number
+
+    @classmethod
+    def of(cls, config, itemsize: int) -> CacheShape:
+        """Of a decoder's config (the language part of it)."""
+        heads = config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+        layers = tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
+        return cls(layers, heads, kv_heads, head_dim, itemsize)
+
+    def nbytes(self, n_tokens: int, spec: CompressionSpec | None = None) -> int:
+        """Bytes of keys and values after `n_tokens`, whole or as `spec` leaves them."""
+        pairs = 0
+        for layer in self.layers:
+            whole = spec is None or layer in spec.skip_layers
+            pairs += n_tokens if whole else spec.kept(n_tokens, n_tokens)
+        return pairs * 2 * self.n_kv_heads * self.head_dim * self.itemsize
 
 
-def shape_of(config) -> tuple[int, int, int, int]:
-    """(L, H, Hkv, D) of a decoder's config."""
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return config.num_hidden_layers, heads, kv_heads, head_dim
-
-
-def capture_bytes(config, n_tokens: int, *, bytes_per_number: int) -> int:
+def capture_bytes(config, n_tokens: int, *, itemsize: int) -> int:
     """About what a capture takes beyond the model's weights."""
-    layers, heads, kv_heads, _ = shape_of(config)
-    cache = cache_bytes(config, n_tokens, bytes_per_number=bytes_per_number)
+    shape = CacheShape.of(config, itemsize)
+    heads, kv_heads = shape.n_heads, shape.n_kv_heads
     blocks = 4 * heads * min(BLOCK, n_tokens) * n_tokens * 4  # scores, probabilities, and the sums over them
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    activations = n_tokens * (6 * config.hidden_size + 3 * inner) * bytes_per_number
-    results = layers * (2 * heads + 2 * kv_heads) * n_tokens * 4 + layers * heads * MAX_BINS**2
-    return cache + blocks + activations + results
+    activations = n_tokens * (6 * config.hidden_size + 3 * inner) * itemsize
+    results = config.num_hidden_layers * ((2 * heads + 2 * kv_heads) * n_tokens * 4 + heads * MAX_BINS**2)
+    return shape.nbytes(n_tokens) + blocks + activations + results
 
 
 def free_bytes(device) -> int:
@@ -57,10 +73,10 @@ def free_bytes(device) -> int:
 
 def check_fits(loaded: LoadedModel, n_tokens: int) -> int:
     """The estimate for a capture of `n_tokens`. Raises OutOfMemoryError, naming the length that would fit."""
-    size, allowed = loaded.model.dtype.itemsize, int(free_bytes(loaded.device) * _SHARE_OF_FREE)
+    itemsize, allowed = loaded.model.dtype.itemsize, int(free_bytes(loaded.device) * _SHARE_OF_FREE)
 
     def needed(n: int) -> int:
-        return capture_bytes(loaded.config, n, bytes_per_number=size)
+        return capture_bytes(loaded.config, n, itemsize=itemsize)
 
     if needed(n_tokens) <= allowed:
         return needed(n_tokens)
@@ -72,6 +88,25 @@ def check_fits(loaded: LoadedModel, n_tokens: int) -> int:
         f"A text of {n_tokens:,} tokens would take about {human_bytes(needed(n_tokens))} beyond the model, and "
         f"{human_bytes(allowed)} may be used. Shorten it to about {fits:,} tokens."
     )
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Running out of memory inside the block becomes an OutOfMemoryError, and what was half done is freed."""
+    try:
+        yield
+        return
+    except (MemoryError, RuntimeError) as error:
+        words = ("out of memory", "not enough memory", "can't allocate memory")  # CUDA's and the CPU allocator's
+        if not isinstance(error, MemoryError) and not any(w in str(error).lower() for w in words):
+            raise
+    # Outside the except block: the error's traceback held the tensors, and must be gone before they can be freed.
+    gc.collect()
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    raise OutOfMemoryError("Memory ran out, and what was begun has been freed. Try a shorter text or a smaller model.")
 
 
 def human_bytes(n: float) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +14,7 @@ from analysis.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 BUNDLED = Path(__file__).parent / "bundled"
 BUNDLED_MODELS = tuple(sorted(p.parent.name for p in BUNDLED.glob("*/config.json")))
@@ -29,8 +31,9 @@ _BOUNDS = {
     "n_layer": 1024,
     "n_embd": 65_536,
     "n_head": 1024,
+    "num_labels": 10_000,
 }
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_ID = re.compile(r"(?=.{1,96}$)[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -67,28 +70,30 @@ def load_model(ref: str | Path, *, device: str | None = None, dtype: torch.dtype
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from l2kv import UnsupportedModelError, check_compressible
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
     safe = {"trust_remote_code": False, "local_files_only": True}
     name = _name(ref)
-    try:
-        check_compressible(AutoConfig.from_pretrained(folder, **safe).get_text_config(decoder=True))
+    with _reading(name, "config.json"):
+        config = AutoConfig.from_pretrained(folder, **safe)
+        _check_kind(config, name)
+        _check_size(config, folder, name)
+    with _reading(name, "weights"):
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
+        # Wrong shapes are refused below: the error that transformers raises for them does not name one.
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **safe
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **safe
         )
+        if missing := sorted(info["missing_keys"]):
+            raise ModelError(f"{name} is incomplete: {len(missing)} weights are missing, the first is {missing[0]}.")
+        for key, stored, expected in sorted(info["mismatched_keys"]):
+            raise ModelError(
+                f"{name}: the weight {key} is of shape {tuple(stored)}, config.json asks for {tuple(expected)}. "
+                "The two do not belong together."
+            )
+        model = model.eval().to(device)
+    with _reading(name, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder, **safe)
-    except UnsupportedModelError as error:
-        raise ModelError(f"{name}: {error}") from error
-    except MemoryError as error:
-        raise ModelError(f"{name} does not fit into memory. Try a smaller model.") from error
-    # transformers reports a broken folder by whatever its parsers happen to raise.
-    except Exception as error:
-        raise ModelError(f"{name} could not be loaded: {_first_line(error)}") from error
-    if missing := sorted(info["missing_keys"]):
-        raise ModelError(f"{name} is incomplete: {len(missing)} weights are missing, the first is {missing[0]}.")
-    return LoadedModel(model.eval().to(device), tokenizer, name)
+    return LoadedModel(model, tokenizer, name)
 
 
 def model_folder(ref: str | Path) -> Path:
@@ -96,16 +101,59 @@ def model_folder(ref: str | Path) -> Path:
     text = str(ref).strip()
     if text in BUNDLED_MODELS:
         return BUNDLED / text
-    if Path(text).expanduser().is_dir():
-        folder = Path(text).expanduser().resolve()
+    if folder := _folder(text):
         _vet(folder, text)
         return folder
     if not _HUB_ID.fullmatch(text):
         raise ModelError(
-            f"No such model: {text!r}. Give the name of a bundled model ({', '.join(BUNDLED_MODELS)}), a folder that "
-            "exists, or a Hugging Face id such as Qwen/Qwen3-0.6B."
+            f"No such model: {text!r:.100}. Give the name of a bundled model ({', '.join(BUNDLED_MODELS)}), a folder "
+            "that exists, or a Hugging Face id such as Qwen/Qwen3-0.6B."
         )
     return _fetch(text)
+
+
+@contextmanager
+def _reading(name: str, part: str) -> Iterator[None]:
+    """Name the part of the model folder that broke: transformers reports it by whatever its parsers happen to raise."""
+    import torch
+
+    from l2kv import UnsupportedModelError
+
+    try:
+        yield
+    except ModelError:
+        raise
+    except UnsupportedModelError as error:
+        raise ModelError(f"{name}: {error}") from error
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ModelError(f"{name} does not fit into memory. Try a smaller model.") from error
+    except Exception as error:
+        raise ModelError(f"{name}: its {part} cannot be used ({_short(error)}).") from error
+
+
+def _check_kind(config: PretrainedConfig, name: str) -> None:
+    """Refuse a model that is not decoder-only, or has no keys to look at."""
+    from l2kv import check_compressible
+
+    text_config = config.get_text_config(decoder=True)
+    check_compressible(text_config)
+    if not getattr(text_config, "num_attention_heads", None):
+        raise ModelError(f"{name}: {config.model_type} has no attention heads, so there are no keys to look at.")
+
+
+def _check_size(config: PretrainedConfig, folder: Path, name: str) -> None:
+    """Refuse a config of more weights than the files can hold: the others would be made up, and take all memory."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        described = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    held = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if described > held:  # a weight takes two bytes or more; two tied ones may be stored as one
+        raise ModelError(
+            f"{name} is incomplete: config.json describes {described:,} weights, but all its .safetensors files "
+            f"together have {held:,} bytes."
+        )
 
 
 def _fetch(hub_id: str) -> Path:
@@ -124,7 +172,7 @@ def _fetch(hub_id: str) -> Path:
     except Exception as error:  # offline, a proxy, a full disk: the hub client raises many kinds
         raise ModelError(
             f"{hub_id!r} is not a local folder, and could not be fetched from the Hugging Face hub "
-            f"({_first_line(error)}). Check the name and the connection, or give a local folder."
+            f"({_short(error)}). Check the name and the connection, or give a local folder."
         ) from error
     _vet(folder, hub_id)
     return folder
@@ -133,53 +181,77 @@ def _fetch(hub_id: str) -> Path:
 def _vet(folder: Path, name: str) -> None:
     """Refuse a model folder that is unsafe or not one."""
     _vet_config(folder / "config.json", name)
-    if not list(folder.glob("*.safetensors")):
-        others = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".gguf")]
+    try:
+        files = {path.name for path in folder.iterdir() if path.is_file()}
+    except OSError as error:
+        raise ModelError(f"{name} cannot be read ({_short(error)}).") from error
+    if "adapter_config.json" in files:  # transformers would load the base model that it names, from anywhere
+        raise ModelError(f"{name} is an adapter. Merge it into its base model, and give that one.")
+    if not any(file.endswith(".safetensors") for file in files):
+        others = sorted(file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt", ".gguf")))
         found = f" (found {others[0]}: convert it with transformers' save_pretrained)" if others else ""
         raise ModelError(f"{name} has no .safetensors weights{found}. Other formats can run code, and are not read.")
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        shards = set(_read_json(index, name).get("weight_map", {}).values())
-        for shard in shards:
-            if Path(shard).name != shard:
-                raise ModelError(f"{name}: {index.name} points outside its folder ({shard!r}).")
-            if not (folder / shard).exists():
+    for index in (file for file in files if file.endswith(".safetensors.index.json")):
+        weight_map = _read_json(folder / index, name).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise ModelError(f"{name}: {index} does not map weights to files (weight_map).")
+        for shard in set(weight_map.values()):
+            if Path(shard).name != shard or not shard.endswith(".safetensors"):
+                raise ModelError(f"{name}: {index} points outside its folder or at no .safetensors ({shard!r:.100}).")
+            if shard not in files:
                 raise ModelError(f"{name} is incomplete: {shard} is missing.")
 
 
 def _vet_config(path: Path, name: str) -> None:
-    if not path.exists():
+    if not path.is_file():
         raise ModelError(f"{name} is no model folder: it has no config.json.")
     config = _read_json(path, name)
-    for part in [config, *(v for v in config.values() if isinstance(v, dict))]:
+    for part in _parts(config):
         for key, bound in _BOUNDS.items():
             value = part.get(key)
             if isinstance(value, (int, float)) and not 0 < value <= bound:
                 raise ModelError(f"{name}: config.json says {key} = {value}, which is out of range (1 to {bound}).")
         for key in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"):
             if "/" in str(part.get(key, "")):
-                raise ModelError(f"{name}: config.json asks for attention code from elsewhere ({part[key]!r}).")
-    if any("--" in str(target) for target in (config.get("auto_map") or {}).values()):
-        raise ModelError(f"{name}: config.json asks for code of another repository (auto_map). It is not run.")
-    if config.get("quantization_config"):
-        raise ModelError(f"{name} is quantised, which is not supported yet. Give the unquantised model.")
+                raise ModelError(f"{name}: config.json asks for attention code from elsewhere ({part[key]!r:.100}).")
+        if "--" in str(part.get("auto_map", "")):
+            raise ModelError(f"{name}: config.json asks for code of another repository (auto_map). It is not run.")
+        if part.get("quantization_config") is not None:
+            raise ModelError(f"{name} is quantised, which is not supported yet. Give the unquantised model.")
+
+
+def _parts(config: dict) -> Iterator[dict]:
+    """The config and every one within it, however deep."""
+    pending = [config]
+    while pending:
+        yield (part := pending.pop())
+        pending += [value for value in part.values() if isinstance(value, dict)]
 
 
 def _read_json(path: Path, name: str) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{name}: {path.name} cannot be read ({_first_line(error)}).") from error
+        raise ModelError(f"{name}: {path.name} cannot be read ({_short(error)}).") from error
     if not isinstance(content, dict):
         raise ModelError(f"{name}: {path.name} is not a JSON object.")
     return content
 
 
+def _folder(text: str) -> Path | None:
+    try:
+        path = Path(text).expanduser()
+        return path.resolve() if text and path.is_dir() else None
+    except (OSError, RuntimeError):  # too long a name, no right to look, the home of nobody
+        return None
+
+
 def _name(ref: str | Path) -> str:
     text = str(ref).strip()
-    return Path(text).expanduser().resolve().name if Path(text).expanduser().is_dir() else text
+    folder = _folder(text)
+    return folder.name if folder else text
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:300]
+def _short(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return (f"no {text}" if isinstance(error, KeyError) else text)[:300]

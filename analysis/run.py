@@ -7,8 +7,11 @@ run on disk is whole or not there, and it can be handed on in one piece. Reading
 from __future__ import annotations
 
 import json
+import math
 import os
-import tempfile
+import secrets
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -17,11 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from analysis.errors import RunFileError
+from analysis.memory import CacheShape
 
 VERSION = 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # arrays have no equality; identity also makes it a key of caches
 class Capture:
     """One text in one model. L layers, H query heads, Hkv kv heads, T tokens, P <= 128 bins of tokens.
 
@@ -38,6 +42,7 @@ class Capture:
     layer_kinds: tuple[str, ...]  # L of "full" or "sliding"
     warnings: tuple[str, ...]
     seconds: float
+    head_dim: int
     tokens_per_bin: int
 
     token_ids: np.ndarray  # [T] int64
@@ -50,8 +55,8 @@ class Capture:
     pooled_scale: np.ndarray  # [L, H] float32
 
     def __post_init__(self) -> None:
-        length, (layers, heads) = len(self.token_ids), self.probe_attention.shape[:2]
-        kv_heads, bins = self.key_norm.shape[1], self.pooled_attention.shape[-1]
+        (layers, heads, length), (_, kv_heads, _) = self.probe_attention.shape, self.key_norm.shape
+        *_, bins = self.pooled_attention.shape
         expected = {
             "token_ids": (length,),
             "token_spans": (length, 2),
@@ -65,8 +70,10 @@ class Capture:
         for name, shape in expected.items():
             if getattr(self, name).shape != shape:
                 raise ValueError(f"{name} must be of shape {shape}, got {getattr(self, name).shape}")
-        if heads % kv_heads or len(self.labels) != length or len(self.layer_kinds) != layers or self.tokens_per_bin < 1:
-            raise ValueError("the parts of the capture do not fit each other")
+        if 0 in (layers, heads, kv_heads, length, bins) or heads % kv_heads:
+            raise ValueError(f"no run has {layers} layers, {heads} heads, {kv_heads} kv heads and {length} tokens")
+        if len(self.labels) != length or len(self.layer_kinds) != layers or self.tokens_per_bin < 1:
+            raise ValueError(f"labels, layer_kinds or tokens_per_bin do not fit {length} tokens in {layers} layers")
 
     @property
     def n_layers(self) -> int:
@@ -83,6 +90,13 @@ class Capture:
     @property
     def n_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def cache_shape(self) -> CacheShape:
+        """Of the key/value cache of this model, in the dtype it ran in."""
+        itemsize = 4 if self.dtype == "float32" else 2
+        layers = tuple(i for i, kind in enumerate(self.layer_kinds) if kind == "full")
+        return CacheShape(layers, self.n_heads, self.n_kv_heads, self.head_dim, itemsize)
 
     def kv_head(self, head: int) -> int:
         """The kv head that a query head reads."""
@@ -102,21 +116,29 @@ _HEADER = tuple(f.name for f in fields(Capture) if f.type != "np.ndarray")
 
 
 def save_run(capture: Capture, path: str | Path) -> Path:
-    """Write a run to a file; whatever happens meanwhile, `path` is the old file or the whole new one."""
+    """Write a run to a file; whatever happens meanwhile, `path` is the old file or the whole new one.
+
+    Raises:
+        RunFileError: it cannot be written there; the message says why.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     header = {name: getattr(capture, name) for name in _HEADER}
     arrays = {name: np.ascontiguousarray(getattr(capture, name)) for name in _ARRAYS}
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as temporary:
-        temporary_path = Path(temporary.name)
+    temporary = path.parent / f".{secrets.token_hex(8)}.tmp"
     try:
-        save_file(arrays, temporary_path, metadata={"l2kv_run": str(VERSION), "header": json.dumps(header)})
-        with temporary_path.open("rb") as written:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # save_file would leave a file that only its owner can read
+        save_file(arrays, temporary, metadata={"l2kv_run": str(VERSION), "header": json.dumps(header)})
+        temporary.chmod(mode)
+        with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        temporary_path.replace(path)
-    except BaseException:
-        temporary_path.unlink(missing_ok=True)
-        raise
+        temporary.replace(path)
+    except (SafetensorError, OSError) as error:
+        raise RunFileError(f"The run cannot be written to {path}: {error}. Choose another place.") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
     return path
 
 
@@ -128,6 +150,8 @@ def load_run(path: str | Path) -> Capture:
     """
     path = Path(path)
     try:
+        if not path.is_file():
+            raise RunFileError(f"There is no file {path}.")
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             if "l2kv_run" not in metadata:
@@ -137,29 +161,61 @@ def load_run(path: str | Path) -> Capture:
                     f"{path.name} is of version {metadata['l2kv_run'][:20]}, this program reads version {VERSION}. "
                     "Use the program that wrote it, or capture the text again."
                 )
-            header = json.loads(metadata["header"])
+            header = json.loads(metadata.get("header", "null"))
+            _check_names("header", header if isinstance(header, dict) else (), _HEADER)
+            _check_names("arrays", file.keys(), _ARRAYS)
             arrays = {name: file.get_tensor(name) for name in _ARRAYS}
         tuples = {name: tuple(value) for name, value in header.items() if isinstance(value, list)}
-        capture = Capture(**(header | tuples | arrays))
-        _check_values(capture)
+        _check_header(header | tuples)
+        _check_arrays(arrays, header["text"])
+        capture = Capture(**header | tuples | arrays)
+        if capture.pooled_attention.shape[-1] != math.ceil(capture.n_tokens / capture.tokens_per_bin):
+            raise ValueError("tokens_per_bin does not fit pooled_attention")
+        return capture
     except RunFileError:
         raise
-    except FileNotFoundError as error:
-        raise RunFileError(f"There is no file {path}.") from error
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RecursionError, MemoryError) as error:
         raise RunFileError(f"{path.name} is not a run that can be read: {str(error)[:200]}") from error
-    return capture
 
 
-def _check_values(capture: Capture) -> None:
-    texts = (capture.model, capture.architecture, capture.device, capture.dtype, capture.text, capture.probe_label)
-    if not all(isinstance(t, str) for t in (*texts, *capture.labels, *capture.layer_kinds, *capture.warnings)):
-        raise ValueError("a field that should be text is not")
-    if not isinstance(capture.tokens_per_bin, int) or not isinstance(capture.seconds, (int, float)):
-        raise ValueError("a field that should be a number is not")
-    for name in ("key_norm", "value_norm", "attention_received", "probe_attention", "pooled_scale"):
-        values = getattr(capture, name)
-        if values.dtype != np.float32 or not np.isfinite(values).all() or (values < 0).any():
+def _check_names(what: str, got: Iterable[str], expected: tuple[str, ...]) -> None:
+    if missing := set(expected) - set(got):
+        raise ValueError(f"its {what} lack {', '.join(sorted(missing))}")
+    if foreign := set(got) - set(expected):
+        raise ValueError(f"its {what} hold {', '.join(sorted(foreign))}, which no run has")
+
+
+def _check_header(header: dict[str, object]) -> None:
+    for name in ("model", "architecture", "device", "dtype", "text", "probe_label"):
+        _check_text(name, header[name])
+    for name in ("labels", "layer_kinds", "warnings"):
+        if not isinstance(header[name], tuple):
+            raise ValueError(f"{name} is not a list of texts")
+        for value in header[name]:
+            _check_text(name, value)
+    if not set(header["layer_kinds"]) <= {"full", "sliding"}:
+        raise ValueError("layer_kinds are full or sliding")
+    for name in ("head_dim", "tokens_per_bin"):
+        if type(header[name]) is not int or header[name] < 1:
+            raise ValueError(f"{name} must be a whole number from 1, got {header[name]!r}")
+    if type(header["seconds"]) not in (int, float) or not 0 <= header["seconds"] < math.inf:
+        raise ValueError(f"seconds must be a number, got {header['seconds']!r}")
+
+
+def _check_text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} should be text, got {value!r}")
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(f"{name} holds half a character (a lone surrogate)")  # which cannot be shown or written
+
+
+def _check_arrays(arrays: dict[str, np.ndarray], text: str) -> None:
+    whole = {"token_ids": np.int64, "token_spans": np.int32, "pooled_attention": np.uint8}
+    for name, values in arrays.items():
+        if values.dtype != whole.get(name, np.float32):
+            raise ValueError(f"{name} is of type {values.dtype}")
+        if not np.isfinite(values).all() or (values < 0).any():
             raise ValueError(f"{name} holds values that no run can have")
-    if capture.pooled_attention.dtype != np.uint8 or capture.token_ids.dtype != np.int64:
-        raise ValueError("an array is of the wrong type")
+    spans = arrays["token_spans"]
+    if spans.ndim != 2 or (np.diff(spans) < 0).any() or (spans > len(text)).any():
+        raise ValueError("token_spans point outside the text")

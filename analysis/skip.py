@@ -57,10 +57,10 @@ def suggest_skip_layers(
     loss = layer_loss(capture, policy, leave_out=leave_out).by_layer
     layers = tuple(int(i) for i in np.flatnonzero(~(loss < threshold)))  # undefined layers are skipped as well
     undefined = int(np.isnan(loss).sum())
+    bar = "no less than a random order would" if threshold == 1 else f"at least {threshold:g} times what dice would"
     rule = (
-        f"Skip every layer whose heads, taken together, lose at least {threshold:g} times what a random order loses "
-        f"beyond the ideal one (ALR / chance ≥ {threshold:g}), on this text of {capture.n_tokens} tokens, for the "
-        f"query of the next token."
+        f"Skip every layer in which {policy} loses {bar}, beyond what the ideal order loses (ALR / chance of its heads "
+        f"taken together ≥ {threshold:g}). Measured on this text of {capture.n_tokens} tokens, for the next token."
     )
     if undefined:
         rule += f" {undefined} of them because norms or attention give no order there."
@@ -78,20 +78,27 @@ class Plan:
     def to_json(self) -> str:
         """The file's text."""
         content = {"l2kv_plan": PLAN_VERSION, "model": self.model, "note": self.note, "spec": asdict(self.spec)}
-        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        return json.dumps(content, indent=2, ensure_ascii=False, default=int) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
         """Read a plan, which may come from anyone. Raises RunFileError, with the reason."""
         try:
             content = json.loads(text)
+            if not isinstance(content, dict):
+                raise RunFileError("This is no plan: it is not a JSON object.")
             if content.get("l2kv_plan") != PLAN_VERSION:
                 raise RunFileError(
-                    f"This is no plan of version {PLAN_VERSION}: l2kv_plan is {content.get('l2kv_plan')!r}."
+                    f"This is no plan of version {PLAN_VERSION}: l2kv_plan is {content.get('l2kv_plan')!r:.60}."
                 )
             spec = content["spec"] | {"skip_layers": tuple(content["spec"].get("skip_layers", ()))}
-            return cls(str(content["model"]), CompressionSpec(**spec), str(content.get("note", "")))
+            model, note = content["model"], content.get("note", "")
+            if not isinstance(model, str) or not isinstance(note, str):
+                raise TypeError(f"model and note must be text, got {model!r:.60} and {note!r:.60}")
+            return cls(model, CompressionSpec(**spec), note)
         except RunFileError:
             raise
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except KeyError as error:
+            raise RunFileError(f"This is not a plan that can be read: it has no {error}.") from error
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise RunFileError(f"This is not a plan that can be read: {str(error)[:200]}") from error

@@ -42,7 +42,11 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tokens:
         pieces = tokenizer.convert_ids_to_tokens(ids.tolist())
         return Tokens(ids, np.zeros((len(ids), 2), dtype=np.int32), tuple(pieces))
     spans = np.asarray(encoded["offset_mapping"], dtype=np.int32).reshape(-1, 2)
-    return Tokens(ids, spans, _labels(tokenizer, text, ids, spans))
+    names = tokenizer.convert_ids_to_tokens(ids.tolist())
+    # SentencePiece puts a space before a text, and claims the first character for it: that token has no characters.
+    added = np.array([name == "▁" for name in names[:-1]], dtype=bool) & (spans[1:, 0] == spans[:-1, 0])
+    spans[:-1][added, 1] = spans[:-1][added, 0]
+    return Tokens(ids, spans, _labels(text, names, spans))
 
 
 def check_text(text: str) -> None:
@@ -58,10 +62,11 @@ def check_text(text: str) -> None:
         ) from error
 
 
-def _labels(tokenizer: PreTrainedTokenizerBase, text: str, ids: np.ndarray, spans: np.ndarray) -> tuple[str, ...]:
-    names = tokenizer.convert_ids_to_tokens(ids.tolist())
+def _labels(text: str, names: list[str], spans: np.ndarray) -> tuple[str, ...]:
     pieces = [text[start:end] or name for (start, end), name in zip(spans.tolist(), names, strict=True)]
-    same = [False, *((spans[1:] == spans[:-1]).all(axis=1) & (spans[1:, 1] > spans[1:, 0])).tolist()]
+    # They need not have the same span: the first may cover the space before as well.
+    shared = (spans[1:, 0] < spans[:-1, 1]) & (spans[1:, 1] > spans[1:, 0])
+    same = [False, *shared.tolist()]
     labels, start = [], 0
     for end in range(1, len(pieces) + 1):
         if end < len(pieces) and same[end]:

@@ -17,8 +17,9 @@ from transformers import (
 
 from analysis import ModelError, OutOfMemoryError, TextError, capture
 from analysis import memory as memory_module
-from analysis.memory import MAX_BINS, cache_bytes, capture_bytes, human_bytes
+from analysis.memory import MAX_BINS, CacheShape, capture_bytes, human_bytes
 from analysis.models import LoadedModel
+from l2kv import CompressionSpec
 from tests.conftest import BUNDLED, MODELS, STORIES, TINY, build
 
 TEXT = (
@@ -129,7 +130,7 @@ def test_texts_that_cannot_be_run_are_refused_with_the_reason(load):
     ):
         with pytest.raises(TextError, match=reason):
             capture(loaded, text)
-    assert any("more than the 512" in w for w in capture(loaded, TEXT * 9).warnings)
+    assert any("beyond the 512" in w for w in capture(loaded, TEXT * 9).warnings)
     with pytest.raises(TextError, match=r"positions for 64.*Shorten it to 63"):
         capture(LoadedModel(gpt2_of_64(), loaded.tokenizer, "gpt2"), TEXT * 2)
     with pytest.raises(TextError, match="do not belong together"):
@@ -158,20 +159,19 @@ def test_a_text_that_would_not_fit_is_refused_with_the_length_that_would(load, m
     with pytest.raises(OutOfMemoryError, match=r"Shorten it to about (\d+) tokens") as caught:
         capture(loaded, TEXT * 20)
     fits = int(str(caught.value).split("about ")[-1].split(" ")[0])
-    at = {n: capture_bytes(loaded.config, n, bytes_per_number=4) <= 4 * 2**20 for n in (fits, fits + 1)}
+    at = {n: capture_bytes(loaded.config, n, itemsize=4) <= 4 * 2**20 for n in (fits, fits + 1)}
     assert at == {fits: True, fits + 1: False}
 
 
 def test_cache_bytes_are_those_of_the_tensors(load):
     loaded = load("books-5m")
-    # 6 layers, 4 kv heads of 32, K and V, 2 bytes; layer 0 whole, the others 250 of 500
-    assert cache_bytes(loaded.config, 500, bytes_per_number=2, keep_ratio=0.5, skip_layers=(0,)) == (
-        (500 + 5 * 250) * 4 * 32 * 2 * 2
-    )
+    shape = CacheShape.of(loaded.config, itemsize=4)
     with torch.no_grad():
         cache = loaded.model(torch.arange(2, 102)[None], use_cache=True).past_key_values
-    counted = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
-    assert cache_bytes(loaded.config, 100, bytes_per_number=4) == counted
+    assert shape.nbytes(100) == sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+    # 6 layers, 4 kv heads of 32, K and V, 4 bytes; layer 0 whole, the others 250 of 500
+    spec = CompressionSpec(keep_ratio=0.5, skip_layers=(0,))
+    assert shape.nbytes(500, spec) == (500 + 5 * 250) * 4 * 32 * 2 * 4
 
 
 def test_bytes_are_said_in_binary_units():

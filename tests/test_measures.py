@@ -25,6 +25,7 @@ def run_of(key_norm, probe, received=None) -> Capture:
         layer_kinds=("full",) * layers,
         warnings=(),
         seconds=0.0,
+        head_dim=8,
         tokens_per_bin=1,
         token_ids=np.arange(n),
         token_spans=np.stack([np.arange(n), np.arange(1, n + 1)], axis=1).astype(np.int32),

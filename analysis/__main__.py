@@ -1,0 +1,122 @@
+"""The command line: `python -m analysis capture|heads|demo`. All but looking."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from analysis.errors import TextError, UserError
+
+if TYPE_CHECKING:
+    from analysis.run import Capture
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; a mistake of the user's is one line on standard error and the exit status 2."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ncancelled", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m analysis", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    capture = commands.add_parser("capture", help="run a model over a text and save what its heads did")
+    capture.add_argument("text", help="a text file, or - for standard input")
+    capture.add_argument("-o", "--out", type=Path, required=True, help="the run to write, such as run.safetensors")
+    _add_model(capture)
+    capture.add_argument("--device", help="cuda or cpu (default: the GPU where there is one)")
+    capture.set_defaults(run=_capture)
+
+    heads = commands.add_parser("heads", help="what a saved run says of each head")
+    heads.add_argument("file", type=Path, help="a saved run")
+    heads.set_defaults(run=_heads)
+
+    demo = commands.add_parser("demo", help="make the run that the app opens with again")
+    _add_model(demo)
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-m", "--model", default="books-5m", help="a bundled name, a folder or a hub id (books-5m)")
+
+
+def _capture(arguments: argparse.Namespace) -> None:
+    text = _text(arguments.text)
+    _no_progress_bars()
+    from analysis.capturing import capture
+    from analysis.models import load_model
+    from analysis.run import save_run
+
+    loaded = load_model(arguments.model, device=arguments.device)
+    run = capture(loaded, text, on_layer=_progress if sys.stderr.isatty() else None)
+    save_run(run, arguments.out)
+    for warning in run.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(f"{arguments.out}: {run.n_tokens} tokens, {run.n_layers} layers, {run.seconds:.1f} s on {run.device}")
+    _print_answer(run)
+
+
+def _heads(arguments: argparse.Namespace) -> None:
+    from analysis.measures import alr, correlation, sink_share, verdicts
+    from analysis.run import load_run
+
+    run = load_run(arguments.file)
+    columns = (correlation(run), correlation(run, leave_out=1), alr(run) / run.n_tokens, correlation(run, "spearman"))
+    print(f"{run.model}, {run.n_tokens} tokens, the query of the next token; layers and heads count from 0")
+    print("layer head kv_head  gamma  no_sink  ALR/n  spearman  sink  verdict")
+    share, verdict = sink_share(run), verdicts(run)
+    for layer in range(run.n_layers):
+        for head in range(run.n_heads):
+            gamma, without, loss, rho = (column[layer, head] for column in columns)
+            print(
+                f"{layer:5} {head:4} {run.kv_head(head):7}  {gamma:+5.2f}  {without:+7.2f}  {loss:5.3f}  {rho:+8.2f}  "
+                f"{share[layer, head]:4.2f}  {verdict[layer, head]}"
+            )
+    _print_answer(run)
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    _no_progress_bars()
+    from analysis.presets import make_demo
+
+    print(f"wrote {make_demo(arguments.model)}")
+
+
+def _print_answer(run: Capture) -> None:
+    from analysis.measures import answer
+
+    print(f"Does low norm predict attention in {run.model}? {answer(run)}")
+
+
+def _no_progress_bars() -> None:
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # of weights: ours is of layers
+
+
+def _text(source: str) -> str:
+    try:
+        return sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TextError(f"{source} cannot be read as UTF-8 text: {error}") from error
+
+
+def _progress(done: int, total: int) -> None:
+    print(f"\rlayer {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

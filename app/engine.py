@@ -1,0 +1,133 @@
+"""One model in memory, and one session at a time at work with it, in the order they came. No widgets.
+
+torch and transformers are imported when a model is first asked for, not before.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from analysis.errors import ModelError
+from analysis.models import BUNDLED_MODELS, load_model, model_folder
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from analysis.models import LoadedModel
+
+
+class Engine:
+    """Whoever works with the model takes a turn; a closed tab gives its turn up at the next sign of life."""
+
+    def __init__(self) -> None:
+        self._queue: deque[object] = deque()
+        self._changed = threading.Condition()
+        self._loaded: LoadedModel | None = None
+        self._ref: str | None = None
+
+    @property
+    def loaded(self) -> LoadedModel | None:
+        """The resident model."""
+        return self._loaded
+
+    @property
+    def ref(self) -> str | None:
+        """What the resident model was asked for by."""
+        return self._ref
+
+    @property
+    def waiting(self) -> int:
+        """Sessions at work or in the queue."""
+        return len(self._queue)
+
+    @contextmanager
+    def turn(self, ref: str, *, on_wait: Callable[[int], None], on_load: Callable[[], None]) -> Iterator[LoadedModel]:
+        """The model `ref`, for as long as the block lasts, once all who came before are done.
+
+        Args:
+            on_wait: called a few times a second with the number of sessions ahead; what it raises gives up the place.
+            on_load: called before a model is loaded.
+        """
+        ticket = object()
+        with self._changed:
+            self._queue.append(ticket)
+        try:
+            while ahead := self._ahead_of(ticket):
+                on_wait(ahead)
+            if self._ref != ref:
+                on_load()
+                self._unload()  # first: two models may not fit
+                self._loaded, self._ref = load_model(ref), ref
+            yield self._loaded
+        finally:
+            with self._changed:
+                self._queue.remove(ticket)
+                self._changed.notify_all()
+
+    def _ahead_of(self, ticket: object) -> int:
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue[0] is ticket, timeout=0.3)
+            return self._queue.index(ticket)
+
+    def _unload(self) -> None:
+        self._loaded = self._ref = None
+        gc.collect()
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def allowed_models() -> list[str]:
+    """Models that need no hub: the bundled ones, and those in the folders that the operator allowed."""
+    found = [
+        str(folder)
+        for root in _allowed_folders()
+        for folder in sorted([root, *root.iterdir()])
+        if (folder / "config.json").is_file()
+    ]
+    return [*BUNDLED_MODELS, *found]
+
+
+def check_allowed(ref: str) -> str:
+    """A bundled name, a folder in one that the operator allowed, or a hub id. Raises ModelError for other folders."""
+    ref = ref.strip()
+    if ref in BUNDLED_MODELS:
+        return ref
+    path = Path(ref).expanduser()
+    is_path = path.is_absolute() or ref.startswith((".", "~")) or ref.count("/") > 1 or path.exists()
+    if not is_path:
+        return ref
+    resolved = path.resolve()
+    if not any(resolved.is_relative_to(root) for root in _allowed_folders()):
+        raise ModelError(
+            "Local folders must be allowed by whoever runs the app: start it with the environment variable "
+            "L2KV_MODEL_DIRS set to the folder that holds your models."
+        )
+    return str(resolved)
+
+
+@lru_cache(maxsize=8)
+def tokenizer_and_config(ref: str) -> tuple[PreTrainedTokenizerBase, PretrainedConfig]:
+    """Of a model on this machine, without its weights. Raises ModelError as `load_model`."""
+    folder = model_folder(ref)
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config(decoder=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True), config
+    except Exception as error:  # whatever transformers' parsers raise on a broken folder
+        raise ModelError(f"The tokenizer of {Path(folder).name} cannot be read. ({str(error)[:200]})") from error
+
+
+def _allowed_folders() -> list[Path]:
+    folders = os.environ.get("L2KV_MODEL_DIRS", "").split(os.pathsep)
+    return [Path(f).expanduser().resolve() for f in folders if f and Path(f).expanduser().is_dir()]

@@ -1,0 +1,70 @@
+"""The app's entry: `make app`, or `streamlit run app/main.py`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+# `streamlit run` puts this folder on the path, not the one that holds the packages.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import streamlit as st
+
+from analysis.errors import UserError
+from analysis.memory import free_bytes, human_bytes
+from app import markup
+from app.engine import Engine
+from app.views import capture, generate, heads, skip
+
+TITLE = "Does low norm predict attention?"
+
+
+@st.cache_resource
+def engine() -> Engine:
+    """The one engine of this server."""
+    return Engine()
+
+
+def _status() -> None:
+    """The model in memory, and who is at work."""
+    loaded = engine().loaded
+    if loaded is None:
+        model = "no model in memory (the first run loads one)"
+    else:
+        dtype = str(loaded.model.dtype).removeprefix("torch.")
+        model = f"{markup.plain(loaded.name)} in memory, {dtype} on {loaded.device}"
+    device = loaded.device if loaded else "cpu"
+    busy = f" · {engine().waiting} at work or waiting" if engine().waiting else ""
+    st.caption(f":material/memory: {model} · {human_bytes(free_bytes(device))} free{busy}")
+
+
+def main() -> None:
+    """Draw the page that the address names."""
+    st.set_page_config(page_title=TITLE, page_icon=":material/filter_alt:", layout="wide")
+    heads_page = st.Page(heads.page, title="Heads", icon=":material/grid_view:", url_path="heads", default=True)
+    capture_page = st.Page(
+        lambda: capture.page(engine(), heads_page), title="Capture", icon=":material/photo_camera:", url_path="capture"
+    )
+    skip_page = st.Page(
+        lambda: skip.page(generate_page), title="Skip layers", icon=":material/layers:", url_path="skip"
+    )
+    generate_page = st.Page(
+        lambda: generate.page(engine()), title="Generate", icon=":material/compare:", url_path="generate"
+    )
+    page = st.navigation([heads_page, capture_page, skip_page, generate_page], position="top")
+    _status()
+    try:
+        page.run()
+    except UserError as error:
+        st.error(markup.plain(str(error)), icon=":material/error:")
+    except Exception:
+        logging.getLogger(__name__).exception("page %s", page.title)
+        st.error(
+            "Something went wrong that should not have. What you had on screen is kept; the server's log has the "
+            "details.",
+            icon=":material/bug_report:",
+        )
+
+
+main()

@@ -1,0 +1,73 @@
+"""The one place that makes HTML, and the one escaping of user text for HTML and for Markdown. Pure functions of text.
+
+A token may be anything that a user pasted: markup, control characters, text that runs right to left.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import unicodedata
+from collections.abc import Sequence
+
+from app.figures import CONTRAST, PRIMARY
+
+MOST_TOKENS = 3000  # of a strip: more is unreadable, and slow to lay out
+
+_SHOWN_AS = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍", "\xa0": "⍽"}
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|$<>~:^&])")
+
+_STYLE = f"""<style>
+.l2kv-strip {{ line-height: 1.9; font-size: .86rem; overflow-wrap: anywhere; unicode-bidi: isolate; }}
+.l2kv-strip span {{ padding: .1rem .12rem; margin: 0 1px; border-radius: 3px; white-space: pre-wrap;
+  unicode-bidi: isolate; }}
+.l2kv-kept {{ background: {PRIMARY}38; border: 1px solid transparent; }}
+.l2kv-gone {{ border: 1px dashed #8A8F98; opacity: .62; text-decoration: line-through; }}
+.l2kv-text {{ white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.6; min-height: 8rem;
+  unicode-bidi: isolate; }}
+.l2kv-prompt {{ opacity: .6; }}
+.l2kv-differs {{ border-bottom: 2px solid {CONTRAST}; background: {CONTRAST}22; }}
+</style>"""
+
+
+def visible(text: str) -> str:
+    """Text with its spaces, line ends and control characters made visible. Not HTML: escape it where it goes."""
+    return "".join(_visible_character(c) for c in text)
+
+
+def plain(text: str) -> str:
+    """Text for Streamlit's Markdown that shows as it is: no link, image, formula, emoji code or markup in it."""
+    return _MARKDOWN.sub(r"\\\1", " ".join(text.split()))
+
+
+def token_strip(labels: Sequence[str], kept: Sequence[bool]) -> str:
+    """HTML: the tokens in reading order, kept ones solid, evicted ones hollow and struck through."""
+    chips, hidden = [], len(labels) - MOST_TOKENS
+    for i, (label, keep) in enumerate(zip(labels, kept, strict=True)):
+        if hidden > 0 and i == MOST_TOKENS // 2:
+            chips.append(f"<em> … {hidden} tokens not shown … </em>")
+        if hidden > 0 and MOST_TOKENS // 2 <= i < len(labels) - MOST_TOKENS // 2:
+            continue
+        state, word = ("l2kv-kept", "kept") if keep else ("l2kv-gone", "evicted")
+        chips.append(f'<span class="{state}" title="{i}: {word}">{html.escape(visible(label))}</span>')
+    return f'{_STYLE}<div class="l2kv-strip">{"".join(chips)}</div>'
+
+
+def generated(prompt: str, text: str, differs_from: int | None = None) -> str:
+    """HTML: the end of a prompt, pale, and what followed it, underlined from the character `differs_from` on."""
+    cut = len(text) if differs_from is None else differs_from
+    same, other = html.escape(_printable(text[:cut])), html.escape(_printable(text[cut:]))
+    marked = f'<span class="l2kv-differs">{other}</span>' if other else ""
+    lead = html.escape(_printable(prompt))
+    return f'{_STYLE}<div class="l2kv-text"><span class="l2kv-prompt">{lead}</span>{same}{marked}</div>'
+
+
+def _visible_character(c: str) -> str:
+    if c in _SHOWN_AS:
+        return _SHOWN_AS[c]
+    return f"U+{ord(c):04X}" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c
+
+
+def _printable(text: str) -> str:
+    """Running text: line ends and tabs do their work, other control characters are shown."""
+    return "".join(c if c in " \n\t" else _visible_character(c) for c in text)

@@ -1,0 +1,115 @@
+"""What a session has on screen: the run, the chosen head, and the compression that all pages share.
+
+The compression lives in the widgets themselves (`persist_state="session"`), under one key each on every page.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import streamlit as st
+
+from analysis.measures import HeadFigures, head_figures
+from analysis.presets import DEMO_RUN
+from analysis.run import Capture, load_run
+from l2kv.spec import CompressionSpec
+
+POLICY_NAMES = {"low_norm": "Low norm (the paper)", "high_norm": "High norm (its mirror)", "random": "Random"}
+
+
+@lru_cache(maxsize=1)
+def _demo_run() -> Capture:
+    return load_run(DEMO_RUN)
+
+
+@lru_cache(maxsize=16)
+def figures_of(run: Capture, leave_out: int) -> HeadFigures:
+    """The figures of all heads, worked out once per run."""
+    return head_figures(run, leave_out=leave_out)
+
+
+def current_run() -> Capture:
+    """The run on screen: the session's own, or the demo."""
+    return st.session_state.get("run") or _demo_run()
+
+
+def is_demo() -> bool:
+    """Whether the demo run is on screen."""
+    return st.session_state.get("run") is None
+
+
+def show_run(run: Capture | None) -> None:
+    """Put a run on screen; None is the demo. The chosen head and the skip list were of the old one."""
+    st.session_state["run"] = run
+    for key in ("layer", "head", "skip_layers", "generated"):
+        st.session_state.pop(key, None)
+
+
+def choose_head(layer: int, head: int) -> None:
+    """Open a head."""
+    st.session_state["layer"], st.session_state["head"] = layer, head
+
+
+def chosen_head(run: Capture) -> tuple[int, int]:
+    """The open head; at first the one that follows the paper most, or errs least against it."""
+    if "layer" not in st.session_state or "head" not in st.session_state:
+        gamma = figures_of(run, 0).gamma
+        best = max(range(gamma.size), key=lambda i: -gamma.flat[i] if gamma.flat[i] == gamma.flat[i] else -9)
+        choose_head(*divmod(best, run.n_heads))
+    return st.session_state["layer"], st.session_state["head"]
+
+
+def skip_layers_input(run: Capture) -> None:
+    """Which layers keep everything."""
+    st.multiselect(
+        "Layers that keep everything",
+        [i for i, kind in enumerate(run.layer_kinds) if kind == "full"],
+        key="skip_layers",
+        persist_state="session",
+        placeholder="None: compress every layer",
+        help="Layers count from 0. The page *Skip layers* suggests some.",
+    )
+
+
+def ratio_input() -> None:
+    """The share of the tokens that stays."""
+    st.slider(
+        "Keep ratio", 0.05, 1.0, 0.5, 0.05, key="keep_ratio", persist_state="session",
+        help="The share of the tokens seen that each head keeps. 1 keeps the whole cache.",
+    )  # fmt: skip
+
+
+def policy_input() -> None:
+    """Which tokens stay."""
+    st.selectbox(
+        "Which tokens stay", list(POLICY_NAMES), format_func=POLICY_NAMES.get, key="policy", persist_state="session"
+    )
+
+
+def protect_last_input() -> None:
+    """How many recent tokens are safe."""
+    st.number_input(
+        "Protect the last", 0, 4096, 32, 8, key="protect_last", persist_state="session",
+        help="The latest tokens are never evicted. 0 in the paper; without it a new token whose norm is on the wrong "
+        "side is evicted in the step that added it.",
+    )  # fmt: skip
+
+
+def prune_after_input() -> None:
+    """From how many tokens on the cache is compressed."""
+    st.number_input(
+        "Compress from", 0, 1_000_000, 0, 64, key="prune_after", persist_state="session",
+        help="In tokens. A cache of fewer is left alone (prune_after in the paper).",
+    )  # fmt: skip
+
+
+def current_spec() -> CompressionSpec:
+    """The compression as the controls say, those of other pages included."""
+    state = st.session_state
+    return CompressionSpec(
+        keep_ratio=round(state.get("keep_ratio", 0.5), 2),
+        policy=state.get("policy", "low_norm"),
+        protect_last=int(state.get("protect_last", 32)),
+        prune_after=int(state.get("prune_after", 0)),
+        skip_layers=tuple(state.get("skip_layers", ())),
+    )

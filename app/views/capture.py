@@ -1,0 +1,179 @@
+"""Capture: which model, which text; then one run."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import streamlit as st
+
+from analysis.errors import RunFileError, UserError
+from analysis.memory import capture_bytes, human_bytes
+from analysis.presets import presets
+from analysis.run import Capture, load_run, save_run
+from analysis.tokens import tokenize
+from app import markup, state
+from app.engine import Engine, allowed_models, check_allowed, tokenizer_and_config
+
+if TYPE_CHECKING:
+    from streamlit.navigation.page import Page as StreamlitPage
+
+OTHER = "Another model (hub id or folder)"
+OWN = "My own text"
+_COUNTED_CHARACTERS = 200_000  # beyond this a live count would stall every keystroke
+
+
+def page(engine: Engine, heads_page: StreamlitPage) -> None:
+    """Draw the page; a run that is done, or opened, is shown on `heads_page`."""
+    st.header("Capture a text in a model")
+    st.markdown(
+        "One forward pass records the norm of every key and the attention it gets, in every layer and head. Then the "
+        "page *Heads* answers whether low norm predicts attention **in this model**."
+    )
+    left, right = st.columns([2, 3], gap="large")
+    with right:
+        text = _text_input()
+    with left:
+        ref = _model_input()
+        _count(engine, ref, text)
+        _run(engine, ref, text, heads_page)
+    st.divider()
+    _files(heads_page)
+
+
+def _model_input() -> str:
+    chosen = st.selectbox("Model", [*allowed_models(), OTHER], key="model_choice", persist_state="session")
+    if chosen != OTHER:
+        return chosen
+    return st.text_input(
+        "Hugging Face id or folder",
+        key="model_ref",
+        persist_state="session",
+        placeholder="Qwen/Qwen3-0.6B",
+        help="Any decoder-only model with safetensors weights. No remote code is run. Folders must be allowed by "
+        "whoever runs the app (L2KV_MODEL_DIRS).",
+    )
+
+
+def _text_input() -> str:
+    texts = {preset.name: preset.text for preset in presets()}
+
+    def take() -> None:
+        if (name := st.session_state["preset"]) in texts:
+            st.session_state["text"] = texts[name]
+
+    def upload() -> None:
+        if (file := st.session_state["text_file"]) is not None:
+            st.session_state["text"] = file.getvalue().decode("utf-8", errors="replace")
+            st.session_state["preset"] = OWN
+
+    st.session_state.setdefault("text", next(iter(texts.values())))
+    st.selectbox("Start from", [*texts, OWN], key="preset", persist_state="session", on_change=take)
+    with st.expander("Or upload a .txt file", icon=":material/upload_file:"):
+        st.file_uploader("Text file", type="txt", key="text_file", on_change=upload, label_visibility="collapsed")
+    return st.text_area("Text", key="text", persist_state="session", height=260, max_chars=2_000_000)
+
+
+def _count(engine: Engine, ref: str, text: str) -> None:
+    """The token count and the memory that the run will take, where the tokenizer is at hand."""
+    if not text.strip() or not ref:
+        return
+    if len(text) > _COUNTED_CHARACTERS:
+        st.caption(f"{len(text):,} characters: counted when it is run.")
+        return
+    resident = engine.loaded
+    if resident is not None and resident.name == ref:
+        tokenizer, config = resident.tokenizer, resident.config
+    elif ref in allowed_models():
+        with st.spinner("Loading the tokenizer …", show_time=True):
+            tokenizer, config = tokenizer_and_config(check_allowed(ref))
+    else:
+        st.caption("Tokens and memory are counted once the model is here.")
+        return
+    try:
+        n = len(tokenize(tokenizer, text))
+    except UserError as error:
+        st.warning(markup.plain(str(error)), icon=":material/warning:")
+        return
+    itemsize = resident.model.dtype.itemsize if resident is not None and resident.name == ref else 4
+    needed = capture_bytes(config, n, itemsize=itemsize)
+    limit = getattr(config, "max_position_embeddings", None)
+    trained = f" The model was trained on up to {limit:,}." if limit else ""
+    st.markdown(f"**{n:,} tokens**, about **{human_bytes(needed)}** of memory beyond the model.{trained}")
+
+
+def _run(engine: Engine, ref: str, text: str, heads_page: StreamlitPage) -> None:
+    buttons = st.container(horizontal=True, vertical_alignment="center")
+    if not buttons.button("Run", type="primary", icon=":material/play_arrow:"):
+        if st.session_state.pop("cancelled", False):
+            st.info("Cancelled. The text and the run on screen before are as they were.", icon=":material/cancel:")
+        return
+    if not ref:
+        st.error("Give the id or the folder of a model first.", icon=":material/error:")
+        return
+    # A click ends this script at its next st.* call, which is in the callback after each layer.
+    buttons.button("Cancel", icon=":material/cancel:", on_click=lambda: st.session_state.update(cancelled=True))
+    progress = st.progress(0.0, "Starting …")
+    from analysis.capturing import capture
+
+    try:
+        with engine.turn(
+            check_allowed(ref),
+            on_wait=lambda ahead: progress.progress(0.0, f"Waiting: {ahead} ahead of you"),
+            on_load=lambda: progress.progress(0.0, f"Loading {markup.plain(ref)} …"),
+        ) as loaded:
+            progress.progress(0.0, "Running …")
+            run = capture(
+                loaded,
+                text,
+                on_layer=lambda done, total: progress.progress(done / total, f"Layer {done} of {total}"),
+            )
+    except UserError as error:
+        progress.empty()
+        st.error(markup.plain(str(error)), icon=":material/error:")
+        return
+    state.show_run(run)
+    st.switch_page(heads_page)
+
+
+def _files(heads_page: StreamlitPage) -> None:
+    """Runs as files: this one to keep, another to look at."""
+    st.subheader("Runs as files")
+    left, right = st.columns(2, gap="large")
+    with left:
+        run = state.current_run()
+        st.markdown(f"On screen: {run.n_tokens} tokens in {markup.plain(run.model)}.")
+        with st.container(horizontal=True):
+            st.download_button(
+                "Download this run",
+                data=lambda: _bytes_of(run),
+                file_name="run.safetensors",
+                icon=":material/download:",
+                on_click="ignore",
+            )
+            if not state.is_demo():
+                st.button("Back to the demo run", icon=":material/home:", on_click=state.show_run, args=(None,))
+        st.caption("The file holds the text. `python -m analysis capture` writes the same kind.")
+    with right:
+        file = st.file_uploader("Open a saved run", type="safetensors", key="run_file")
+        if file is not None and st.session_state.get("opened") != file.file_id:
+            try:
+                state.show_run(_run_of(file.getvalue()))
+            except RunFileError as error:
+                st.error(markup.plain(str(error)), icon=":material/error:")
+                return
+            st.session_state["opened"] = file.file_id
+            st.switch_page(heads_page)
+
+
+def _bytes_of(run: Capture) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        return save_run(run, Path(folder) / "run.safetensors").read_bytes()
+
+
+def _run_of(content: bytes) -> Capture:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "uploaded.safetensors"
+        path.write_bytes(content)
+        return load_run(path)

@@ -1,0 +1,466 @@
+"""Runs and plans as files: the exact round trip, and every broken or hostile file ends in a RunFileError."""
+
+import dataclasses
+import json
+import math
+import os
+import pickle
+import struct
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import save, save_file
+
+from analysis import run as run_module
+from analysis.errors import RunFileError
+from analysis.run import Capture, load_run, save_run
+from analysis.skip import Plan
+from l2kv import CompressionSpec
+
+LAYERS, HEADS, KV_HEADS, TOKENS, BINS = 2, 4, 2, 5, 3
+TEXT = 'a🙂\0<b>"\u202e é'  # T = 5 tokens of it
+PATHS = ("../../evil", "/etc/passwd", "<script>alert(1)</script>", "a\0b", "__class__", "{0.__class__}")
+
+
+def make(**changes) -> Capture:
+    random = np.random.default_rng(0)
+
+    def numbers(*shape: int) -> np.ndarray:
+        return random.random(shape, dtype=np.float32)
+
+    parts = {
+        "model": "tiny",
+        "architecture": "LlamaForCausalLM",
+        "device": "cpu",
+        "dtype": "float32",
+        "text": TEXT,
+        "labels": ("<s>", "a", "🙂 1/2", "🙂 2/2", "\0<b>"),
+        "probe_label": "\u202e",
+        "layer_kinds": ("full", "sliding"),
+        "warnings": ("one", "two\n"),
+        "seconds": 0.1,
+        "head_dim": 8,
+        "tokens_per_bin": 2,
+        "token_ids": np.array([0, 7, 2, 2**40, 5]),
+        "token_spans": np.array([[0, 0], [0, 1], [1, 2], [1, 2], [2, 6]], dtype=np.int32),
+        "key_norm": numbers(LAYERS, KV_HEADS, TOKENS),
+        "value_norm": numbers(LAYERS, KV_HEADS, TOKENS),
+        "attention_received": numbers(LAYERS, HEADS, TOKENS),
+        "probe_attention": numbers(LAYERS, HEADS, TOKENS),
+        "pooled_attention": random.integers(0, 256, (LAYERS, HEADS, BINS, BINS), dtype=np.uint8),
+        "pooled_scale": numbers(LAYERS, HEADS),
+    }
+    return Capture(**parts | changes)
+
+
+def assert_same(one: Capture, other: Capture) -> None:
+    for field in dataclasses.fields(Capture):
+        a, b = getattr(one, field.name), getattr(other, field.name)
+        assert type(a) is type(b), field.name
+        if isinstance(a, np.ndarray):
+            assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes()), field.name
+        else:
+            assert a == b, field.name
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    return save_run(make(), tmp_path / "run.safetensors")
+
+
+def tampered(saved: Path, *, fields=None, arrays=None, **metadata) -> Path:
+    """The run with other metadata, header fields or arrays; None takes one away."""
+    with safe_open(saved, framework="numpy") as file:
+        old, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    header = json.loads(old["header"]) | (fields or {})
+    new = old | {"header": json.dumps({k: v for k, v in header.items() if v is not None})} | metadata
+    tensors |= arrays or {}
+    save_file(
+        {k: v for k, v in tensors.items() if v is not None},
+        saved,
+        metadata={k: v for k, v in new.items() if v is not None},
+    )
+    return saved
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(RunFileError) as refused:
+        load_run(path)
+    message = str(refused.value)
+    assert path.name in message
+    assert len(message) < 400 + len(str(path))
+    return message
+
+
+# Round trip
+
+
+def test_a_run_comes_back_exactly(saved):
+    assert_same(load_run(saved), make())
+
+
+@pytest.mark.parametrize("model", PATHS)
+def test_whatever_a_run_is_called_it_is_only_text(tmp_path, model):
+    made = make(model=model, device=model, warnings=(model,))
+    assert_same(load_run(save_run(made, tmp_path / "deep" / "er" / "run")), made)
+    assert [p.name for p in tmp_path.rglob("*")] == ["deep", "er", "run"]
+
+
+def test_arrays_that_are_not_contiguous_come_back_exactly(tmp_path):
+    norms = np.asfortranarray(make().key_norm)
+    turned = make().value_norm.transpose(2, 1, 0).copy().transpose(2, 1, 0)
+    assert_same(load_run(save_run(make(key_norm=norms, value_norm=turned), tmp_path / "run")), make())
+
+
+def test_a_name_as_long_as_the_system_allows_can_be_saved(tmp_path):
+    assert_same(load_run(save_run(make(), tmp_path / ("x" * 255))), make())
+
+
+def test_a_saved_run_has_the_rights_of_any_new_file(saved):
+    (saved.parent / "plain").touch()
+    assert saved.stat().st_mode == (saved.parent / "plain").stat().st_mode
+
+
+# Atomicity
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt(), MemoryError()], ids=repr)
+@pytest.mark.parametrize("step", ["save_file", "fsync", "replace"])
+def test_a_failure_while_saving_leaves_the_old_file_and_no_other(saved, monkeypatch, step, error):
+    before = saved.read_bytes()
+
+    def fail(*_, **__):
+        raise error
+
+    real_save_file = run_module.save_file
+
+    def half_save(arrays, path, **rest):
+        real_save_file(arrays, path, **rest)
+        fail()
+
+    owner = {"save_file": run_module, "fsync": os, "replace": Path}[step]
+    monkeypatch.setattr(owner, step, half_save if step == "save_file" else fail)
+    with pytest.raises(RunFileError if isinstance(error, OSError) else type(error)):
+        save_run(make(model="new"), saved)
+    assert saved.read_bytes() == before
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_a_run_cannot_be_saved_where_a_folder_is(tmp_path):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(RunFileError, match=r"taken.*another place"):
+        save_run(make(), tmp_path / "taken")
+    assert [p.name for p in tmp_path.iterdir()] == ["taken"]
+
+
+def test_a_run_cannot_be_saved_below_a_file(saved):
+    with pytest.raises(RunFileError, match="cannot be written"):
+        save_run(make(), saved / "run")
+
+
+def test_no_beginning_of_a_file_passes_for_the_whole(saved, tmp_path):
+    content, cut = saved.read_bytes(), tmp_path / "cut"
+    for end in range(len(content)):
+        cut.write_bytes(content[:end])
+        with pytest.raises(RunFileError):
+            load_run(cut)
+    cut.write_bytes(content)
+    assert_same(load_run(cut), make())
+
+
+def test_a_changed_byte_gives_a_run_or_a_message(saved, tmp_path):
+    content, changed = saved.read_bytes(), tmp_path / "changed"
+    for at in range(len(content)):
+        changed.write_bytes(content[:at] + bytes([content[at] ^ 0xFF]) + content[at + 1 :])
+        with suppress(RunFileError):
+            assert isinstance(load_run(changed), Capture)
+
+
+# Not a run
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\0" * 100,
+        b"\xff" * 100,
+        b"{}",
+        b"PK\x03\x04" + b"\0" * 50,
+        b"<html></html>" * 10,
+        struct.pack("<Q", 2**62) + b"{}",
+        struct.pack("<Q", 99_000_000) + b"{}",
+        struct.pack("<Q", 2) + b"[]",
+        struct.pack("<Q", 50_000) + b"[" * 50_000,
+    ],
+    ids=lambda content: repr(content[:12]),
+)
+def test_a_foreign_file_is_refused(tmp_path, content):
+    (tmp_path / "foreign").write_bytes(content)
+    assert "not a run that can be read" in refusal(tmp_path / "foreign")
+
+
+def test_a_pickle_of_the_name_of_a_run_is_refused_and_not_run(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "exploded",))
+
+    (tmp_path / "run.safetensors").write_bytes(pickle.dumps(Bomb()))
+    refusal(tmp_path / "run.safetensors")
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"format": "pt"}, {"header": "{}"}], ids=repr)
+def test_a_safetensors_file_that_is_no_run_is_refused_as_that(tmp_path, metadata):
+    (tmp_path / "model.safetensors").write_bytes(save({"a": np.ones(3)}, metadata))
+    assert "but not a saved run" in refusal(tmp_path / "model.safetensors")
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path):
+    assert "There is no file" in refusal(tmp_path / "none")
+    assert "There is no file" in refusal(tmp_path)
+    with pytest.raises(RunFileError):
+        load_run("a\0b")
+    with pytest.raises(RunFileError):
+        load_run("x" * 5000)
+
+
+def test_a_pipe_does_not_block_the_reader(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert "There is no file" in refusal(tmp_path / "pipe")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
+def test_a_file_without_permission_is_refused(saved):
+    saved.chmod(0)
+    assert "ermission" in refusal(saved)
+    saved.parent.chmod(0o500)
+    try:
+        with pytest.raises(RunFileError, match="ermission"):
+            save_run(make(), saved)
+    finally:
+        saved.parent.chmod(0o700)
+
+
+@pytest.mark.parametrize("version", ["2", "0", "1.0", "", "9" * 10_000])
+def test_another_version_is_refused_with_both_versions(saved, version):
+    message = refusal(tampered(saved, l2kv_run=version))
+    assert f"version {version[:20]}, this program reads version 1" in message
+
+
+# Header
+
+
+@pytest.mark.parametrize("header", [None, "", "null", "[]", "5", "{", "[" * 100_000, '{"a":' * 900 + "1" + "}" * 900])
+def test_a_header_that_is_no_json_object_is_refused(saved, header):
+    assert "not a run that can be read" in refusal(tampered(saved, header=header))
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Capture)])
+def test_a_part_that_is_missing_is_named(saved, name):
+    assert f"lack {name}" in refusal(tampered(saved, fields={name: None}, arrays={name: None}))
+
+
+@pytest.mark.parametrize("name", ["extra", "self", "__class__", "token_ids", "n_layers"])
+def test_a_header_field_that_no_run_has_is_named(saved, name):
+    assert f"hold {name}" in refusal(tampered(saved, fields={name: [1, 2, 3]}))
+
+
+@pytest.mark.parametrize("name", ["extra", "self", "model", "text"])
+def test_an_array_that_no_run_has_is_named(saved, name):
+    assert f"hold {name}" in refusal(tampered(saved, arrays={name: np.ones(3)}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in ("model", "text", "probe_label") for value in (5, [], {}, True, "\ud800")),
+        ("labels", "abcde"),
+        ("labels", dict.fromkeys("abcde")),
+        ("labels", [1, 2, 3, 4, 5]),
+        ("labels", ["a"] * 4 + ["\udfff"]),
+        ("labels", ["a"] * 6),
+        ("labels", []),
+        ("layer_kinds", ["full", "<b>"]),
+        ("layer_kinds", ["full"]),
+        ("layer_kinds", "full"),
+        ("warnings", "text"),
+        ("warnings", [["a"]]),
+        ("warnings", 0),
+        *(("seconds", value) for value in ("1", -1, math.nan, math.inf, True, [1])),
+        *((name, value) for name in ("head_dim", "tokens_per_bin") for value in (0, -1, 2.0, "2", True, math.nan, [2])),
+        ("tokens_per_bin", 3),  # 5 tokens by 3 would be 2 bins
+        ("tokens_per_bin", 10**30),
+    ],
+)
+def test_a_header_field_of_a_wrong_type_or_value_is_refused(saved, name, value):
+    assert name in refusal(tampered(saved, fields={name: value}))
+
+
+# Arrays
+
+
+@pytest.mark.parametrize(
+    "shape", [(), (0,), (1,), (LAYERS, KV_HEADS), (1, 1, 1, 1, 1), (0, 0, 0), (LAYERS, 0, TOKENS)], ids=str
+)
+@pytest.mark.parametrize("name", run_module._ARRAYS)
+def test_an_array_of_the_wrong_shape_is_refused(saved, name, shape):
+    dtype = getattr(make(), name).dtype
+    assert "not a run that can be read" in refusal(tampered(saved, arrays={name: np.zeros(shape, dtype)}))
+
+
+def test_a_run_of_nothing_is_refused(saved):
+    made = make()
+    nothing = {name: getattr(made, name)[..., :0] for name in ("key_norm", "value_norm", "attention_received")}
+    nothing |= {"probe_attention": made.probe_attention[..., :0], "token_ids": made.token_ids[:0]}
+    nothing |= {"token_spans": made.token_spans[:0], "pooled_attention": made.pooled_attention[..., :0, :0]}
+    refusal(tampered(saved, fields={"labels": []}, arrays=nothing))
+
+
+def test_kv_heads_that_do_not_divide_the_heads_are_refused(saved):
+    norms = np.ones((LAYERS, 3, TOKENS), dtype=np.float32)
+    assert "3 kv heads" in refusal(tampered(saved, arrays={"key_norm": norms, "value_norm": norms}))
+
+
+@pytest.mark.parametrize(
+    "dtype", [np.float64, np.float16, np.int32, np.uint16, np.bool_], ids=lambda dtype: dtype.__name__
+)
+@pytest.mark.parametrize("name", run_module._ARRAYS)
+def test_an_array_of_the_wrong_type_is_refused_by_name(saved, name, dtype):
+    right = getattr(make(), name)
+    if right.dtype != dtype:
+        assert name in refusal(tampered(saved, arrays={name: np.zeros(right.shape, dtype)}))
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F8_E4M3", "C64", "F4", "nonsense"])
+def test_an_array_of_a_type_that_numpy_does_not_have_is_refused(saved, dtype):
+    saved.write_bytes(with_entry(saved, dtype=dtype))
+    refusal(saved)
+
+
+@pytest.mark.parametrize(
+    "shape", [[2**60, 2, 2], [2**62, 4, 4], [10**9, 10**9, 10**9], [-1, 2, 5], ["2"], [2.0, 2, 5]], ids=str
+)
+def test_a_shape_that_the_file_cannot_hold_is_refused_without_making_it(saved, shape):
+    saved.write_bytes(with_entry(saved, shape=shape))
+    refusal(saved)
+
+
+@pytest.mark.parametrize("offsets", [[0, 2**62], [2**62, 2**63], [40, 0], [-40, 0], [0, 79], [8, 88]], ids=str)
+def test_offsets_that_do_not_fit_are_refused(saved, offsets):
+    saved.write_bytes(with_entry(saved, data_offsets=offsets))
+    refusal(saved)
+
+
+def with_entry(saved: Path, **changes) -> bytes:
+    """The file's bytes with another entry for `key_norm` in the table of tensors."""
+    content = saved.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    table = json.loads(content[8 : 8 + length])
+    table["key_norm"] |= changes
+    new = json.dumps(table).encode()
+    return struct.pack("<Q", len(new)) + new + content[8 + length :]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1e-30])
+@pytest.mark.parametrize("name", [name for name in run_module._ARRAYS if getattr(make(), name).dtype == np.float32])
+def test_a_value_that_no_run_has_is_refused_by_name(saved, name, value):
+    values = getattr(make(), name).copy()
+    values.flat[-1] = value
+    assert f"{name} holds values" in refusal(tampered(saved, arrays={name: values}))
+
+
+@pytest.mark.parametrize("span", [(0, len(TEXT) + 1), (2, 1), (-1, 1), (2**31 - 1, 2**31 - 1)])
+def test_a_span_that_is_none_of_the_text_is_refused(saved, span):
+    spans = make().token_spans.copy()
+    spans[-1] = span
+    assert "token_spans" in refusal(tampered(saved, arrays={"token_spans": spans}))
+
+
+def test_a_negative_token_is_refused(saved):
+    assert "token_ids" in refusal(tampered(saved, arrays={"token_ids": np.array([0, 1, 2, 3, -1])}))
+
+
+# Plans
+
+SPECS = [
+    CompressionSpec(),
+    CompressionSpec(keep_ratio=0.1 + 0.2, prune_after=7, skip_layers=(3, 0), policy="random", protect_last=32, seed=9),
+    CompressionSpec(keep_ratio=0, protect_first=np.int64(4), skip_layers=tuple(np.arange(3))),
+]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("text", ["", 'é 🙂 "quoted" </script>\n\0', *PATHS])
+def test_a_plan_comes_back_exactly(spec, text):
+    plan = Plan(text, spec, note=text)
+    assert Plan.from_json(plan.to_json()) == plan
+    assert Plan.from_json(Plan.from_json(plan.to_json()).to_json()) == plan
+
+
+def plan(*, spec=None, **changes) -> str:
+    content = json.loads(Plan("tiny", CompressionSpec(skip_layers=(1,))).to_json())
+    content["spec"] |= spec or {}
+    return json.dumps(content | changes)
+
+
+def test_a_plan_without_a_note_or_with_fewer_settings_gets_those_of_the_spec():
+    text = json.dumps({"l2kv_plan": 1, "model": "tiny", "spec": {"keep_ratio": 0.25}})
+    assert Plan.from_json(text) == Plan("tiny", CompressionSpec(keep_ratio=0.25))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "Expecting value"),
+        ("{", "not a plan"),
+        ("[" * 100_000, "not a plan"),
+        ('{"l2kv_plan": 1' + "0" * 5000, "not a plan"),
+        *((text, "not a JSON object") for text in ("null", "[]", "5", '"x"', "NaN")),
+        ("{}", "l2kv_plan is None"),
+        ('{"name": "package", "version": 1}', "l2kv_plan is None"),
+        ('{"l2kv_plan": 1}', "no 'spec'"),
+        ('{"l2kv_plan": 1, "spec": {}}', "no 'model'"),
+        (plan(l2kv_plan=2), "version 1: l2kv_plan is 2"),
+        (plan(l2kv_plan="1"), "l2kv_plan is '1'"),
+        (plan(l2kv_plan="9" * 10_000), "l2kv_plan is '9"),
+        *((plan(model=value), "model and note must be text") for value in (None, 5, [], {"a": 1})),
+        (plan(note=5), "model and note must be text"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_a_foreign_plan_is_refused_with_the_reason(text, reason):
+    with pytest.raises(RunFileError) as refused:
+        Plan.from_json(text)
+    assert reason in str(refused.value)
+    assert len(str(refused.value)) < 400
+
+
+@pytest.mark.parametrize("spec", [None, 5, "x", [], [["keep_ratio", 0.5]]], ids=repr)
+def test_a_plan_whose_spec_is_no_object_is_refused(spec):
+    content = json.loads(plan()) | {"spec": spec}
+    with pytest.raises(RunFileError, match="not a plan"):
+        Plan.from_json(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("keep_ratio", value) for value in (math.nan, math.inf, -0.1, 1.1, "0.5", True, None, [0.5], 10**400)),
+        *(("prune_after", value) for value in (-1, 1.5, "1", None, True, math.nan)),
+        *(("skip_layers", value) for value in (5, "12", None, [1.0], [-1], ["1"], [[1]], {"1": 2}, [True])),
+        *(("policy", value) for value in ("no_such", None, 5, ["low_norm"], "__class__")),
+        ("seed", -1),
+        ("protect_last", 2.0),
+        ("unknown_setting", 1),
+        ("self", 1),
+        ("__class__", "x"),
+    ],
+)
+def test_a_setting_that_no_spec_allows_is_refused(field, value):
+    with pytest.raises(RunFileError) as refused:
+        Plan.from_json(plan(spec={field: value}))
+    assert len(str(refused.value)) < 300
