@@ -98,7 +98,7 @@ def check_length(loaded: LoadedModel, tokens: Tokens, *, new_tokens: int = 1) ->
             f"{limit}. Shorten it to {max(limit - new_tokens, 0)} tokens."
         )
     return [
-        f"{n} tokens and {new_tokens} more are beyond the {limit} that {loaded.name} was trained on: expect it to fail."
+        f"With {n + new_tokens} tokens it goes beyond the {limit} that {loaded.name} was trained on: expect it to fail."
     ]
 
 

@@ -14,7 +14,7 @@ class TextError(UserError):
 
 
 class RunFileError(UserError):
-    """A saved run that cannot be read: corrupt, foreign, or of a newer version."""
+    """A run or a plan that cannot be read (corrupt, foreign, of a newer version) or written."""
 
 
 class OutOfMemoryError(UserError):

@@ -150,7 +150,7 @@ def answer(capture: Capture) -> str:
     return (
         f"{short} In {follows} of {total} heads low-norm keys get the attention, as the paper says; in {mirror} "
         f"high-norm keys do; {others} {'is' if others == 1 else 'are'} too weak to call or hang on the first token. "
-        f"Median Γ {np.median(gamma[defined]):+.2f}."
+        f"Median Γ {signed(np.median(gamma[defined]))}."
     )
 
 
@@ -197,6 +197,11 @@ def kept_tokens(capture: Capture, layer: int, head: int, spec: CompressionSpec) 
     score[: spec.protect_first] = score[n - min(spec.protect_last, n) :] = np.inf
     kept[np.argsort(-score, kind="stable")[spec.kept(n, n) :]] = False
     return kept
+
+
+def signed(value: float) -> str:
+    """A correlation as it is written here: two decimals, its sign, and a true minus."""
+    return "undefined" if np.isnan(value) else f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _cumulative(values: np.ndarray) -> np.ndarray:

@@ -180,11 +180,11 @@ def _fetch(hub_id: str) -> Path:
 
 def _vet(folder: Path, name: str) -> None:
     """Refuse a model folder that is unsafe or not one."""
-    _vet_config(folder / "config.json", name)
     try:
         files = {path.name for path in folder.iterdir() if path.is_file()}
     except OSError as error:
         raise ModelError(f"{name} cannot be read ({_short(error)}).") from error
+    _vet_config(folder / "config.json", name)
     if "adapter_config.json" in files:  # transformers would load the base model that it names, from anywhere
         raise ModelError(f"{name} is an adapter. Merge it into its base model, and give that one.")
     if not any(file.endswith(".safetensors") for file in files):

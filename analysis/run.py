@@ -152,6 +152,7 @@ def load_run(path: str | Path) -> Capture:
     try:
         if not path.is_file():
             raise RunFileError(f"There is no file {path}.")
+        path.open("rb").close()  # safe_open would say "no such file" of one that may not be read
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             if "l2kv_run" not in metadata:

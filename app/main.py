@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # `streamlit run` puts this folder on the path, not the one that holds the packages.
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -17,6 +18,9 @@ from app import markup
 from app.engine import Engine
 from app.views import capture, generate, heads, skip
 
+if TYPE_CHECKING:
+    from streamlit.delta_generator import DeltaGenerator
+
 TITLE = "Does low norm predict attention?"
 
 
@@ -26,7 +30,7 @@ def engine() -> Engine:
     return Engine()
 
 
-def _status() -> None:
+def _status(place: DeltaGenerator) -> None:
     """The model in memory, and who is at work."""
     loaded = engine().loaded
     if loaded is None:
@@ -36,7 +40,7 @@ def _status() -> None:
         model = f"{markup.plain(loaded.name)} in memory, {dtype} on {loaded.device}"
     device = loaded.device if loaded else "cpu"
     busy = f" · {engine().waiting} at work or waiting" if engine().waiting else ""
-    st.caption(f":material/memory: {model} · {human_bytes(free_bytes(device))} free{busy}")
+    place.caption(f":material/memory: {model} · {human_bytes(free_bytes(device))} free{busy}")
 
 
 def main() -> None:
@@ -53,7 +57,8 @@ def main() -> None:
         lambda: generate.page(engine()), title="Generate", icon=":material/compare:", url_path="generate"
     )
     page = st.navigation([heads_page, capture_page, skip_page, generate_page], position="top")
-    _status()
+    st.html(markup.PAGE_STYLE)
+    status = st.empty()
     try:
         page.run()
     except UserError as error:
@@ -65,6 +70,7 @@ def main() -> None:
             "details.",
             icon=":material/bug_report:",
         )
+    _status(status)  # last: the page may have loaded a model
 
 
 main()

@@ -17,6 +17,11 @@ MOST_TOKENS = 3000  # of a strip: more is unreadable, and slow to lay out
 _SHOWN_AS = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍", "\xa0": "⍽"}
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|$<>~:^&])")
 
+# Columns go below each other where they would be too narrow for a figure, not only on a phone.
+PAGE_STYLE = """<style>
+[data-testid="stColumn"] { min-width: min(26rem, 100%); }
+[data-testid="stMainBlockContainer"] { padding-top: 4.5rem; }
+</style>"""
 _STYLE = f"""<style>
 .l2kv-strip {{ line-height: 1.9; font-size: .86rem; overflow-wrap: anywhere; unicode-bidi: isolate; }}
 .l2kv-strip span {{ padding: .1rem .12rem; margin: 0 1px; border-radius: 3px; white-space: pre-wrap;

@@ -336,7 +336,6 @@ OTHER_KINDS = {
     "speech": (transformers.WhisperConfig(), "whisper is not decoder-only"),
     "latents": (transformers.DeepseekV3Config(**SMALL), "deepseek_v3 caches latents"),
     "no attention": (transformers.MambaConfig(hidden_size=32, num_hidden_layers=1), "mamba has no attention heads"),
-    "images": (transformers.ViTConfig(), "ViTConfig"),
 }
 
 
@@ -352,6 +351,14 @@ def test_another_kind_of_model_is_refused_as_that(folder, config, reason):
 def test_a_folder_without_a_config_is_no_model_folder(folder):
     (folder / "config.json").unlink()
     assert "no config.json" in refusal(folder)
+
+
+def test_a_folder_that_may_not_be_read_is_refused_as_that(folder, monkeypatch):
+    def denied(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+    assert "cannot be read ([Errno 13] Permission denied)" in refusal(folder)
 
 
 def test_a_config_that_would_block_the_reader_is_not_read(folder):

@@ -70,8 +70,10 @@ def page(engine: Engine) -> None:
     started = buttons.button("Generate", type="primary", icon=":material/play_arrow:")
     boxes = st.container()
     if started:
-        buttons.button("Cancel", icon=":material/cancel:")  # any click ends this script at its next st.* call
+        cancel = buttons.empty()
+        cancel.button("Cancel", icon=":material/cancel:")  # any click ends this script at its next st.* call
         _generate(engine, ref, prompt, boxes)
+        cancel.empty()
     elif preview := st.session_state.get("generated"):
         if not preview.done:
             st.info("Cancelled: what was generated until then is kept.", icon=":material/cancel:")
@@ -149,7 +151,9 @@ def _columns(preview: Preview) -> list[tuple[DeltaGenerator, DeltaGenerator]]:
 
 
 def _draw(columns: list[tuple[DeltaGenerator, DeltaGenerator]], preview: Preview) -> None:
-    tail = ("… " if len(preview.prompt) > _PROMPT_TAIL else "") + preview.prompt[-_PROMPT_TAIL:]
+    tail = preview.prompt[-_PROMPT_TAIL:]
+    if len(preview.prompt) > _PROMPT_TAIL:
+        tail = "… " + tail.partition(" ")[2]
     for (text, counters), step in zip(columns, (preview.full, preview.compressed), strict=True):
         text.html(markup.generated(tail, step.text, preview.same_text))
         seen, held = max(preview.full.held), step.held

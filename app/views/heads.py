@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import streamlit as st
 
-from analysis.measures import VERDICTS, HeadFigures, answer, attention_loss, kept_tokens
+from analysis.measures import VERDICTS, HeadFigures, answer, attention_loss, kept_tokens, signed
 from analysis.run import Capture
 from app import figures, markup, state
 from app.charts import show
@@ -239,9 +239,6 @@ def _layer_note(run: Capture, layer: int) -> str:
 
 
 def _numbers(run: Capture, numbers: HeadFigures, layer: int, head: int, leave_out: int) -> None:
-    def signed(value: float) -> str:
-        return "undefined" if np.isnan(value) else f"{value:+.2f}".replace("-", "−")
-
     without = state.figures_of(run, 1).gamma[layer, head]
     shown = {
         "Γ": (signed(numbers.gamma[layer, head]), "−1 the paper's claim, 0 chance, +1 the opposite"),

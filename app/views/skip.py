@@ -49,7 +49,7 @@ def page(generate_page: StreamlitPage) -> None:
         alt="ALR against chance, by layer",
         caption=f"What *{markup.plain(state.POLICY_NAMES[spec.policy])}* loses beyond the ideal order, as a share "
         "of what a random order loses: small points are heads, large ones the layer as a whole (heads count by what "
-        "they have to lose). Below 1 the policy is better than dice. Shaded layers are skipped. Of one text, one query.",
+        "they have to lose). Below 1 the policy is better than dice. Shaded layers are skipped. One text, one query.",
         table={
             "layer": np.arange(run.n_layers),
             "ALR / chance": loss.by_layer,
