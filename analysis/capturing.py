@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -53,12 +52,11 @@ def capture(loaded: LoadedModel, text: str, *, on_layer: OnLayer | None = None) 
             if not logits.isfinite().all():
                 raise ModelError(f"{loaded.name} computes NaN or infinity on this text; its weights may be damaged.")
             next_token = logits.argmax(-1, keepdim=True)
-            recorder.start_probe()
+            recorder.probing = True
             _last_logits(model, next_token, cache)
         recorder.check_complete(type(model).__name__)
     except UnsupportedModelError as error:
         raise ModelError(str(error)) from error
-    prompt, probe = recorder.prompt, recorder.probe
     return Capture(
         model=loaded.name,
         architecture=type(model).__name__,
@@ -74,12 +72,7 @@ def capture(loaded: LoadedModel, text: str, *, on_layer: OnLayer | None = None) 
         tokens_per_bin=recorder.bin_width,
         token_ids=tokens.ids,
         token_spans=tokens.spans,
-        key_norm=np.stack([layer.key_norm for layer in prompt]),
-        value_norm=np.stack([layer.value_norm for layer in prompt]),
-        attention_received=np.stack([layer.received for layer in prompt]),
-        probe_attention=np.stack(probe),
-        pooled_attention=np.stack([layer.pooled for layer in prompt]),
-        pooled_scale=np.stack([layer.pooled_scale for layer in prompt]),
+        **recorder.results,
     )
 
 
@@ -108,68 +101,74 @@ def _last_logits(model: nn.Module, ids: Tensor, cache: DynamicCache) -> Tensor:
     return model(ids, past_key_values=cache, use_cache=True, **only_last).logits[:, -1]
 
 
-@dataclass(frozen=True, slots=True)
-class _LayerRecord:
-    key_norm: np.ndarray  # [Hkv, T]
-    value_norm: np.ndarray  # [Hkv, T]
-    received: np.ndarray  # [H, T]
-    pooled: np.ndarray  # [H, P, P] uint8
-    pooled_scale: np.ndarray  # [H]
-
-
-@dataclass(slots=True)
 class _Recorder:
     """Stands in the attention seam, looks on, and writes down."""
 
-    n_tokens: int
-    n_layers: int
-    on_layer: OnLayer | None
-    prompt: list[_LayerRecord] = field(default_factory=list)
-    probe: list[np.ndarray] = field(default_factory=list)  # [H, T] each
-    probing: bool = False
-
-    @property
-    def bin_width(self) -> int:
-        return -(-self.n_tokens // MAX_BINS)
-
-    def start_probe(self) -> None:
-        self.probing = True
+    def __init__(self, n_tokens: int, n_layers: int, on_layer: OnLayer | None) -> None:
+        self.n_tokens, self.n_layers, self.on_layer = n_tokens, n_layers, on_layer
+        self.bin_width = -(-n_tokens // MAX_BINS)
+        self.results: dict[str, np.ndarray] = {}  # fields of `Capture`
+        self.recorded = self.probed = 0  # layers
+        self.probing = False
 
     def attend(self, inner, module, query, key, value, mask, **kwargs):
         if kwargs.get("position_bias") is not None:
             raise UnsupportedModelError("this model adds a bias to its attention scores that is not looked into yet")
-        attention = _Attention(query[0], key[0], module, kwargs)
+        if not self.results:
+            self._allocate(query.shape[1], key.shape[1])
+        attention = _Attention(query[0], key[0], kwargs)
         if self.probing:
-            row = attention.probabilities(0, 1)[:, 0, :-1]  # its own column is dropped; the row is not renormalised
-            full = row.new_zeros(row.shape[0], self.n_tokens)
-            full[:, self.n_tokens - row.shape[1] :] = row  # a sliding window holds the latest only
-            self.probe.append(full.cpu().numpy())
+            self._record_probe(attention)
         else:
-            received, pooled = _summarise(attention, self.bin_width)
-            self.prompt.append(
-                _LayerRecord(
-                    key_norm=key[0].float().norm(dim=-1).cpu().numpy(),
-                    value_norm=value[0].float().norm(dim=-1).cpu().numpy(),
-                    received=received.cpu().numpy(),
-                    **_as_bytes(pooled),
-                )
-            )
-            if self.on_layer is not None:
-                self.on_layer(len(self.prompt), self.n_layers)
+            self._record_prompt(attention, key[0], value[0])
         return inner(module, query, key, value, mask, **kwargs)
 
     def check_complete(self, model: str) -> None:
-        if not len(self.prompt) == len(self.probe) == self.n_layers:
+        if not self.recorded == self.probed == self.n_layers:
             raise UnsupportedModelError(
-                f"{model} showed the attention of {len(self.prompt)} of its {self.n_layers} layers: the others are "
+                f"{model} showed the attention of {self.recorded} of its {self.n_layers} layers: the others are "
                 "of another kind, or bypass transformers' attention registry."
             )
+
+    def _allocate(self, heads: int, kv_heads: int) -> None:
+        # All at once, before the first layer: small arrays that stay, between large ones that go, fragment the heap.
+        layers, n, bins = self.n_layers, self.n_tokens, -(-self.n_tokens // self.bin_width)
+        self.results = {
+            "key_norm": np.empty((layers, kv_heads, n), np.float32),
+            "value_norm": np.empty((layers, kv_heads, n), np.float32),
+            "attention_received": np.empty((layers, heads, n), np.float32),
+            "probe_attention": np.zeros((layers, heads, n), np.float32),
+            "pooled_attention": np.empty((layers, heads, bins, bins), np.uint8),
+            "pooled_scale": np.empty((layers, heads), np.float32),
+        }
+
+    def _record_prompt(self, attention: _Attention, key: Tensor, value: Tensor) -> None:
+        received, pooled = _summarise(attention, self.bin_width)
+        scale = pooled.amax(dim=(1, 2)).clamp_min(1e-12)
+        root = (pooled / scale[:, None, None]).sqrt()  # square root: small shares keep some of the 256 steps
+        for name, values in {
+            "key_norm": key.float().norm(dim=-1),
+            "value_norm": value.float().norm(dim=-1),
+            "attention_received": received,
+            "pooled_attention": (root * 255).round().to(torch.uint8),
+            "pooled_scale": scale,
+        }.items():
+            self.results[name][self.recorded] = values.cpu().numpy()
+        self.recorded += 1
+        if self.on_layer is not None:
+            self.on_layer(self.recorded, self.n_layers)
+
+    def _record_probe(self, attention: _Attention) -> None:
+        row = attention.probabilities(0, 1)[:, 0, :-1]  # its own column is dropped; the row is not renormalised
+        # A sliding window holds the latest tokens only: to the others it pays nothing.
+        self.results["probe_attention"][self.probed][:, self.n_tokens - row.shape[1] :] = row.cpu().numpy()
+        self.probed += 1
 
 
 class _Attention:
     """The attention probabilities of one layer, block by block. One text, so nothing but causality is masked."""
 
-    def __init__(self, query: Tensor, key: Tensor, module: nn.Module, options: dict) -> None:
+    def __init__(self, query: Tensor, key: Tensor, options: dict) -> None:
         self.query, self.key = query, key  # [H, q, D], [Hkv, n, D]
         self.n_heads, self.n_queries, head_dim = query.shape
         self.n_keys = key.shape[1]
@@ -182,11 +181,10 @@ class _Attention:
     def probabilities(self, start: int, end: int) -> Tensor:
         """Of the queries start..end: float32 [H, end - start, n], n the keys that any of them can see."""
         before = self.n_keys - self.n_queries  # keys that precede the first query
-        query = self.query[:, start:end]
+        query = self.query[:, start:end] * self.scaling  # before the product: D numbers a row instead of n
         seen = before + end
         grouped = query.reshape(self.key.shape[0], -1, query.shape[-1])  # [Hkv, G * q, D]: no copy of the keys
         scores = (grouped @ self.key[:, :seen].transpose(-1, -2)).float().view(self.n_heads, end - start, seen)
-        scores *= self.scaling
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         self._hide(scores, before + start)
@@ -238,12 +236,3 @@ def _sum_bins(x: Tensor, *, dim: int, width: int) -> Tensor:
     if short:
         x = nn.functional.pad(x, (0, short) if dim == 2 else (0, 0, 0, short))
     return x.unflatten(dim, (-1, width)).sum(dim=dim + 1)
-
-
-def _as_bytes(pooled: Tensor) -> dict[str, np.ndarray]:
-    scale = pooled.amax(dim=(1, 2)).clamp_min(1e-12)
-    root = (pooled / scale[:, None, None]).sqrt()  # square root: small shares keep some of the 256 steps
-    return {
-        "pooled": (root * 255).round().to(torch.uint8).cpu().numpy(),
-        "pooled_scale": scale.cpu().numpy(),
-    }

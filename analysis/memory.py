@@ -16,7 +16,7 @@ from l2kv.spec import CompressionSpec
 if TYPE_CHECKING:
     from analysis.models import LoadedModel
 
-BLOCK = 256  # queries whose attention a capture holds at a time
+BLOCK = 128  # queries whose attention a capture holds at a time
 MAX_BINS = 128  # of its pooled attention map, a side
 _SHARE_OF_FREE = 0.8  # the rest is for others, and for the estimate being one
 

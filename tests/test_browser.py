@@ -200,6 +200,7 @@ def test_both_columns_stream_and_cancel_stops_them(page):
     tokens.press("Enter")
     settled(page)
     page.get_by_role("button", name="Generate", exact=True).click()
+    settled(page)
     page.get_by_text(re.compile("The same 8 tokens|The texts differ from new token")).wait_for()
     counters = page.get_by_text(re.compile(r"\d+ of \d+ tokens held per layer"))
     assert counters.count() == 2 and "100% of the full cache" in counters.first.inner_text()

@@ -17,7 +17,7 @@ from transformers import (
 
 from analysis import ModelError, OutOfMemoryError, TextError, capture
 from analysis import memory as memory_module
-from analysis.memory import MAX_BINS, CacheShape, capture_bytes, human_bytes
+from analysis.memory import BLOCK, MAX_BINS, CacheShape, capture_bytes, human_bytes
 from analysis.models import LoadedModel
 from l2kv import CompressionSpec
 from tests.conftest import BUNDLED, MODELS, STORIES, TINY, build
@@ -70,7 +70,7 @@ def test_a_capture_is_what_output_attentions_shows(load, name, repeats):
     run = capture(loaded, TEXT * repeats if name != "stories260K" else TEXT * min(repeats, 3))
     attention, probe = eager(loaded, torch.from_numpy(run.token_ids)[None])
     n = run.n_tokens
-    assert (repeats == 1) == (n <= 256)
+    assert (repeats == 1) == (n <= BLOCK)
 
     def sees(query: int, key: int, kind: str) -> bool:
         return key <= query and (kind == "full" or query - key < loaded.config.sliding_window)
