@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PORT ?= 8501
 MODEL ?= books-5m
 
-.PHONY: app test lint bench demo
+.PHONY: app test lint bench demo picture
 app: $(VENV)/app.stamp
 	$(BIN)/python -m streamlit run app/main.py --server.port $(PORT)
 
@@ -21,6 +21,9 @@ bench: $(VENV)/app.stamp  ## memory and time of a capture, as ratios to the plai
 
 demo: $(VENV)/app.stamp  ## the demo run and the presets again, of MODEL=name or folder
 	$(BIN)/python -m analysis demo --model $(MODEL)
+
+picture: $(VENV)/dev.stamp  ## the README's picture, from the app itself
+	$(BIN)/python -m tests.picture
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.x")'

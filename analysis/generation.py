@@ -98,11 +98,6 @@ def decode_one_token(model, token: Tensor, cache: Cache) -> Tensor:
     return model(token, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
 
 
-def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
-    """Index of the first token that differs, None while there is none; one being shorter is no difference."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
-
-
 def _end_tokens(loaded: LoadedModel) -> set[int]:
     ends = loaded.model.generation_config.eos_token_id
     return set(ends if isinstance(ends, list) else [ends])

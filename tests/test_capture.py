@@ -17,9 +17,10 @@ from transformers import (
 
 from analysis import ModelError, OutOfMemoryError, TextError, capture
 from analysis import memory as memory_module
+from analysis.measures import kept_tokens
 from analysis.memory import BLOCK, MAX_BINS, CacheShape, capture_bytes, human_bytes
 from analysis.models import LoadedModel
-from l2kv import CompressionSpec
+from l2kv import CompressedCache, CompressionSpec, compressible
 from tests.conftest import BUNDLED, MODELS, STORIES, TINY, build
 
 TEXT = (
@@ -101,6 +102,44 @@ def test_norms_are_those_of_the_keys_as_cached(load, name):
         for kind, tensor in (("key_norm", cache.layers[layer].keys), ("value_norm", cache.layers[layer].values)):
             norms = [[sum(x * x for x in pair) ** 0.5 for pair in head] for head in tensor[0].tolist()]
             np.testing.assert_allclose(getattr(run, kind)[layer], norms, rtol=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["low_norm", "high_norm"])
+@pytest.mark.parametrize("protect", [(0, 0), (2, 10)], ids=str)
+def test_the_tokens_shown_as_kept_are_those_the_cache_keeps(load, policy, protect):
+    loaded = load("books-5m")
+    run, spec = (
+        capture(loaded, TEXT),
+        CompressionSpec(0.4, policy=policy, protect_first=protect[0], protect_last=protect[1]),
+    )
+    cache = CompressedCache(loaded.config, spec)
+    with compressible(loaded.model), torch.no_grad():
+        loaded.model(torch.from_numpy(run.token_ids)[None], past_key_values=cache)
+    for layer in range(1, run.n_layers):  # in layer 0 equal tokens have equal norms, and rounding decides
+        for head in range(run.n_heads):
+            kept = np.flatnonzero(kept_tokens(run, layer, head, spec)).tolist()
+            assert kept == cache.kept_positions(layer)[run.kv_head(head)][0].tolist()
+
+
+def test_running_out_of_memory_is_told_and_everything_is_given_back(load, monkeypatch):
+    loaded = load("books-5m")
+    mlp = loaded.model.model.layers[3].mlp
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory. Tried"),
+        RuntimeError("DefaultCPUAllocator: not enough memory"),
+    ):
+
+        def fail(*args, error=error):
+            raise error
+
+        with monkeypatch.context() as patch, pytest.raises(OutOfMemoryError, match="shorter text"):
+            patch.setattr(mlp, "forward", fail)
+            capture(loaded, TEXT)
+        assert loaded.model.config._attn_implementation == "sdpa"
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="a bug"):
+        patch.setattr(mlp, "forward", lambda x: (_ for _ in ()).throw(RuntimeError("a bug")))
+        capture(loaded, TEXT)
+    assert capture(loaded, TEXT).n_layers == 6
 
 
 def test_progress_comes_per_layer_and_an_exception_in_it_cancels_cleanly(load):

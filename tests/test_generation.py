@@ -5,7 +5,7 @@ import torch
 from transformers import AutoTokenizer
 
 from analysis import ModelError, TextError
-from analysis.generation import _whole_characters, first_difference, stream
+from analysis.generation import _whole_characters, stream
 from analysis.models import LoadedModel
 from l2kv import CompressionSpec
 from tests.conftest import BUNDLED, build
@@ -68,12 +68,6 @@ def test_half_a_character_is_not_shown(loaded):
     whole = loaded.tokenizer.decode(emoji[-4:])
     assert whole == "🙂"
     assert _whole_characters("a" + loaded.tokenizer.decode(emoji[-4:-1])) == "a"
-
-
-def test_the_first_difference_is_found():
-    assert first_difference([1, 2, 3], [1, 2, 3]) is None
-    assert first_difference([1, 2, 3], [1, 9, 3]) == 1
-    assert first_difference([1, 2], [1, 2, 3]) is None
 
 
 def test_bad_requests_are_refused(loaded):

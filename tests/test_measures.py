@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from analysis import Plan, alr, attention_loss, correlation, suggest_skip_layers, verdicts
-from analysis.measures import alr_chance, sink_share, status
+from analysis.measures import alr_chance, answer, sink_share, status
 from analysis.run import Capture
 from analysis.skip import layer_loss
 from l2kv import CompressionSpec
@@ -132,6 +132,27 @@ def test_verdicts_by_sign_with_and_without_the_sink():
         [[[0.9, *falling]], [[0.9, *rising]], [[0.9, *falling]], [[0.9, *rising]]],
     )
     assert verdicts(run)[:, 0].tolist() == ["follows the paper", "sink only", "hidden by the sink", "mirror"]
+
+
+@pytest.mark.parametrize(
+    "paper,mirror,weak,begins",
+    [
+        (8, 1, 1, "Yes"),
+        (1, 8, 1, "No, the opposite"),
+        (4, 4, 2, "It depends"),
+        (1, 1, 8, "Hardly"),
+        (0, 0, 0, "This run"),
+    ],
+)
+def test_the_answer_is_a_sentence_that_counts_heads(paper, mirror, weak, begins):
+    ranks = np.arange(1.0, 10.0)
+    rows = [1 / ranks] * paper + [ranks / 100] * mirror + [[0.1, 0.2, 0.1, 0.2, 0.15, 0.2, 0.1, 0.2, 0.1]] * weak
+    constant = not rows
+    run = run_of([[ranks if not constant else np.ones(9)]] * max(len(rows), 1), [[row] for row in rows or [ranks]])
+    text = answer(run)
+    assert text.startswith(begins)
+    if not constant:
+        assert f"In {paper} of 10 heads low-norm" in text and f"in {mirror} high-norm" in text and f"; {weak} " in text
 
 
 def test_the_undefined_is_named_and_never_a_number():

@@ -1,0 +1,182 @@
+"""The parts of the app that need no browser: escaping, the queue for the model, the pages as Streamlit runs them."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+from streamlit.testing.v1 import AppTest
+
+from analysis import ModelError
+from app import engine as engine_module
+from app import markup, state
+from app.engine import Engine, check_allowed
+from app.views.generate import Preview
+from tests.conftest import BUNDLED, ROOT
+
+HOSTILE = [
+    "<b>",
+    "$x$",
+    "![i](http://e)",
+    "\u202e",
+    "\x00",
+    "&lt;",
+    "<img src=x onerror=alert(1)>",
+    "a\nb",
+    "\ud800",
+    "</div>",
+]
+
+
+def test_no_token_becomes_html():
+    strip = markup.token_strip(HOSTILE, [i % 2 == 0 for i in range(len(HOSTILE))])
+    body = strip.split("</style>")[1]
+    assert body.count("<span") == len(HOSTILE) and body.count("</div>") == 1
+    assert not any(tag in body for tag in ("<b>", "<img", "\x00", "\u202e"))
+    assert "&lt;b&gt;" in body and "&amp;lt;" in body and "U+202E" in body
+    body.encode("utf-8")  # no lone surrogate is left
+    assert body.count("l2kv-kept") == body.count("l2kv-gone") == 5
+
+
+def test_generated_text_is_marked_from_the_first_difference_and_escaped():
+    page = markup.generated("<p>", "same <i>other", 5)
+    body = page.split("</style>")[1]
+    assert '&lt;p&gt;</span>same <span class="l2kv-differs">&lt;i&gt;other</span>' in body
+    assert "l2kv-differs" not in markup.generated("p", "same").split("</style>")[1]
+
+
+def test_markdown_of_users_is_shown_not_rendered():
+    for text in HOSTILE[:3]:
+        plain = markup.plain(text)
+        assert all(c.isalnum() or c in "/ =" or plain[i - 1] == "\\" for i, c in enumerate(plain) if c != "\\")
+
+
+def test_a_long_strip_leaves_out_its_middle():
+    n = markup.MOST_TOKENS + 50
+    body = markup.token_strip(["x"] * n, np.ones(n, bool))
+    assert "50 tokens not shown" in body and body.count("<span") == markup.MOST_TOKENS
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """An engine whose models are their names, and the list of what was loaded."""
+    loaded = []
+    monkeypatch.setattr(engine_module, "load_model", lambda ref: loaded.append(ref) or ref)
+    return loaded
+
+
+def ignore(*_):
+    pass
+
+
+def test_sessions_take_turns_in_the_order_they_came(loads):
+    engine, order, waits = Engine(), [], []
+    inside = threading.Event()
+
+    def session(name):
+        with engine.turn("m", on_wait=lambda ahead: waits.append((name, ahead)), on_load=ignore):
+            order.append(name)
+            inside.set()
+            time.sleep(0.5)
+
+    threads = [threading.Thread(target=session, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.05)
+    for thread in threads:
+        thread.join(10)
+    assert order == [0, 1, 2] and loads == ["m"] and engine.waiting == 0
+    assert (1, 1) in waits and (2, 2) in waits and (2, 1) in waits and not any(name == 0 for name, _ in waits)
+
+
+def test_giving_up_while_waiting_or_working_frees_the_place(loads):
+    engine = Engine()
+
+    class Closed(BaseException):
+        pass
+
+    def close(*_):
+        raise Closed
+
+    with engine.turn("a", on_wait=ignore, on_load=ignore):
+        with pytest.raises(Closed), engine.turn("a", on_wait=close, on_load=ignore):
+            pass
+        assert engine.waiting == 1
+    with pytest.raises(Closed), engine.turn("a", on_wait=ignore, on_load=ignore):
+        raise Closed
+    assert engine.waiting == 0
+
+
+def test_one_model_is_resident_and_a_failed_load_leaves_none(loads, monkeypatch):
+    engine = Engine()
+    for ref in ("a", "a", "b"):
+        with engine.turn(ref, on_wait=ignore, on_load=ignore) as loaded:
+            assert loaded == ref
+    assert loads == ["a", "b"]
+
+    def fail(ref):
+        assert engine.loaded is None  # the old one is gone before the new one comes
+        raise ModelError("no")
+
+    monkeypatch.setattr(engine_module, "load_model", fail)
+    with pytest.raises(ModelError), engine.turn("c", on_wait=ignore, on_load=ignore):
+        pass
+    assert engine.loaded is None and engine.ref is None
+
+
+def test_folders_are_opened_only_where_the_operator_allowed(monkeypatch, tmp_path):
+    monkeypatch.delenv("L2KV_MODEL_DIRS", raising=False)
+    for ref in (str(BUNDLED), "./analysis", "~", "analysis", "../x", "/no/such"):
+        with pytest.raises(ModelError, match="L2KV_MODEL_DIRS"):
+            check_allowed(ref)
+    monkeypatch.setenv("L2KV_MODEL_DIRS", str(BUNDLED.parent))
+    assert check_allowed(str(BUNDLED)) == str(BUNDLED)
+    assert str(BUNDLED) in engine_module.allowed_models()
+    (tmp_path / "link").symlink_to(BUNDLED)
+    assert check_allowed(str(tmp_path / "link")) == str(BUNDLED)
+    with pytest.raises(ModelError):
+        check_allowed(f"{BUNDLED}/../../..")
+    assert check_allowed(" Qwen/Qwen3-0.6B ") == "Qwen/Qwen3-0.6B" and check_allowed("books-5m") == "books-5m"
+
+
+def step(ids, text):
+    from analysis.generation import Step
+
+    return Step(tuple(ids), text, held=(1,), nbytes=1, finished=False)
+
+
+def test_a_preview_remembers_where_the_texts_parted():
+    preview = Preview("p", state.current_spec())
+    preview.add(step([1], "a"), step([1], "a"))
+    preview.add(step([1, 2], "ab"), step([1, 3], "ac"))
+    preview.add(step([1, 2, 4], "abd"), step([1, 3, 4], "acd"))
+    assert (preview.same, preview.same_text) == (1, 1)
+    other = Preview("p", state.current_spec())
+    other.add(step([1], "a"), step([2], "b"))
+    assert (other.same, other.same_text) == (0, 0)
+    ended = Preview("p", state.current_spec())
+    ended.add(step([1], "a"), step([1], "a"))
+    ended.add(step([1, 2], "ab"), step([1], "a"))  # the compressed one ended its text
+    assert ended.same == 1
+
+
+@pytest.fixture
+def app():
+    return AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=60).run()
+
+
+def test_the_app_opens_on_the_demo_run_with_every_figure(app):
+    assert not app.exception and not app.error
+    assert "Does low norm predict attention in books" in app.header[0].value
+    assert len(app.get("plotly_chart")) == 6
+
+
+def test_the_head_opened_is_the_one_that_state_says(app):
+    app.session_state["layer"], app.session_state["head"] = 3, 5
+    app.run()
+    assert app.subheader[0].value.startswith("Layer 3, head 5: ")
+    next(b for b in app.button if b.label == "Next head").click().run()
+    assert app.subheader[0].value.startswith("Layer 3, head 6: ")
+    next(b for b in app.button if b.label.startswith("Add layer 3")).click().run()
+    assert app.session_state["skip_layers"] == [3]
+    assert any(b.label == "Compress layer 3 again" for b in app.button)
