@@ -16,6 +16,7 @@ from app.figures.style import (
     SEQUENTIAL,
     UNDEFINED,
     as_customdata,
+    axis,
     colorbar,
     index_axis,
     largest,
