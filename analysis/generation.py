@@ -32,12 +32,14 @@ class Step:
     finished: bool  # the model ended its text here
 
 
+@torch.inference_mode()  # as a decorator it is on only while the generator runs, not between its steps
 def stream(
     loaded: LoadedModel, prompt: str, specs: Sequence[CompressionSpec | None], *, max_new_tokens: int
 ) -> Iterator[tuple[Step, ...]]:
     """Yield, after each new token, the state of all columns; None among the specs is the full cache.
 
-    A column that has finished repeats its last step. Closing the iterator stops at once and restores the model.
+    A column that has finished repeats its last step. Close the iterator (`contextlib.closing`) to
+    stop at once and have the model restored: one that is dropped midway is restored only when it is collected.
 
     Raises:
         TextError, OutOfMemoryError: as `capture`.
@@ -47,7 +49,7 @@ def stream(
     tokens = tokenize(loaded.tokenizer, prompt)
     check_length(loaded, tokens, new_tokens=max_new_tokens)
     try:
-        with memory_errors(), compressible(loaded.model), torch.inference_mode():
+        with memory_errors(), compressible(loaded.model):
             columns = [_Column(loaded, tokens, spec) for spec in specs]
             for _ in range(max_new_tokens):
                 yield tuple(column.step() for column in columns)

@@ -181,19 +181,19 @@ def loss_curves(
 def pooled_map(pooled: np.ndarray, *, tokens_per_bin: int, n_tokens: int) -> go.Figure:
     """Where each query looks, query 0 at the top.
 
-    pooled [P, P]: row = query bin, column = key bin, each row sums to about 1. A bin holds `tokens_per_bin`
-    tokens, the last one what is left of `n_tokens`.
+    pooled [P, P]: row = query bin, column = key bin, each row sums to about 1; NaN is left out.
+    A bin holds `tokens_per_bin` tokens, the last one what is left of `n_tokens`.
     """
     n_bins = len(pooled)
     share = np.asarray(pooled, dtype=np.float32)
     visible = np.tri(n_bins, dtype=bool)  # a key later than the query cannot be seen: a gap, not a zero
-    root = np.where(visible, np.sqrt(np.maximum(np.nan_to_num(share), 0)), np.nan).astype(np.float32)
+    root = np.where(visible, np.sqrt(np.maximum(share, 0)), np.nan).astype(np.float32)
     top = max(largest(root, default=0.0), 1e-3)
     ticks = np.linspace(0, top, 5)
     starts = tokens_per_bin * np.arange(n_bins)
     ends = np.minimum(starts + tokens_per_bin, n_tokens) - 1
-    bounds = zip(starts, ends, strict=True)
-    spans = [f"{start}" if start == end else f"{start}–{end}" for start, end in bounds]
+    edges = zip(starts, ends, strict=True)
+    spans = [f"{start}" if start == end else f"{start}–{end}" for start, end in edges]
     # Category axes, since their names come through the hover: a string per bin and not one per cell.
     bounds = dict(type="category", tickangle=0, showgrid=False, fixedrange=True, constrain="domain")
     marks = np.arange(0, n_bins, max(1, -(-n_bins // 8)))

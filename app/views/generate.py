@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -120,14 +121,14 @@ def _generate(engine: Engine, ref: str, prompt: str, boxes: DeltaGenerator) -> N
                 on_load=lambda: note.info(f"Loading {markup.plain(ref)} …"),
             ) as loaded:
                 note.empty()
-                n_new = int(st.session_state["new_tokens"])
-                rows = stream(loaded, prompt, [None, preview.spec], max_new_tokens=n_new)
-                columns = None
-                for full, compressed in rows:
-                    preview.add(full, compressed)
-                    st.session_state["generated"] = preview  # kept at every token: a click may end this here
-                    columns = columns or _columns(preview)
-                    _draw(columns, preview)
+                n_new, columns = int(st.session_state["new_tokens"]), None
+                # Closed before the turn ends: the next session must find the model as it was.
+                with closing(stream(loaded, prompt, [None, preview.spec], max_new_tokens=n_new)) as rows:
+                    for full, compressed in rows:
+                        preview.add(full, compressed)
+                        st.session_state["generated"] = preview  # at every token: a click may end this here
+                        columns = columns or _columns(preview)
+                        _draw(columns, preview)
                 preview.done = True
         except UserError as error:
             note.error(markup.plain(str(error)), icon=":material/error:")

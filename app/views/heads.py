@@ -198,7 +198,7 @@ def _one_head(run: Capture, numbers: HeadFigures, leave_out: int) -> None:
         )
         _losses(run, layer, head, leave_out, spec.keep_ratio)
     with right:
-        _pooled(run, layer, head)
+        _pooled(run, layer, head, leave_out)
 
 
 def _choose(run: Capture) -> tuple[int, int]:
@@ -275,11 +275,15 @@ def _losses(run: Capture, layer: int, head: int, leave_out: int, keep_ratio: flo
     )
 
 
-def _pooled(run: Capture, layer: int, head: int) -> None:
+def _pooled(run: Capture, layer: int, head: int, leave_out: int) -> None:
+    pooled = run.pooled(layer, head)
+    if leave_out:
+        pooled[:, 0] = np.nan  # the bin that holds the first token: what is left gets the colours
     show(
-        figures.pooled_map(run.pooled(layer, head), tokens_per_bin=run.tokens_per_bin, n_tokens=run.n_tokens),
+        figures.pooled_map(pooled, tokens_per_bin=run.tokens_per_bin, n_tokens=run.n_tokens),
         key="pooled",
         alt="Attention map, pooled",
         caption=f"Who looks where: each row is {run.tokens_per_bin} queries, each column {run.tokens_per_bin} keys, "
-        "the first at the top left. A bright first column is a sink, a bright diagonal is recency. Of all queries.",
+        "the first at the top left. A bright first column is a sink, a bright diagonal is recency. Of all queries"
+        + (", the first column left out." if leave_out else "."),
     )
