@@ -43,6 +43,8 @@ def capture(loaded: LoadedModel, text: str, *, on_layer: OnLayer | None = None) 
     warnings = check_length(loaded, tokens)
     check_fits(loaded, len(tokens))
     config, model, started = loaded.config, loaded.model, time.perf_counter()
+    if unknown := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+        raise ModelError(f"{loaded.name} has layers that are not looked into yet: {', '.join(sorted(unknown))}.")
     recorder = _Recorder(len(tokens), config.num_hidden_layers, on_layer)
     ids = torch.from_numpy(tokens.ids)[None].to(loaded.device)
     cache = DynamicCache(config=config)
@@ -66,6 +68,7 @@ def capture(loaded: LoadedModel, text: str, *, on_layer: OnLayer | None = None) 
         labels=tokens.labels,
         probe_label=loaded.tokenizer.decode(next_token[0]),
         layer_kinds=tuple("sliding" if s else "full" for s in cache.is_sliding),
+        windows=tuple(getattr(layer, "sliding_window", 0) for layer in cache.layers),
         warnings=tuple(warnings),
         seconds=time.perf_counter() - started,
         head_dim=cache.layers[0].values.shape[-1],

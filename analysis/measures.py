@@ -55,19 +55,12 @@ def attention_loss(capture: Capture, layer: int, head: int, *, leave_out: int = 
 
 def alr(capture: Capture, *, leave_out: int = 0) -> np.ndarray:
     """The paper's attention loss against the reference, [L, H]: a sum over m, so it grows with the text."""
-    by_norm, by_attention = _rank_sums(capture, leave_out)
-    n = capture.n_tokens - leave_out
-    attention = capture.probe_attention[..., leave_out:].sum(axis=-1, dtype=np.float64)
-    # The m-th token dropped counts n - m + 1 times: its rank. Ideally that of the reversed attention order.
-    return _where_defined(capture, leave_out, by_norm - ((n + 1) * attention - by_attention))
+    return _where_defined(capture, leave_out, _RankSums.of(capture, leave_out).alr)
 
 
 def alr_chance(capture: Capture, *, leave_out: int = 0) -> np.ndarray:
     """The ALR expected when tokens are dropped in random order, [L, H]."""
-    _, by_attention = _rank_sums(capture, leave_out)
-    n = capture.n_tokens - leave_out
-    attention = capture.probe_attention[..., leave_out:].sum(axis=-1, dtype=np.float64)
-    return by_attention - (n + 1) / 2 * attention
+    return _RankSums.of(capture, leave_out).chance
 
 
 def correlation(capture: Capture, method: str = "gini", *, leave_out: int = 0) -> np.ndarray:
@@ -84,7 +77,8 @@ def correlation(capture: Capture, method: str = "gini", *, leave_out: int = 0) -
 
 
 def status(capture: Capture, *, leave_out: int = 0) -> np.ndarray:
-    """Why a head's figures are undefined, [L, H] of str: "ok", "constant norms", "no attention" or "too short"."""
+    """Why a head's figures are undefined, [L, H] of str: "ok", "constant norms", "no attention", "too short", or
+    "sliding window": the probe query sees only the latest tokens there, and the others cannot be ranked by it."""
     shape = (capture.n_layers, capture.n_heads)
     result = np.full(shape, "ok", dtype=object)
     if capture.n_tokens - leave_out < 3:
@@ -95,6 +89,8 @@ def status(capture: Capture, *, leave_out: int = 0) -> np.ndarray:
     even = np.ptp(attention, axis=-1) <= 1e-12  # no mass at all, or spread with no difference
     result[even] = "no attention"
     result[np.ptp(norm, axis=-1) <= CONSTANT * norm.mean(axis=-1)] = "constant norms"
+    windows = np.array(capture.windows)
+    result[(windows > 0) & (windows <= capture.n_tokens)] = "sliding window"
     return result
 
 
@@ -106,27 +102,33 @@ def sink_share(capture: Capture, *, n_first: int = 1) -> np.ndarray:
 
 VERDICTS = {
     "follows the paper": "Γ < 0 with and without the first token: low-norm keys get the attention",
-    "sink only": "Γ < 0 only thanks to the first token; without it high-norm keys get the attention",
-    "hidden by the sink": "Γ > 0 only because of the first token; without it low-norm keys get the attention",
-    "mirror": "Γ > 0 with and without the first token: HIGH-norm keys get the attention",
-    "too weak to call": f"|Γ| < {WEAK} with and without the first token: one text cannot tell its sign",
-    "undefined": "no order to compare: constant norms, no attention, or too short a text",
+    "sink only": "Γ < 0 thanks to the first token; among the others low norm gets no more attention, or less",
+    "hidden by the sink": "Γ < 0 without the first token, which hides that low-norm keys get the attention",
+    "mirror": "Γ > 0, and not thanks to the first token: HIGH-norm keys get the attention",
+    "too weak to call": f"|Γ| < {WEAK}, or Γ > 0 only thanks to the first token: one text cannot tell its sign",
+    "undefined": "no order to compare: constant norms, no attention, a sliding window, or too short a text",
+}
+# By the sign of Γ with and without the first token; 0 is a |Γ| below WEAK.
+_VERDICT_OF_SIGNS = {
+    (-1, -1): "follows the paper",
+    (-1, 0): "sink only",
+    (-1, 1): "sink only",
+    (0, -1): "hidden by the sink",
+    (1, -1): "hidden by the sink",
+    (0, 1): "mirror",
+    (1, 1): "mirror",
+    (0, 0): "too weak to call",
+    (1, 0): "too weak to call",
 }
 
 
 def verdicts(capture: Capture) -> np.ndarray:
     """What each head says of the paper's claim on this one text, [L, H], keys of `VERDICTS`. No interval: one text."""
     with_sink, without = correlation(capture), correlation(capture, leave_out=1)
+    signs = [np.sign(gamma) * (abs(gamma) >= WEAK) for gamma in (with_sink, without)]
     result = np.full(with_sink.shape, "undefined", dtype=object)
-    defined = np.isfinite(with_sink) & np.isfinite(without)
-    for name, chosen in {
-        "follows the paper": (with_sink < 0) & (without < 0),
-        "sink only": (with_sink < 0) & (without >= 0),
-        "hidden by the sink": (with_sink >= 0) & (without < 0),
-        "mirror": (with_sink >= 0) & (without >= 0),
-        "too weak to call": (abs(with_sink) < WEAK) & (abs(without) < WEAK),  # the last word
-    }.items():
-        result[defined & chosen] = name
+    for pair, name in _VERDICT_OF_SIGNS.items():
+        result[(signs[0] == pair[0]) & (signs[1] == pair[1])] = name
     return result
 
 
@@ -208,12 +210,40 @@ def _cumulative(values: np.ndarray) -> np.ndarray:
     return np.concatenate([[0.0], np.cumsum(values)])
 
 
-def _rank_sums(capture: Capture, leave_out: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sum of attention * rank, [L, H] each: with ranks by norm, and by attention. Ranks ascend from 1."""
-    attention = capture.probe_attention[..., leave_out:].astype(np.float64)
-    ranks = _ordinal(capture.key_norm[..., leave_out:])
-    by_norm = np.repeat(ranks, capture.n_heads // capture.n_kv_heads, axis=1)
-    return (attention * by_norm).sum(axis=-1), (attention * _ordinal(attention)).sum(axis=-1)
+@dataclass(frozen=True, slots=True)
+class _RankSums:
+    """Sums over the n tokens of attention * rank, [L, H] each. Ranks ascend from 1, so their mean is (n + 1) / 2.
+
+    The m-th token dropped counts in the n - m + 1 losses that follow: a token's attention is summed as often as its
+    rank says, in the order of norms, and as its rank from the other end says, in the ideal order.
+    """
+
+    by_norm: np.ndarray
+    by_attention: np.ndarray
+    by_chance: np.ndarray
+
+    @classmethod
+    def of(cls, capture: Capture, leave_out: int) -> _RankSums:
+        attention = capture.probe_attention[..., leave_out:].astype(np.float64)
+        ranks = np.repeat(_ordinal(capture.key_norm[..., leave_out:]), capture.n_heads // capture.n_kv_heads, axis=1)
+        return cls(
+            by_norm=(attention * ranks).sum(axis=-1),
+            by_attention=(attention * _ordinal(attention)).sum(axis=-1),
+            by_chance=attention.sum(axis=-1) * (attention.shape[-1] + 1) / 2,
+        )
+
+    @property
+    def alr(self) -> np.ndarray:
+        return self.by_norm - (2 * self.by_chance - self.by_attention)
+
+    @property
+    def chance(self) -> np.ndarray:
+        return self.by_attention - self.by_chance
+
+    @property
+    def gamma(self) -> np.ndarray:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return (self.by_norm - self.by_chance) / self.chance
 
 
 def _ordinal(values: np.ndarray) -> np.ndarray:
@@ -222,14 +252,6 @@ def _ordinal(values: np.ndarray) -> np.ndarray:
     ranks = np.empty_like(order)
     np.put_along_axis(ranks, order, np.arange(1, values.shape[-1] + 1), axis=-1)
     return ranks
-
-
-def _gini(capture: Capture, leave_out: int) -> np.ndarray:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        by_norm, by_attention = _rank_sums(capture, leave_out)
-        mean_rank = (capture.n_tokens - leave_out + 1) / 2
-        total = capture.probe_attention[..., leave_out:].sum(axis=-1, dtype=np.float64)
-        return (by_norm - mean_rank * total) / (by_attention - mean_rank * total)
 
 
 def _row_by_row(statistic: Callable) -> Callable[[Capture, int], np.ndarray]:
@@ -252,7 +274,7 @@ def _spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 _CORRELATIONS: dict[str, Callable[[Capture, int], np.ndarray]] = {
-    "gini": _gini,
+    "gini": lambda capture, leave_out: _RankSums.of(capture, leave_out).gamma,
     "spearman": _row_by_row(_spearman),
     "pearson": _row_by_row(_pearson),
 }

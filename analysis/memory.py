@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import psutil
 
 from analysis.errors import OutOfMemoryError
@@ -55,10 +56,10 @@ def capture_bytes(config, n_tokens: int, *, itemsize: int) -> int:
     shape = CacheShape.of(config, itemsize)
     heads, kv_heads = shape.n_heads, shape.n_kv_heads
     blocks = 4 * heads * min(BLOCK, n_tokens) * n_tokens * 4  # scores, probabilities, and the sums over them
-    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    inner = np.max(getattr(config, "intermediate_size", None) or 4 * config.hidden_size)  # Gemma 3n: one per layer
     activations = n_tokens * (6 * config.hidden_size + 3 * inner) * itemsize
     results = config.num_hidden_layers * ((2 * heads + 2 * kv_heads) * n_tokens * 4 + heads * MAX_BINS**2)
-    return shape.nbytes(n_tokens) + blocks + activations + results
+    return int(shape.nbytes(n_tokens) + blocks + activations + results)
 
 
 def free_bytes(device) -> int:

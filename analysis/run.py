@@ -40,6 +40,7 @@ class Capture:
     labels: tuple[str, ...]  # T, what to call each token
     probe_label: str  # of the token whose attention row `probe_attention` is
     layer_kinds: tuple[str, ...]  # L of "full" or "sliding"
+    windows: tuple[int, ...]  # L, the keys that a query sees; 0 is all of them
     warnings: tuple[str, ...]
     seconds: float
     head_dim: int
@@ -72,8 +73,14 @@ class Capture:
                 raise ValueError(f"{name} must be of shape {shape}, got {getattr(self, name).shape}")
         if 0 in (layers, heads, kv_heads, length, bins) or heads % kv_heads:
             raise ValueError(f"no run has {layers} layers, {heads} heads, {kv_heads} kv heads and {length} tokens")
-        if len(self.labels) != length or len(self.layer_kinds) != layers or self.tokens_per_bin < 1:
-            raise ValueError(f"labels, layer_kinds or tokens_per_bin do not fit {length} tokens in {layers} layers")
+        if (
+            len(self.labels) != length
+            or {len(self.layer_kinds), len(self.windows)} != {layers}
+            or self.tokens_per_bin < 1
+        ):
+            raise ValueError(
+                f"labels, layer_kinds, windows or tokens_per_bin do not fit {length} tokens in {layers} layers"
+            )
 
     @property
     def n_layers(self) -> int:
@@ -196,6 +203,9 @@ def _check_header(header: dict[str, object]) -> None:
             _check_text(name, value)
     if not set(header["layer_kinds"]) <= {"full", "sliding"}:
         raise ValueError("layer_kinds are full or sliding")
+    windows = header["windows"]
+    if not isinstance(windows, tuple) or not all(type(w) is int and w >= 0 for w in windows):
+        raise ValueError("windows are a list of whole numbers")
     for name in ("head_dim", "tokens_per_bin"):
         if type(header[name]) is not int or header[name] < 1:
             raise ValueError(f"{name} must be a whole number from 1, got {header[name]!r}")

@@ -55,8 +55,9 @@ def suggest_skip_layers(
     1 is the natural threshold: from there on the policy throws attention away faster than dice would.
     """
     loss = layer_loss(capture, policy, leave_out=leave_out).by_layer
-    layers = tuple(int(i) for i in np.flatnonzero(~(loss < threshold)))  # undefined layers are skipped as well
-    undefined = int(np.isnan(loss).sum())
+    compressed = np.array([kind == "full" for kind in capture.layer_kinds])  # layers with a window never are
+    layers = tuple(int(i) for i in np.flatnonzero(compressed & ~(loss < threshold)))  # undefined ones are skipped too
+    undefined = int((compressed & np.isnan(loss)).sum())
     bar = "no less than a random order would" if threshold == 1 else f"at least {threshold:g} times what dice would"
     rule = (
         f"Skip every layer in which {policy} loses {bar}, beyond what the ideal order loses (ALR / chance of its heads "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -21,7 +22,8 @@ class CompressedCache(Cache):
     """A transformers cache that keeps a share of the tokens, in real memory, at every step.
 
     Use it inside `compressible(model)`, as `past_key_values` of a forward pass or of `generate()`. Sliding-window
-    layers, which are bounded already, are left whole. Rows of a batch keep their own tokens; padding is refused.
+    layers, which are bounded already, are left whole. Rows of a batch keep their own tokens; padding is refused, and so
+    is taking tokens back (`crop`: assisted decoding). For inference: no gradient passes through it.
 
     Args:
         config: the model's config.
@@ -33,13 +35,16 @@ class CompressedCache(Cache):
     """
 
     def __init__(self, config: PretrainedConfig, spec: CompressionSpec) -> None:
-        self._serve(_layers_for(config.get_text_config(decoder=True), spec), spec)
-
-    def _serve(self, layers: list[CacheLayerMixin], spec: CompressionSpec) -> CompressedCache:
-        Cache.__init__(self, layers=layers)
+        super().__init__(layers=_layers_for(config.get_text_config(decoder=True), spec))
         self.spec = spec
         self.serving = False  # inside a forward pass of a model prepared with `compressible`
-        return self
+
+    @classmethod
+    def _holding(cls, layers: list[CacheLayerMixin], spec: CompressionSpec) -> CompressedCache:
+        cache = cls.__new__(cls)
+        Cache.__init__(cache, layers=layers)
+        cache.spec, cache.serving = spec, False
+        return cache
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         """Append the pairs of one layer, as models do. Raises RuntimeError on a model that was not prepared."""
@@ -115,7 +120,7 @@ def l2_compress(
     spec = CompressionSpec(
         keep_ratio=keep_ratio,
         prune_after=prune_after,
-        skip_layers=tuple(skip_layers),
+        skip_layers=skip_layers,
         policy=policy,
         protect_first=protect_first,
         protect_last=protect_last,
@@ -126,14 +131,16 @@ def l2_compress(
             "l2_compress needs the past_key_values of a model called with use_cache=True (a DynamicCache), "
             f"got {type(past_key_values).__name__}"
         )
+    if past_key_values.offloading:
+        raise TypeError("l2_compress cannot read an offloaded cache: make it with offloading=False")
     _check_skip_layers(spec, len(past_key_values.layers))
     layers = [_compressed_once(spec, i, layer) for i, layer in enumerate(past_key_values.layers)]
-    return CompressedCache.__new__(CompressedCache)._serve(layers, _KEEP_ALL)
+    return CompressedCache._holding(layers, _KEEP_ALL)
 
 
 def _compressed_once(spec: CompressionSpec, layer_idx: int, source: CacheLayerMixin) -> CacheLayerMixin:
     if type(source) is DynamicSlidingWindowLayer:
-        return source
+        return copy.copy(source)  # it replaces its tensors, and never writes into them
     if not isinstance(source, (DynamicLayer, CompressedLayer)) or not source.is_initialized:
         raise TypeError(f"layer {layer_idx} of the cache holds no keys that can be read ({type(source).__name__})")
     layer = CompressedLayer(spec, layer_idx)

@@ -28,7 +28,7 @@ _PROTECTED = torch.iinfo(torch.int64).max
 class CompressedLayer(CacheLayerMixin):
     """The cached pairs of one layer: every kv head holds the same number of them, each head its own.
 
-    `keys` and `values` are [B, Hkv, held, D] views of the buffers, in storage order.
+    `keys` and `values` are [B, Hkv, held, D] views of the buffers, in storage order. For inference: no gradient passes.
     """
 
     is_sliding = False
@@ -49,7 +49,7 @@ class CompressedLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         ranks = key_states.new_empty((*key_states.shape[:2], 0), dtype=torch.int64)
-        self._buffers = (key_states[:, :, :0], value_states[:, :, :0], ranks)
+        self._buffers = (key_states.detach()[:, :, :0], value_states.detach()[:, :, :0], ranks)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -65,12 +65,14 @@ class CompressedLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         end = self.held + keys.shape[-2]
-        if end > self._buffers[2].shape[-1]:
+        # What was made in inference mode cannot be written to outside of it.
+        frozen = self._buffers[2].is_inference() and not torch.is_inference_mode_enabled()
+        if end > self._buffers[2].shape[-1] or frozen:
             # A prompt gets no slack: its buffer is gone again as soon as the prompt is compressed.
             self._reallocate(_with_slack(end) if self.held else end)
         score = POLICIES[self.spec.policy](NewPairs(keys, values, positions, self._layer_idx, self.spec.seed))
         for buffer, new in zip(self._buffers, (keys, values, _rank(score, positions)), strict=True):
-            buffer[:, :, self.held : end] = new.detach()  # for inference: no graph grows through the cache
+            buffer[:, :, self.held : end] = new.detach()
         self._hold(end)
 
     def evict(self) -> None:

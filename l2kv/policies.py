@@ -44,7 +44,9 @@ def random(new: NewPairs) -> Tensor:
     """Keep tokens at random: what any rule must beat."""
     head = new.positions.new_tensor(range(new.keys.shape[1]))[:, None]
     # A hash, not a generator: the score of a token must not depend on how the text was cut into forward passes.
-    mixed = _mix(_mix(_mix(new.positions + 1) + head + 1) + (new.layer_idx + 1) * 0x10001 + new.seed * 0x1000003)
+    mixed = _mix(
+        _mix(_mix(new.positions + 1) + head + 1) + (new.layer_idx + 1) * 0x10001 + (new.seed * 0x1000003 & 0xFFFFFFFF)
+    )
     uniform = (mixed & 0xFFFFFF).float() / 2.0**24  # 24 bits are exact in float32
     return uniform.expand(new.keys.shape[:3])
 

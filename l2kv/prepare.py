@@ -8,53 +8,45 @@ as soon as its attention is done, which also keeps the peak of a long prompt dow
 from __future__ import annotations
 
 from contextlib import ExitStack
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from l2kv.cache import CompressedCache
+from l2kv.cache import CompressedCache, check_compressible
 from l2kv.layer import CompressedLayer
 from l2kv.seam import Attention, UnsupportedModelError, attention_seam
 
-_prepared: WeakSet[PreTrainedModel] = WeakSet()
-
 
 class compressible:
-    """Prepare `model` for compressed caches, at once; restore it at the end of the `with` block, or with `restore()`.
+    """Prepare `model` for compressed caches, at once; give it back at the end of the `with` block, or at `restore()`.
 
         with compressible(model):
             model.generate(**inputs, past_key_values=CompressedCache(model.config, CompressionSpec(keep_ratio=0.5)))
 
-    Other caches work as before meanwhile. On a model that is prepared already it does nothing, at its end neither.
+    Other caches work as before meanwhile. A model that is prepared several times is given back at the last restoring.
     One forward pass of a model at a time.
 
     Raises:
-        UnsupportedModelError: the model's attention cannot be reached.
+        UnsupportedModelError: the model caches no keys, or its attention cannot be reached.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        self._cache: CompressedCache | None = None  # of the forward pass that is under way
-        self._undo = ExitStack()
-        if model in _prepared:
-            return
-        with ExitStack() as stack:
-            _prepared.add(model)
-            stack.callback(_prepared.discard, model)
-            stack.enter_context(attention_seam(model, self._attend))
-            base = model.base_model  # called by the whole model and by those who want no logits
-            for hook in (
-                base.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-                base.register_forward_hook(self._after_forward, always_call=True),
-            ):
-                stack.callback(hook.remove)
-            self._undo = stack.pop_all()
+        if model not in _preparations:
+            _preparations[model] = _Preparation(model)
+        self._preparation: _Preparation | None = _preparations[model]
+        self._preparation.users += 1
 
     def restore(self) -> None:
         """Give the model its own attention back. Calling it again does nothing."""
-        self._undo.close()
+        preparation, self._preparation = self._preparation, None
+        if preparation is None:
+            return
+        preparation.users -= 1
+        if not preparation.users:
+            del _preparations[self._model]
+            preparation.undo()
 
     def __enter__(self) -> PreTrainedModel:
         return self._model
@@ -62,7 +54,28 @@ class compressible:
     def __exit__(self, *exc: object) -> None:
         self.restore()
 
+
+class _Preparation:
+    """The hooks on one model, and the compressed cache of the forward pass that is under way."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        check_compressible(model.config.get_text_config(decoder=True))
+        self.users = 0
+        self._model_name = type(model).__name__
+        self._cache: CompressedCache | None = None
+        with ExitStack() as stack:
+            stack.enter_context(attention_seam(model, self._attend))
+            base = model.base_model  # called by the whole model and by those who want no logits
+            for hook in (
+                base.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+                base.register_forward_hook(self._after_forward, always_call=True),
+            ):
+                stack.callback(hook.remove)
+            stack.callback(self._let_go)  # an interrupt (no Exception) in a forward pass comes past the hooks
+            self.undo = stack.pop_all().close
+
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._let_go()
         cache = next((a for a in (*kwargs.values(), *args) if isinstance(a, CompressedCache)), None)
         if cache is None:
             return
@@ -72,18 +85,26 @@ class compressible:
                 "A compressed cache takes rows of equal length without padding: run texts of different length one by "
                 "one, and pass no attention_mask of your own."
             )
+        if len({layer.get_seq_length() for layer in cache.layers}) > 1:
+            raise RuntimeError(
+                "The last forward pass over this cache stopped half way, so its layers have seen different tokens. "
+                "Call cache.reset() and start again."
+            )
         self._cache, cache.serving = cache, True
 
     def _after_forward(self, module: nn.Module, args: tuple, output: object) -> None:
-        cache, self._cache = self._cache, None
-        if cache is None:
-            return
-        cache.serving = False
-        if output is not None and any(layer.unattended for layer in cache.compressed_layers()):
+        cache = self._cache
+        self._let_go()
+        if cache is not None and output is not None and any(layer.unattended for layer in cache.compressed_layers()):
             raise UnsupportedModelError(
-                f"{type(self._model).__name__} computes its attention past transformers' registry, so its cache "
-                "cannot be compressed. Try another architecture (Llama, Qwen, ...)."
+                f"{self._model_name} computes its attention past transformers' registry, so its cache cannot be "
+                "compressed. Try another architecture (Llama, Qwen, ...)."
             )
+
+    def _let_go(self) -> None:
+        if self._cache is not None:
+            self._cache.serving = False
+            self._cache = None
 
     def _attend(
         self,
@@ -98,8 +119,11 @@ class compressible:
         layer = self._cache.layers[module.layer_idx] if self._cache is not None else None
         if not isinstance(layer, CompressedLayer):
             return inner(module, query, key, value, mask, **kwargs)
-        if isinstance(mask, torch.Tensor):
+        if isinstance(mask, Tensor):
             mask = mask[..., -key.shape[-2] :]
         result = inner(module, query, key, value, mask, **kwargs)
         layer.evict()
         return result
+
+
+_preparations: WeakKeyDictionary[PreTrainedModel, _Preparation] = WeakKeyDictionary()

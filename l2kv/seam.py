@@ -58,10 +58,12 @@ def attention_seam(model: PreTrainedModel, attend: Callable[..., tuple[Tensor, T
             )
         yield
     finally:
-        model.set_attn_implementation(previous)
-        # Registries have no public "unregister"; without it each use would leak a closure that holds the model.
-        AttentionInterface._global_mapping.pop(name, None)
-        AttentionMaskInterface._global_mapping.pop(name, None)
+        try:
+            model.set_attn_implementation(previous)
+        finally:
+            # Registries have no public "unregister"; without it each use would leak a closure that holds the model.
+            AttentionInterface._global_mapping.pop(name, None)
+            AttentionMaskInterface._global_mapping.pop(name, None)
 
 
 def _attention_of(module: nn.Module, base: str) -> Attention:

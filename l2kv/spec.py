@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -47,7 +48,7 @@ class CompressionSpec:
             _check_count(name, getattr(self, name))
         if self.policy not in POLICIES:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
-        if isinstance(self.skip_layers, (int, str)):
+        if isinstance(self.skip_layers, str) or not isinstance(self.skip_layers, Iterable):
             raise TypeError(f"skip_layers must be a sequence of layer numbers such as (0, 1), got {self.skip_layers!r}")
         for layer in self.skip_layers:
             _check_count("each of skip_layers", layer)
@@ -63,8 +64,8 @@ class CompressionSpec:
 
 
 def share(ratio: float, n: int) -> int:
-    """`ceil(ratio * n)` in decimal arithmetic: 0.55 of 100 is 55, though 0.55 * 100 is 55.00000000000001."""
-    return math.ceil(Fraction(str(ratio)) * n)
+    """`ceil(ratio * n)` of the ratio as written: 0.55 of 100 is 55, though 0.55 * 100 is 55.00000000000001."""
+    return math.ceil(Fraction(str(round(ratio, 9))) * n)
 
 
 def _check_count(name: str, value: object) -> None:

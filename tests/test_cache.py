@@ -1,5 +1,6 @@
 """Compressed decoding against the masked full forward pass, and what a cache must be besides."""
 
+import copy
 import gc
 import weakref
 
@@ -9,9 +10,12 @@ from transformers import (
     AttentionInterface,
     BertConfig,
     DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     DynamicCache,
     FalconConfig,
     FalconForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     MambaConfig,
     MistralConfig,
     MistralForCausalLM,
@@ -29,10 +33,24 @@ from l2kv import (
 )
 from l2kv.layer import CompressedLayer
 from l2kv.policies import NewPairs
-from tests.conftest import build, tokens
+from tests.conftest import TINY, build, tokens
 from tests.oracle import masked_forward, replay
 
 ONE_BY_ONE = (20, *[1] * 12)
+TINY_LATENT = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "moe_intermediate_size": 8,
+}
+TINY_LATENT |= {
+    "num_attention_heads": 2,
+    "n_routed_experts": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 1,
+}
 IN_CHUNKS = (17, 5, 1, 4, 1, 3, 1)
 
 
@@ -142,7 +160,9 @@ def test_ties_go_to_the_earlier_position_and_zero_norms_survive():
                     torch.testing.assert_close(layer.keys[row, head, :, 0], norms[row, head, held])
 
 
-@pytest.mark.parametrize("ratio,seen,kept", [(0.55, 100, 55), (0.7, 30, 21), (0.5, 7, 4), (0.001, 5, 1), (0.0, 9, 0)])
+@pytest.mark.parametrize(
+    "ratio,seen,kept", [(0.55, 100, 55), (0.1 + 0.2, 1000, 300), (0.7, 30, 21), (0.5, 7, 4), (0.001, 5, 1), (0.0, 9, 0)]
+)
 def test_a_ratio_of_a_count_is_rounded_up_in_decimals(ratio, seen, kept):
     assert CompressionSpec(keep_ratio=ratio).kept(seen, seen) == kept
 
@@ -242,6 +262,123 @@ def test_the_call_of_the_papers_readme(tiny):
     assert set(again.kept_positions(2)[1][0].tolist()) <= set(cache.kept_positions(2)[1][0].tolist())
     expected, _ = masked_forward(tiny, ids, (30, 10), spec)
     torch.testing.assert_close(logits, expected[:, 30:], atol=1e-4, rtol=0)
+
+
+def test_every_option_of_l2_compress_is_heeded(tiny):
+    ids = tokens(tiny, 30)
+    options = {"keep_ratio": 0.5, "protect_first": 2, "protect_last": 6, "policy": "high_norm"}
+    with compressible(tiny), torch.no_grad():
+        cache = l2_compress(tiny(ids, use_cache=True).past_key_values, **options)
+        _, kept = masked_forward(tiny, ids, (30,), CompressionSpec(**options))
+        assert kept_sets(cache) == kept
+        again = l2_compress(cache, keep_ratio=0.5)
+    assert [layer.seen for layer in again.layers] == [30] * 3 and again.held == (8, 8, 8)
+
+
+def test_l2_compress_leaves_the_cache_it_was_given_alone_windows_included():
+    model = Gemma2ForCausalLM(Gemma2Config(**(TINY | {"sliding_window": 8}))).eval()
+    ids = tokens(model, 40)
+    with compressible(model), torch.no_grad():
+        given = model(ids[:, :30], use_cache=True).past_key_values
+        result = l2_compress(given, keep_ratio=0.5)
+        model(ids[:, 30:35], past_key_values=result)
+        after = model(ids[:, 30:35], past_key_values=given).logits
+        torch.testing.assert_close(after, model(ids[:, :35]).logits[:, 30:], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("decode_mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("prefill_mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_a_cache_passes_between_the_modes_of_autograd_and_holds_no_graph(tiny, prefill_mode, decode_mode):
+    ids, cache = tokens(tiny, 24), CompressedCache(tiny.config, CompressionSpec(keep_ratio=0.6))
+    with compressible(tiny):
+        with prefill_mode():
+            tiny(ids[:, :20], past_key_values=cache)
+        with decode_mode():
+            for i in range(20, 24):
+                logits = tiny(ids[:, i : i + 1], past_key_values=cache).logits
+    assert not cache.layers[0].keys.requires_grad
+    expected, _ = masked_forward(tiny, ids, (20, 1, 1, 1, 1), cache.spec)
+    torch.testing.assert_close(logits[:, -1].detach(), expected[:, -1], atol=1e-4, rtol=0)
+    copy.deepcopy(cache)
+
+
+def test_beams_are_reordered_with_their_kept_tokens(tiny):
+    """Beam search over a compressed cache: each beam must score as if it had been decoded alone."""
+    ids, spec = tokens(tiny, 16), CompressionSpec(keep_ratio=0.5)
+    with compressible(tiny):
+        out = tiny.generate(
+            ids,
+            past_key_values=CompressedCache(tiny.config, spec),
+            num_beams=4,
+            num_return_sequences=4,
+            max_new_tokens=8,
+            do_sample=False,
+            length_penalty=0.0,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+    for sequence, score in zip(out.sequences, out.sequences_scores, strict=True):
+        logits, _ = masked_forward(tiny, sequence[None, :-1], (16, *[1] * 7), spec)
+        log_probabilities = logits[0, 15:].log_softmax(-1)
+        alone = log_probabilities.gather(1, sequence[16:, None]).sum()
+        assert score.item() == pytest.approx(alone.item(), abs=1e-3)
+
+
+def test_chunked_prefill_of_generate_is_decoding_in_chunks(tiny):
+    ids, spec = tokens(tiny, 20), CompressionSpec(keep_ratio=0.4)
+    with compressible(tiny):
+        cache = CompressedCache(tiny.config, spec)
+        out = tiny.generate(ids, past_key_values=cache, prefill_chunk_size=7, max_new_tokens=4, do_sample=False)
+    expected, _ = masked_forward(tiny, out, (7, 7, 6, 1, 1, 1, 1), spec)
+    assert out[0, 20:].tolist() == expected[0, 19:-1].argmax(-1).tolist()
+
+
+def test_norms_of_half_precision_keys_are_ranked_in_float32():
+    """Keys whose norms differ by less than bfloat16 can tell: 16.0, 16.03, 16.06, ... in a shuffled order."""
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
+    keys = torch.full((1, 1, 8, 2), 16.0, dtype=torch.bfloat16)
+    keys[0, 0, :, 1] = 0.25 * order  # sqrt(16^2 + x^2): all round to 16 in bfloat16 but the last
+    layer = CompressedLayer(CompressionSpec(keep_ratio=0.5), 0)
+    layer.update(keys, keys)
+    layer.evict()
+    assert sorted(layer.positions()[0, 0].tolist()) == sorted((order < 4).nonzero()[:, 0].tolist())
+
+
+def test_steady_eviction_moves_a_few_pairs_not_the_buffer(tiny):
+    cache, ids, buffers = CompressedCache(tiny.config, CompressionSpec(keep_ratio=0.5)), tokens(tiny, 120), set()
+    with compressible(tiny), torch.no_grad():
+        tiny(ids[:, :60], past_key_values=cache)
+        for i in range(60, 120):
+            tiny(ids[:, i : i + 1], past_key_values=cache)
+            buffers.add(cache.layers[1].keys.data_ptr())
+    assert len(buffers) <= 8
+
+
+def test_preparing_twice_is_given_back_at_the_last_restoring(tiny):
+    first, second = compressible(tiny), compressible(tiny)
+    first.restore()
+    tiny(tokens(tiny, 6), past_key_values=CompressedCache(tiny.config, CompressionSpec()))
+    second.restore()
+    assert tiny.config._attn_implementation == "sdpa"
+
+
+def test_an_interrupt_in_a_forward_pass_leaves_no_half_cache_in_use(tiny, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    cache = CompressedCache(tiny.config, CompressionSpec())
+    with compressible(tiny):
+        tiny(tokens(tiny, 6), past_key_values=cache)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(tiny.model.layers[1].mlp, "forward", interrupt)
+            tiny(tokens(tiny, 4), past_key_values=cache)
+        with pytest.raises(RuntimeError, match="stopped half way"):
+            tiny(tokens(tiny, 1), past_key_values=cache)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(tiny.model.layers[1].mlp, "forward", interrupt)
+            cache.reset()
+            tiny(tokens(tiny, 4), past_key_values=cache)
+    assert not cache.serving
 
 
 def test_a_stock_model_is_told_what_to_do(tiny):
@@ -347,5 +484,11 @@ def test_bad_use_is_refused_with_what_was_wrong(tiny):
     cache = CompressedCache(tiny.config, CompressionSpec())
     with pytest.raises(ValueError, match="without padding"), compressible(tiny):
         tiny(tokens(tiny, 4), attention_mask=torch.tensor([[0, 1, 1, 1]]), past_key_values=cache)
+    with pytest.raises(ValueError, match="without padding"), compressible(tiny):
+        tiny(tokens(tiny, 4), attention_mask=torch.zeros(1, 1, 4, 4), past_key_values=cache)
+    with pytest.raises(TypeError, match="such as"):
+        l2_compress(cache, skip_layers=3)
+    with pytest.raises(UnsupportedModelError, match="latents"):
+        compressible(DeepseekV3ForCausalLM(DeepseekV3Config(**TINY_LATENT)))
     with pytest.raises(ValueError, match="cropped"):
         cache.crop(-1)

@@ -11,13 +11,15 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     MistralConfig,
     MistralForCausalLM,
 )
 
-from analysis import ModelError, OutOfMemoryError, TextError, capture
+from analysis import ModelError, OutOfMemoryError, TextError, capture, correlation, suggest_skip_layers
 from analysis import memory as memory_module
-from analysis.measures import kept_tokens
+from analysis.measures import kept_tokens, status
 from analysis.memory import BLOCK, MAX_BINS, CacheShape, capture_bytes, human_bytes
 from analysis.models import LoadedModel
 from l2kv import CompressedCache, CompressionSpec, compressible
@@ -31,6 +33,7 @@ TOKENIZER_VOCABULARY = {"vocab_size": 4096}
 OTHERS = {
     "mistral, sliding window": (MistralForCausalLM, MistralConfig, {"sliding_window": 10}),
     "gemma 2, soft cap and hybrid": (Gemma2ForCausalLM, Gemma2Config, {"sliding_window": 10}),
+    "gpt-oss, sinks": (GptOssForCausalLM, GptOssConfig, {"sliding_window": 10, "num_local_experts": 4, "head_dim": 8}),
     "gpt-2, no rotary": (GPT2LMHeadModel, GPT2Config, {"n_layer": 3, "n_head": 6, "n_embd": 48}),
 }
 
@@ -140,6 +143,23 @@ def test_running_out_of_memory_is_told_and_everything_is_given_back(load, monkey
         patch.setattr(mlp, "forward", lambda x: (_ for _ in ()).throw(RuntimeError("a bug")))
         capture(loaded, TEXT)
     assert capture(loaded, TEXT).n_layers == 6
+
+
+def test_a_head_with_a_window_is_said_to_be_undefined_not_judged_by_what_it_cannot_see(load):
+    run = capture(load("gemma 2, soft cap and hybrid"), TEXT)
+    kinds = np.array(run.layer_kinds)
+    assert run.windows == tuple(10 * (kinds == "sliding"))
+    assert set(status(run)[kinds == "sliding"].ravel()) == {"sliding window"}
+    assert np.isfinite(correlation(run)[kinds == "full"]).all()
+    assert not set(suggest_skip_layers(run, threshold=0).layers) & set(np.flatnonzero(kinds == "sliding"))
+    assert kept_tokens(run, int(np.flatnonzero(kinds == "sliding")[0]), 0, CompressionSpec(0.1)).all()
+
+
+def test_layers_of_an_unknown_kind_are_refused(load):
+    loaded = load("llama")
+    loaded.model.config.layer_types = ["chunked_attention"] * 3
+    with pytest.raises(ModelError, match="chunked_attention"):
+        capture(loaded, TEXT)
 
 
 def test_progress_comes_per_layer_and_an_exception_in_it_cancels_cleanly(load):

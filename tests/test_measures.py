@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from analysis import Plan, alr, attention_loss, correlation, suggest_skip_layers, verdicts
-from analysis.measures import alr_chance, answer, sink_share, status
+from analysis.measures import alr_chance, answer, head_figures, sink_share, status
 from analysis.run import Capture
 from analysis.skip import layer_loss
 from l2kv import CompressionSpec
@@ -23,6 +23,7 @@ def run_of(key_norm, probe, received=None) -> Capture:
         labels=("x",) * n,
         probe_label="y",
         layer_kinds=("full",) * layers,
+        windows=(0,) * layers,
         warnings=(),
         seconds=0.0,
         head_dim=8,
@@ -134,6 +135,13 @@ def test_verdicts_by_sign_with_and_without_the_sink():
     assert verdicts(run)[:, 0].tolist() == ["follows the paper", "sink only", "hidden by the sink", "mirror"]
 
 
+def test_what_hangs_on_the_first_token_alone_is_not_said_of_the_others():
+    noise = np.tile([0.02, 0.01, 0.01, 0.02], 25)
+    run = run_of([[[0.5, *np.arange(1.0, 101)]], [[200.0, *np.arange(1.0, 101)]]], [[[0.9, *noise]]] * 2)
+    assert abs(correlation(run, leave_out=1)).max() < 0.1 < abs(correlation(run)).min()
+    assert verdicts(run)[:, 0].tolist() == ["sink only", "too weak to call"]
+
+
 @pytest.mark.parametrize(
     "paper,mirror,weak,begins",
     [
@@ -180,6 +188,24 @@ def test_layers_are_skipped_where_the_policy_is_no_better_than_dice():
     assert suggest_skip_layers(run, "high_norm").layers == (0, 2)
     assert suggest_skip_layers(run, threshold=2.5).layers == (2,)
     assert "8 tokens" in suggest_skip_layers(run).rule and "1 of them" in suggest_skip_layers(run).rule
+
+
+def test_the_figures_of_all_heads_are_those_of_the_functions(run):
+    figures = head_figures(run, leave_out=1)
+    np.testing.assert_array_equal(figures.gamma, correlation(run, leave_out=1))
+    np.testing.assert_allclose(figures.alr_per_token, alr(run, leave_out=1) / 39)
+    np.testing.assert_allclose(figures.alr_against_chance, alr(run, leave_out=1) / alr_chance(run, leave_out=1))
+
+
+def test_the_suggestion_may_leave_the_sink_out():
+    ranks = np.arange(1.0, 9.0)
+    run = run_of([[[0.5, *ranks]]], [[[20.0, *ranks]]])  # a sink of low norm; among the others the mirror holds
+    assert suggest_skip_layers(run).layers == () and suggest_skip_layers(run, leave_out=1).layers == (0,)
+
+
+def test_a_spread_of_norms_of_a_thousandth_is_an_order():
+    run = run_of([[[1.0, 1.0001, 1.0002, 1.0003]]], [[[0.4, 0.3, 0.2, 0.1]]])
+    assert status(run)[0, 0] == "ok" and correlation(run)[0, 0] == pytest.approx(-1)
 
 
 def test_a_layer_counts_its_heads_by_what_there_is_to_lose(run):
