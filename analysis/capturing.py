@@ -23,7 +23,8 @@ from analysis.tokens import MIN_TOKENS, Tokens, tokenize
 from l2kv import UnsupportedModelError, attention_seam
 
 OnLayer = Callable[[int, int], None]
-"""Called as (layers done, layers) after each; what it raises cancels the run and passes through."""
+"""Called as (layers done, layers), after each layer and before each block of queries in it. What it raises cancels the
+run and passes through."""
 
 
 def capture(loaded: LoadedModel, text: str, *, on_layer: OnLayer | None = None) -> Capture:
@@ -146,7 +147,7 @@ class _Recorder:
         }
 
     def _record_prompt(self, attention: _Attention, key: Tensor, value: Tensor) -> None:
-        received, pooled = _summarise(attention, self.bin_width)
+        received, pooled = _summarise(attention, self.bin_width, on_block=self._report)
         scale = pooled.amax(dim=(1, 2)).clamp_min(1e-12)
         root = (pooled / scale[:, None, None]).sqrt()  # square root: small shares keep some of the 256 steps
         for name, values in {
@@ -158,6 +159,9 @@ class _Recorder:
         }.items():
             self.results[name][self.recorded] = values.cpu().numpy()
         self.recorded += 1
+        self._report()
+
+    def _report(self) -> None:
         if self.on_layer is not None:
             self.on_layer(self.recorded, self.n_layers)
 
@@ -212,7 +216,7 @@ class _Attention:
         return counts if self.window is None else counts.clamp_max(self.window)
 
 
-def _summarise(attention: _Attention, width: int) -> tuple[Tensor, Tensor]:
+def _summarise(attention: _Attention, width: int, on_block: Callable[[], None]) -> tuple[Tensor, Tensor]:
     """Mean attention received [H, n], and the map pooled in bins of `width` tokens [H, P, P] (rows sum to 1)."""
     n, heads = attention.n_keys, attention.n_heads
     bins = -(-n // width)
@@ -220,6 +224,7 @@ def _summarise(attention: _Attention, width: int) -> tuple[Tensor, Tensor]:
     pooled = total.new_zeros(heads, bins, bins)
     block = max(1, BLOCK // width) * width  # whole bins
     for start in range(0, n, block):
+        on_block()
         end = min(start + block, n)
         rows = _sum_bins(attention.probabilities(start, end), dim=1, width=width)  # [H, bins of the block, end]
         total[:, :end] += rows.sum(dim=1)

@@ -28,7 +28,8 @@ class Step:
     token_ids: tuple[int, ...]  # of all new tokens
     text: str  # of all new tokens
     held: tuple[int, ...]  # tokens in the cache, per layer
-    nbytes: int  # of the cache's tensors
+    nbytes: int  # of the keys and values of those tokens
+    slack_nbytes: int  # of storage that waits for more
     finished: bool  # the model ended its text here
 
 
@@ -79,12 +80,14 @@ class _Column:
             return self._last
         self._next = decode_one_token(self._loaded.model, self._next, self._cache)
         self._new.append(int(self._next))
-        compressed = isinstance(self._cache, CompressedCache)
+        layers = self._cache.layers
+        nbytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
         self._last = Step(
             token_ids=tuple(self._new),
             text=_whole_characters(self._loaded.tokenizer.decode(self._new)),
-            held=self._cache.held if compressed else tuple(layer.keys.shape[-2] for layer in self._cache.layers),
-            nbytes=cache_nbytes(self._cache),
+            held=tuple(layer.keys.shape[-2] for layer in layers),
+            nbytes=nbytes,
+            slack_nbytes=cache_nbytes(self._cache) - nbytes,
             finished=self._new[-1] in self._ends,
         )
         return self._last

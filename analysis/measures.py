@@ -144,15 +144,17 @@ def answer(capture: Capture) -> str:
         short = "Yes, in most heads."
     elif mirror > 0.75 * total:
         short = "No, the opposite: in most heads HIGH-norm keys get the attention."
+    elif mirror > 0.5 * total and follows < 0.15 * total:
+        short = "Mostly no: in most heads HIGH-norm keys get the attention."
     elif max(follows, mirror) < 0.25 * total:
         short = "Hardly: in most heads norm and attention have little to do with each other."
     else:
         short = "It depends on the head."
-    others = total - follows - mirror
+    hang = int(np.isin(verdict, ("sink only", "hidden by the sink")).sum())
     return (
         f"{short} In {follows} of {total} heads low-norm keys get the attention, as the paper says; in {mirror} "
-        f"high-norm keys do; {others} {'is' if others == 1 else 'are'} too weak to call or hang on the first token. "
-        f"Median Γ {signed(np.median(gamma[defined]))}."
+        f"high-norm keys do; in {hang} it hangs on the first token; {total - follows - mirror - hang} are too weak to "
+        f"call. Median Γ {signed(np.median(gamma[defined]))}."
     )
 
 

@@ -60,8 +60,9 @@ def suggest_skip_layers(
     undefined = int((compressed & np.isnan(loss)).sum())
     bar = "no less than a random order would" if threshold == 1 else f"at least {threshold:g} times what dice would"
     rule = (
-        f"Skip every layer in which {policy} loses {bar}, beyond what the ideal order loses (ALR / chance of its heads "
-        f"taken together ≥ {threshold:g}). Measured on this text of {capture.n_tokens} tokens, for the next token."
+        f"Skip every layer in which keeping by {policy.replace('_', ' ')} loses {bar}, both counted beyond what the "
+        f"ideal order loses (ALR / chance ≥ {threshold:g}). Measured on this text of {capture.n_tokens} tokens, "
+        "for the next token."
     )
     if undefined:
         rule += f" {undefined} of them because norms or attention give no order there."

@@ -48,6 +48,12 @@ class Engine:
         """Sessions at work or in the queue."""
         return len(self._queue)
 
+    def tokenizer_and_config(self, ref: str) -> tuple[PreTrainedTokenizerBase, PretrainedConfig] | None:
+        """Of the resident model, or of one on this machine; None where it would have to be fetched first."""
+        if self._loaded is not None and self._ref == ref:
+            return self._loaded.tokenizer, self._loaded.config
+        return _tokenizer_and_config(ref) if ref in allowed_models() else None
+
     @contextmanager
     def turn(self, ref: str, *, on_wait: Callable[[int], None], on_load: Callable[[], None]) -> Iterator[LoadedModel]:
         """The model `ref`, for as long as the block lasts, once all who came before are done.
@@ -116,8 +122,7 @@ def check_allowed(ref: str) -> str:
 
 
 @lru_cache(maxsize=8)
-def tokenizer_and_config(ref: str) -> tuple[PreTrainedTokenizerBase, PretrainedConfig]:
-    """Of a model on this machine, without its weights. Raises ModelError as `load_model`."""
+def _tokenizer_and_config(ref: str) -> tuple[PreTrainedTokenizerBase, PretrainedConfig]:
     folder = model_folder(ref)
     from transformers import AutoConfig, AutoTokenizer
 

@@ -21,6 +21,7 @@ from app.views import capture, generate, heads, skip
 if TYPE_CHECKING:
     from streamlit.delta_generator import DeltaGenerator
 
+ICON = Path(__file__).parent / "assets" / "icon.png"  # a named icon would be fetched from elsewhere
 TITLE = "Does low norm predict attention?"
 
 
@@ -45,7 +46,7 @@ def _status(place: DeltaGenerator) -> None:
 
 def main() -> None:
     """Draw the page that the address names."""
-    st.set_page_config(page_title=TITLE, page_icon=":material/filter_alt:", layout="wide")
+    st.set_page_config(page_title=TITLE, page_icon=str(ICON), layout="wide")
     heads_page = st.Page(heads.page, title="Heads", icon=":material/grid_view:", url_path="heads", default=True)
     capture_page = st.Page(
         lambda: capture.page(engine(), heads_page), title="Capture", icon=":material/photo_camera:", url_path="capture"
@@ -59,6 +60,7 @@ def main() -> None:
     page = st.navigation([heads_page, capture_page, skip_page, generate_page], position="top")
     st.html(markup.PAGE_STYLE)
     status = st.empty()
+    _status(status)
     try:
         page.run()
     except UserError as error:
@@ -70,7 +72,7 @@ def main() -> None:
             "details.",
             icon=":material/bug_report:",
         )
-    _status(status)  # last: the page may have loaded a model
+    _status(status)  # again: the page may have loaded a model
 
 
 main()

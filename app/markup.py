@@ -23,9 +23,9 @@ PAGE_STYLE = """<style>
 [data-testid="stMainBlockContainer"] { padding-top: 4.5rem; }
 </style>"""
 _STYLE = f"""<style>
-.l2kv-strip {{ line-height: 1.9; font-size: .86rem; overflow-wrap: anywhere; unicode-bidi: isolate; }}
-.l2kv-strip span {{ padding: .1rem .12rem; margin: 0 1px; border-radius: 3px; white-space: pre-wrap;
-  unicode-bidi: isolate; }}
+.l2kv-strip {{ line-height: 1.5; font-size: .86rem; max-height: 24rem; overflow-y: auto; unicode-bidi: isolate; }}
+.l2kv-strip span {{ display: inline-block; max-width: 100%; padding: 0 .12rem; margin: 1px; border-radius: 3px;
+  white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; }}
 .l2kv-kept {{ background: {PRIMARY}38; border: 1px solid transparent; }}
 .l2kv-gone {{ border: 1px dashed #8A8F98; opacity: .62; text-decoration: line-through; }}
 .l2kv-text {{ white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.6; min-height: 8rem;
@@ -42,7 +42,7 @@ def visible(text: str) -> str:
 
 def plain(text: str) -> str:
     """Text for Streamlit's Markdown that shows as it is: no link, image, formula, emoji code or markup in it."""
-    return _MARKDOWN.sub(r"\\\1", " ".join(text.split()))
+    return _MARKDOWN.sub(r"\\\1", _printable(" ".join(text.split())))
 
 
 def token_strip(labels: Sequence[str], kept: Sequence[bool]) -> str:

@@ -142,7 +142,7 @@ def test_folders_are_opened_only_where_the_operator_allowed(monkeypatch, tmp_pat
 def step(ids, text):
     from analysis.generation import Step
 
-    return Step(tuple(ids), text, held=(1,), nbytes=1, finished=False)
+    return Step(tuple(ids), text, held=(1,), nbytes=1, slack_nbytes=0, finished=False)
 
 
 def test_a_preview_remembers_where_the_texts_parted():

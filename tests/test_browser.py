@@ -66,11 +66,17 @@ def page(browser, address):
     page.set_default_timeout(60_000)
     failures = []
     page.on("pageerror", lambda error: failures.append(str(error)))
+    page.on("request", lambda request: outside(request.url, address) and failures.append(request.url))
     page.goto(address)
     settled(page)
     yield page
     page.close()
     assert not failures
+
+
+def outside(url, address):
+    """Whether a request leaves this machine, which none may."""
+    return not url.startswith((address, address.replace("http", "ws"), "data:", "blob:"))
 
 
 def settled(page):
@@ -109,8 +115,12 @@ def click_cell(page, layer, head, n_layers=6, n_heads=8):
         page.wait_for_timeout(300)
         if tip.count():
             break
-    page.mouse.click(x, y)
-    settled(page)
+    heading = page.get_by_role("heading", name=re.compile(f"^Layer {layer}, head {head}: "))
+    for _ in range(3):  # on a busy machine Plotly may not be listening yet
+        page.mouse.click(x, y)
+        settled(page)
+        if heading.count():
+            return
 
 
 def test_the_first_thing_seen_is_the_answer_for_the_demo_run(page):
@@ -123,7 +133,7 @@ def test_the_first_thing_seen_is_the_answer_for_the_demo_run(page):
 def test_a_click_on_a_cell_opens_that_head_and_a_second_click_keeps_it(page):
     for layer, head in ((4, 6), (0, 3), (5, 0), (5, 0)):
         click_cell(page, layer, head)
-        page.get_by_role("heading", name=re.compile(f"^Layer {layer}, head {head}: ")).wait_for()
+        page.get_by_role("heading", name=re.compile(f"^Layer {layer}, head {head}: ")).wait_for(timeout=10_000)
     page.get_by_role("button", name="Next head").click()
     page.get_by_role("heading", name=re.compile("^Layer 5, head 1: ")).wait_for()
     page.get_by_text("Leave out the first token").click()
@@ -201,9 +211,9 @@ def test_both_columns_stream_and_cancel_stops_them(page):
     settled(page)
     page.get_by_role("button", name="Generate", exact=True).click()
     settled(page)
-    page.get_by_text(re.compile("The same 8 tokens|The texts differ from new token")).wait_for()
+    page.get_by_text(re.compile("The same 8 tokens|new tokens agree, then")).wait_for()
     counters = page.get_by_text(re.compile(r"\d+ of \d+ tokens held per layer"))
-    assert counters.count() == 2 and "100% of the full cache" in counters.first.inner_text()
+    assert counters.count() == 2 and re.search(r"5\d% of the full cache", counters.last.inner_text())
 
 
 def test_a_skip_list_is_suggested_edited_exported_and_taken_over(page):
@@ -223,7 +233,7 @@ def test_a_skip_list_is_suggested_edited_exported_and_taken_over(page):
     tokens.press("Enter")
     settled(page)
     page.get_by_role("button", name="Generate", exact=True).click()
-    page.get_by_text(re.compile("The same 2 tokens|The texts differ")).wait_for()
+    page.get_by_text(re.compile("The same 2 tokens|new tokens agree, then")).wait_for()
     counter = page.get_by_text(re.compile(r"\d+ to \d+ of \d+ tokens held per layer")).inner_text()
     half, whole, seen = map(int, re.match(r"(\d+) to (\d+) of (\d+)", counter).groups())
     assert whole == seen and half == -(-seen // 2)  # layers 0 and 1 hold all, the others half

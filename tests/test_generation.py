@@ -42,7 +42,8 @@ def test_each_column_is_what_it_would_be_alone_and_its_first_token_is_already_co
         logits, kept = masked_forward(loaded.model, ids[:, :-1], (n - 1, *[1] * 8), spec)
         assert logits[0, n - 1 :].argmax(-1).tolist() == list(step.token_ids)
         assert step.held == tuple(len(layer[0][0]) for layer in kept)
-        assert step.nbytes < last[0].nbytes
+        pair = 4 * 32 * 2 * 4  # kv heads, head_dim, K and V, float32
+        assert step.nbytes == sum(step.held) * pair and 0 <= step.slack_nbytes <= 0.3 * step.nbytes
     assert last[0].held == (n + 7,) * 6
 
 

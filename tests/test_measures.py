@@ -147,20 +147,25 @@ def test_what_hangs_on_the_first_token_alone_is_not_said_of_the_others():
     [
         (8, 1, 1, "Yes"),
         (1, 8, 1, "No, the opposite"),
+        (1, 7, 2, "Mostly no"),
         (4, 4, 2, "It depends"),
         (1, 1, 8, "Hardly"),
         (0, 0, 0, "This run"),
     ],
 )
 def test_the_answer_is_a_sentence_that_counts_heads(paper, mirror, weak, begins):
-    ranks = np.arange(1.0, 10.0)
-    rows = [1 / ranks] * paper + [ranks / 100] * mirror + [[0.1, 0.2, 0.1, 0.2, 0.15, 0.2, 0.1, 0.2, 0.1]] * weak
+    ranks, alternating = np.arange(1.0, 42.0), np.array([0.1, 0.2] * 20 + [0.1])
+    rows = [1 / ranks] * paper + [ranks / 1000] * mirror + [alternating] * weak
     constant = not rows
-    run = run_of([[ranks if not constant else np.ones(9)]] * max(len(rows), 1), [[row] for row in rows or [ranks]])
+    run = run_of([[ranks if rows else np.ones(41)]] * max(len(rows), 1), [[row] for row in rows or [ranks]])
     text = answer(run)
     assert text.startswith(begins)
     if not constant:
-        assert f"In {paper} of 10 heads low-norm" in text and f"in {mirror} high-norm" in text and f"; {weak} " in text
+        assert (
+            f"In {paper} of 10 heads low-norm" in text
+            and f"in {mirror} high-norm" in text
+            and f"; {weak} are too weak" in text
+        )
 
 
 def test_the_undefined_is_named_and_never_a_number():

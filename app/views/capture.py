@@ -10,18 +10,19 @@ import streamlit as st
 
 from analysis.errors import RunFileError, UserError
 from analysis.memory import capture_bytes, human_bytes
+from analysis.models import model_folder
 from analysis.presets import presets
 from analysis.run import Capture, load_run, save_run
 from analysis.tokens import tokenize
 from app import markup, state
-from app.engine import Engine, allowed_models, check_allowed, tokenizer_and_config
+from app.engine import Engine, allowed_models, check_allowed
 
 if TYPE_CHECKING:
     from streamlit.navigation.page import Page as StreamlitPage
 
 OTHER = "Another model (hub id or folder)"
 OWN = "My own text"
-_COUNTED_CHARACTERS = 200_000  # beyond this a live count would stall every keystroke
+_COUNTED_CHARACTERS = 50_000  # what follows is counted at the same rate: a live count must not stall the page
 
 
 def page(engine: Engine, heads_page: StreamlitPage) -> None:
@@ -72,35 +73,43 @@ def _text_input() -> str:
     st.selectbox("Start from", [*texts, OWN], key="preset", persist_state="session", on_change=take)
     with st.expander("Or upload a .txt file", icon=":material/upload_file:"):
         st.file_uploader("Text file", type="txt", key="text_file", on_change=upload, label_visibility="collapsed")
-    return st.text_area("Text", key="text", persist_state="session", height=260, max_chars=2_000_000)
+    return st.text_area(
+        "Text",
+        key="text",
+        persist_state="session",
+        height=260,
+        max_chars=2_000_000,
+        on_change=lambda: st.session_state.update(preset=OWN),
+    )
 
 
 def _count(engine: Engine, ref: str, text: str) -> None:
     """The token count and the memory that the run will take, where the tokenizer is at hand."""
     if not text.strip() or not ref:
         return
-    if len(text) > _COUNTED_CHARACTERS:
-        st.caption(f"{len(text):,} characters: counted when it is run.")
-        return
-    resident = engine.loaded
-    if resident is not None and resident.name == ref:
-        tokenizer, config = resident.tokenizer, resident.config
-    elif ref in allowed_models():
-        with st.spinner("Loading the tokenizer …", show_time=True):
-            tokenizer, config = tokenizer_and_config(check_allowed(ref))
-    else:
+    with st.spinner("Loading the tokenizer …", show_time=True):
+        found = engine.tokenizer_and_config(ref)
+    if found is None:
         st.caption("Tokens and memory are counted once the model is here.")
         return
+    tokenizer, config = found
     try:
-        n = len(tokenize(tokenizer, text))
+        counted = len(tokenize(tokenizer, text[:_COUNTED_CHARACTERS]))
     except UserError as error:
         st.warning(markup.plain(str(error)), icon=":material/warning:")
         return
-    itemsize = resident.model.dtype.itemsize if resident is not None and resident.name == ref else 4
-    needed = capture_bytes(config, n, itemsize=itemsize)
+    n = counted * max(len(text), 1) // max(len(text[:_COUNTED_CHARACTERS]), 1)
+    resident = engine.loaded if engine.ref == ref else None
+    needed = capture_bytes(config, n, itemsize=resident.model.dtype.itemsize if resident else 4)
     limit = getattr(config, "max_position_embeddings", None)
-    trained = f" The model was trained on up to {limit:,}." if limit else ""
-    st.markdown(f"**{n:,} tokens**, about **{human_bytes(needed)}** of memory beyond the model.{trained}")
+    about = "about " if n > counted else ""
+    st.markdown(f"{about}**{n:,} tokens**, about **{human_bytes(needed)}** of memory beyond the model.")
+    if limit and n >= limit:
+        st.warning(
+            f"The model was trained on up to {limit:,} tokens; beyond them expect it to fail. Time grows with the "
+            "square of the length.",
+            icon=":material/warning:",
+        )
 
 
 def _run(engine: Engine, ref: str, text: str, heads_page: StreamlitPage) -> None:
@@ -112,14 +121,17 @@ def _run(engine: Engine, ref: str, text: str, heads_page: StreamlitPage) -> None
     if not ref:
         st.error("Give the id or the folder of a model first.", icon=":material/error:")
         return
-    # A click ends this script at its next st.* call, which is in the callback after each layer.
-    buttons.button("Cancel", icon=":material/cancel:", on_click=lambda: st.session_state.update(cancelled=True))
-    progress = st.progress(0.0, "Starting …")
+    # A click ends this script at its next st.* call, which is in the callback after each block.
+    cancel = buttons.empty()
+    cancel.button("Cancel", icon=":material/cancel:", on_click=lambda: st.session_state.update(cancelled=True))
+    progress = st.progress(0.0, "Looking for the model …")
     from analysis.capturing import capture
 
     try:
+        ref = check_allowed(ref)
+        model_folder(ref)  # fetched, or refused, before anyone has to wait for it
         with engine.turn(
-            check_allowed(ref),
+            ref,
             on_wait=lambda ahead: progress.progress(0.0, f"Waiting: {ahead} ahead of you"),
             on_load=lambda: progress.progress(0.0, f"Loading {markup.plain(ref)} …"),
         ) as loaded:
@@ -131,6 +143,7 @@ def _run(engine: Engine, ref: str, text: str, heads_page: StreamlitPage) -> None
             )
     except UserError as error:
         progress.empty()
+        cancel.empty()
         st.error(markup.plain(str(error)), icon=":material/error:")
         return
     state.show_run(run)
@@ -159,7 +172,7 @@ def _files(heads_page: StreamlitPage) -> None:
         file = st.file_uploader("Open a saved run", type="safetensors", key="run_file")
         if file is not None and st.session_state.get("opened") != file.file_id:
             try:
-                state.show_run(_run_of(file.getvalue()))
+                state.show_run(_run_of(file.getvalue(), Path(file.name).name))
             except RunFileError as error:
                 st.error(markup.plain(str(error)), icon=":material/error:")
                 return
@@ -172,8 +185,8 @@ def _bytes_of(run: Capture) -> bytes:
         return save_run(run, Path(folder) / "run.safetensors").read_bytes()
 
 
-def _run_of(content: bytes) -> Capture:
+def _run_of(content: bytes, name: str) -> Capture:
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "uploaded.safetensors"
+        path = Path(folder) / name
         path.write_bytes(content)
         return load_run(path)

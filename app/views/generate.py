@@ -11,6 +11,7 @@ import streamlit as st
 from analysis.errors import UserError
 from analysis.memory import human_bytes
 from analysis.presets import presets
+from analysis.tokens import tokenize
 from app import figures, markup, state
 from app.charts import show
 from app.engine import Engine, allowed_models, check_allowed
@@ -56,6 +57,7 @@ def page(engine: Engine) -> None:
     left, right = st.columns([3, 2], gap="large")
     with left:
         prompt = _prompt_input()
+        length = st.empty()
     with right:
         ref = _model_input(engine)
         with st.container(horizontal=True, vertical_alignment="bottom"):
@@ -67,6 +69,7 @@ def page(engine: Engine) -> None:
             st.number_input("New tokens", 1, 1024, 48, 16, key="new_tokens", persist_state="session")
         state.skip_layers_input(run)
 
+    _positions(length, engine, ref, prompt)
     buttons = st.container(horizontal=True, vertical_alignment="center")
     started = buttons.button("Generate", type="primary", icon=":material/play_arrow:")
     boxes = st.container()
@@ -79,6 +82,8 @@ def page(engine: Engine) -> None:
         if not preview.done:
             st.info("Cancelled: what was generated until then is kept.", icon=":material/cancel:")
         with boxes:
+            if (preview.prompt, preview.spec) != (prompt, state.current_spec()):
+                st.info("This is of earlier settings. Press *Generate* to see the new ones.", icon=":material/history:")
             _draw(_columns(preview), preview)
             _summary(preview)
     else:
@@ -94,6 +99,26 @@ def _prompt_input() -> str:
     st.session_state.setdefault("prompt", next(iter(texts.values())))
     st.selectbox("Start from", list(texts), key="prompt_preset", persist_state="session", on_change=take)
     return st.text_area("Prompt", key="prompt", persist_state="session", height=250, max_chars=200_000)
+
+
+def _positions(place: DeltaGenerator, engine: Engine, ref: str, prompt: str) -> None:
+    """How long it will get, and whether the model was trained for that."""
+    if not prompt.strip() or not (found := engine.tokenizer_and_config(ref)):
+        return
+    tokenizer, config = found
+    try:
+        n = len(tokenize(tokenizer, prompt))
+    except UserError as error:
+        place.warning(markup.plain(str(error)), icon=":material/warning:")
+        return
+    new, limit = int(st.session_state["new_tokens"]), getattr(config, "max_position_embeddings", None)
+    of = f" of the {limit:,} positions that the model was trained on" if limit else ""
+    if limit and n + new > limit:
+        place.warning(
+            f"{n} + {new} new tokens are more than the {limit:,} that the model was trained on: expect it to fail."
+        )
+    else:
+        place.caption(f"{n} + {new} new tokens{of}.")
 
 
 def _model_input(engine: Engine) -> str:
@@ -143,7 +168,11 @@ def _columns(preview: Preview) -> list[tuple[DeltaGenerator, DeltaGenerator]]:
     """For each cache a place for its text and one for its counters."""
     places = []
     policy = state.POLICY_NAMES[preview.spec.policy].split(" (")[0].lower()
-    titles = (":gray[**Full cache**]", f":primary[**{preview.spec.keep_ratio:.0%} kept**, {policy}]")
+    spec = preview.spec
+    details = [f"{policy}", f"last {spec.protect_last} protected"]
+    details += [f"layers {', '.join(map(str, spec.skip_layers))} whole"] * bool(spec.skip_layers)
+    details += [f"from {spec.prune_after} tokens on"] * bool(spec.prune_after)
+    titles = (":gray[**Full cache**]", f":primary[**{spec.keep_ratio:.0%} kept**, {', '.join(details)}]")
     for column, title in zip(st.columns(2, gap="large", border=True), titles, strict=True):
         with column:
             st.markdown(title)
@@ -155,13 +184,15 @@ def _draw(columns: list[tuple[DeltaGenerator, DeltaGenerator]], preview: Preview
     tail = preview.prompt[-_PROMPT_TAIL:]
     if len(preview.prompt) > _PROMPT_TAIL:
         tail = "… " + tail.partition(" ")[2]
+    share = preview.compressed.nbytes / preview.full.nbytes
     for (text, counters), step in zip(columns, (preview.full, preview.compressed), strict=True):
         text.html(markup.generated(tail, step.text, preview.same_text))
         seen, held = max(preview.full.held), step.held
         span = f"{min(held)} to {max(held)}" if min(held) != max(held) else f"{max(held)}"
         counters.markdown(
             f"**{span}** of {seen} tokens held per layer · **{human_bytes(step.nbytes)}** "
-            f"({step.nbytes / preview.full.nbytes:.0%} of the full cache)"
+            + (f"({share:.0%} of the full cache)" if step is preview.compressed else "")
+            + (f", and {human_bytes(step.slack_nbytes)} of slack for what comes" if step.slack_nbytes else "")
         )
 
 
@@ -170,12 +201,14 @@ def _summary(preview: Preview) -> None:
     if full is None:
         return
     n = len(full.token_ids)
-    if preview.same is None:
+    if compressed.held == full.held:
+        st.info("Nothing was evicted: with these settings the compressed cache holds every token.")
+    elif preview.same is None:
         st.success(f"The same {n} tokens from {human_bytes(compressed.nbytes)} as from {human_bytes(full.nbytes)}.")
     else:
         st.warning(
-            f"The texts differ from new token {preview.same} on (counted from 0; underlined). Greedy texts that part "
-            "never meet again token by token: read whether what follows is as good, not whether it is the same.",
+            f"The first {preview.same} new tokens agree, then the texts differ (underlined). Greedy texts that part "
+            "seldom meet again: read whether what follows is as good, not whether it is the same.",
             icon=":material/difference:",
         )
     show(
@@ -184,7 +217,7 @@ def _summary(preview: Preview) -> None:
         ),
         key="kept_by_layer",
         alt="Tokens held per layer",
-        caption="Tokens held in each layer at the end, counted in the caches. Bytes are those of their tensors, slack "
-        "included. No tokens per second here: two caches decoded in turn give no fair time.",
+        caption="Tokens held in each layer at the end, counted in the caches. Bytes are those of the keys and "
+        "values held; slack is told apart. No tokens per second here: two caches decoded in turn give no fair time.",
         table={"layer": list(range(len(full.held))), "full cache": full.held, "compressed": compressed.held},
     )

@@ -9,8 +9,9 @@ from analysis.measures import VERDICTS, HeadFigures, answer, attention_loss, kep
 from analysis.run import Capture
 from app import figures, markup, state
 from app.charts import show
-from l2kv.spec import CompressionSpec
+from l2kv.spec import CompressionSpec, share
 
+_FEW_TOKENS = 64
 MAPS = {
     "Γ": "**Γ** of each head, −1 to +1. Purple: the keys of low norm get the attention, as the paper says. Orange: "
     "those of high norm do. It weighs tokens by their attention and is of ONE query, the next token's.",
@@ -32,11 +33,17 @@ def page() -> None:
         "Leave out the first token (the usual sink)",
         key="leave_out",
         persist_state="session",
-        help="One token often draws most of the attention. Every figure below is then of the others.",
+        help="One token often draws most of the attention. The figures and plots below are then of the others; "
+        "verdicts, which weigh both, and the strip of tokens stay of all.",
     )
     leave_out = int(without)
     numbers = state.figures_of(run, leave_out)
     _maps(run, numbers, leave_out)
+    layer, head = state.chosen_head(run)
+    st.markdown(
+        f"Open below: **layer {layer}, head {head}**, {numbers.verdict[layer, head]}, "
+        f"Γ {signed(numbers.gamma[layer, head])}."
+    )
     st.divider()
     _one_head(run, numbers, leave_out)
 
@@ -50,6 +57,8 @@ def _about(run: Capture) -> None:
         f"query, the next token (“{markup.plain(markup.visible(run.probe_label))}”). One text is an anecdote: "
         "capture your own on the page *Capture*."
     )
+    if run.n_tokens < _FEW_TOKENS:
+        st.warning(f"{run.n_tokens} tokens say little: take a text of some hundred.", icon=":material/warning:")
     for warning in run.warnings:
         st.warning(markup.plain(warning), icon=":material/warning:")
 
@@ -144,10 +153,12 @@ def _one_head(run: Capture, numbers: HeadFigures, leave_out: int) -> None:
     )
     kept = kept_tokens(run, layer, head, spec)
     row = run.probe_attention[layer, head].astype(float)
-    lost = row[~kept].sum() / max(row.sum(), 1e-12)
+    more = kept.sum() > share(spec.keep_ratio, run.n_tokens)
     st.markdown(
-        f"Of {run.n_tokens} tokens this head would keep **{kept.sum()}**, and lose **{lost:.1%}** of the next token's "
-        "attention."
+        f"Of {run.n_tokens} tokens this head would keep **{kept.sum()}**"
+        + (f" (more than the ratio: the last {spec.protect_last} are protected)" if more else "")
+        + f", and lose **{row[~kept].sum():.1%}** of the next token's attention. {1 - row.sum():.1%} of it goes to "
+        "that token itself."
     )
     st.html(markup.token_strip(run.labels, kept))
     st.caption(
@@ -283,7 +294,7 @@ def _pooled(run: Capture, layer: int, head: int, leave_out: int) -> None:
         figures.pooled_map(pooled, tokens_per_bin=run.tokens_per_bin, n_tokens=run.n_tokens),
         key="pooled",
         alt="Attention map, pooled",
-        caption=f"Who looks where: each row is {run.tokens_per_bin} queries, each column {run.tokens_per_bin} keys, "
+        caption=f"Who looks where: each row is {run.tokens_per_bin} queries, each column as many keys, "
         "the first at the top left. A bright first column is a sink, a bright diagonal is recency. Of all queries"
         + (", the first column left out." if leave_out else "."),
     )

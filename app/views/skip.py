@@ -37,8 +37,7 @@ def page(generate_page: StreamlitPage) -> None:
             help="0 is the ideal order, 1 a random one, 2 the worst. Layers at or above the threshold are suggested.",
         )  # fmt: skip
     spec = state.current_spec()
-    suggestion = suggest_skip_layers(run, spec.policy, threshold=threshold)
-    _suggest(run, suggestion.layers, suggestion.rule)
+    _suggest(run, spec.policy, threshold)
     state.skip_layers_input(run)
     spec = state.current_spec()
 
@@ -62,25 +61,33 @@ def page(generate_page: StreamlitPage) -> None:
     _export(run, spec, generate_page)
 
 
-def _suggest(run: Capture, layers: tuple[int, ...], rule: str) -> None:
+def _suggest(run: Capture, policy: str, threshold: float) -> None:
     full = [i for i, kind in enumerate(run.layer_kinds) if kind == "full"]
-    chosen = [i for i in layers if i in full]
-    names = ", ".join(map(str, chosen)) or "none"
-    if len(chosen) == len(full):
+    suggestion = suggest_skip_layers(run, policy, threshold=threshold)
+    chosen, rule = list(suggestion.layers), markup.plain(suggestion.rule)
+    if policy == "random":
+        st.info("Random eviction is the yardstick: its ALR / chance is 1 in every layer.", icon=":material/casino:")
+    elif len(chosen) < len(full):
+        names = ", ".join(map(str, chosen)) or "none"
+        st.info(f"**Suggestion: {names}.** {rule}", icon=":material/lightbulb:")
+    elif threshold < 1:
         st.warning(
-            f"**Suggestion: all layers.** {markup.plain(rule)} So on this text the policy is nowhere better than dice: "
-            "try the mirror policy rather than a skip list.",
-            icon=":material/warning:",
+            f"**The threshold is below every layer**, so all would be skipped. {rule}", icon=":material/warning:"
         )
     else:
-        st.info(f"**Suggestion: {names}.** {markup.plain(rule)}", icon=":material/lightbulb:")
-    with st.container(horizontal=True):
-        st.button(
-            "Take the suggestion",
-            icon=":material/check:",
-            type="primary",
-            on_click=lambda: st.session_state.update(skip_layers=chosen),
+        st.warning(
+            f"**Suggestion: all layers.** {rule} So on this text this policy is nowhere better than dice: try the "
+            "mirror policy rather than a skip list.",
+            icon=":material/warning:",
         )
+    with st.container(horizontal=True):
+        if policy != "random":
+            st.button(
+                "Take the suggestion",
+                icon=":material/check:",
+                type="primary",
+                on_click=lambda: st.session_state.update(skip_layers=chosen),
+            )
         paper = [i for i in (0, 1) if i in full]
         st.button("The paper's: 0 and 1", on_click=lambda: st.session_state.update(skip_layers=paper))
         st.button("None", on_click=lambda: st.session_state.update(skip_layers=[]))
@@ -101,7 +108,7 @@ def _bytes(run: Capture, spec: CompressionSpec) -> None:
     st.caption(
         f"Keys and values of one sequence in {markup.plain(run.dtype)}, after that many tokens, by arithmetic: "
         f"{run.n_kv_heads} kv heads of {run.head_dim}, keep ratio {spec.keep_ratio:g}, the last {spec.protect_last} "
-        "protected. The page *Generate* counts the real bytes."
+        "protected. The page *Generate* counts the real bytes. (This model need not work at all of these lengths.)"
         + (" Layers with a sliding window are bounded anyway, and left out." if "sliding" in run.layer_kinds else "")
     )
 
