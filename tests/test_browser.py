@@ -104,9 +104,9 @@ def click_cell(page, layer, head, n_layers=6, n_heads=8):
     """Click a cell of the first map, by where it is on the screen."""
     plot = page.locator(".js-plotly-plot").first
     cells = plot.locator(".nsewdrag").first
-    cells.scroll_into_view_if_needed()
     tip = plot.locator(".hoverlayer .hovertext", has_text=f"layer {layer}, head {head}")
     for _ in range(20):  # until the page has come to rest and Plotly points at the cell
+        cells.scroll_into_view_if_needed()  # each time: charts are drawn in any order, and the first may change
         box = cells.bounding_box()
         x = box["x"] + box["width"] * (head + 0.5) / n_heads
         y = box["y"] + box["height"] * (layer + 0.5) / n_layers
