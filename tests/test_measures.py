@@ -164,7 +164,7 @@ def test_the_answer_is_a_sentence_that_counts_heads(paper, mirror, weak, begins)
         assert (
             f"In {paper} of 10 heads low-norm" in text
             and f"in {mirror} high-norm" in text
-            and f"; {weak} are too weak" in text
+            and f"; in {weak} it is too weak to call" in text
         )
 
 

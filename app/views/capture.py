@@ -94,11 +94,12 @@ def _count(engine: Engine, ref: str, text: str) -> None:
         return
     tokenizer, config = found
     try:
-        counted = len(tokenize(tokenizer, text[:_COUNTED_CHARACTERS]))
+        sample = text[:_COUNTED_CHARACTERS]
+        counted = len(tokenize(tokenizer, sample))
     except UserError as error:
         st.warning(markup.plain(str(error)), icon=":material/warning:")
         return
-    n = counted * max(len(text), 1) // max(len(text[:_COUNTED_CHARACTERS]), 1)
+    n = counted * len(text) // len(sample)
     resident = engine.loaded if engine.ref == ref else None
     needed = capture_bytes(config, n, itemsize=resident.model.dtype.itemsize if resident else 4)
     limit = getattr(config, "max_position_embeddings", None)
