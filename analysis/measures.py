@@ -153,8 +153,8 @@ def answer(capture: Capture) -> str:
     hang = int(np.isin(verdict, ("sink only", "hidden by the sink")).sum())
     return (
         f"{short} In {follows} of {total} heads low-norm keys get the attention, as the paper says; in {mirror} "
-        f"high-norm keys do; in {hang} it hangs on the first token; in {total - follows - mirror - hang} it is too weak "
-        f"to call. Median Γ {signed(np.median(gamma[defined]))}."
+        f"high-norm keys do; in {hang} it hangs on the first token; in {total - follows - mirror - hang} it is too "
+        f"weak to call. Median Γ {signed(np.median(gamma[defined]))}."
     )
 
 
