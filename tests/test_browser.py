@@ -80,10 +80,39 @@ def outside(url, address):
 
 
 def settled(page):
-    """The page is connected and its script is done."""
-    page.wait_for_selector("[data-test-connection-state=CONNECTED]")
-    page.wait_for_timeout(250)  # for a click to be on its way
-    page.wait_for_selector("[data-test-script-state=notRunning]")
+    """The page is connected, and its script has not run for half a second: on a busy machine a click starts it late."""
+    page.evaluate("window.busyAt = performance.now()")
+    page.wait_for_function(
+        """() => {
+            const connected = document.querySelector('[data-test-connection-state=CONNECTED]');
+            const done = document.querySelector('[data-test-script-state=notRunning]');
+            if (!connected || !done) window.busyAt = performance.now();
+            return performance.now() - window.busyAt > 500;
+        }""",
+        polling=50,
+    )
+
+
+def enter(page, box, text, key="Enter"):
+    """Type a text and commit it; a rerun under way may have put the old one back."""
+    for _ in range(5):
+        box.fill(text)
+        box.press(key)
+        settled(page)
+        if box.input_value() == text:
+            return
+    raise AssertionError(f"the box would not take {text!r}")
+
+
+def refused(page, reason):
+    """Run is answered with a reason; a click while the page moves under it may be lost."""
+    answer = page.get_by_text(re.compile(reason)).first
+    for _ in range(5):
+        page.get_by_role("button", name="Run", exact=True).click()
+        settled(page)
+        if answer.count():
+            return
+    raise AssertionError(f"no answer says {reason!r}: {page.locator('[data-testid=stMain]').inner_text()}")
 
 
 def go(page, name):
@@ -146,8 +175,7 @@ def test_a_click_on_a_cell_opens_that_head_and_a_second_click_keeps_it(page):
 def test_a_text_of_ones_own_is_captured_and_shown_as_it_is(page):
     go(page, "Capture")
     box = page.get_by_label("Text", exact=True)
-    box.fill(OWN_TEXT)
-    box.press("Control+Enter")
+    enter(page, box, OWN_TEXT, "Control+Enter")
     page.get_by_text(re.compile(r"\d+ tokens.*about.*KiB|MiB")).first.wait_for()
     settled(page)
     page.get_by_role("button", name="Run", exact=True).click()
@@ -164,32 +192,21 @@ def test_texts_and_models_that_cannot_be_run_get_an_answer(page):
     go(page, "Capture")
     box = page.get_by_label("Text", exact=True)
     for text, reason in (("", "The text is empty"), ("a", "at least 4 are needed")):
-        box.fill(text)
-        box.press("Control+Enter")
-        settled(page)
-        page.get_by_role("button", name="Run", exact=True).click()
-        page.get_by_text(re.compile(reason)).first.wait_for()
-    box.fill(OWN_TEXT)
-    box.press("Control+Enter")
-    settled(page)
+        enter(page, box, text, "Control+Enter")
+        refused(page, reason)
+    enter(page, box, OWN_TEXT, "Control+Enter")
     page.get_by_label("Model", exact=True).click()
     page.get_by_role("option", name=re.compile("Another model")).click()
     reference = page.get_by_role("textbox", name="Hugging Face id or folder")
     for ref, reason in (("no such model!", "No such model"), ("/etc", "must be allowed")):
-        reference.fill(ref)
-        reference.press("Enter")
-        settled(page)
-        page.get_by_role("button", name="Run", exact=True).click()
-        page.get_by_text(re.compile(reason)).first.wait_for()
-        settled(page)
+        enter(page, reference, ref)
+        refused(page, reason)
 
 
 def test_both_columns_stream_and_cancel_stops_them(page):
     go(page, "Generate")
     tokens = page.get_by_label("New tokens")
-    tokens.fill("1000")
-    tokens.press("Enter")
-    settled(page)
+    enter(page, tokens, "1000")
     page.get_by_role("button", name="Generate", exact=True).click()
     boxes = page.locator(".l2kv-text")
     boxes.nth(1).wait_for()
@@ -206,9 +223,7 @@ def test_both_columns_stream_and_cancel_stops_them(page):
     page.wait_for_timeout(700)
     assert [boxes.nth(i).inner_text() for i in range(2)] == kept
 
-    tokens.fill("8")
-    tokens.press("Enter")
-    settled(page)
+    enter(page, tokens, "8")
     page.get_by_role("button", name="Generate", exact=True).click()
     settled(page)
     page.get_by_text(re.compile("The same 8 tokens|new tokens agree, then")).wait_for()
@@ -229,9 +244,7 @@ def test_a_skip_list_is_suggested_edited_exported_and_taken_over(page):
     page.wait_for_selector("h2:has-text('What does compression change')")
     settled(page)
     tokens = page.get_by_label("New tokens")
-    tokens.fill("2")
-    tokens.press("Enter")
-    settled(page)
+    enter(page, tokens, "2")
     page.get_by_role("button", name="Generate", exact=True).click()
     page.get_by_text(re.compile("The same 2 tokens|new tokens agree, then")).wait_for()
     counter = page.get_by_text(re.compile(r"\d+ to \d+ of \d+ tokens held per layer")).inner_text()
