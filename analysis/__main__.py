@@ -1,4 +1,4 @@
-"""The command line: `python -m analysis capture|heads|demo`. All but looking."""
+"""The command line: `python -m analysis capture|heads|train|demo`. All but looking."""
 
 from __future__ import annotations
 
@@ -43,6 +43,21 @@ def _parser() -> argparse.ArgumentParser:
     heads.add_argument("file", type=Path, help="a saved run")
     heads.set_defaults(run=_heads)
 
+    train = commands.add_parser("train", help="train a small model on a folder of .txt or .txt.xz files")
+    train.add_argument("corpus", type=Path, help="the folder")
+    train.add_argument("-o", "--out", type=Path, required=True, help="the model folder to write, or to go on with")
+    train.add_argument("--shape", default="19m", help="tiny, 5m (two CPU cores) or 19m (a GPU; the default)")
+    train.add_argument("--start-from", help="a model to go on with; its shape is taken")
+    train.add_argument("--minutes", type=float, help="time to train for (20, unless steps are given)")
+    for name, kind in (("steps", int), ("length", int), ("batch", int), ("learning-rate", float), ("decay", float)):
+        train.add_argument(f"--{name}", type=kind)
+    train.add_argument("--synthetic", type=float, help="share of sequences made of passkeys, needles and copies")
+    train.add_argument("--seed", type=int)
+    train.add_argument("--record-every", type=int, default=250, help="steps between two looks at the heads (250)")
+    train.add_argument("--device", help="cuda or cpu (default: the GPU where there is one)")
+    train.add_argument("--compile", action="store_true", help="compile the model first: worth it on a GPU")
+    train.set_defaults(run=_train)
+
     demo = commands.add_parser("demo", help="make the run that the app opens with again")
     _add_model(demo)
     demo.set_defaults(run=_demo)
@@ -86,6 +101,29 @@ def _heads(arguments: argparse.Namespace) -> None:
                 f"{share[layer, head]:4.2f}  {verdict[layer, head]}"
             )
     _print_answer(run)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from analysis.training.loop import train
+    from analysis.training.recipe import SHAPES, Recipe
+
+    if arguments.shape not in SHAPES:
+        raise UserError(f"--shape must be one of {', '.join(SHAPES)}, got {arguments.shape!r}")
+    names = ("minutes", "steps", "length", "batch", "learning_rate", "decay", "synthetic", "seed")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    if "steps" in given:
+        given.setdefault("minutes", None)
+    train(
+        arguments.corpus,
+        arguments.out,
+        Recipe(shape=SHAPES[arguments.shape], **given),
+        start_from=arguments.start_from,
+        device=arguments.device,
+        compiled=arguments.compile,
+        record_every=arguments.record_every,
+        log=lambda line: print(line, flush=True),
+    )
+    print(f"wrote {arguments.out}")
 
 
 def _demo(arguments: argparse.Namespace) -> None:

@@ -10,11 +10,12 @@ from analysis.models import BUNDLED
 DEMO_RUN = BUNDLED / "demo.safetensors"
 _TEXTS = BUNDLED / "texts"
 
-_PASSKEY_TASK = (
+PASSKEY_TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
     "I will quiz you about the important information there."
 )
-_PASSKEY_FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+PASSKEY_FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+PASSKEY_QUESTION = "What is the pass key? The pass key is"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +39,18 @@ def passkey(key: int, *, before: int, after: int) -> str:
     """The paper's passkey prompt, with its filler repeated `before` and `after` times; what follows should be `key`."""
     return " ".join(
         [
-            _PASSKEY_TASK,
-            *[_PASSKEY_FILLER] * before,
-            f"The pass key is {key}. Remember it. {key} is the pass key.",
-            *[_PASSKEY_FILLER] * after,
-            "What is the pass key? The pass key is",
+            PASSKEY_TASK,
+            *[PASSKEY_FILLER] * before,
+            passkey_sentence(key),
+            *[PASSKEY_FILLER] * after,
+            PASSKEY_QUESTION,
         ]
     )
+
+
+def passkey_sentence(key: int) -> str:
+    """What is hidden in the filler."""
+    return f"The pass key is {key}. Remember it. {key} is the pass key."
 
 
 def make_demo(ref: str, destination: Path = DEMO_RUN) -> Path:
