@@ -7,6 +7,7 @@ new token already comes from the compressed cache, which flatters nobody.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -49,22 +50,18 @@ def stream(
     """
     tokens = tokenize(loaded.tokenizer, prompt)
     check_length(loaded, tokens, new_tokens=max_new_tokens)
-    try:
-        with memory_errors(), compressible(loaded.model):
-            columns = [_Column(loaded, tokens, spec) for spec in specs]
-            for _ in range(max_new_tokens):
-                yield tuple(column.step() for column in columns)
-                if all(column.finished for column in columns):
-                    return
-    except UnsupportedModelError as error:
-        raise ModelError(str(error)) from error
+    with prepared(loaded):
+        columns = [_Column(loaded, tokens, spec) for spec in specs]
+        for _ in range(max_new_tokens):
+            yield tuple(column.step() for column in columns)
+            if all(column.finished for column in columns):
+                return
 
 
 class _Column:
     def __init__(self, loaded: LoadedModel, tokens: Tokens, spec: CompressionSpec | None) -> None:
-        config = loaded.config
         self._loaded = loaded
-        self._cache: Cache = DynamicCache(config=config) if spec is None else CompressedCache(config, spec)
+        self._cache = new_cache(loaded, spec)
         ids = torch.from_numpy(tokens.ids)[None].to(loaded.device)
         prefill(loaded.model, ids[:, :-1], self._cache)
         self._next, self._new = ids[:, -1:], []
@@ -80,17 +77,35 @@ class _Column:
             return self._last
         self._next = decode_one_token(self._loaded.model, self._next, self._cache)
         self._new.append(int(self._next))
-        layers = self._cache.layers
-        nbytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+        nbytes = cache_nbytes(self._cache, slack=False)
         self._last = Step(
             token_ids=tuple(self._new),
             text=_whole_characters(self._loaded.tokenizer.decode(self._new)),
-            held=tuple(layer.keys.shape[-2] for layer in layers),
+            held=_held(self._cache),
             nbytes=nbytes,
             slack_nbytes=cache_nbytes(self._cache) - nbytes,
             finished=self._new[-1] in self._ends,
         )
         return self._last
+
+
+@contextmanager
+def prepared(loaded: LoadedModel) -> Iterator[None]:
+    """Within the block the model takes compressed caches; what it cannot do is a ModelError or OutOfMemoryError."""
+    try:
+        with memory_errors(), compressible(loaded.model):
+            yield
+    except UnsupportedModelError as error:
+        raise ModelError(str(error)) from error
+
+
+def new_cache(loaded: LoadedModel, spec: CompressionSpec | None) -> Cache:
+    """An empty cache: compressed by the spec, or full if there is none. Raises ValueError if the spec does not fit."""
+    return DynamicCache(config=loaded.config) if spec is None else CompressedCache(loaded.config, spec)
+
+
+def _held(cache: Cache) -> tuple[int, ...]:
+    return cache.held if isinstance(cache, CompressedCache) else tuple(layer.keys.shape[-2] for layer in cache.layers)
 
 
 def prefill(model, ids: Tensor, cache: Cache) -> None:

@@ -199,7 +199,7 @@ def kept_tokens(capture: Capture, layer: int, head: int, spec: CompressionSpec) 
         return kept
     score = _NORM_SIGN[spec.policy] * capture.key_norm[layer, capture.kv_head(head)].astype(np.float64)
     score[: spec.protect_first] = score[n - min(spec.protect_last, n) :] = np.inf
-    kept[np.argsort(-score, kind="stable")[spec.kept(n, n) :]] = False
+    kept[np.argsort(-score, kind="stable")[spec.kept(n, n, spec.target_of(layer, capture.kv_head(head))) :]] = False
     return kept
 
 

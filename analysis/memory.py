@@ -44,11 +44,12 @@ class CacheShape:
 
     def nbytes(self, n_tokens: int, spec: CompressionSpec | None = None) -> int:
         """Bytes of keys and values after `n_tokens`, whole or as `spec` leaves them."""
-        pairs = 0
-        for layer in self.layers:
-            whole = spec is None or layer in spec.skip_layers
-            pairs += n_tokens if whole else spec.kept(n_tokens, n_tokens)
-        return pairs * 2 * self.n_kv_heads * self.head_dim * self.itemsize
+        heads = [(layer, head) for layer in self.layers for head in range(self.n_kv_heads)]
+        if spec is None:
+            pairs = len(heads) * n_tokens
+        else:
+            pairs = sum(spec.kept(n_tokens, n_tokens, spec.target_of(*head)) for head in heads)
+        return pairs * 2 * self.head_dim * self.itemsize
 
 
 def capture_bytes(config, n_tokens: int, *, itemsize: int) -> int:

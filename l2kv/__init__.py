@@ -8,12 +8,16 @@ _HOME = {
     "POLICIES": "policies",
     "CompressedCache": "cache",
     "CompressionSpec": "spec",
+    "Pairs": "policies",
+    "Policy": "policies",
     "UnsupportedModelError": "seam",
     "attention_seam": "seam",
     "cache_nbytes": "cache",
     "check_compressible": "cache",
     "compressible": "prepare",
     "l2_compress": "cache",
+    "probabilities": "weights",
+    "q_filters": "filters",
 }
 __all__ = sorted(_HOME)
 __getattr__ = lazy_names(__name__, _HOME)

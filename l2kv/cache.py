@@ -5,17 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PretrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from l2kv.layer import CompressedLayer
+from l2kv.policies import POLICIES
 from l2kv.seam import UnsupportedModelError
 from l2kv.spec import CompressionSpec
-
-_KEEP_ALL = CompressionSpec(keep_ratio=1.0)
 
 
 class CompressedCache(Cache):
@@ -28,14 +26,15 @@ class CompressedCache(Cache):
     Args:
         config: the model's config.
         spec: what to keep.
+        filters: [L, Hkv, D], for the policy `q_filters` (see `l2kv.q_filters`).
 
     Raises:
         UnsupportedModelError: the model has no keys to compress (encoders, recurrent models, latent attention).
-        ValueError: `skip_layers` names a layer that the model does not have.
+        ValueError: the spec names a layer or a head that the model does not have, or the policy needs filters.
     """
 
-    def __init__(self, config: PretrainedConfig, spec: CompressionSpec) -> None:
-        super().__init__(layers=_layers_for(config.get_text_config(decoder=True), spec))
+    def __init__(self, config: PretrainedConfig, spec: CompressionSpec, *, filters: Tensor | None = None) -> None:
+        super().__init__(layers=_layers_for(config.get_text_config(decoder=True), spec, filters))
         self.spec = spec
         self.serving = False  # inside a forward pass of a model prepared with `compressible`
 
@@ -71,12 +70,17 @@ class CompressedCache(Cache):
         layer = self.layers[layer_idx]
         if not isinstance(layer, CompressedLayer):
             raise ValueError(f"Layer {layer_idx} has a sliding window: it is left to transformers, and never evicts.")
-        return list(layer.positions().sort(dim=-1).values.unbind(dim=1)) if layer.is_initialized else []
+        return layer.kept_positions()
 
     @property
     def held(self) -> tuple[int, ...]:
-        """Tokens held, per layer."""
-        return tuple(_held(layer) for layer in self.layers)
+        """Tokens held, per layer: by the head that holds most."""
+        return tuple(max(heads, default=0) for heads in self.held_by_head)
+
+    @property
+    def held_by_head(self) -> tuple[tuple[int, ...], ...]:
+        """Tokens held, per layer and kv head."""
+        return tuple(_held_by_head(layer) for layer in self.layers)
 
     @property
     def nbytes(self) -> int:
@@ -84,14 +88,20 @@ class CompressedCache(Cache):
         return cache_nbytes(self)
 
 
-def cache_nbytes(cache: Cache) -> int:
-    """Bytes of key and value storage of any transformers cache, counted from its tensors."""
-    return sum(
-        layer.nbytes
-        if isinstance(layer, CompressedLayer)
-        else sum(t.untyped_storage().nbytes() for t in (layer.keys, layer.values) if t is not None)
-        for layer in cache.layers
-    )
+def cache_nbytes(cache: Cache, *, slack: bool = True) -> int:
+    """Bytes of key and value storage of any transformers cache, counted from its tensors.
+
+    Args:
+        slack: count storage that waits for more tokens, too.
+    """
+    return sum(_layer_nbytes(layer, slack) for layer in cache.layers)
+
+
+def _layer_nbytes(layer: CacheLayerMixin, slack: bool) -> int:
+    if isinstance(layer, CompressedLayer):
+        return layer.nbytes if slack else layer.used_nbytes
+    held = [t for t in (layer.keys, layer.values) if t is not None]
+    return sum(t.untyped_storage().nbytes() if slack else t.nbytes for t in held)
 
 
 def l2_compress(
@@ -125,7 +135,10 @@ def l2_compress(
         protect_first=protect_first,
         protect_last=protect_last,
         seed=seed,
+        schedule="reference",  # of what is held
     )
+    if POLICIES[policy].needs_attention or POLICIES[policy].needs_calibration:
+        raise ValueError(f"The policy {policy} needs more than a cache: use a CompressedCache from the start.")
     if not isinstance(past_key_values, (DynamicCache, CompressedCache)):
         raise TypeError(
             "l2_compress needs the past_key_values of a model called with use_cache=True (a DynamicCache), "
@@ -133,9 +146,9 @@ def l2_compress(
         )
     if past_key_values.offloading:
         raise TypeError("l2_compress cannot read an offloaded cache: make it with offloading=False")
-    _check_skip_layers(spec, len(past_key_values.layers))
+    _check_layers(spec, len(past_key_values.layers))
     layers = [_compressed_once(spec, i, layer) for i, layer in enumerate(past_key_values.layers)]
-    return CompressedCache._holding(layers, _KEEP_ALL)
+    return CompressedCache._holding(layers, CompressionSpec(keep_ratio=1.0))
 
 
 def _compressed_once(spec: CompressionSpec, layer_idx: int, source: CacheLayerMixin) -> CacheLayerMixin:
@@ -144,17 +157,17 @@ def _compressed_once(spec: CompressionSpec, layer_idx: int, source: CacheLayerMi
     if not isinstance(source, (DynamicLayer, CompressedLayer)) or not source.is_initialized:
         raise TypeError(f"layer {layer_idx} of the cache holds no keys that can be read ({type(source).__name__})")
     layer = CompressedLayer(spec, layer_idx)
-    compressed = isinstance(source, CompressedLayer)  # then its slots are in no order
-    positions = source.positions() if compressed else torch.arange(source.keys.shape[-2], device=source.keys.device)
-    layer.append(source.keys, source.values, positions)
-    layer.seen = source.get_seq_length()
-    if layer_idx not in spec.skip_layers:
-        layer.evict_to(spec.kept(layer.held, seen=layer.held))
-    layer.spec = _KEEP_ALL
+    if isinstance(source, CompressedLayer):
+        layer.load(source)
+    else:
+        layer.append(source.keys, source.values)
+        layer.seen = source.get_seq_length()
+    layer.evict_now()
+    layer.evict_no_more()
     return layer
 
 
-def _layers_for(config: PretrainedConfig, spec: CompressionSpec) -> list[CacheLayerMixin]:
+def _layers_for(config: PretrainedConfig, spec: CompressionSpec, filters: Tensor | None) -> list[CacheLayerMixin]:
     check_compressible(config)
     layers = DynamicCache(config=config).layers  # transformers knows which layer of which model caches how
     unknown = {type(layer).__name__ for layer in layers} - {"DynamicLayer", "DynamicSlidingWindowLayer"}
@@ -162,8 +175,13 @@ def _layers_for(config: PretrainedConfig, spec: CompressionSpec) -> list[CacheLa
         raise UnsupportedModelError(
             f"{config.model_type} has layers without a key/value cache ({', '.join(sorted(unknown)) or 'all of them'})."
         )
-    _check_skip_layers(spec, len(layers))
-    return [CompressedLayer(spec, i) if type(layer) is DynamicLayer else layer for i, layer in enumerate(layers)]
+    _check_layers(spec, len(layers))
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    _check_heads(spec, filters, len(layers), kv_heads)
+    return [
+        CompressedLayer(spec, i, None if filters is None else filters[i]) if type(layer) is DynamicLayer else layer
+        for i, layer in enumerate(layers)
+    ]
 
 
 def check_compressible(config: PretrainedConfig) -> None:
@@ -179,12 +197,31 @@ def check_compressible(config: PretrainedConfig) -> None:
         raise UnsupportedModelError(f"{config.model_type} caches latents, not keys: there is no key norm to rank by.")
 
 
-def _check_skip_layers(spec: CompressionSpec, n_layers: int) -> None:
-    if spec.skip_layers and spec.skip_layers[-1] >= n_layers:
-        raise ValueError(f"skip_layers names layer {spec.skip_layers[-1]}, but the layers are 0 to {n_layers - 1}")
+def _check_layers(spec: CompressionSpec, n_layers: int) -> None:
+    for name, layers in (
+        ("skip_layers", spec.skip_layers),
+        ("layer_ratios", [layer for layer, _ in spec.layer_ratios or ()]),
+        ("head_ratios", [layer for (layer, _), _ in spec.head_ratios or ()]),
+    ):
+        if layers and max(layers) >= n_layers:
+            raise ValueError(f"{name} names layer {max(layers)}, but the layers are 0 to {n_layers - 1}")
 
 
-def _held(layer: CacheLayerMixin) -> int:
+def _check_heads(spec: CompressionSpec, filters: Tensor | None, n_layers: int, kv_heads: int) -> None:
+    heads = [head for (_, head), _ in spec.head_ratios or ()]
+    if heads and max(heads) >= kv_heads:
+        raise ValueError(f"head_ratios names kv head {max(heads)}, but the kv heads are 0 to {kv_heads - 1}")
+    if spec.directions is not None and [len(row) for row in spec.directions] != [kv_heads] * n_layers:
+        raise ValueError(f"directions must be {n_layers} rows (layers) of {kv_heads} (kv heads)")
+    if POLICIES[spec.policy].needs_filters and (filters is None or filters.shape[:2] != (n_layers, kv_heads)):
+        got = "none" if filters is None else f"some of shape {list(filters.shape)}"
+        raise ValueError(
+            f"The policy {spec.policy} needs filters of shape [{n_layers}, {kv_heads}, head_dim], got {got}: "
+            "CompressedCache(config, spec, filters=q_filters(model, input_ids))."
+        )
+
+
+def _held_by_head(layer: CacheLayerMixin) -> tuple[int, ...]:
     if isinstance(layer, CompressedLayer):
-        return layer.held
-    return layer.keys.shape[-2] if layer.is_initialized and layer.keys.numel() else 0
+        return layer.held_by_head
+    return (layer.keys.shape[-2],) * layer.keys.shape[1] if layer.is_initialized and layer.keys.numel() else ()

@@ -1,8 +1,7 @@
-"""One layer of a compressed cache: where its pairs are stored, how they are ranked, and which are evicted.
+"""One layer of a compressed cache: how its pairs are ranked, and which are evicted. What they are stored in: `slots`.
 
-Storage. Keys already carry their position (rotary embedding), so the order of the slots means nothing to attention,
-and a slot may be reused: a new pair goes to the end, an evicted one is overwritten by a survivor from the end. With
-buffers that grow by a fraction, a decoded token then moves a few pairs instead of the whole cache.
+Heads with the same target hold the same number of pairs, and share their storage: a `Group`. A layer whose heads all
+have one target is one group, and its keys are one tensor, as in any cache.
 
 Ranking. One int64 per slot holds the score in its high half and the position in its low half, so that ranks have no
 ties (of equal scores the earlier position ranks higher), and the order of evaluation cannot show.
@@ -10,134 +9,308 @@ ties (of equal scores the earlier position ranks higher), and the order of evalu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from l2kv.policies import POLICIES, NewPairs
-from l2kv.spec import CompressionSpec
+from l2kv.heads import of_kv_heads, of_query_heads, options_of_heads
+from l2kv.policies import POLICIES, Pairs, Policy
+from l2kv.slots import Slots
+from l2kv.spec import WHOLE, CompressionSpec, Target
+from l2kv.weights import probabilities
 
-_GROWTH = 1 / 8  # slack of a buffer: memory given away, against how often it is copied
-_MIN_SLACK = 4
+_KEYS, _VALUES, _RANKS, _RECEIVED = range(4)  # the buffers of a group
 _LOW_HALF = 0xFFFFFFFF
-_PROTECTED = torch.iinfo(torch.int64).max
+_FIRST = 0x7FFFFFFF  # high halves above and below those of any score
+_LAST = -0x80000000
+_BLOCK = 128  # queries whose attention is worked out at a time
+
+
+@dataclass
+class Group:
+    """The kv heads of a layer that have one target, and their pairs."""
+
+    heads: tuple[int, ...]
+    target: Target
+    slots: Slots = field(default_factory=Slots)
+    ranked: int = 0  # slots that have a rank; what came after them came in order, and has none yet
+
+    @property
+    def held(self) -> int:
+        """Pairs of each of its heads."""
+        return self.slots.held
+
+    @property
+    def keys(self) -> Tensor:
+        """[B, h, held, D] in storage order."""
+        return self.slots[_KEYS]
+
+    @property
+    def values(self) -> Tensor:
+        """[B, h, held, D] in storage order."""
+        return self.slots[_VALUES]
 
 
 class CompressedLayer(CacheLayerMixin):
-    """The cached pairs of one layer: every kv head holds the same number of them, each head its own.
+    """The cached pairs of one layer. For inference: no gradient passes.
 
-    `keys` and `values` are [B, Hkv, held, D] views of the buffers, in storage order. For inference: no gradient passes.
+    `keys` and `values` are [B, Hkv, held, D] views in storage order where all heads hold the same number of pairs;
+    where they do not, they are None, and attention goes by `groups`.
+
+    Args:
+        spec: what to keep.
+        layer_idx: which layer this is.
+        filters: [Hkv, D] for a policy that needs them.
     """
 
     is_sliding = False
 
-    def __init__(self, spec: CompressionSpec, layer_idx: int) -> None:
+    def __init__(self, spec: CompressionSpec, layer_idx: int, filters: Tensor | None = None) -> None:
         super().__init__()
-        self.spec, self._layer_idx = spec, layer_idx
+        self.spec, self._layer_idx, self._filters = spec, layer_idx, filters
         self.reset()
 
     def reset(self) -> None:
         """Forget everything."""
         self.keys = self.values = None
-        self._buffers: tuple[Tensor, ...] = ()  # keys and values [B, Hkv, capacity, D], ranks [B, Hkv, capacity]
-        self.held = self.seen = 0
+        self.groups: list[Group] = []
+        self.seen = self._evicted_at = 0
+        self.first_real: Tensor | None = None  # [B], where a row begins that is padded on the left
         self.unattended = False  # appended to, and attention has not come by yet
+        self._queries: Tensor | None = None  # [B, H, w, D], the last ones
         self.is_initialized = False
+
+    @property
+    def _policy(self) -> Policy:
+        return POLICIES[self.spec.policy]
+
+    @property
+    def n_heads(self) -> int:
+        """kv heads."""
+        return sum(len(group.heads) for group in self.groups)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        ranks = key_states.new_empty((*key_states.shape[:2], 0), dtype=torch.int64)
-        self._buffers = (key_states.detach()[:, :, :0], value_states.detach()[:, :, :0], ranks)
+        self.groups = self._make_groups(key_states.shape[1])
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Append new pairs [B, Hkv, q, D]; returns all that is held. Evicts nothing: see `evict`."""
-        new = key_states.shape[-2]
-        self.append(key_states, value_states, torch.arange(self.seen, self.seen + new, device=key_states.device))
-        self.seen += new
-        self.unattended = True
-        return self.keys, self.values
+    def _make_groups(self, kv_heads: int) -> list[Group]:
+        by_target: dict[Target, list[int]] = {}
+        for head in range(kv_heads):
+            by_target.setdefault(self.spec.target_of(self._layer_idx, head), []).append(head)
+        if len(by_target) > 1 and self._policy.ranks_whole_layer:
+            raise ValueError(
+                f"The policy {self.spec.policy} ranks all heads of a layer together, so they cannot keep different "
+                f"numbers of tokens; head_ratios does so in layer {self._layer_idx}."
+            )
+        return [Group(tuple(heads), target) for target, heads in by_target.items()]
 
-    def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        """Store and rank pairs [B, Hkv, T, D]; their positions broadcast to [B, Hkv, T]."""
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Append new pairs [B, Hkv, q, D]; returns all that is held, or only those where heads hold different numbers.
+
+        Evicts nothing: see `evict`.
+        """
+        self.append(key_states, value_states)
+        self.seen += key_states.shape[-2]
+        self.unattended = True
+        return (key_states, value_states) if self.ragged else (self.keys, self.values)
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Store pairs [B, Hkv, T, D]."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-        end = self.held + keys.shape[-2]
-        # What was made in inference mode cannot be written to outside of it.
-        frozen = self._buffers[2].is_inference() and not torch.is_inference_mode_enabled()
-        if end > self._buffers[2].shape[-1] or frozen:
-            # A prompt gets no slack: its buffer is gone again as soon as the prompt is compressed.
-            self._reallocate(_with_slack(end) if self.held else end)
-        score = POLICIES[self.spec.policy](NewPairs(keys, values, positions, self._layer_idx, self.spec.seed))
-        for buffer, new in zip(self._buffers, (keys, values, _rank(score, positions)), strict=True):
-            buffer[:, :, self.held : end] = new.detach()
-        self._hold(end)
+        for group in self.groups:
+            of_group = (of_kv_heads(keys, group.heads), of_kv_heads(values, group.heads))
+            if group.slots.capacity:
+                group.slots.append(*of_group)
+            else:
+                group.slots.adopt(*of_group)
+        self._show()
 
-    def evict(self) -> None:
-        """Bring every head down to what the spec allows after the tokens seen so far."""
+    def load(self, source: CompressedLayer) -> None:
+        """Begin with what another layer holds; it is not written to."""
+        self.dtype, self.device, self.is_initialized = source.dtype, source.device, True
+        self.seen, self.first_real = source.seen, source.first_real
+        for old, positions in zip(source.groups, source.positions(), strict=True):
+            group = Group(old.heads, self.spec.target_of(self._layer_idx, old.heads[0]))
+            group.slots.adopt(old.keys, old.values)
+            self._rank(group, positions)
+            self.groups.append(group)
+        self._show()
+
+    def evict_no_more(self) -> None:
+        """Keep all that is held and all that comes."""
+        self.spec = CompressionSpec(keep_ratio=1.0)
+        for group in self.groups:
+            group.target = WHOLE
+
+    @property
+    def ragged(self) -> bool:
+        """Whether heads may hold different numbers of pairs."""
+        return len(self.groups) > 1
+
+    @property
+    def held(self) -> int:
+        """Pairs of the head that holds most."""
+        return max((group.held for group in self.groups), default=0)
+
+    @property
+    def held_by_head(self) -> tuple[int, ...]:
+        """Pairs of each kv head."""
+        return tuple(held for _, held in sorted((head, group.held) for group in self.groups for head in group.heads))
+
+    def evict(self, query: Tensor, options: Mapping[str, object]) -> None:
+        """Bring every head down to what the spec allows after the tokens seen so far.
+
+        Args:
+            query: the latest queries [B, H, q, D], for policies that go by attention.
+            options: of the attention call: scaling, softcap, s_aux.
+        """
         self.unattended = False
-        if self._layer_idx not in self.spec.skip_layers:
-            self.evict_to(self.spec.kept(self.held, self.seen))
+        if self._policy.needs_received:
+            for group in self.groups:
+                self._receive(group, query, options)
+        if rows := self._policy.needs_rows:
+            queries = query if self._queries is None else torch.cat([self._queries, query], dim=2)
+            self._queries = queries[:, :, -rows:]
+        if self.seen - self._evicted_at >= self.spec.evict_every:
+            self.evict_now(options)
 
-    def evict_to(self, kept: int) -> None:
-        """Keep the `kept` pairs of each head that rank highest, and free what the others took."""
-        excess = self.held - kept
-        if excess <= 0:
-            return
-        rank = self._protected_rank()
-        if _with_slack(_with_slack(kept)) < self._buffers[2].shape[-1]:
-            best = rank.topk(kept, dim=-1, sorted=False).indices.sort(dim=-1).values  # the original order, while cheap
-            self._reallocate(_with_slack(kept), slots=best)
-        else:
-            self._fill_holes(rank.topk(excess, dim=-1, largest=False, sorted=False).indices, kept)
-        self._hold(kept)
+    def evict_now(self, options: Mapping[str, object] | None = None) -> None:
+        """Evict, whenever the last time was."""
+        self._evicted_at = self.seen
+        for group in self.groups:
+            kept = self.spec.kept(group.held, self.seen, group.target)
+            if kept < group.held:
+                group.slots.keep(self._rank_of_all(group, options or {}), kept)
+                group.ranked = kept
+        self._show()
 
-    def _protected_rank(self) -> Tensor:
-        rank = self._ranks
+    def positions(self) -> list[Tensor]:
+        """Per group, the true positions of the pairs held, [B, h, held] int64 in storage order."""
+        return [self._positions(group) for group in self.groups]
+
+    def kept_positions(self) -> list[Tensor]:
+        """Per kv head, the true positions of the pairs held: ascending, int64 [B, held]."""
+        by_head = {
+            head: positions
+            for group, of_group in zip(self.groups, self.positions(), strict=True)
+            for head, positions in zip(group.heads, of_group.sort(dim=-1).values.unbind(dim=1), strict=True)
+        }
+        return [by_head[head] for head in sorted(by_head)]
+
+    def _positions(self, group: Group) -> Tensor:
+        pending = torch.arange(self.seen - (group.held - group.ranked), self.seen, device=self.device)
+        pending = pending.expand(*group.keys.shape[:2], -1)
+        if not group.ranked:
+            return pending
+        return torch.cat([_position(group.slots[_RANKS][:, :, : group.ranked]), pending], dim=-1)
+
+    def _rank(self, group: Group, positions: Tensor) -> None:
+        """Rank the slots that have no rank yet; `positions` [B, h, held] are those of all."""
+        if not group.slots.has(_RANKS):
+            group.slots.add_buffer(torch.zeros_like(positions))
+        new = slice(group.ranked, group.held)
+        score = torch.zeros((), device=self.device)
+        if self._policy.on_arrival:
+            score = self._policy.score(self._pairs(group, new, positions))
+        group.slots[_RANKS][:, :, new] = self._pack(score, positions[:, :, new])
+        group.ranked = group.held
+
+    def _rank_of_all(self, group: Group, options: Mapping[str, object]) -> Tensor:
+        """The order in which pairs stay, [B, h, held] int64: by score, and the protected above all."""
+        positions = self._positions(group)
+        if group.ranked < group.held:
+            self._rank(group, positions)
+        rank = group.slots[_RANKS]
+        if not self._policy.on_arrival:
+            pairs = self._pairs(group, slice(None), positions)
+            if self._policy.needs_received:
+                pairs = replace(pairs, received=group.slots[_RECEIVED])
+            if self._policy.needs_rows:
+                pairs = replace(pairs, last_rows=self._attention(group, self._queries, 0, positions, options))
+            rank = self._pack(self._policy.score(pairs), positions)
         first, last = self.spec.protect_first, self.spec.protect_last
         if first or last:
-            position = _position(rank)
-            rank = rank.masked_fill((position < first) | (position >= self.seen - last), _PROTECTED)
+            text_positions = self._in_text(positions)
+            safe = (positions >= self.seen - last) | ((text_positions < first) & (text_positions >= 0))
+            rank = torch.where(safe, _FIRST << 32 | (rank & _LOW_HALF), rank)
         return rank
 
-    def _fill_holes(self, dropped: Tensor, kept: int) -> None:
-        """Overwrite the `dropped` slots [B, Hkv, excess] below `kept` with the survivors from the slots above.
+    def _pairs(self, group: Group, slots: slice, positions: Tensor) -> Pairs:
+        directions, heads = self.spec.directions, list(group.heads)
+        return Pairs(
+            keys=group.keys[:, :, slots],
+            values=group.values[:, :, slots],
+            positions=self._in_text(positions[:, :, slots]),
+            layer_idx=self._layer_idx,
+            heads=group.heads,
+            seed=self.spec.seed,
+            directions=tuple(directions[self._layer_idx][head] for head in heads) if directions else None,
+            filters=None if self._filters is None else self._filters[heads].to(self.device),
+        )
 
-        A head has as many holes below `kept` as survivors above; sorted, they pair up. The pairs of indices left over
-        are dropped slots on both sides: moving one onto another does nothing.
+    def _pack(self, score: Tensor, positions: Tensor) -> Tensor:
+        """Scores that broadcast to positions [B, h, T] -> int64, ordered by score, then earlier position first."""
+        bits = (score.float() + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
+        ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # IEEE 754: negative floats order backwards
+        if self.first_real is not None:  # what a row is padded with goes first
+            ordered = ordered.expand_as(positions).masked_fill(self._in_text(positions) < 0, _LAST)
+        return (ordered << 32) | (_LOW_HALF - positions)
+
+    def _in_text(self, positions: Tensor) -> Tensor:
+        """Positions in the text of a row, which begins after what it is padded with (there they are negative)."""
+        return positions if self.first_real is None else positions - self.first_real.to(positions.device)[:, None, None]
+
+    def visible(self, group: Group, queries: int) -> Tensor:
+        """What the latest queries may look at, of rows that are padded: bool [B, h, q, held], or [B, 1, q, held].
+
+        A query of the padding may look at all that precedes it: it must not look at nothing, and is looked at by none.
         """
-        holes = dropped.sort(dim=-1).values
-        evicted = torch.zeros_like(self._ranks, dtype=torch.uint8).scatter_(-1, holes, 1)
-        survivors = kept + evicted[:, :, kept:].argsort(dim=-1, stable=True)
-        for buffer in self._buffers:
-            buffer.scatter_(2, _index(holes, buffer), buffer.gather(2, _index(survivors, buffer)))
+        positions = self._positions(group)
+        if not group.ranked:  # all heads alike
+            positions = positions[:, :1]
+        query_positions = torch.arange(self.seen - queries, self.seen, device=self.device)
+        causal = positions[:, :, None] <= query_positions[:, None]
+        padding = self._in_text(query_positions.expand(1, 1, -1)) < 0  # [B, 1, q]
+        return causal & ((self._in_text(positions) >= 0)[:, :, None] | padding[..., None])
 
-    @property
-    def _ranks(self) -> Tensor:
-        return self._buffers[2][:, :, : self.held]
+    def _receive(self, group: Group, query: Tensor, options: Mapping[str, object]) -> None:
+        """Add the attention of the latest queries to what each pair has received."""
+        positions, known = self._positions(group), group.ranked
+        self._rank(group, positions)
+        if not group.slots.has(_RECEIVED):
+            group.slots.add_buffer(torch.zeros_like(positions, dtype=torch.float32))
+        received = group.slots[_RECEIVED]
+        received[:, :, known:] = 0.0
+        queries = query.shape[2]
+        for start in range(0, queries, _BLOCK):
+            end = min(start + _BLOCK, queries)
+            received += self._attention(group, query[:, :, start:end], queries - end, positions, options).sum(
+                dim=(2, 3)
+            )
 
-    def positions(self) -> Tensor:
-        """True positions of the pairs held, [B, Hkv, held] int64, in storage order."""
-        return _position(self._ranks)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of key and value storage, slack included."""
-        return sum(buffer.untyped_storage().nbytes() for buffer in self._buffers[:2])
-
-    def _reallocate(self, capacity: int, slots: Tensor | None = None) -> None:
-        """Move to buffers of `capacity` slots, with all that is held, or only the `slots` [B, Hkv, kept]."""
-        old = self._buffers
-        self._buffers = tuple(b.new_empty((*b.shape[:2], capacity, *b.shape[3:])) for b in old)
-        for target, source in zip(self._buffers, old, strict=True):
-            moved = source[:, :, : self.held] if slots is None else source.gather(2, _index(slots, source))
-            target[:, :, : moved.shape[2]] = moved
-
-    def _hold(self, held: int) -> None:
-        self.held = held
-        self.keys, self.values = (buffer[:, :, :held] for buffer in self._buffers[:2])
+    def _attention(
+        self, group: Group, query: Tensor, later: int, positions: Tensor, options: Mapping[str, object]
+    ) -> Tensor:
+        """Attention of queries [B, H, q, D], which `later` others follow, to a group's pairs: [B, h, G, q, held]."""
+        query_positions = torch.arange(self.seen - later - query.shape[2], self.seen - later, device=self.device)
+        hidden = positions[:, :, None, None] > query_positions[:, None]
+        if self.first_real is not None:
+            hidden = hidden | (self._in_text(positions) < 0)[:, :, None, None]
+        of_group, options = (
+            of_query_heads(query, group.heads, self.n_heads),
+            options_of_heads(options, group.heads, self.n_heads),
+        )
+        shape = (query.shape[0], len(group.heads), -1, query.shape[2], group.held)
+        weights = probabilities(
+            of_group, group.keys, lambda scores: scores.view(shape).masked_fill_(hidden, -torch.inf), options
+        )
+        # A query of the padding sees nothing at all, and its row is 0 / 0.
+        return (weights if self.first_real is None else weights.nan_to_num(0.0)).view(shape)
 
     def get_seq_length(self) -> int:
         """Tokens SEEN, not held: transformers derives the positions of new tokens from it."""
@@ -150,6 +323,16 @@ class CompressedLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of key and value storage, slack included."""
+        return sum(group.slots.nbytes for group in self.groups)
+
+    @property
+    def used_nbytes(self) -> int:
+        """Bytes of the keys and values held."""
+        return sum(group.slots.used_nbytes for group in self.groups)
+
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
             raise ValueError(
@@ -158,35 +341,24 @@ class CompressedLayer(CacheLayerMixin):
             )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._map_batch(lambda b: b.index_select(0, beam_idx.to(b.device)))
+        self._map_rows(lambda b: b.index_select(0, beam_idx.to(b.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map_batch(lambda b: b.repeat_interleave(repeats, dim=0))
+        self._map_rows(lambda b: b.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._map_batch(lambda b: b[indices])
+        self._map_rows(lambda b: b[indices.to(b.device)])
 
-    def _map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
-        if self.is_initialized:
-            self._buffers = tuple(map(change, self._buffers))
-            self._hold(self.held)
+    def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        for group in self.groups:
+            group.slots.map_rows(change)
+        self._queries, self.first_real = (x if x is None else change(x) for x in (self._queries, self.first_real))
+        self._show()
 
-
-def _with_slack(n: int) -> int:
-    return n + max(_MIN_SLACK, int(n * _GROWTH))
-
-
-def _rank(score: Tensor, positions: Tensor) -> Tensor:
-    """Scores [B, Hkv, T] and positions [T] -> int64 [B, Hkv, T], ordered by score, then earlier position first."""
-    bits = (score.float() + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # IEEE 754: negative floats order backwards
-    return (ordered << 32) | (_LOW_HALF - positions)
+    def _show(self) -> None:
+        if self.groups and not self.ragged:
+            self.keys, self.values = self.groups[0].keys, self.groups[0].values
 
 
 def _position(rank: Tensor) -> Tensor:
     return _LOW_HALF - (rank & _LOW_HALF)
-
-
-def _index(slots: Tensor, buffer: Tensor) -> Tensor:
-    """Slots [B, Hkv, n] as an index for `gather` and `scatter` along the slots of a buffer."""
-    return slots if buffer.dim() == 3 else slots[..., None].expand(-1, -1, -1, buffer.shape[-1])

@@ -1,8 +1,10 @@
 """Eviction policies: a score per cached token, higher = keep. Knows tensors; knows no cache and no model.
 
-A policy is a function of the pairs that a layer just received. It is called once per pair, when it enters the cache,
-so it costs nothing per step for the pairs that are already there. To add one, write it and name it in `POLICIES`: the
-cache, the app and the tests pick it up from there, and the first line of its docstring is what the app shows.
+A policy is a function of the pairs of some kv heads, and says what else it needs. Most score a pair once, when it
+enters the cache: they cost nothing per step for the pairs that are there already. Some look at all pairs held when an
+eviction is due; of these some need attention, which is then worked out for them, and for nobody else. To add one,
+write it and name it in `POLICIES`: the cache, the app and the tests pick it up from there, and the first line of its
+docstring is what the app shows.
 """
 
 from __future__ import annotations
@@ -14,54 +16,156 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+SINKS = 4  # tokens that `streaming` keeps at the start
+WINDOW = 32  # queries that `window` looks at
+_POOL = 5  # neighbours that `window` smooths over
+
 
 @dataclass(frozen=True, slots=True)
-class NewPairs:
-    """The key/value pairs of one forward pass in one layer, as a policy sees them."""
+class Pairs:
+    """Key/value pairs of some kv heads of a layer, as a policy sees them."""
 
-    keys: Tensor  # [B, Hkv, T, D], after rotary embedding and q/k norm
-    values: Tensor  # [B, Hkv, T, D]
-    positions: Tensor  # int64, true positions in the text; broadcasts to [B, Hkv, T]
+    keys: Tensor  # [B, h, T, D], after rotary embedding and q/k norm
+    values: Tensor  # [B, h, T, D]
+    positions: Tensor  # int64, true positions in the text; broadcasts to [B, h, T]
     layer_idx: int
-    seed: int
+    heads: tuple[int, ...]  # which kv heads of the layer these h are
+    seed: int = 0
+    directions: tuple[str, ...] | None = None  # of these heads: "low" or "high"
+    filters: Tensor | None = None  # [h, D], of these heads
+    received: Tensor | None = None  # [B, h, T] attention summed over all queries so far and the heads of the group
+    last_rows: Tensor | None = None  # [B, h, G, w, T] attention of the last w queries, and only of those
 
 
-Policy = Callable[[NewPairs], "Tensor"]
-"""NewPairs -> float32 scores [B, Hkv, T], higher = keep."""
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A score, and what it needs."""
+
+    score: Callable[[Pairs], Tensor]
+    """Pairs -> float32 scores that broadcast to [B, h, T], higher = keep."""
+    on_arrival: bool = True
+    """A pair is scored once, from itself alone; else all pairs held are scored at each eviction."""
+    needs_directions: bool = False
+    """`CompressionSpec.directions` must be given."""
+    needs_filters: bool = False
+    """`CompressedCache` must be given `filters` (see `l2kv.q_filters`)."""
+    needs_received: bool = False
+    """Needs `Pairs.received`: attention is worked out at every step."""
+    needs_rows: int = 0
+    """Needs `Pairs.last_rows` of so many queries: attention is worked out at every eviction."""
+    ranks_whole_layer: bool = False
+    """One order for all heads of a layer: they must have one target."""
+
+    @property
+    def about(self) -> str:
+        """What it keeps, in a line."""
+        return (self.score.__doc__ or "").splitlines()[0]
+
+    @property
+    def needs_attention(self) -> bool:
+        """Whether attention weights have to be worked out for it."""
+        return self.needs_received or self.needs_rows > 0
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether something must be measured on the model first."""
+        return self.needs_directions or self.needs_filters
 
 
-def low_norm(new: NewPairs) -> Tensor:
+def low_norm(pairs: Pairs) -> Tensor:
     """Keep the keys of lowest L2 norm (the paper's rule)."""
-    return -_norm(new.keys)
+    return -_norm(pairs.keys)
 
 
-def high_norm(new: NewPairs) -> Tensor:
+def high_norm(pairs: Pairs) -> Tensor:
     """Keep the keys of highest L2 norm (the mirror of the paper's rule)."""
-    return _norm(new.keys)
+    return _norm(pairs.keys)
 
 
-def random(new: NewPairs) -> Tensor:
+def signed_norm(pairs: Pairs) -> Tensor:
+    """Keep low norms in some heads and high norms in others, as measured on the model."""
+    sign = pairs.keys.new_tensor([1.0 if direction == "high" else -1.0 for direction in pairs.directions]).float()
+    return _norm(pairs.keys) * sign[:, None]
+
+
+def random(pairs: Pairs) -> Tensor:
     """Keep tokens at random: what any rule must beat."""
-    head = new.positions.new_tensor(range(new.keys.shape[1]))[:, None]
+    head = pairs.positions.new_tensor(pairs.heads)[:, None]
     # A hash, not a generator: the score of a token must not depend on how the text was cut into forward passes.
     mixed = _mix(
-        _mix(_mix(new.positions + 1) + head + 1) + (new.layer_idx + 1) * 0x10001 + (new.seed * 0x1000003 & 0xFFFFFFFF)
+        _mix(_mix(pairs.positions + 1) + head + 1)
+        + (pairs.layer_idx + 1) * 0x10001
+        + (pairs.seed * 0x1000003 & _32_BITS)
     )
-    uniform = (mixed & 0xFFFFFF).float() / 2.0**24  # 24 bits are exact in float32
-    return uniform.expand(new.keys.shape[:3])
+    return (mixed & 0xFFFFFF).float() / 2.0**24  # 24 bits are exact in float32
+
+
+def streaming(pairs: Pairs) -> Tensor:
+    """Keep the first four tokens and the most recent (StreamingLLM: Xiao et al., arXiv 2309.17453)."""
+    # 2**30 swallows the position of a sink: they tie, and the earlier stays longer.
+    return pairs.positions.float() + (pairs.positions < SINKS).float() * 2.0**30
+
+
+def keydiff(pairs: Pairs) -> Tensor:
+    """Keep the keys least like the mean direction of all keys held (KeyDiff: Park et al., arXiv 2504.15364)."""
+    unit = _unit(pairs.keys)
+    return -(unit * _unit(unit.mean(dim=-2, keepdim=True))).sum(dim=-1)
+
+
+def q_filters(pairs: Pairs) -> Tensor:
+    """Keep the keys that point where the queries of the head do (Q-Filters: Godey et al., arXiv 2503.02812)."""
+    return (pairs.keys.float() * pairs.filters[:, None].float()).sum(dim=-1)
+
+
+def accumulated(pairs: Pairs) -> Tensor:
+    """Keep what received most attention so far (the heavy hitters of H2O: Zhang et al., arXiv 2306.14048)."""
+    return pairs.received
+
+
+def window(pairs: Pairs) -> Tensor:
+    """Keep what the last 32 queries attend to, smoothed over neighbours (SnapKV: Li et al., arXiv 2404.14469)."""
+    import torch
+
+    # Slots are in no order, and neighbours are neighbours in the text.
+    order = pairs.positions.argsort(dim=-1)
+    votes = pairs.last_rows.sum(dim=(2, 3)).gather(-1, order)
+    pooled = torch.nn.functional.avg_pool1d(votes, _POOL, stride=1, padding=_POOL // 2)
+    return torch.empty_like(pooled).scatter_(-1, order, pooled)
+
+
+def last_query(pairs: Pairs) -> Tensor:
+    """Keep what the last query attends to, by the mean over a layer's heads (TOVA: Oren et al., arXiv 2401.06104)."""
+    return pairs.last_rows[:, :, :, -1].mean(dim=(1, 2))[:, None]
 
 
 def _norm(keys: Tensor) -> Tensor:
     return keys.float().norm(dim=-1)  # float32: of bfloat16 norms nearly all tie
 
 
+def _unit(vectors: Tensor) -> Tensor:
+    return vectors.float() / vectors.float().norm(dim=-1, keepdim=True).clamp_min(1e-12)
+
+
+_32_BITS = 0xFFFFFFFF
+
+
 def _mix(x: Tensor) -> Tensor:
     """A 32-bit integer hash (C. Wellons' lowbias32) on int64 tensors."""
-    mask = 0xFFFFFFFF
-    x = x & mask
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & mask
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & mask
+    x = x & _32_BITS
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _32_BITS
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _32_BITS
     return x ^ (x >> 16)
 
 
-POLICIES: dict[str, Policy] = {"low_norm": low_norm, "high_norm": high_norm, "random": random}
+POLICIES: dict[str, Policy] = {
+    "low_norm": Policy(low_norm),
+    "high_norm": Policy(high_norm),
+    "signed_norm": Policy(signed_norm, needs_directions=True),
+    "random": Policy(random),
+    "streaming": Policy(streaming),
+    "keydiff": Policy(keydiff, on_arrival=False),
+    "q_filters": Policy(q_filters, needs_filters=True),
+    "accumulated": Policy(accumulated, on_arrival=False, needs_received=True),
+    "window": Policy(window, on_arrival=False, needs_rows=WINDOW),
+    "last_query": Policy(last_query, on_arrival=False, needs_rows=1, ranks_whole_layer=True),
+}

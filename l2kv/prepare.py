@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from l2kv.cache import CompressedCache, check_compressible
 from l2kv.layer import CompressedLayer
+from l2kv.ragged import attend
 from l2kv.seam import Attention, UnsupportedModelError, attention_seam
 
 
@@ -79,17 +80,14 @@ class _Preparation:
         cache = next((a for a in (*kwargs.values(), *args) if isinstance(a, CompressedCache)), None)
         if cache is None:
             return
-        mask = kwargs.get("attention_mask")
-        if isinstance(mask, Tensor) and (mask.dim() != 2 or not mask.all()):
-            raise ValueError(
-                "A compressed cache takes rows of equal length without padding: run texts of different length one by "
-                "one, and pass no attention_mask of your own."
-            )
+        first_real = _first_real(kwargs.get("attention_mask"))
         if len({layer.get_seq_length() for layer in cache.layers}) > 1:
             raise RuntimeError(
                 "The last forward pass over this cache stopped half way, so its layers have seen different tokens. "
                 "Call cache.reset() and start again."
             )
+        for layer in cache.compressed_layers():
+            layer.first_real = first_real
         self._cache, cache.serving = cache, True
 
     def _after_forward(self, module: nn.Module, args: tuple, output: object) -> None:
@@ -119,11 +117,21 @@ class _Preparation:
         layer = self._cache.layers[module.layer_idx] if self._cache is not None else None
         if not isinstance(layer, CompressedLayer):
             return inner(module, query, key, value, mask, **kwargs)
-        if isinstance(mask, Tensor):
-            mask = mask[..., -key.shape[-2] :]
-        result = inner(module, query, key, value, mask, **kwargs)
-        layer.evict()
+        result = attend(layer, inner, module, query, mask, kwargs)
+        layer.evict(query, kwargs)
         return result
+
+
+def _first_real(mask: Tensor | None) -> Tensor | None:
+    """Where each row begins, [B], from an attention mask [B, T]; None where no row is padded."""
+    if not isinstance(mask, Tensor) or (mask.dim() == 2 and mask.all()):
+        return None
+    if mask.dim() != 2 or not mask[:, -1].all() or not (mask[:, 1:] >= mask[:, :-1]).all():
+        raise ValueError(
+            "A compressed cache takes rows that are padded on the left, or not at all, and no attention mask but that: "
+            "tokenizer.padding_side = 'left', and attention_mask of shape [batch, tokens]."
+        )
+    return (mask == 0).sum(dim=1)
 
 
 _preparations: WeakKeyDictionary[PreTrainedModel, _Preparation] = WeakKeyDictionary()

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 
 from l2kv.policies import POLICIES
+
+SCHEDULES = ("seen", "reference")
+DIRECTIONS = ("low", "high")
 
 
 @dataclass(frozen=True, slots=True)
 class CompressionSpec:
-    """How a cache is compressed; immutable, and checked when it is made.
+    """How a cache is compressed; immutable, hashable, and checked when it is made.
 
-    After t tokens, every kv head of a layer that is not skipped, and that holds at least `prune_after` pairs, holds
-    `min(held, max(protected, ceil(keep_ratio * t)))` of them: those its policy scores highest, and the protected ones.
+    After t tokens, a kv head that holds at least `prune_after` pairs, in a layer that is not skipped, holds
+    `min(held, max(protected, target))` of them: those its policy scores highest, and the protected ones. The target is
+    that of the head in `head_ratios`, else of its layer in `layer_ratios`, else `budget`, else `keep_ratio`.
 
     Source: Devoto et al., "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression", EMNLP 2024.
 
@@ -26,50 +31,163 @@ class CompressionSpec:
 
     keep_ratio: float = 0.5
     """Share of the tokens seen that is kept, 0 to 1."""
+    budget: int | None = None
+    """A number of tokens instead of `keep_ratio`."""
     prune_after: int = 0
-    """Leave a cache of fewer pairs than this alone."""
+    """Leave a head of fewer pairs than this alone."""
     skip_layers: tuple[int, ...] = ()
     """Layers (0-based) that keep everything."""
     policy: str = "low_norm"
     """Name of a score in `l2kv.POLICIES`."""
+    schedule: str = "seen"
+    """What a ratio is of: the tokens "seen", or those held, at each eviction anew ("reference", the paper's code)."""
+    evict_every: int = 1
+    """Evict once this many tokens have come since the last time; in between a head may hold as many more."""
     protect_first: int = 0
     """The first tokens of the text are never evicted (0 in the paper)."""
     protect_last: int = 0
     """Nor are the latest ones (0 in the paper; 32 is a good deal safer)."""
+    layer_ratios: tuple[tuple[int, float], ...] | None = None
+    """Ratios of single layers: give {layer: ratio}, or a ratio (or None) for each layer. Kept as pairs."""
+    head_ratios: tuple[tuple[tuple[int, int], float], ...] | None = None
+    """Ratios of single kv heads: give {(layer, kv head): ratio}, or a row of ratios (or None) for each layer."""
+    directions: tuple[tuple[str, ...], ...] | None = None
+    """For `signed_norm`: per layer and kv head, whether "low" or "high" norms stay."""
     seed: int = 0
     """Of the `random` policy."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.keep_ratio, bool) or not isinstance(self.keep_ratio, numbers.Real):
-            raise TypeError(f"keep_ratio must be a number from 0 to 1, got {self.keep_ratio!r}")
-        if not 0.0 <= self.keep_ratio <= 1.0:  # also refuses NaN
-            raise ValueError(f"keep_ratio must be from 0 to 1, got {self.keep_ratio!r}")
+        _check_ratio("keep_ratio", self.keep_ratio)
         for name in ("prune_after", "protect_first", "protect_last", "seed"):
             _check_count(name, getattr(self, name))
-        if self.policy not in POLICIES:
-            raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
+        _check_count("evict_every", self.evict_every, least=1)
+        if self.budget is not None:
+            _check_count("budget", self.budget)
+        _check_choice("policy", self.policy, POLICIES)
+        _check_choice("schedule", self.schedule, SCHEDULES)
         if isinstance(self.skip_layers, str) or not isinstance(self.skip_layers, Iterable):
             raise TypeError(f"skip_layers must be a sequence of layer numbers such as (0, 1), got {self.skip_layers!r}")
         for layer in self.skip_layers:
             _check_count("each of skip_layers", layer)
-        object.__setattr__(self, "keep_ratio", float(self.keep_ratio))
-        object.__setattr__(self, "skip_layers", tuple(sorted({int(layer) for layer in self.skip_layers})))
+        for name, value in {
+            "keep_ratio": float(self.keep_ratio),
+            "skip_layers": tuple(sorted({int(layer) for layer in self.skip_layers})),
+            "layer_ratios": _layer_ratios(self.layer_ratios),
+            "head_ratios": _head_ratios(self.head_ratios),
+            "directions": _directions(self.directions),
+        }.items():
+            object.__setattr__(self, name, value)
+        if POLICIES[self.policy].needs_directions and self.directions is None:
+            raise ValueError(
+                f"The policy {self.policy} needs directions: for each layer a row that says, for each kv head, "
+                "whether 'low' or 'high' norms stay."
+            )
 
-    def kept(self, held: int, seen: int) -> int:
-        """Pairs a kv head that holds `held` of `seen` tokens may keep, in a layer that is not skipped."""
-        if held < self.prune_after:
+    def target_of(self, layer: int, head: int) -> Target:
+        """What one kv head of one layer is to keep."""
+        if layer in self.skip_layers:
+            return WHOLE
+        ratio = dict(self.head_ratios or ()).get((layer, head), dict(self.layer_ratios or ()).get(layer))
+        if ratio is not None:
+            return Target(ratio=ratio)
+        return Target(ratio=self.keep_ratio, budget=self.budget)
+
+    def kept(self, held: int, seen: int, target: Target) -> int:
+        """Pairs that a kv head which holds `held` of `seen` tokens may keep."""
+        if target == WHOLE or held < self.prune_after:
             return held
         protected = min(seen, self.protect_first + self.protect_last)
-        return min(held, max(protected, share(self.keep_ratio, seen)))
+        return min(held, max(protected, target.of(held if self.schedule == "reference" else seen)))
 
 
+@dataclass(frozen=True, slots=True)
+class Target:
+    """How many tokens a head is to keep: a share of them, or a number where a budget is given."""
+
+    ratio: float
+    budget: int | None = None
+
+    def of(self, n: int) -> int:
+        return share(self.ratio, n) if self.budget is None else self.budget
+
+
+WHOLE = Target(ratio=1.0)
+
+
+@lru_cache(maxsize=1024)  # every layer asks, at every token
 def share(ratio: float, n: int) -> int:
     """`ceil(ratio * n)` of the ratio as written: 0.55 of 100 is 55, though 0.55 * 100 is 55.00000000000001."""
     return math.ceil(Fraction(str(round(ratio, 9))) * n)
 
 
-def _check_count(name: str, value: object) -> None:
+def _layer_ratios(given: object) -> tuple[tuple[int, float], ...] | None:
+    if given is None:
+        return None
+    pairs = _pairs("layer_ratios", given)
+    for layer, ratio in pairs:
+        _check_count("each layer of layer_ratios", layer)
+        _check_ratio(f"layer_ratios of layer {layer}", ratio)
+    return tuple(sorted((int(layer), float(ratio)) for layer, ratio in dict(pairs).items()))
+
+
+def _head_ratios(given: object) -> tuple[tuple[tuple[int, int], float], ...] | None:
+    if given is None:
+        return None
+    pairs = _pairs("head_ratios", given)
+    if not all(_is_sequence(key) for key, _ in pairs):  # a row for each layer
+        pairs = [((layer, head), ratio) for layer, row in pairs for head, ratio in _pairs("head_ratios", row)]
+    for key, ratio in pairs:
+        if len(key) != 2:
+            raise TypeError(f"head_ratios goes by (layer, kv head), got {key!r}")
+        for number in key:
+            _check_count("each layer and kv head of head_ratios", number)
+        _check_ratio(f"head_ratios of layer {key[0]}, kv head {key[1]}", ratio)
+    return tuple(sorted({(int(layer), int(head)): float(ratio) for (layer, head), ratio in pairs}.items()))
+
+
+def _pairs(name: str, given: object) -> list[tuple]:
+    """(key, value) of a mapping, of a sequence of such pairs, or of any other by its index; None values left out."""
+    if isinstance(given, Mapping):
+        pairs = list(given.items())
+    elif not _is_sequence(given):
+        raise TypeError(f"{name} must be a mapping or a sequence, got {given!r}")
+    else:
+        # Of head_ratios a pair begins with (layer, kv head): a row of two ratios is no pair.
+        keyed = all(_is_sequence(e) and len(e) == 2 and _is_sequence(e[0]) == (name == "head_ratios") for e in given)
+        pairs = [tuple(e) for e in given] if keyed else list(enumerate(given))
+    return [(key, value) for key, value in pairs if value is not None]
+
+
+def _is_sequence(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _directions(given: object) -> tuple[tuple[str, ...], ...] | None:
+    if given is None:
+        return None
+    if isinstance(given, str) or not isinstance(given, Sequence) or any(isinstance(row, str) for row in given):
+        raise TypeError(f"directions must be a row of 'low' or 'high' for each layer, got {given!r}")
+    rows = tuple(tuple(row) for row in given)
+    for row in rows:
+        for direction in row:
+            _check_choice("each of directions", direction, DIRECTIONS)
+    return rows
+
+
+def _check_ratio(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number from 0 to 1, got {value!r}")
+    if not 0.0 <= value <= 1.0:  # also refuses NaN
+        raise ValueError(f"{name} must be from 0 to 1, got {value!r}")
+
+
+def _check_count(name: str, value: object, least: int = 0) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be a whole number, got {value!r}")
-    if value < 0:
-        raise ValueError(f"{name} must not be negative, got {value}")
+    if value < least:
+        raise ValueError(f"{name} must {f'be {least} or more' if least else 'not be negative'}, got {value}")
+
+
+def _check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -12,22 +12,42 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 
-def replay(scores, chunks, *, keep_ratio, prune_after=0, protect_first=0, protect_last=0, skipped=False):
-    """One kv head: `scores` (higher = keep) of all tokens, fed in `chunks` -> (visible [T][T] bool, kept positions)."""
-    total = len(scores)
+def replay(
+    scores,
+    chunks,
+    *,
+    keep_ratio,
+    budget=None,
+    schedule="seen",
+    evict_every=1,
+    prune_after=0,
+    protect_first=0,
+    protect_last=0,
+    skipped=False,
+):
+    """One kv head: `scores` (higher = keep) of all tokens, fed in `chunks` -> (visible [T][T] bool, kept positions).
+
+    `scores(held, seen)` may also be a function: the scores, by position, at an eviction of those held then.
+    """
+    total = sum(chunks)
     visible = [[False] * total for _ in range(total)]
-    held, seen = [], 0
+    held, seen, last_eviction = [], 0, 0
     for chunk in chunks:
         for query in range(seen, seen + chunk):
             for key in [*held, *range(seen, query + 1)]:
                 visible[query][key] = True
         held += range(seen, seen + chunk)
         seen += chunk
+        if seen - last_eviction < evict_every:
+            continue
+        last_eviction = seen
         if skipped or len(held) < prune_after:
             continue
+        now = scores(held, seen) if callable(scores) else scores
         safe = [p for p in held if p < protect_first or p >= seen - protect_last]
-        others = sorted((p for p in held if p not in safe), key=lambda p: (-scores[p], p))
-        target = max(len(safe), math.ceil(round(keep_ratio * seen, 9)))
+        others = sorted((p for p in held if p not in safe), key=lambda p: (-now[p], p))
+        base = seen if schedule == "seen" else len(held)
+        target = math.ceil(round(keep_ratio * base, 9)) if budget is None else budget
         held = sorted(safe + others[: max(0, target - len(safe))])
     return visible, held
 
@@ -42,6 +62,17 @@ def _attention(model, function):
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+def target(spec, layer, head):
+    """(ratio, budget) of a head, by the order of precedence."""
+    for (at, kv_head), ratio in spec.head_ratios or ():
+        if (at, kv_head) == (layer, head):
+            return ratio, None
+    for at, ratio in spec.layer_ratios or ():
+        if at == layer:
+            return ratio, None
+    return spec.keep_ratio, spec.budget
 
 
 def masked_forward(model, ids, chunks, spec, scores=None):
@@ -61,10 +92,14 @@ def masked_forward(model, ids, chunks, spec, scores=None):
             ranked = (key[b] ** 2).sum(-1).sqrt() * sign if scores is None else scores(module.layer_idx, key[b])
             heads = []
             for h in range(kv_heads):
+                ratio, budget = target(spec, module.layer_idx, h)
                 visible, held = replay(
                     ranked[h].tolist(),
                     chunks,
-                    keep_ratio=spec.keep_ratio,
+                    keep_ratio=ratio,
+                    budget=budget,
+                    schedule=spec.schedule,
+                    evict_every=spec.evict_every,
                     prune_after=spec.prune_after,
                     protect_first=spec.protect_first,
                     protect_last=spec.protect_last,

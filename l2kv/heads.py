@@ -1,0 +1,29 @@
+"""Some kv heads of a layer, and the query heads that belong to them. Query heads h*G to h*G + G - 1 share kv head h."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+
+def of_kv_heads(x: Tensor, heads: tuple[int, ...]) -> Tensor:
+    """[B, Hkv, ...] -> [B, h, ...], a view where the heads are neighbours."""
+    if heads == tuple(range(x.shape[1])):
+        return x
+    if heads == tuple(range(heads[0], heads[-1] + 1)):
+        return x[:, heads[0] : heads[-1] + 1]
+    return x[:, list(heads)]
+
+
+def of_query_heads(query: Tensor, heads: tuple[int, ...], kv_heads: int) -> Tensor:
+    """[B, H, ...] -> [B, h * G, ...]."""
+    return of_kv_heads(query.unflatten(1, (kv_heads, -1)), heads).flatten(1, 2)
+
+
+def options_of_heads(options: Mapping[str, object], heads: tuple[int, ...], kv_heads: int) -> dict[str, object]:
+    """Options of an attention call as these heads need them: sinks are one logit per query head."""
+    sinks = options.get("s_aux")
+    if sinks is None:
+        return dict(options)
+    return {**options, "s_aux": of_query_heads(sinks[None], heads, kv_heads)[0]}
