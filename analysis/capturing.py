@@ -20,7 +20,7 @@ from analysis.memory import BLOCK, MAX_BINS, check_fits, memory_errors
 from analysis.models import LoadedModel
 from analysis.run import Capture
 from analysis.tokens import MIN_TOKENS, Tokens, tokenize
-from l2kv import UnsupportedModelError, attention_seam
+from l2kv import UnsupportedModelError, attention_seam, probabilities
 
 OnLayer = Callable[[int, int], None]
 """Called as (layers done, layers), after each layer and before each block of queries in it. What it raises cancels the
@@ -120,7 +120,7 @@ class _Recorder:
             raise UnsupportedModelError("this model adds a bias to its attention scores that is not looked into yet")
         if not self.results:
             self._allocate(query.shape[1], key.shape[1])
-        attention = _Attention(query[0], key[0], kwargs)
+        attention = _Attention(query, key, kwargs)
         if self.probing:
             self._record_probe(attention)
         else:
@@ -176,35 +176,22 @@ class _Attention:
     """The attention probabilities of one layer, block by block. One text, so nothing but causality is masked."""
 
     def __init__(self, query: Tensor, key: Tensor, options: dict) -> None:
-        self.query, self.key = query, key  # [H, q, D], [Hkv, n, D]
-        self.n_heads, self.n_queries, head_dim = query.shape
-        self.n_keys = key.shape[1]
-        scaling = options.get("scaling")
-        self.scaling = head_dim**-0.5 if scaling is None else scaling
-        self.softcap = options.get("softcap")  # Gemma 2
+        self.query, self.key, self.options = query, key, options  # [1, H, q, D], [1, Hkv, n, D]
+        self.n_heads, self.n_queries = query.shape[1:3]
+        self.n_keys = key.shape[2]
         self.window = options.get("sliding_window")
-        self.sinks = options.get("s_aux")  # gpt-oss: a logit per head that takes attention and gives nothing
 
     def probabilities(self, start: int, end: int) -> Tensor:
         """Of the queries start..end: float32 [H, end - start, n], n the keys that any of them can see."""
         before = self.n_keys - self.n_queries  # keys that precede the first query
-        query = self.query[:, start:end] * self.scaling  # before the product: D numbers a row instead of n
-        seen = before + end
-        grouped = query.reshape(self.key.shape[0], -1, query.shape[-1])  # [Hkv, G * q, D]: no copy of the keys
-        scores = (grouped @ self.key[:, :seen].transpose(-1, -2)).float().view(self.n_heads, end - start, seen)
-        if self.softcap is not None:
-            scores = self.softcap * torch.tanh(scores / self.softcap)
-        self._hide(scores, before + start)
-        if self.sinks is None:
-            return scores.softmax(dim=-1)
-        sink = self.sinks.float().reshape(-1, 1, 1).expand(-1, end - start, 1)
-        return torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :-1]
+        query, key = self.query[:, :, start:end], self.key[:, :, : before + end]
+        return probabilities(query, key, lambda scores: self._hide(scores, before + start), self.options)[0]
 
     def _hide(self, scores: Tensor, first_query: int) -> None:
-        rows, seen = scores.shape[1:]
+        rows, seen = scores.shape[2:]
         # All keys before the block precede all its queries: only its own square is masked.
         square = torch.ones(rows, rows, dtype=torch.bool, device=scores.device).triu_(1)
-        scores[:, :, seen - rows :].masked_fill_(square, -torch.inf)
+        scores[..., seen - rows :].masked_fill_(square, -torch.inf)
         if self.window is not None and seen > self.window:
             query = torch.arange(first_query, seen, device=scores.device)[:, None]
             gone = torch.arange(seen, device=scores.device) <= query - self.window

@@ -5,6 +5,7 @@ The compression lives in the widgets themselves (`persist_state="session"`), und
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import streamlit as st
@@ -12,9 +13,20 @@ import streamlit as st
 from analysis.measures import HeadFigures, head_figures
 from analysis.presets import DEMO_RUN
 from analysis.run import Capture, load_run
+from l2kv.policies import POLICIES
 from l2kv.spec import CompressionSpec
 
-POLICY_NAMES = {"low_norm": "Low norm (the paper)", "high_norm": "High norm (its mirror)", "random": "Random"}
+POLICY_NAMES = {
+    "low_norm": "Low norm (the paper)",
+    "high_norm": "High norm (its mirror)",
+    "random": "Random",
+    "streaming": "First and recent (StreamingLLM)",
+    "keydiff": "Unlike the other keys (KeyDiff)",
+    "accumulated": "Most attention so far (H2O)",
+    "window": "Attention of the last 32 queries (SnapKV)",
+    "last_query": "Attention of the last query (TOVA)",
+}
+BY_NORM = ("low_norm", "high_norm", "random")  # what a run can tell the loss of
 
 
 @lru_cache(maxsize=1)
@@ -79,11 +91,14 @@ def ratio_input() -> None:
     )  # fmt: skip
 
 
-def policy_input() -> None:
-    """Which tokens stay."""
+def policy_input(choices: Sequence[str] = tuple(POLICY_NAMES)) -> None:
+    """Which tokens stay. A policy of another page that is no choice here gives way to the paper's."""
+    if st.session_state.get("policy", choices[0]) not in choices:
+        st.session_state["policy"] = choices[0]
     st.selectbox(
-        "Which tokens stay", list(POLICY_NAMES), format_func=POLICY_NAMES.get, key="policy", persist_state="session"
-    )
+        "Which tokens stay", choices, format_func=POLICY_NAMES.get, key="policy", persist_state="session",
+        help="\n".join(f"- **{POLICY_NAMES[name]}**: {POLICIES[name].about}" for name in choices),
+    )  # fmt: skip
 
 
 def protect_last_input() -> None:

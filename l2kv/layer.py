@@ -203,30 +203,33 @@ class CompressedLayer(CacheLayerMixin):
         return [by_head[head] for head in sorted(by_head)]
 
     def _positions(self, group: Group) -> Tensor:
-        pending = torch.arange(self.seen - (group.held - group.ranked), self.seen, device=self.device)
-        pending = pending.expand(*group.keys.shape[:2], -1)
+        pending = self._pending(group).expand(*group.keys.shape[:2], -1)
         if not group.ranked:
             return pending
         return torch.cat([_position(group.slots[_RANKS][:, :, : group.ranked]), pending], dim=-1)
 
+    def _pending(self, group: Group) -> Tensor:
+        """Positions of the pairs that have no rank yet: the latest, in order."""
+        return torch.arange(self.seen - (group.held - group.ranked), self.seen, device=self.device)
+
     def _rank(self, group: Group, positions: Tensor) -> None:
-        """Rank the slots that have no rank yet; `positions` [B, h, held] are those of all."""
+        """Rank the pairs that have no rank yet; their `positions` broadcast to [B, h, T]."""
         if not group.slots.has(_RANKS):
-            group.slots.add_buffer(torch.zeros_like(positions))
+            group.slots.add_buffer(torch.int64)
         new = slice(group.ranked, group.held)
         score = torch.zeros((), device=self.device)
         if self._policy.on_arrival:
             score = self._policy.score(self._pairs(group, new, positions))
-        group.slots[_RANKS][:, :, new] = self._pack(score, positions[:, :, new])
+        group.slots[_RANKS][:, :, new] = self._pack(score, positions)
         group.ranked = group.held
 
     def _rank_of_all(self, group: Group, options: Mapping[str, object]) -> Tensor:
         """The order in which pairs stay, [B, h, held] int64: by score, and the protected above all."""
-        positions = self._positions(group)
         if group.ranked < group.held:
-            self._rank(group, positions)
+            self._rank(group, self._pending(group))
         rank = group.slots[_RANKS]
         if not self._policy.on_arrival:
+            positions = _position(rank)
             pairs = self._pairs(group, slice(None), positions)
             if self._policy.needs_received:
                 pairs = replace(pairs, received=group.slots[_RECEIVED])
@@ -234,18 +237,21 @@ class CompressedLayer(CacheLayerMixin):
                 pairs = replace(pairs, last_rows=self._attention(group, self._queries, 0, positions, options))
             rank = self._pack(self._policy.score(pairs), positions)
         first, last = self.spec.protect_first, self.spec.protect_last
-        if first or last:
-            text_positions = self._in_text(positions)
-            safe = (positions >= self.seen - last) | ((text_positions < first) & (text_positions >= 0))
-            rank = torch.where(safe, _FIRST << 32 | (rank & _LOW_HALF), rank)
-        return rank
+        if not first and not last:
+            return rank
+        place = rank & _LOW_HALF  # counts down from the first token
+        safe = place <= _LOW_HALF - (self.seen - last)
+        if first:
+            in_text = self._in_text(_LOW_HALF - place)
+            safe |= (in_text < first) & (in_text >= 0)
+        return torch.where(safe, place + (_FIRST << 32), rank)
 
     def _pairs(self, group: Group, slots: slice, positions: Tensor) -> Pairs:
         directions, heads = self.spec.directions, list(group.heads)
         return Pairs(
             keys=group.keys[:, :, slots],
             values=group.values[:, :, slots],
-            positions=self._in_text(positions[:, :, slots]),
+            positions=self._in_text(positions),
             layer_idx=self._layer_idx,
             heads=group.heads,
             seed=self.spec.seed,
@@ -254,12 +260,12 @@ class CompressedLayer(CacheLayerMixin):
         )
 
     def _pack(self, score: Tensor, positions: Tensor) -> Tensor:
-        """Scores that broadcast to positions [B, h, T] -> int64, ordered by score, then earlier position first."""
+        """Scores and positions that broadcast to [B, h, T] -> int64, ordered by score, then earlier position first."""
         bits = (score.float() + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
-        ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # IEEE 754: negative floats order backwards
+        ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # IEEE 754: negative floats order backwards
         if self.first_real is not None:  # what a row is padded with goes first
-            ordered = ordered.expand_as(positions).masked_fill(self._in_text(positions) < 0, _LAST)
-        return (ordered << 32) | (_LOW_HALF - positions)
+            ordered = torch.where(self._in_text(positions) < 0, _LAST, ordered)
+        return torch.add(_LOW_HALF - positions, ordered, alpha=1 << 32)
 
     def _in_text(self, positions: Tensor) -> Tensor:
         """Positions in the text of a row, which begins after what it is padded with (there they are negative)."""
@@ -281,9 +287,9 @@ class CompressedLayer(CacheLayerMixin):
     def _receive(self, group: Group, query: Tensor, options: Mapping[str, object]) -> None:
         """Add the attention of the latest queries to what each pair has received."""
         positions, known = self._positions(group), group.ranked
-        self._rank(group, positions)
+        self._rank(group, self._pending(group))
         if not group.slots.has(_RECEIVED):
-            group.slots.add_buffer(torch.zeros_like(positions, dtype=torch.float32))
+            group.slots.add_buffer(torch.float32)
         received = group.slots[_RECEIVED]
         received[:, :, known:] = 0.0
         queries = query.shape[2]

@@ -53,11 +53,9 @@ class Slots:
         self._buffers[1][:, :, self.held : end] = values.detach()
         self.held = end
 
-    def add_buffer(self, filled: Tensor) -> None:
-        """Let another buffer go with the pairs; `filled` [B, h, held] is what it begins with."""
-        buffer = filled.new_empty((*filled.shape[:2], self.capacity))
-        buffer[:, :, : self.held] = filled
-        self._buffers.append(buffer)
+    def add_buffer(self, dtype: torch.dtype) -> None:
+        """Let another buffer go with the pairs, one number each; what it holds is for the caller to fill in."""
+        self._buffers.append(self._buffers[0].new_empty(self._buffers[0].shape[:3], dtype=dtype))
 
     def keep(self, rank: Tensor, kept: int) -> None:
         """Keep the `kept` slots of highest rank, [B, h, held] int64 without ties, and free what the others took."""

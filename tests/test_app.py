@@ -12,6 +12,7 @@ from app import engine as engine_module
 from app import markup, state
 from app.engine import Engine, check_allowed
 from app.views.generate import Preview
+from l2kv import POLICIES
 from tests.conftest import BUNDLED, ROOT
 
 HOSTILE = [
@@ -180,3 +181,19 @@ def test_the_head_opened_is_the_one_that_state_says(app):
     next(b for b in app.button if b.label.startswith("Add layer 3")).click().run()
     assert app.session_state["skip_layers"] == [3]
     assert any(b.label == "Compress layer 3 again" for b in app.button)
+
+
+def test_every_policy_that_needs_no_calibration_is_offered():
+    assert set(state.POLICY_NAMES) == {name for name, policy in POLICIES.items() if not policy.needs_calibration}
+
+
+def test_a_policy_that_a_page_does_not_know_gives_way_to_the_papers():
+    def page():
+        from app import state
+
+        state.policy_input(state.BY_NORM)
+
+    app = AppTest.from_function(page)
+    app.session_state["policy"] = "keydiff"
+    app.run()
+    assert not app.exception and app.selectbox(key="policy").value == "low_norm"

@@ -30,7 +30,7 @@ def page(generate_page: StreamlitPage) -> None:
         "keep everything."
     )
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        state.policy_input()
+        state.policy_input(state.BY_NORM)
         state.ratio_input()
         threshold = st.slider(
             "Threshold (ALR / chance)", 0.0, 2.0, 1.0, 0.05, key="threshold", persist_state="session",
