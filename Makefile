@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 8501
 MODEL ?= books-5m
+TEXTS ?=
+ARGS ?=
 
 .PHONY: app test lint bench demo picture
 app: $(VENV)/app.stamp
@@ -19,8 +21,9 @@ lint: $(VENV)/dev.stamp
 bench: $(VENV)/app.stamp  ## memory and time of a capture, as ratios to the plain ways
 	$(BIN)/python -m tests.bench_capture
 
-demo: $(VENV)/app.stamp  ## the demo run and the presets again, of MODEL=name or folder
-	$(BIN)/python -m analysis demo --model $(MODEL)
+# ARGS=--without-passkey for a model that cannot retrieve
+demo: $(VENV)/app.stamp  ## the demo run and the presets again, of MODEL=name or folder, found in TEXTS="files or folders"
+	$(BIN)/python -m analysis demo --model $(MODEL) $(if $(TEXTS),--texts $(TEXTS)) $(ARGS)
 
 picture: $(VENV)/dev.stamp  ## the README's picture, from the app itself
 	$(BIN)/python -m tests.picture

@@ -1,14 +1,15 @@
-"""The command line: `python -m analysis capture|heads|train|demo`. All but looking."""
+"""The command line: `python -m analysis capture|heads|train|card|demo`. All but looking."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from analysis.errors import TextError, UserError
+from analysis.models import BUNDLED
 
 if TYPE_CHECKING:
     from analysis.run import Capture
@@ -58,14 +59,36 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--compile", action="store_true", help="compile the model first: worth it on a GPU")
     train.set_defaults(run=_train)
 
-    demo = commands.add_parser("demo", help="make the run that the app opens with again")
+    card = commands.add_parser("card", help="measure a model that was trained here, and write its model card")
+    card.add_argument("folder", type=Path, help="a model folder that `train` has finished")
+    _add_texts(card)
+    card.add_argument("--data", default="", help="what the training data are, in words: stated on the card")
+    card.add_argument("--licence", default="", help="of weights and data, in words: stated on the card")
+    card.add_argument(
+        "--note", action="append", default=[], help="words, or a file of them, to append; may be repeated"
+    )
+    card.add_argument("--device", help="cuda or cpu (default: the GPU where there is one)")
+    card.set_defaults(run=_card)
+
+    demo = commands.add_parser("demo", help="find presets for a model, and make the run that the app opens with again")
     _add_model(demo)
+    _add_texts(demo)
+    demo.add_argument(
+        "--without-passkey", action="store_true", help="look for no passkey preset: for a model that cannot retrieve"
+    )
+    demo.add_argument("-o", "--out", type=Path, default=BUNDLED, help="the folder to write to (the app's own)")
     demo.set_defaults(run=_demo)
     return parser
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", "--model", default="books-5m", help="a bundled name, a folder or a hub id (books-5m)")
+
+
+def _add_texts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--texts", nargs="+", type=Path, default=[], help="text files or folders of them (default: those of the app)"
+    )
 
 
 def _capture(arguments: argparse.Namespace) -> None:
@@ -104,6 +127,7 @@ def _heads(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    _no_progress_bars()
     from analysis.training.loop import train
     from analysis.training.recipe import SHAPES, Recipe
 
@@ -113,24 +137,51 @@ def _train(arguments: argparse.Namespace) -> None:
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     if "steps" in given:
         given.setdefault("minutes", None)
-    train(
-        arguments.corpus,
-        arguments.out,
-        Recipe(shape=SHAPES[arguments.shape], **given),
-        start_from=arguments.start_from,
-        device=arguments.device,
-        compiled=arguments.compile,
-        record_every=arguments.record_every,
-        log=lambda line: print(line, flush=True),
-    )
+    try:
+        train(
+            arguments.corpus,
+            arguments.out,
+            Recipe(shape=SHAPES[arguments.shape], **given),
+            start_from=arguments.start_from,
+            device=arguments.device,
+            compiled=arguments.compile,
+            record_every=arguments.record_every,
+            log=lambda line: print(line, flush=True),
+        )
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on from the last checkpoint: two minutes are lost, or less.", end="")
+        raise
     print(f"wrote {arguments.out}")
 
 
-def _demo(arguments: argparse.Namespace) -> None:
+def _card(arguments: argparse.Namespace) -> None:
+    texts = _texts(arguments.texts)
+    notes = tuple(_text(note) if _is_file(note) else note for note in arguments.note)
     _no_progress_bars()
-    from analysis.presets import make_demo
+    from analysis.training.card import Stated, make_card
 
-    print(f"wrote {make_demo(arguments.model)}")
+    stated = Stated(arguments.data, arguments.licence, notes)
+    print(f"wrote {make_card(arguments.folder, texts, stated, device=arguments.device, on_stage=_counter())}")
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    texts = _texts(arguments.texts)
+    _no_progress_bars()
+    from analysis.finding import find_presets
+    from analysis.models import load_model
+    from analysis.presets import DEMO_RUN, FOUND_PRESETS, make_demo, save_found
+
+    count = _counter()
+    found = find_presets(
+        load_model(arguments.model, device="cpu"),
+        texts,
+        without_passkey=arguments.without_passkey,
+        on_done=lambda done, total: count("passages", done, total),
+    )
+    print(f"wrote {make_demo(arguments.model, arguments.out / DEMO_RUN.name)}")
+    print(f"wrote {save_found(found, arguments.out / FOUND_PRESETS.name)}")
+    for preset in found.presets:
+        print(f"{preset.name}: {preset.why}")
 
 
 def _print_answer(run: Capture) -> None:
@@ -150,6 +201,36 @@ def _text(source: str) -> str:
         return sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise TextError(f"{source} cannot be read as UTF-8 text: {error}") from error
+
+
+def _texts(sources: Sequence[Path]) -> Mapping[str, str]:
+    """Text files, and those of folders, by name; the bundled ones if none are given."""
+    if not sources:
+        from analysis.presets import bundled_texts
+
+        return bundled_texts()
+    files = [file for source in sources for file in (sorted(source.glob("*.txt")) if source.is_dir() else [source])]
+    if not files:
+        raise TextError(f"There are no .txt files in {', '.join(map(str, sources))}.")
+    return {file.stem: _text(str(file)) for file in files}
+
+
+def _is_file(words: str) -> bool:
+    try:
+        return Path(words).is_file()
+    except OSError:  # too long for a name
+        return False
+
+
+def _counter() -> Callable[[str, int, int], None]:
+    """Shows (stage, done, total) on one line; nothing where nobody looks."""
+    if not sys.stderr.isatty():
+        return lambda stage, done, total: None
+
+    def show(stage: str, done: int, total: int) -> None:
+        print(f"\r{stage} {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+    return show
 
 
 def _progress(done: int, total: int) -> None:

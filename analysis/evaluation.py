@@ -1,14 +1,40 @@
-"""How well a model predicts and retrieves, with the full cache and with a compressed one."""
+"""How well a model predicts and retrieves, with the full cache and with a compressed one.
+
+Everything here takes specs by name, a mapping from what to call it to a `CompressionSpec` (None is the full cache), so
+that a plan that was measured is one more entry. The cache is compressed as it is in use: the prompt in one pass, and
+then after every token.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from analysis.capturing import capture, check_length
+from analysis.errors import TextError
+from analysis.generation import decode_one_token, new_cache, prefill, prepared
 from analysis.memory import memory_errors
 from analysis.models import LoadedModel
-from analysis.tokens import tokenize
+from analysis.presets import PASSKEY_QUESTION, passkey
+from analysis.skip import suggest_skip_layers
+from analysis.tokens import Tokens, tokenize
+from l2kv import CompressionSpec
+
+Specs = Mapping[str, CompressionSpec | None]
+"""What is compared, by name; None is the full cache."""
+
+OnDone = Callable[[int, int], None]
+"""Called as (trials done, trials), after each. What it raises cancels the evaluation and passes through."""
+
+
+def ignore(done: int, total: int) -> None:
+    """For those who do not ask for progress."""
 
 
 @torch.inference_mode()
@@ -33,3 +59,234 @@ def bits_per_byte(loaded: LoadedModel, text: str, *, context: int | None = None)
             logits = loaded.model(inputs[:, :-1], use_cache=False).logits[0].float()
             nats += torch.nn.functional.cross_entropy(logits, inputs[0, 1:], reduction="sum").item()
     return nats / math.log(2) / len(text.encode("utf-8"))
+
+
+@torch.inference_mode()
+def continuation_nll(
+    loaded: LoadedModel, text: str, spec: CompressionSpec | None, *, prompt_tokens: int, new_tokens: int
+) -> float:
+    """Mean negative log likelihood, nats a token, of the `new_tokens` tokens that follow the prompt in the text.
+
+    The prompt but for its last token is run and compressed; from there on the text is fed one token at a time, and the
+    cache evicts after each, so that already the first token is predicted from a compressed cache.
+
+    Args:
+        spec: what to keep; None is the full cache.
+        prompt_tokens: tokens of the prompt, special ones included, 2 or more.
+
+    Raises:
+        TextError: empty, shorter than `prompt_tokens + new_tokens`, or more than the model can take.
+        ModelError, OutOfMemoryError: as `stream`.
+        ValueError: the spec does not fit the model, or a number is out of range.
+    """
+    if prompt_tokens < 2 or new_tokens < 1:
+        raise ValueError(f"prompt_tokens must be 2 or more and new_tokens 1 or more, got {prompt_tokens}, {new_tokens}")
+    tokens = tokenize(loaded.tokenizer, text).ids
+    if len(tokens) < prompt_tokens + new_tokens:
+        raise TextError(
+            f"The text has {len(tokens)} tokens; {prompt_tokens} of prompt and {new_tokens} more are needed."
+        )
+    tokens = tokens[: prompt_tokens + new_tokens]
+    _check(loaded, tokens, new_tokens=0)
+    ids = _on_device(loaded, tokens)
+    nats = ids.new_zeros((), dtype=torch.float64)
+    with prepared(loaded):
+        cache = new_cache(loaded, spec)
+        prefill(loaded.model, ids[:, : prompt_tokens - 1], cache)
+        for position in range(prompt_tokens, prompt_tokens + new_tokens):
+            last = ids[:, position - 1 : position]
+            logits = loaded.model(last, past_key_values=cache, use_cache=True).logits[:, -1]
+            nats += torch.nn.functional.cross_entropy(logits.float(), ids[:, position])
+    return float(nats) / new_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class NllChange:
+    """What a compression costs on some texts."""
+
+    spec: str  # its name
+    mean: float  # NLL with it less NLL with the full cache, nats a token, mean over the texts
+    by_text: tuple[float, ...]
+
+
+def nll_changes(
+    loaded: LoadedModel,
+    texts: Sequence[str],
+    specs: Specs,
+    *,
+    prompt_tokens: int,
+    new_tokens: int,
+    on_done: OnDone = ignore,
+) -> tuple[NllChange, ...]:
+    """The change of `continuation_nll` by each spec against the full cache, over the same texts. Raises as that."""
+    done, total = 0, len(texts) * (1 + len(specs))
+
+    def nll(text: str, spec: CompressionSpec | None) -> float:
+        nonlocal done
+        value = continuation_nll(loaded, text, spec, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+        done += 1
+        on_done(done, total)
+        return value
+
+    full = [nll(text, None) for text in texts]
+    changes = []
+    for name, spec in specs.items():
+        by_text = tuple(nll(text, spec) - before for text, before in zip(texts, full, strict=True))
+        changes.append(NllChange(name, float(np.mean(by_text)), by_text))
+    return tuple(changes)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PasskeyPrompt:
+    """The paper's passkey task, cut where the cache is compressed: the question is asked of what is left."""
+
+    key: int
+    context: np.ndarray  # [C] int64: the task, the filler and the key in it
+    question: np.ndarray  # [Q] int64
+
+    def __len__(self) -> int:
+        return len(self.context) + len(self.question)
+
+
+def passkey_text(tokenizer: PreTrainedTokenizerBase, key: int, *, n_tokens: int, depth: float) -> str:
+    """A passkey prompt of at most `n_tokens` tokens, question included, as many as whole repeats of the filler give.
+
+    Args:
+        depth: where among the filler the key is told: 0 before all of it, 1 after all of it.
+
+    Raises:
+        TextError: `n_tokens` are too few for the prompt without any filler.
+        ValueError: the depth is not from 0 to 1.
+    """
+    if not 0 <= depth <= 1:
+        raise ValueError(f"depth must be from 0 to 1, got {depth}")
+
+    def prompt(repeats: int) -> str:
+        before = round(depth * repeats)
+        return passkey(key, before=before, after=repeats - before)
+
+    def length(repeats: int) -> int:
+        return len(tokenize(tokenizer, prompt(repeats)))
+
+    bare = length(0)
+    if n_tokens < bare:
+        raise TextError(f"A passkey prompt takes {bare} tokens without any filler, more than the {n_tokens} asked for.")
+    repeats = (n_tokens - bare) // (length(1) - bare)
+    while length(repeats) > n_tokens:  # a tokenizer may join the parts to other tokens than it makes of each
+        repeats -= 1
+    return prompt(repeats)
+
+
+def passkey_prompt(tokenizer: PreTrainedTokenizerBase, key: int, *, n_tokens: int, depth: float) -> PasskeyPrompt:
+    """The tokens of a `passkey_text`, cut before its question. Raises as that."""
+    text = passkey_text(tokenizer, key, n_tokens=n_tokens, depth=depth)
+    ids = tokenize(tokenizer, text).ids
+    context = tokenize(tokenizer, text.removesuffix(f" {PASSKEY_QUESTION}")).ids
+    shared = min(len(context), len(ids) - 1)
+    same = ids[:shared] == context[:shared]
+    cut = shared if same.all() else int(same.argmin())
+    return PasskeyPrompt(key, ids[:cut], ids[cut:])
+
+
+@torch.inference_mode()
+def passkey_found(loaded: LoadedModel, key: int, spec: CompressionSpec | None, *, n_tokens: int, depth: float) -> bool:
+    """Whether the model, asked after compression, says the key exactly, greedily.
+
+    All but the question is run and compressed; the question is run over what is left, and so is every digit.
+
+    Raises:
+        TextError, ValueError: as `passkey_prompt`, or more than the model can take.
+        ModelError, OutOfMemoryError: as `stream`.
+    """
+    prompt = passkey_prompt(loaded.tokenizer, key, n_tokens=n_tokens, depth=depth)
+    with prepared(loaded):
+        return _says_key(loaded, prompt, spec)
+
+
+def _says_key(loaded: LoadedModel, prompt: PasskeyPrompt, spec: CompressionSpec | None) -> bool:
+    digits = str(prompt.key)
+    most = 2 * len(digits)  # tokens after the first, more than digits: a space may be one
+    _check(loaded, np.concatenate([prompt.context, prompt.question]), new_tokens=most)
+    cache = new_cache(loaded, spec)
+    prefill(loaded.model, _on_device(loaded, prompt.context), cache)
+    token = decode_one_token(loaded.model, _on_device(loaded, prompt.question), cache)
+    said = [int(token)]
+    for _ in range(most):
+        answer = loaded.tokenizer.decode(said).strip()
+        if len(answer) >= len(digits) or not digits.startswith(answer):
+            break
+        token = decode_one_token(loaded.model, token, cache)
+        said.append(int(token))
+    return loaded.tokenizer.decode(said).strip().startswith(digits)
+
+
+def _check(loaded: LoadedModel, ids: np.ndarray, *, new_tokens: int) -> None:
+    """Raise TextError if the model has no such tokens or, where they are learned, too few positions."""
+    check_length(loaded, Tokens(ids, np.zeros((len(ids), 2), np.int32), ()), new_tokens=new_tokens)
+
+
+def _on_device(loaded: LoadedModel, ids: np.ndarray) -> Tensor:
+    return torch.from_numpy(ids)[None].to(loaded.device)
+
+
+@dataclass(frozen=True, slots=True)
+class PasskeyScore:
+    """How often the key was found at one length and depth."""
+
+    spec: str  # its name
+    n_tokens: int  # at most, as asked for
+    depth: float
+    found: int
+    trials: int
+
+
+@torch.inference_mode()
+def passkey_grid(
+    loaded: LoadedModel,
+    specs: Specs,
+    *,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    keys: Sequence[int],
+    on_done: OnDone = ignore,
+) -> tuple[PasskeyScore, ...]:
+    """`passkey_found` for each spec, length and depth, over the keys. Raises as that."""
+    places = [(length, depth) for length in lengths for depth in depths]
+    prompts = {
+        place: [passkey_prompt(loaded.tokenizer, key, n_tokens=place[0], depth=place[1]) for key in keys]
+        for place in places
+    }
+    done, total = 0, len(specs) * len(places) * len(keys)
+    scores = []
+    with prepared(loaded):
+        for name, spec in specs.items():
+            for length, depth in places:
+                found = 0
+                for prompt in prompts[length, depth]:
+                    found += _says_key(loaded, prompt, spec)
+                    done += 1
+                    on_done(done, total)
+                scores.append(PasskeyScore(name, length, depth, found, len(keys)))
+    return tuple(scores)
+
+
+def passkeys(count: int, *, seed: int = 0) -> tuple[int, ...]:
+    """Keys of five digits to ask for."""
+    return tuple(int(key) for key in np.random.default_rng(seed).integers(10_000, 100_000, count))
+
+
+def policy_specs(keep_ratios: Sequence[float], *, protect_last: int) -> dict[str, CompressionSpec]:
+    """The rules that are compared, at each ratio: "keep 0.5, low norm" and so on."""
+    return {
+        f"keep {ratio:g}, {policy.replace('_', ' ')}": CompressionSpec(
+            keep_ratio=ratio, policy=policy, protect_last=protect_last
+        )
+        for ratio in keep_ratios
+        for policy in ("low_norm", "high_norm", "random")
+    }
+
+
+def skip_plan(loaded: LoadedModel, text: str, spec: CompressionSpec) -> CompressionSpec:
+    """The spec with the layers left whole that a capture of the text suggests for its policy. Raises as `capture`."""
+    layers = suggest_skip_layers(capture(loaded, text), spec.policy).layers
+    return replace(spec, skip_layers=layers)

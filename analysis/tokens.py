@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MIN_TOKENS = 4  # fewer cannot be ranked in any way that means something
+
+# Not after "Mr.", nor after an initial.
+_SENTENCE_END = re.compile(r"""(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)(?<!\b[A-Z])[.!?]["'”’)\]]*(?=\s|$)""")
+_LONGEST = 12  # characters a token, more than prose ever takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +53,37 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tokens:
     added = np.array([name == "▁" for name in names[:-1]], dtype=bool) & (spans[1:, 0] == spans[:-1, 0])
     spans[:-1][added, 1] = spans[:-1][added, 0]
     return Tokens(ids, spans, _labels(text, names, spans))
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """Whole sentences of a text, and how it goes on."""
+
+    prompt: str
+    following: str  # begins where the prompt ends; it may stop within a word
+    prompt_tokens: int  # special ones included
+
+
+def passages(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, at_least: int, at_most: int, following: int = 0
+) -> Iterator[Passage]:
+    """Consecutive passages of `at_least` to `at_most` tokens, each followed by at least `following` more in the text.
+
+    Those are left out whose last token would be another one if the text went on. Raises TextError as `tokenize`.
+    """
+    check_text(text)
+    start, count, begin = 0, 0, 0  # of the sentence; tokens so far; of the passage
+    for end in (match.end() for match in _SENTENCE_END.finditer(text)):
+        count += len(tokenizer(text[start:end], add_special_tokens=False, verbose=False)["input_ids"])
+        start = end
+        if count < at_least:
+            continue
+        prompt, rest = text[begin:end].lstrip(), text[end : end + _LONGEST * following]
+        begin, count = end, 0
+        ids, whole = tokenize(tokenizer, prompt).ids, tokenize(tokenizer, prompt + rest).ids
+        n = len(ids)
+        if at_least <= n <= at_most and len(whole) >= n + following and (whole[:n] == ids).all():
+            yield Passage(prompt, rest, n)
 
 
 def check_text(text: str) -> None:

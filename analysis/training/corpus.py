@@ -14,7 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from analysis.errors import TextError
+from analysis.errors import TextError, UserError
 
 BOS, EOS = "<s>", "</s>"
 _SAMPLE = 20_000_000  # characters that a vocabulary is learned from
@@ -32,6 +32,7 @@ class Corpus:
 
     Raises:
         TextError: no such files, one that cannot be read, or too little text in them.
+        UserError: the tokenizer has too many tokens, or none to begin or to end a text; the workspace is not writable.
     """
 
     def __init__(
@@ -41,8 +42,11 @@ class Corpus:
         workspace: Path,
         on_file: Callable[[str], None] = lambda name: None,
     ) -> None:
+        _check_tokenizer(tokenizer)
         self.tokenizer = tokenizer
-        self._shards = [_tokens_of(path, tokenizer, workspace, on_file) for path in text_files(folder)]
+        files = text_files(folder)
+        self.files = tuple(path.name for path in files)
+        self._shards = [_tokens_of(path, tokenizer, workspace, on_file) for path in files]
         ends = np.cumsum([len(shard) for shard in self._shards])
         self._starts, self._total = ends - [len(shard) for shard in self._shards], int(ends[-1])
         self.n_train = self._total - self._total // 100
@@ -56,13 +60,19 @@ class Corpus:
         """`count` texts of `n` tokens or a little more, from the part that `draw` never reads."""
         room = (self._total - self.n_train) // count
         if room < n:
-            raise TextError(f"Too little text: the part that is held out has {room * count} tokens, not {count} x {n}.")
+            raise TextError(
+                f"Too little text: the hundredth that is held out has {self._total - self.n_train} tokens, not {count} "
+                f"times {n}. Give more texts, or train on shorter sequences."
+            )
         starts = [self.n_train + i * room for i in range(count)]
         return [self.tokenizer.decode(self._read(start, n), skip_special_tokens=True) for start in starts]
 
     def _check(self, n: int) -> None:
         if self.n_train < n:
-            raise TextError(f"Too little text: {self.n_train} tokens to train on, and a sequence takes {n}.")
+            raise TextError(
+                f"Too little text: {self.n_train} tokens to train on, and a sequence takes {n}. Give more texts, or "
+                "train on shorter sequences."
+            )
 
     def _read(self, start: int, n: int) -> np.ndarray:
         parts, shard = [np.empty(0, np.uint16)], int(np.searchsorted(self._starts, start, side="right")) - 1
@@ -74,10 +84,12 @@ class Corpus:
 
 
 def text_files(folder: Path) -> list[Path]:
-    """The .txt and .txt.xz files of a folder, by name."""
+    """The .txt and .txt.xz files of a folder, by name. Raises TextError if there is none."""
+    if not folder.is_dir():
+        raise TextError(f"There is no folder {folder}. Give one that holds .txt or .txt.xz files.")
     found = sorted(path for path in folder.glob("*") if path.name.endswith((".txt", ".txt.xz")))
     if not found:
-        raise TextError(f"{folder} holds no .txt or .txt.xz files.")
+        raise TextError(f"{folder} holds no .txt or .txt.xz files. Put the texts to train on there.")
     return found
 
 
@@ -117,15 +129,30 @@ def _tokens_of(
     path: Path, tokenizer: PreTrainedTokenizerBase, workspace: Path, on_file: Callable[[str], None]
 ) -> np.ndarray:
     stored = workspace / f"{path.name}.tokens"
-    if not stored.exists():
-        on_file(path.name)
-        workspace.mkdir(parents=True, exist_ok=True)
-        part = stored.with_suffix(".part")
-        texts = list(documents(path))
-        with part.open("wb") as file:
-            for start in range(0, len(texts), _CHUNK):
-                encoded = tokenizer(texts[start : start + _CHUNK], add_special_tokens=False, verbose=False)["input_ids"]
-                for ids in encoded:
-                    np.array([*ids, tokenizer.eos_token_id], dtype=np.uint16).tofile(file)
-        part.replace(stored)
-    return np.memmap(stored, dtype=np.uint16, mode="r") if stored.stat().st_size else np.empty(0, np.uint16)
+    try:
+        if not stored.exists() or stored.stat().st_mtime < path.stat().st_mtime:
+            on_file(path.name)
+            workspace.mkdir(parents=True, exist_ok=True)
+            _tokenise(path, tokenizer, stored)
+        return np.memmap(stored, dtype=np.uint16, mode="r") if stored.stat().st_size else np.empty(0, np.uint16)
+    except OSError as error:
+        raise UserError(f"The tokens of {path.name} cannot be kept in {workspace} ({error}).") from error
+
+
+def _tokenise(path: Path, tokenizer: PreTrainedTokenizerBase, stored: Path) -> None:
+    texts, part = list(documents(path)), stored.with_suffix(".part")
+    with part.open("wb") as file:
+        for start in range(0, len(texts), _CHUNK):
+            encoded = tokenizer(texts[start : start + _CHUNK], add_special_tokens=False, verbose=False)["input_ids"]
+            for ids in encoded:
+                np.array([*ids, tokenizer.eos_token_id], dtype=np.uint16).tofile(file)
+    part.replace(stored)
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    if len(tokenizer) > 1 << 16:
+        raise UserError(f"The tokenizer has {len(tokenizer):,} tokens; models of up to {1 << 16:,} can be trained.")
+    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+        raise UserError(
+            "The tokenizer has no token that begins a text, or none that ends it. Start from another model."
+        )

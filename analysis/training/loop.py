@@ -8,20 +8,28 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from analysis.errors import UserError
 from analysis.models import LoadedModel, load_model
-from analysis.training.corpus import Corpus, train_tokenizer
+from analysis.training.corpus import Corpus, text_files, train_tokenizer
 from analysis.training.episodes import Episodes
 from analysis.training.recipe import Recipe, Shape
 from analysis.training.witness import Record, record
@@ -59,23 +67,24 @@ def train(
         log: called with each line of the log.
 
     Raises:
-        UserError: the corpus cannot be read, or `out` holds something else.
+        UserError: the corpus cannot be read, `out` holds something else or cannot be written, or the device is not
+            there.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if (out / RECORD_NAME).exists() and not (out / _CHECKPOINT).exists():
-        raise UserError(f"{out} holds a finished training. Give another folder.")
+    if record_every < 1:
+        raise UserError(f"record_every must be 1 step or more, got {record_every}")
+    device = _device(device)
+    _check_out(out)
+    text_files(corpus_folder)  # before anything is made
     torch.manual_seed(recipe.seed)
     state = out / _CHECKPOINT
-    fresh = None if state.exists() else _initial(corpus_folder, recipe, start_from, log)
-    if fresh is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        fresh.tokenizer.save_pretrained(out)
-        fresh.model.config.save_pretrained(out)
-    tokenizer = (fresh or _skeleton(out)).tokenizer
-    model = (fresh or _skeleton(out)).model.to(device=device, dtype=torch.float32)
+    goes_on = state.exists()
+    start = _skeleton(out) if goes_on else _initial(corpus_folder, recipe, start_from, log)
+    if not goes_on:
+        _begin(out, start)
+    model, tokenizer = start.model.to(device=device, dtype=torch.float32), start.tokenizer
     corpus = Corpus(corpus_folder, tokenizer, out / "tokens", on_file=lambda name: log(f"tokenising {name}"))
-    run = _Run(model, recipe, start_from)
-    if fresh is None:
+    run = _Run(model, recipe, start_from, corpus)
+    if goes_on:
         run.load(state)
         log(f"going on from step {run.step}")
     loaded = LoadedModel(model, tokenizer, out.name)
@@ -87,22 +96,20 @@ def train(
     )
 
     saved = time.perf_counter()
-    losses: list[float] = []
     with _batches(recipe, corpus, first_step=run.step) as batches:
         while True:
             progress = recipe.progress(run.step, run.seconds)
             if run.step % record_every == 0 or progress >= 1:
-                run.look(loaded, texts, losses, log)
-                losses.clear()
+                run.look(loaded, texts, log)
             if progress >= 1:
                 break
             began = time.perf_counter()
-            losses.append(_step(model, run.optimizer, next(batches), recipe, recipe.rate(run.step, progress), loss_of))
-            run.advance(recipe.batch * recipe.length, time.perf_counter() - began)
-            if not math.isfinite(losses[-1]):
-                raise UserError(f"The loss is {losses[-1]} at step {run.step}: lower the learning rate.")
+            loss = _step(model, run.optimizer, next(batches), recipe, recipe.rate(run.step, progress), loss_of)
+            run.advance(recipe.batch * recipe.length, time.perf_counter() - began, loss)
+            if not math.isfinite(loss):
+                raise UserError(f"The loss is {loss} at step {run.step}: lower the learning rate.")
             if run.step % 50 == 0:
-                log(f"step {run.step}  loss {np.mean(losses[-50:]):.3f}  {run.tokens / run.seconds:,.0f} tokens/s")
+                log(f"step {run.step}  loss {np.mean(run.losses[-50:]):.3f}  {run.tokens / run.seconds:,.0f} tokens/s")
             if time.perf_counter() - saved > checkpoint_seconds:
                 run.save(state)
                 saved = time.perf_counter()
@@ -114,19 +121,22 @@ def train(
 class _Run:
     """What changes in the course of a training, and has to be there again when it goes on."""
 
-    def __init__(self, model: LlamaForCausalLM, recipe: Recipe, start_from: str | None) -> None:
+    def __init__(self, model: PreTrainedModel, recipe: Recipe, start_from: str | None, corpus: Corpus) -> None:
         self.model, self.recipe, self.start_from = model, recipe, start_from
+        self.corpus = {"files": list(corpus.files), "tokens": corpus.n_train}
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=recipe.learning_rate, betas=recipe.betas, weight_decay=recipe.decay, fused=True
         )
         self.step = self.tokens = 0
         self.seconds = 0.0
         self.records: list[dict] = []
+        self.losses: list[float] = []  # since the last record
 
-    def advance(self, tokens: int, seconds: float) -> None:
+    def advance(self, tokens: int, seconds: float, loss: float) -> None:
         self.step, self.tokens, self.seconds = self.step + 1, self.tokens + tokens, self.seconds + seconds
+        self.losses.append(loss)
 
-    def look(self, loaded: LoadedModel, texts: list[str], losses: list[float], log: Log) -> None:
+    def look(self, loaded: LoadedModel, texts: list[str], log: Log) -> None:
         if self.records and self.records[-1]["step"] == self.step:
             return
         self.model.eval()
@@ -136,10 +146,11 @@ class _Run:
             step=self.step,
             tokens=self.tokens,
             seconds=self.seconds,
-            loss=float(np.mean(losses)) if losses else None,
+            loss=float(np.mean(self.losses)) if self.losses else None,
         )
         self.model.train()
         self.records.append(seen.to_json())
+        self.losses.clear()
         gamma, bos_norm = np.array(seen.gamma, dtype=float), np.array(seen.bos_norm, dtype=float)
         log(
             f"step {self.step}: {seen.bits_per_byte:.3f} bits/byte held out, Γ {np.nanmin(gamma):+.2f} to "
@@ -152,6 +163,7 @@ class _Run:
         return {
             "recipe": asdict(self.recipe),
             "start_from": self.start_from,
+            "corpus": self.corpus,
             "step": self.step,
             "tokens": self.tokens,
             "seconds": self.seconds,
@@ -171,26 +183,49 @@ class _Run:
 
     def save(self, path: Path) -> None:
         part = path.with_suffix(".part")
-        save_file(self._tensors(), part, metadata={"report": json.dumps(self.report())})
-        part.replace(path)
+        with _writing(path.parent):
+            save_file(
+                self._tensors(), part, metadata={"report": json.dumps(self.report()), "losses": json.dumps(self.losses)}
+            )
+            part.replace(path)
 
     def load(self, path: Path) -> None:
-        with safe_open(path, "pt") as file:
-            report = json.loads(file.metadata()["report"])
-            if report["recipe"] != json.loads(json.dumps(asdict(self.recipe))):
-                raise UserError(
-                    f"{path.parent} holds a training of another recipe, stopped at step {report['step']}. Give another "
-                    "folder, or the same options again to go on with it."
-                )
-            with torch.no_grad():
-                for name, weight in self.model.named_parameters():
-                    weight.copy_(file.get_tensor(f"weight.{name}"))
-                    self.optimizer.state[weight] = {
-                        key: file.get_tensor(f"{key}.{name}").to(weight.device)
-                        for key in ("step", "exp_avg", "exp_avg_sq")
-                    }
-        self.step, self.tokens, self.seconds = report["step"], report["tokens"], report["seconds"]
-        self.records, self.start_from = report["records"], report["start_from"]
+        """Go on from a checkpoint. Raises UserError if it is of another training, or damaged."""
+        try:
+            with safe_open(path, "pt") as file:
+                report, losses = (json.loads(file.metadata().get(name, "[]")) for name in ("report", "losses"))
+                self._check_same(report, path)
+                with torch.no_grad():
+                    for name, weight in self.model.named_parameters():
+                        weight.copy_(file.get_tensor(f"weight.{name}"))
+                        self.optimizer.state[weight] = {
+                            key: file.get_tensor(f"{key}.{name}").to(weight.device)
+                            for key in ("step", "exp_avg", "exp_avg_sq")
+                        }
+            self.step, self.tokens, self.seconds = report["step"], report["tokens"], report["seconds"]
+            self.records, self.losses = report["records"], losses
+        except UserError:
+            raise
+        except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+            raise UserError(
+                f"{path} cannot be read ({error!r:.200}). Remove it to begin again, or give another folder."
+            ) from error
+
+    def _check_same(self, report: dict, path: Path) -> None:
+        differs = [
+            what
+            for what, then, now in (
+                ("recipe", report["recipe"], json.loads(json.dumps(asdict(self.recipe)))),
+                ("model to start from", report["start_from"], self.start_from),
+                ("corpus", report.get("corpus", self.corpus), self.corpus),
+            )
+            if then != now
+        ]
+        if differs:
+            raise UserError(
+                f"{path.parent} holds a training of another {' and another '.join(differs)}, stopped at step "
+                f"{report['step']}. Give another folder, or the same options again to go on with it."
+            )
 
 
 def _step(model, optimizer, batch: Tensor, recipe: Recipe, rate: float, loss_of) -> float:
@@ -204,7 +239,7 @@ def _step(model, optimizer, batch: Tensor, recipe: Recipe, rate: float, loss_of)
     return loss.item()
 
 
-def _loss(model: LlamaForCausalLM, batch: Tensor) -> Tensor:
+def _loss(model: PreTrainedModel, batch: Tensor) -> Tensor:
     """Mean cross entropy of the next token; batch [B, T + 1]."""
     with torch.autocast(batch.device.type, dtype=torch.bfloat16):
         logits = model(batch[:, :-1], use_cache=False).logits
@@ -259,10 +294,59 @@ def _initial(corpus_folder: Path, recipe: Recipe, start_from: str | None, log: L
 
 def _skeleton(out: Path) -> LoadedModel:
     """The model and the tokenizer of a training that was stopped, without its weights."""
-    from transformers import AutoConfig, AutoTokenizer
+    try:
+        config = AutoConfig.from_pretrained(out, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(out, local_files_only=True)
+        return LoadedModel(AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer, out.name)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{out} holds a checkpoint, but no config or tokenizer that belong to it ({str(error)[:200]}). Give "
+            "another folder."
+        ) from error
 
-    config = AutoConfig.from_pretrained(out, local_files_only=True)
-    return LoadedModel(LlamaForCausalLM(config), AutoTokenizer.from_pretrained(out, local_files_only=True), out.name)
+
+def _device(name: str | None) -> str:
+    """A device that is there: the one asked for, or the GPU if there is one. Raises UserError."""
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for CUDA
+        raise UserError(f"There is no device {name!r} ({str(error).splitlines()[0][:100]}). Try cpu.") from error
+    return name
+
+
+def _check_out(out: Path) -> None:
+    """Refuse a folder that holds something else than a training that was stopped."""
+    if (out / _CHECKPOINT).exists():
+        return
+    if (out / RECORD_NAME).exists():
+        raise UserError(f"{out} holds a finished training. Give another folder.")
+    if found := sorted(path.name for path in out.glob("*.safetensors")):
+        raise UserError(f"{out} holds a model already ({found[0]}). Give another folder.")
+
+
+def _begin(out: Path, start: LoadedModel) -> None:
+    """Write what does not change in the course of a training."""
+    described = out / "tokenizer.json"
+    with _writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        before = described.read_bytes() if described.exists() else None
+        start.tokenizer.save_pretrained(out)
+        start.model.config.save_pretrained(out)
+        if before is not None and before != described.read_bytes():
+            for stale in (out / "tokens").glob(
+                "*.tokens"
+            ):  # of a training that was stopped before its first checkpoint
+                stale.unlink()
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{out} cannot be written to ({error}). Make room, or give another folder.") from error
 
 
 def _config(shape: Shape, length: int, tokenizer) -> LlamaConfig:
@@ -286,8 +370,11 @@ def _config(shape: Shape, length: int, tokenizer) -> LlamaConfig:
 def _export(run: _Run, loaded: LoadedModel, out: Path) -> None:
     """The model folder: bfloat16 weights, and the record of the training beside them."""
     report = json.dumps(run.report(), separators=(",", ":"))
-    loaded.model.to(torch.bfloat16).save_pretrained(out)
-    (out / RECORD_NAME).write_text(report, encoding="utf-8")
+    with _writing(out):
+        loaded.model.to(torch.bfloat16).save_pretrained(out)
+        (out / RECORD_NAME).write_text(report, encoding="utf-8")
+        for weights in out.glob("model*.safetensors"):  # left as files that only their owner can read
+            weights.chmod((out / RECORD_NAME).stat().st_mode)
 
 
 def _device_name(device: torch.device) -> str:

@@ -54,7 +54,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("length", 16), ("batch", 1), ("warmup", 0), ("seed", 0)):
+        for name, least in (("length", 64), ("batch", 1), ("warmup", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} must be {least} or more, got {getattr(self, name)}")
         for name, low, high in (("learning_rate", 0, 1), ("decay", 0, 10), ("synthetic", 0, 1), ("flat", 0, 1)):

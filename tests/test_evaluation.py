@@ -1,0 +1,416 @@
+"""Evaluations against slow loops and the masked forward pass; passkeys on a model that only reads; presets found."""
+
+import math
+import re
+from contextlib import nullcontext
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from analysis import TextError, capture, evaluation, finding, presets, suggest_skip_layers
+from analysis.__main__ import main
+from analysis.errors import RunFileError
+from analysis.evaluation import (
+    bits_per_byte,
+    continuation_nll,
+    nll_changes,
+    passkey_found,
+    passkey_grid,
+    passkey_prompt,
+    passkey_text,
+    passkeys,
+    policy_specs,
+    skip_plan,
+)
+from analysis.finding import BREAKS_SPEC, CALM_SPEC, Criteria, NotFoundError, find_presets
+from analysis.generation import Step, prepared
+from analysis.models import LoadedModel
+from analysis.presets import FoundPresets, Preset
+from analysis.tokens import passages, tokenize
+from l2kv import CompressionSpec
+from tests.conftest import BUNDLED, build
+from tests.oracle import masked_forward
+
+TEXT = presets.bundled_texts()["The Tomb of Keats (Oscar Wilde, 1877)"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small lose more to the handing out of work than they gain, above all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def loaded(models) -> LoadedModel:
+    return LoadedModel(models("books-5m"), AutoTokenizer.from_pretrained(BUNDLED), "books-5m")
+
+
+def surprise(logits, token):
+    """-ln of the probability of a token, in plain Python floats."""
+    row = [float(x) for x in logits]
+    top = max(row)
+    return math.log(sum(math.exp(x - top) for x in row)) + top - row[token]
+
+
+# --------------------------------------------------------------------------------------------------------- prediction
+
+
+def test_bits_per_byte_is_the_surprise_at_every_token_of_windows_that_start_afresh(loaded):
+    text = TEXT[:160] + " – naïve"
+    ids = loaded.tokenizer(text, add_special_tokens=False).input_ids
+    nats = 0.0
+    with torch.no_grad():
+        for start in range(0, len(ids), 15):  # windows of 16, <s> included
+            window = ids[start : start + 15]
+            for i, token in enumerate(window):
+                before = [loaded.tokenizer.bos_token_id, *window[:i]]
+                nats += surprise(loaded.model(torch.tensor([before])).logits[0, -1], token)
+    expected = nats / math.log(2) / len(text.encode())
+    assert bits_per_byte(loaded, text, context=16) == pytest.approx(expected, rel=1e-5)
+    assert bits_per_byte(loaded, text) < expected  # more context
+
+
+def test_with_the_whole_cache_the_continuation_is_plain_prediction(loaded):
+    ids = tokenize(loaded.tokenizer, TEXT).ids[:70]
+    with torch.no_grad():
+        logits = loaded.model(torch.from_numpy(ids)[None]).logits[0]
+    expected = sum(surprise(logits[i - 1], ids[i]) for i in range(50, 70)) / 20
+    for spec in (None, CompressionSpec(keep_ratio=1.0)):
+        assert continuation_nll(loaded, TEXT, spec, prompt_tokens=50, new_tokens=20) == pytest.approx(
+            expected, rel=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        CompressionSpec(keep_ratio=0.5),
+        CompressionSpec(keep_ratio=0.5, protect_last=8),
+        CompressionSpec(keep_ratio=0.3, policy="high_norm", skip_layers=(1, 2)),
+    ],
+)
+def test_a_compressed_continuation_is_that_of_a_pass_with_the_evicted_tokens_masked(loaded, spec):
+    ids = torch.from_numpy(tokenize(loaded.tokenizer, TEXT).ids[:60])[None]
+    logits, _ = masked_forward(loaded.model, ids[:, :-1], (39, *[1] * 20), spec)
+    expected = sum(surprise(logits[0, i - 1], int(ids[0, i])) for i in range(40, 60)) / 20
+    value = continuation_nll(loaded, TEXT, spec, prompt_tokens=40, new_tokens=20)
+    assert value == pytest.approx(expected, rel=1e-4)
+    assert abs(value - continuation_nll(loaded, TEXT, None, prompt_tokens=40, new_tokens=20)) > 1e-3
+
+
+def test_changes_are_differences_to_the_full_cache_text_by_text(loaded):
+    texts, specs = [TEXT[:400], TEXT[400:900]], {"half": CompressionSpec(), "all": CompressionSpec(keep_ratio=1.0)}
+    seen = []
+    half, whole = nll_changes(
+        loaded, texts, specs, prompt_tokens=30, new_tokens=5, on_done=lambda done, total: seen.append((done, total))
+    )
+    assert (half.spec, whole.spec) == ("half", "all") and seen == [(i, 6) for i in range(1, 7)]
+    for i, text in enumerate(texts):
+        nll = [continuation_nll(loaded, text, s, prompt_tokens=30, new_tokens=5) for s in (CompressionSpec(), None)]
+        assert half.by_text[i] == pytest.approx(nll[0] - nll[1])
+    assert half.mean == pytest.approx(sum(half.by_text) / 2)
+    assert whole.mean == pytest.approx(0, abs=1e-5)
+
+
+def test_bad_requests_are_refused_and_leave_the_model_as_it_was(loaded):
+    with pytest.raises(TextError, match=r"The text has .* tokens; 4000 of prompt and 3 more"):
+        continuation_nll(loaded, TEXT, None, prompt_tokens=4000, new_tokens=3)
+    with pytest.raises(ValueError, match="prompt_tokens must be 2"):
+        continuation_nll(loaded, TEXT, None, prompt_tokens=1, new_tokens=3)
+    with pytest.raises(ValueError, match="layer 9"):
+        continuation_nll(loaded, TEXT, CompressionSpec(skip_layers=(9,)), prompt_tokens=20, new_tokens=3)
+    with pytest.raises(TextError, match="empty"):
+        bits_per_byte(loaded, " ")
+    foreign = LoadedModel(build("llama"), loaded.tokenizer, "foreign")  # of 160 tokens
+    with pytest.raises(TextError, match="do not belong together"):
+        continuation_nll(foreign, TEXT, None, prompt_tokens=20, new_tokens=3)
+    with pytest.raises(TextError, match="do not belong together"):
+        passkey_found(foreign, 53128, None, n_tokens=200, depth=0.5)
+    assert loaded.model.config._attn_implementation == "sdpa"
+
+
+def test_the_skip_plan_leaves_whole_what_a_capture_suggests(loaded):
+    layers = suggest_skip_layers(capture(loaded, TEXT), "low_norm").layers
+    plan = skip_plan(loaded, TEXT, CompressionSpec(keep_ratio=0.2, protect_last=4))
+    assert plan == CompressionSpec(keep_ratio=0.2, protect_last=4, skip_layers=layers) and layers
+
+
+# ----------------------------------------------------------------------------------------------------------- passkeys
+
+
+@pytest.mark.parametrize("depth", [0, 0.3, 1])
+@pytest.mark.parametrize("n_tokens", [110, 300, 500])
+def test_a_passkey_prompt_has_the_length_and_the_depth_asked_for(loaded, n_tokens, depth):
+    text = passkey_text(loaded.tokenizer, 40302, n_tokens=n_tokens, depth=depth)
+    filler = len(loaded.tokenizer(f" {presets.PASSKEY_FILLER}", add_special_tokens=False).input_ids)
+    assert n_tokens - filler < len(tokenize(loaded.tokenizer, text)) <= n_tokens
+    before, after = text.split(presets.passkey_sentence(40302))
+    before, after = before.count(presets.PASSKEY_FILLER), after.count(presets.PASSKEY_FILLER)
+    assert abs(before - depth * (before + after)) <= 0.5
+    prompt = passkey_prompt(loaded.tokenizer, 40302, n_tokens=n_tokens, depth=depth)
+    decoded = [loaded.tokenizer.decode(part, skip_special_tokens=True) for part in (prompt.context, prompt.question)]
+    assert decoded[1] == " What is the pass key? The pass key is" and "".join(decoded) == text
+    assert len(prompt) <= n_tokens
+
+
+def test_a_passkey_prompt_that_cannot_be_is_refused(loaded):
+    with pytest.raises(TextError, match=r"takes .* tokens without any filler, more than the 30"):
+        passkey_prompt(loaded.tokenizer, 40302, n_tokens=30, depth=0)
+    with pytest.raises(ValueError, match="depth must be from 0 to 1"):
+        passkey_prompt(loaded.tokenizer, 40302, n_tokens=300, depth=1.5)
+
+
+def test_keys_have_five_digits_and_come_again():
+    assert len(set(passkeys(20))) == 20 and all(10_000 <= key <= 99_999 for key in passkeys(20))
+    assert passkeys(5) == passkeys(5) != passkeys(5, seed=1)
+
+
+class Reader:
+    """A stand-in for a model that finds every key which its cache still holds, and says it token by token."""
+
+    def __init__(self, tokenizer, says=" {key}."):
+        self.tokenizer, self.says = tokenizer, says
+
+    def prefill(self, model, ids, cache):
+        tokens = ids[0].tolist()
+        spec = cache["spec"]  # keeps the latest tokens, so that what is told early is lost first
+        cache["held"] = tokens if spec is None else tokens[len(tokens) - math.ceil(spec.keep_ratio * len(tokens)) :]
+
+    def decode_one_token(self, model, ids, cache):
+        if ids.shape[1] > 1:
+            assert self.tokenizer.decode(ids[0]) == " What is the pass key? The pass key is"
+            told = re.findall(r"(\d{5}) is the pass key", self.tokenizer.decode(cache["held"]))
+            answer = self.says.format(key=told[0]) if told else " lost"
+            cache["answer"] = iter(self.tokenizer(answer, add_special_tokens=False).input_ids)
+        return torch.tensor([[next(cache["answer"], 1)]])
+
+
+@pytest.fixture
+def reader(loaded, monkeypatch):
+    def install(**options):
+        reader = Reader(loaded.tokenizer, **options)
+
+        monkeypatch.setattr(evaluation, "prepared", lambda _: nullcontext())
+        monkeypatch.setattr(evaluation, "new_cache", lambda _, spec: {"spec": spec})
+        monkeypatch.setattr(evaluation, "prefill", reader.prefill)
+        monkeypatch.setattr(evaluation, "decode_one_token", reader.decode_one_token)
+
+    return install
+
+
+def test_a_key_is_found_as_long_as_the_cache_holds_it(loaded, reader):
+    reader()
+    seen = []
+    scores = passkey_grid(
+        loaded,
+        {"full": None, "half": CompressionSpec(keep_ratio=0.5), "little": CompressionSpec(keep_ratio=0.01)},
+        lengths=[300, 500],
+        depths=[0.0, 1.0],
+        keys=passkeys(3),
+        on_done=lambda done, total: seen.append((done, total)),
+    )
+    found = {(s.spec, s.n_tokens, s.depth): s.found for s in scores}
+    assert len(scores) == 12 and all(s.trials == 3 for s in scores) and seen == [(i, 36) for i in range(1, 37)]
+    for length in (300, 500):
+        assert [found["full", length, d] for d in (0.0, 1.0)] == [3, 3]
+        assert [found["half", length, d] for d in (0.0, 1.0)] == [0, 3]
+    assert found["little", 300, 1.0] == 0  # 3 tokens do not hold the sentence
+
+
+@pytest.mark.parametrize(
+    "says,right",
+    [(" {key}.", True), ("{key}", True), ("\n {key}", True), (" the {key}", False), (" 1{key}", False), (" ", False)],
+)
+def test_only_the_exact_key_counts(loaded, reader, says, right):
+    reader(says=says)
+    assert passkey_found(loaded, 53128, None, n_tokens=200, depth=0.5) is right
+
+
+def test_passkeys_run_on_a_real_model_and_stop_when_told_to(loaded):
+    specs = policy_specs([0.5], protect_last=8)
+    assert list(specs) == ["keep 0.5, low norm", "keep 0.5, high norm", "keep 0.5, random"]
+
+    def stop(done, total):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        passkey_grid(loaded, specs, lengths=[120], depths=[0.5], keys=passkeys(1), on_done=stop)
+    assert loaded.model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    "spec", [None, CompressionSpec(keep_ratio=0.3), CompressionSpec(keep_ratio=0.4, policy="high_norm", protect_last=6)]
+)
+def test_the_answer_is_what_a_pass_with_the_evicted_tokens_masked_would_say(loaded, spec):
+    prompt = passkey_prompt(loaded.tokenizer, 53128, n_tokens=150, depth=0.5)
+    context, question = len(prompt.context), len(prompt.question)
+    ids = torch.from_numpy(np.concatenate([prompt.context, prompt.question]))[None]
+    for step in range(5):  # the question is asked after compression, in one pass, and then token by token
+        chunks = (context, question, *[1] * step)
+        logits, _ = masked_forward(loaded.model, ids, chunks, spec or CompressionSpec(keep_ratio=1.0))
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+    said = loaded.tokenizer.decode(ids[0, context + question :]).strip()
+    assert len(said) >= 4
+    with prepared(loaded):
+        assert evaluation._says_key(loaded, replace(prompt, key=said), spec)
+        assert not evaluation._says_key(loaded, replace(prompt, key=said[:-1] + "#"), spec)
+
+
+# ----------------------------------------------------------------------------------------------------------- passages
+
+
+def test_passages_are_consecutive_whole_sentences_that_keep_their_tokens(loaded):
+    text = "\n".join(presets.bundled_texts().values()) + " Mr. J. Smith came. He left."
+    found = list(passages(loaded.tokenizer, text, at_least=40, at_most=90, following=10))
+    assert len(found) >= 5
+    position = 0
+    for passage in found:
+        start = text.index(passage.prompt, position)
+        position = start + len(passage.prompt)
+        assert text[position:].startswith(passage.following)
+        assert re.search(r"[.!?][\"'”’)\]]*$", passage.prompt) and not passage.prompt.endswith(("Mr.", " J."))
+        ids = tokenize(loaded.tokenizer, passage.prompt).ids
+        assert 40 <= passage.prompt_tokens == len(ids) <= 90
+        whole = tokenize(loaded.tokenizer, passage.prompt + passage.following).ids
+        assert (whole[: len(ids)] == ids).all() and len(whole) >= len(ids) + 10
+    assert list(passages(loaded.tokenizer, "No end to this", at_least=2, at_most=9)) == []
+
+
+# ------------------------------------------------------------------------------------------------------------ presets
+
+EASY = Criteria(calm=1e6, breaks=-1e6, new_tokens=4, lengths=(40, 60), most=5)
+TEXTS = {"anne": presets.bundled_texts()["Anne of Avonlea (L. M. Montgomery, 1909)"], "keats": TEXT}
+
+
+def test_presets_are_the_first_passages_that_meet_the_criteria_with_the_figures_measured(loaded):
+    seen = []
+    found = find_presets(
+        loaded, TEXTS, criteria=EASY, without_passkey=True, on_done=lambda done, total: seen.append((done, total))
+    )
+    assert seen == [(i, 5) for i in range(1, 6)] and found.without_passkey and found.model == "books-5m"
+    calm, breaks = found.presets
+    assert TEXTS["anne"].startswith(calm.text) and calm.text == breaks.text
+    assert (calm.spec, breaks.spec) == (CALM_SPEC, BREAKS_SPEC)
+    n = len(tokenize(loaded.tokenizer, calm.text))
+    for preset in found.presets:
+        full, after = (
+            continuation_nll(loaded, TEXTS["anne"], spec, prompt_tokens=n, new_tokens=4) for spec in (None, preset.spec)
+        )
+        assert f"these {n} of anne goes from {full:.3f} to {after:.3f} nats a token ({after - full:+.3f})" in preset.why
+        assert "5 of 5 passages tried" in preset.why
+    for source, text in TEXTS.items():  # both texts are tried, each under its own name
+        assert any(source == name and p.prompt in text for name, p in finding._candidates(loaded, TEXTS, EASY))
+        assert all(p.prompt in TEXTS[name] for name, p in finding._candidates(loaded, TEXTS, EASY))
+
+
+@pytest.mark.parametrize("name,spec,best", [("calm", CALM_SPEC, min), ("breaks", BREAKS_SPEC, max)])
+def test_where_nothing_meets_a_criterion_it_fails_and_says_how_near_the_best_came(loaded, name, spec, best):
+    impossible = {"calm": Criteria(calm=0.0), "breaks": Criteria(calm=1e6, breaks=1e6)}[name]
+    criteria = replace(EASY, calm=impossible.calm, breaks=impossible.breaks)
+    changes = []
+    for source, passage in finding._candidates(loaded, TEXTS, criteria):
+        at = TEXTS[source].index(passage.prompt)
+        nll = [
+            continuation_nll(loaded, TEXTS[source][at:], s, prompt_tokens=passage.prompt_tokens, new_tokens=4)
+            for s in (None, spec)
+        ]
+        changes.append(nll[1] - nll[0])
+    nearest = best(map(abs, changes)) if name == "calm" else best(changes)
+    with pytest.raises(NotFoundError, match=rf"None of 5 passages meets the criterion {name}: ") as error:
+        find_presets(loaded, TEXTS, criteria=criteria, without_passkey=True)
+    assert f"{nearest:.3f} nats a token" in str(error.value)
+
+
+def test_texts_too_short_for_any_passage_are_refused(loaded):
+    with pytest.raises(TextError, match="Give longer texts"):
+        find_presets(loaded, {"short": "A word. Another word."}, without_passkey=True)
+
+
+@pytest.fixture
+def survives(monkeypatch):
+    """A stand-in for `stream`: the full cache says the key if `full`, a compressed one if `keeps` says so."""
+
+    def install(keeps, *, full=True):
+        def stream(loaded, prompt, specs, *, max_new_tokens):
+            (spec,) = specs
+            key = re.search(r"(\d{5}) is the pass key", prompt)[1]
+            good = full if spec is None else keeps(spec)
+            for n in range(1, 7):
+                yield (Step(tuple(range(n)), f" {key if good else 'lost it'}"[:n], (0,), 0, 0, False),)
+
+        monkeypatch.setattr(finding, "stream", stream)
+
+    return install
+
+
+PASSKEYS = Criteria(calm=1e6, breaks=-1e6, new_tokens=2, lengths=(40,), most=1, passkey_tokens=(150,), keys=1)
+
+
+def test_the_passkey_preset_is_found_at_one_ratio_and_lost_at_a_smaller_one(loaded, survives):
+    survives(lambda spec: spec.policy == "low_norm" and spec.keep_ratio >= 0.6)
+    preset = find_presets(loaded, TEXTS, criteria=PASSKEYS).presets[2]
+    assert preset.spec == CompressionSpec(keep_ratio=0.6, protect_last=32)
+    assert "at the keep ratios 0.9, 0.8, 0.7, 0.6, and no longer at 0.5, 0.4, 0.3, 0.2, 0.1, 0.05" in preset.why
+    assert "3 of 3 prompts tried" in preset.why and presets.PASSKEY_QUESTION in preset.text
+    survives(lambda spec: spec.policy == "high_norm" and spec.keep_ratio >= 0.9)
+    preset = find_presets(loaded, TEXTS, criteria=PASSKEYS).presets[2]
+    assert preset.spec == CompressionSpec(keep_ratio=0.9, policy="high_norm", protect_last=32)
+
+
+def test_a_passkey_that_is_never_found_or_never_lost_is_no_preset(loaded, survives):
+    survives(lambda spec: True, full=False)
+    with pytest.raises(NotFoundError, match=r"finds the key in none of them.*--without-passkey"):
+        find_presets(loaded, TEXTS, criteria=PASSKEYS)
+    for keeps in (lambda spec: True, lambda spec: False, lambda spec: spec.keep_ratio < 0.1):
+        survives(keeps)
+        with pytest.raises(NotFoundError, match="criterion passkey: found at some keep ratio below 1 and lost"):
+            find_presets(loaded, TEXTS, criteria=PASSKEYS)
+
+
+def test_found_presets_are_read_back_as_they_were_and_offered_after_the_texts(tmp_path):
+    spec = CompressionSpec(keep_ratio=0.3, protect_last=16, skip_layers=(0, 2), seed=3)
+    key = Preset("Key", presets.passkey(12345, before=1, after=2), "Lost – at 0.3.", spec)
+    found = FoundPresets("a model", (Preset("Calm", "A text.\n", "Hardly.", CALM_SPEC), key))
+    path = presets.save_found(found, tmp_path / "presets.json")
+    assert FoundPresets.from_json(path.read_text(encoding="utf-8")) == found
+    offered = presets.presets(path)
+    assert [p.name for p in offered] == [*presets.bundled_texts(), "Calm", "Key"] and offered[-1].spec == spec
+    presets.save_found(FoundPresets("a model", found.presets[:1], without_passkey=True), path)
+    without = presets.presets(path)
+    assert FoundPresets.from_json(path.read_text(encoding="utf-8")).without_passkey
+    assert [p.name for p in without[2:]] == ["Calm", "Passkey hidden in filler (the paper's task)"]
+    assert presets.presets(tmp_path / "none.json")[0] == Preset(*next(iter(presets.bundled_texts().items())))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"l2kv_presets": 2}', '{"l2kv_presets": 1, "presets": [3]}'])
+def test_a_damaged_file_of_presets_is_named(tmp_path, text):
+    (tmp_path / "presets.json").write_text(text)
+    with pytest.raises(RunFileError, match=r"The presets cannot be read .*python -m analysis demo"):
+        presets.presets(tmp_path / "presets.json")
+
+
+def test_the_presets_that_are_shipped_can_be_read():
+    names = [preset.name for preset in presets.presets()]
+    assert len(names) == len(set(names)) >= 3
+
+
+def test_the_demo_command_writes_presets_and_the_run_or_nothing(tmp_path, capsys, monkeypatch):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "anne.txt").write_text(TEXTS["anne"], encoding="utf-8")
+    options = ["demo", "--texts", str(tmp_path / "texts"), "-o", str(tmp_path)]
+    monkeypatch.setattr(finding, "Criteria", lambda: PASSKEYS)
+    assert main(options) == 2
+    assert "--without-passkey" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["texts"]
+    assert main([*options, "--without-passkey"]) == 0
+    assert "Calm: half the cache will do: Half the cache, hardly a change." in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.safetensors", "presets.json", "texts"]
+    assert main(["demo", "--texts", str(tmp_path / "nowhere.txt")]) == 2
+    assert "nowhere.txt cannot be read" in capsys.readouterr().err
