@@ -118,6 +118,13 @@ def prune_after_input() -> None:
     )  # fmt: skip
 
 
+def take_spec(spec: CompressionSpec) -> None:
+    """Set the controls to a compression. What they do not show stays out of it."""
+    for name in ("keep_ratio", "policy", "protect_last", "prune_after"):
+        st.session_state[name] = getattr(spec, name)
+    st.session_state["skip_layers"] = list(spec.skip_layers)
+
+
 def current_spec() -> CompressionSpec:
     """The compression as the controls say, those of other pages included."""
     state = st.session_state

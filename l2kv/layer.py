@@ -94,6 +94,12 @@ class CompressedLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
+        head_dim = key_states.shape[-1]
+        if self._filters is not None and self._filters.shape[-1] != head_dim:
+            raise ValueError(
+                f"The filters of layer {self._layer_idx} must have {head_dim} numbers for each kv head (head_dim), "
+                f"got some of shape {list(self._filters.shape)}."
+            )
         self.groups = self._make_groups(key_states.shape[1])
         self.is_initialized = True
 
@@ -101,11 +107,6 @@ class CompressedLayer(CacheLayerMixin):
         by_target: dict[Target, list[int]] = {}
         for head in range(kv_heads):
             by_target.setdefault(self.spec.target_of(self._layer_idx, head), []).append(head)
-        if len(by_target) > 1 and self._policy.ranks_whole_layer:
-            raise ValueError(
-                f"The policy {self.spec.policy} ranks all heads of a layer together, so they cannot keep different "
-                f"numbers of tokens; head_ratios does so in layer {self._layer_idx}."
-            )
         return [Group(tuple(heads), target) for target, heads in by_target.items()]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -187,6 +188,8 @@ class CompressedLayer(CacheLayerMixin):
             if kept < group.held:
                 group.slots.keep(self._rank_of_all(group, options or {}), kept)
                 group.ranked = kept
+            else:
+                group.slots.let_go()
         self._show()
 
     def positions(self) -> list[Tensor]:

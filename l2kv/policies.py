@@ -109,7 +109,8 @@ def streaming(pairs: Pairs) -> Tensor:
 def keydiff(pairs: Pairs) -> Tensor:
     """Keep the keys least like the mean direction of all keys held (KeyDiff: Park et al., arXiv 2504.15364)."""
     unit = _unit(pairs.keys)
-    return -(unit * _unit(unit.mean(dim=-2, keepdim=True))).sum(dim=-1)
+    of_text = (pairs.positions >= 0)[..., None]  # what a row is padded with has no say in its mean
+    return -(unit * _unit((unit * of_text).sum(dim=-2, keepdim=True))).sum(dim=-1)
 
 
 def q_filters(pairs: Pairs) -> Tensor:
@@ -126,11 +127,19 @@ def window(pairs: Pairs) -> Tensor:
     """Keep what the last 32 queries attend to, smoothed over neighbours (SnapKV: Li et al., arXiv 2404.14469)."""
     import torch
 
+    # A query older than all that is held sees nothing, and its row is 0 / 0.
+    votes = pairs.last_rows.nan_to_num(0.0).sum(dim=(2, 3))
+    positions = pairs.positions.expand_as(votes)
     # Slots are in no order, and neighbours are neighbours in the text.
-    order = pairs.positions.argsort(dim=-1)
-    votes = pairs.last_rows.sum(dim=(2, 3)).gather(-1, order)
-    pooled = torch.nn.functional.avg_pool1d(votes, _POOL, stride=1, padding=_POOL // 2)
-    return torch.empty_like(pooled).scatter_(-1, order, pooled)
+    order = positions.argsort(dim=-1)
+    votes, positions = votes.gather(-1, order), positions.gather(-1, order)
+    # As in the paper, what came before the window is smoothed without the window's tokens, which vote for each other.
+    recent = positions > positions[..., -1:] - WINDOW
+    before, within = (
+        torch.nn.functional.avg_pool1d(votes.masked_fill(others, 0.0), _POOL, stride=1, padding=_POOL // 2)
+        for others in (recent, ~recent)
+    )
+    return torch.empty_like(votes).scatter_(-1, order, torch.where(recent, within, before))
 
 
 def last_query(pairs: Pairs) -> Tensor:

@@ -46,7 +46,7 @@ class Slots:
         """Fill more slots with keys and values [B, h, q, D]. What goes with them is for the caller to fill in."""
         end = self.held + keys.shape[2]
         # What was made in inference mode cannot be written to outside of it.
-        frozen = self._buffers[0].is_inference() and not torch.is_inference_mode_enabled()
+        frozen = any(buffer.is_inference() for buffer in self._buffers) and not torch.is_inference_mode_enabled()
         if end > self.capacity or frozen or not self._owned:
             self._move(with_slack(end))
         self._buffers[0][:, :, self.held : end] = keys.detach()
@@ -67,6 +67,11 @@ class Slots:
         else:
             self._fill_holes(rank.topk(excess, dim=-1, largest=False, sorted=False).indices, kept)
         self.held = kept
+
+    def let_go(self) -> None:
+        """Take what is held out of storage that others have a part in: it would keep theirs in memory, too."""
+        if not self._owned and any(b.untyped_storage().nbytes() > b.nbytes for b in self._buffers):
+            self._move(with_slack(self.held))
 
     @property
     def nbytes(self) -> int:

@@ -13,6 +13,7 @@ from l2kv.policies import POLICIES
 
 SCHEDULES = ("seen", "reference")
 DIRECTIONS = ("low", "high")
+_COUNTS = ("prune_after", "protect_first", "protect_last", "seed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ class CompressionSpec:
 
     def __post_init__(self) -> None:
         _check_ratio("keep_ratio", self.keep_ratio)
-        for name in ("prune_after", "protect_first", "protect_last", "seed"):
+        for name in _COUNTS:
             _check_count(name, getattr(self, name))
         _check_count("evict_every", self.evict_every, least=1)
         if self.budget is not None:
@@ -67,11 +68,14 @@ class CompressionSpec:
         _check_choice("schedule", self.schedule, SCHEDULES)
         if isinstance(self.skip_layers, str) or not isinstance(self.skip_layers, Iterable):
             raise TypeError(f"skip_layers must be a sequence of layer numbers such as (0, 1), got {self.skip_layers!r}")
-        for layer in self.skip_layers:
+        skip_layers = tuple(self.skip_layers)  # once: it may be a generator
+        for layer in skip_layers:
             _check_count("each of skip_layers", layer)
         for name, value in {
+            **{name: int(getattr(self, name)) for name in (*_COUNTS, "evict_every")},
             "keep_ratio": float(self.keep_ratio),
-            "skip_layers": tuple(sorted({int(layer) for layer in self.skip_layers})),
+            "budget": None if self.budget is None else int(self.budget),
+            "skip_layers": tuple(sorted({int(layer) for layer in skip_layers})),
             "layer_ratios": _layer_ratios(self.layer_ratios),
             "head_ratios": _head_ratios(self.head_ratios),
             "directions": _directions(self.directions),
@@ -189,5 +193,5 @@ def _check_count(name: str, value: object, least: int = 0) -> None:
 
 
 def _check_choice(name: str, value: object, choices: Iterable[str]) -> None:
-    if value not in choices:
+    if value not in tuple(choices):  # in a dict, a list would be refused as unhashable
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -19,6 +19,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+torch.set_num_threads(1)  # tiny models, and a process per core: threads would only wait for each other
 ROOT = Path(__file__).parents[1]
 BUNDLED = ROOT / "analysis" / "bundled" / "books-5m"
 STORIES = ROOT.parent / "shared" / "models" / "stories260K"

@@ -91,13 +91,18 @@ def page(engine: Engine) -> None:
 
 
 def _prompt_input() -> str:
-    texts = {preset.name: preset.text for preset in presets()}
+    by_name = {preset.name: preset for preset in presets()}
 
     def take() -> None:
-        st.session_state["prompt"] = texts[st.session_state["prompt_preset"]]
+        preset = by_name[st.session_state["prompt_preset"]]
+        st.session_state["prompt"] = preset.text
+        if preset.spec is not None:
+            state.take_spec(preset.spec)
 
-    st.session_state.setdefault("prompt", next(iter(texts.values())))
-    st.selectbox("Start from", list(texts), key="prompt_preset", persist_state="session", on_change=take)
+    st.session_state.setdefault("prompt", next(iter(by_name.values())).text)
+    chosen = st.selectbox("Start from", list(by_name), key="prompt_preset", persist_state="session", on_change=take)
+    if by_name[chosen].why:
+        st.caption(markup.plain(by_name[chosen].why))
     return st.text_area("Prompt", key="prompt", persist_state="session", height=250, max_chars=200_000)
 
 
