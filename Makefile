@@ -18,8 +18,9 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(VENV)/app.stamp  ## memory and time of a capture, as ratios to the plain ways
+bench: $(VENV)/app.stamp  ## memory and time of a capture and of a compressed cache, as ratios to the plain ways
 	$(BIN)/python -m tests.bench_capture
+	$(BIN)/python -m tests.bench_cache
 
 # ARGS=--without-passkey for a model that cannot retrieve
 demo: $(VENV)/app.stamp  ## the demo run and the presets again, of MODEL=name or folder, found in TEXTS="files or folders"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -20,8 +21,9 @@ class CompressedCache(Cache):
     """A transformers cache that keeps a share of the tokens, in real memory, at every step.
 
     Use it inside `compressible(model)`, as `past_key_values` of a forward pass or of `generate()`. Sliding-window
-    layers, which are bounded already, are left whole. Rows of a batch keep their own tokens; padding is refused, and so
-    is taking tokens back (`crop`: assisted decoding). For inference: no gradient passes through it.
+    layers, which are bounded already, are left whole. Rows of a batch keep their own tokens, as many each; they may be
+    padded on the left, with the attention_mask of all tokens at every pass. Padding goes first, but counts as seen.
+    Taking tokens back is refused (`crop`: assisted decoding). For inference: no gradient passes through it.
 
     Args:
         config: the model's config.
@@ -154,7 +156,7 @@ def l2_compress(
 def _compressed_once(spec: CompressionSpec, layer_idx: int, source: CacheLayerMixin) -> CacheLayerMixin:
     if type(source) is DynamicSlidingWindowLayer:
         return copy.copy(source)  # it replaces its tensors, and never writes into them
-    if not isinstance(source, (DynamicLayer, CompressedLayer)) or not source.is_initialized:
+    if type(source) not in (DynamicLayer, CompressedLayer) or not source.is_initialized:  # subclasses hold more
         raise TypeError(f"layer {layer_idx} of the cache holds no keys that can be read ({type(source).__name__})")
     layer = CompressedLayer(spec, layer_idx)
     if isinstance(source, CompressedLayer):
@@ -167,21 +169,45 @@ def _compressed_once(spec: CompressionSpec, layer_idx: int, source: CacheLayerMi
     return layer
 
 
+# Left to transformers, they would be as exact as it is, which in pieces of a text not all such models are.
+_INSTEAD = {"LinearAttentionLayer": "carry a running state", "DummyLayer": "borrow the keys of another layer"}
+
+
 def _layers_for(config: PretrainedConfig, spec: CompressionSpec, filters: Tensor | None) -> list[CacheLayerMixin]:
     check_compressible(config)
-    layers = DynamicCache(config=config).layers  # transformers knows which layer of which model caches how
-    unknown = {type(layer).__name__ for layer in layers} - {"DynamicLayer", "DynamicSlidingWindowLayer"}
-    if unknown or not layers:
+    try:
+        layers = DynamicCache(config=config).layers  # transformers knows which layer of which model caches how
+    except (AttributeError, KeyError, ValueError) as error:  # models with a cache class of their own
+        raise UnsupportedModelError(f"{config.model_type} has no cache of plain layers: {error}") from error
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    others = Counter(type(layer).__name__ for layer in layers if type(layer) not in plain)
+    if others or not layers:
+        which = ", ".join(f"{n} {_INSTEAD.get(kind, f'are a {kind}')}" for kind, n in others.items())
         raise UnsupportedModelError(
-            f"{config.model_type} has layers without a key/value cache ({', '.join(sorted(unknown)) or 'all of them'})."
+            f"{config.model_type} has layers without a key/value cache of their own: {which or 'all of them'}."
         )
     _check_layers(spec, len(layers))
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    _check_heads(spec, filters, len(layers), kv_heads)
+    _check_heads(spec, filters, _kv_heads(config, len(layers)))
     return [
         CompressedLayer(spec, i, None if filters is None else filters[i]) if type(layer) is DynamicLayer else layer
         for i, layer in enumerate(layers)
     ]
+
+
+def _kv_heads(config: PretrainedConfig, n_layers: int) -> list[int]:
+    """kv heads of each layer: in some models (Gemma 4) they differ."""
+    heads = [
+        getattr(layer, "num_key_value_heads", None) or getattr(layer, "num_attention_heads", None)
+        for layer in _of_layers(config)
+    ]
+    if not all(heads):
+        raise UnsupportedModelError(f"{config.model_type} has no attention heads, and so no keys to rank.")
+    return heads if len(heads) == n_layers else heads[:1] * n_layers
+
+
+def _of_layers(config: PretrainedConfig) -> Sequence[PretrainedConfig]:
+    """The config as each layer sees it, or once where all see the same."""
+    return config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
 
 
 def check_compressible(config: PretrainedConfig) -> None:
@@ -193,7 +219,7 @@ def check_compressible(config: PretrainedConfig) -> None:
             f"{config.model_type} is not decoder-only. Only decoder-only language models (Llama, Qwen, GPT, ...) have "
             "the key/value cache that is looked at here."
         )
-    if getattr(config, "kv_lora_rank", None):
+    if any(getattr(layer, "kv_lora_rank", None) for layer in _of_layers(config)):
         raise UnsupportedModelError(f"{config.model_type} caches latents, not keys: there is no key norm to rank by.")
 
 
@@ -207,16 +233,28 @@ def _check_layers(spec: CompressionSpec, n_layers: int) -> None:
             raise ValueError(f"{name} names layer {max(layers)}, but the layers are 0 to {n_layers - 1}")
 
 
-def _check_heads(spec: CompressionSpec, filters: Tensor | None, n_layers: int, kv_heads: int) -> None:
-    heads = [head for (_, head), _ in spec.head_ratios or ()]
-    if heads and max(heads) >= kv_heads:
-        raise ValueError(f"head_ratios names kv head {max(heads)}, but the kv heads are 0 to {kv_heads - 1}")
-    if spec.directions is not None and [len(row) for row in spec.directions] != [kv_heads] * n_layers:
-        raise ValueError(f"directions must be {n_layers} rows (layers) of {kv_heads} (kv heads)")
-    if POLICIES[spec.policy].needs_filters and (filters is None or filters.shape[:2] != (n_layers, kv_heads)):
+def _check_heads(spec: CompressionSpec, filters: Tensor | None, kv_heads: list[int]) -> None:
+    """`kv_heads`: of each layer."""
+    for (layer, head), _ in spec.head_ratios or ():
+        if head >= kv_heads[layer]:
+            raise ValueError(
+                f"head_ratios names kv head {head} of layer {layer}, but its kv heads are 0 to {kv_heads[layer] - 1}"
+            )
+    n_layers, alike = len(kv_heads), len(set(kv_heads)) == 1
+    if spec.directions is not None and [len(row) for row in spec.directions] != kv_heads:
+        heads = kv_heads[0] if alike else kv_heads
+        raise ValueError(f"directions must be {n_layers} rows (layers) of {heads} (kv heads)")
+    policy = POLICIES[spec.policy]
+    for layer, n in enumerate(kv_heads):
+        if policy.ranks_whole_layer and len({spec.target_of(layer, head) for head in range(n)}) > 1:
+            raise ValueError(
+                f"The policy {spec.policy} ranks all heads of a layer together, so they cannot keep different numbers "
+                f"of tokens; head_ratios does so in layer {layer}."
+            )
+    if policy.needs_filters and (filters is None or filters.shape[:-1] != (n_layers, max(kv_heads))):
         got = "none" if filters is None else f"some of shape {list(filters.shape)}"
         raise ValueError(
-            f"The policy {spec.policy} needs filters of shape [{n_layers}, {kv_heads}, head_dim], got {got}: "
+            f"The policy {spec.policy} needs filters of shape [{n_layers}, {max(kv_heads)}, head_dim], got {got}: "
             "CompressedCache(config, spec, filters=q_filters(model, input_ids))."
         )
 

@@ -7,9 +7,11 @@ as soon as its attention is done, which also keeps the peak of a long prompt dow
 
 from __future__ import annotations
 
+import inspect
 from contextlib import ExitStack
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -80,12 +82,17 @@ class _Preparation:
         cache = next((a for a in (*kwargs.values(), *args) if isinstance(a, CompressedCache)), None)
         if cache is None:
             return
-        first_real = _first_real(kwargs.get("attention_mask"))
         if len({layer.get_seq_length() for layer in cache.layers}) > 1:
             raise RuntimeError(
                 "The last forward pass over this cache stopped half way, so its layers have seen different tokens. "
                 "Call cache.reset() and start again."
             )
+        mask = _argument("attention_mask", module, args, kwargs)
+        if mask is not None:
+            _check_columns(mask, cache.get_seq_length(), _new_tokens(module, args, kwargs))
+        first_real = _first_real(mask)
+        for layer in cache.compressed_layers()[:1]:  # what holds for one holds for all
+            _check_padding(layer, first_real)
         for layer in cache.compressed_layers():
             layer.first_real = first_real
         self._cache, cache.serving = cache, True
@@ -122,16 +129,54 @@ class _Preparation:
         return result
 
 
+def _argument(name: str, module: nn.Module, args: tuple, kwargs: dict) -> object:
+    """What a forward pass of `module` is given by this name, or in its place; None where it is not given."""
+    if name in kwargs or not args:
+        return kwargs.get(name)
+    return dict(zip(inspect.signature(module.forward).parameters, args, strict=False)).get(name)
+
+
+def _new_tokens(module: nn.Module, args: tuple, kwargs: dict) -> int | None:
+    """How many tokens a forward pass is given."""
+    given = (_argument(name, module, args, kwargs) for name in ("input_ids", "inputs_embeds"))
+    return next((tokens.shape[1] for tokens in given if tokens is not None), None)
+
+
+def _check_columns(mask: object, seen: int, new: int | None) -> None:
+    """A mask of the new tokens only, say, would be filled up with zeros, and hide them."""
+    if isinstance(mask, Tensor) and mask.dim() == 2 and new is not None and mask.shape[1] != seen + new:
+        raise ValueError(
+            f"attention_mask has {mask.shape[1]} columns, but the cache has seen {seen} tokens and {new} are new: "
+            f"it needs {seen + new} columns, for all tokens from the first on, evicted or not."
+        )
+
+
 def _first_real(mask: Tensor | None) -> Tensor | None:
-    """Where each row begins, [B], from an attention mask [B, T]; None where no row is padded."""
+    """Where each row begins, [B], from an attention mask [B, T]; None where no row is padded.
+
+    A row that is all padding has not begun yet: its text may come with a later chunk of the prompt.
+    """
     if not isinstance(mask, Tensor) or (mask.dim() == 2 and mask.all()):
         return None
-    if mask.dim() != 2 or not mask[:, -1].all() or not (mask[:, 1:] >= mask[:, :-1]).all():
+    if mask.dim() != 2 or not (mask[:, 1:] >= mask[:, :-1]).all():
         raise ValueError(
             "A compressed cache takes rows that are padded on the left, or not at all, and no attention mask but that: "
             "tokenizer.padding_side = 'left', and attention_mask of shape [batch, tokens]."
         )
     return (mask == 0).sum(dim=1)
+
+
+def _check_padding(layer: CompressedLayer, first_real: Tensor | None) -> None:
+    """What was padding stays padding: else a mask left out would bring it back, where it was not evicted."""
+    if layer.first_real is None:
+        return
+    known = layer.first_real
+    now = torch.zeros_like(known) if first_real is None else first_real.to(known.device)
+    if now.shape != known.shape or ((now != known) & (known < layer.seen)).any():
+        raise ValueError(
+            "The rows of this cache are padded on the left, and this attention_mask says otherwise (or there is none). "
+            "Give the attention_mask of all tokens with every forward pass."
+        )
 
 
 _preparations: WeakKeyDictionary[PreTrainedModel, _Preparation] = WeakKeyDictionary()

@@ -1,4 +1,4 @@
-"""`make bench-cache`: what a compressed cache costs and saves beside transformers' own, as ratios measured in one run.
+"""`make bench`: what a compressed cache costs and saves beside transformers' own, as ratios measured in one run.
 
 Shape: 30 layers, 9 query and 3 kv heads, 576 wide, float32, random weights (right for time and memory, never for
 quality). Ways take turns within a run, so that a machine that slows down slows all of them; each figure is the median.

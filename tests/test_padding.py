@@ -1,0 +1,360 @@
+"""Batches of rows that differ in length, padded on the left: each row must go on as if it were alone."""
+
+import copy
+import math
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from l2kv import POLICIES, CompressedCache, CompressionSpec, compressible
+from tests.architectures import ARCHITECTURES
+from tests.oracle import _attention, target
+from tests.test_cache import IN_CHUNKS, ONE_BY_ONE
+
+PAD = 1  # any token: nobody looks at it
+PADDED = (0, 5, 13, 19)  # tokens before each row's text; with 19, the first chunk of IN_CHUNKS is all padding
+TOTAL = sum(ONE_BY_ONE)
+UNIFORM = {"keep_ratio": 0.4}
+PER_HEAD = {"keep_ratio": 0.7, "head_ratios": {(0, 0): 0.2, (1, 1): 0.9, (2, 0): 0.1, (2, 1): 0.5}}
+ALL_OF_IT = {"budget": 10**6, "head_ratios": {(0, 0): 1.0, (1, 1): 1.0}}  # two groups a layer, both whole
+_models = {}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models as small as these only wait for the other threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["Llama", "Qwen3", "GPT-2"])  # GPT-2: a wrong position shows, where rotary hides a shift
+def model(request):
+    return built(request.param)
+
+
+@pytest.fixture
+def llama():
+    return built("Llama")
+
+
+def built(name):
+    if name not in _models:
+        _models[name] = ARCHITECTURES[name].model()
+    return _models[name]
+
+
+def padded(model, padding=PADDED, total=TOTAL):
+    """(ids [B, total], attention_mask [B, total]) of random rows: no token twice in a row."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.stack([2 + torch.randperm(model.config.vocab_size - 2, generator=generator)[:total] for _ in padding])
+    mask = torch.ones_like(ids)
+    for row, length in enumerate(padding):
+        ids[row, :length], mask[row, :length] = PAD, 0
+    return ids, mask
+
+
+def decode(model, ids, mask, chunks, cache):
+    """Logits [B, T, V] of the chunks fed one after the other."""
+    position_ids = (mask.cumsum(dim=1) - 1).clamp_min(0)
+    start, logits = cache.get_seq_length(), []
+    with compressible(model), torch.no_grad():
+        for chunk in chunks:
+            new, start = slice(start, start + chunk), start + chunk
+            logits.append(
+                model(
+                    ids[:, new],
+                    attention_mask=mask[:, :start],
+                    position_ids=position_ids[:, new],
+                    past_key_values=cache,
+                ).logits
+            )
+    return torch.cat(logits, dim=1)
+
+
+def alone(model, text, padding, chunks, spec):
+    """Logits [T, V] of one row without its padding, in one full forward pass where the evicted are masked, and
+    kept[layer][kv head]: {position in the padded row}. `chunks` are of the padded row, and so are the counts.
+    """
+    kept = {}
+
+    def replay(spec, ratio, norms, weights):
+        """`weights(query, keys) -> {key: attention}`, all by their position in the padded row."""
+        seen, held, visible = 0, [], {}
+        received = dict.fromkeys(range(padding + len(text)), 0.0)
+        for chunk in chunks:
+            for query in range(max(seen, padding), seen + chunk):
+                visible[query] = [p for p in [*held, *range(seen, query + 1)] if p >= padding]
+                for key, weight in weights(query, visible[query]).items():
+                    received[key] += weight
+            held, seen = [*held, *range(seen, seen + chunk)], seen + chunk
+            score = received if spec.policy == "accumulated" else {p: -norms[p - padding] for p in held if p >= padding}
+            first, last = spec.protect_first, spec.protect_last
+            safe = [p for p in held if padding <= p < padding + first or p >= seen - last]
+            count = max(math.ceil(round(ratio * seen, 9)), min(first + last, seen))
+            held = sorted(held, key=lambda p: (p not in safe, p < padding, p >= padding and -score[p], p))[:count]
+        return visible, set(held)
+
+    def attention(module, query, key, value, mask, scaling=None, **_):
+        kv_heads, _, width = key.shape[1:]
+        group = query.shape[1] // kv_heads
+        scores = query[0].unflatten(0, (kv_heads, group)) @ key[0, :, None].transpose(-1, -2)
+        scores = scores * (width**-0.5 if scaling is None else scaling)  # [Hkv, G, n, n]
+        weights = torch.zeros_like(scores)
+        kept[module.layer_idx] = []
+        for h in range(kv_heads):
+
+            def attend(query, keys, h=h):
+                at, columns = query - padding, torch.tensor(keys) - padding
+                weights[h, :, at, columns] = scores[h, :, at, columns].softmax(-1)
+                return dict(zip(keys, weights[h, :, at, columns].sum(0).tolist(), strict=True))
+
+            norms = key[0, h].pow(2).sum(-1).sqrt().tolist()
+            _, held = replay(spec, target(spec, module.layer_idx, h)[0], norms, attend)
+            kept[module.layer_idx].append(held)
+        return (weights @ value[0, :, None]).flatten(0, 1)[None].transpose(1, 2), None
+
+    with _attention(model, attention), torch.no_grad():
+        return model(text[None], use_cache=False).logits[0], kept
+
+
+def real(positions, padding):
+    return {p for p in positions if p >= padding}
+
+
+@pytest.mark.parametrize("chunks", [ONE_BY_ONE, IN_CHUNKS], ids=["one by one", "in chunks"])
+@pytest.mark.parametrize("policy", ["low_norm", "accumulated"])
+@pytest.mark.parametrize("shares", [UNIFORM, PER_HEAD], ids=["uniform", "per head"])
+def test_each_row_keeps_its_own_tokens_and_reads_as_if_alone(model, shares, policy, chunks):
+    spec = CompressionSpec(**shares, policy=policy, protect_first=2, protect_last=3)
+    (ids, mask), cache = padded(model), CompressedCache(model.config, spec)
+    logits = decode(model, ids, mask, chunks, cache)
+    for row, padding in enumerate(PADDED):
+        expected, kept = alone(model, ids[row, padding:], padding, chunks, spec)
+        for layer in range(len(cache)):
+            for head, positions in enumerate(cache.kept_positions(layer)):
+                held = positions[row].tolist()
+                assert real(held, padding) == real(kept[layer][head], padding), (row, layer, head)
+                assert len(held) == len(kept[layer][head])  # counts go by the padded length, the same in every row
+        torch.testing.assert_close(logits[row, padding:], expected, atol=1e-4, rtol=0)
+
+
+def test_padding_is_the_first_to_go(llama):
+    ids, mask = padded(llama)
+    for count in range(0, TOTAL + 1, 3):
+        cache = CompressedCache(llama.config, CompressionSpec(budget=count))
+        decode(llama, ids, mask, [TOTAL], cache)
+        for head in cache.kept_positions(1):
+            for row, padding in enumerate(PADDED):
+                assert len(real(head[row].tolist(), padding)) == min(count, TOTAL - padding)
+
+
+def test_the_first_tokens_are_those_of_the_text(llama):
+    ids, mask = padded(llama)
+    cache = CompressedCache(llama.config, CompressionSpec(keep_ratio=0.0, protect_first=2))
+    decode(llama, ids, mask, IN_CHUNKS, cache)
+    for head in cache.kept_positions(0):
+        assert head.tolist() == [[padding, padding + 1] for padding in PADDED]
+
+
+@pytest.mark.parametrize("policy", [name for name, policy in POLICIES.items() if not policy.needs_calibration])
+def test_every_policy_keeps_of_a_padded_row_what_it_keeps_of_the_row_alone(llama, policy):
+    """With a number of tokens to keep, not a share, padding does not even count."""
+    (ids, mask), spec = padded(llama), CompressionSpec(budget=7, policy=policy)
+    together = CompressedCache(llama.config, spec)
+    decode(llama, ids, mask, [20, 9, 1, 1, 1], together)
+    for row, padding in enumerate(PADDED):
+        one = CompressedCache(llama.config, spec)
+        text = ids[row : row + 1, padding:]
+        decode(llama, text, torch.ones_like(text), [20 - padding, 9, 1, 1, 1], one)
+        for layer in range(3):
+            for head, expected in zip(together.kept_positions(layer), one.kept_positions(layer), strict=True):
+                assert (head[row] - padding).tolist() == expected[0].tolist()
+
+
+@pytest.mark.parametrize("prefill_chunk_size", [None, 7])
+@pytest.mark.parametrize("policy", ["low_norm", "accumulated"])
+@pytest.mark.parametrize("shares", [UNIFORM, PER_HEAD], ids=["uniform", "per head"])
+def test_generate_is_decoding_step_by_step(model, shares, policy, prefill_chunk_size):
+    ids, mask = padded(model, total=20)
+    ids, mask = ids[:3], mask[:3]
+    spec = CompressionSpec(**shares, policy=policy)
+    with compressible(model):
+        out = model.generate(
+            ids,
+            attention_mask=mask,
+            past_key_values=CompressedCache(model.config, spec),
+            prefill_chunk_size=prefill_chunk_size,
+            max_new_tokens=8,
+            do_sample=False,
+            eos_token_id=-1,
+            pad_token_id=PAD,
+        )
+    chunks = ((20,) if prefill_chunk_size is None else (7, 7, 6)) + (1,) * 8
+    for row, padding in enumerate(PADDED[:3]):
+        logits, _ = alone(model, out[row, padding:], padding, chunks, spec)
+        assert out[row, 20:].tolist() == logits[19 - padding : -1].argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("shares", [{"keep_ratio": 1.0}, ALL_OF_IT], ids=["uniform", "per head"])
+@pytest.mark.parametrize("name", ["Llama", "GPT-2", "Gemma 2", "Gemma 3 (text)", "gpt-oss", "OLMo 2"])
+def test_keeping_everything_is_the_plain_cache(name, shares, implementation):
+    model = built(name)
+    ids, mask = padded(model, total=20)
+    before = model.config._attn_implementation
+    if implementation == "eager":
+        model.set_attn_implementation("eager")
+    runs = []
+    try:
+        for cache in (DynamicCache(config=model.config), CompressedCache(model.config, CompressionSpec(**shares))):
+            with compressible(model):
+                runs.append(
+                    model.generate(
+                        ids,
+                        attention_mask=mask,
+                        past_key_values=cache,
+                        max_new_tokens=8,
+                        do_sample=False,
+                        eos_token_id=-1,
+                        pad_token_id=PAD,
+                        return_dict_in_generate=True,
+                        output_logits=True,
+                    )
+                )
+    finally:
+        model.set_attn_implementation(before)
+    plain, compressed = runs
+    assert torch.equal(plain.sequences, compressed.sequences)
+    torch.testing.assert_close(torch.stack(plain.logits), torch.stack(compressed.logits), atol=1e-4, rtol=0)
+
+
+def test_each_beam_scores_as_if_decoded_alone(llama):
+    ids, mask = padded(llama, (0, 6, 9), total=16)
+    spec = CompressionSpec(**PER_HEAD)
+    with compressible(llama):
+        out = llama.generate(
+            ids,
+            attention_mask=mask,
+            past_key_values=CompressedCache(llama.config, spec),
+            num_beams=3,
+            num_return_sequences=3,
+            max_new_tokens=6,
+            do_sample=False,
+            length_penalty=0.0,
+            eos_token_id=-1,
+            pad_token_id=PAD,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+    for i, (sequence, score) in enumerate(zip(out.sequences, out.sequences_scores, strict=True)):
+        padding = (0, 6, 9)[i // 3]
+        logits, _ = alone(llama, sequence[padding:-1], padding, (16, *[1] * 5), spec)
+        log_probabilities = logits[15 - padding :].log_softmax(-1)
+        assert score.item() == pytest.approx(log_probabilities.gather(1, sequence[16:, None]).sum().item(), abs=1e-3)
+
+
+@pytest.mark.parametrize("policy", ["low_norm", "accumulated", "window"])
+@pytest.mark.parametrize(
+    "change,rows",
+    [
+        (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2, 3, 3]),
+        (lambda cache: cache.batch_select_indices(torch.tensor([3, 1])), [3, 1]),
+        (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0, 3])), [2, 0, 0, 3]),
+    ],
+    ids=["repeated", "selected", "reordered"],
+)
+def test_rows_may_be_repeated_selected_and_reordered_midway(llama, change, rows, policy):
+    ids, mask = padded(llama)
+    spec = CompressionSpec(**PER_HEAD, policy=policy)
+    whole, changed = CompressedCache(llama.config, spec), CompressedCache(llama.config, spec)
+    decode(llama, ids, mask, [20], whole)
+    expected = decode(llama, ids, mask, [5, 1, 1], whole)
+    decode(llama, ids, mask, [20], changed)
+    change(changed)
+    logits = decode(llama, ids[rows], mask[rows], [5, 1, 1], changed)
+    torch.testing.assert_close(logits, expected[rows], atol=1e-5, rtol=0)
+    for layer in range(3):
+        for head, expected_head in zip(changed.kept_positions(layer), whole.kept_positions(layer), strict=True):
+            assert torch.equal(head, expected_head[rows])
+
+
+def test_a_copy_goes_its_own_way(llama):
+    ids, mask = padded(llama)
+    cache = CompressedCache(llama.config, CompressionSpec(**PER_HEAD, policy="accumulated"))
+    decode(llama, ids, mask, [20], cache)
+    twin = copy.deepcopy(cache)
+    decode(llama, ids.flip(0), mask, [1, 1, 1], twin)  # other tokens, into the copy
+    logits = decode(llama, ids, mask, [1, 3], cache)
+    untouched = CompressedCache(llama.config, cache.spec)
+    expected = decode(llama, ids, mask, [20, 1, 3], untouched)[:, 20:]
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+    assert twin.get_seq_length() == 23 and cache.get_seq_length() == 24
+
+
+def test_sampling_with_a_seed_gives_the_same_text_again_and_that_of_the_plain_cache_where_all_is_kept(llama):
+    ids, mask = padded(llama, total=20)
+
+    def sample(cache):
+        torch.manual_seed(7)
+        options = {"do_sample": True, "top_k": 20, "max_new_tokens": 10, "eos_token_id": -1, "pad_token_id": PAD}
+        with compressible(llama):
+            return llama.generate(ids, attention_mask=mask, past_key_values=cache, **options)
+
+    def compressed(shares):
+        return sample(CompressedCache(llama.config, CompressionSpec(**shares)))
+
+    assert torch.equal(compressed(ALL_OF_IT), sample(DynamicCache(config=llama.config)))
+    assert torch.equal(compressed(PER_HEAD), compressed(PER_HEAD))
+    assert not torch.equal(compressed(PER_HEAD), compressed(ALL_OF_IT))
+
+
+def test_reset_forgets_the_padding_too(llama):
+    spec = CompressionSpec(**PER_HEAD)
+    (ids, mask), cache = padded(llama), CompressedCache(llama.config, spec)
+    decode(llama, ids, mask, [20, 1], cache)
+    cache.reset()
+    assert cache.held == (0, 0, 0) and cache.nbytes == 0 and cache.get_seq_length() == 0
+    other_ids, other_mask = padded(llama, (2, 0))
+    logits = decode(llama, other_ids, other_mask, [20, 4], cache)
+    expected = decode(llama, other_ids, other_mask, [20, 4], CompressedCache(llama.config, spec))
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+
+
+def test_taking_tokens_back_is_refused_for_heads_that_differ(llama):
+    (ids, mask), cache = padded(llama), CompressedCache(llama.config, CompressionSpec(**PER_HEAD))
+    decode(llama, ids, mask, [20], cache)
+    with pytest.raises(ValueError, match="cannot be cropped"):
+        cache.crop(-1)
+
+
+def test_a_mask_of_other_columns_than_the_tokens_seen_is_refused(llama):
+    ids, mask = padded(llama)
+    for given in (mask[:, 20:22], mask[:, :20], mask[:, :23], torch.ones(4, 2, dtype=torch.long)):
+        cache = CompressedCache(llama.config, CompressionSpec())
+        decode(llama, ids, mask, [20], cache)
+        message = f"has {given.shape[1]} columns.* 20 tokens and 2 are new"
+        with pytest.raises(ValueError, match=message), compressible(llama), torch.no_grad():
+            llama(ids[:, 20:22], attention_mask=given, past_key_values=cache)
+        decode(llama, ids, mask, [2], cache)  # the refusal did no harm
+
+
+def test_a_mask_that_takes_padding_back_is_refused(llama):
+    ids, mask = padded(llama)
+    cache = CompressedCache(llama.config, CompressionSpec())
+    decode(llama, ids, mask, [20], cache)
+    for given in (None, torch.ones(4, 21, dtype=torch.long), mask[[1, 0, 2, 3], :21]):
+        with pytest.raises(ValueError, match="attention_mask of all tokens"), compressible(llama), torch.no_grad():
+            llama(ids[:, 20:21], attention_mask=given, past_key_values=cache)
+
+
+def test_a_mask_given_by_its_place_counts_as_well(llama):
+    (ids, mask), spec = padded(llama), CompressionSpec(keep_ratio=0.4)
+    by_name, by_place = CompressedCache(llama.config, spec), CompressedCache(llama.config, spec)
+    with compressible(llama), torch.no_grad():
+        llama.model(ids, attention_mask=mask, past_key_values=by_name)
+        llama.model(ids, mask, None, by_place)
+    for one, other in zip(by_name.kept_positions(1), by_place.kept_positions(1), strict=True):
+        assert torch.equal(one, other)
