@@ -11,9 +11,8 @@ import json
 import statistics
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable
+
+from tests.measuring import peak_bytes, seconds
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 30, 9, 3, 64, 4096
 LENGTHS = (1024, 4096, 16384)
@@ -33,12 +32,6 @@ def shape(max_positions: int):
         num_key_value_heads=KV_HEADS,
         max_position_embeddings=max_positions,
     )
-
-
-def seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 def compression() -> None:
@@ -66,7 +59,7 @@ def compression() -> None:
                 for _ in range(12)
             ][2:]
             theirs, mine = (statistics.median(column) * 1e3 for column in zip(*times, strict=True))
-            print(f"  {n:6} tokens, keep {ratio}: {theirs:6.2f} ms, ours {mine:5.2f} ms: {theirs / mine:.1f} times faster")
+            print(f"  {n:6} tokens, keep {ratio}: {theirs:6.2f} ms, ours {mine:5.2f} ms: 1/{theirs / mine:.1f}")
 
 
 def decoding() -> None:
@@ -141,7 +134,6 @@ PREFILLS = {"DynamicCache, one pass": (None, None), "keep 0.1, one pass": (0.1, 
 
 def prefill_peak(way: str, n: int = 16384) -> dict[str, float]:
     """Bytes beyond the model, at most, of a prefill and one token."""
-    import psutil
     import torch
     from transformers import DynamicCache, LlamaForCausalLM
 
@@ -156,22 +148,11 @@ def prefill_peak(way: str, n: int = 16384) -> dict[str, float]:
         model(ids[:, :64])  # warm up kernels, not the allocator
     cache = DynamicCache(config=config) if ratio is None else CompressedCache(config, CompressionSpec(keep_ratio=ratio))
     options = {"prefill_chunk_size": chunk} if chunk else {}
-    process, peak, done = psutil.Process(), 0, threading.Event()
-    before = process.memory_info().rss
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.is_set():
-            peak = max(peak, process.memory_info().rss)
-            time.sleep(0.002)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
     with compressible(model):
-        taken = seconds(lambda: model.generate(ids, past_key_values=cache, max_new_tokens=1, do_sample=False, **options))
-    done.set()
-    watcher.join()
-    return {"bytes": peak - before, "seconds": taken}
+        peak = peak_bytes(
+            lambda: model.generate(ids, past_key_values=cache, max_new_tokens=1, do_sample=False, **options)
+        )
+    return {"bytes": peak}
 
 
 def prefill() -> None:
@@ -180,7 +161,7 @@ def prefill() -> None:
     for way in PREFILLS:
         out = subprocess.run([sys.executable, "-m", __spec__.name, way], capture_output=True, text=True, check=True)
         results[way] = json.loads(out.stdout.splitlines()[-1])
-        print(f"  {way:24} {results[way]['bytes'] / 2**20:6.0f} MiB  {results[way]['seconds']:5.1f} s")
+        print(f"  {way:24} {results[way]['bytes'] / 2**20:6.0f} MiB")
     whole = results["DynamicCache, one pass"]["bytes"]
     print(f"  chunks with eviction between them take 1/{whole / results['keep 0.1, chunks']['bytes']:.1f} of one pass")
 

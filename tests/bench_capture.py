@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import threading
-import time
+
+from tests.measuring import peak_bytes, seconds
 
 LAYERS, WIDTH, TOKENS = 30, 576, 2048
 WAYS = {
@@ -22,7 +22,6 @@ WAYS = {
 
 def measure(way: str, repeats: int = 3) -> dict[str, float]:
     """Seconds and bytes of one way, in this process."""
-    import psutil
     import torch
     from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -59,26 +58,8 @@ def measure(way: str, repeats: int = 3) -> dict[str, float]:
 
     with torch.inference_mode():
         loaded.model(ids[:, :64])  # warm up kernels, not the allocator
-    process, peak, done = psutil.Process(), 0, threading.Event()
-    before = process.memory_info().rss
-
-    def watch():
-        nonlocal peak
-        while not done.is_set():
-            peak = max(peak, process.memory_info().rss)
-            time.sleep(0.002)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    run()
-    done.set()
-    watcher.join()
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - started)
-    return {"seconds": min(seconds), "bytes": peak - before, "tokens": ids.shape[1]}
+    peak = peak_bytes(run)
+    return {"seconds": min(seconds(run) for _ in range(repeats)), "bytes": peak, "tokens": ids.shape[1]}
 
 
 def main() -> None:
