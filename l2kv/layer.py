@@ -2,9 +2,6 @@
 
 Heads with the same target hold the same number of pairs, and share their storage: a `Group`. A layer whose heads all
 have one target is one group, and its keys are one tensor, as in any cache.
-
-Ranking. One int64 per slot holds the score in its high half and the position in its low half, so that ranks have no
-ties (of equal scores the earlier position ranks higher), and the order of evaluation cannot show.
 """
 
 from __future__ import annotations
@@ -16,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from l2kv import ranks
 from l2kv.heads import of_kv_heads, of_query_heads, options_of_heads
 from l2kv.policies import POLICIES, Pairs, Policy
 from l2kv.slots import Slots
@@ -23,9 +21,6 @@ from l2kv.spec import WHOLE, CompressionSpec, Target
 from l2kv.weights import probabilities
 
 _KEYS, _VALUES, _RANKS, _RECEIVED = range(4)  # the buffers of a group
-_LOW_HALF = 0xFFFFFFFF
-_FIRST = 0x7FFFFFFF  # high halves above and below those of any score
-_LAST = -0x80000000
 _BLOCK = 128  # queries whose attention is worked out at a time
 
 
@@ -209,7 +204,7 @@ class CompressedLayer(CacheLayerMixin):
         pending = self._pending(group).expand(*group.keys.shape[:2], -1)
         if not group.ranked:
             return pending
-        return torch.cat([_position(group.slots[_RANKS][:, :, : group.ranked]), pending], dim=-1)
+        return torch.cat([ranks.position(group.slots[_RANKS][:, :, : group.ranked]), pending], dim=-1)
 
     def _pending(self, group: Group) -> Tensor:
         """Positions of the pairs that have no rank yet: the latest, in order."""
@@ -223,56 +218,37 @@ class CompressedLayer(CacheLayerMixin):
         score = torch.zeros((), device=self.device)
         if self._policy.on_arrival:
             score = self._policy.score(self._pairs(group, new, positions))
-        group.slots[_RANKS][:, :, new] = self._pack(score, positions)
+        group.slots[_RANKS][:, :, new] = ranks.rank(score, positions, self.first_real)
         group.ranked = group.held
 
     def _rank_of_all(self, group: Group, options: Mapping[str, object]) -> Tensor:
         """The order in which pairs stay, [B, h, held] int64: by score, and the protected above all."""
         if group.ranked < group.held:
             self._rank(group, self._pending(group))
-        rank = group.slots[_RANKS]
+        order = group.slots[_RANKS]
         if not self._policy.on_arrival:
-            positions = _position(rank)
+            positions = ranks.position(order)
             pairs = self._pairs(group, slice(None), positions)
             if self._policy.needs_received:
                 pairs = replace(pairs, received=group.slots[_RECEIVED])
             if self._policy.needs_rows:
                 pairs = replace(pairs, last_rows=self._attention(group, self._queries, 0, positions, options))
-            rank = self._pack(self._policy.score(pairs), positions)
+            order = ranks.rank(self._policy.score(pairs), positions, self.first_real)
         first, last = self.spec.protect_first, self.spec.protect_last
-        if not first and not last:
-            return rank
-        place = rank & _LOW_HALF  # counts down from the first token
-        safe = place <= _LOW_HALF - (self.seen - last)
-        if first:
-            in_text = self._in_text(_LOW_HALF - place)
-            safe |= (in_text < first) & (in_text >= 0)
-        return torch.where(safe, place + (_FIRST << 32), rank)
+        return ranks.protect(order, first=first, last=last, seen=self.seen, starts=self.first_real)
 
     def _pairs(self, group: Group, slots: slice, positions: Tensor) -> Pairs:
         directions, heads = self.spec.directions, list(group.heads)
         return Pairs(
             keys=group.keys[:, :, slots],
             values=group.values[:, :, slots],
-            positions=self._in_text(positions),
+            positions=ranks.in_text(positions, self.first_real),
             layer_idx=self._layer_idx,
             heads=group.heads,
             seed=self.spec.seed,
             directions=tuple(directions[self._layer_idx][head] for head in heads) if directions else None,
             filters=None if self._filters is None else self._filters[heads].to(self.device),
         )
-
-    def _pack(self, score: Tensor, positions: Tensor) -> Tensor:
-        """Scores and positions that broadcast to [B, h, T] -> int64, ordered by score, then earlier position first."""
-        bits = (score.float() + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
-        ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # IEEE 754: negative floats order backwards
-        if self.first_real is not None:  # what a row is padded with goes first
-            ordered = torch.where(self._in_text(positions) < 0, _LAST, ordered)
-        return torch.add(_LOW_HALF - positions, ordered, alpha=1 << 32)
-
-    def _in_text(self, positions: Tensor) -> Tensor:
-        """Positions in the text of a row, which begins after what it is padded with (there they are negative)."""
-        return positions if self.first_real is None else positions - self.first_real.to(positions.device)[:, None, None]
 
     def visible(self, group: Group, queries: int) -> Tensor:
         """What the latest queries may look at, of rows that are padded: bool [B, h, q, held], or [B, 1, q, held].
@@ -284,8 +260,8 @@ class CompressedLayer(CacheLayerMixin):
             positions = positions[:, :1]
         query_positions = torch.arange(self.seen - queries, self.seen, device=self.device)
         causal = positions[:, :, None] <= query_positions[:, None]
-        padding = self._in_text(query_positions.expand(1, 1, -1)) < 0  # [B, 1, q]
-        return causal & ((self._in_text(positions) >= 0)[:, :, None] | padding[..., None])
+        padding = ranks.in_text(query_positions.expand(1, 1, -1), self.first_real) < 0  # [B, 1, q]
+        return causal & ((ranks.in_text(positions, self.first_real) >= 0)[:, :, None] | padding[..., None])
 
     def _receive(self, group: Group, query: Tensor, options: Mapping[str, object]) -> None:
         """Add the attention of the latest queries to what each pair has received."""
@@ -309,7 +285,7 @@ class CompressedLayer(CacheLayerMixin):
         query_positions = torch.arange(self.seen - later - query.shape[2], self.seen - later, device=self.device)
         hidden = positions[:, :, None, None] > query_positions[:, None]
         if self.first_real is not None:
-            hidden = hidden | (self._in_text(positions) < 0)[:, :, None, None]
+            hidden = hidden | (ranks.in_text(positions, self.first_real) < 0)[:, :, None, None]
         of_group, options = (
             of_query_heads(query, group.heads, self.n_heads),
             options_of_heads(options, group.heads, self.n_heads),
@@ -367,7 +343,3 @@ class CompressedLayer(CacheLayerMixin):
     def _show(self) -> None:
         if self.groups and not self.ragged:
             self.keys, self.values = self.groups[0].keys, self.groups[0].values
-
-
-def _position(rank: Tensor) -> Tensor:
-    return _LOW_HALF - (rank & _LOW_HALF)
