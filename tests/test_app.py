@@ -187,6 +187,24 @@ def test_every_policy_that_needs_no_calibration_is_offered():
     assert set(state.POLICY_NAMES) == {name for name, policy in POLICIES.items() if not policy.needs_calibration}
 
 
+def test_a_preset_sets_the_controls_to_its_compression():
+    def page():
+        import streamlit as st
+
+        from app import state
+        from l2kv import CompressionSpec
+
+        if st.button("take"):
+            state.take_spec(CompressionSpec(keep_ratio=0.25, policy="keydiff", skip_layers=(1,), protect_last=0))
+        st.write(repr(state.current_spec()))
+
+    app = AppTest.from_function(page).run()
+    assert "keep_ratio=0.5" in app.markdown[0].value
+    app.button[0].click().run()
+    told = app.markdown[0].value
+    assert all(part in told for part in ("keep_ratio=0.25", "policy='keydiff'", "skip_layers=(1,)", "protect_last=0"))
+
+
 def test_a_policy_that_a_page_does_not_know_gives_way_to_the_papers():
     def page():
         from app import state
