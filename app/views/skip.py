@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import streamlit as st
 
+from analysis.curves import BY_NORM
+from analysis.export import kvpress_code, library_code
 from analysis.memory import human_bytes
 from analysis.run import Capture
 from analysis.skip import Plan, layer_loss, suggest_skip_layers
@@ -129,10 +131,7 @@ def _export(run: Capture, spec: CompressionSpec, generate_page: StreamlitPage) -
             st.switch_page(generate_page)
     with st.expander("The plan as JSON and as code", icon=":material/code:"):
         st.code(plan.to_json(), language="json")
-        st.code(
-            "from l2kv import CompressedCache, CompressionSpec, compressible\n\n"
-            f"spec = {spec!r}\n"
-            "with compressible(model):\n"
-            "    model.generate(**inputs, past_key_values=CompressedCache(model.config, spec))\n",
-            language="python",
-        )
+        st.code(library_code(spec), language="python")
+        if spec.policy in BY_NORM:
+            st.markdown("The nearest that NVIDIA's kvpress can do:")
+            st.code(kvpress_code(spec, run.cache_shape), language="python")

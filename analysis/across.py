@@ -1,0 +1,275 @@
+"""What a study says of a model: means with intervals over texts, verdicts, and how stable the order of layers is.
+
+Tokens of a text, and heads of a group, are not independent, so nothing here counts them as if they were: texts are what
+is resampled. An interval is the 95 % percentile bootstrap of the mean. It is too narrow with few texts (of normal
+values it covers the mean in 86 % of cases with 6 texts, 92 % with 16, 94 % with 32), and with pieces of one book, which
+are more alike than texts are.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from analysis.measures import VERDICTS as VERDICTS_ON_ONE_TEXT
+from analysis.measures import WEAK, signed
+from analysis.study import Study
+
+MIN_TEXTS = 6  # with fewer, one sign in all of them is no rarer by chance than 5 % (2 / 2^5): no verdict
+UNSTABLE = 0.25  # more texts than this on either side: the sign depends on the text
+STABLE = 0.9  # rank correlation of layers between two halves from which on their order is called stable
+LEVEL = 0.95
+RESAMPLES = 2000
+SPLITS = 200
+
+VERDICTS = {
+    name: VERDICTS_ON_ONE_TEXT[name] for name in ("follows the paper", "sink only", "hidden by the sink", "mirror")
+} | {
+    "no signal": "the interval of Γ spans 0, or Γ > 0 only thanks to the first token",
+    "unstable": f"Γ is called (|Γ| ≥ {WEAK}) below 0 and above 0 in more than {UNSTABLE:.0%} of the texts each",
+    "undefined": f"Γ is defined, with and without the first token, in fewer than {MIN_TEXTS} texts",
+}
+# By the sign of Γ with and without the first token, "above 0" being that the whole interval is; 0 is neither.
+_VERDICT_OF_SIGNS = {
+    (-1, -1): "follows the paper",
+    (-1, 0): "sink only",
+    (-1, 1): "sink only",
+    (0, -1): "hidden by the sink",
+    (1, -1): "hidden by the sink",
+    (0, 1): "mirror",
+    (1, 1): "mirror",
+    (0, 0): "no signal",
+    (1, 0): "no signal",
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Means:
+    """A figure over texts. Arrays of one shape, such as [L, H]."""
+
+    mean: np.ndarray  # over the texts in which it is defined; NaN where there is none
+    low: np.ndarray  # ends of the interval; NaN where fewer than 2 texts define it
+    high: np.ndarray
+    defined: np.ndarray  # int, texts in which it is
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A number over texts and its 95 % interval; NaN is undefined."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        if np.isnan(self.value):
+            return "undefined"
+        ends = "no interval" if np.isnan(self.low) else f"95 % {signed(self.low)} to {signed(self.high)}"
+        return f"{signed(self.value)} ({ends})"
+
+
+def resamples(n: int, *, count: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+    """How often each of n texts is drawn in each resample of n texts with replacement, [count, n] float64."""
+    drawn = np.random.default_rng(seed).integers(n, size=(count, n))
+    return np.stack([(drawn == text).sum(axis=1) for text in range(n)], axis=1).astype(np.float64)
+
+
+def means(values: np.ndarray, *, seed: int = 0) -> Means:
+    """The mean over texts, with its interval, of each number in `values` [N, ...]; NaN is undefined.
+
+    A resample counts the texts that define the number, and is left out where it has drawn none of them.
+    """
+    drawn = _resampled_means(values, resamples(len(values), seed=seed))
+    defined = np.isfinite(values).sum(axis=0)
+    low, high = _ends(drawn)
+    few = defined < 2
+    return Means(_nanmean(values), np.where(few, np.nan, low), np.where(few, np.nan, high), defined)
+
+
+def head_means(study: Study, metric: str = "gamma", *, probe: str = "next token", seed: int = 0) -> Means:
+    """`means` of a metric for each head, [L, H]."""
+    return means(study.of(metric, probe=probe), seed=seed)
+
+
+def layer_means(study: Study, metric: str = "gamma", *, probe: str = "next token", seed: int = 0) -> Means:
+    """`means` for each layer, [L], of the mean over its heads that are defined."""
+    values = np.moveaxis(study.of(metric, probe=probe), 2, 0)  # [H, N, L]
+    return means(_nanmean(values), seed=seed)
+
+
+def verdicts(with_sink: np.ndarray, without: np.ndarray, *, seed: int = 0) -> np.ndarray:
+    """What each head says of the paper's claim, [L, H], keys of `VERDICTS`, from Γ of N texts, [N, L, H] each.
+
+    In this order, so that they exclude each other: undefined, if too few texts define both; unstable, if Γ with the
+    first token is; else by the two signs. A sign is that of the whole interval, and none where the sign is unstable: as
+    texts grow many an interval leaves 0 behind, however many texts say the opposite.
+    """
+    both = np.isfinite(with_sink) & np.isfinite(without)
+    gammas = [np.where(both, gamma, np.nan) for gamma in (with_sink, without)]
+    signs = [_sign(means(gamma, seed=seed)) * ~_unstable(gamma) for gamma in gammas]
+    result = np.full(both.shape[1:], "undefined", dtype=object)
+    for pair, name in _VERDICT_OF_SIGNS.items():
+        result[(signs[0] == pair[0]) & (signs[1] == pair[1])] = name
+    result[_unstable(gammas[0])] = "unstable"
+    result[both.sum(axis=0) < MIN_TEXTS] = "undefined"
+    return result
+
+
+def head_verdicts(study: Study, *, probe: str = "next token", seed: int = 0) -> np.ndarray:
+    """`verdicts` of a study, [L, H]."""
+    return verdicts(study.of("gamma", probe=probe), study.of("gamma_without_sink", probe=probe), seed=seed)
+
+
+def median_gamma(study: Study, *, probe: str = "next token", seed: int = 0) -> Interval:
+    """The median over heads of the mean Γ over texts; its interval is over texts, the heads stay."""
+    values = study.of("gamma", probe=probe)
+    if not np.isfinite(values).any():
+        return Interval(np.nan, np.nan, np.nan)
+    drawn = _resampled_means(values, resamples(len(values), seed=seed))
+    low, high = _ends(_nanmedian(drawn.reshape(len(drawn), -1), axis=1)) if len(values) > 1 else (np.nan, np.nan)
+    return Interval(float(_nanmedian(_nanmean(values).ravel(), axis=0)), float(low), float(high))
+
+
+def answer(study: Study, *, probe: str = "next token", seed: int = 0) -> str:
+    """Does low norm predict attention in this model? In two or three sentences, as `analysis.measures.answer`."""
+    verdict, n = head_verdicts(study, probe=probe, seed=seed), len(study.names)
+    counts = {name: int((verdict == name).sum()) for name in VERDICTS}
+    total = verdict.size - counts["undefined"]
+    median = f"Median Γ {median_gamma(study, probe=probe, seed=seed)}, over {n} text{'s' * (n != 1)}."
+    if not total:
+        return f"This study cannot tell: no head has Γ in {MIN_TEXTS} texts or more. {median}"
+    follows, mirror = counts["follows the paper"], counts["mirror"]
+    hang = counts["sink only"] + counts["hidden by the sink"]
+    return (
+        f"{_short(follows, mirror, total)} In {follows} of {total} heads low-norm keys get the attention, as the paper "
+        f"says; in {mirror} high-norm keys do; in {hang} it hangs on the first token; in {counts['unstable']} the sign "
+        f"changes between texts; in {counts['no signal']} there is no signal. {median}"
+    )
+
+
+def _short(follows: int, mirror: int, total: int) -> str:
+    if follows > 0.75 * total:
+        return "Yes, in most heads."
+    if mirror > 0.75 * total:
+        return "No, the opposite: in most heads HIGH-norm keys get the attention."
+    if mirror > 0.5 * total and follows < 0.15 * total:
+        return "Mostly no: in most heads HIGH-norm keys get the attention."
+    if max(follows, mirror) < 0.25 * total:
+        return "Hardly: in most heads norm and attention have little to do with each other."
+    return "It depends on the head."
+
+
+def layer_losses(study: Study, *, probe: str = "next token") -> np.ndarray:
+    """ALR / chance of each layer on each text, [N, L]: heads count by what there is to lose, as in `skip.layer_loss`.
+
+    NaN where no head of the layer is defined.
+    """
+    loss, chance = study.of("alr", probe=probe), study.of("alr_chance", probe=probe)
+    possible = np.nansum(chance, axis=2)
+    return np.divide(np.nansum(loss, axis=2), possible, where=possible > 0, out=np.full(possible.shape, np.nan))
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How alike two halves of texts order the layers, mean over random splits; NaN is undefined."""
+
+    texts: int  # in each half
+    spearman: float
+    kendall: float  # tau-b
+
+
+@dataclass(frozen=True, slots=True)
+class Stability:
+    """How stable the order of the layers is between texts."""
+
+    by_texts: tuple[Agreement, ...]  # of 1, 2, ... texts a half
+    stable_from: int | None  # texts from which on Spearman stays at `STABLE` or above; None is "not yet"
+
+    def __str__(self) -> str:
+        if not self.by_texts or np.isnan(self.by_texts[-1].spearman):
+            return "The order of layers cannot be compared: that takes 2 texts and 3 layers that differ."
+        last = self.by_texts[-1]
+        told = f"two halves of {last.texts} text{'s' * (last.texts != 1)} agree to a Spearman of {last.spearman:.2f}"
+        if self.stable_from is None:
+            return f"The order of layers is not stable yet: {told}, below {STABLE}."
+        return f"The order of layers is stable from {self.stable_from} texts on: {told}."
+
+
+def stability(losses: np.ndarray, *, splits: int = SPLITS, seed: int = 0) -> Stability:
+    """How alike two halves of the texts order the layers by mean ALR / chance, for 1, 2, ..., N // 2 texts a half.
+
+    Args:
+        losses: [N, L], `layer_losses` of a study. Layers that a text leaves undefined are not ordered.
+    """
+    losses = losses[:, np.isfinite(losses).all(axis=0)]
+    n, rng = len(losses), np.random.default_rng(seed)
+    by_texts = []
+    for half in range(1, n // 2 + 1):
+        drawn = rng.permuted(np.tile(np.arange(n), (splits, 1)), axis=1)
+        one, other = (losses[texts].mean(axis=1) for texts in (drawn[:, :half], drawn[:, half : 2 * half]))
+        by_texts.append(Agreement(half, float(_nanmean(spearman(one, other))), float(_nanmean(kendall(one, other)))))
+    stable = [agreement.spearman >= STABLE for agreement in by_texts]  # NaN is not
+    first = len(stable) - next((i for i, yes in enumerate(reversed(stable)) if not yes), len(stable))
+    return Stability(tuple(by_texts), by_texts[first].texts if first < len(stable) else None)
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Rank correlation along the last axis, [..., L] -> [...]; NaN where one is constant or shorter than 3."""
+    if x.shape[-1] < 3:
+        return np.full(np.broadcast_shapes(x.shape, y.shape)[:-1], np.nan)
+    ranks = [stats.rankdata(values, axis=-1) for values in (x, y)]
+    return _cosine(*(rank - rank.mean(axis=-1, keepdims=True) for rank in ranks))
+
+
+def kendall(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Kendall's tau-b along the last axis, [..., L] -> [...]; NaN where one is constant or shorter than 3."""
+    if x.shape[-1] < 3:
+        return np.full(np.broadcast_shapes(x.shape, y.shape)[:-1], np.nan)
+    signs = [np.sign(values[..., :, None] - values[..., None, :]) for values in (x, y)]
+    return _cosine(*(sign.reshape(*sign.shape[:-2], -1) for sign in signs))
+
+
+def _cosine(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore"):  # 0 / 0 where one is constant
+        return (x * y).sum(axis=-1) / np.sqrt((x * x).sum(axis=-1) * (y * y).sum(axis=-1))
+
+
+def _sign(of: Means) -> np.ndarray:
+    """-1 or +1 where the whole interval is below or above 0; 0 where it is not, or there is none."""
+    return (of.low > 0).astype(int) - (of.high < 0)
+
+
+def _unstable(gamma: np.ndarray) -> np.ndarray:
+    defined = np.maximum(np.isfinite(gamma).sum(axis=0), 1)
+    below, above = ((side >= WEAK).sum(axis=0) / defined for side in (-gamma, gamma))
+    return np.minimum(below, above) > UNSTABLE
+
+
+def _resampled_means(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """[N, ...] by [B, N] -> [B, ...]; NaN where a resample drew no text that defines the number."""
+    flat = values.reshape(len(values), -1)
+    defined = np.isfinite(flat)
+    total, drawn = counts @ np.where(defined, flat, 0.0), counts @ defined.astype(np.float64)
+    result = np.divide(total, drawn, where=drawn > 0, out=np.full(total.shape, np.nan))
+    return result.reshape(len(counts), *values.shape[1:])
+
+
+def _ends(drawn: np.ndarray) -> np.ndarray:
+    """[B, ...] -> [2, ...], the ends of the middle `LEVEL` of the resamples."""
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # of heads that no text defines
+        return np.nanquantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+
+
+def _nanmean(values: np.ndarray) -> np.ndarray:
+    defined = np.isfinite(values)
+    count = defined.sum(axis=0)
+    total = np.where(defined, values, 0.0).sum(axis=0)
+    return np.divide(total, count, where=count > 0, out=np.full(np.shape(total), np.nan))
+
+
+def _nanmedian(values: np.ndarray, *, axis: int) -> np.ndarray:
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
+        return np.nanmedian(values, axis=axis)

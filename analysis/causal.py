@@ -1,0 +1,123 @@
+"""Does ALR tell which layers to leave whole? Each layer compressed alone, and what that costs, beside its ALR.
+
+ALR is read off attention; the cost is measured by predicting text. Where the two order layers alike, ALR may choose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from analysis.across import MIN_TEXTS, Interval, resamples, spearman
+from analysis.capturing import capture
+from analysis.errors import ModelError, TextError
+from analysis.evaluation import OnDone, ignore, nll_changes
+from analysis.models import LoadedModel
+from analysis.skip import layer_loss
+from analysis.tokens import tokenize
+from l2kv import CompressionSpec
+
+POLICIES = ("low_norm", "high_norm")  # those that ALR speaks of, and that differ from chance
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CausalCheck:
+    """What compressing one layer alone costs, and its ALR / chance, for K layers and N texts."""
+
+    model: str
+    spec: CompressionSpec  # of the layer that is compressed
+    layers: tuple[int, ...]  # K, those that can be compressed
+    nll_change: np.ndarray  # [K, N] nats a token, against the full cache
+    loss: np.ndarray  # [K, N] ALR / chance of the layer on the prompt, by the policy of the spec; NaN is undefined
+    agreement: Interval  # Spearman over layers of the means over texts
+
+    def __str__(self) -> str:
+        n = self.loss.shape[1]
+        return (
+            f"Spearman of ALR / chance and of the cost of compressing one layer alone, over {len(self.layers)} layers "
+            f"and {n} text{'s' * (n != 1)}: {self.agreement}."
+        )
+
+
+def causal_check(
+    loaded: LoadedModel,
+    texts: Sequence[str],
+    spec: CompressionSpec,
+    *,
+    prompt_tokens: int,
+    new_tokens: int,
+    on_done: OnDone = ignore,
+) -> CausalCheck:
+    """Compress each layer alone by `spec`, all others whole, and measure the change of `continuation_nll`.
+
+    Takes N captures of the prompts, and N * (K + 1) continuations of `new_tokens` tokens.
+
+    Args:
+        spec: how; its `skip_layers` are left out of the comparison. Its policy is one of `POLICIES`.
+        on_done: for progress and cancelling, after each capture and each continuation.
+
+    Raises:
+        TextError: there are no texts, or one is empty or too short.
+        ModelError: no layer can be compressed, or as `capture`.
+        ValueError: the policy is none of `POLICIES`, or as `continuation_nll`.
+    """
+    if spec.policy not in POLICIES:
+        raise ValueError(f"the policy must be one of {', '.join(POLICIES)}, got {spec.policy!r}")
+    if not texts:
+        raise TextError("There are no texts to measure on.")
+    losses, kinds = [], ()
+    total = 0  # known once the first capture has told which layers there are
+    for i, text in enumerate(texts):
+        run = capture(loaded, _prompt(loaded, text, prompt_tokens))
+        losses.append(layer_loss(run, spec.policy).by_layer)
+        kinds = run.layer_kinds
+        layers = tuple(k for k, kind in enumerate(kinds) if kind == "full" and k not in spec.skip_layers)
+        if not layers:
+            raise ModelError(f"{loaded.name} has no layer that the spec compresses.")
+        total = len(texts) * (2 + len(layers))
+        on_done(i + 1, total)
+    alone = {
+        str(layer): replace(spec, skip_layers=tuple(k for k in range(len(kinds)) if k != layer)) for layer in layers
+    }
+    changes = nll_changes(
+        loaded,
+        texts,
+        alone,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        on_done=lambda done, _: on_done(len(texts) + done, total),
+    )
+    nll_change = np.array([change.by_text for change in changes])
+    loss = np.stack(losses, axis=1)[list(layers)]
+    return CausalCheck(loaded.name, spec, layers, nll_change, loss, agreement(nll_change, loss))
+
+
+def agreement(nll_change: np.ndarray, loss: np.ndarray, *, seed: int = 0) -> Interval:
+    """Spearman over layers of the two means over texts, [K, N] each; the interval resamples the texts of both at once.
+
+    Layers that a text leaves undefined are left out; undefined with fewer than 3 layers, or where all are equal. There
+    is no interval with fewer than `MIN_TEXTS` texts.
+    """
+    defined = (np.isfinite(nll_change) & np.isfinite(loss)).all(axis=1)
+    nll_change, loss = nll_change[defined], loss[defined]
+    n = loss.shape[1]
+    value = float(spearman(nll_change.mean(axis=1), loss.mean(axis=1)))
+    if n < MIN_TEXTS or np.isnan(value):
+        return Interval(value, np.nan, np.nan)
+    counts = resamples(n, seed=seed) / n
+    drawn = spearman(counts @ nll_change.T, counts @ loss.T)
+    low, high = np.nanquantile(drawn, [0.025, 0.975])
+    return Interval(value, float(low), float(high))
+
+
+def _prompt(loaded: LoadedModel, text: str, n_tokens: int) -> str:
+    """The characters of the first tokens of a text."""
+    tokens = tokenize(loaded.tokenizer, text)
+    if len(tokens) < n_tokens:
+        raise TextError(f"The text has {len(tokens)} tokens; a prompt of {n_tokens} is needed.")
+    end = int(tokens.spans[:n_tokens, 1].max())
+    if not end:
+        raise TextError("This tokenizer does not tell which characters a token covers, so no prompt can be cut.")
+    return text[:end]

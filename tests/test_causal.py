@@ -1,0 +1,114 @@
+"""Each layer compressed alone: its cost against single measurements, the agreement against a plain loop."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy import stats
+from transformers import AutoTokenizer
+
+from analysis import TextError, capture, causal, presets
+from analysis.across import MIN_TEXTS, RESAMPLES
+from analysis.causal import agreement, causal_check
+from analysis.evaluation import continuation_nll
+from analysis.models import LoadedModel
+from analysis.skip import layer_loss
+from analysis.study import chunks
+from analysis.tokens import tokenize
+from l2kv import CompressionSpec
+from tests.conftest import BUNDLED
+
+KEATS = presets.bundled_texts()["The Tomb of Keats (Oscar Wilde, 1877)"]
+SPEC = CompressionSpec(keep_ratio=0.3)
+LENGTHS = {"prompt_tokens": 24, "new_tokens": 4}
+
+
+@pytest.fixture(scope="module")
+def loaded(models) -> LoadedModel:
+    return LoadedModel(models("books-5m"), AutoTokenizer.from_pretrained(BUNDLED), "books-5m")
+
+
+@pytest.fixture(scope="module")
+def texts(loaded) -> list[str]:
+    return [text for _, text in chunks(loaded.tokenizer, "Keats", KEATS, n_tokens=32)][:2]
+
+
+def test_the_cost_of_a_layer_is_that_of_compressing_it_and_no_other(loaded, texts):
+    calls = []
+    check = causal_check(loaded, texts, SPEC, **LENGTHS, on_done=lambda *call: calls.append(call))
+    assert calls == [(i + 1, 2 * (2 + 6)) for i in range(16)]
+    assert check.layers == tuple(range(6)) and check.nll_change.shape == check.loss.shape == (6, 2)
+    for i, text in enumerate(texts):
+        full = continuation_nll(loaded, text, None, **LENGTHS)
+        run = capture(loaded, text[: tokenize(loaded.tokenizer, text).spans[23, 1]])
+        assert run.n_tokens == 24
+        np.testing.assert_allclose(check.loss[:, i], layer_loss(run).by_layer)
+        for layer in range(6):
+            # The same cache said in another way: all layers are kept whole by their ratio but one.
+            whole = {other: 1.0 for other in range(6) if other != layer}
+            alone = continuation_nll(loaded, text, replace(SPEC, layer_ratios=whole), **LENGTHS)
+            assert check.nll_change[layer, i] == pytest.approx(alone - full, abs=1e-5)
+    assert abs(check.nll_change).max() > 1e-3
+    assert "over 6 layers and 2 texts" in str(check) and "no interval" in str(check)
+
+
+def test_layers_that_the_spec_skips_are_not_compared(loaded, texts):
+    check = causal_check(loaded, texts[:1], replace(SPEC, policy="high_norm", skip_layers=(0, 4, 5)), **LENGTHS)
+    assert check.layers == (1, 2, 3) and check.loss.shape == (3, 1)
+    low = causal_check(loaded, texts[:1], replace(SPEC, skip_layers=(0, 4, 5)), **LENGTHS)
+    np.testing.assert_allclose(check.loss, 2 - low.loss)  # the mirror of one measurement
+
+
+def test_it_is_cancelled_by_raising(loaded, texts):
+    class Cancelled(Exception):
+        pass
+
+    def stop(done, total):
+        if done == 4:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        causal_check(loaded, texts, SPEC, **LENGTHS, on_done=stop)
+
+
+def test_what_cannot_be_measured_is_refused_with_the_reason(loaded, texts):
+    with pytest.raises(TextError, match="no texts"):
+        causal_check(loaded, [], SPEC, **LENGTHS)
+    with pytest.raises(TextError, match="prompt of 24"):
+        causal_check(loaded, ["Too short by far."], SPEC, **LENGTHS)
+    with pytest.raises(ValueError, match="low_norm, high_norm"):
+        causal_check(loaded, texts, replace(SPEC, policy="keydiff"), **LENGTHS)
+    with pytest.raises(causal.ModelError, match="no layer"):
+        causal_check(loaded, texts, replace(SPEC, skip_layers=tuple(range(6))), **LENGTHS)
+
+
+def test_the_agreement_is_that_of_a_plain_loop_over_resamples():
+    rng = np.random.default_rng(0)
+    loss = rng.normal(size=(5, 8))
+    change = 0.7 * loss + rng.normal(size=(5, 8))
+    got = agreement(change, loss, seed=4)
+    assert got.value == pytest.approx(stats.spearmanr(change.mean(axis=1), loss.mean(axis=1)).statistic)
+    rhos = []
+    for texts in np.random.default_rng(4).integers(8, size=(RESAMPLES, 8)):
+        rhos.append(stats.spearmanr(change[:, texts].mean(axis=1), loss[:, texts].mean(axis=1)).statistic)
+    assert (got.low, got.high) == pytest.approx(np.quantile(rhos, [0.025, 0.975]), abs=1e-9)
+
+
+def test_layers_that_cost_what_alr_says_agree_fully_and_the_reverse_not_at_all():
+    loss = np.arange(5.0)[:, None] + np.linspace(0, 0.1, MIN_TEXTS)
+    same, reverse = agreement(loss, loss), agreement(-loss, loss)
+    assert (same.value, same.low, same.high) == pytest.approx((1, 1, 1))
+    assert (reverse.value, reverse.low, reverse.high) == pytest.approx((-1, -1, -1))
+
+
+def test_too_little_to_compare_is_undefined():
+    loss = np.random.default_rng(0).normal(size=(5, 8))
+    assert math.isnan(agreement(loss[:2], loss[:2]).value)
+    assert math.isnan(agreement(np.zeros((5, 8)), loss).value)
+    few = agreement(loss[:, : MIN_TEXTS - 1], loss[:, : MIN_TEXTS - 1])
+    assert few.value == pytest.approx(1) and math.isnan(few.low) and math.isnan(few.high)
+    holed = loss.copy()
+    holed[2, 3] = np.nan
+    rest = np.delete(loss, 2, axis=0)
+    assert agreement(loss, holed) == agreement(rest, rest)

@@ -1,0 +1,596 @@
+"""Studies of many texts: metrics and intervals against slow loops, verdicts by hand, files that are gone on with."""
+
+import dataclasses
+import json
+import math
+import os
+import random
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from scipy import stats
+from transformers import AutoTokenizer
+
+from analysis import correlation, files, presets
+from analysis.__main__ import main
+from analysis.across import (
+    MIN_TEXTS,
+    RESAMPLES,
+    VERDICTS,
+    answer,
+    head_means,
+    head_verdicts,
+    kendall,
+    layer_losses,
+    layer_means,
+    means,
+    median_gamma,
+    spearman,
+    stability,
+    verdicts,
+)
+from analysis.errors import RunFileError, TextError
+from analysis.measures import alr, alr_chance
+from analysis.metrics import METRICS, PROBES, STATUSES, metrics
+from analysis.models import LoadedModel
+from analysis.skip import layer_loss
+from analysis.study import Study, chunks, load_study, pieces, save_study, study
+from analysis.tokens import tokenize
+from tests.conftest import BUNDLED
+from tests.test_measures import run_of
+
+TEXTS = presets.bundled_texts()
+KEATS = TEXTS["The Tomb of Keats (Oscar Wilde, 1877)"]
+
+
+@pytest.fixture(scope="module")
+def loaded(models) -> LoadedModel:
+    return LoadedModel(models("books-5m"), AutoTokenizer.from_pretrained(BUNDLED), "books-5m")
+
+
+@pytest.fixture(scope="module")
+def texts(loaded) -> list[tuple[str, str]]:
+    return list(chunks(loaded.tokenizer, "Keats", KEATS, n_tokens=60))[:4]
+
+
+@pytest.fixture(scope="module")
+def whole(loaded, texts) -> Study:
+    """The study in one go, without a file."""
+    return study(loaded, texts)
+
+
+def study_of(gamma, without=None, **metric) -> Study:
+    """A study of [N, L, H] numbers for Γ, and for other metrics; all others are 0."""
+    gamma = np.asarray(gamma, dtype=float)
+    n, layers, heads = gamma.shape
+    values = np.zeros((n, len(PROBES), len(METRICS), layers, heads))
+    given = {"gamma": gamma, "gamma_without_sink": gamma if without is None else without} | metric
+    for name, numbers in given.items():
+        values[:, :, list(METRICS).index(name)] = np.asarray(numbers, dtype=float)[:, None]
+    return Study(
+        model="made up",
+        weights="",
+        layer_kinds=("full",) * layers,
+        texts=n,
+        names=tuple(map(str, range(n))),
+        digests=("",) * n,
+        n_tokens=np.full(n, 9),
+        values=values,
+        status=np.where(np.isfinite(values), 0, 1).astype(np.uint8),
+    )
+
+
+def assert_same(one: Study, other: Study) -> None:
+    for field in dataclasses.fields(Study):
+        a, b = getattr(one, field.name), getattr(other, field.name)
+        if isinstance(a, np.ndarray):
+            assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes()), field.name
+        else:
+            assert a == b, field.name
+
+
+# Metrics
+
+
+@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("probe", PROBES)
+def test_each_metric_is_a_number_per_head_where_its_status_is_ok_and_nan_elsewhere(name, probe):
+    ranks = np.arange(1.0, 9.0)
+    run = run_of([[ranks], [np.ones(8)], [ranks]], [[1 / ranks, ranks], [ranks, ranks], [np.zeros(8), np.ones(8)]])
+    figures = metrics(run, probe=probe)
+    place = list(METRICS).index(name)
+    assert figures.values.shape == figures.status.shape == (len(METRICS), 3, 2)
+    np.testing.assert_array_equal(np.isfinite(figures.of(name)), figures.status[place] == 0)
+    words = [STATUSES[i] for i in figures.status[place].ravel()]
+    constant, even = ("constant norms", "no attention") if METRICS[name].ranks else ("ok", "ok")
+    # Constant norms are said first by `analysis.measures`; in layer 2 there is no attention, then attention like any.
+    assert words == ["ok", "ok", constant, constant, "no attention", even]
+    assert METRICS[name].text
+
+
+def test_synthetic_heads_read_minus_one_zero_and_plus_one():
+    """Attention that falls with the norm, that does not care for which end of the norms it is at, and that rises."""
+    ranks = np.arange(1.0, 402)
+    run = run_of([[ranks]], [[1 / ranks, (ranks - 201) ** 2, ranks]])
+    figures = metrics(run)
+    assert figures.of("gamma")[0] == pytest.approx([-1, 0, 1], abs=1e-6)
+    assert figures.of("alr_against_chance")[0] == pytest.approx([0, 1, 2], abs=1e-6)
+    assert figures.of("spearman")[0] == pytest.approx([-1, 0, 1], abs=1e-6)
+    # 201 of 401 are kept: the mirror shares the middle one, and half of the two ends is at the low end (of equals the
+    # earlier, so one more).
+    assert figures.of("overlap")[0] == pytest.approx([1, 101 / 201, 1 / 201])
+
+
+def test_overlap_and_entropy_by_hand():
+    """Kept by norm: tokens 0, 1, 2 (of the equal norms the earlier); ideal: 0, 3 and of the equal ones 1."""
+    run = run_of([[[1.0, 2.0, 3.0, 3.0, 9.0]]], [[[0.25, 0.125, 0.0, 0.5, 0.125]]])
+    figures = metrics(run)
+    assert figures.of("overlap")[0, 0] == pytest.approx(2 / 3)
+    assert figures.of("entropy")[0, 0] == pytest.approx(0.25 * 2 + 0.125 * 3 * 2 + 0.5 * 1)
+    assert figures.of("entropy_normalised")[0, 0] == pytest.approx(1.75 / math.log2(5))
+
+
+def test_entropy_is_of_shares_and_normalised_by_what_a_window_lets_see():
+    even = run_of([[np.arange(1.0, 9.0)]], [[[0.1] * 8]])
+    assert metrics(even).of("entropy")[0, 0] == pytest.approx(3, abs=1e-6)
+    assert metrics(even).of("entropy_normalised")[0, 0] == pytest.approx(1, abs=1e-6)
+    run = run_of([[np.arange(1.0, 9.0)]], [[[0, 0, 0, 0, 0.1, 0.1, 0.1, 0.1]]])
+    windowed = dataclasses.replace(run, windows=(5,), layer_kinds=("sliding",))  # 4 and the query's own
+    assert metrics(windowed).of("entropy_normalised")[0, 0] == pytest.approx(1, abs=1e-6)
+    assert np.isnan(metrics(windowed).of("gamma")[0, 0])
+    assert np.isfinite(metrics(windowed, probe="all queries").of("gamma")[0, 0])  # each key has had its queries
+
+
+def test_a_probe_is_the_attention_that_all_metrics_are_of():
+    rng = np.random.default_rng(0)
+    norm, row, received = (rng.gamma(1, size=(2, 2, 30)) for _ in range(3))
+    run, swapped = run_of(norm, row, received), run_of(norm, received, row)
+    np.testing.assert_array_equal(metrics(run, probe="all queries").values, metrics(swapped).values)
+    np.testing.assert_allclose(metrics(run).of("gamma"), correlation(run))
+    np.testing.assert_allclose(metrics(run).of("gamma_without_sink"), correlation(run, leave_out=1))
+    np.testing.assert_allclose(metrics(run).of("alr_per_token"), alr(run) / 30)
+    np.testing.assert_allclose(metrics(run).of("alr_against_chance"), alr(run) / alr_chance(run))
+    np.testing.assert_allclose(metrics(run, probe="all queries").of("spearman"), correlation(run, "spearman"))
+    np.testing.assert_allclose(metrics(run).of("sink_share"), row[..., 0] / row.sum(-1), rtol=1e-6)
+    with pytest.raises(ValueError, match="next token, all queries"):
+        metrics(run, probe="last query")
+
+
+# Means and intervals
+
+
+def test_an_interval_is_that_of_a_plain_loop_over_resamples():
+    values = np.random.default_rng(1).normal(size=(7, 2, 3))
+    values[2, 0, 0] = values[5, 0, 0] = values[0, 1, 1] = np.nan
+    got = means(values, seed=3)
+    drawn = np.random.default_rng(3).integers(7, size=(RESAMPLES, 7)).tolist()
+    for place in np.ndindex(2, 3):
+        column = [float(v) for v in values[(slice(None), *place)]]
+        known = [v for v in column if v == v]
+        results = []
+        for texts in drawn:
+            some = [column[i] for i in texts if column[i] == column[i]]
+            if some:
+                results.append(sum(some) / len(some))
+        results.sort()
+
+        def quantile(share, results=results):
+            at = share * (len(results) - 1)
+            low = math.floor(at)
+            return results[low] + (at - low) * (results[min(low + 1, len(results) - 1)] - results[low])
+
+        assert got.mean[place] == pytest.approx(sum(known) / len(known))
+        assert got.low[place] == pytest.approx(quantile(0.025)) and got.high[place] == pytest.approx(quantile(0.975))
+        assert got.defined[place] == len(known)
+
+
+def test_an_interval_of_many_texts_is_that_of_the_normal_law():
+    values = np.random.default_rng(0).normal(0.3, 0.5, size=(400, 5))
+    got = means(values)
+    error = 1.96 * values.std(axis=0) / 20
+    np.testing.assert_allclose(got.high - got.mean, error, rtol=0.08)
+    np.testing.assert_allclose(got.mean - got.low, error, rtol=0.08)
+
+
+@pytest.mark.parametrize(("n", "covered"), [(6, 0.86), (16, 0.92), (32, 0.94)])
+def test_an_interval_covers_the_mean_as_often_as_is_said(n, covered):
+    got = means(np.random.default_rng(n).normal(size=(n, 2000)))
+    assert ((got.low < 0) & (got.high > 0)).mean() == pytest.approx(covered, abs=0.02)
+
+
+def test_what_no_text_or_one_text_defines_has_no_interval():
+    values = np.full((8, 3), np.nan)
+    values[4, 1] = values[:, 2] = 0.5
+    got = means(values)
+    assert got.defined.tolist() == [0, 1, 8]
+    assert np.isnan(got.mean[0]) and got.mean[1] == 0.5 and np.isnan(got.low[:2]).all() and np.isnan(got.high[:2]).all()
+    assert got.low[2] == got.high[2] == 0.5
+
+
+def test_layers_are_means_over_the_heads_that_are_defined():
+    gamma = [[[0.2, 0.4, np.nan]], [[0.6, np.nan, np.nan]]]
+    got = layer_means(study_of(gamma))
+    assert got.mean == pytest.approx([(0.3 + 0.6) / 2]) and got.defined.tolist() == [2]
+
+
+# Verdicts
+
+ABOVE, BELOW, NEITHER, SPLIT = [0.5] * 8, [-0.5] * 8, [0.05, -0.05] * 4, [0.5, -0.5] * 4
+
+
+@pytest.mark.parametrize(
+    ("with_sink", "without", "verdict"),
+    [
+        (BELOW, BELOW, "follows the paper"),
+        (BELOW, NEITHER, "sink only"),
+        (BELOW, ABOVE, "sink only"),
+        (BELOW, SPLIT, "sink only"),
+        (NEITHER, BELOW, "hidden by the sink"),
+        (ABOVE, BELOW, "hidden by the sink"),
+        (ABOVE, ABOVE, "mirror"),
+        (NEITHER, ABOVE, "mirror"),
+        (NEITHER, NEITHER, "no signal"),
+        (ABOVE, NEITHER, "no signal"),
+        (NEITHER, SPLIT, "no signal"),
+        *((SPLIT, without, "unstable") for without in (ABOVE, BELOW, NEITHER, SPLIT)),
+        # 3 of 8 texts say the opposite, though with 80 such texts the interval of the mean is below 0
+        (([-0.9] * 5 + [0.2] * 3) * 10, [-0.5] * 80, "unstable"),
+        ([-0.9] * 6 + [0.9] * 2, NEITHER, "no signal"),  # a quarter is not more than a quarter
+        ([-0.5] * (MIN_TEXTS - 1), [-0.5] * (MIN_TEXTS - 1), "undefined"),
+        ([-0.5] * MIN_TEXTS, [-0.5] * MIN_TEXTS, "follows the paper"),
+        (BELOW, [-0.5] * 5 + [np.nan] * 3, "undefined"),
+        ([np.nan] * 8, BELOW, "undefined"),
+        ([-0.5, 0.5, *[-0.5] * 6], [np.nan, np.nan, *[-0.5] * 6], "follows the paper"),
+    ],
+)
+def test_verdicts_by_hand(with_sink, without, verdict):
+    got = verdicts(*(np.array(gamma)[:, None, None] for gamma in (with_sink, without)))
+    assert got.tolist() == [[verdict]] and verdict in VERDICTS
+
+
+def test_each_head_has_one_verdict_and_the_answer_counts_them():
+    gamma = np.array([BELOW] * 8 + [ABOVE] + [SPLIT] + [[np.nan] * 8]).T[:, None]
+    made = study_of(gamma)
+    assert head_verdicts(made)[0].tolist() == ["follows the paper"] * 8 + ["mirror", "unstable", "undefined"]
+    text = answer(made)
+    assert text.startswith("Yes, in most heads. In 8 of 10 heads low-norm")
+    assert "in 1 high-norm" in text and "in 1 the sign changes between texts" in text and "over 8 texts" in text
+    assert answer(study_of(-gamma)).startswith("No, the opposite")
+    assert answer(study_of(gamma[:3])).startswith("This study cannot tell") and "over 3 texts" in answer(
+        study_of(gamma[:3])
+    )
+
+
+def test_the_median_is_of_heads_and_its_interval_of_texts():
+    rng = np.random.default_rng(0)
+    gamma = rng.normal(size=(6, 1, 3)) + np.arange(3)
+    got = median_gamma(study_of(gamma))
+    drawn = np.random.default_rng(0).integers(6, size=(RESAMPLES, 6))
+    medians = sorted(sorted(gamma[texts, 0].mean(axis=0))[1] for texts in drawn)
+    assert got.value == pytest.approx(sorted(gamma[:, 0].mean(axis=0))[1])
+    assert (got.low, got.high) == pytest.approx(np.quantile(medians, [0.025, 0.975]))
+    assert str(median_gamma(study_of(np.full((6, 1, 2), np.nan)))) == "undefined"
+    assert "no interval" in str(median_gamma(study_of(gamma[:1])))
+
+
+# Stability
+
+
+def test_rank_correlations_of_many_pairs_are_those_of_scipy():
+    x, y = np.random.default_rng(0).normal(size=(2, 20, 7)).round(1)
+    for one, other, rho, tau in zip(x, y, spearman(x, y), kendall(x, y), strict=True):
+        assert rho == pytest.approx(stats.spearmanr(one, other).statistic)
+        assert tau == pytest.approx(stats.kendalltau(one, other).statistic)
+    assert np.isnan(spearman(np.ones((2, 4)), x[:2, :4])).all() and np.isnan(kendall(x[:, :2], y[:, :2])).all()
+
+
+def test_the_order_of_layers_is_stable_where_texts_agree_and_not_where_they_do_not():
+    rng = np.random.default_rng(0)
+    layers = np.arange(8.0)
+    same = stability(np.tile(layers, (6, 1)))
+    assert [a.texts for a in same.by_texts] == [1, 2, 3] and same.stable_from == 1
+    assert all(a.spearman == pytest.approx(1) and a.kendall == pytest.approx(1) for a in same.by_texts)
+    noise = stability(rng.normal(size=(24, 8)))
+    # Halves of all the texts add up to a constant, so noise agrees at random, or less.
+    assert noise.stable_from is None and max(a.spearman for a in noise.by_texts) < 0.3
+    assert "not stable yet" in str(noise)
+    mixed = stability(layers + 3 * rng.normal(size=(60, 8)))
+    spearmans = [a.spearman for a in mixed.by_texts]
+    assert 1 < mixed.stable_from < 30 and f"from {mixed.stable_from} texts on" in str(mixed)
+    assert min(spearmans[mixed.stable_from - 1 :]) >= 0.9 > spearmans[mixed.stable_from - 2]
+
+
+def test_the_agreement_of_single_texts_is_the_mean_over_pairs():
+    losses = np.random.default_rng(0).normal(size=(4, 6))
+    pairs = [stats.spearmanr(losses[i], losses[j]).statistic for i in range(4) for j in range(i)]
+    got = stability(losses, splits=20_000).by_texts[0].spearman
+    assert got == pytest.approx(sum(pairs) / 6, abs=0.01)
+
+
+@pytest.mark.parametrize("losses", [np.ones((1, 5)), np.ones((6, 5)), np.eye(6, 2), np.full((6, 5), np.nan)], ids=str)
+def test_an_order_that_cannot_be_compared_is_said_so(losses):
+    assert stability(losses).stable_from is None and "cannot be compared" in str(stability(losses))
+
+
+def test_a_layer_that_a_text_leaves_undefined_is_not_ordered():
+    losses = np.random.default_rng(0).normal(size=(6, 5))
+    holed = np.insert(losses, 2, 0.0, axis=1)
+    holed[3, 2] = np.nan
+    assert stability(holed) == stability(losses)
+
+
+def test_losses_of_layers_are_those_that_the_skip_page_shows(loaded, texts, whole):
+    from analysis import capture
+
+    for row, (_, text) in zip(layer_losses(whole), texts, strict=True):
+        np.testing.assert_allclose(row, layer_loss(capture(loaded, text)).by_layer, rtol=1e-9)
+    undefined = study_of(np.zeros((3, 2, 2)), alr=np.full((3, 2, 2), np.nan), alr_chance=np.full((3, 2, 2), np.nan))
+    assert np.isnan(layer_losses(undefined)).all()
+
+
+# Texts
+
+
+def test_pieces_follow_each_other_and_have_as_many_tokens_as_asked(loaded):
+    found = list(chunks(loaded.tokenizer, "Keats", KEATS, n_tokens=50))
+    assert [name for name, _ in found] == [f"Keats {i}" for i in range(len(found))] and len(found) > 5
+    place = 0
+    for _, piece in found:
+        assert len(tokenize(loaded.tokenizer, piece)) in (49, 50)
+        start = KEATS.index(piece, place)
+        assert not KEATS[place:start].strip()
+        place = start + len(piece)
+    assert len(tokenize(loaded.tokenizer, KEATS[place:])) <= 50
+
+
+@pytest.mark.parametrize("text", ["🙂" * 200, "a" * 3000, "  \n" * 500 + "word " * 200, "ü" * 300])
+def test_any_text_is_cut_without_end_or_overlap(loaded, text):
+    found = [piece for _, piece in chunks(loaded.tokenizer, "x", text, n_tokens=40)]
+    assert found and all(0 < len(tokenize(loaded.tokenizer, piece)) <= 40 for piece in found)
+    assert sum(map(len, found)) <= len(text)
+
+
+def test_texts_take_turns_and_too_short_ones_are_refused(loaded):
+    found = pieces(loaded.tokenizer, {"a": KEATS, "short": "No.", "b": KEATS}, n_tokens=50, at_most=5)
+    assert [name for name, _ in found] == ["a 0", "b 0", "a 1", "b 1", "a 2"]
+    with pytest.raises(TextError, match="None of the texts has 50 tokens"):
+        pieces(loaded.tokenizer, {"short": "No."}, n_tokens=50, at_most=5)
+    with pytest.raises(TextError, match="at least 4"):
+        pieces(loaded.tokenizer, {"a": KEATS}, n_tokens=1, at_most=5)
+    with pytest.raises(TextError, match="At least one text"):
+        pieces(loaded.tokenizer, {"a": KEATS}, n_tokens=50, at_most=-1)
+    with pytest.raises(TextError, match="blank: The text is empty"):
+        pieces(loaded.tokenizer, {"a": KEATS, "blank": " "}, n_tokens=50, at_most=5)
+
+
+# Running, resuming, refusing
+
+
+def test_a_study_holds_what_the_metrics_say_of_each_capture(loaded, texts, whole):
+    from analysis import capture
+
+    assert whole.complete and whole.names == tuple(name for name, _ in texts)
+    for i, (_, text) in enumerate(texts):
+        run = capture(loaded, text)
+        assert whole.n_tokens[i] == run.n_tokens
+        for probe in PROBES:
+            expected = metrics(run, probe=probe)
+            for name in METRICS:
+                np.testing.assert_allclose(whole.of(name, probe=probe)[i], expected.of(name), rtol=1e-9)
+    assert set(whole.status_of("gamma").ravel()) == {"ok"}
+    np.testing.assert_allclose(head_means(whole).mean, whole.of("gamma").mean(axis=0))
+    with pytest.raises(ValueError, match="metric must be one of gamma"):
+        whole.of("delta")
+
+
+@pytest.mark.parametrize("after", [1, 3])
+def test_a_study_that_was_cancelled_goes_on_where_it_stopped(tmp_path, loaded, texts, whole, after):
+    path, seen = tmp_path / "study.safetensors", []
+
+    class Cancelled(Exception):
+        pass
+
+    def stop(done, total, name):
+        seen.append((done, total, name))
+        if done == after:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        study(loaded, texts, path, on_text=stop)
+    assert seen == [(i + 1, 4, texts[i][0]) for i in range(after)]
+    half = load_study(path)
+    assert len(half.names) == after and not half.complete
+    seen.clear()
+    assert_same(study(loaded, iter(texts), path, on_text=lambda *call: seen.append(call)), whole)
+    assert [done for done, _, _ in seen] == list(range(after + 1, 5))
+    assert_same(load_study(path), whole)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_cancelled_capture_leaves_the_texts_before_it(tmp_path, loaded, texts, whole):
+    path, calls = tmp_path / "study.safetensors", []
+
+    def stop(done, total):
+        calls.append(done)
+        if path.exists():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        study(loaded, texts, path, on_layer=stop)
+    assert len(load_study(path).names) == 1
+    assert_same(study(loaded, texts, path), whole)
+
+
+def test_a_finished_study_runs_nothing_again_and_more_texts_are_added(tmp_path, loaded, texts, whole):
+    path = tmp_path / "study.safetensors"
+    study(loaded, texts[:2], path)
+    study(loaded, texts[:2], path, on_layer=lambda *_: pytest.fail("it ran"))
+    assert_same(study(loaded, texts, path), whole)
+
+
+def test_other_texts_and_other_models_are_refused_with_the_reason(tmp_path, loaded, texts, models):
+    path = tmp_path / "study.safetensors"
+    study(loaded, texts[:2], path)
+    before = path.read_bytes()
+    (name, text), second = texts[:2]
+    other = LoadedModel(models("llama"), loaded.tokenizer, "books-5m")
+    model = models("books-5m")
+    for given, loaded_, reason in (
+        ([(name, text + "."), second], loaded, "of text 0, 'Keats 0' has changed"),
+        ([second, (name, text)], loaded, "of text 0, it was 'Keats 0', and is now 'Keats 1'"),
+        ([(name, text)], loaded, "holds 2 texts already, and 1 were given"),
+        (texts[:2], other, "another model: books-5m"),
+    ):
+        with pytest.raises(RunFileError, match=reason):
+            study(loaded_, given, path)
+    weight = model.model.layers[3].mlp.up_proj.weight
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight.mul_(1.001)
+    try:
+        with pytest.raises(RunFileError, match="whose weights"):
+            study(loaded, texts[:2], path)
+    finally:
+        with torch.no_grad():
+            weight.copy_(kept)
+    assert path.read_bytes() == before
+
+
+def test_a_text_that_cannot_be_run_is_named_and_those_before_it_are_kept(tmp_path, loaded, texts):
+    path = tmp_path / "study.safetensors"
+    with pytest.raises(TextError, match="the empty one: The text is empty"):
+        study(loaded, [texts[0], ("the empty one", " ")], path)
+    assert load_study(path).names == (texts[0][0],)
+    with pytest.raises(TextError, match="no texts"):
+        study(loaded, [])
+
+
+def test_no_capture_outlives_its_text(loaded, texts, monkeypatch):
+    from analysis import capturing
+
+    real, arrays, alive = capturing.capture, [], []
+
+    def watched(*args, **options):
+        alive.append(sum(array() is not None for array in arrays))
+        run = real(*args, **options)
+        arrays.extend(weakref.ref(getattr(run, name)) for name in ("pooled_attention", "probe_attention", "key_norm"))
+        return run
+
+    monkeypatch.setattr(capturing, "capture", watched)
+    study(loaded, texts)
+    assert alive == [0, 0, 0, 0] and len(arrays) == 12
+
+
+# Files
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("step", ["save_file", "fsync", "replace"])
+def test_a_failure_while_writing_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, step, error):
+    path = save_study(study_of(np.zeros((2, 1, 1))), tmp_path / "study.safetensors")
+    before = path.read_bytes()
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr({"save_file": files, "fsync": os, "replace": Path}[step], step, fail)
+    with pytest.raises(RunFileError if isinstance(error, OSError) else KeyboardInterrupt):
+        save_study(study_of(np.ones((3, 1, 1))), path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def tampered(path, *, header=None, arrays=None, **metadata):
+    with safe_open(path, framework="numpy") as file:
+        old, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    new = old | {"header": json.dumps(json.loads(old["header"]) | (header or {}))} | metadata
+    save_file(tensors | (arrays or {}), path, metadata=new)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"l2kv_study": "2"}, "version 2"),
+        ({"header": {"metrics": ["gamma"]}}, "other metrics"),
+        ({"header": {"model": 5}}, "model should be text"),
+        ({"header": {"names": ["\ud800"] * 8}}, "surrogates"),
+        ({"header": {"names": ["one"]}}, "shape"),
+        ({"header": {"texts": 3}}, "do not fit"),
+        ({"header": {"texts": "8"}}, "whole number"),
+        ({"header": {"extra": 1}}, "other parts"),
+        ({"arrays": {"extra": np.ones(2)}}, "other parts"),
+        ({"arrays": {"n_tokens": np.ones(8)}}, "type float64"),
+        ({"arrays": {"status": np.full((8, 2, 12, 1, 1), 9, np.uint8)}}, "where the status is ok"),
+        ({"arrays": {"values": np.full((8, 2, 12, 1, 1), np.nan)}}, "where the status is ok"),
+        ({"arrays": {"values": np.zeros(3)}}, "shape"),
+    ],
+    ids=str,
+)
+def test_a_study_that_was_tampered_with_is_refused(tmp_path, changes, reason):
+    path = save_study(study_of(np.zeros((8, 1, 1))), tmp_path / "study.safetensors")
+    tampered(path, **changes)
+    with pytest.raises(RunFileError, match=reason):
+        load_study(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"\xff" * 99])
+def test_a_foreign_file_is_refused_and_not_written_over(tmp_path, loaded, texts, content):
+    path = tmp_path / "study.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(RunFileError, match="not a study that can be read"):
+        study(loaded, texts, path)
+    assert path.read_bytes() == content
+    with pytest.raises(RunFileError, match="no file"):
+        load_study(tmp_path / "none")
+    save_file({"a": np.ones(3)}, path)
+    with pytest.raises(RunFileError, match="but not a study"):
+        load_study(path)
+    with pytest.raises(RunFileError, match="cannot be written"):
+        save_study(study_of(np.zeros((1, 1, 1))), path / "below")
+
+
+def test_a_cut_file_does_not_pass_for_a_study(tmp_path):
+    path = save_study(study_of(np.zeros((2, 1, 1))), tmp_path / "study.safetensors")
+    content = path.read_bytes()
+    for end in random.Random(0).sample(range(len(content)), 200):
+        path.write_bytes(content[:end])
+        with pytest.raises(RunFileError):
+            load_study(path)
+
+
+# The command
+
+
+def test_the_command_prints_a_row_per_layer_and_the_answer_and_goes_on(tmp_path, capsys):
+    text, out = tmp_path / "keats.txt", tmp_path / "study.safetensors"
+    text.write_text(KEATS)
+    command = ["study", str(text), "-o", str(out), "--tokens", "40", "--device", "cpu", "--max-texts"]
+    assert main([*command, "2"]) == 0
+    assert "This study cannot tell" in capsys.readouterr().out
+    assert main([*command, "7"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == "books-5m, 7 texts of 40 to 40 tokens" and len(told) == 3 + 6 + 3
+    done = load_study(out)
+    assert done.names == tuple(f"keats {i}" for i in range(7))
+    assert f"Does low norm predict attention in books-5m? {answer(done)}" in told
+    assert main([*command, "3"]) == 2
+    assert "7 texts already" in capsys.readouterr().err
+
+
+def test_an_interrupted_command_keeps_what_was_done(tmp_path, capsys, monkeypatch):
+    from analysis import __main__ as command
+
+    text, out = tmp_path / "keats.txt", tmp_path / "study.safetensors"
+    text.write_text(KEATS)
+
+    def interrupt(stage, done, total):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "_counter", lambda: interrupt)
+    assert main(["study", str(text), "-o", str(out), "--tokens", "40", "--max-texts", "4", "--device", "cpu"]) == 130
+    assert "goes on" in capsys.readouterr().out and len(load_study(out).names) == 2
