@@ -15,7 +15,7 @@ import numpy as np
 from scipy import stats
 
 from analysis.measures import VERDICTS as VERDICTS_ON_ONE_TEXT
-from analysis.measures import WEAK, signed
+from analysis.measures import WEAK, in_short, signed
 from analysis.study import Study
 
 MIN_TEXTS = 6  # with fewer, one sign in all of them is no rarer by chance than 5 % (2 / 2^5): no verdict
@@ -144,22 +144,10 @@ def answer(study: Study, *, probe: str = "next token", seed: int = 0) -> str:
     follows, mirror = counts["follows the paper"], counts["mirror"]
     hang = counts["sink only"] + counts["hidden by the sink"]
     return (
-        f"{_short(follows, mirror, total)} In {follows} of {total} heads low-norm keys get the attention, as the paper "
-        f"says; in {mirror} high-norm keys do; in {hang} it hangs on the first token; in {counts['unstable']} the sign "
-        f"changes between texts; in {counts['no signal']} there is no signal. {median}"
+        f"{in_short(follows, mirror, total)} In {follows} of {total} heads low-norm keys get the attention, as the "
+        f"paper says; in {mirror} high-norm keys do; in {hang} it hangs on the first token; in {counts['unstable']} "
+        f"the sign changes between texts; in {counts['no signal']} there is no signal. {median}"
     )
-
-
-def _short(follows: int, mirror: int, total: int) -> str:
-    if follows > 0.75 * total:
-        return "Yes, in most heads."
-    if mirror > 0.75 * total:
-        return "No, the opposite: in most heads HIGH-norm keys get the attention."
-    if mirror > 0.5 * total and follows < 0.15 * total:
-        return "Mostly no: in most heads HIGH-norm keys get the attention."
-    if max(follows, mirror) < 0.25 * total:
-        return "Hardly: in most heads norm and attention have little to do with each other."
-    return "It depends on the head."
 
 
 def layer_losses(study: Study, *, probe: str = "next token") -> np.ndarray:

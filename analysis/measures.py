@@ -140,22 +140,25 @@ def answer(capture: Capture) -> str:
     if not total:
         return "This run cannot tell: in no head do norms and attention give an order to compare."
     follows, mirror = (int((verdict == name).sum()) for name in ("follows the paper", "mirror"))
-    if follows > 0.75 * total:
-        short = "Yes, in most heads."
-    elif mirror > 0.75 * total:
-        short = "No, the opposite: in most heads HIGH-norm keys get the attention."
-    elif mirror > 0.5 * total and follows < 0.15 * total:
-        short = "Mostly no: in most heads HIGH-norm keys get the attention."
-    elif max(follows, mirror) < 0.25 * total:
-        short = "Hardly: in most heads norm and attention have little to do with each other."
-    else:
-        short = "It depends on the head."
     hang = int(np.isin(verdict, ("sink only", "hidden by the sink")).sum())
     return (
-        f"{short} In {follows} of {total} heads low-norm keys get the attention, as the paper says; in {mirror} "
-        f"high-norm keys do; in {hang} it hangs on the first token; in {total - follows - mirror - hang} it is too "
-        f"weak to call. Median Γ {signed(np.median(gamma[defined]))}."
+        f"{in_short(follows, mirror, total)} In {follows} of {total} heads low-norm keys get the attention, as the "
+        f"paper says; in {mirror} high-norm keys do; in {hang} it hangs on the first token; in "
+        f"{total - follows - mirror - hang} it is too weak to call. Median Γ {signed(np.median(gamma[defined]))}."
     )
+
+
+def in_short(follows: int, mirror: int, total: int) -> str:
+    """The answer in a few words: of `total` heads that tell anything, so many follow the paper, so many mirror it."""
+    if follows > 0.75 * total:
+        return "Yes, in most heads."
+    if mirror > 0.75 * total:
+        return "No, the opposite: in most heads HIGH-norm keys get the attention."
+    if mirror > 0.5 * total and follows < 0.15 * total:
+        return "Mostly no: in most heads HIGH-norm keys get the attention."
+    if max(follows, mirror) < 0.25 * total:
+        return "Hardly: in most heads norm and attention have little to do with each other."
+    return "It depends on the head."
 
 
 @dataclass(frozen=True, slots=True, eq=False)

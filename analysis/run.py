@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import secrets
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from analysis.errors import RunFileError
+from analysis.files import write_whole
 from analysis.memory import CacheShape
 
 VERSION = 1
@@ -130,22 +127,11 @@ def save_run(capture: Capture, path: str | Path) -> Path:
     """
     path = Path(path)
     header = {name: getattr(capture, name) for name in _HEADER}
-    arrays = {name: np.ascontiguousarray(getattr(capture, name)) for name in _ARRAYS}
-    temporary = path.parent / f".{secrets.token_hex(8)}.tmp"
+    arrays = {name: getattr(capture, name) for name in _ARRAYS}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        mode = temporary.stat().st_mode  # save_file would leave a file that only its owner can read
-        save_file(arrays, temporary, metadata={"l2kv_run": str(VERSION), "header": json.dumps(header)})
-        temporary.chmod(mode)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
+        write_whole(path, arrays, {"l2kv_run": str(VERSION), "header": json.dumps(header)})
     except (SafetensorError, OSError) as error:
         raise RunFileError(f"The run cannot be written to {path}: {error}. Choose another place.") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
     return path
 
 

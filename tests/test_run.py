@@ -14,6 +14,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save, save_file
 
+from analysis import files as files_module
 from analysis import run as run_module
 from analysis.errors import RunFileError
 from analysis.run import Capture, load_run, save_run
@@ -136,13 +137,13 @@ def test_a_failure_while_saving_leaves_the_old_file_and_no_other(saved, monkeypa
     def fail(*_, **__):
         raise error
 
-    real_save_file = run_module.save_file
+    real_save_file = files_module.save_file
 
     def half_save(arrays, path, **rest):
         real_save_file(arrays, path, **rest)
         fail()
 
-    owner = {"save_file": run_module, "fsync": os, "replace": Path}[step]
+    owner = {"save_file": files_module, "fsync": os, "replace": Path}[step]
     monkeypatch.setattr(owner, step, half_save if step == "save_file" else fail)
     with pytest.raises(RunFileError if isinstance(error, OSError) else type(error)):
         save_run(make(model="new"), saved)
