@@ -158,10 +158,14 @@ class _Run:
             f"{np.max(seen.sink_share):.2f}, its key {np.nanmin(bos_norm):.2f} of the median"
         )
 
+    def _recipe(self) -> dict:
+        """The recipe; of a model that was started from, the shape is its own, and stands in its config."""
+        return asdict(self.recipe) | ({"shape": None} if self.start_from else {})
+
     def report(self) -> dict:
         """Everything but the weights, as JSON."""
         return {
-            "recipe": asdict(self.recipe),
+            "recipe": self._recipe(),
             "start_from": self.start_from,
             "corpus": self.corpus,
             "step": self.step,
@@ -215,7 +219,7 @@ class _Run:
         differs = [
             what
             for what, then, now in (
-                ("recipe", report["recipe"], json.loads(json.dumps(asdict(self.recipe)))),
+                ("recipe", report["recipe"], json.loads(json.dumps(self._recipe()))),
                 ("model to start from", report["start_from"], self.start_from),
                 ("corpus", report.get("corpus", self.corpus), self.corpus),
             )
