@@ -85,8 +85,9 @@ def skip_layers_input(run: Capture) -> None:
 
 def ratio_input() -> None:
     """The share of the tokens that stays."""
+    st.session_state.setdefault("keep_ratio", 0.5)  # not as the widget's own default: presets set it, too
     st.slider(
-        "Keep ratio", 0.05, 1.0, 0.5, 0.05, key="keep_ratio", persist_state="session",
+        "Keep ratio", 0.05, 1.0, step=0.05, key="keep_ratio", persist_state="session",
         help="The share of the tokens seen that each head keeps. 1 keeps the whole cache.",
     )  # fmt: skip
 
@@ -103,8 +104,9 @@ def policy_input(choices: Sequence[str] = tuple(POLICY_NAMES)) -> None:
 
 def protect_last_input() -> None:
     """How many recent tokens are safe."""
+    st.session_state.setdefault("protect_last", 32)
     st.number_input(
-        "Protect the last", 0, 4096, 32, 8, key="protect_last", persist_state="session",
+        "Protect the last", 0, 4096, step=8, key="protect_last", persist_state="session",
         help="The latest tokens are never evicted. 0 in the paper; without it a new token whose norm is on the wrong "
         "side is evicted in the step that added it.",
     )  # fmt: skip
@@ -112,8 +114,9 @@ def protect_last_input() -> None:
 
 def prune_after_input() -> None:
     """From how many tokens on the cache is compressed."""
+    st.session_state.setdefault("prune_after", 0)
     st.number_input(
-        "Compress from", 0, 1_000_000, 0, 64, key="prune_after", persist_state="session",
+        "Compress from", 0, 1_000_000, step=64, key="prune_after", persist_state="session",
         help="In tokens. A cache of fewer is left alone (prune_after in the paper).",
     )  # fmt: skip
 

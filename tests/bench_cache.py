@@ -16,7 +16,7 @@ from tests.measuring import peak_bytes, seconds
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 30, 9, 3, 64, 4096
 LENGTHS = (1024, 4096, 16384)
-NEW_TOKENS = 24
+NEW_TOKENS = 16
 ROUNDS = 3
 
 

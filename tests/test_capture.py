@@ -192,7 +192,8 @@ def test_texts_that_cannot_be_run_are_refused_with_the_reason(load):
     ):
         with pytest.raises(TextError, match=reason):
             capture(loaded, text)
-    assert any("beyond the 512" in w for w in capture(loaded, TEXT * 9).warnings)
+    limit = loaded.config.max_position_embeddings
+    assert any(f"beyond the {limit}" in w for w in capture(loaded, " a" * limit).warnings)
     with pytest.raises(TextError, match=r"positions for 64.*Shorten it to 63"):
         capture(LoadedModel(gpt2_of_64(), loaded.tokenizer, "gpt2"), TEXT * 2)
     with pytest.raises(TextError, match="do not belong together"):
