@@ -23,8 +23,9 @@ bench: $(VENV)/app.stamp  ## memory and time of a capture and of a compressed ca
 	$(BIN)/python -m tests.bench_cache
 
 # ARGS=--without-passkey for a model that cannot retrieve
-demo: $(VENV)/app.stamp  ## the demo run and the presets again, of MODEL=name or folder, found in TEXTS="files or folders"
+demo: $(VENV)/dev.stamp  ## the demo run, presets and picture again, of MODEL=name or folder, found in TEXTS="files or folders"
 	$(BIN)/python -m analysis demo --model $(MODEL) $(if $(TEXTS),--texts $(TEXTS)) $(ARGS)
+	$(BIN)/python -m tests.picture
 
 picture: $(VENV)/dev.stamp  ## the README's picture, from the app itself
 	$(BIN)/python -m tests.picture
