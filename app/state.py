@@ -83,9 +83,17 @@ def skip_layers_input(run: Capture) -> None:
     )
 
 
+def _begin_with(key: str, value: float) -> None:
+    """Set a control at first, and again on another page, where its widget is a new one.
+
+    Not as the widget's own default: Streamlit warns of one whose value is set, too, as presets do.
+    """
+    st.session_state[key] = st.session_state.get(key, value)
+
+
 def ratio_input() -> None:
     """The share of the tokens that stays."""
-    st.session_state.setdefault("keep_ratio", 0.5)  # not as the widget's own default: presets set it, too
+    _begin_with("keep_ratio", 0.5)
     st.slider(
         "Keep ratio", 0.05, 1.0, step=0.05, key="keep_ratio", persist_state="session",
         help="The share of the tokens seen that each head keeps. 1 keeps the whole cache.",
@@ -104,7 +112,7 @@ def policy_input(choices: Sequence[str] = tuple(POLICY_NAMES)) -> None:
 
 def protect_last_input() -> None:
     """How many recent tokens are safe."""
-    st.session_state.setdefault("protect_last", 32)
+    _begin_with("protect_last", 32)
     st.number_input(
         "Protect the last", 0, 4096, step=8, key="protect_last", persist_state="session",
         help="The latest tokens are never evicted. 0 in the paper; without it a new token whose norm is on the wrong "
@@ -114,7 +122,7 @@ def protect_last_input() -> None:
 
 def prune_after_input() -> None:
     """From how many tokens on the cache is compressed."""
-    st.session_state.setdefault("prune_after", 0)
+    _begin_with("prune_after", 0)
     st.number_input(
         "Compress from", 0, 1_000_000, step=64, key="prune_after", persist_state="session",
         help="In tokens. A cache of fewer is left alone (prune_after in the paper).",

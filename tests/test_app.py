@@ -198,7 +198,7 @@ def test_a_preset_sets_the_controls_to_its_compression():
             state.take_spec(CompressionSpec(keep_ratio=0.25, policy="keydiff", skip_layers=(1,), protect_last=0))
         st.write(repr(state.current_spec()))
 
-    app = AppTest.from_function(page).run()
+    app = AppTest.from_function(page, default_timeout=60).run()
     assert "keep_ratio=0.5" in app.markdown[0].value
     app.button[0].click().run()
     told = app.markdown[0].value
@@ -211,7 +211,7 @@ def test_a_policy_that_a_page_does_not_know_gives_way_to_the_papers():
 
         state.policy_input(state.BY_NORM)
 
-    app = AppTest.from_function(page)
+    app = AppTest.from_function(page, default_timeout=60)
     app.session_state["policy"] = "keydiff"
     app.run()
     assert not app.exception and app.selectbox(key="policy").value == "low_norm"

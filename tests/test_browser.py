@@ -236,7 +236,7 @@ def test_a_skip_list_is_suggested_edited_exported_and_taken_over(page):
     page.get_by_role("button", name="The paper's: 0 and 1").click()
     settled(page)
     page.get_by_text("The plan as JSON and as code").click()
-    assert "skip_layers=(0, 1)" in page.locator("code").last.inner_text()
+    assert "skip_layers=(0, 1)" in page.locator("code").nth(1).inner_text()
     with page.expect_download() as download:
         page.get_by_role("button", name="Download the plan").click()
     assert '"skip_layers": [\n      0,\n      1\n    ]' in download.value.path().read_text()
