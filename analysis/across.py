@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from analysis.measures import VERDICT_OF_SIGNS, WEAK, in_short, signed
 from analysis.measures import VERDICTS as VERDICTS_ON_ONE_TEXT
-from analysis.measures import WEAK, in_short, signed
 from analysis.study import Study
 
 MIN_TEXTS = 6  # with fewer, one sign in all of them is no rarer by chance than 5 % (2 / 2^5): no verdict
@@ -34,15 +34,7 @@ VERDICTS = {
 }
 # By the sign of Γ with and without the first token, "above 0" being that the whole interval is; 0 is neither.
 _VERDICT_OF_SIGNS = {
-    (-1, -1): "follows the paper",
-    (-1, 0): "sink only",
-    (-1, 1): "sink only",
-    (0, -1): "hidden by the sink",
-    (1, -1): "hidden by the sink",
-    (0, 1): "mirror",
-    (1, 1): "mirror",
-    (0, 0): "no signal",
-    (1, 0): "no signal",
+    signs: "no signal" if name == "too weak to call" else name for signs, name in VERDICT_OF_SIGNS.items()
 }
 
 

@@ -109,7 +109,7 @@ VERDICTS = {
     "undefined": "no order to compare: constant norms, no attention, a sliding window, or too short a text",
 }
 # By the sign of Γ with and without the first token; 0 is a |Γ| below WEAK.
-_VERDICT_OF_SIGNS = {
+VERDICT_OF_SIGNS = {
     (-1, -1): "follows the paper",
     (-1, 0): "sink only",
     (-1, 1): "sink only",
@@ -127,7 +127,7 @@ def verdicts(capture: Capture) -> np.ndarray:
     with_sink, without = correlation(capture), correlation(capture, leave_out=1)
     signs = [np.sign(gamma) * (abs(gamma) >= WEAK) for gamma in (with_sink, without)]
     result = np.full(with_sink.shape, "undefined", dtype=object)
-    for pair, name in _VERDICT_OF_SIGNS.items():
+    for pair, name in VERDICT_OF_SIGNS.items():
         result[(signs[0] == pair[0]) & (signs[1] == pair[1])] = name
     return result
 
