@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from analysis.errors import RunFileError
+from analysis.files import content_of, record
 from analysis.measures import alr, alr_chance
 from analysis.run import Capture
 from l2kv.spec import CompressionSpec
@@ -79,27 +79,17 @@ class Plan:
 
     def to_json(self) -> str:
         """The file's text."""
-        content = {"l2kv_plan": PLAN_VERSION, "model": self.model, "note": self.note, "spec": asdict(self.spec)}
-        return json.dumps(content, indent=2, ensure_ascii=False, default=int) + "\n"
+        return record("plan", PLAN_VERSION, {"model": self.model, "note": self.note, "spec": asdict(self.spec)})
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
         """Read a plan, which may come from anyone. Raises RunFileError, with the reason."""
+        content = content_of(text, "plan", PLAN_VERSION)
         try:
-            content = json.loads(text)
-            if not isinstance(content, dict):
-                raise RunFileError("This is no plan: it is not a JSON object.")
-            if content.get("l2kv_plan") != PLAN_VERSION:
-                raise RunFileError(
-                    f"This is no plan of version {PLAN_VERSION}: l2kv_plan is {content.get('l2kv_plan')!r:.60}."
-                )
-            spec = content["spec"] | {"skip_layers": tuple(content["spec"].get("skip_layers", ()))}
-            model, note = content["model"], content.get("note", "")
+            given, model, note = content["spec"], content["model"], content.get("note", "")
             if not isinstance(model, str) or not isinstance(note, str):
                 raise TypeError(f"model and note must be text, got {model!r:.60} and {note!r:.60}")
-            return cls(model, CompressionSpec(**spec), note)
-        except RunFileError:
-            raise
+            return cls(model, CompressionSpec(**given | {"skip_layers": tuple(given.get("skip_layers", ()))}), note)
         except KeyError as error:
             raise RunFileError(f"This is not a plan that can be read: it has no {error}.") from error
         except (ValueError, TypeError, AttributeError, RecursionError) as error:

@@ -16,6 +16,7 @@ FORBIDDEN = {
     "app/figures": {"streamlit", "torch", "transformers", "analysis", "l2kv"},
     "app/markup.py": {"streamlit", "torch", "transformers"},
 }
+OUTERMOST = ROOT / "analysis" / "commands" / "pages.py"  # writes pages: it joins the parts, and nothing imports it
 
 
 def imported(path):
@@ -30,7 +31,8 @@ def imported(path):
 def test_imports_run_one_way(place):
     path = ROOT / place
     for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
-        assert not FORBIDDEN[place] & set(imported(file)), file
+        allowed = {"app"} if file == OUTERMOST else set()
+        assert not (FORBIDDEN[place] - allowed) & set(imported(file)), file
 
 
 def test_what_the_first_paint_needs_does_not_wait_for_torch():

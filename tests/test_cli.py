@@ -2,7 +2,7 @@
 
 import pytest
 
-from analysis.__main__ import main
+from analysis.commands import main
 from analysis.run import load_run
 
 TEXT = "The old man looked at the sea, and the sea looked at the old man, and neither of them said a word."

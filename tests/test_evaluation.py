@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 from analysis import TextError, capture, evaluation, finding, presets, suggest_skip_layers
-from analysis.__main__ import main
+from analysis.commands import main
 from analysis.errors import RunFileError
 from analysis.evaluation import (
     bits_per_byte,

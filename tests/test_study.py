@@ -17,7 +17,6 @@ from scipy import stats
 from transformers import AutoTokenizer
 
 from analysis import correlation, files, presets
-from analysis.__main__ import main
 from analysis.across import (
     MIN_TEXTS,
     RESAMPLES,
@@ -34,6 +33,7 @@ from analysis.across import (
     stability,
     verdicts,
 )
+from analysis.commands import main
 from analysis.errors import RunFileError, TextError
 from analysis.measures import alr, alr_chance
 from analysis.metrics import METRICS, PROBES, STATUSES, metrics
@@ -582,7 +582,7 @@ def test_the_command_prints_a_row_per_layer_and_the_answer_and_goes_on(tmp_path,
 
 
 def test_an_interrupted_command_keeps_what_was_done(tmp_path, capsys, monkeypatch):
-    from analysis import __main__ as command
+    from analysis.commands import studies as command
 
     text, out = tmp_path / "keats.txt", tmp_path / "study.safetensors"
     text.write_text(KEATS)
@@ -591,6 +591,6 @@ def test_an_interrupted_command_keeps_what_was_done(tmp_path, capsys, monkeypatc
         if done == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "_counter", lambda: interrupt)
+    monkeypatch.setattr(command, "counter", lambda: interrupt)
     assert main(["study", str(text), "-o", str(out), "--tokens", "40", "--max-texts", "4", "--device", "cpu"]) == 130
     assert "goes on" in capsys.readouterr().out and len(load_study(out).names) == 2

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from analysis import ModelError, TextError, UserError, capture, load_model
-from analysis.__main__ import main
+from analysis.commands import main
 from analysis.evaluation import bits_per_byte
 from analysis.training import loop, measured
 from analysis.training.card import Origin, Stated, make_card

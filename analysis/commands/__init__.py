@@ -1,0 +1,36 @@
+"""The command line, `python -m analysis COMMAND`: everything but looking. A module for each group of commands.
+
+Where a command draws (`figures`, `report`) it calls `app`: like every program's outermost layer it knows all parts, and
+nothing imports it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from analysis.commands import runs, studies, training
+from analysis.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; a mistake of the user's is one line on standard error and the exit status 2."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ncancelled", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m analysis", description="All but looking.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for group in (runs, studies, training):
+        group.add(commands)
+    return parser

@@ -1,0 +1,67 @@
+"""What the commands share: reading texts, and telling how far they are."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from analysis.errors import TextError
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """--model."""
+    parser.add_argument("-m", "--model", default="books-5m", help="a bundled name, a folder or a hub id (books-5m)")
+
+
+def add_texts(parser: argparse.ArgumentParser) -> None:
+    """--texts."""
+    parser.add_argument(
+        "--texts", nargs="+", type=Path, default=[], help="text files or folders of them (default: those of the app)"
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """--device."""
+    parser.add_argument("--device", help="cuda or cpu (default: the GPU where there is one)")
+
+
+def no_progress_bars() -> None:
+    """Keep transformers' own progress bars off the screen. Imports transformers: call it once arguments are checked."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # of weights: ours is of layers
+
+
+def text_of(source: str) -> str:
+    """The text of a file, or of standard input for "-". Raises TextError."""
+    try:
+        return sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TextError(f"{source} cannot be read as UTF-8 text: {error}") from error
+
+
+def texts_of(sources: Sequence[Path]) -> Mapping[str, str]:
+    """Text files, and those of folders, by name; the bundled ones if none are given."""
+    if not sources:
+        from analysis.presets import bundled_texts
+
+        return bundled_texts()
+    files = [file for source in sources for file in (sorted(source.glob("*.txt")) if source.is_dir() else [source])]
+    if not files:
+        raise TextError(f"There are no .txt files in {', '.join(map(str, sources))}.")
+    stems = [file.stem for file in files]
+    names = [str(file) if stems.count(file.stem) > 1 else file.stem for file in files]  # no text may hide another
+    return {name: text_of(str(file)) for name, file in zip(names, files, strict=True)}
+
+
+def counter() -> Callable[[str, int, int], None]:
+    """What shows (stage, done, total) on one line; nothing where nobody looks."""
+    if not sys.stderr.isatty():
+        return lambda stage, done, total: None
+
+    def show(stage: str, done: int, total: int) -> None:
+        print(f"\r{stage} {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+    return show

@@ -1,0 +1,71 @@
+"""`study`: one model over many texts."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from analysis.commands.shared import add_device, add_model, counter, no_progress_bars, texts_of
+
+if TYPE_CHECKING:
+    from analysis.across import Means
+    from analysis.study import Study
+
+
+def add(commands) -> None:
+    """Add the command."""
+    study = commands.add_parser("study", help="what the heads do over many texts, with intervals")
+    study.add_argument("texts", nargs="+", type=Path, help="text files, or folders of .txt files")
+    study.add_argument("-o", "--out", type=Path, required=True, help="the table to write, or to go on with")
+    add_model(study)
+    study.add_argument("--tokens", type=int, default=512, help="tokens of each piece of text (512, if the model can)")
+    study.add_argument("--max-texts", type=int, default=16, help="pieces, taken from the files by turns (16)")
+    add_device(study)
+    study.set_defaults(run=_study)
+
+
+def _study(arguments: argparse.Namespace) -> None:
+    texts = texts_of(arguments.texts)
+    no_progress_bars()
+    from analysis.models import load_model
+    from analysis.study import pieces, study
+
+    loaded = load_model(arguments.model, device=arguments.device)
+    most = (getattr(loaded.config, "max_position_embeddings", None) or sys.maxsize) - 1  # one for the next token
+    if arguments.tokens > most:
+        print(f"{loaded.name} was trained on {most + 1} positions: pieces are of {most} tokens", file=sys.stderr)
+    given = pieces(loaded.tokenizer, texts, n_tokens=min(arguments.tokens, most), at_most=arguments.max_texts)
+    count = counter()
+    try:
+        done = study(loaded, given, arguments.out, on_text=lambda done, total, name: count("texts", done, total))
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on after the last text that was done.", end="")
+        raise
+    _print_study(done)
+    print(f"wrote {arguments.out}")
+
+
+def _print_study(study: Study) -> None:
+    from analysis.across import answer, head_verdicts, layer_losses, layer_means, means, stability
+
+    columns = (layer_means(study), layer_means(study, "gamma_without_sink"), means(layer_losses(study)))
+    verdict = head_verdicts(study)
+    print(f"{study.model}, {len(study.names)} texts of {study.n_tokens.min()} to {study.n_tokens.max()} tokens")
+    print("means over heads and texts, for the query of the next token; 95 % intervals over texts; layers count from 0")
+    print("layer  gamma                 no_sink               ALR/chance            verdicts on heads")
+    for layer, words in enumerate(verdict):
+        figures = "  ".join(_with_ends(of, layer, sign) for of, sign in zip(columns, ("+", "+", " "), strict=True))
+        counts = ", ".join(f"{(words == name).sum()} {name}" for name in sorted(set(words)))
+        print(f"{layer:5}  {figures}  {counts}")
+    print(stability(layer_losses(study)))
+    print(f"Does low norm predict attention in {study.model}? {answer(study)}")
+
+
+def _with_ends(of: Means, layer: int, sign: str) -> str:
+    if not of.defined[layer]:
+        return f"{'undefined':20}"
+    mean, low, high = (f"{values[layer]:{sign}.2f}" for values in (of.mean, of.low, of.high))
+    ends = f"[{low}, {high}]" if of.defined[layer] > 1 else "[one text]"
+    return f"{mean} {ends:14}"
