@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from l2kv.heads import of_query_heads, options_of_heads
+from l2kv.heads import of_kv_heads, of_query_heads, options_of_heads
 from l2kv.layer import CompressedLayer, Group
 from l2kv.seam import Attention, UnsupportedModelError
 
@@ -32,43 +33,54 @@ def attend(
         raise UnsupportedModelError(
             "this model adds a bias to its attention scores that goes by the place in the cache"
         )
+    hides_nothing = mask is None and layer.first_real is None
+    if query.shape[2] == 1 and hides_nothing and inner is ALL_ATTENTION_FUNCTIONS["sdpa"]:
+        return _of_one_token(layer, query, options), None
     if not layer.ragged:
-        return _call(
-            inner, module, query, layer.keys, layer.values, _mask(layer, layer.groups[0], query, mask), options
-        )
+        return inner(module, query, layer.keys, layer.values, _mask(layer, layer.groups[0], query, mask), **options)
     outputs = []
     for group in layer.groups:
         of_group = of_query_heads(query, group.heads, layer.n_heads)
-        output, _ = _call(
-            inner,
+        output, _ = inner(
             _Heads(module, group.heads, layer.n_heads),
             of_group,
             group.keys,
             group.values,
             _mask(layer, group, of_group, mask),
-            options_of_heads(options, group.heads, layer.n_heads),
+            **options_of_heads(options, group.heads, layer.n_heads),
         )
         outputs.append(output.unflatten(2, (len(group.heads), -1)))  # [B, q, h, G, D]
-    output = torch.cat(outputs, dim=2)
-    order = [head for group in layer.groups for head in group.heads]
-    if order != sorted(order):
-        output = output[:, :, sorted(range(len(order)), key=order.__getitem__)]
-    return output.flatten(2, 3), None
+    return _in_order(layer, torch.cat(outputs, dim=2), dim=2).flatten(2, 3), None
 
 
-def _call(
-    inner: Attention, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict
-) -> tuple[Tensor, Tensor | None]:
-    """The model's own attention. To sdpa, a single token's heads that share keys are given as queries of one head.
+def _of_one_token(layer: CompressedLayer, query: Tensor, options: dict[str, object]) -> Tensor:
+    """sdpa for a single token, of which nothing is hidden: [B, H, 1, D] -> [B, 1, H, D].
 
-    Nothing is hidden from any of them, so it is the same sum, and the keys are read once instead of once a query head.
+    The query heads that share keys are given as queries of one head: the same sum, but the keys are read once, instead
+    of once a query head.
     """
-    group = query.shape[1] // key.shape[1]
-    if query.shape[2] > 1 or group == 1 or mask is not None or inner is not ALL_ATTENTION_FUNCTIONS["sdpa"]:
-        return inner(module, query, key, value, mask, **options)
-    packed = query.squeeze(2).unflatten(1, (-1, group))  # [B, Hkv, G, D]
-    output, _ = inner(_Ungrouped(module), packed, key, value, None, **(options | {"is_causal": False}))
-    return output.transpose(1, 2).flatten(1, 2)[:, None], None  # [B, G, Hkv, D] -> [B, 1, H, D]
+    packed = query.squeeze(2).unflatten(1, (layer.n_heads, -1))  # [B, Hkv, G, D]
+    outputs = [
+        scaled_dot_product_attention(
+            of_kv_heads(packed, group.heads),
+            group.keys,
+            group.values,
+            dropout_p=options.get("dropout", 0.0),
+            scale=options.get("scaling"),
+        )
+        for group in layer.groups
+    ]
+    output = outputs[0] if not layer.ragged else _in_order(layer, torch.cat(outputs, dim=1), dim=1)
+    return output.flatten(1, 2)[:, None]
+
+
+def _in_order(layer: CompressedLayer, output: Tensor, *, dim: int) -> Tensor:
+    """From the order of the groups to that of the kv heads, along `dim`."""
+    order = [head for group in layer.groups for head in group.heads]
+    if order == sorted(order):
+        return output
+    places = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=output.device)
+    return output.index_select(dim, places)
 
 
 def _mask(layer: CompressedLayer, group: Group, query: Tensor, mask: Tensor | None) -> Tensor | None:
@@ -93,15 +105,3 @@ class _Heads:
     def __getattr__(self, name: str):
         value = getattr(self._module, name)
         return of_query_heads(value[None], self._heads, self._kv_heads)[0] if name == "sinks" else value
-
-
-class _Ungrouped:
-    """An attention layer as if each query head had keys of its own."""
-
-    num_key_value_groups = 1
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-
-    def __getattr__(self, name: str):
-        return getattr(self._module, name)
