@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -118,10 +117,15 @@ class Target:
 WHOLE = Target(ratio=1.0)
 
 
-@lru_cache(maxsize=1024)  # every layer asks, at every token
 def share(ratio: float, n: int) -> int:
     """`ceil(ratio * n)` of the ratio as written: 0.55 of 100 is 55, though 0.55 * 100 is 55.00000000000001."""
-    return math.ceil(Fraction(str(round(ratio, 9))) * n)
+    exact = _as_written(ratio)
+    return -(-exact.numerator * n // exact.denominator)
+
+
+@lru_cache(maxsize=1024)  # every head asks, at every token
+def _as_written(ratio: float) -> Fraction:
+    return Fraction(str(round(ratio, 9)))
 
 
 def _layer_ratios(given: object) -> tuple[tuple[int, float], ...] | None:
