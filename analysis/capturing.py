@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from analysis.errors import ModelError, TextError
-from analysis.memory import BLOCK, MAX_BINS, check_fits, memory_errors
+from analysis.memory import BLOCK, LAST_QUERIES, MAX_BINS, RECENT_BYTES, check_fits, memory_errors
 from analysis.models import LoadedModel
 from analysis.run import Capture
 from analysis.tokens import MIN_TOKENS, Tokens, tokenize
@@ -27,26 +27,33 @@ OnLayer = Callable[[int, int], None]
 run and passes through."""
 
 
-def capture(loaded: LoadedModel, text: str, *, on_layer: OnLayer | None = None) -> Capture:
+def capture(
+    loaded: LoadedModel, text: str, *, last_queries: int = LAST_QUERIES, on_layer: OnLayer | None = None
+) -> Capture:
     """Run the model once over a text, and once more for its greedy next token, and keep what each head did.
 
     Args:
         loaded: the model.
         text: at least a few tokens of it.
+        last_queries: how many of the text's last queries to keep the rows of, one by one. Fewer are kept of a text that
+            has fewer, and where they would take more than 256 MiB.
         on_layer: for progress and cancelling.
 
     Raises:
         TextError: empty, too short, or longer than the model's learned positions.
+        ValueError: `last_queries` is below 0.
         OutOfMemoryError: it would not fit into free memory; says what would.
         ModelError: NaN in the weights, or an architecture that cannot be looked into.
     """
+    if last_queries < 0:
+        raise ValueError(f"last_queries must be 0 or more, got {last_queries}")
     tokens = tokenize(loaded.tokenizer, text)
     warnings = check_length(loaded, tokens)
-    check_fits(loaded, len(tokens))
+    check_fits(loaded, len(tokens), last_queries=last_queries)
     config, model, started = loaded.config, loaded.model, time.perf_counter()
     if unknown := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
         raise ModelError(f"{loaded.name} has layers that are not looked into yet: {', '.join(sorted(unknown))}.")
-    recorder = _Recorder(len(tokens), config.num_hidden_layers, on_layer)
+    recorder = _Recorder(len(tokens), config.num_hidden_layers, last_queries, on_layer)
     ids = torch.from_numpy(tokens.ids)[None].to(loaded.device)
     cache = DynamicCache(config=config)
     try:
@@ -108,8 +115,9 @@ def _last_logits(model: nn.Module, ids: Tensor, cache: DynamicCache) -> Tensor:
 class _Recorder:
     """Stands in the attention seam, looks on, and writes down."""
 
-    def __init__(self, n_tokens: int, n_layers: int, on_layer: OnLayer | None) -> None:
+    def __init__(self, n_tokens: int, n_layers: int, last_queries: int, on_layer: OnLayer | None) -> None:
         self.n_tokens, self.n_layers, self.on_layer = n_tokens, n_layers, on_layer
+        self.last_queries = min(last_queries, n_tokens)
         self.bin_width = -(-n_tokens // MAX_BINS)
         self.results: dict[str, np.ndarray] = {}  # fields of `Capture`
         self.recorded = self.probed = 0  # layers
@@ -137,11 +145,13 @@ class _Recorder:
     def _allocate(self, heads: int, kv_heads: int) -> None:
         # All at once, before the first layer: small arrays that stay, between large ones that go, fragment the heap.
         layers, n, bins = self.n_layers, self.n_tokens, -(-self.n_tokens // self.bin_width)
+        self.last_queries = min(self.last_queries, RECENT_BYTES // (4 * layers * heads * n))
         self.results = {
             "key_norm": np.empty((layers, kv_heads, n), np.float32),
             "value_norm": np.empty((layers, kv_heads, n), np.float32),
             "attention_received": np.empty((layers, heads, n), np.float32),
             "probe_attention": np.zeros((layers, heads, n), np.float32),
+            "recent_attention": np.empty((self.last_queries, layers, heads, n), np.float32),
             "pooled_attention": np.empty((layers, heads, bins, bins), np.uint8),
             "pooled_scale": np.empty((layers, heads), np.float32),
         }
@@ -158,6 +168,10 @@ class _Recorder:
             "pooled_scale": scale,
         }.items():
             self.results[name][self.recorded] = values.cpu().numpy()
+        if self.last_queries:
+            first = self.n_tokens - self.last_queries
+            rows = attention.probabilities(first, self.n_tokens).tril(first - 1)  # own columns are dropped
+            self.results["recent_attention"][:, self.recorded] = rows.transpose(0, 1).cpu().numpy()
         self.recorded += 1
         self._report()
 

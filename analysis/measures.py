@@ -55,12 +55,12 @@ def attention_loss(capture: Capture, layer: int, head: int, *, leave_out: int = 
 
 def alr(capture: Capture, *, leave_out: int = 0) -> np.ndarray:
     """The paper's attention loss against the reference, [L, H]: a sum over m, so it grows with the text."""
-    return _where_defined(capture, leave_out, _RankSums.of(capture, leave_out).alr)
+    return _where_defined(capture, leave_out, RankSums.of(capture, leave_out).alr)
 
 
 def alr_chance(capture: Capture, *, leave_out: int = 0) -> np.ndarray:
     """The ALR expected when tokens are dropped in random order, [L, H]."""
-    return _RankSums.of(capture, leave_out).chance
+    return RankSums.of(capture, leave_out).chance
 
 
 def correlation(capture: Capture, method: str = "gini", *, leave_out: int = 0) -> np.ndarray:
@@ -79,18 +79,27 @@ def correlation(capture: Capture, method: str = "gini", *, leave_out: int = 0) -
 def status(capture: Capture, *, leave_out: int = 0) -> np.ndarray:
     """Why a head's figures are undefined, [L, H] of str: "ok", "constant norms", "no attention", "too short", or
     "sliding window": the probe query sees only the latest tokens there, and the others cannot be ranked by it."""
-    shape = (capture.n_layers, capture.n_heads)
-    result = np.full(shape, "ok", dtype=object)
-    if capture.n_tokens - leave_out < 3:
+    windows = np.array(capture.windows)
+    return status_of(
+        capture.key_norm[..., leave_out:],
+        capture.probe_attention[..., leave_out:],
+        # A window of w holds the query's own key as well, which is no column of its row.
+        hidden=(windows > 0) & (windows - 1 < capture.n_tokens - leave_out),
+    )
+
+
+def status_of(key_norm: np.ndarray, attention: np.ndarray, *, hidden: np.ndarray) -> np.ndarray:
+    """`status` of any attention [L, H, n] to tokens of norms [L, Hkv, n]; `hidden` [L] bool: some cannot be seen."""
+    result = np.full(attention.shape[:2], "ok", dtype=object)
+    if attention.shape[-1] < 3:
         result[:] = "too short"
         return result
-    norm = capture.key_norm_by_head()[..., leave_out:].astype(np.float64)
-    attention = capture.probe_attention[..., leave_out:]
     even = np.ptp(attention, axis=-1) <= 1e-12  # no mass at all, or spread with no difference
     result[even] = "no attention"
-    result[np.ptp(norm, axis=-1) <= CONSTANT * norm.mean(axis=-1)] = "constant norms"
-    windows = np.array(capture.windows)
-    result[(windows > 0) & (windows <= capture.n_tokens)] = "sliding window"
+    norm = key_norm.astype(np.float64)
+    constant = np.ptp(norm, axis=-1) <= CONSTANT * norm.mean(axis=-1)
+    result[np.repeat(constant, attention.shape[1] // norm.shape[1], axis=1)] = "constant norms"
+    result[hidden] = "sliding window"
     return result
 
 
@@ -124,9 +133,13 @@ VERDICT_OF_SIGNS = {
 
 def verdicts(capture: Capture) -> np.ndarray:
     """What each head says of the paper's claim on this one text, [L, H], keys of `VERDICTS`. No interval: one text."""
-    with_sink, without = correlation(capture), correlation(capture, leave_out=1)
-    signs = [np.sign(gamma) * (abs(gamma) >= WEAK) for gamma in (with_sink, without)]
-    result = np.full(with_sink.shape, "undefined", dtype=object)
+    return verdicts_of(correlation(capture), correlation(capture, leave_out=1))
+
+
+def verdicts_of(gamma: np.ndarray, without_first: np.ndarray) -> np.ndarray:
+    """`verdicts` of any Γ with and without the first token, of one shape; NaN is undefined."""
+    signs = [np.sign(value) * (abs(value) >= WEAK) for value in (gamma, without_first)]
+    result = np.full(gamma.shape, "undefined", dtype=object)
     for pair, name in VERDICT_OF_SIGNS.items():
         result[(signs[0] == pair[0]) & (signs[1] == pair[1])] = name
     return result
@@ -134,7 +147,11 @@ def verdicts(capture: Capture) -> np.ndarray:
 
 def answer(capture: Capture) -> str:
     """Does low norm predict attention in this model? In two or three sentences."""
-    verdict, gamma = verdicts(capture), correlation(capture)
+    return answer_of(verdicts(capture), correlation(capture))
+
+
+def answer_of(verdict: np.ndarray, gamma: np.ndarray) -> str:
+    """`answer` from the verdict and the Γ of each head, [L, H]."""
     defined = verdict != "undefined"
     total = int(defined.sum())
     if not total:
@@ -216,7 +233,7 @@ def _cumulative(values: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True, slots=True)
-class _RankSums:
+class RankSums:
     """Sums over the n tokens of attention * rank, [L, H] each. Ranks ascend from 1, so their mean is (n + 1) / 2.
 
     The m-th token dropped counts in the n - m + 1 losses that follow: a token's attention is summed as often as its
@@ -228,25 +245,29 @@ class _RankSums:
     by_chance: np.ndarray
 
     @classmethod
-    def of(cls, capture: Capture, leave_out: int) -> _RankSums:
+    def of(cls, capture: Capture, leave_out: int) -> RankSums:
+        """Of the probe row of a capture."""
         attention = capture.probe_attention[..., leave_out:].astype(np.float64)
         ranks = np.repeat(_ordinal(capture.key_norm[..., leave_out:]), capture.n_heads // capture.n_kv_heads, axis=1)
         return cls(
             by_norm=(attention * ranks).sum(axis=-1),
-            by_attention=(attention * _ordinal(attention)).sum(axis=-1),
+            by_attention=np.sort(attention, axis=-1) @ np.arange(1.0, attention.shape[-1] + 1),
             by_chance=attention.sum(axis=-1) * (attention.shape[-1] + 1) / 2,
         )
 
     @property
     def alr(self) -> np.ndarray:
+        """The attention lost by norm order beyond the ideal one, summed over m."""
         return self.by_norm - (2 * self.by_chance - self.by_attention)
 
     @property
     def chance(self) -> np.ndarray:
+        """The ALR expected of a random order."""
         return self.by_attention - self.by_chance
 
     @property
     def gamma(self) -> np.ndarray:
+        """Γ, which is ALR / chance - 1."""
         with np.errstate(divide="ignore", invalid="ignore"):
             return (self.by_norm - self.by_chance) / self.chance
 
@@ -279,7 +300,7 @@ def _spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 _CORRELATIONS: dict[str, Callable[[Capture, int], np.ndarray]] = {
-    "gini": lambda capture, leave_out: _RankSums.of(capture, leave_out).gamma,
+    "gini": lambda capture, leave_out: RankSums.of(capture, leave_out).gamma,
     "spearman": _row_by_row(_spearman),
     "pearson": _row_by_row(_pearson),
 }

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 BLOCK = 128  # queries whose attention a capture holds at a time
 MAX_BINS = 128  # of its pooled attention map, a side
+LAST_QUERIES = 16  # whose rows it keeps
+RECENT_BYTES = 256 * 2**20  # that they may take
 _SHARE_OF_FREE = 0.8  # the rest is for others, and for the estimate being one
 
 
@@ -52,15 +54,16 @@ class CacheShape:
         return pairs * 2 * self.head_dim * self.itemsize
 
 
-def capture_bytes(config, n_tokens: int, *, itemsize: int) -> int:
-    """About what a capture takes beyond the model's weights."""
+def capture_bytes(config, n_tokens: int, *, itemsize: int, last_queries: int = LAST_QUERIES) -> int:
+    """About what a capture takes beyond the model's weights; `last_queries` as in `capture`."""
     shape = CacheShape.of(config, itemsize)
     heads, kv_heads = shape.n_heads, shape.n_kv_heads
     blocks = 4 * heads * min(BLOCK, n_tokens) * n_tokens * 4  # scores, probabilities, and the sums over them
     inner = np.max(getattr(config, "intermediate_size", None) or 4 * config.hidden_size)  # Gemma 3n: one per layer
     activations = n_tokens * (6 * config.hidden_size + 3 * inner) * itemsize
     results = config.num_hidden_layers * ((2 * heads + 2 * kv_heads) * n_tokens * 4 + heads * MAX_BINS**2)
-    return int(shape.nbytes(n_tokens) + blocks + activations + results)
+    recent = min(last_queries * config.num_hidden_layers * heads * n_tokens * 4, RECENT_BYTES)
+    return int(shape.nbytes(n_tokens) + blocks + activations + results + recent)
 
 
 def free_bytes(device) -> int:
@@ -73,12 +76,12 @@ def free_bytes(device) -> int:
     return psutil.virtual_memory().available
 
 
-def check_fits(loaded: LoadedModel, n_tokens: int) -> int:
+def check_fits(loaded: LoadedModel, n_tokens: int, *, last_queries: int = LAST_QUERIES) -> int:
     """The estimate for a capture of `n_tokens`. Raises OutOfMemoryError, naming the length that would fit."""
     itemsize, allowed = loaded.model.dtype.itemsize, int(free_bytes(loaded.device) * _SHARE_OF_FREE)
 
     def needed(n: int) -> int:
-        return capture_bytes(loaded.config, n, itemsize=itemsize)
+        return capture_bytes(loaded.config, n, itemsize=itemsize, last_queries=last_queries)
 
     if needed(n_tokens) <= allowed:
         return needed(n_tokens)

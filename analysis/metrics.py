@@ -1,26 +1,81 @@
 """A number per head of a capture, by name: the registry that studies of many texts go through. Knows no file.
 
-Each metric is taken of one of two attentions, the `PROBES`. It comes with a status, as in `analysis.measures`, and is
-NaN exactly where that is not "ok". Letters: a_i is the attention that the probe gives to token i of n.
+Each metric is taken of the attention of a probe, one of `PROBES`: of one query, or of the mean over many. It comes with
+a status, as in `analysis.measures`, and is NaN exactly where that is not "ok". Letters: a_i is the attention that the
+probe gives to token i of n.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
+from scipy.special import entr
 
-from analysis import measures
+from analysis.measures import HeadFigures, RankSums, head_figures, status_of, verdicts_of
 from analysis.run import Capture
 from l2kv.spec import share
 
 PROBES = {
     "next token": "the attention of one query, the greedy next token",
+    "last queries": "each of the text's last queries by itself, over the tokens before it; then their mean",
     "all queries": "the attention that each key receives, the mean over the queries that can see it",
 }
-STATUSES = ("ok", "constant norms", "no attention", "too short", "sliding window")
+STATUSES = ("ok", "constant norms", "no attention", "too short", "sliding window", "no queries kept")
 OVERLAP_RATIO = 0.5
+
+
+class Row:
+    """The attention that a probe gives to n tokens, beside the norms of their keys: what every metric is of.
+
+    What several metrics need is worked out once, when it is first asked for. L layers, H query heads, Hkv kv heads.
+    """
+
+    def __init__(self, attention: np.ndarray, norm: np.ndarray, ranks: np.ndarray, seen: np.ndarray) -> None:
+        """attention [L, H, n]; norm [L, Hkv, n]; ranks [2, L, Hkv, n], 1..n by ascending norm: of equals the earlier
+        has the lower one, as in the cache, and then equals share the mean of theirs; seen [L], how many of the n tokens
+        the probe can see."""
+        self.given, self.attention = attention, attention.astype(np.float64)
+        self.norm, self.ranks = norm, ranks
+        self.seen, self.n = seen, attention.shape[-1]
+
+    @cached_property
+    def without_first(self) -> Row:
+        """The same for all tokens but the first, the usual sink."""
+        seen = np.minimum(self.seen, self.n - 1)
+        return Row(self.given[..., 1:], self.norm[..., 1:], _without(self.ranks, 0), seen)
+
+    @cached_property
+    def ascending(self) -> np.ndarray:
+        """The attention, sorted, [L, H, n]."""
+        return np.sort(self.given, axis=-1)
+
+    @cached_property
+    def sums(self) -> RankSums:
+        """What Γ and ALR are made of, [L, H] each."""
+        return RankSums(
+            by_norm=_products(self.ranks[0], self.attention),
+            by_attention=self.ascending @ np.arange(1.0, self.n + 1),
+            by_chance=self.attention.sum(axis=-1) * (self.n + 1) / 2,
+        )
+
+    @cached_property
+    def entropy(self) -> np.ndarray:
+        """Of the shares of the attention, [L, H] bits."""
+        return entr(self.attention / np.maximum(self.attention.sum(axis=-1, keepdims=True), 1e-300)).sum(-1) / np.log(2)
+
+    @cached_property
+    def status(self) -> np.ndarray:
+        """[L, H] uint8, index into `STATUSES`: of metrics that compare orders."""
+        words = status_of(self.norm, self.given, hidden=self.seen < self.n)
+        return sum(i * (words == word) for i, word in enumerate(STATUSES)).astype(np.uint8)
+
+    @cached_property
+    def status_of_mass(self) -> np.ndarray:
+        """[L, H] uint8, index into `STATUSES`: of metrics that look at attention alone."""
+        return np.where(self.attention.sum(axis=-1) <= 1e-12, STATUSES.index("no attention"), 0).astype(np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,61 +83,65 @@ class Metric:
     """A number per head."""
 
     text: str  # one line for a reader
-    of: Callable[[Capture], np.ndarray]  # [L, H]; the chosen probe's attention stands in both fields of the capture
+    of: Callable[[Row], np.ndarray]  # [L, H]
     leave_out: int = 0  # first tokens that it leaves out
     ranks: bool = True  # it compares orders, so norms and attention must give one
 
 
-def gamma(capture: Capture, leave_out: int = 0) -> np.ndarray:
-    """Γ = cov(a, rank(norm)) / cov(a, rank(a)), [L, H] in [-1, 1]."""
-    return measures.correlation(capture, leave_out=leave_out)
-
-
-def alr_per_token(capture: Capture) -> np.ndarray:
-    """ALR / n, [L, H] in [0, 1]: what texts of different lengths may be compared by."""
-    return measures.alr(capture) / capture.n_tokens
-
-
-def sink_share(capture: Capture) -> np.ndarray:
-    """a_1 / sum of a, [L, H] in [0, 1]."""
-    return measures.sink_share(capture)
-
-
-def overlap(capture: Capture, ratio: float = OVERLAP_RATIO) -> np.ndarray:
+def overlap(row: Row, ratio: float = OVERLAP_RATIO) -> np.ndarray:
     """|kept by lowest norm ∩ kept by highest attention| / k with k = ceil(ratio * n), [L, H] in [0, 1].
 
     1 is the ideal order, k / n is expected of a random one. Of equal tokens the earlier is kept, by norm and ideally.
     """
-    k = share(ratio, capture.n_tokens)
-    by_norm = _lowest(capture.key_norm_by_head(), k)
-    ideal = _lowest(-capture.probe_attention, k)
-    return (by_norm & ideal).sum(axis=-1) / max(k, 1)
+    k = share(ratio, row.n)
+    bar = row.ascending[
+        ..., row.n - k : row.n - k + 1
+    ]  # of the last that is ideally kept, and maybe of some that are not
+    ideal, equal = row.given > bar, row.given == bar
+    ideal |= equal & (equal.cumsum(axis=-1) <= k - ideal.sum(axis=-1, keepdims=True))
+    return _products(row.ranks[0] <= k, ideal.astype(np.float64)) / max(k, 1)
 
 
-def entropy(capture: Capture) -> np.ndarray:
+def entropy(row: Row) -> np.ndarray:
     """-sum of p_i log2 p_i, p_i = a_i / sum of a, [L, H] bits in [0, log2 n]."""
-    a = capture.probe_attention.astype(np.float64)
-    p = a / np.maximum(a.sum(axis=-1, keepdims=True), 1e-300)
-    return -(p * np.log2(p, where=p > 0, out=np.zeros_like(p))).sum(axis=-1)
+    return row.entropy
 
 
-def entropy_normalised(capture: Capture) -> np.ndarray:
+def entropy_normalised(row: Row) -> np.ndarray:
     """Entropy / log2 of the number of tokens that the probe can see, [L, H] in [0, 1]; 1 is even attention."""
-    n = capture.n_tokens
-    # A window of w holds the probe query's own key as well, which is no column of its row.
-    seen = np.array([min(n, window - 1) if window else n for window in capture.windows], dtype=np.float64)
-    return entropy(capture) / np.log2(np.maximum(seen, 2))[:, None]
+    return row.entropy / np.log2(np.maximum(row.seen, 2))[:, None]
+
+
+def sink_share(row: Row) -> np.ndarray:
+    """a_1 / sum of a, [L, H] in [0, 1]."""
+    return row.attention[..., 0] / np.maximum(row.attention.sum(axis=-1), 1e-12)
+
+
+def spearman(row: Row) -> np.ndarray:
+    """Pearson's correlation of the ranks, [L, H] in [-1, 1]."""
+    return _correlation(row.ranks[1], _mean_ranks(row.ascending, np.argsort(row.given, axis=-1)))
+
+
+def pearson(row: Row) -> np.ndarray:
+    """Pearson's correlation, [L, H] in [-1, 1]."""
+    return _correlation(row.norm.astype(np.float64), row.attention)
 
 
 METRICS: dict[str, Metric] = {
-    "gamma": Metric("Γ: how the order of norms goes with attention; −1 ideal, 0 chance, +1 the mirror", gamma),
-    "gamma_without_sink": Metric("Γ with the first token left out", lambda c: gamma(c, 1), leave_out=1),
-    "alr": Metric("the paper's attention loss against the ideal order; grows with the text", measures.alr),
-    "alr_chance": Metric("the attention loss expected of a random order", measures.alr_chance),
-    "alr_per_token": Metric("ALR / n, from 0 to 1", alr_per_token),
-    "alr_against_chance": Metric("ALR / that of a random order; 0 ideal, 1 chance, 2 worst", lambda c: 1 + gamma(c)),
-    "spearman": Metric("rank correlation of norm and attention", lambda c: measures.correlation(c, "spearman")),
-    "pearson": Metric("linear correlation of norm and attention", lambda c: measures.correlation(c, "pearson")),
+    "gamma": Metric(
+        "Γ: how the order of norms goes with attention; −1 ideal, 0 chance, +1 the mirror", lambda row: row.sums.gamma
+    ),
+    "gamma_without_sink": Metric(
+        "Γ with the first token left out", lambda row: row.without_first.sums.gamma, leave_out=1
+    ),
+    "alr": Metric("the paper's attention loss against the ideal order; grows with the text", lambda row: row.sums.alr),
+    "alr_chance": Metric("the attention loss expected of a random order", lambda row: row.sums.chance),
+    "alr_per_token": Metric("ALR / n, from 0 to 1", lambda row: row.sums.alr / row.n),
+    "alr_against_chance": Metric(
+        "ALR / that of a random order; 0 ideal, 1 chance, 2 worst", lambda row: 1 + row.sums.gamma
+    ),
+    "spearman": Metric("rank correlation of norm and attention", spearman),
+    "pearson": Metric("linear correlation of norm and attention", pearson),
     "sink_share": Metric("share of the attention that the first token gets", sink_share, ranks=False),
     "overlap": Metric("share of the half kept by low norm that the ideal half holds too", overlap),
     "entropy": Metric("entropy of the attention, bits", entropy, ranks=False),
@@ -101,40 +160,144 @@ class Figures:
         """[L, H] of one metric."""
         return self.values[tuple(METRICS).index(metric)]
 
+    def status_of(self, metric: str) -> np.ndarray:
+        """[L, H] of str: "ok", or why the metric is undefined there."""
+        return np.array(STATUSES, dtype=object)[self.status[tuple(METRICS).index(metric)]]
 
-def metrics(capture: Capture, *, probe: str = "next token") -> Figures:
-    """Every metric of every head. With "all queries", Γ and the rest are of the attention received.
+
+def metrics(capture: Capture, *, probe: str = "next token", leave_out: int = 0) -> Figures:
+    """Every metric of every head.
+
+    "last queries" is the mean over the queries that define a metric, each of which has its own n; where none does, the
+    status is that of the last.
+
+    Args:
+        probe: whose attention, one of `PROBES`.
+        leave_out: as if the text began after so many tokens.
 
     Raises:
         ValueError: there is no such probe.
     """
-    seen = _through(capture, probe)
-    status = np.stack([_status(seen, metric) for metric in METRICS.values()])
-    values = np.stack([metric.of(seen) for metric in METRICS.values()]).astype(np.float64)
-    return Figures(np.where(status == 0, values, np.nan), status)
+    rows = [_evaluate(row, METRICS.values()) for row in _rows(capture, probe, leave_out)]
+    if not rows:
+        shape = (len(METRICS), capture.n_layers, capture.n_heads)
+        return Figures(np.full(shape, np.nan), np.full(shape, STATUSES.index("no queries kept"), np.uint8))
+    values, status = (np.stack(parts) for parts in zip(*rows, strict=True))  # [queries, M, L, H]
+    count = (status == 0).sum(axis=0)
+    mean = np.nansum(values, axis=0) / np.maximum(count, 1)
+    return Figures(np.where(count > 0, mean, np.nan), np.where(count > 0, 0, status[0]).astype(np.uint8))
 
 
-def _through(capture: Capture, probe: str) -> Capture:
-    """The capture with the attention of a probe in the place of both."""
+def by_query(capture: Capture, metric: str = "gamma") -> np.ndarray:
+    """One metric for each of the last queries, [W, L, H]; NaN where it is undefined. Their spread is what one hides.
+
+    Raises:
+        ValueError: there is no such metric.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
+    found = [_evaluate(row, [METRICS[metric]])[0][0] for row in _rows(capture, "last queries", 0)]
+    return np.array(found[::-1]).reshape(-1, capture.n_layers, capture.n_heads)
+
+
+def figures_of_probe(capture: Capture, probe: str, *, leave_out: int = 0) -> HeadFigures:
+    """`measures.head_figures` with a probe in the place of the next token. Spearman and Pearson are always of all
+    queries, and sink share and verdict, which weigh it, always of all tokens."""
+    whole = metrics(capture, probe=probe)
+    shown = metrics(capture, probe=probe, leave_out=leave_out) if leave_out else whole
+    return replace(
+        head_figures(capture, leave_out=leave_out),
+        gamma=shown.of("gamma"),
+        alr=shown.of("alr"),
+        alr_per_token=shown.of("alr_per_token"),
+        alr_against_chance=shown.of("alr_against_chance"),
+        sink_share=whole.of("sink_share"),
+        status=shown.status_of("gamma"),
+        verdict=verdicts_of(whole.of("gamma"), whole.of("gamma_without_sink")),
+    )
+
+
+def _rows(capture: Capture, probe: str, leave_out: int) -> Iterator[Row]:
+    """The row of each query that a probe is made of, the last first."""
     if probe not in PROBES:
         raise ValueError(f"probe must be one of {', '.join(PROBES)}, got {probe!r}")
+    n, norm = capture.n_tokens, capture.key_norm
+    ranks = _ranks(norm)
+    for _ in range(leave_out):
+        ranks = _without(ranks, 0)
+    # A window of w holds the query's own key as well, which is no column of its row.
+    windows = np.array([window - 1 if window else n for window in capture.windows])
+
+    def row(attention: np.ndarray, position: int, seen: np.ndarray | int) -> Row:
+        before = slice(leave_out, position)
+        return Row(attention[..., before], norm[..., before], ranks, np.minimum(seen, position - leave_out))
+
     if probe == "next token":
-        return replace(capture, attention_received=capture.probe_attention)
-    # Every key is seen by some queries, through a window too, so nothing is hidden from this probe.
-    return replace(capture, probe_attention=capture.attention_received, windows=(0,) * capture.n_layers)
+        yield row(capture.probe_attention, n, windows)
+    elif probe == "last queries":
+        for position, attention in zip(capture.recent_positions[::-1], capture.recent_attention[::-1], strict=True):
+            if ranks.shape[-1]:  # its own key has gone, and before it those of the later queries
+                ranks = _without(ranks, -1)
+            yield row(attention, position, windows)
+    else:
+        # Every key is seen by some queries, through a window too, so nothing is hidden from this probe.
+        yield row(capture.attention_received, n, np.full(capture.n_layers, n))
 
 
-def _status(seen: Capture, metric: Metric) -> np.ndarray:
-    """[L, H] uint8, index into `STATUSES`."""
-    if metric.ranks:
-        words = measures.status(seen, leave_out=metric.leave_out)
-        return np.array([STATUSES.index(word) for word in words.ravel()], np.uint8).reshape(words.shape)
-    nothing = seen.probe_attention.sum(axis=-1, dtype=np.float64) <= 1e-12
-    return np.where(nothing, STATUSES.index("no attention"), 0).astype(np.uint8)
+def _evaluate(row: Row, wanted: Collection[Metric]) -> tuple[np.ndarray, np.ndarray]:
+    """Values and status [M, L, H] of some metrics."""
+    if row.n < 2:  # the text's first queries: nothing to compare
+        shape = (len(wanted), *row.given.shape[:2])
+        return np.full(shape, np.nan), np.full(shape, STATUSES.index("too short"), np.uint8)
+    status = []
+    for metric in wanted:
+        seen = row.without_first if metric.leave_out else row
+        status.append(seen.status if metric.ranks else seen.status_of_mass)
+    with np.errstate(divide="ignore", invalid="ignore"):  # where the status tells
+        values = np.stack([metric.of(row) for metric in wanted]).astype(np.float64)
+    return np.where(np.stack(status) == 0, values, np.nan), np.stack(status)
 
 
-def _lowest(values: np.ndarray, k: int) -> np.ndarray:
-    """Which k along the last axis are lowest, of equals the earlier: bool of the same shape."""
-    chosen = np.zeros(values.shape, dtype=bool)
-    np.put_along_axis(chosen, np.argsort(values, axis=-1, kind="stable")[..., :k], True, axis=-1)
-    return chosen
+def _ranks(norm: np.ndarray) -> np.ndarray:
+    """The two ranks [2, L, Hkv, n] of a `Row`."""
+    order = np.argsort(norm, axis=-1, kind="stable")
+    ordinal = np.empty(norm.shape)
+    np.put_along_axis(ordinal, order, np.arange(1.0, norm.shape[-1] + 1), axis=-1)
+    return np.stack([ordinal, _mean_ranks(np.take_along_axis(norm, order, axis=-1), order)])
+
+
+def _without(ranks: np.ndarray, place: int) -> np.ndarray:
+    """Ranks when the first (0) or the last (-1) token has gone: those above it move down by one, its equals by half.
+
+    So one sort does for all the queries of a text.
+    """
+    gone, others = ranks[..., [place]], ranks[..., 1:] if place == 0 else ranks[..., :-1]
+    return others - np.heaviside(others - gone, 0.5)
+
+
+def _mean_ranks(ascending: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Ranks 1..n along the last axis of values given in order, and that order; equals share the mean of theirs."""
+    place = np.broadcast_to(np.arange(1.0, ascending.shape[-1] + 1), ascending.shape)
+    same = ascending[..., 1:] == ascending[..., :-1]  # as the one before
+    if same.any():
+        first, last = place.copy(), place.copy()
+        first[..., 1:][same] = 0
+        last[..., :-1][same] = np.inf
+        place = np.maximum.accumulate(first, axis=-1) + np.minimum.accumulate(last[..., ::-1], axis=-1)[..., ::-1]
+        place /= 2
+    ranks = np.empty(order.shape)
+    np.put_along_axis(ranks, order, place, axis=-1)
+    return ranks
+
+
+def _correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Pearson's of x [L, Hkv, n] and y [L, H, n]: [L, H]. scipy's works out more, and is slow over many queries."""
+    x, y = (values - values.mean(axis=-1, keepdims=True) for values in (x, y))
+    spread = np.repeat(np.vecdot(x, x), y.shape[1] // x.shape[1], axis=1)
+    return _products(x, y) / np.sqrt(spread * np.vecdot(y, y))
+
+
+def _products(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Sum over tokens of x [L, Hkv, n] times y [L, H, n], each kv head's with those of the query heads that read it."""
+    grouped = y.reshape(*x.shape[:2], y.shape[1] // x.shape[1], -1)
+    return (grouped @ x[..., None]).reshape(y.shape[:2])

@@ -19,12 +19,12 @@ from analysis.errors import RunFileError
 from analysis.files import write_whole
 from analysis.memory import CacheShape
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # arrays have no equality; identity also makes it a key of caches
 class Capture:
-    """One text in one model. L layers, H query heads, Hkv kv heads, T tokens, P <= 128 bins of tokens.
+    """One text in one model. L layers, H query heads, Hkv kv heads, T tokens, P <= 128 bins of tokens, W last queries.
 
     Kv head k serves the query heads k * G to (k + 1) * G - 1, G = H / Hkv.
     """
@@ -49,6 +49,7 @@ class Capture:
     value_norm: np.ndarray  # [L, Hkv, T] float32
     attention_received: np.ndarray  # [L, H, T] float32: mean over the queries that can see the key
     probe_attention: np.ndarray  # [L, H, T] float32: the row of the greedy next token, without its own column
+    recent_attention: np.ndarray  # [W, L, H, T] float32: the rows of the last W queries, see `recent_positions`
     pooled_attention: np.ndarray  # [L, H, P, P] uint8: 255 * sqrt(share / scale), see `pooled`
     pooled_scale: np.ndarray  # [L, H] float32
 
@@ -62,6 +63,7 @@ class Capture:
             "value_norm": (layers, kv_heads, length),
             "attention_received": (layers, heads, length),
             "probe_attention": (layers, heads, length),
+            "recent_attention": (*self.recent_attention.shape[:1], layers, heads, length),
             "pooled_attention": (layers, heads, bins, bins),
             "pooled_scale": (layers, heads),
         }
@@ -70,6 +72,8 @@ class Capture:
                 raise ValueError(f"{name} must be of shape {shape}, got {getattr(self, name).shape}")
         if 0 in (layers, heads, kv_heads, length, bins) or heads % kv_heads:
             raise ValueError(f"no run has {layers} layers, {heads} heads, {kv_heads} kv heads and {length} tokens")
+        if len(self.recent_attention) > length:
+            raise ValueError(f"{length} tokens have no {len(self.recent_attention)} last queries")
         if (
             len(self.labels) != length
             or {len(self.layer_kinds), len(self.windows)} != {layers}
@@ -94,6 +98,12 @@ class Capture:
     @property
     def n_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def recent_positions(self) -> range:
+        """Where the last W queries stand. The row of one at position p is of the p tokens before it: its own column is
+        left out, the row is not renormalised, and columns from p on are 0."""
+        return range(self.n_tokens - len(self.recent_attention), self.n_tokens)
 
     @property
     def cache_shape(self) -> CacheShape:
@@ -150,21 +160,28 @@ def load_run(path: str | Path) -> Capture:
             metadata = file.metadata() or {}
             if "l2kv_run" not in metadata:
                 raise RunFileError(f"{path.name} is a safetensors file, but not a saved run.")
-            if metadata["l2kv_run"] != str(VERSION):
+            version = metadata["l2kv_run"]
+            if version not in map(str, range(1, VERSION + 1)):
                 raise RunFileError(
-                    f"{path.name} is of version {metadata['l2kv_run'][:20]}, this program reads version {VERSION}. "
+                    f"{path.name} is of version {version[:20]}, this program reads versions 1 to {VERSION}. "
                     "Use the program that wrote it, or capture the text again."
                 )
+            # The first version had no last queries.
+            names = tuple(name for name in _ARRAYS if name != "recent_attention" or version != "1")
             header = json.loads(metadata.get("header", "null"))
             _check_names("header", header if isinstance(header, dict) else (), _HEADER)
-            _check_names("arrays", file.keys(), _ARRAYS)
-            arrays = {name: file.get_tensor(name) for name in _ARRAYS}
+            _check_names("arrays", file.keys(), names)
+            arrays = {name: file.get_tensor(name) for name in names}
         tuples = {name: tuple(value) for name, value in header.items() if isinstance(value, list)}
         _check_header(header | tuples)
         _check_arrays(arrays, header["text"])
+        if version == "1":
+            arrays["recent_attention"] = np.zeros((0, *arrays["probe_attention"].shape), dtype=np.float32)
         capture = Capture(**header | tuples | arrays)
         if capture.pooled_attention.shape[-1] != math.ceil(capture.n_tokens / capture.tokens_per_bin):
             raise ValueError("tokens_per_bin does not fit pooled_attention")
+        if any(row[..., at:].any() for at, row in zip(capture.recent_positions, capture.recent_attention, strict=True)):
+            raise ValueError("recent_attention holds values where a query sees nothing")
         return capture
     except RunFileError:
         raise

@@ -1,6 +1,6 @@
 """One model over many texts: the figures of every head for each text, kept and resumed. Captures are not kept.
 
-Memory holds one capture at a time; the table grows by 2 probes x 12 metrics x L x H numbers a text. It is written after
+Memory holds one capture at a time; the table grows by 3 probes x 12 metrics x L x H numbers a text. It is written after
 every text, as one file that is there whole or not at all. What the table says is worked out in `analysis.across`.
 """
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from analysis.capturing import OnLayer
     from analysis.models import LoadedModel
 
-VERSION = 1
+VERSION = 2
 _NOT_SPACE = re.compile(r"\S")
 _CHARACTERS = 12  # a token, more than prose ever takes; where it is not enough, the piece is doubled
 

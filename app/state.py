@@ -1,4 +1,4 @@
-"""What a session has on screen: the run, the chosen head, and the compression that all pages share.
+"""What a session has on screen: the run, the study, the plan, the chosen head, and the compression that pages share.
 
 The compression lives in the widgets themselves (`persist_state="session"`), under one key each on every page.
 """
@@ -8,11 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
+import numpy as np
 import streamlit as st
 
-from analysis.measures import HeadFigures, head_figures
-from analysis.presets import DEMO_RUN
+from analysis.curves import LossCurves, loss_curves
+from analysis.measures import HeadFigures
+from analysis.metrics import by_query, figures_of_probe
+from analysis.presets import DEMO_RUN, DEMO_STUDY
 from analysis.run import Capture, load_run
+from analysis.skip import Plan
+from analysis.study import Study, load_study
 from l2kv.policies import POLICIES
 from l2kv.spec import CompressionSpec
 
@@ -27,6 +32,7 @@ POLICY_NAMES = {
     "last_query": "Attention of the last query (TOVA)",
 }
 BY_NORM = ("low_norm", "high_norm", "random")  # what a run can tell the loss of
+BY_HEAD = "Low or high norm by head"  # signed_norm: only a plan can say which
 
 
 @lru_cache(maxsize=1)
@@ -35,9 +41,21 @@ def _demo_run() -> Capture:
 
 
 @lru_cache(maxsize=16)
-def figures_of(run: Capture, leave_out: int) -> HeadFigures:
-    """The figures of all heads, worked out once per run."""
-    return head_figures(run, leave_out=leave_out)
+def figures_of(run: Capture, leave_out: int, probe: str = "next token") -> HeadFigures:
+    """The figures of all heads by a probe, worked out once per run."""
+    return figures_of_probe(run, probe, leave_out=leave_out)
+
+
+@lru_cache(maxsize=16)
+def gamma_by_query(run: Capture, leave_out: int) -> np.ndarray:
+    """Γ of each of the last queries, [W, L, H], with or without the first token; worked out once per run."""
+    return by_query(run, "gamma_without_sink" if leave_out else "gamma")
+
+
+@lru_cache(maxsize=16)
+def curves_of(run: Capture, protect_last: int) -> LossCurves:
+    """What each kv head loses at each keep ratio, worked out once per run."""
+    return loss_curves(run, protect_last=protect_last)
 
 
 def current_run() -> Capture:
@@ -54,6 +72,37 @@ def show_run(run: Capture | None) -> None:
     """Put a run on screen; None is the demo. The chosen head and the skip list were of the old one."""
     st.session_state["run"] = run
     for key in ("layer", "head", "skip_layers", "generated"):
+        st.session_state.pop(key, None)
+
+
+@lru_cache(maxsize=1)
+def _demo_study() -> Study | None:
+    return load_study(DEMO_STUDY) if DEMO_STUDY.exists() else None
+
+
+def current_study() -> Study | None:
+    """The study on screen: the session's own, or the bundled one where there is one."""
+    return st.session_state.get("study") or _demo_study()
+
+
+def show_study(study: Study | None) -> None:
+    """Put a study on screen; None is the bundled one. The head that was chosen was of the old one."""
+    st.session_state["study"] = study
+    for key in ("study_layer", "study_head"):
+        st.session_state.pop(key, None)
+
+
+def plan_in_use() -> Plan | None:
+    """The plan that Generate can decode with."""
+    return st.session_state.get("plan")
+
+
+def use_plan(plan: Plan | None) -> None:
+    """Put a plan into the session, or drop the one that is there; Generate begins with it."""
+    st.session_state["plan"] = plan
+    if plan is not None:  # beside it, one ratio for all of the same budget
+        st.session_state["second_keep_ratio"] = min(max(round(20 * plan.spec.keep_ratio), 1), 20) / 20
+    for key in ("first_by", "second_by"):  # what Generate compresses by: with a new plan it begins anew
         st.session_state.pop(key, None)
 
 
@@ -91,22 +140,25 @@ def _begin_with(key: str, value: float) -> None:
     st.session_state[key] = st.session_state.get(key, value)
 
 
-def ratio_input() -> None:
-    """The share of the tokens that stays."""
-    _begin_with("keep_ratio", 0.5)
+def ratio_input(*, second: bool = False) -> None:
+    """The share of the tokens that stays, in the first compression or in the second beside it."""
+    key = "second_keep_ratio" if second else "keep_ratio"
+    _begin_with(key, 0.25 if second else 0.5)
     st.slider(
-        "Keep ratio", 0.05, 1.0, step=0.05, key="keep_ratio", persist_state="session",
+        "Keep ratio of the second" if second else "Keep ratio", 0.05, 1.0, step=0.05, key=key, persist_state="session",
         help="The share of the tokens seen that each head keeps. 1 keeps the whole cache.",
     )  # fmt: skip
 
 
-def policy_input(choices: Sequence[str] = tuple(POLICY_NAMES)) -> None:
+def policy_input(choices: Sequence[str] = tuple(POLICY_NAMES), *, second: bool = False) -> None:
     """Which tokens stay. A policy of another page that is no choice here gives way to the paper's."""
-    if st.session_state.get("policy", choices[0]) not in choices:
-        st.session_state["policy"] = choices[0]
+    key = "second_policy" if second else "policy"
+    about = "\n".join(f"- **{POLICY_NAMES[name]}**: {POLICIES[name].about}" for name in choices)
+    if st.session_state.get(key, choices[0]) not in choices:
+        st.session_state[key] = choices[0]
     st.selectbox(
-        "Which tokens stay", choices, format_func=POLICY_NAMES.get, key="policy", persist_state="session",
-        help="\n".join(f"- **{POLICY_NAMES[name]}**: {POLICIES[name].about}" for name in choices),
+        "Which stay in the second" if second else "Which tokens stay", choices, format_func=POLICY_NAMES.get, key=key,
+        persist_state="session", help=about,
     )  # fmt: skip
 
 
@@ -136,13 +188,26 @@ def take_spec(spec: CompressionSpec) -> None:
     st.session_state["skip_layers"] = list(spec.skip_layers)
 
 
-def current_spec() -> CompressionSpec:
-    """The compression as the controls say, those of other pages included."""
-    state = st.session_state
+def current_spec(*, second: bool = False) -> CompressionSpec:
+    """The compression as the controls say, those of other pages included; of the second one, where it has its own."""
+    state, prefix = st.session_state, "second_" if second else ""
     return CompressionSpec(
-        keep_ratio=round(state.get("keep_ratio", 0.5), 2),
-        policy=state.get("policy", "low_norm"),
+        keep_ratio=round(state.get(f"{prefix}keep_ratio", 0.5), 2),
+        policy=state.get(f"{prefix}policy", "low_norm"),
         protect_last=int(state.get("protect_last", 32)),
         prune_after=int(state.get("prune_after", 0)),
         skip_layers=tuple(state.get("skip_layers", ())),
     )
+
+
+def in_words(spec: CompressionSpec) -> str:
+    """A compression in a line of Markdown."""
+    kept = f"{spec.keep_ratio:.0%} kept" if spec.budget is None else f"{spec.budget} tokens kept"
+    shared = " by kv head" if spec.head_ratios else " by layer" if spec.layer_ratios else ""
+    policy = (POLICY_NAMES | {"signed_norm": BY_HEAD}).get(spec.policy, spec.policy).split(" (")[0].lower()
+    details = [f"**{kept}**{shared}", policy]
+    details += [f"last {spec.protect_last} protected"] * bool(spec.protect_last)
+    skipped = ", ".join(map(str, spec.skip_layers))
+    details += [f"layer{'s' * (len(spec.skip_layers) > 1)} {skipped} whole"] * bool(skipped)
+    details += [f"from {spec.prune_after} tokens on"] * bool(spec.prune_after)
+    return ", ".join(details)

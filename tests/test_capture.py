@@ -84,6 +84,10 @@ def test_a_capture_is_what_output_attentions_shows(load, name, repeats):
         received = attention[layer].sum(axis=1) / visible.sum(axis=0)
         np.testing.assert_allclose(run.attention_received[layer], received, atol=1e-5)
     np.testing.assert_allclose(run.probe_attention, probe[:, :, :-1], atol=1e-5)
+    assert run.recent_attention.shape[0] == 16 and list(run.recent_positions) == list(range(n - 16, n))
+    for query, row in zip(run.recent_positions, run.recent_attention, strict=True):
+        np.testing.assert_allclose(row[..., :query], attention[:, :, query, :query], atol=1e-5)
+        assert not row[..., query:].any()  # neither its own column nor what follows
 
     width = run.tokens_per_bin
     assert run.pooled_attention.shape[-1] == -(-n // width) <= MAX_BINS
@@ -93,6 +97,32 @@ def test_a_capture_is_what_output_attentions_shows(load, name, repeats):
             share = tokens.sum(axis=1).mean()
             step = 2 * np.sqrt(share * run.pooled_scale[layer, head]) / 255 + 1e-4  # of 8 bits over a square root
             assert abs(run.pooled(layer, head)[row, column] - share) <= step
+
+
+def test_as_many_last_queries_are_kept_as_asked_for_and_as_there_is_room_and_text_for(load, monkeypatch):
+    loaded = load("llama")
+    three, none = capture(loaded, TEXT, last_queries=3), capture(loaded, TEXT, last_queries=0)
+    assert three.recent_attention.shape == (3, 3, 6, three.n_tokens)
+    np.testing.assert_array_equal(three.recent_attention, capture(loaded, TEXT).recent_attention[-3:])
+    assert none.recent_attention.shape == (0, 3, 6, none.n_tokens) and not none.recent_positions
+    short = capture(loaded, "the old man", last_queries=100)
+    assert list(short.recent_positions) == list(range(short.n_tokens))
+    assert not short.recent_attention[0].any()  # nothing precedes the first query
+    monkeypatch.setattr("analysis.capturing.RECENT_BYTES", 5 * 3 * 6 * three.n_tokens * 4 + 7)
+    assert list(capture(loaded, TEXT).recent_positions) == list(range(three.n_tokens - 5, three.n_tokens))
+    with pytest.raises(ValueError, match="got -1"):
+        capture(loaded, TEXT, last_queries=-1)
+
+
+def test_the_estimate_counts_the_last_queries_up_to_their_bound(load, monkeypatch):
+    config = load("llama").config  # 3 layers, 6 heads
+
+    def rows(n: int, w: int) -> int:
+        whole, without = (capture_bytes(config, n, itemsize=4, last_queries=each) for each in (w, 0))
+        return whole - without
+
+    assert rows(100, 16) == 16 * 3 * 6 * 100 * 4 and rows(10**6, 16) == memory_module.RECENT_BYTES
+    assert capture_bytes(config, 100, itemsize=4) == capture_bytes(config, 100, itemsize=4, last_queries=16)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "books-5m"])

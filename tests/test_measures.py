@@ -10,8 +10,8 @@ from analysis.skip import layer_loss
 from l2kv import CompressionSpec
 
 
-def run_of(key_norm, probe, received=None) -> Capture:
-    """A capture of [L, Hkv, T] norms and [L, H, T] attention."""
+def run_of(key_norm, probe, received=None, recent=None) -> Capture:
+    """A capture of [L, Hkv, T] norms and [L, H, T] attention, and [W, L, H, T] of the last queries."""
     key_norm, probe = np.asarray(key_norm, np.float32), np.asarray(probe, np.float32)
     layers, heads, n = probe.shape
     return Capture(
@@ -34,6 +34,7 @@ def run_of(key_norm, probe, received=None) -> Capture:
         value_norm=key_norm,
         attention_received=probe if received is None else np.asarray(received, np.float32),
         probe_attention=probe,
+        recent_attention=np.zeros((0, *probe.shape), np.float32) if recent is None else np.asarray(recent, np.float32),
         pooled_attention=np.zeros((layers, heads, n, n), np.uint8),
         pooled_scale=np.ones((layers, heads), np.float32),
     )

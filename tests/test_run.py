@@ -22,6 +22,7 @@ from analysis.skip import Plan
 from l2kv import CompressionSpec
 
 LAYERS, HEADS, KV_HEADS, TOKENS, BINS = 2, 4, 2, 5, 3
+QUERIES = 2
 TEXT = 'a🙂\0<b>"\u202e é'  # T = 5 tokens of it
 PATHS = ("../../evil", "/etc/passwd", "<script>alert(1)</script>", "a\0b", "__class__", "{0.__class__}")
 
@@ -52,6 +53,7 @@ def make(**changes) -> Capture:
         "value_norm": numbers(LAYERS, KV_HEADS, TOKENS),
         "attention_received": numbers(LAYERS, HEADS, TOKENS),
         "probe_attention": numbers(LAYERS, HEADS, TOKENS),
+        "recent_attention": np.tril(numbers(LAYERS, HEADS, QUERIES, TOKENS), 2).transpose(2, 0, 1, 3),
         "pooled_attention": random.integers(0, 256, (LAYERS, HEADS, BINS, BINS), dtype=np.uint8),
         "pooled_scale": numbers(LAYERS, HEADS),
     }
@@ -254,10 +256,34 @@ def test_a_run_that_may_not_be_written_is_refused_as_that(saved, not_root):
     assert_same(load_run(saved), make())
 
 
-@pytest.mark.parametrize("version", ["2", "0", "1.0", "", "9" * 10_000])
+def test_a_run_of_the_first_version_is_read_and_keeps_no_last_queries(saved):
+    old = load_run(tampered(saved, arrays={"recent_attention": None}, l2kv_run="1"))
+    none = np.zeros((0, LAYERS, HEADS, TOKENS), np.float32)
+    assert_same(old, make(recent_attention=none))
+    assert len(old.recent_positions) == 0 and list(make().recent_positions) == [3, 4]
+    assert_same(load_run(save_run(old, saved)), old)
+
+
+def test_a_run_of_the_first_version_has_no_part_of_the_second(saved):
+    assert "hold recent_attention" in refusal(tampered(saved, l2kv_run="1"))
+
+
+def test_attention_of_a_query_to_itself_or_to_what_follows_is_refused(saved):
+    for query, column in ((0, 3), (0, 4), (1, 4)):
+        rows = make().recent_attention.copy()
+        rows[query, 1, 2, column] = 0.1
+        assert "where a query sees nothing" in refusal(tampered(saved, arrays={"recent_attention": rows}))
+
+
+def test_more_queries_than_tokens_are_refused(saved):
+    rows = np.zeros((TOKENS + 1, LAYERS, HEADS, TOKENS), np.float32)
+    assert "last queries" in refusal(tampered(saved, arrays={"recent_attention": rows}))
+
+
+@pytest.mark.parametrize("version", ["3", "0", "1.0", "", " 1", "9" * 10_000])
 def test_another_version_is_refused_with_both_versions(saved, version):
     message = refusal(tampered(saved, l2kv_run=version))
-    assert f"version {version[:20]}, this program reads version 1" in message
+    assert f"version {version[:20]}, this program reads versions 1 to 2" in message
 
 
 # Header

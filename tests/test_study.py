@@ -101,7 +101,8 @@ def assert_same(one: Study, other: Study) -> None:
 @pytest.mark.parametrize("probe", PROBES)
 def test_each_metric_is_a_number_per_head_where_its_status_is_ok_and_nan_elsewhere(name, probe):
     ranks = np.arange(1.0, 9.0)
-    run = run_of([[ranks], [np.ones(8)], [ranks]], [[1 / ranks, ranks], [ranks, ranks], [np.zeros(8), np.ones(8)]])
+    rows = np.array([[1 / ranks, ranks], [ranks, ranks], [np.zeros(8), np.ones(8)]])
+    run = run_of([[ranks], [np.ones(8)], [ranks]], rows, recent=[rows * (ranks <= 6), rows * (ranks <= 7)])
     figures = metrics(run, probe=probe)
     place = list(METRICS).index(name)
     assert figures.values.shape == figures.status.shape == (len(METRICS), 3, 2)
@@ -157,7 +158,7 @@ def test_a_probe_is_the_attention_that_all_metrics_are_of():
     np.testing.assert_allclose(metrics(run).of("alr_against_chance"), alr(run) / alr_chance(run))
     np.testing.assert_allclose(metrics(run, probe="all queries").of("spearman"), correlation(run, "spearman"))
     np.testing.assert_allclose(metrics(run).of("sink_share"), row[..., 0] / row.sum(-1), rtol=1e-6)
-    with pytest.raises(ValueError, match="next token, all queries"):
+    with pytest.raises(ValueError, match="next token, last queries, all queries"):
         metrics(run, probe="last query")
 
 
@@ -514,7 +515,9 @@ def tampered(path, *, header=None, arrays=None, **metadata):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"l2kv_study": "2"}, "version 2"),
+        ({"l2kv_study": "1"}, "version 1"),
+        ({"l2kv_study": "3"}, "version 3"),
+        ({"header": {"probes": ["next token", "all queries"]}}, "other metrics"),
         ({"header": {"metrics": ["gamma"]}}, "other metrics"),
         ({"header": {"model": 5}}, "model should be text"),
         ({"header": {"names": ["\ud800"] * 8}}, "surrogates"),
@@ -524,8 +527,8 @@ def tampered(path, *, header=None, arrays=None, **metadata):
         ({"header": {"extra": 1}}, "other parts"),
         ({"arrays": {"extra": np.ones(2)}}, "other parts"),
         ({"arrays": {"n_tokens": np.ones(8)}}, "type float64"),
-        ({"arrays": {"status": np.full((8, 2, 12, 1, 1), 9, np.uint8)}}, "where the status is ok"),
-        ({"arrays": {"values": np.full((8, 2, 12, 1, 1), np.nan)}}, "where the status is ok"),
+        ({"arrays": {"status": np.full((8, 3, 12, 1, 1), 9, np.uint8)}}, "where the status is ok"),
+        ({"arrays": {"values": np.full((8, 3, 12, 1, 1), np.nan)}}, "where the status is ok"),
         ({"arrays": {"values": np.zeros(3)}}, "shape"),
     ],
     ids=str,
@@ -573,10 +576,17 @@ def test_the_command_prints_a_row_per_layer_and_the_answer_and_goes_on(tmp_path,
     assert "This study cannot tell" in capsys.readouterr().out
     assert main([*command, "7"]) == 0
     told = capsys.readouterr().out.splitlines()
-    assert told[0] == "books-5m, 7 texts of 40 to 40 tokens" and len(told) == 3 + 6 + 3
+    assert told[0] == "books-5m, 7 texts of 40 to 40 tokens" and len(told) == 4 + 6 + 3
+    assert told[2].startswith("next token: ")
     done = load_study(out)
     assert done.names == tuple(f"keats {i}" for i in range(7))
     assert f"Does low norm predict attention in books-5m? {answer(done)}" in told
+    assert main([*command, "7", "--probe", "last-queries"]) == 0
+    by_last = capsys.readouterr().out.splitlines()
+    assert by_last[2].startswith("last queries: ") and by_last[4:10] != told[4:10]
+    assert f"Does low norm predict attention in books-5m? {answer(done, probe='last queries')}" in by_last
+    assert main([*command, "7", "--probe", "last"]) == 2
+    assert "next-token, last-queries, all-queries; got 'last'" in capsys.readouterr().err
     assert main([*command, "3"]) == 2
     assert "7 texts already" in capsys.readouterr().err
 

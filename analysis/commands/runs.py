@@ -1,4 +1,4 @@
-"""`capture` and `heads`: one text in one model."""
+"""`capture` and `heads`: one text in one model; `instrument`: a run of no model, to check the figures by."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from analysis.commands.shared import add_device, add_model, no_progress_bars, text_of
-from analysis.run import Capture
+from analysis.commands.shared import add_device, add_model, add_probe, no_progress_bars, probe_of, text_of
+from analysis.errors import RunFileError
 
 
 def add(commands) -> None:
@@ -21,13 +21,19 @@ def add(commands) -> None:
 
     heads = commands.add_parser("heads", help="what a saved run says of each head")
     heads.add_argument("file", type=Path, help="a saved run")
+    add_probe(heads)
     heads.set_defaults(run=_heads)
+
+    instrument = commands.add_parser("instrument", help="check the figures by a synthetic run whose Γ are known")
+    instrument.add_argument("-o", "--out", type=Path, help="where to write that run, such as run.safetensors")
+    instrument.set_defaults(run=_instrument)
 
 
 def _capture(arguments: argparse.Namespace) -> None:
     text = text_of(arguments.text)
     no_progress_bars()
     from analysis.capturing import capture
+    from analysis.measures import answer
     from analysis.models import load_model
     from analysis.run import save_run
 
@@ -37,32 +43,48 @@ def _capture(arguments: argparse.Namespace) -> None:
     for warning in run.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     print(f"{arguments.out}: {run.n_tokens} tokens, {run.n_layers} layers, {run.seconds:.1f} s on {run.device}")
-    _print_answer(run)
+    print(f"Does low norm predict attention in {run.model}? {answer(run)}")
 
 
 def _heads(arguments: argparse.Namespace) -> None:
-    from analysis.measures import alr, correlation, sink_share, verdicts
+    from analysis.measures import answer_of, verdicts_of
+    from analysis.metrics import PROBES, metrics
     from analysis.run import load_run
 
-    run = load_run(arguments.file)
-    columns = (correlation(run), correlation(run, leave_out=1), alr(run) / run.n_tokens, correlation(run, "spearman"))
-    print(f"{run.model}, {run.n_tokens} tokens, the query of the next token; layers and heads count from 0")
+    probe, run = probe_of(arguments.probe), load_run(arguments.file)
+    if probe == "last queries" and not run.recent_positions:
+        raise RunFileError(f"{arguments.file} holds no last queries. Capture the text again, or take another --probe.")
+    figures = metrics(run, probe=probe)
+    columns = [figures.of(name) for name in ("gamma", "gamma_without_sink", "alr_per_token", "spearman")]
+    share, verdict = figures.of("sink_share"), verdicts_of(*columns[:2])
+    print(f"{run.model}, {run.n_tokens} tokens; {probe}: {PROBES[probe]}; layers and heads count from 0")
     print("layer head kv_head  gamma  no_sink  ALR/n  spearman  sink  verdict")
-    share, verdict = sink_share(run), verdicts(run)
     for layer in range(run.n_layers):
         for head in range(run.n_heads):
             gamma, without, loss, rho = (column[layer, head] for column in columns)
             print(
-                f"{layer:5} {head:4} {run.kv_head(head):7}  {gamma:+5.2f}  {without:+7.2f}  {loss:5.3f}  {rho:+8.2f}  "
-                f"{share[layer, head]:4.2f}  {verdict[layer, head]}"
+                f"{layer:5} {head:4} {run.kv_head(head):7}  {gamma:+z5.2f}  {without:+z7.2f}  {loss:z5.3f}  "
+                f"{rho:+z8.2f}  {share[layer, head]:4.2f}  {verdict[layer, head]}"
             )
-    _print_answer(run)
+    print(f"Does low norm predict attention in {run.model}? {answer_of(verdict, columns[0])}")
 
 
-def _print_answer(run: Capture) -> None:
-    from analysis.measures import answer
+def _instrument(arguments: argparse.Namespace) -> None:
+    from analysis.run import save_run
+    from analysis.synthetic import check, instrument
 
-    print(f"Does low norm predict attention in {run.model}? {answer(run)}")
+    run = instrument()
+    if arguments.out is not None:
+        print(f"wrote {save_run(run, arguments.out)}")
+    found = check(run)
+    print("a synthetic run, of no model; layers count from 0; of each layer the head that is most off")
+    print("probe         figure              layer  known  measured")
+    for reading in found.readings:
+        known, measured = f"{reading.known:+z.0f}", f"{reading.measured:+z.7f}"
+        print(f"{reading.probe:12}  {reading.metric:18}  {reading.layer:5}  {known:>5}  {measured}")
+    if not found.passed:
+        sys.exit(str(found))
+    print(found)
 
 
 def _progress(done: int, total: int) -> None:

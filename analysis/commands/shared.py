@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from analysis.errors import TextError
+from analysis.errors import TextError, UserError
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +25,23 @@ def add_texts(parser: argparse.ArgumentParser) -> None:
 def add_device(parser: argparse.ArgumentParser) -> None:
     """--device."""
     parser.add_argument("--device", help="cuda or cpu (default: the GPU where there is one)")
+
+
+def add_probe(parser: argparse.ArgumentParser) -> None:
+    """--probe, for `probe_of`."""
+    parser.add_argument(
+        "--probe", default="next-token", help="whose attention: next-token (the default), last-queries or all-queries"
+    )
+
+
+def probe_of(name: str) -> str:
+    """The probe that a user means. Raises UserError."""
+    from analysis.metrics import PROBES
+
+    if name.replace("-", " ") not in PROBES:
+        known = ", ".join(probe.replace(" ", "-") for probe in PROBES)
+        raise UserError(f"--probe must be one of {known}; got {name!r}")
+    return name.replace("-", " ")
 
 
 def no_progress_bars() -> None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from analysis.commands.shared import add_device, add_model, counter, no_progress_bars, texts_of
+from analysis.commands.shared import add_device, add_model, add_probe, counter, no_progress_bars, probe_of, texts_of
 
 if TYPE_CHECKING:
     from analysis.across import Means
@@ -22,12 +22,13 @@ def add(commands) -> None:
     add_model(study)
     study.add_argument("--tokens", type=int, default=512, help="tokens of each piece of text (512, if the model can)")
     study.add_argument("--max-texts", type=int, default=16, help="pieces, taken from the files by turns (16)")
+    add_probe(study)
     add_device(study)
     study.set_defaults(run=_study)
 
 
 def _study(arguments: argparse.Namespace) -> None:
-    texts = texts_of(arguments.texts)
+    texts, probe = texts_of(arguments.texts), probe_of(arguments.probe)
     no_progress_bars()
     from analysis.models import load_model
     from analysis.study import pieces, study
@@ -43,24 +44,28 @@ def _study(arguments: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on after the last text that was done.", end="")
         raise
-    _print_study(done)
+    _print_study(done, probe)
     print(f"wrote {arguments.out}")
 
 
-def _print_study(study: Study) -> None:
+def _print_study(study: Study, probe: str) -> None:
     from analysis.across import answer, head_verdicts, layer_losses, layer_means, means, stability
+    from analysis.metrics import PROBES
 
-    columns = (layer_means(study), layer_means(study, "gamma_without_sink"), means(layer_losses(study)))
-    verdict = head_verdicts(study)
+    losses, verdict = layer_losses(study, probe=probe), head_verdicts(study, probe=probe)
+    columns = (
+        layer_means(study, probe=probe), layer_means(study, "gamma_without_sink", probe=probe), means(losses),
+    )  # fmt: skip
     print(f"{study.model}, {len(study.names)} texts of {study.n_tokens.min()} to {study.n_tokens.max()} tokens")
-    print("means over heads and texts, for the query of the next token; 95 % intervals over texts; layers count from 0")
+    print("means over heads and texts; 95 % intervals over texts; layers count from 0")
+    print(f"{probe}: {PROBES[probe]}")
     print("layer  gamma                 no_sink               ALR/chance            verdicts on heads")
     for layer, words in enumerate(verdict):
         figures = "  ".join(_with_ends(of, layer, sign) for of, sign in zip(columns, ("+", "+", " "), strict=True))
         counts = ", ".join(f"{(words == name).sum()} {name}" for name in sorted(set(words)))
         print(f"{layer:5}  {figures}  {counts}")
-    print(stability(layer_losses(study)))
-    print(f"Does low norm predict attention in {study.model}? {answer(study)}")
+    print(stability(losses))
+    print(f"Does low norm predict attention in {study.model}? {answer(study, probe=probe)}")
 
 
 def _with_ends(of: Means, layer: int, sign: str) -> str:

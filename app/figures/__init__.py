@@ -7,17 +7,38 @@ transparent and ordinary text has no colour of its own, so light and dark are th
 also draws headings and captions.
 """
 
+from app.figures.comparing import gamma_against, gamma_spread, over_steps, verdict_bars
 from app.figures.heads import head_map, head_quadrant
-from app.figures.layers import kept_by_layer, layer_alr
-from app.figures.tokens import loss_curves, norm_and_attention, norm_attention_scatter, pooled_map
+from app.figures.layers import kept_by_layer, layer_alr, layer_costs
+from app.figures.paper import excess_loss, factor_plane, key_dimensions, zeroed_dimensions
+from app.figures.plans import Line, direction_map, front, ratio_map
+from app.figures.texts import head_over_texts, means_by_layer, order_agreement
+from app.figures.tokens import gamma_by_query, loss_curves, norm_and_attention, norm_attention_scatter, pooled_map
 
 __all__ = [
+    "Line",
+    "direction_map",
+    "excess_loss",
+    "factor_plane",
+    "front",
+    "gamma_against",
+    "gamma_by_query",
+    "gamma_spread",
     "head_map",
+    "head_over_texts",
     "head_quadrant",
     "kept_by_layer",
+    "key_dimensions",
     "layer_alr",
+    "layer_costs",
     "loss_curves",
+    "means_by_layer",
     "norm_and_attention",
     "norm_attention_scatter",
+    "order_agreement",
+    "over_steps",
     "pooled_map",
+    "ratio_map",
+    "verdict_bars",
+    "zeroed_dimensions",
 ]

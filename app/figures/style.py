@@ -104,6 +104,12 @@ def as_customdata(layer: np.ndarray, head: np.ndarray) -> list[list[int]]:
     return np.stack([layer, head], axis=1).tolist()
 
 
+def error_bars(mean: np.ndarray, low: np.ndarray, high: np.ndarray, *, color: str) -> dict[str, Any]:
+    """Bars from `low` to `high` around `mean`, [K] each; none where an end is undefined."""
+    above, below = (np.nan_to_num(np.maximum(end, 0)) for end in (high - mean, mean - low))
+    return dict(type="data", symmetric=False, array=above, arrayminus=below, color=color, thickness=1.5, width=5)
+
+
 def literal(text: str) -> str:
     """Any text, so that Plotly shows it as it stands: no tags, no entities, no TeX.
 

@@ -108,6 +108,42 @@ def norm_attention_scatter(
     return figure
 
 
+def gamma_by_query(
+    gamma: np.ndarray, labels: Sequence[str], *, first_position: int, next_token: float, next_label: str
+) -> go.Figure:
+    """Γ of one head for each of the last queries, and for the next token after them. -1 to +1, whatever they are.
+
+    gamma [W], NaN = undefined; labels W texts, shown literally; first_position: where the first of them stands.
+    """
+    position = np.arange(first_position, first_position + len(gamma))
+    end = first_position + len(gamma)
+    figure = new_figure(height=250, margin=dict(l=56, r=8, t=8, b=48))
+    groups = (
+        (f"the last {len(gamma)} queries", position, gamma, labels, dict(color=PRIMARY, size=9, opacity=0.85)),
+        ("the next token", [end], [next_token], [next_label], dict(color=CONTRAST, size=13, symbol="diamond")),
+    )
+    for name, x, y, texts, marker in groups:
+        if len(x):
+            figure.add_scatter(
+                x=np.asarray(x, dtype=np.int32), y=np.asarray(y, dtype=np.float32), mode="markers", name=name,
+                marker=marker, cliponaxis=False, text=[literal(text) for text in texts],
+                hovertemplate="query at position %{x}: %{text}<br>Γ %{y:+.2f}<extra></extra>",
+            )  # fmt: skip
+    if np.isfinite(gamma).any():
+        mean = float(np.nanmean(gamma))
+        ends = dict(x=[first_position - 0.5, end - 0.5], y=[mean, mean], hoverinfo="skip")
+        line = dict(color=PRIMARY, width=1.5, dash="dot")
+        figure.add_scatter(**ends, mode="lines", line=line, name=f"their mean, {number(mean, signed=True)}")
+    ticks = dict(tickvals=[-1, -0.5, 0, 0.5, 1], ticktext=["−1", "−0.5", "0", "+0.5", "+1"])
+    span = [first_position - 0.75, end + 0.75]
+    figure.update_layout(
+        xaxis=axis("position of the query", range=span, tickformat="d", showgrid=False),
+        yaxis=axis("Γ", range=[-1.05, 1.05], fixedrange=True, **ticks)
+        | dict(zeroline=True, zerolinecolor=FULL_GREY, zerolinewidth=1.5),
+    )
+    return figure
+
+
 def _kept_and_evicted(kept: np.ndarray | None, shown: np.ndarray) -> list[tuple[str, np.ndarray, dict]]:
     """(name, mask over `shown`, marker) for each group of tokens that has members."""
     solid = dict(color=PRIMARY, size=6, opacity=0.85)

@@ -13,6 +13,7 @@ from analysis.memory import capture_bytes, human_bytes
 from analysis.models import model_folder
 from analysis.presets import presets
 from analysis.run import Capture, load_run, save_run
+from analysis.synthetic import instrument
 from analysis.tokens import tokenize
 from app import markup, state
 from app.engine import Engine, allowed_models, check_allowed
@@ -169,6 +170,10 @@ def _files(heads_page: StreamlitPage) -> None:
             if not state.is_demo():
                 st.button("Back to the demo run", icon=":material/home:", on_click=state.show_run, args=(None,))
         st.caption("The file holds the text. `python -m analysis capture` writes the same kind.")
+        if st.button("Open the synthetic check", icon=":material/science:"):
+            state.show_run(instrument())
+            st.switch_page(heads_page)
+        st.caption("A run of no model, whose Γ are known to be −1, 0 and +1: does this instrument read what is there?")
     with right:
         file = st.file_uploader("Open a saved run", type="safetensors", key="run_file")
         if file is not None and st.session_state.get("opened") != file.file_id:

@@ -1,0 +1,217 @@
+"""The lower half of the page Heads: one head, its queries, its tokens, and what eviction would lose."""
+
+from __future__ import annotations
+
+import numpy as np
+import streamlit as st
+
+from analysis.measures import VERDICTS, HeadFigures, attention_loss, kept_tokens, signed
+from analysis.run import Capture
+from analysis.synthetic import is_synthetic
+from app import figures, markup, state
+from app.charts import show
+from l2kv.spec import CompressionSpec, share
+
+
+def one_head(run: Capture, numbers: HeadFigures, leave_out: int, probe: str) -> None:
+    """Draw the open head: `numbers` are of the probe that is chosen, the plots say what each is of."""
+    layer, head = _choose(run)
+    verdict = str(numbers.verdict[layer, head])
+    st.subheader(f"Layer {layer}, head {head}: {verdict}")
+    whose = {"last queries": f"the last {len(run.recent_positions)} queries", "all queries": "all queries"}
+    st.caption(
+        f"By {whose.get(probe, 'the next token')}: {markup.plain(VERDICTS[verdict])}. It reads kv head "
+        f"{run.kv_head(head)}. {_layer_note(run, layer)}"
+    )
+    _numbers(run, numbers, layer, head, leave_out, probe)
+    _queries(run, layer, head, leave_out)
+
+    labels = [markup.visible(label) for label in run.labels]
+    norm = run.key_norm[layer, run.kv_head(head)]
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        state.ratio_input()
+        rule = st.segmented_control(
+            "Keep the keys of", ["low norm", "high norm"], default="low norm", required=True, key="strip_rule",
+            persist_state="session",
+        )  # fmt: skip
+        state.protect_last_input()
+    shared = state.current_spec()
+    spec = CompressionSpec(
+        keep_ratio=shared.keep_ratio,
+        protect_last=shared.protect_last,
+        policy="low_norm" if rule == "low norm" else "high_norm",
+    )
+    kept = kept_tokens(run, layer, head, spec)
+    row = run.probe_attention[layer, head].astype(float)
+    more = kept.sum() > share(spec.keep_ratio, run.n_tokens)
+    st.markdown(
+        f"Of {run.n_tokens} tokens this head would keep **{kept.sum()}**"
+        + (f" (more than the ratio: the last {spec.protect_last} are protected)" if more else "")
+        + f", and lose **{row[~kept].sum():.1%}** of the next token's attention. {1 - row.sum():.1%} of it goes to "
+        "that token itself."
+    )
+    st.html(markup.token_strip(run.labels, kept))
+    st.caption(
+        "The text as this head would keep it if it were compressed once, now: solid tokens stay, hollow ones go. "
+        "· is a space, ⏎ a line end. The latest tokens are protected as set above."
+    )
+
+    shown = slice(leave_out, None)
+    show(
+        figures.norm_and_attention(
+            norm[shown],
+            run.probe_attention[layer, head][shown],
+            labels[shown],
+            kept=kept[shown],
+            attention_label="attention of the next token",
+            first_position=leave_out,
+        ),
+        key="by_position",
+        alt=f"Key norm and attention by position, layer {layer}, head {head}",
+        caption="Key norm (above) and the attention that the next token pays (below, log scale), by position. Where "
+        "the paper holds, peaks of attention stand under valleys of the norm.",
+        table={
+            "position": np.arange(run.n_tokens)[shown],
+            "token": labels[shown],
+            "key norm": norm[shown],
+            "value norm": run.value_norm[layer, run.kv_head(head)][shown],
+            "attention of the next token": run.probe_attention[layer, head][shown],
+            "attention received": run.attention_received[layer, head][shown],
+            "kept": kept[shown],
+        },
+    )
+    left, right = st.columns(2, gap="large")
+    with left:
+        rho = numbers.spearman[layer, head]
+        show(
+            figures.norm_attention_scatter(
+                norm[shown],
+                run.attention_received[layer, head][shown],
+                labels[shown],
+                rho=None if np.isnan(rho) else float(rho),
+                n=run.n_tokens - leave_out,
+                first_position=leave_out,
+            ),
+            key="scatter",
+            alt="Scatter of key norm and attention received",
+            caption="Each token by key norm and by the attention it receives, the mean over all queries that see it "
+            "(log scale). A slope down to the right is the paper's claim. No p-value: tokens are not independent.",
+        )
+        _losses(run, layer, head, leave_out, spec.keep_ratio)
+    with right:
+        _pooled(run, layer, head, leave_out)
+
+
+def _choose(run: Capture) -> tuple[int, int]:
+    """The open head, and the ways to another one without a mouse on the map."""
+    state.chosen_head(run)
+
+    def step(by: int) -> None:
+        layer, head = state.chosen_head(run)
+        state.choose_head(*divmod((layer * run.n_heads + head + by) % (run.n_layers * run.n_heads), run.n_heads))
+
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        st.number_input("Layer", 0, run.n_layers - 1, key="layer", persist_state="session", width=130)
+        st.number_input("Head", 0, run.n_heads - 1, key="head", persist_state="session", width=130)
+        st.button("Previous head", icon=":material/chevron_left:", on_click=step, args=(-1,))
+        st.button("Next head", icon=":material/chevron_right:", on_click=step, args=(1,))
+        layer = st.session_state["layer"]
+        skipped = layer in st.session_state.get("skip_layers", [])
+
+        def toggle_skip() -> None:
+            now = set(st.session_state.get("skip_layers", []))
+            st.session_state["skip_layers"] = sorted(now ^ {layer})
+
+        if run.layer_kinds[layer] == "full":
+            st.button(
+                f"Compress layer {layer} again" if skipped else f"Add layer {layer} to the skip list",
+                icon=":material/playlist_remove:" if skipped else ":material/playlist_add:",
+                on_click=toggle_skip,
+            )
+    return state.chosen_head(run)
+
+
+def _layer_note(run: Capture, layer: int) -> str:
+    if run.layer_kinds[layer] == "sliding":
+        return "This layer has a sliding window: it is never compressed."
+    if layer == 0 and not is_synthetic(run):
+        return "In layer 0 a key's norm depends on the token alone, not on what came before it."
+    return ""
+
+
+def _numbers(run: Capture, numbers: HeadFigures, layer: int, head: int, leave_out: int, probe: str) -> None:
+    without = state.figures_of(run, 1, probe).gamma[layer, head]
+    n = run.n_tokens - leave_out
+    ranked = f"{n - len(run.recent_positions)} to {n - 1}" if probe == "last queries" else n
+    shown = {
+        "Γ": (signed(numbers.gamma[layer, head]), "−1 the paper's claim, 0 chance, +1 the opposite"),
+        "Γ without the first": (signed(without), "the same, with the first token left out"),
+        "ALR": (f"{numbers.alr[layer, head]:z.1f}", f"the paper's sum, of n = {ranked} tokens"),
+        "ALR / n": (f"{numbers.alr_per_token[layer, head]:z.3f}", "comparable between texts, 0 to 1"),
+        "ALR / chance": (f"{numbers.alr_against_chance[layer, head]:z.2f}", "0 ideal, 1 as dice, 2 the worst order"),
+        "Spearman ρ": (signed(numbers.spearman[layer, head]), "norm against attention received, all queries"),
+        "Pearson r": (signed(numbers.pearson[layer, head]), "the same, linear"),
+        "Share of the first": (f"{numbers.sink_share[layer, head]:.0%}", "of that attention"),
+    }
+    with st.container(horizontal=True):
+        for name, (value, help_text) in shown.items():
+            st.metric(name, value.replace("nan", "undefined"), help=help_text, width="content")
+
+
+def _queries(run: Capture, layer: int, head: int, leave_out: int) -> None:
+    positions = run.recent_positions
+    if not positions:
+        st.caption("The run on screen keeps no last queries. Capture the text again to see how queries differ.")
+        return
+    gamma = state.gamma_by_query(run, leave_out)[:, layer, head]
+    next_token = float(state.figures_of(run, leave_out).gamma[layer, head])
+    labels = [markup.visible(run.labels[position]) for position in positions]
+    show(
+        figures.gamma_by_query(
+            gamma, labels, first_position=positions[0], next_token=next_token,
+            next_label=markup.visible(run.probe_label),
+        ),
+        key="by_query",
+        alt=f"Γ of each of the last queries, layer {layer}, head {head}",
+        caption=f"One query is an anecdote: Γ of each of the last {len(positions)} queries over the tokens before it, "
+        "and of the next token. Where the dots lie on both sides of 0, the sign is the query's, not the head's.",
+        table={
+            "position": [*positions, run.n_tokens],
+            "token": [*labels, markup.visible(run.probe_label)],
+            "Γ": [*gamma, next_token],
+        },
+    )  # fmt: skip
+
+
+def _losses(run: Capture, layer: int, head: int, leave_out: int, keep_ratio: float) -> None:
+    loss = attention_loss(run, layer, head, leave_out=leave_out)
+    curves = {
+        "low norm kept": loss.low_norm,
+        "high norm kept": loss.high_norm,
+        "ideal": loss.ideal,
+        "chance": loss.chance,
+    }
+    dropped = np.linspace(0, 1, len(loss.ideal))
+    show(
+        figures.loss_curves(dropped, curves, keep_ratio=keep_ratio),
+        key="losses",
+        alt="Attention lost by share of tokens evicted",
+        caption="The share of the next token's attention that is lost when tokens are evicted, in three orders and at "
+        "random; nothing protected. The area between *low norm kept* and *ideal* is the ALR. A curve above *chance* is "
+        "worse than dice.",
+        table={"evicted": dropped, **curves},
+    )
+
+
+def _pooled(run: Capture, layer: int, head: int, leave_out: int) -> None:
+    pooled = run.pooled(layer, head)
+    if leave_out:
+        pooled[:, 0] = np.nan  # the bin that holds the first token: what is left gets the colours
+    show(
+        figures.pooled_map(pooled, tokens_per_bin=run.tokens_per_bin, n_tokens=run.n_tokens),
+        key="pooled",
+        alt="Attention map, pooled",
+        caption=f"Who looks where: each row is {run.tokens_per_bin} queries, each column as many keys, "
+        "the first at the top left. A bright first column is a sink, a bright diagonal is recency. Of all queries"
+        + (", the first column left out." if leave_out else "."),
+    )
