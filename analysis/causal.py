@@ -1,24 +1,29 @@
 """Does ALR tell which layers to leave whole? Each layer compressed alone, and what that costs, beside its ALR.
 
-ALR is read off attention; the cost is measured by predicting text. Where the two order layers alike, ALR may choose.
+ALR is read off attention; the cost is measured by predicting text. Where the two order layers alike, ALR may choose. A
+check is a record on disk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from analysis.across import MIN_TEXTS, Interval, resamples, spearman
-from analysis.capturing import capture
-from analysis.errors import ModelError, TextError
-from analysis.evaluation import OnDone, ignore, nll_changes
-from analysis.models import LoadedModel
-from analysis.skip import layer_loss
-from analysis.tokens import tokenize
-from l2kv import CompressionSpec
+from analysis.errors import ModelError, RunFileError, TextError
+from analysis.files import content_of, record
+from analysis.memory import CacheShape
+from analysis.skip import layer_loss, spec_of
+from l2kv.spec import CompressionSpec
 
+if TYPE_CHECKING:
+    from analysis.evaluation import OnDone
+    from analysis.models import LoadedModel
+
+VERSION = 1
 POLICIES = ("low_norm", "high_norm")  # those that ALR speaks of, and that differ from chance
 
 
@@ -40,6 +45,27 @@ class CausalCheck:
             f"and {n} text{'s' * (n != 1)}: {self.agreement}."
         )
 
+    def to_json(self) -> str:
+        """The file's text."""
+        return record("causal", VERSION, asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> CausalCheck:
+        """Read a check, which may come from anyone. Raises RunFileError, with the reason."""
+        content = content_of(text, "causal", VERSION)
+        try:
+            model, layers = content["model"], tuple(content["layers"])
+            if not isinstance(model, str) or not all(type(layer) is int and layer >= 0 for layer in layers):
+                raise TypeError(f"model must be text and layers numbers, got {model!r:.60} and {layers!r:.60}")
+            nll_change, loss = (np.array(content[name], dtype=np.float64) for name in ("nll_change", "loss"))
+            if nll_change.ndim != 2 or nll_change.shape != loss.shape or len(loss) != len(layers) or not loss.size:
+                raise ValueError(f"nll_change and loss must be of a row for each of {len(layers)} layers")
+            return cls(model, spec_of(content["spec"]), layers, nll_change, loss, agreement(nll_change, loss))
+        except KeyError as error:
+            raise RunFileError(f"This is not a causal check that can be read: it has no {error}.") from error
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise RunFileError(f"This is not a causal check that can be read: {str(error)[:200]}") from error
+
 
 def causal_check(
     loaded: LoadedModel,
@@ -48,7 +74,7 @@ def causal_check(
     *,
     prompt_tokens: int,
     new_tokens: int,
-    on_done: OnDone = ignore,
+    on_done: OnDone | None = None,
 ) -> CausalCheck:
     """Compress each layer alone by `spec`, all others whole, and measure the change of `continuation_nll`.
 
@@ -63,6 +89,10 @@ def causal_check(
         ModelError: no layer can be compressed, or as `capture`.
         ValueError: the policy is none of `POLICIES`, or as `continuation_nll`.
     """
+    from analysis.capturing import capture
+    from analysis.evaluation import ignore, nll_changes, prompt_of  # waits for torch, which reading a check need not
+
+    on_done = on_done or ignore
     if spec.policy not in POLICIES:
         raise ValueError(f"the policy must be one of {', '.join(POLICIES)}, got {spec.policy!r}")
     if not texts:
@@ -70,7 +100,7 @@ def causal_check(
     losses, kinds = [], ()
     total = 0  # known once the first capture has told which layers there are
     for i, text in enumerate(texts):
-        run = capture(loaded, _prompt(loaded, text, prompt_tokens))
+        run = capture(loaded, prompt_of(loaded, text, prompt_tokens))
         losses.append(layer_loss(run, spec.policy).by_layer)
         kinds = run.layer_kinds
         layers = tuple(k for k, kind in enumerate(kinds) if kind == "full" and k not in spec.skip_layers)
@@ -94,6 +124,39 @@ def causal_check(
     return CausalCheck(loaded.name, spec, layers, nll_change, loss, agreement(nll_change, loss))
 
 
+def head_costs(
+    loaded: LoadedModel,
+    texts: Sequence[str],
+    spec: CompressionSpec,
+    *,
+    prompt_tokens: int,
+    new_tokens: int,
+    on_done: OnDone | None = None,
+) -> np.ndarray:
+    """What it costs to compress each kv head alone by `spec`, all others whole: [N, L, Hkv] nats a token.
+
+    NaN in layers that are never compressed. Takes N continuations of `new_tokens` tokens for each kv head.
+
+    Raises:
+        As `causal_check`.
+    """
+    from analysis.evaluation import ignore, nll_changes
+
+    if not texts:
+        raise TextError("There are no texts to measure on.")
+    shape = CacheShape.of(loaded.config, loaded.model.dtype.itemsize)
+    heads = [(layer, head) for layer in shape.layers for head in range(shape.n_kv_heads)]
+    others_whole = replace(spec, keep_ratio=1.0, budget=None, layer_ratios=None, skip_layers=())
+    alone = {str(head): replace(others_whole, head_ratios={head: spec.target_of(*head).ratio}) for head in heads}
+    changes = nll_changes(
+        loaded, texts, alone, prompt_tokens=prompt_tokens, new_tokens=new_tokens, on_done=on_done or ignore
+    )
+    costs = np.full((len(texts), loaded.config.num_hidden_layers, shape.n_kv_heads), np.nan)
+    for (layer, head), change in zip(heads, changes, strict=True):
+        costs[:, layer, head] = change.by_text
+    return costs
+
+
 def agreement(nll_change: np.ndarray, loss: np.ndarray, *, seed: int = 0) -> Interval:
     """Spearman over layers of the two means over texts, [K, N] each; the interval resamples the texts of both at once.
 
@@ -110,14 +173,3 @@ def agreement(nll_change: np.ndarray, loss: np.ndarray, *, seed: int = 0) -> Int
     drawn = spearman(counts @ nll_change.T, counts @ loss.T)
     low, high = np.nanquantile(drawn, [0.025, 0.975])
     return Interval(value, float(low), float(high))
-
-
-def _prompt(loaded: LoadedModel, text: str, n_tokens: int) -> str:
-    """The characters of the first tokens of a text."""
-    tokens = tokenize(loaded.tokenizer, text)
-    if len(tokens) < n_tokens:
-        raise TextError(f"The text has {len(tokens)} tokens; a prompt of {n_tokens} is needed.")
-    end = int(tokens.spans[:n_tokens, 1].max())
-    if not end:
-        raise TextError("This tokenizer does not tell which characters a token covers, so no prompt can be cut.")
-    return text[:end]

@@ -7,12 +7,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from analysis.across import MIN_TEXTS, means
 from analysis.measures import WEAK, correlation, status
 from analysis.run import Capture
-from l2kv.spec import share
+from l2kv.spec import CompressionSpec, share
 
 BY_NORM = ("signed_norm", "low_norm", "high_norm")
 """Policies that there are curves of."""
+EVEN = (
+    0.2  # of a weight that every head gets: costs are of some texts, and a head that cost nothing there may elsewhere
+)
 SAME_SIGN = 0.8  # of the texts must agree on the sign of a head's Γ, or it has no signal
 TINY = 1e-12  # of rounding
 
@@ -32,7 +36,9 @@ class LossCurves:
     gammas: np.ndarray  # [texts, L, Hkv] Γ of the group's mean attention, NaN where undefined
     protect_last: int = 0
     least_bin: int = 0  # below it the protected tokens alone hold more: nothing is saved there
+    over_chance: np.ndarray | None = None  # [2, texts, L, Hkv, B + 1] loss of low and of high less that of dice
     captures: tuple[Capture, ...] = ()  # what they are of; the methods that look at single tokens need it
+    weights: np.ndarray | None = None  # [L, Hkv] what lost attention costs in a head, of 1 in the mean: see `weighed`
 
     @property
     def bins(self) -> int:
@@ -49,16 +55,68 @@ class LossCurves:
         check_choice("policy", policy, BY_NORM)
         return {"low_norm": self.low, "high_norm": self.high}.get(policy, np.minimum(self.low, self.high))
 
-    @property
-    def has_signal(self) -> np.ndarray:
-        """Heads whose norms tell something of attention, [L, Hkv] bool.
+    def has_signal(self, keep: float, policy: str = "signed_norm") -> np.ndarray:
+        """Heads in which a policy loses less than a random order does at a keep ratio, [L, Hkv] bool.
 
-        An order in every text, |mean Γ| of `WEAK` or more, and the same sign in 80 % of the texts.
+        With `MIN_TEXTS` texts or more: less by a whole 95 % interval over texts (of either direction, under
+        signed_norm). With fewer there is no interval to go by: |mean Γ| of `WEAK` or more with the sign of the policy,
+        and that sign in 80 % of the texts. Norms must give an order in every text.
         """
+        check_choice("policy", policy, BY_NORM)
+        directions = {"low_norm": [0], "high_norm": [1]}.get(policy, [0, 1])
+        if self.over_chance is None or self.over_chance.shape[1] < MIN_TEXTS:
+            better = np.stack([self._leans(sign) for sign in (-1, 1)])
+        else:
+            b = min(int(np.ceil(keep * self.bins - TINY)), self.bins)
+            better = np.stack([means(texts[..., b]).high < 0 for texts in self.over_chance])
+        return (self.status == "ok") & better[directions].any(axis=0)
+
+    def _leans(self, sign: int) -> np.ndarray:
+        """[L, Hkv]: |mean Γ| is not weak, and of this sign as in 80 % of the texts."""
         defined = np.isfinite(self.gammas)
         mean = np.where(defined, self.gammas, 0.0).sum(axis=0) / np.maximum(defined.sum(axis=0), 1)
-        agree = (np.sign(self.gammas) == np.sign(mean)).mean(axis=0)  # an undefined one agrees with nothing
-        return (self.status == "ok") & (abs(mean) >= WEAK) & (agree >= SAME_SIGN)
+        agree = (np.sign(self.gammas) == sign).mean(axis=0)  # an undefined one agrees with nothing
+        return (sign * mean >= WEAK) & (agree >= SAME_SIGN)
+
+    def weighed(self, costs: np.ndarray, keep: float) -> LossCurves:
+        """The curves with a weight for each head: what it costs to compress it alone, for the attention that it loses.
+
+        Attention is not worth the same everywhere: a head that copies may cost more than all the others together.
+
+        Args:
+            costs: [L, Hkv] nats a token of compressing each kv head alone at `keep` (`analysis.causal.head_costs`), in
+                the direction that loses less; what is below 0 counts as 0.
+        """
+        lost = self.of("signed_norm")[..., min(int(np.ceil(keep * self.bins - TINY)), self.bins)]
+        of = self.compressible
+        worth = np.maximum(costs, 0.0) / np.maximum(lost, max(lost[of].mean() / 10, TINY))  # a small loss is no divisor
+        total = worth[of].mean()
+        weights = np.ones_like(worth) if not total > 0 else EVEN + (1 - EVEN) * worth / total
+        return replace(self, weights=weights)
+
+    def loss_of(self, spec: CompressionSpec) -> float:
+        """The attention that a spec is expected to lose, the mean over the kv heads that can be compressed.
+
+        Between two bins it is interpolated. NaN where there are no curves of the spec's policy (known are `BY_NORM`,
+        and random where the curves came of captures), or it gives a number of tokens.
+        """
+        curves = self._of_spec(spec)
+        heads = np.argwhere(np.broadcast_to(self.compressible[:, None], self.low.shape[:2])).tolist()
+        targets = [spec.target_of(layer, head) for layer, head in heads]
+        if curves is None or not heads or any(target.budget is not None for target in targets):
+            return float("nan")
+        lost = [
+            np.interp(target.ratio, self.ratios, curves[layer, head])
+            for (layer, head), target in zip(heads, targets, strict=True)
+        ]
+        return float(np.mean(lost))
+
+    def _of_spec(self, spec: CompressionSpec) -> np.ndarray | None:
+        if spec.policy == "signed_norm":
+            return np.where(np.array(spec.directions)[..., None] == "high", self.high, self.low)
+        if spec.policy == "random" and self.over_chance is not None:
+            return self.low - self.over_chance[0].mean(axis=0)
+        return self.of(spec.policy) if spec.policy in BY_NORM else None
 
 
 def loss_curves(*captures: Capture, bins: int = 100, protect_last: int = 0) -> LossCurves:
@@ -86,22 +144,22 @@ def loss_curves(*captures: Capture, bins: int = 100, protect_last: int = 0) -> L
     states = np.stack([status(run) for run in runs])
     worst = (states != "ok").argmax(axis=0)  # the first text without an order, else the first text
     compressible = np.array([kind == "full" for kind in captures[0].layer_kinds])
-    low, high = (
-        np.mean(
-            [_curves(run, state, sign, bins, protect_last) for run, state in zip(runs, states, strict=True)], axis=0
-        )
+    random = [np.full_like(state, "by dice") for state in states]
+    low, high, dice = (
+        np.array([_curves(run, state, sign, bins, protect_last) for run, state in zip(runs, orders, strict=True)])
         * compressible[:, None, None]
-        for sign in (1, -1)
+        for sign, orders in ((1, states), (-1, states), (1, random))
     )
     protected = max(min(protect_last, run.n_tokens) / run.n_tokens for run in runs)
     return LossCurves(
-        low=low,
-        high=high,
+        low=low.mean(axis=0),
+        high=high.mean(axis=0),
         compressible=compressible,
         status=np.take_along_axis(states, worst[None], axis=0)[0],
         gammas=np.stack([correlation(run) for run in runs]),
         protect_last=protect_last,
         least_bin=int(np.ceil(protected * bins - TINY)),
+        over_chance=np.stack([low, high]) - dice,
         captures=captures,
     )
 
@@ -117,7 +175,8 @@ def by_kv_head(capture: Capture) -> Capture:
         capture,
         probe_attention=mean(capture.probe_attention),
         attention_received=mean(capture.attention_received),
-        pooled_attention=capture.pooled_attention[:, ::group],  # the maps are not read here
+        recent_attention=capture.recent_attention[:0, :, ::group],  # these and the maps are not read here
+        pooled_attention=capture.pooled_attention[:, ::group],
         pooled_scale=capture.pooled_scale[:, ::group],
     )
 

@@ -24,7 +24,7 @@ from analysis.models import LoadedModel
 from analysis.presets import PASSKEY_QUESTION, passkey
 from analysis.skip import suggest_skip_layers
 from analysis.tokens import Tokens, tokenize
-from l2kv import CompressionSpec
+from l2kv import CompressionSpec, cache_nbytes
 
 Specs = Mapping[str, CompressionSpec | None]
 """What is compared, by name; None is the full cache."""
@@ -61,26 +61,73 @@ def bits_per_byte(loaded: LoadedModel, text: str, *, context: int | None = None)
     return nats / math.log(2) / len(text.encode("utf-8"))
 
 
-@torch.inference_mode()
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """How well the tokens after a prompt were predicted, and from how much."""
+
+    nll: float  # nats a token
+    nbytes: int  # of the keys and values held after the last token, counted from the cache's tensors, without slack
+
+
 def continuation_nll(
     loaded: LoadedModel, text: str, spec: CompressionSpec | None, *, prompt_tokens: int, new_tokens: int
 ) -> float:
-    """Mean negative log likelihood, nats a token, of the `new_tokens` tokens that follow the prompt in the text.
+    """The nats a token of one of `continuations`. Raises as that."""
+    ((one,),) = continuations(loaded, [text], [spec], prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+    return one.nll
+
+
+@torch.inference_mode()
+def continuations(
+    loaded: LoadedModel,
+    texts: Sequence[str],
+    specs: Sequence[CompressionSpec | None],
+    *,
+    prompt_tokens: int,
+    new_tokens: int,
+    on_done: OnDone = ignore,
+) -> tuple[tuple[Continuation, ...], ...]:
+    """Mean negative log likelihood of the `new_tokens` tokens that follow the prompt in each text, by each spec.
 
     The prompt but for its last token is run and compressed; from there on the text is fed one token at a time, and the
-    cache evicts after each, so that already the first token is predicted from a compressed cache.
+    cache evicts after each, so that already the first token is predicted from a compressed cache. Texts are the rows of
+    a batch: all are of one length, and no row sees another.
 
     Args:
-        spec: what to keep; None is the full cache.
+        specs: what to keep; None is the full cache.
         prompt_tokens: tokens of the prompt, special ones included, 2 or more.
+
+    Returns:
+        For each spec a row of the texts.
 
     Raises:
         TextError: empty, shorter than `prompt_tokens + new_tokens`, or more than the model can take.
         ModelError, OutOfMemoryError: as `stream`.
-        ValueError: the spec does not fit the model, or a number is out of range.
+        ValueError: a spec does not fit the model, or a number is out of range.
     """
     if prompt_tokens < 2 or new_tokens < 1:
         raise ValueError(f"prompt_tokens must be 2 or more and new_tokens 1 or more, got {prompt_tokens}, {new_tokens}")
+    length = prompt_tokens + new_tokens
+    ids = [_first_tokens(loaded, text, prompt_tokens, new_tokens) for text in texts]
+    rows = max(1, _TOKENS_AT_ONCE // length)
+    batches = [torch.cat(ids[start : start + rows]) for start in range(0, len(ids), rows)]
+    done, total, results = 0, len(texts) * len(specs), []
+    with prepared(loaded):
+        for spec in specs:
+            results.append([])
+            for batch in batches:
+                results[-1] += _continue(loaded, batch, spec, prompt_tokens)
+                for _ in batch:
+                    done += 1
+                    on_done(done, total)
+    return tuple(map(tuple, results))
+
+
+_TOKENS_AT_ONCE = 8192  # in the rows of a batch; of a model of 7 billion weights their full cache takes 4 GiB
+
+
+def _first_tokens(loaded: LoadedModel, text: str, prompt_tokens: int, new_tokens: int) -> Tensor:
+    """[1, prompt_tokens + new_tokens]"""
     tokens = tokenize(loaded.tokenizer, text).ids
     if len(tokens) < prompt_tokens + new_tokens:
         raise TextError(
@@ -88,16 +135,21 @@ def continuation_nll(
         )
     tokens = tokens[: prompt_tokens + new_tokens]
     _check(loaded, tokens, new_tokens=0)
-    ids = _on_device(loaded, tokens)
-    nats = ids.new_zeros((), dtype=torch.float64)
-    with prepared(loaded):
-        cache = new_cache(loaded, spec)
-        prefill(loaded.model, ids[:, : prompt_tokens - 1], cache)
-        for position in range(prompt_tokens, prompt_tokens + new_tokens):
-            last = ids[:, position - 1 : position]
-            logits = loaded.model(last, past_key_values=cache, use_cache=True).logits[:, -1]
-            nats += torch.nn.functional.cross_entropy(logits.float(), ids[:, position])
-    return float(nats) / new_tokens
+    return _on_device(loaded, tokens)
+
+
+def _continue(loaded: LoadedModel, ids: Tensor, spec: CompressionSpec | None, prompt_tokens: int) -> list[Continuation]:
+    """Of the rows of ids [B, T]."""
+    rows, length = ids.shape
+    cache = new_cache(loaded, spec)
+    prefill(loaded.model, ids[:, : prompt_tokens - 1], cache)
+    nats = ids.new_zeros(rows, dtype=torch.float64)
+    for position in range(prompt_tokens, length):
+        last = ids[:, position - 1 : position]
+        logits = loaded.model(last, past_key_values=cache, use_cache=True).logits[:, -1]
+        nats += torch.nn.functional.cross_entropy(logits.float(), ids[:, position], reduction="none")
+    nbytes = cache_nbytes(cache, slack=False) // rows
+    return [Continuation(nll, nbytes) for nll in (nats / (length - prompt_tokens)).tolist()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,21 +171,25 @@ def nll_changes(
     on_done: OnDone = ignore,
 ) -> tuple[NllChange, ...]:
     """The change of `continuation_nll` by each spec against the full cache, over the same texts. Raises as that."""
-    done, total = 0, len(texts) * (1 + len(specs))
-
-    def nll(text: str, spec: CompressionSpec | None) -> float:
-        nonlocal done
-        value = continuation_nll(loaded, text, spec, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
-        done += 1
-        on_done(done, total)
-        return value
-
-    full = [nll(text, None) for text in texts]
+    full, *rows = continuations(
+        loaded, texts, (None, *specs.values()), prompt_tokens=prompt_tokens, new_tokens=new_tokens, on_done=on_done
+    )
     changes = []
-    for name, spec in specs.items():
-        by_text = tuple(nll(text, spec) - before for text, before in zip(texts, full, strict=True))
+    for name, row in zip(specs, rows, strict=True):
+        by_text = tuple(one.nll - whole.nll for one, whole in zip(row, full, strict=True))
         changes.append(NllChange(name, float(np.mean(by_text)), by_text))
     return tuple(changes)
+
+
+def prompt_of(loaded: LoadedModel, text: str, n_tokens: int) -> str:
+    """The characters of the first `n_tokens` tokens of a text. Raises TextError if it has fewer."""
+    tokens = tokenize(loaded.tokenizer, text)
+    if len(tokens) < n_tokens:
+        raise TextError(f"The text has {len(tokens)} tokens; a prompt of {n_tokens} is needed.")
+    end = int(tokens.spans[:n_tokens, 1].max())
+    if not end:
+        raise TextError("This tokenizer does not tell which characters a token covers, so no prompt can be cut.")
+    return text[:end]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

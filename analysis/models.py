@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from analysis.configs import read_config, read_json, reading, short, vet_config
 from analysis.errors import ModelError
 
 if TYPE_CHECKING:
@@ -19,20 +17,6 @@ if TYPE_CHECKING:
 BUNDLED = Path(__file__).parent / "bundled"
 BUNDLED_MODELS = tuple(sorted(p.parent.name for p in BUNDLED.glob("*/config.json")))
 
-# A config beyond these is a mistake or an attack: building it would take all memory, or forever.
-_BOUNDS = {
-    "num_hidden_layers": 1024,
-    "hidden_size": 65_536,
-    "intermediate_size": 1_048_576,
-    "num_attention_heads": 1024,
-    "num_key_value_heads": 1024,
-    "head_dim": 4096,
-    "vocab_size": 4_000_000,
-    "n_layer": 1024,
-    "n_embd": 65_536,
-    "n_head": 1024,
-    "num_labels": 10_000,
-}
 _HUB_ID = re.compile(r"(?=.{1,96}$)[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
@@ -68,15 +52,14 @@ def load_model(ref: str | Path, *, device: str | None = None, dtype: torch.dtype
     """
     folder = model_folder(ref)
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     safe = {"trust_remote_code": False, "local_files_only": True}
     name = _name(ref)
-    with _reading(name, "config.json"):
-        config = AutoConfig.from_pretrained(folder, **safe)
-        _check_kind(config, name)
+    config = read_config(folder / "config.json", name)
+    with reading(name, "config.json"):
         _check_size(config, folder, name)
-    with _reading(name, "weights"):
+    with reading(name, "weights"):
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
         # Wrong shapes are refused below: the error that transformers raises for them does not name one.
@@ -91,7 +74,7 @@ def load_model(ref: str | Path, *, device: str | None = None, dtype: torch.dtype
                 "The two do not belong together."
             )
         model = model.eval().to(device)
-    with _reading(name, "tokenizer"):
+    with reading(name, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder, **safe)
     return LoadedModel(model, tokenizer, name)
 
@@ -110,35 +93,6 @@ def model_folder(ref: str | Path) -> Path:
             "that exists, or a Hugging Face id such as Qwen/Qwen3-0.6B."
         )
     return _fetch(text)
-
-
-@contextmanager
-def _reading(name: str, part: str) -> Iterator[None]:
-    """Name the part of the model folder that broke: transformers reports it by whatever its parsers happen to raise."""
-    import torch
-
-    from l2kv import UnsupportedModelError
-
-    try:
-        yield
-    except ModelError:
-        raise
-    except UnsupportedModelError as error:
-        raise ModelError(f"{name}: {error}") from error
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise ModelError(f"{name} does not fit into memory. Try a smaller model.") from error
-    except Exception as error:
-        raise ModelError(f"{name}: its {part} cannot be used ({_short(error)}).") from error
-
-
-def _check_kind(config: PretrainedConfig, name: str) -> None:
-    """Refuse a model that is not decoder-only, or has no keys to look at."""
-    from l2kv import check_compressible
-
-    text_config = config.get_text_config(decoder=True)
-    check_compressible(text_config)
-    if not getattr(text_config, "num_attention_heads", None):
-        raise ModelError(f"{name}: {config.model_type} has no attention heads, so there are no keys to look at.")
 
 
 def _check_size(config: PretrainedConfig, folder: Path, name: str) -> None:
@@ -161,7 +115,7 @@ def _fetch(hub_id: str) -> Path:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
-        _vet_config(Path(hf_hub_download(hub_id, "config.json")), hub_id)
+        vet_config(Path(hf_hub_download(hub_id, "config.json")), hub_id)
         folder = Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
     except GatedRepoError as error:
         raise ModelError(f"{hub_id} is gated: accept its terms on the hub and log in with `hf auth login`.") from error
@@ -172,7 +126,7 @@ def _fetch(hub_id: str) -> Path:
     except Exception as error:  # offline, a proxy, a full disk: the hub client raises many kinds
         raise ModelError(
             f"{hub_id!r} is not a local folder, and could not be fetched from the Hugging Face hub "
-            f"({_short(error)}). Check the name and the connection, or give a local folder."
+            f"({short(error)}). Check the name and the connection, or give a local folder."
         ) from error
     _vet(folder, hub_id)
     return folder
@@ -183,8 +137,8 @@ def _vet(folder: Path, name: str) -> None:
     try:
         files = {path.name for path in folder.iterdir() if path.is_file()}
     except OSError as error:
-        raise ModelError(f"{name} cannot be read ({_short(error)}).") from error
-    _vet_config(folder / "config.json", name)
+        raise ModelError(f"{name} cannot be read ({short(error)}).") from error
+    vet_config(folder / "config.json", name)
     if "adapter_config.json" in files:  # transformers would load the base model that it names, from anywhere
         raise ModelError(f"{name} is an adapter. Merge it into its base model, and give that one.")
     if not any(file.endswith(".safetensors") for file in files):
@@ -192,7 +146,7 @@ def _vet(folder: Path, name: str) -> None:
         found = f" (found {others[0]}: convert it with transformers' save_pretrained)" if others else ""
         raise ModelError(f"{name} has no .safetensors weights{found}. Other formats can run code, and are not read.")
     for index in (file for file in files if file.endswith(".safetensors.index.json")):
-        weight_map = _read_json(folder / index, name).get("weight_map")
+        weight_map = read_json(folder / index, name).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
             raise ModelError(f"{name}: {index} does not map weights to files (weight_map).")
         for shard in set(weight_map.values()):
@@ -200,42 +154,6 @@ def _vet(folder: Path, name: str) -> None:
                 raise ModelError(f"{name}: {index} points outside its folder or at no .safetensors ({shard!r:.100}).")
             if shard not in files:
                 raise ModelError(f"{name} is incomplete: {shard} is missing.")
-
-
-def _vet_config(path: Path, name: str) -> None:
-    if not path.is_file():
-        raise ModelError(f"{name} is no model folder: it has no config.json.")
-    config = _read_json(path, name)
-    for part in _parts(config):
-        for key, bound in _BOUNDS.items():
-            value = part.get(key)
-            if isinstance(value, (int, float)) and not 0 < value <= bound:
-                raise ModelError(f"{name}: config.json says {key} = {value}, which is out of range (1 to {bound}).")
-        for key in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"):
-            if "/" in str(part.get(key, "")):
-                raise ModelError(f"{name}: config.json asks for attention code from elsewhere ({part[key]!r:.100}).")
-        if "--" in str(part.get("auto_map", "")):
-            raise ModelError(f"{name}: config.json asks for code of another repository (auto_map). It is not run.")
-        if part.get("quantization_config") is not None:
-            raise ModelError(f"{name} is quantised, which is not supported yet. Give the unquantised model.")
-
-
-def _parts(config: dict) -> Iterator[dict]:
-    """The config and every one within it, however deep."""
-    pending = [config]
-    while pending:
-        yield (part := pending.pop())
-        pending += [value for value in part.values() if isinstance(value, dict)]
-
-
-def _read_json(path: Path, name: str) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{name}: {path.name} cannot be read ({_short(error)}).") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{name}: {path.name} is not a JSON object.")
-    return content
 
 
 def _folder(text: str) -> Path | None:
@@ -250,8 +168,3 @@ def _name(ref: str | Path) -> str:
     text = str(ref).strip()
     folder = _folder(text)
     return folder.name if folder else text
-
-
-def _short(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return (f"no {text}" if isinstance(error, KeyError) else text)[:300]

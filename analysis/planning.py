@@ -81,6 +81,7 @@ def plan(
     method: str = "dp",
     policy: str = "signed_norm",
     whole_without_signal: bool = False,
+    weighed: bool = False,
 ) -> AllocationPlan:
     """Share out a budget over the kv heads.
 
@@ -91,17 +92,21 @@ def plan(
         method: one of `METHODS`.
         policy: what stays: "low_norm", "high_norm", or "signed_norm": in each head the direction that loses less at its
             ratio (low, where they lose the same).
-        whole_without_signal: heads without `has_signal` keep everything, and the others pay for it.
+        whole_without_signal: heads without `has_signal` at this ratio keep everything, and the others pay for it.
+        weighed: attention counts by what losing it costs in each head (`LossCurves.weighed`); so do the plan's losses.
 
     Raises:
         ValueError: a name is unknown, there is nothing to compress, the method looks at tokens and the curves came
-            without captures, or the budget is too small for what must stay; the message names the least one.
+            without captures, there are no weights, or the budget is too small for what must stay; the message names the
+            least one.
     """
     check_choice("by", by, _UNITS)
     check_choice("method", method, METHODS)
     if isinstance(keep, bool) or not 0 <= keep <= 1:
         raise ValueError(f"keep must be from 0 to 1, got {keep!r}")
-    task = _Task.of(curves, keep, policy, whole_without_signal)
+    if weighed and curves.weights is None:
+        raise ValueError("these curves have no weights: measure what each head costs first (LossCurves.weighed)")
+    task = _Task.of(curves, keep, policy, whole_without_signal, curves.weights if weighed else None)
     chosen, bound = _ALLOCATE[method](task, by)
     loss = task.mean_loss(chosen)
     heads = np.zeros(curves.low.shape[:2], dtype=int)
@@ -146,14 +151,18 @@ class _Task:
     total: int  # bins over all heads
 
     @classmethod
-    def of(cls, curves: LossCurves, keep: float, policy: str, whole_without_signal: bool) -> _Task:
+    def of(
+        cls, curves: LossCurves, keep: float, policy: str, whole_without_signal: bool, weights: np.ndarray | None
+    ) -> _Task:
         losses = curves.of(policy)[curves.compressible]
+        if weights is not None:
+            losses = losses * weights[curves.compressible][..., None]
         layers, kv_heads, _ = losses.shape
         if not layers:
             raise ValueError("no layer of this model can be compressed: all have a sliding window")
         free = np.ones(layers * kv_heads, dtype=bool)
         if whole_without_signal:
-            free = curves.has_signal[curves.compressible].ravel()
+            free = curves.has_signal(keep, policy)[curves.compressible].ravel()
         total = int(np.floor(keep * curves.bins * len(free) + 1e-9))  # 0.29 * 100 is 28.999999999999996
         needed = int(np.where(free, curves.least_bin, curves.bins).sum())
         if needed > total:
@@ -332,12 +341,9 @@ def _uniform(task: _Task, by: str) -> Allocation:
 def _skip(task: _Task, by: str) -> Allocation:
     """The suggested layers whole, as many of them, the worst first, as the budget can pay for."""
     policy = "low_norm" if task.policy == "signed_norm" else task.policy  # the list is of one direction
-    votes = np.zeros(len(task.curves.compressible))
-    for capture in task.captures:
-        votes[list(suggest_skip_layers(capture, policy).layers)] += 1
+    skipped = np.array(suggest_skip_layers(task.captures, policy).layers, dtype=int)
     by_layer = np.stack([layer_loss(capture, policy).by_layer for capture in task.captures])
     badness = np.where(np.isnan(by_layer), np.inf, by_layer).mean(axis=0)
-    skipped = np.flatnonzero(votes > len(task.captures) / 2)
     whole, least = ~task.free, task.curves.least_bin
     for layer in skipped[np.argsort(-badness[skipped], kind="stable")]:
         more = whole | (task.layer == layer)

@@ -1,15 +1,18 @@
-"""Which layers to leave uncompressed: ALR per layer, a suggestion with its rule, and the plan as a file."""
+"""Which layers to leave uncompressed: ALR per layer, a suggestion with its rule, and plans and lists as files."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from analysis.across import layer_losses, means
 from analysis.errors import RunFileError
 from analysis.files import content_of, record
 from analysis.measures import alr, alr_chance
 from analysis.run import Capture
+from analysis.study import Study
 from l2kv.spec import CompressionSpec
 
 PLAN_VERSION = 1
@@ -48,25 +51,107 @@ def layer_loss(capture: Capture, policy: str = "low_norm", *, leave_out: int = 0
 
 
 def suggest_skip_layers(
-    capture: Capture, policy: str = "low_norm", *, threshold: float = 1.0, leave_out: int = 0
+    measured: Capture | Sequence[Capture] | Study,
+    policy: str = "low_norm",
+    *,
+    rule: str = "threshold",
+    threshold: float = 1.0,
+    count: int = 2,
+    leave_out: int = 0,
 ) -> SkipSuggestion:
-    """Skip the layers in which the policy orders tokens no better than `threshold` times a random order.
+    """Which layers to keep whole, from one text, from captures of several, or from a study: the worst by ALR / chance.
 
-    1 is the natural threshold: from there on the policy throws attention away faster than dice would.
+    Layers are judged by their mean over the texts. Those without a defined loss give no order to compress by, and are
+    skipped by every rule; layers with a sliding window are never compressed, and never suggested.
+
+    Args:
+        rule: one of `RULES`.
+        threshold: of the rule "threshold". 1 is the natural one: from there on the policy throws attention away faster
+            than dice would.
+        count: of the rule "count".
+        leave_out: the first tokens are left out (not of a study, which keeps no tokens).
+
+    Raises:
+        ValueError: the rule is unknown, a number is out of range, there is no capture, or captures of several models.
     """
-    loss = layer_loss(capture, policy, leave_out=leave_out).by_layer
-    compressed = np.array([kind == "full" for kind in capture.layer_kinds])  # layers with a window never are
-    layers = tuple(int(i) for i in np.flatnonzero(compressed & ~(loss < threshold)))  # undefined ones are skipped too
-    undefined = int((compressed & np.isnan(loss)).sum())
-    bar = "no less than a random order would" if threshold == 1 else f"at least {threshold:g} times what dice would"
-    rule = (
-        f"Skip every layer in which keeping by {policy.replace('_', ' ')} loses {bar}, both counted beyond what the "
-        f"ideal order loses (ALR / chance ≥ {threshold:g}). Measured on this text of {capture.n_tokens} tokens, "
-        "for the next token."
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+    of = _Measured.of(measured, policy, leave_out)
+    loss = np.where(of.compressed, of.loss, -np.inf)
+    undefined = np.isnan(loss)
+    worst_first = [int(i) for i in np.argsort(-loss, kind="stable") if np.isfinite(loss[i])]
+    kept = policy.replace("_", " ")
+    if rule == "threshold":
+        chosen = [i for i in worst_first if loss[i] >= threshold]
+        bar = "no less than a random order would" if threshold == 1 else f"at least {threshold:g} times what dice would"
+        words = (
+            f"Skip every layer in which keeping by {kept} loses {bar}, both counted beyond what the ideal order loses "
+            f"(ALR / chance ≥ {threshold:g})."
+        )
+    elif rule == "count":
+        if not 0 <= count <= int(of.compressed.sum()):
+            raise ValueError(f"count must be from 0 to {int(of.compressed.sum())} layers, got {count}")
+        chosen = worst_first[: max(count - int(undefined.sum()), 0)]
+        words = f"Skip the {count} layers in which keeping by {kept} loses most beyond the ideal order (ALR / chance)."
+    else:
+        n, words = _widest_gap(loss[worst_first], kept)
+        chosen = worst_first[:n]
+    words += f" Measured on {of.on}, for the next token."
+    if n := int(undefined.sum()):
+        words += f" {n} of them because norms or attention give no order there."
+    return SkipSuggestion(tuple(sorted([*chosen, *np.flatnonzero(undefined).tolist()])), words)
+
+
+RULES = {
+    "threshold": "every layer at or above a threshold of ALR / chance",
+    "count": "a number of layers, the worst by ALR / chance",
+    "gap": "the worst layers down to the widest gap in ALR / chance, where one stands out",
+}
+STANDS_OUT = 2.0  # times the median gap: a gap as wide divides the layers in two
+
+
+def _widest_gap(loss: np.ndarray, kept: str) -> tuple[int, str]:
+    """How many of the worst layers a gap divides from the others, and why; `loss` falls."""
+    gaps = loss[:-1] - loss[1:]
+    worse_half = gaps[: len(loss) // 2]
+    if len(gaps) < 2:
+        return 0, "Skip none: a gap takes three layers to stand out among."
+    widest, median = float(worse_half.max()), float(np.median(gaps))
+    by = f"{widest:.2f} of ALR / chance wide, the median gap {median:.2f}"
+    if widest <= 0 or widest < STANDS_OUT * median:
+        return 0, f"Skip none: by {kept} no gap stands out among the worse half of the layers; the widest is {by}."
+    return int(worse_half.argmax()) + 1, (
+        f"Skip the layers above the widest gap among the worse half, in what keeping by {kept} loses beyond the ideal "
+        f"order: it is {by}."
     )
-    if undefined:
-        rule += f" {undefined} of them because norms or attention give no order there."
-    return SkipSuggestion(layers, rule)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Measured:
+    """The loss of each layer by a policy, however many texts it comes from."""
+
+    loss: np.ndarray  # [L] ALR / chance, mean over the texts that define it; NaN where none does
+    compressed: np.ndarray  # [L] bool
+    on: str  # what it was measured on, in words
+
+    @classmethod
+    def of(cls, measured: Capture | Sequence[Capture] | Study, policy: str, leave_out: int) -> _Measured:
+        if isinstance(measured, Study):
+            if leave_out:
+                raise ValueError("a study keeps no tokens to leave out: suggest from captures")
+            kinds, n_tokens = [measured.layer_kinds], measured.n_tokens
+            by_text = _AGAINST_CHANCE[policy](layer_losses(measured))
+        else:
+            captures = [measured] if isinstance(measured, Capture) else list(measured)
+            kinds, n_tokens = [c.layer_kinds for c in captures], np.array([c.n_tokens for c in captures])
+            if len({(c.model, c.layer_kinds) for c in captures}) != 1:
+                raise ValueError("layers are suggested from captures of one model, and there must be one at least")
+            by_text = np.array([layer_loss(c, policy, leave_out=leave_out).by_layer for c in captures])
+        compressed = np.array([kind == "full" for kind in kinds[0]])
+        if len(n_tokens) == 1:
+            return cls(by_text[0], compressed, f"this text of {n_tokens[0]} tokens")
+        lengths = f"{n_tokens.min()} to {n_tokens.max()} tokens"
+        return cls(means(by_text).mean, compressed, f"{len(n_tokens)} texts of {lengths}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +171,37 @@ class Plan:
         """Read a plan, which may come from anyone. Raises RunFileError, with the reason."""
         content = content_of(text, "plan", PLAN_VERSION)
         try:
-            given, model, note = content["spec"], content["model"], content.get("note", "")
+            model, note = content["model"], content.get("note", "")
             if not isinstance(model, str) or not isinstance(note, str):
                 raise TypeError(f"model and note must be text, got {model!r:.60} and {note!r:.60}")
-            return cls(model, CompressionSpec(**given | {"skip_layers": tuple(given.get("skip_layers", ()))}), note)
+            return cls(model, spec_of(content["spec"]), note)
         except KeyError as error:
             raise RunFileError(f"This is not a plan that can be read: it has no {error}.") from error
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise RunFileError(f"This is not a plan that can be read: {str(error)[:200]}") from error
+
+
+def skip_list(text: str, *, n_layers: int | None = None) -> tuple[int, ...]:
+    """Layers to skip, as people write them ("0, 1, 12" or "[0, 1]"), or those of a plan's file.
+
+    Args:
+        n_layers: of the model that they are for, where it is known.
+
+    Raises:
+        RunFileError: it is no such list, or names a layer that the model does not have.
+    """
+    if text.lstrip().startswith("{"):
+        layers = Plan.from_json(text).spec.skip_layers
+    else:
+        words = text.strip().removeprefix("[").removesuffix("]").replace(",", " ").split()
+        if not all(word.isdecimal() and len(word) < 6 for word in words):
+            raise RunFileError(f"This is no list of layers: {text.strip()!r:.60}. Write it as 0, 1, 12.")
+        layers = tuple(sorted({int(word) for word in words}))
+    if n_layers is not None and layers and max(layers) >= n_layers:
+        raise RunFileError(f"The list names layer {max(layers)}, but the layers are 0 to {n_layers - 1}.")
+    return layers
+
+
+def spec_of(given: dict) -> CompressionSpec:
+    """A spec from what JSON makes of one. Raises ValueError, TypeError or AttributeError, with the reason."""
+    return CompressionSpec(**given | {"skip_layers": tuple(given.get("skip_layers", ()))})

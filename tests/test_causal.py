@@ -1,5 +1,6 @@
 """Each layer compressed alone: its cost against single measurements, the agreement against a plain loop."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -8,9 +9,9 @@ import pytest
 from scipy import stats
 from transformers import AutoTokenizer
 
-from analysis import TextError, capture, causal, presets
+from analysis import RunFileError, TextError, capture, causal, presets
 from analysis.across import MIN_TEXTS, RESAMPLES
-from analysis.causal import agreement, causal_check
+from analysis.causal import CausalCheck, agreement, causal_check, head_costs
 from analysis.evaluation import continuation_nll
 from analysis.models import LoadedModel
 from analysis.skip import layer_loss
@@ -51,6 +52,51 @@ def test_the_cost_of_a_layer_is_that_of_compressing_it_and_no_other(loaded, text
             assert check.nll_change[layer, i] == pytest.approx(alone - full, abs=1e-5)
     assert abs(check.nll_change).max() > 1e-3
     assert "over 6 layers and 2 texts" in str(check) and "no interval" in str(check)
+
+
+def test_the_cost_of_a_head_is_that_of_compressing_it_and_no_other(loaded, texts):
+    spec = CompressionSpec(keep_ratio=0.9, head_ratios={(3, 1): 0.2, (5, 0): 0.4})
+    calls = []
+    costs = head_costs(loaded, texts, spec, **LENGTHS, on_done=lambda *call: calls.append(call))
+    heads = loaded.config.num_key_value_heads
+    assert costs.shape == (2, 6, heads) and calls[-1] == (2 * (1 + 6 * heads),) * 2
+    for layer, head, ratio in ((3, 1, 0.2), (5, 0, 0.4), (0, 1, 0.9)):
+        rows = [[1.0] * heads for _ in range(6)]
+        rows[layer][head] = ratio
+        for i, text in enumerate(texts):
+            full, alone = (
+                continuation_nll(loaded, text, s, **LENGTHS) for s in (None, replace(spec, head_ratios=rows))
+            )
+            assert costs[i, layer, head] == pytest.approx(alone - full, abs=1e-5)
+    assert abs(costs[:, 3, 1]).max() > 1e-4
+    with pytest.raises(TextError):
+        head_costs(loaded, [], spec, **LENGTHS)
+
+
+def test_a_check_is_read_back_as_it_was_written(loaded, texts):
+    check = causal_check(loaded, texts[:1], replace(SPEC, skip_layers=(0, 4, 5)), **LENGTHS)
+    read = CausalCheck.from_json(check.to_json())
+    assert read.to_json() == check.to_json() and str(read) == str(check)
+    undefined = replace(check, loss=np.where(np.arange(3)[:, None] == 1, np.nan, check.loss))
+    assert np.isnan(CausalCheck.from_json(undefined.to_json()).loss[:, 0]).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    "change,reason",
+    [
+        ({"layers": [0, -1, 2]}, "layers numbers"),
+        ({"loss": [[1.0], [2.0]]}, "a row for each of 3 layers"),
+        ({"loss": [["x"], [1], [2]]}, "could not convert"),
+        ({"nll_change": [[1.0], [2.0, 3.0], [4.0]]}, "not a causal check"),
+        ({"spec": {"policy": "worst"}}, "policy must be one of"),
+        ({"l2kv_causal": 2}, "version 1"),
+    ],
+)
+def test_a_strangers_check_is_refused_with_the_reason(change, reason):
+    numbers = np.arange(3.0)[:, None]
+    check = CausalCheck("made up", SPEC, (0, 1, 2), numbers, numbers, agreement(numbers, numbers))
+    with pytest.raises(RunFileError, match=reason):
+        CausalCheck.from_json(json.dumps(json.loads(check.to_json()) | change))
 
 
 def test_layers_that_the_spec_skips_are_not_compared(loaded, texts):

@@ -16,6 +16,7 @@ from analysis.errors import RunFileError
 from analysis.evaluation import (
     bits_per_byte,
     continuation_nll,
+    continuations,
     nll_changes,
     passkey_found,
     passkey_grid,
@@ -102,6 +103,19 @@ def test_a_compressed_continuation_is_that_of_a_pass_with_the_evicted_tokens_mas
     value = continuation_nll(loaded, TEXT, spec, prompt_tokens=40, new_tokens=20)
     assert value == pytest.approx(expected, rel=1e-4)
     assert abs(value - continuation_nll(loaded, TEXT, None, prompt_tokens=40, new_tokens=20)) > 1e-3
+
+
+def test_a_text_among_others_is_continued_as_if_alone_however_they_are_batched(loaded, monkeypatch):
+    texts, specs = [TEXT[:400], TEXT[400:900], TEXT[900:1400]], [None, CompressionSpec(0.4, protect_last=4)]
+    lengths = {"prompt_tokens": 30, "new_tokens": 4}
+    together = continuations(loaded, texts, specs, **lengths)
+    monkeypatch.setattr(evaluation, "_TOKENS_AT_ONCE", 2 * 34)  # two rows, and then the third
+    for spec, row, in_two in zip(specs, together, continuations(loaded, texts, specs, **lengths), strict=True):
+        for text, one, other in zip(texts, row, in_two, strict=True):
+            alone = continuation_nll(loaded, text, spec, **lengths)
+            assert (one.nll, other.nll) == pytest.approx((alone, alone), rel=1e-5)
+        # 33 tokens have been seen; 14 is the least whole number above 0.4 of them. 6 layers, 4 heads, 2 x 32 float32.
+        assert {one.nbytes for one in (*row, *in_two)} == {(33 if spec is None else 14) * 6 * 4 * 2 * 32 * 4}
 
 
 def test_changes_are_differences_to_the_full_cache_text_by_text(loaded):

@@ -145,6 +145,20 @@ def test_the_dynamic_program_finds_the_best_of_all_allocations(seed, by, least):
             assert (made.ratios == made.ratios[:, :1]).all()
 
 
+def test_a_weighed_plan_is_the_best_of_all_where_lost_attention_counts_by_what_it_costs():
+    losses = whole_numbers(3, (2, 2, 5))
+    curves = curves_of(losses, losses + 1).weighed(np.array([[0.0, 9.0], [-1.0, 3.0]]), keep=0.5)
+    lost = losses[..., 2]
+    worth = [max(c, 0) / max(x, lost.mean() / 10) for c, x in zip([0, 9, -1, 3], lost.ravel(), strict=True)]
+    weights = [0.2 + 0.8 * w / (sum(worth) / 4) for w in worth]
+    np.testing.assert_allclose(curves.weights.ravel(), weights)
+    units = [[w * x for x in row] for w, row in zip(weights, losses.reshape(4, 5), strict=True)]
+    made = plan(curves, 0.5, policy="low_norm", weighed=True)
+    assert made.expected_loss * 4 == pytest.approx(least_loss(units, [1] * 4, 8))
+    assert plan(curves, 0.5, policy="low_norm").expected_loss * 4 == least_loss(losses.reshape(4, 5), [1] * 4, 8)
+    assert (curves_of(losses).weighed(np.zeros((2, 2)), keep=0.5).weights == 1).all()  # nothing costs anything
+
+
 @pytest.mark.parametrize("by", ["head", "layer"])
 def test_heads_left_whole_are_paid_for_by_the_others(by):
     low = whole_numbers(3, (2, 2, 6))
@@ -307,9 +321,63 @@ def test_a_signal_is_strong_and_the_same_in_four_of_five_texts():
     strength = np.array([0.5, 0.5, 0.5, 0.5, 0.05])
     gammas = (signs * strength[:, None]).T[:, None]  # [5 texts, 1 layer, 5 heads]
     curves = curves_of(np.zeros((1, 5, 3)), gammas=gammas)
-    assert curves.has_signal.tolist() == [[True, True, False, True, False]]
+    assert curves.has_signal(0.5).tolist() == [[True, True, False, True, False]]
     undefined = np.array([["ok", "constant norms", "ok", "ok", "ok"]], object)
-    assert curves_of(np.zeros((1, 5, 3)), gammas=gammas, status=undefined).has_signal.sum() == 2
+    assert curves_of(np.zeros((1, 5, 3)), gammas=gammas, status=undefined).has_signal(0.5).sum() == 2
+
+
+def test_a_signal_is_of_the_policys_own_sign():
+    gammas = np.array([[[-0.5, 0.5, 0.05]]])
+    curves = curves_of(np.zeros((1, 3, 3)), gammas=gammas)
+    assert curves.has_signal(0.5).tolist() == [[True, True, False]]
+    assert curves.has_signal(0.5, "low_norm").tolist() == [[True, False, False]]
+    assert curves.has_signal(0.5, "high_norm").tolist() == [[False, True, False]]
+
+
+def test_with_texts_enough_a_signal_is_an_interval_that_beats_dice_at_the_ratio():
+    ranks = np.arange(1.0, 21.0)
+    attention = [
+        lambda text: 1 / ranks,  # low norms get it in every text
+        lambda text: ranks if text % 2 else 1 / ranks,  # now these, now those
+        lambda text: np.where(ranks > 15, 1.0, 0.0) + 0.01,  # the highest norms get it all: low loses it at any ratio
+    ]
+    runs = []
+    for text in range(8):
+        rows = np.array([row(text) for row in attention])
+        runs.append(run_of([[ranks] * 3], [rows / rows.sum(axis=1, keepdims=True)]))
+    curves = loss_curves(*runs, bins=20)
+    assert curves.has_signal(0.5).tolist() == [[True, False, True]]
+    assert curves.has_signal(0.5, "low_norm").tolist() == [[True, False, False]]
+    assert curves.has_signal(0.5, "high_norm").tolist() == [[False, False, True]]
+    assert not curves.has_signal(1.0).any() and not curves.has_signal(0.0).any()  # nothing to choose between
+    few = loss_curves(*runs[:4], bins=20)  # too few for an interval: Γ decides
+    assert few.has_signal(0.5).tolist() == [[True, False, True]]
+
+
+@pytest.mark.parametrize("policy", ["low_norm", "high_norm", "signed_norm"])
+def test_the_loss_of_any_spec_is_what_its_tokens_left_out_held(policy):
+    run = random_run(4, group=1)
+    directions = (("low", "high"), ("high", "low"), ("low", "low")) if policy == "signed_norm" else None
+    spec = CompressionSpec(
+        policy=policy, directions=directions, skip_layers=(1,), protect_last=4, head_ratios={(0, 1): 0.25}
+    )
+    lost = 0.0
+    for layer, head in ((0, 0), (0, 1), (2, 0), (2, 1)):  # layer 1 loses nothing
+        name = policy if directions is None else f"{directions[layer][head]}_norm"
+        kept = kept_tokens(run, layer, head, replace(spec, policy=name, directions=None))
+        lost += float(run.probe_attention[layer, head, ~kept].sum())
+    curves = loss_curves(run, protect_last=4)
+    assert curves.loss_of(spec) == pytest.approx(lost / 6, abs=1e-6)
+    assert math.isnan(curves.loss_of(CompressionSpec(policy="streaming")))
+    assert math.isnan(curves.loss_of(CompressionSpec(budget=5)))
+
+
+def test_a_random_order_loses_what_is_dropped_of_an_even_share():
+    run = random_run(4, group=1)
+    curves = loss_curves(run)
+    assert curves.loss_of(CompressionSpec(0.3, policy="random")) == pytest.approx(
+        0.7 * run.probe_attention.sum(axis=-1).mean(), abs=1e-6
+    )
 
 
 def test_what_a_plan_expects_is_what_its_spec_loses():

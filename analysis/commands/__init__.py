@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from analysis.commands import runs, studies, training
+from analysis.commands import costs, pages, plans, runs, studies, training
 from analysis.errors import UserError
 
 
@@ -31,6 +31,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m analysis", description="All but looking.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (runs, studies, training):
+    for group in (runs, studies, plans, costs, training, pages):
         group.add(commands)
     return parser

@@ -1,0 +1,99 @@
+"""`causal` and `front`: what compressions cost in prediction, measured on texts."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from analysis.commands.shared import counter, texts_of
+from analysis.commands.specs import add_out, add_pieces, add_spec, loaded_model, spec_of, typed
+
+_SPARE = 8  # tokens of a piece more than are used: on its own it may make a few less than it did in the text
+
+
+def add(commands) -> None:
+    """Add the commands."""
+    causal = commands.add_parser("causal", help="compress each layer alone: does ALR tell what that costs?")
+    add_pieces(causal)
+    add_spec(causal)
+    add_out(causal, "causal.json", required=True)
+    causal.set_defaults(run=_causal)
+
+    front = commands.add_parser("front", help="what each way to share out a budget costs, on texts it has not seen")
+    add_pieces(front)
+    front.add_argument("--plan-texts", nargs="+", type=Path, help="texts to plan on (every second piece, if not given)")
+    front.add_argument("--keeps", nargs="+", type=float, help="budgets (0.1 0.2 0.3 0.5 0.7)")
+    front.add_argument("--protect-last", type=int, default=32, help="latest tokens that are never evicted (32)")
+    add_out(front, "front.json", required=True)
+    front.set_defaults(run=_front)
+
+
+def _causal(arguments: argparse.Namespace) -> None:
+    texts = texts_of(arguments.texts)
+    loaded, count = loaded_model(arguments), counter()
+    from analysis.causal import causal_check
+    from analysis.files import write_text
+    from analysis.study import pieces
+
+    spec = spec_of(arguments, n_layers=loaded.config.num_hidden_layers)
+    tokens = arguments.prompt_tokens + arguments.new_tokens + _SPARE
+    given = pieces(loaded.tokenizer, texts, n_tokens=tokens, at_most=arguments.pieces)
+    with typed():
+        check = causal_check(
+            loaded,
+            [text for _, text in given],
+            spec,
+            prompt_tokens=arguments.prompt_tokens,
+            new_tokens=arguments.new_tokens,
+            on_done=lambda done, total: count("passes", done, total),
+        )
+    write_text(check.to_json(), arguments.out)
+    print("layer  ALR/chance  NLL change, nats a token, of compressing it alone")
+    for layer, loss, change in zip(check.layers, check.loss, check.nll_change, strict=True):
+        print(f"{layer:5}  {loss.mean():10.2f}  {change.mean():+.4f}")
+    print(check)
+    print(f"wrote {arguments.out}")
+
+
+def _front(arguments: argparse.Namespace) -> None:
+    texts, plan_on = texts_of(arguments.texts), texts_of(arguments.plan_texts) if arguments.plan_texts else None
+    loaded, count = loaded_model(arguments), counter()
+    from analysis.files import write_text
+    from analysis.front import KEEPS, measure_front
+    from analysis.study import pieces
+
+    tokens, n = arguments.prompt_tokens + arguments.new_tokens + _SPARE, arguments.pieces
+    if plan_on:
+        planning = pieces(loaded.tokenizer, plan_on, n_tokens=tokens, at_most=n)
+        measuring = pieces(loaded.tokenizer, texts, n_tokens=tokens, at_most=n)
+    else:
+        by_turns = pieces(loaded.tokenizer, texts, n_tokens=tokens, at_most=2 * n)
+        planning, measuring = by_turns[1::2], by_turns[::2]
+    with typed():
+        front = measure_front(
+            loaded,
+            planning,
+            measuring,
+            keeps=arguments.keeps or KEEPS,
+            prompt_tokens=arguments.prompt_tokens,
+            new_tokens=arguments.new_tokens,
+            protect_last=arguments.protect_last,
+            on_done=lambda done, total: count("passes", done, total),
+        )
+    write_text(front.to_json(), arguments.out)
+    print(
+        "way                              keep      MiB  NLL change (95 % interval)  attention lost: planned, measured"
+    )
+    for name, points in front.lines.items():
+        for point in points:
+            at, change = f"{point.keep:4.2f}  {point.nbytes / 2**20:7.2f}", point.interval()
+            losses = f"{point.planned_loss:.3f}, {point.measured_loss:.3f}" if point.planned_loss >= 0 else ""
+            print(f"{name:31}  {at}  {change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}]  {losses}")
+    for words in front.left_out:
+        print(f"left out: {words}")
+    agree = ", ".join(f"{value:+.2f} at {keep:g}" for keep, value in front.agreement().items())
+    print(
+        f"Spearman over ways of the attention expected to be lost on the measured texts and of what they cost: {agree}."
+    )
+    print(front.answer())
+    print(f"wrote {arguments.out}")

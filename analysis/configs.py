@@ -1,0 +1,113 @@
+"""What is in a model's `config.json`, read safely: vetted as data before transformers builds anything from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from analysis.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# A config beyond these is a mistake or an attack: building it would take all memory, or forever.
+_BOUNDS = {
+    "num_hidden_layers": 1024,
+    "hidden_size": 65_536,
+    "intermediate_size": 1_048_576,
+    "num_attention_heads": 1024,
+    "num_key_value_heads": 1024,
+    "head_dim": 4096,
+    "vocab_size": 4_000_000,
+    "n_layer": 1024,
+    "n_embd": 65_536,
+    "n_head": 1024,
+    "num_labels": 10_000,
+}
+
+
+def read_config(path: Path, name: str) -> PretrainedConfig:
+    """The config in a file, of a decoder-only model with keys to look at. Raises ModelError, with the reason."""
+    vet_config(path, name)
+    from transformers import AutoConfig
+
+    with reading(name, path.name):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        _check_kind(config, name)
+    return config
+
+
+def vet_config(path: Path, name: str) -> None:
+    """Refuse a config that is out of bounds, or asks for code or weights of a kind that is not loaded."""
+    if not path.is_file():
+        raise ModelError(f"{name} is no model folder: it has no config.json.")
+    config = read_json(path, name)
+    for part in _parts(config):
+        for key, bound in _BOUNDS.items():
+            value = part.get(key)
+            if isinstance(value, (int, float)) and not 0 < value <= bound:
+                raise ModelError(f"{name}: config.json says {key} = {value}, which is out of range (1 to {bound}).")
+        for key in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"):
+            if "/" in str(part.get(key, "")):
+                raise ModelError(f"{name}: config.json asks for attention code from elsewhere ({part[key]!r:.100}).")
+        if "--" in str(part.get("auto_map", "")):
+            raise ModelError(f"{name}: config.json asks for code of another repository (auto_map). It is not run.")
+        if part.get("quantization_config") is not None:
+            raise ModelError(f"{name} is quantised, which is not supported yet. Give the unquantised model.")
+
+
+@contextmanager
+def reading(name: str, part: str) -> Iterator[None]:
+    """Name the part of the model folder that broke: transformers reports it by whatever its parsers happen to raise."""
+    import torch
+
+    from l2kv import UnsupportedModelError
+
+    try:
+        yield
+    except ModelError:
+        raise
+    except UnsupportedModelError as error:
+        raise ModelError(f"{name}: {error}") from error
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ModelError(f"{name} does not fit into memory. Try a smaller model.") from error
+    except Exception as error:
+        raise ModelError(f"{name}: its {part} cannot be used ({short(error)}).") from error
+
+
+def read_json(path: Path, name: str) -> dict:
+    """The JSON object in a file. Raises ModelError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{name}: {path.name} cannot be read ({short(error)}).") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{name}: {path.name} is not a JSON object.")
+    return content
+
+
+def short(error: BaseException) -> str:
+    """What an error of a library says, on one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return (f"no {text}" if isinstance(error, KeyError) else text)[:300]
+
+
+def _check_kind(config: PretrainedConfig, name: str) -> None:
+    """Refuse a model that is not decoder-only, or has no keys to look at."""
+    from l2kv import check_compressible
+
+    text_config = config.get_text_config(decoder=True)
+    check_compressible(text_config)
+    if not getattr(text_config, "num_attention_heads", None):
+        raise ModelError(f"{name}: {config.model_type} has no attention heads, so there are no keys to look at.")
+
+
+def _parts(config: dict) -> Iterator[dict]:
+    """The config and every one within it, however deep."""
+    pending = [config]
+    while pending:
+        yield (part := pending.pop())
+        pending += [value for value in part.values() if isinstance(value, dict)]
