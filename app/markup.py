@@ -1,4 +1,6 @@
-"""The one place that makes HTML, and the one escaping of user text for HTML and for Markdown. Pure functions of text.
+"""The one escaping of user text for HTML and for Markdown, and the HTML of the app's pages. Pure functions of text.
+
+`app.document` makes HTML too, of whole files; what it writes of others goes through `escaped`.
 
 A token may be anything that a user pasted: markup, control characters, text that runs right to left.
 """
@@ -20,6 +22,7 @@ _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|$<>~:^&])")
 # Columns go below each other where they would be too narrow for a figure, not only on a phone.
 PAGE_STYLE = """<style>
 [data-testid="stColumn"] { min-width: min(26rem, 100%); }
+.st-key-caches [data-testid="stColumn"] { min-width: min(18rem, 100%); }
 [data-testid="stMainBlockContainer"] { padding-top: 4.5rem; }
 </style>"""
 _STYLE = f"""<style>
@@ -45,6 +48,11 @@ def plain(text: str) -> str:
     return _MARKDOWN.sub(r"\\\1", _printable(" ".join(text.split())))
 
 
+def escaped(text: str) -> str:
+    """HTML: running text that shows as it is, in an element as well as in a quoted attribute."""
+    return html.escape(_printable(text))
+
+
 def token_strip(labels: Sequence[str], kept: Sequence[bool]) -> str:
     """HTML: the tokens in reading order, kept ones solid, evicted ones hollow and struck through."""
     chips, hidden = [], len(labels) - MOST_TOKENS
@@ -61,9 +69,9 @@ def token_strip(labels: Sequence[str], kept: Sequence[bool]) -> str:
 def generated(prompt: str, text: str, differs_from: int | None = None) -> str:
     """HTML: the end of a prompt, pale, and what followed it, underlined from the character `differs_from` on."""
     cut = len(text) if differs_from is None else differs_from
-    same, other = html.escape(_printable(text[:cut])), html.escape(_printable(text[cut:]))
+    same, other = escaped(text[:cut]), escaped(text[cut:])
     marked = f'<span class="l2kv-differs">{other}</span>' if other else ""
-    lead = html.escape(_printable(prompt))
+    lead = escaped(prompt)
     return f'{_STYLE}<div class="l2kv-text"><span class="l2kv-prompt">{lead}</span>{same}{marked}</div>'
 
 

@@ -1,0 +1,188 @@
+"""Two runs, two studies, or one model at many training steps: what differs between them. Knows no model and no plot."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from analysis import across
+from analysis.across import LEVEL, Means, head_means, resamples
+from analysis.errors import RunFileError
+from analysis.measures import VERDICTS, correlation, signed, verdicts
+from analysis.run import Capture
+from analysis.study import Study
+
+MOST_STEPS = 10_000  # of a training: more is no record that was written here
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RunComparison:
+    """Γ in two runs, 0 and 1. Head by head only where both models have L layers of H heads."""
+
+    names: tuple[str, str]
+    gammas: tuple[np.ndarray, np.ndarray]  # [L, H] of each
+    verdicts: tuple[Mapping[str, int], Mapping[str, int]]  # heads with each verdict
+    difference: np.ndarray | None  # [L, H] Γ of run 1 less that of run 0; NaN where either is undefined
+    agreement: float  # Spearman over heads of the two Γ; NaN without a difference, or with too few heads
+
+    def __str__(self) -> str:
+        medians = [_median(gamma) for gamma in self.gammas]
+        told = f"Median Γ is {signed(medians[0])} in {self.names[0]} and {signed(medians[1])} in {self.names[1]}."
+        if self.difference is None:
+            return f"{told} The two have other numbers of layers or heads, so no head of one is a head of the other."
+        defined = np.isfinite(self.difference)
+        if not defined.any():
+            return f"{told} No head is defined in both."
+        turned = np.sign(self.gammas[0]) * np.sign(self.gammas[1]) < 0
+        moved = abs(self.difference[defined]).mean()
+        return (
+            f"{told} The Γ of a head moves by {moved:.2f} in the mean, and changes its sign in "
+            f"{int(turned[defined].sum())} of {int(defined.sum())} heads; the order of heads agrees to a Spearman of "
+            f"{signed(self.agreement)}."
+        )
+
+
+def compare_runs(first: Capture, second: Capture, *, names: tuple[str, str] | None = None) -> RunComparison:
+    """Γ of every head in two runs: two models, two texts, or two training steps. `names` are by default the models'."""
+    runs = (first, second)
+    gammas = tuple(correlation(run) for run in runs)
+    alike = gammas[0].shape == gammas[1].shape
+    difference = gammas[1] - gammas[0] if alike else None
+    agreement = np.nan
+    if alike:
+        defined = np.isfinite(difference)
+        agreement = float(across.spearman(gammas[0][defined], gammas[1][defined]))
+    return RunComparison(
+        names=names or (first.model, second.model),
+        gammas=gammas,
+        verdicts=tuple(_counts(verdicts(run), VERDICTS) for run in runs),
+        difference=difference,
+        agreement=agreement,
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StudyComparison:
+    """Mean Γ over texts in two studies, 0 and 1, of the query of the next token."""
+
+    names: tuple[str, str]
+    paired: bool  # both are of the same texts, so that differences are taken text by text
+    means: tuple[Means, Means]  # [L, H] each
+    verdicts: tuple[Mapping[str, int], Mapping[str, int]]
+    difference: Means | None  # [L, H] of study 1 less study 0; None where the shapes differ
+
+    def __str__(self) -> str:
+        if self.difference is None:
+            return "The two have other numbers of layers or heads, so no head of one is a head of the other."
+        above, below = (int((end > 0).sum()) for end in (self.difference.low, -self.difference.high))
+        texts = "the same texts, text by text" if self.paired else "different texts"
+        return (
+            f"On {texts}: Γ is higher in {self.names[1]} than in {self.names[0]} in {above} of "
+            f"{self.difference.mean.size} heads, lower in {below}, by the whole 95 % interval; in the others no "
+            "difference can be told."
+        )
+
+
+def compare_studies(
+    first: Study, second: Study, *, names: tuple[str, str] | None = None, seed: int = 0
+) -> StudyComparison:
+    """Mean Γ of every head in two studies, with intervals that resample texts; of both at once if they are the same."""
+    both = (first, second)
+    gammas = [study.of("gamma") for study in both]
+    paired = first.digests == second.digests
+    difference = None
+    if gammas[0].shape[1:] == gammas[1].shape[1:]:
+        difference = across.means(gammas[1] - gammas[0], seed=seed) if paired else _unpaired(*gammas, seed)
+    return StudyComparison(
+        names=names or (first.model, second.model),
+        paired=paired,
+        means=tuple(head_means(study, seed=seed) for study in both),
+        verdicts=tuple(_counts(across.head_verdicts(study, seed=seed), across.VERDICTS) for study in both),
+        difference=difference,
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Training:
+    """What the heads of a model did at S steps of its training, as its `training.json` says. NaN is undefined."""
+
+    steps: np.ndarray  # [S] int, rising
+    tokens: np.ndarray  # [S] int, trained on by then
+    bits_per_byte: np.ndarray  # [S]
+    gamma: np.ndarray  # [S, L, H]
+    gamma_without_first: np.ndarray  # [S, L, H]
+    sink_share: np.ndarray  # [S, L, H]
+
+    def __str__(self) -> str:
+        first, last = (
+            f"median Γ {signed(_median(self.gamma[i]))}, sink share {_median(self.sink_share[i]):.1%}" for i in (0, -1)
+        )
+        return (
+            f"From step {self.steps[0]:,} ({first}) to step {self.steps[-1]:,} ({last}), over "
+            f"{self.tokens[-1] - self.tokens[0]:,} tokens."
+        )
+
+
+def read_training(text: str) -> Training:
+    """Read a `training.json`, which may come from anyone. Raises RunFileError, with the reason."""
+    try:
+        records = json.loads(text)["records"]
+        if not isinstance(records, list) or not 1 <= len(records) <= MOST_STEPS:
+            raise ValueError(f"it should hold 1 to {MOST_STEPS} records")
+        whole = {"steps": [record["step"] for record in records], "tokens": [record["tokens"] for record in records]}
+        if not all(type(n) is int and 0 <= n < 2**62 for numbers in whole.values() for n in numbers):
+            raise ValueError("step and tokens should be whole numbers")
+        if whole["steps"] != sorted(set(whole["steps"])):
+            raise ValueError("its steps should rise")
+        heads = ("gamma", "gamma_without_first", "sink_share")
+        figures = {name: _figures([record[name] for record in records]) for name in heads}
+        if {values.shape for values in figures.values()} != {figures["gamma"].shape} or figures["gamma"].ndim != 3:
+            raise ValueError("its heads should be a table of layers and heads, the same at every step")
+        bits = _figures([record["bits_per_byte"] for record in records])
+        return Training(**{name: np.array(n) for name, n in whole.items()}, bits_per_byte=bits, **figures)
+    except KeyError as error:
+        raise RunFileError(f"This is not a training that can be read: it has no {error}.") from error
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise RunFileError(f"This is not a training that can be read: {str(error)[:200]}") from error
+
+
+def _figures(values: list) -> np.ndarray:
+    """Numbers in lists of one shape, null as NaN."""
+    found = np.array(values, dtype=object)
+    plain = [np.nan if value is None else value for value in found.ravel()]
+    if not all(type(value) in (int, float) and not math.isinf(value) for value in plain) or not plain:
+        raise ValueError("its figures should be numbers, in rows of one length")
+    return np.array(plain, dtype=np.float64).reshape(found.shape)
+
+
+def _unpaired(first: np.ndarray, second: np.ndarray, seed: int) -> Means:
+    """The difference of means over other texts, [N, ...] and [M, ...]: each is resampled by itself."""
+    drawn = [
+        _resampled_means(values, resamples(len(values), seed=seed + i)) for i, values in enumerate((first, second))
+    ]
+    both = [across.means(values, seed=seed) for values in (first, second)]
+    defined = np.minimum(both[0].defined, both[1].defined)
+    ends = np.full((2, *defined.shape), np.nan)
+    told = defined >= 2
+    ends[:, told] = np.nanquantile((drawn[1] - drawn[0])[:, told], [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    return Means(both[1].mean - both[0].mean, *ends, defined)
+
+
+def _resampled_means(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """[N, ...] by [B, N] -> [B, ...], of the texts that define a number; NaN where none was drawn."""
+    drawn = np.tensordot(counts, np.isfinite(values), axes=1)
+    total = np.tensordot(counts, np.nan_to_num(values), axes=1)
+    return np.divide(total, drawn, where=drawn > 0, out=np.full(total.shape, np.nan))
+
+
+def _counts(verdict: np.ndarray, names: Mapping[str, str]) -> dict[str, int]:
+    return {name: int((verdict == name).sum()) for name in names}
+
+
+def _median(values: np.ndarray) -> float:
+    values = values[np.isfinite(values)]
+    return float(np.median(values)) if len(values) else float("nan")

@@ -1,0 +1,251 @@
+"""The paper's figures again, for any model: the numbers behind each, with the paper's own beside them.
+
+Figures 1, 2 and 7 are read off captures here, 8 and 9 and the factors off vectors (`analysis.why`). `reproduce` makes
+them all; a figure's numbers become a record, {"l2kv_figure": 1, ...}. Draws nothing.
+
+Source: Devoto et al., EMNLP 2024, arXiv 2406.11430. Its numbers are quoted where it gives any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from analysis.errors import TextError
+from analysis.files import record
+from analysis.measures import alr, alr_chance, attention_loss, correlation
+from analysis.models import LoadedModel
+from analysis.run import Capture
+
+if TYPE_CHECKING:  # they wait for torch, which reading a figure need not
+    from analysis.why import Factors, SinkHead, SinkKey, Zeroing
+
+VERSION = 1
+TOKENS = 1024  # of a chunk, in the paper
+POINTS = 100  # steps of the share dropped
+_NO_ORDER = "In no head of this model do norms and attention of this text give an order to compare. Try a longer text."
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """What a figure of the paper shows, and what the paper reports of it."""
+
+    title: str
+    paper: str  # its value, in words
+
+
+_PICTURE = "A picture, without numbers (Llama-2-7b)."
+FIGURES = {
+    "fig1": Figure("Key norm and attention of four heads", _PICTURE),
+    "fig2": Figure(
+        "ALR of every head, over chunks of text",
+        "Llama-2-7b: 0 to 600 over chunks of 1024 tokens; layers 0, 1 and some near 12 high, the rest low.",
+    ),
+    "fig7": Figure(
+        "What norm order loses beyond the ideal order, in the best and in the worst head",
+        "Llama-2-7b, 1024 chunks of 1024 tokens: at most 0.010 in layer 7, head 10; up to 1.0 in layer 0, head 0.",
+    ),
+    "fig8": Figure("The key of a sink beside the others", _PICTURE),
+    "fig9": Figure("What the peaked dimensions do to the attention", _PICTURE),
+    "factors": Figure("Length or direction: which makes the attention?", "Nothing: it names WHY as future work."),
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FourHeads:
+    """Fig 1: heads from the most negative Γ to the most positive, K <= 4 of them, on one text of T tokens."""
+
+    heads: tuple[tuple[int, int], ...]  # K of (layer, head)
+    key_norm: np.ndarray  # [K, T]
+    attention: np.ndarray  # [K, T] received, the mean over the queries that can see the key
+    gamma: np.ndarray  # [K]
+    spearman: np.ndarray  # [K]
+    labels: tuple[str, ...]  # T, of the tokens
+
+
+def four_heads(capture: Capture, heads: Sequence[tuple[int, int]] | None = None) -> FourHeads:
+    """Norm and attention of some heads: by default those of lowest and highest Γ, and nearest to its terciles.
+
+    Raises:
+        TextError: Γ is defined in no head.
+        ValueError: the run has no such head.
+    """
+    gamma, rho = correlation(capture), correlation(capture, "spearman")
+    if heads is None:
+        defined = np.argwhere(np.isfinite(gamma))
+        if not len(defined):
+            raise TextError(_NO_ORDER)
+        values = gamma[tuple(defined.T)]
+        nearest = [abs(values - aim).argmin() for aim in np.quantile(values, [0, 1 / 3, 2 / 3, 1])]
+        heads = [tuple(map(int, defined[i])) for i in dict.fromkeys(nearest)]
+    heads = tuple(heads)
+    if not all(0 <= layer < capture.n_layers and 0 <= head < capture.n_heads for layer, head in heads):
+        raise ValueError(f"there are {capture.n_layers} layers of {capture.n_heads} heads, got {heads}")
+    layer, head = np.array(heads).T
+    return FourHeads(
+        heads=heads,
+        key_norm=capture.key_norm_by_head()[layer, head],
+        attention=capture.attention_received[layer, head],
+        gamma=gamma[layer, head],
+        spearman=rho[layer, head],
+        labels=capture.labels,
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OverChunks:
+    """Fig 2: means over N chunks of text. NaN where a head is defined in none of them."""
+
+    n_tokens: np.ndarray  # [N] int
+    alr: np.ndarray  # [L, H]
+    alr_per_token: np.ndarray  # [L, H] ALR / n, in [0, 1]
+    alr_against_chance: np.ndarray  # [L, H] 0 ideal, 1 chance, 2 worst
+    defined: np.ndarray  # [L, H] int, chunks in which the head is
+    dropped: np.ndarray  # [S] shares of the tokens dropped, 0 to 1
+    excess: np.ndarray  # [L, H, S] Y^m there: attention lost by norm order less that of the ideal order
+
+
+def over_chunks(captures: Iterable[Capture], *, points: int = POINTS) -> OverChunks:
+    """Means over chunks, of which memory holds one at a time if `captures` is a generator."""
+    dropped = np.linspace(0, 1, points + 1)
+    n_tokens, rows = [], []
+    for run in captures:
+        loss = alr(run)
+        curves = np.full((*loss.shape, len(dropped)), np.nan)
+        for layer, head in np.argwhere(np.isfinite(loss)):
+            lost = attention_loss(run, layer, head)
+            curves[layer, head] = np.interp(dropped, np.linspace(0, 1, run.n_tokens + 1), lost.low_norm - lost.ideal)
+        n_tokens.append(run.n_tokens)
+        rows.append((loss, loss / run.n_tokens, loss / np.where(alr_chance(run) > 0, alr_chance(run), np.nan), curves))
+    if not rows:
+        raise ValueError("over_chunks needs at least one capture")
+    columns = [np.stack(column) for column in zip(*rows, strict=True)]
+    defined = np.isfinite(columns[0]).sum(axis=0)
+    loss, per_token, against_chance, excess = map(_mean, columns)
+    return OverChunks(np.array(n_tokens), loss, per_token, against_chance, defined, dropped, excess)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BestAndWorst:
+    """Fig 7: the heads of lowest and of highest ALR, means over chunks."""
+
+    heads: tuple[tuple[int, int], tuple[int, int]]  # (layer, head)
+    alr: np.ndarray  # [2]
+    dropped: np.ndarray  # [S] shares of the tokens dropped
+    excess: np.ndarray  # [2, S] Y^m
+    most: np.ndarray  # [2] its largest value
+    n_tokens: np.ndarray  # [N] int, of the chunks
+
+
+def best_and_worst(chunks: OverChunks) -> BestAndWorst:
+    """Their curves. Raises TextError where no head is defined."""
+    if not chunks.defined.any():
+        raise TextError(_NO_ORDER)
+    best, worst = (np.unravel_index(pick(chunks.alr), chunks.alr.shape) for pick in (np.nanargmin, np.nanargmax))
+    excess = np.stack([chunks.excess[best], chunks.excess[worst]])
+    heads = tuple(tuple(map(int, head)) for head in (best, worst))
+    loss = np.array([chunks.alr[head] for head in heads])
+    return BestAndWorst(heads, loss, chunks.dropped, excess, excess.max(axis=1), chunks.n_tokens)
+
+
+OnStage = Callable[[str, int, int], object]
+"""Called as (what is being done, done, total). What it raises cancels."""
+
+
+def reproduce(
+    loaded: LoadedModel,
+    texts: Sequence[str],
+    *,
+    only: Sequence[str] = tuple(FIGURES),
+    heads: Sequence[tuple[int, int]] | None = None,
+    on_stage: OnStage = lambda stage, done, total: None,
+) -> Iterator[tuple[str, object]]:
+    """(name, numbers) of each figure of `FIGURES` that is asked for, as it is done.
+
+    Args:
+        texts: chunks of text. Figures 2 and 7 are means over them; the others are of the first.
+        heads: of Figure 1, in the place of its choice.
+
+    Raises:
+        TextError, OutOfMemoryError, ModelError: as `capture`.
+        ValueError: there is no such figure, no text, or no such head.
+    """
+    if unknown := set(only) - set(FIGURES):
+        raise ValueError(f"figures are {', '.join(FIGURES)}, got {', '.join(sorted(unknown))}")
+    if not texts:
+        raise ValueError("reproduce needs at least one text")
+    from analysis.capturing import capture
+
+    def run_of(i: int) -> Capture:
+        run = capture(loaded, texts[i], on_layer=lambda *_: on_stage("chunks", i, len(texts)))
+        on_stage("chunks", i + 1, len(texts))
+        return run
+
+    def chunks() -> Iterator[Capture]:
+        yield first
+        yield from map(run_of, range(1, len(texts)))
+
+    if set(only) - {"factors"}:
+        first = run_of(0)
+    if "fig1" in only:
+        yield "fig1", four_heads(first, heads)
+    if {"fig2", "fig7"} & set(only):
+        over = over_chunks(chunks())
+        yield from ((name, make) for name, make in (("fig2", over), ("fig7", best_and_worst(over))) if name in only)
+    if {"fig8", "fig9"} & set(only):
+        yield from _of_a_sink(loaded, texts[0], first, only)
+    if "factors" in only:
+        yield "factors", _factors(loaded, texts[0], on_stage)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OfSink:
+    """Fig 8 or 9, and the head that it is of."""
+
+    sink: SinkHead
+    of: SinkKey | Zeroing
+
+
+def to_json(name: str, numbers: object, about: Mapping[str, object]) -> str:
+    """The record of a figure. `about` says what it is of: model, texts and the like."""
+    figure = FIGURES[name]
+    return record("figure", VERSION, {"figure": name, **asdict(figure), **about, "numbers": asdict(numbers)})
+
+
+def _of_a_sink(loaded: LoadedModel, text: str, run: Capture, only: Sequence[str]) -> Iterator[tuple[str, OfSink]]:
+    from analysis.vectors import head_vectors
+    from analysis.why import sink_head, sink_key, zeroing
+
+    sink = sink_head(run)
+    vectors = head_vectors(loaded, text, sink.layer)
+    key = sink_key(vectors, sink.head)
+    if "fig8" in only:
+        yield "fig8", OfSink(sink, key)
+    if "fig9" in only:
+        yield "fig9", OfSink(sink, zeroing(vectors, sink.head, key.peaks))
+
+
+def _factors(loaded: LoadedModel, text: str, on_stage: OnStage) -> Factors:
+    from analysis.vectors import each_layer
+    from analysis.why import Factors, factors
+
+    layers: list[Factors] = []
+    each_layer(
+        loaded,
+        text,
+        lambda vectors: layers.append(factors(vectors)),
+        on_layer=lambda done, total: on_stage("factors", done, total),
+    )
+    return Factors.of(layers)
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    """Over the first axis, of what is defined; NaN where nothing is."""
+    defined = np.isfinite(values)
+    count = defined.sum(axis=0)
+    return np.divide(
+        np.where(defined, values, 0.0).sum(axis=0), count, where=count > 0, out=np.full(count.shape, np.nan)
+    )

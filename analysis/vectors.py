@@ -1,0 +1,174 @@
+"""The queries and keys themselves: what each layer of a model makes of a text, and the attention that follows.
+
+A capture keeps norms; this keeps vectors, one layer at a time, so that keys can be changed and the attention worked out
+again. Attention is the model's own (scaling, soft cap, sinks, window), in blocks of queries. Knows no figure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from analysis.capturing import OnLayer, check_length
+from analysis.errors import ModelError
+from analysis.memory import BLOCK, MAX_BINS, check_fits, memory_errors
+from analysis.models import LoadedModel
+from analysis.tokens import tokenize
+from l2kv import UnsupportedModelError, attention_seam, probabilities
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeadVectors:
+    """One layer over one text of T tokens: H query heads on Hkv kv heads of D numbers."""
+
+    layer: int
+    queries: np.ndarray  # [H, T, D] float32, after rotary embedding and any q/k norm
+    keys: np.ndarray  # [Hkv, T, D] float32, as cached: after the same
+    scaling: float  # of the product of a query and a key
+    softcap: float | None  # Gemma 2: scores s become cap * tanh(s / cap)
+    sinks: np.ndarray | None  # [H], gpt-oss: a logit per head that takes attention and gives nothing
+    window: int  # keys that a query sees, its own included; 0 is all
+
+    @property
+    def n_heads(self) -> int:
+        return self.queries.shape[0]
+
+    @property
+    def n_tokens(self) -> int:
+        return self.queries.shape[1]
+
+    def keys_of(self, head: int) -> np.ndarray:
+        """The keys [T, D] that a query head reads."""
+        return self.keys[head * len(self.keys) // self.n_heads]
+
+
+def head_vectors(loaded: LoadedModel, text: str, layer: int, *, on_layer: OnLayer | None = None) -> HeadVectors:
+    """Queries and keys of one layer, from one pass over a text.
+
+    Raises:
+        ValueError: the model has no such layer.
+        TextError, OutOfMemoryError, ModelError: as `capture`.
+    """
+    n_layers = loaded.config.num_hidden_layers
+    if not 0 <= layer < n_layers:
+        raise ValueError(f"layer must be 0 to {n_layers - 1}, got {layer}")
+    found: list[HeadVectors] = []
+    each_layer(loaded, text, found.append, only=layer, on_layer=on_layer)
+    return found[0]
+
+
+def each_layer(
+    loaded: LoadedModel,
+    text: str,
+    visit: Callable[[HeadVectors], object],
+    *,
+    only: int | None = None,
+    on_layer: OnLayer | None = None,
+) -> None:
+    """Call `visit` with the vectors of each layer, or of one, in one pass over a text: memory holds one layer's.
+
+    `on_layer` is called as (layers done, layers); what it or `visit` raises cancels. Raises as `capture`.
+    """
+    tokens = tokenize(loaded.tokenizer, text)
+    check_length(loaded, tokens)
+    check_fits(loaded, len(tokens))
+    model, n_layers = loaded.model, loaded.config.num_hidden_layers
+    kinds = set(getattr(loaded.config, "layer_types", None) or ())
+    if unknown := kinds - {"full_attention", "sliding_attention"}:
+        raise ModelError(f"{loaded.name} has layers that are not looked into yet: {', '.join(sorted(unknown))}.")
+    done = 0
+
+    def attend(inner, module, query, key, value, mask, **options):
+        nonlocal done
+        if options.get("position_bias") is not None:
+            raise UnsupportedModelError("this model adds a bias to its attention scores that is not looked into yet")
+        if only in (None, done):
+            visit(_vectors_of(done, query, key, options))
+        done += 1
+        if on_layer is not None:
+            on_layer(done, n_layers)
+        return inner(module, query, key, value, mask, **options)
+
+    ids = torch.from_numpy(tokens.ids)[None].to(loaded.device)
+    try:
+        with memory_errors(), torch.inference_mode(), attention_seam(model, attend):
+            hidden = model.get_decoder()(ids, use_cache=False).last_hidden_state
+            if not hidden.isfinite().all():
+                raise ModelError(f"{loaded.name} computes NaN or infinity on this text; its weights may be damaged.")
+        if done != n_layers:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} showed the attention of {done} of its {n_layers} layers: the others are of "
+                "another kind, or bypass transformers' attention registry."
+            )
+    except UnsupportedModelError as error:
+        raise ModelError(str(error)) from error
+
+
+def attention_rows(
+    vectors: HeadVectors, head: int, *, keys: np.ndarray | None = None, block: int = BLOCK
+) -> Iterator[np.ndarray]:
+    """The attention of a head, `block` queries at a time: float32 [q, T], the latter over keys; 0 is hidden.
+
+    Args:
+        keys: [T, D] in the place of the head's own.
+    """
+    key = torch.from_numpy(vectors.keys_of(head) if keys is None else keys)[None, None]
+    for start in range(0, vectors.n_tokens, block):
+        query = torch.from_numpy(vectors.queries[head, start : start + block])[None, None]
+        yield probabilities(query, key, _hider(start, vectors.window), _options(vectors, head))[0, 0].numpy()
+
+
+def pooled_attention(vectors: HeadVectors, head: int, *, keys: np.ndarray | None = None) -> tuple[np.ndarray, int]:
+    """The attention map of a head in P <= 128 bins a side, [P, P] float32, and the tokens in a bin.
+
+    A row is a bin of queries, a column a bin of keys; rows sum to 1, as in `Capture.pooled`.
+    """
+    n = vectors.n_tokens
+    width = -(-n // MAX_BINS)
+    starts = np.arange(0, n, width)
+    rows = [
+        np.add.reduceat(np.add.reduceat(rows, starts, axis=1), np.arange(0, len(rows), width), axis=0)
+        for rows in attention_rows(vectors, head, keys=keys, block=max(1, BLOCK // width) * width)
+    ]
+    in_bin = np.minimum(starts + width, n) - starts
+    return np.concatenate(rows) / in_bin[:, None].astype(np.float32), width
+
+
+def last_rows(vectors: HeadVectors, keys: np.ndarray) -> np.ndarray:
+    """The attention of the last query of each head to the keys [H, n, D] that are given, [H, n] float32."""
+    query = torch.from_numpy(vectors.queries[:, -1:])[None]
+    row = probabilities(query, torch.from_numpy(keys)[None], lambda scores: None, _options(vectors))
+    return row[0, :, 0].numpy()
+
+
+def _vectors_of(layer: int, query: Tensor, key: Tensor, options: dict) -> HeadVectors:
+    scaling, sinks = options.get("scaling"), options.get("s_aux")
+    return HeadVectors(
+        layer=layer,
+        queries=query[0].float().cpu().numpy(),
+        keys=key[0].float().cpu().numpy(),
+        scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        softcap=options.get("softcap"),
+        sinks=None if sinks is None else sinks.float().reshape(-1).cpu().numpy(),
+        window=options.get("sliding_window") or 0,
+    )
+
+
+def _options(vectors: HeadVectors, head: int | None = None) -> dict[str, object]:
+    chosen = slice(None) if head is None else slice(head, head + 1)
+    sinks = None if vectors.sinks is None else torch.from_numpy(vectors.sinks[chosen])
+    return {"scaling": vectors.scaling, "softcap": vectors.softcap, "s_aux": sinks}
+
+
+def _hider(first_query: int, window: int) -> Callable[[Tensor], None]:
+    def hide(scores: Tensor) -> None:
+        query = torch.arange(first_query, first_query + scores.shape[2])[:, None]
+        key = torch.arange(scores.shape[3])
+        gone = key > query
+        scores.masked_fill_(gone | (key <= query - window) if window else gone, -torch.inf)
+
+    return hide

@@ -1,0 +1,262 @@
+"""Sections of a report beyond one run: many texts, the measured front, the causal check, training, two compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from analysis import across
+from analysis.causal import CausalCheck
+from analysis.comparing import RunComparison, StudyComparison, Training
+from analysis.front import Front
+from analysis.measures import VERDICTS
+from analysis.study import Study
+from analysis.ways import WAYS
+from app import figures
+from app.document import Drawing, Section
+
+_MIB = 2**20
+
+
+def of_study(study: Study, name: str) -> Section:
+    """What the heads do over many texts, with intervals."""
+    gamma, verdict = across.head_means(study), across.head_verdicts(study)
+    loss = across.means(across.layer_losses(study))
+    stability = across.stability(across.layer_losses(study))
+    layer, head = np.indices(gamma.mean.shape).reshape(2, -1)
+    n = len(study.names)
+    unfinished = "" if study.complete else f" {study.texts - n} texts asked for are not done."
+    drawings = [
+        Drawing(
+            figures.head_map(gamma.mean, title="Γ", diverging=True, status=verdict),
+            alt="Map of the mean Γ over texts by layer and head",
+            title="Γ, mean over texts",
+            caption="Purple: low norms get the attention, as the paper says; orange: high norms do.",
+            table={
+                "layer": layer,
+                "head": head,
+                "mean Γ": gamma.mean.ravel(),
+                "from": gamma.low.ravel(),
+                "to": gamma.high.ravel(),
+                "texts that define it": gamma.defined.ravel(),
+                "verdict": verdict.ravel(),
+            },
+        ),
+        Drawing(
+            figures.means_by_layer(loss.mean, loss.low, loss.high),
+            alt="ALR against chance of each layer, with intervals over texts",
+            title="ALR / chance of each layer",
+            caption="0 is the ideal order, 1 a random one, 2 the worst. Bars are 95 % intervals, by resampling texts.",
+            table={"layer": range(len(loss.mean)), "ALR / chance": loss.mean, "from": loss.low, "to": loss.high},
+        ),
+    ]
+    if stability.by_texts:
+        columns = [np.array([getattr(each, name) for each in stability.by_texts]) for name in _AGREEMENT]
+        drawings.append(
+            Drawing(
+                figures.order_agreement(*columns, stable=across.STABLE),
+                alt="How well two halves of the texts agree on the order of the layers, by texts in each half",
+                title="From how many texts on?",
+                caption="Texts are split in two at random, again and again; agreement of the two orders of layers.",
+                table=dict(zip(("texts in each half", "Spearman", "Kendall"), columns, strict=True)),
+            )
+        )
+    least, most = int(study.n_tokens.min()), int(study.n_tokens.max())
+    length = f"{least}" if least == most else f"{least} to {most}"
+    return Section(
+        f"Over many texts: {name}",
+        (
+            across.answer(study),
+            f"{n} texts of {length} tokens.{unfinished} {stability}",
+        ),
+        tuple(drawings),
+        columns=2,
+        table=verdict_table({name: _counts(verdict, across.VERDICTS)}, across.VERDICTS),
+    )
+
+
+_AGREEMENT = ("texts", "spearman", "kendall")
+
+
+def of_front(front: Front) -> Section:
+    """What each way to share out the cache's bytes costs in prediction."""
+    n = len(front.measured_on)
+    points = [point for line in front.lines.values() for point in line]
+    intervals = [point.interval() for point in points]
+    too_small = "; ".join(each.split(":")[0] for each in front.left_out)
+    left_out = (f"Left out, since the budget is too small for them: {too_small}.",) if too_small else ()
+    drawing = Drawing(
+        figures.front(
+            {name: _line(name, line) for name, line in front.lines.items()}, full_mib=front.full_nbytes / _MIB
+        ),
+        alt="Bytes of the cache against the change of the negative log likelihood, a line for each way",
+        caption=f"The mean over {n} text{'s' * (n != 1)} and its 95 % interval; lower left is better. Bytes "
+        f"are counted in the caches after a prompt of {front.prompt_tokens} tokens and {front.new_tokens} more. Plans "
+        f"were made from {len(front.planned_on)} other texts.",
+        table={
+            "way": [point.line for point in points],
+            "keep": [point.keep for point in points],
+            "MiB": [point.nbytes / _MIB for point in points],
+            "NLL change": [interval.value for interval in intervals],
+            "from": [interval.low for interval in intervals],
+            "to": [interval.high for interval in intervals],
+        },
+    )
+    return Section(f"What each way to spend the bytes costs: {front.model}", (front.answer(), *left_out), (drawing,))
+
+
+def of_causal(check: CausalCheck) -> Section:
+    """Each layer compressed alone, beside its ALR."""
+    change, loss = across.means(check.nll_change.T), across.means(check.loss.T)
+    drawing = Drawing(
+        figures.layer_costs(check.layers, loss.mean, (loss.low, loss.high), change.mean, (change.low, change.high)),
+        alt="What compressing one layer alone costs against its ALR, a point for each layer",
+        caption="A numbered point a layer, with 95 % intervals over texts. If ALR can tell, points rise to the right.",
+        table={
+            "layer": check.layers,
+            "ALR / chance": loss.mean,
+            "NLL change": change.mean,
+            "from": change.low,
+            "to": change.high,
+        },
+    )
+    spec = check.spec
+    kept = f"{spec.budget} tokens" if spec.budget is not None else f"{spec.keep_ratio:.0%}"
+    return Section(
+        f"Each layer compressed alone: {check.model}",
+        (
+            str(check),
+            f"One layer keeps {kept} by {spec.policy.replace('_', ' ')}, with the last {spec.protect_last} tokens "
+            "protected, and all others keep everything. ALR is read off attention; the cost is measured by predicting "
+            "text, in nats a token against the full cache.",
+        ),
+        (drawing,),
+    )
+
+
+def of_training(training: Training) -> Section:
+    """How the effect came to be, or did not, as the model was trained."""
+    steps = training.steps
+    drawings = tuple(
+        Drawing(
+            figures.over_steps(steps, values.reshape(len(steps), -1), title=title, signed=signed),
+            alt=f"{title} of the heads over training steps",
+            title=title,
+            caption=caption,
+            table={
+                "step": steps,
+                "tokens": training.tokens,
+                "bits per byte": training.bits_per_byte,
+                "median": [np.median(row[np.isfinite(row)]) if np.isfinite(row).any() else np.nan for row in values],
+            },
+        )
+        for title, values, signed, caption in (
+            ("Γ", training.gamma, True, "Below 0, low norms get the attention, as the paper says."),
+            ("Γ without the first token", training.gamma_without_first, True, "The same, the usual sink left out."),
+            ("Sink share", training.sink_share, False, "The share of the attention that the first token gets."),
+        )
+    )
+    return Section("As it was trained", (str(training),), drawings, columns=2)
+
+
+def of_two_runs(comparison: RunComparison) -> Section:
+    """Two runs head by head, or as distributions where the shapes differ."""
+    names = comparison.names
+    counts = dict(zip(names, comparison.verdicts, strict=True))
+    bars = Drawing(
+        figures.verdict_bars(counts),
+        alt="Share of the heads with each verdict, in both runs",
+        title="Verdicts",
+        caption="Shares, since the two may have different numbers of heads.",
+    )
+    if comparison.difference is None:
+        first = Drawing(
+            figures.gamma_spread(dict(zip(names, comparison.gammas, strict=True))),
+            alt="Γ of all heads of both runs",
+            title="Γ of all heads",
+            caption="Every head a point, beside a box of the quartiles.",
+        )
+        drawings = (first, bars)
+    else:
+        layer, head = np.indices(comparison.difference.shape).reshape(2, -1)
+        first, second = comparison.gammas
+        drawings = (
+            Drawing(
+                figures.head_map(comparison.difference, title="ΔΓ", diverging=True),
+                alt="Map of the difference of Γ by layer and head",
+                title="Γ of the second less that of the first",
+                caption="Purple: low norms get more of the attention in the second. Colours end at ±1, numbers do not.",
+                table={
+                    "layer": layer,
+                    "head": head,
+                    f"Γ, {names[0]}": first.ravel(),
+                    f"Γ, {names[1]}": second.ravel(),
+                    "difference": comparison.difference.ravel(),
+                },
+            ),
+            Drawing(
+                figures.gamma_against(first, second, names=names),
+                alt="Γ of every head in the second run against the first",
+                title="Head by head",
+                caption="On the line nothing changed. Colour is the layer.",
+                rows=2,
+            ),
+            bars,
+        )
+    table = verdict_table(counts, VERDICTS)
+    return Section("Compared", (f"{names[0]} against {names[1]}. {comparison}",), drawings, columns=2, table=table)
+
+
+def of_two_studies(comparison: StudyComparison) -> Section:
+    """Two studies head by head, with intervals."""
+    names, difference = comparison.names, comparison.difference
+    drawings: tuple[Drawing, ...] = ()
+    if difference is not None:
+        layer, head = np.indices(difference.mean.shape).reshape(2, -1)
+        drawings = (
+            Drawing(
+                figures.head_map(difference.mean, title="ΔΓ", diverging=True),
+                alt="Map of the difference of the mean Γ by layer and head",
+                title="Mean Γ of the second less that of the first",
+                caption="Colours end at ±1, numbers do not. The table has the 95 % intervals, by resampling texts.",
+                table={
+                    "layer": layer,
+                    "head": head,
+                    "difference": difference.mean.ravel(),
+                    "from": difference.low.ravel(),
+                    "to": difference.high.ravel(),
+                },
+            ),
+            Drawing(
+                figures.gamma_against(comparison.means[0].mean, comparison.means[1].mean, names=names),
+                alt="Mean Γ of every head in the second study against the first",
+                title="Head by head",
+                caption="On the line nothing changed. Colour is the layer.",
+            ),
+        )
+    table = verdict_table(dict(zip(names, comparison.verdicts, strict=True)), across.VERDICTS)
+    lead = f"{names[0]} against {names[1]}. {comparison}"
+    return Section("Compared over many texts", (lead,), drawings, columns=2, table=table)
+
+
+def verdict_table(counts: Mapping[str, Mapping[str, int]], meanings: Mapping[str, str]) -> dict[str, list]:
+    """Verdicts, heads with each, and what they mean."""
+    of_runs = {name if len(counts) > 1 else "heads": list(of.values()) for name, of in counts.items()}
+    return {"verdict": list(meanings)} | of_runs | {"meaning": list(meanings.values())}
+
+
+def _counts(verdict: np.ndarray, names: Mapping[str, str]) -> dict[str, int]:
+    return {name: int((verdict == name).sum()) for name in names}
+
+
+def _line(name: str, points) -> figures.Line:
+    intervals = [point.interval() for point in points]
+    return figures.Line(
+        mib=np.array([point.nbytes / _MIB for point in points]),
+        change=np.array([interval.value for interval in intervals]),
+        low=np.array([interval.low for interval in intervals]),
+        high=np.array([interval.high for interval in intervals]),
+        keep=np.array([point.keep for point in points]),
+        kind=WAYS[name].kind if name in WAYS else "plan",
+    )

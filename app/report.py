@@ -1,0 +1,291 @@
+"""The report: one page about a run, or about two compared, for a reader who has nothing installed. Runs no model.
+
+Puts together what `analysis` says and `app.figures` draws; `app.chapters` has the sections that not every report has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+
+from analysis.causal import CausalCheck
+from analysis.comparing import Training, compare_runs, compare_studies
+from analysis.export import kvpress_code, library_code
+from analysis.files import record
+from analysis.front import Front
+from analysis.measures import VERDICTS, HeadFigures, answer, attention_loss, head_figures, signed
+from analysis.memory import human_bytes
+from analysis.run import Capture
+from analysis.skip import layer_loss, suggest_skip_layers
+from analysis.study import Study
+from app import chapters, figures
+from app.document import Drawing, Section, document
+from l2kv.spec import CompressionSpec
+
+VERSION = 1
+KEEP = 0.5
+PROTECTED = 32
+LENGTHS = (4096, 32_768, 131_072)
+
+_READING = {
+    "Γ": "Gini correlation of the norms' ranks with the attention of the next token: −1 low norms get it all (the "
+    "paper's claim), 0 chance, +1 high norms do. It weighs tokens by their attention.",
+    "ALR": "The paper's Eq. 5-7: the attention lost by evicting high norms first, less that of the ideal order, summed "
+    "over how much is evicted. It is (1 + Γ) times the ALR of a random order, and grows with the text.",
+    "ALR / n": "ALR by the number of tokens, from 0 to 1: what two texts may be compared by.",
+    "Spearman": "Of key norm and the attention that a key receives, the mean over the queries that see it. It counts "
+    "every token alike, so it does not notice a sink.",
+    "sink": "A token, mostly the first, that draws attention whatever the text says. Figures are given with and "
+    "without the first token, since it can carry all of an effect.",
+}
+_LIMITS = (
+    "One text is an anecdote. Γ and ALR of a run are of one query, the next token, and its verdicts are signs without "
+    "an interval. Only a study of many texts has intervals.",
+    "The rule may not hold in another model, and that it holds here does not say that compressing costs nothing: the "
+    "change of prediction does, where it was measured.",
+    "Recent tokens matter more than any rule: protect the last ones.",
+    "Bytes are arithmetic, for one sequence. Layers with a sliding window are bounded anyway, and are left out.",
+)
+
+
+def report(
+    runs: Sequence[Capture],
+    *,
+    studies: Sequence[Study] = (),
+    front: Front | None = None,
+    causal: CausalCheck | None = None,
+    training: Training | None = None,
+) -> str:
+    """The HTML of a report.
+
+    Args:
+        runs: one, or two that are compared.
+        studies: of many texts; two are compared.
+        front, causal, training: shown where they are given; whichever model they are of is named.
+
+    Raises:
+        ValueError: there is no run, or more than two runs or studies.
+    """
+    if not 1 <= len(runs) <= 2 or len(studies) > 2:
+        raise ValueError(f"a report is of 1 or 2 runs and up to 2 studies, got {len(runs)} and {len(studies)}")
+    names, measured = _names(runs, "run"), [head_figures(run) for run in runs]
+    advice = [_Advice.of(run, studies) for run in runs]
+    sections: list[Section] = []
+    if len(runs) == 2:
+        compared = chapters.of_two_runs(compare_runs(*runs, names=names))
+        of = " ".join(f"{name}: {_about(run)}." for name, run in zip(names, runs, strict=True))
+        sections.append(replace(compared, words=(*compared.words, of)))
+    for name, run, numbers, advised in zip(names, runs, measured, advice, strict=True):
+        after = f": {name}" if len(runs) > 1 else ""
+        sections += [section(run, numbers, after) for section in (_heads, _extremes)]
+        sections += [section(run, advised, after) for section in (_layers, _savings)]
+    study_names = _names(studies, "study")
+    sections += [chapters.of_study(study, name) for study, name in zip(studies, study_names, strict=True)]
+    if len(studies) == 2:
+        sections.append(chapters.of_two_studies(compare_studies(*studies, names=study_names)))
+    for given, section in ((front, chapters.of_front), (causal, chapters.of_causal), (training, chapters.of_training)):
+        if given is not None:
+            sections.append(section(given))
+    table = {"figure": list(_READING), "meaning": list(_READING.values())}
+    sections += [
+        Section("How to read it", ("Layers and heads count from 0.",), table=table),
+        Section("What it does not say", _LIMITS),
+    ]
+    title = f"Does low norm predict attention in {' and in '.join(dict.fromkeys(run.model for run in runs))}?"
+    lead = (
+        answer(runs[0]) if len(runs) == 1 else "\n".join(f"{n}: {answer(r)}" for n, r in zip(names, runs, strict=True))
+    )
+    return document(title, lead, sections, data=_data(runs, names, measured, advice))
+
+
+def _names(of: Sequence[Capture] | Sequence[Study], what: str) -> tuple[str, ...]:
+    """What tells runs or studies apart: their models, or numbers where those are the same."""
+    models = [each.model for each in of]
+    if len(set(models)) == len(models):
+        return tuple(models)
+    return tuple(f"{model}, {what} {i}" for i, model in enumerate(models, 1))
+
+
+def _about(run: Capture) -> str:
+    beginning = " ".join(run.text[:80].split()) + (" …" if len(run.text) > 80 else "")
+    return f"{run.n_tokens} tokens of “{beginning}”"
+
+
+def _heads(run: Capture, numbers: HeadFigures, after: str) -> Section:
+    without = head_figures(run, leave_out=1).gamma
+    layer, head = np.indices(numbers.gamma.shape).reshape(2, -1)
+    counts = {name: int((numbers.verdict == name).sum()) for name in VERDICTS}
+    maps = [
+        Drawing(
+            figures.head_map(values, title=title, diverging=diverging, status=numbers.status),
+            alt=f"Map of {title} by layer and head",
+            title=title,
+            caption=caption,
+        )
+        for title, values, diverging, caption in (
+            (
+                "Γ",
+                numbers.gamma,
+                True,
+                "Purple: low norms get the attention, as the paper says. Orange: high norms do.",
+            ),
+            ("Spearman", numbers.spearman, True, "Of norm and attention received, over all queries."),
+            ("ALR", numbers.alr, False, "The paper's figure, of lost attention: pale is good. It grows with the text."),
+            ("ALR / n", numbers.alr_per_token, False, "The same by the token: what two texts may be compared by."),
+        )
+    ]
+    quadrant = Drawing(
+        figures.head_quadrant(numbers.gamma, without, numbers.sink_share, status=numbers.verdict),
+        alt="All heads by Γ with the first token and without it",
+        title="With and without the first token",
+        rows=2,
+        caption="Size is the first token's share of the attention. Lower left follows the paper.",
+        table={
+            "layer": layer,
+            "head": head,
+            "kv head": [run.kv_head(int(h)) for h in head],
+            "Γ": numbers.gamma.ravel(),
+            "without the first": without.ravel(),
+            "ALR": numbers.alr.ravel(),
+            "ALR / n": numbers.alr_per_token.ravel(),
+            "ALR / chance": numbers.alr_against_chance.ravel(),
+            "Spearman": numbers.spearman.ravel(),
+            "share of the first": numbers.sink_share.ravel(),
+            "verdict": numbers.verdict.ravel(),
+        },
+    )
+    about = (
+        f"{_about(run)} in {run.architecture}: {run.n_layers} layers, {run.n_heads} query heads on {run.n_kv_heads} kv "
+        f"heads of {run.head_dim}, {run.dtype}. Γ and ALR are of one query, the next token."
+    )
+    table = chapters.verdict_table({run.model: counts}, VERDICTS)
+    return Section(f"Where it holds{after}", (about, *run.warnings), (maps[0], quadrant, *maps[1:]), 2, table)
+
+
+def _extremes(run: Capture, numbers: HeadFigures, after: str) -> Section:
+    heading = f"The best and the worst head{after}"
+    if not np.isfinite(numbers.gamma).any():
+        return Section(heading, ("No head has a defined Γ.",))
+    drawings = []
+    for pick, which in ((np.nanargmin, "Best"), (np.nanargmax, "Worst")):
+        layer, head = map(int, np.unravel_index(pick(numbers.gamma), numbers.gamma.shape))
+        loss = attention_loss(run, layer, head)
+        dropped = np.linspace(0, 1, len(loss.ideal))
+        curves = {
+            "low norm kept": loss.low_norm,
+            "high norm kept": loss.high_norm,
+            "ideal": loss.ideal,
+            "chance": loss.chance,
+        }
+        drawings.append(
+            Drawing(
+                figures.loss_curves(dropped, curves, keep_ratio=KEEP),
+                alt=f"Attention lost by share of tokens evicted, layer {layer}, head {head}",
+                title=f"{which}: layer {layer}, head {head}, Γ {signed(numbers.gamma[layer, head])}, "
+                f"ALR {numbers.alr[layer, head]:.1f}",
+                caption="The area between low norm kept and ideal is the ALR. Above chance is worse than dice.",
+                table={"evicted": dropped, **curves},
+            )
+        )
+    words = (
+        "The share of the next token's attention that is lost as tokens are evicted, nothing protected. Best and worst "
+        "are the heads of lowest and of highest Γ, which is ALR against chance: what there is to lose differs by head."
+    )
+    return Section(heading, (words,), tuple(drawings), columns=2)
+
+
+def _layers(run: Capture, advice: _Advice, after: str) -> Section:
+    loss, kept = layer_loss(run, advice.policy), advice.policy.replace("_", " ")
+    words = [f"Suggestion, keeping by {kept}: {_listed(advice.skipped)}. {advice.rule}"]
+    if advice.policy == "high_norm":
+        words.insert(
+            0, "Here the mirror of the paper's rule, keeping HIGH norms, beats dice in more layers than the rule."
+        )
+    drawing = Drawing(
+        figures.layer_alr(loss.by_head, loss.by_layer, threshold=None, skipped=advice.skipped),
+        alt="ALR against chance, by layer",
+        caption=f"What keeping by {kept} loses beyond the ideal order, as a share of what a random order loses, on the "
+        "text of this run: points are heads, diamonds layers. Suggested layers are shaded.",
+        table={
+            "layer": range(run.n_layers),
+            "ALR / chance": loss.by_layer,
+            "ALR, mean over heads": loss.paper,
+            "skipped": [layer in advice.skipped for layer in range(run.n_layers)],
+        },
+    )
+    return Section(f"Layers to leave whole{after}", tuple(words), (drawing,))
+
+
+def _savings(run: Capture, advice: _Advice, after: str) -> Section:
+    heading, shape, spec = f"What it saves, and the code{after}", run.cache_shape, advice.spec
+    if set(spec.skip_layers) >= set(shape.layers):
+        return Section(heading, ("No layer of this run is worth compressing by norm: the suggestion skips them all.",))
+    whole, uniform, plan = (
+        [shape.nbytes(n, each) for n in LENGTHS] for each in (None, replace(spec, skip_layers=()), spec)
+    )
+    table = {
+        "tokens": list(LENGTHS),
+        "full cache": [human_bytes(n) for n in whole],
+        f"keep {KEEP:.0%} everywhere": [human_bytes(n) for n in uniform],
+        "with the skip list": [human_bytes(n) for n in plan],
+        "saved": [f"{1 - kept / full:.0%}" for kept, full in zip(plan, whole, strict=True)],
+    }
+    words = [
+        f"Keys and values of one sequence in {run.dtype}, by arithmetic, at keep ratio {KEEP:g} with the last "
+        f"{PROTECTED} tokens protected; skipped: {_listed(spec.skip_layers)}. The model need not work at all of these "
+        "lengths."
+    ]
+    code = [("With this library", library_code(spec))]
+    if spec.policy == "low_norm":
+        code.append(("The nearest that NVIDIA's kvpress can do", kvpress_code(spec, shape)))
+    else:
+        words.append("NVIDIA's kvpress has no press that keeps high norms: its KnormPress does the opposite.")
+    return Section(heading, tuple(words), table=table, code=tuple(code))
+
+
+@dataclass(frozen=True, slots=True)
+class _Advice:
+    """What a report suggests for a run."""
+
+    policy: str
+    skipped: tuple[int, ...]
+    rule: str
+
+    @classmethod
+    def of(cls, run: Capture, studies: Sequence[Study]) -> _Advice:
+        """By the study of the same model if there is one, since one text is an anecdote; else by the run.
+
+        Of the paper's rule and its mirror the one that beats a random order in more layers; the paper's on a tie.
+        """
+        alike = (study for study in studies if study.model == run.model and study.layer_kinds == run.layer_kinds)
+        measured = next(alike, run)
+        found = {policy: suggest_skip_layers(measured, policy) for policy in ("low_norm", "high_norm")}
+        policy = min(found, key=lambda policy: len(found[policy].layers))
+        return cls(policy, found[policy].layers, found[policy].rule)
+
+    @property
+    def spec(self) -> CompressionSpec:
+        return CompressionSpec(keep_ratio=KEEP, policy=self.policy, skip_layers=self.skipped, protect_last=PROTECTED)
+
+
+def _listed(layers: Sequence[int]) -> str:
+    return f"layer{'s' * (len(layers) != 1)} {', '.join(map(str, layers))}" if layers else "no layer"
+
+
+def _data(
+    runs: Sequence[Capture], names: Sequence[str], measured: Sequence[HeadFigures], advice: Sequence[_Advice]
+) -> str:
+    told = [
+        {
+            "name": name,
+            "model": run.model,
+            "n_tokens": run.n_tokens,
+            "answer": answer(run),
+            "heads": asdict(numbers),
+            "spec": asdict(each.spec),
+        }
+        for name, run, numbers, each in zip(names, runs, measured, advice, strict=True)
+    ]
+    return record("report", VERSION, {"runs": told})
