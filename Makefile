@@ -22,9 +22,16 @@ bench: $(VENV)/app.stamp  ## memory and time of a capture and of a compressed ca
 	$(BIN)/python -m tests.bench_capture
 	$(BIN)/python -m tests.bench_cache
 
-# ARGS=--without-passkey for a model that cannot retrieve
-demo: $(VENV)/dev.stamp  ## the demo run, presets and picture again, of MODEL=name or folder, found in TEXTS="files or folders"
+# ARGS=--without-passkey for a model that cannot retrieve. With TEXTS, also what the pages of many texts and of plans show.
+SHOWN := analysis/bundled
+demo: $(VENV)/dev.stamp  ## all that the app opens with again, of MODEL=name or folder, found in TEXTS="files or folders"
 	$(BIN)/python -m analysis demo --model $(MODEL) $(if $(TEXTS),--texts $(TEXTS)) $(ARGS)
+ifneq ($(TEXTS),)
+	rm -f $(SHOWN)/study.safetensors
+	$(BIN)/python -m analysis study $(TEXTS) --model $(MODEL) --pieces 24 -o $(SHOWN)/study.safetensors
+	$(BIN)/python -m analysis causal $(TEXTS) --model $(MODEL) -o $(SHOWN)/causal.json
+	$(BIN)/python -m analysis front $(TEXTS) --model $(MODEL) -o $(SHOWN)/front.json
+endif
 	$(BIN)/python -m tests.picture
 
 picture: $(VENV)/dev.stamp  ## the README's picture, from the app itself

@@ -16,14 +16,17 @@ from analysis.across import MIN_TEXTS, Interval, resamples, spearman
 from analysis.errors import ModelError, RunFileError, TextError
 from analysis.files import content_of, record
 from analysis.memory import CacheShape
+from analysis.planning import plan
 from analysis.skip import layer_loss, spec_of
 from l2kv.spec import CompressionSpec
 
 if TYPE_CHECKING:
+    from analysis.curves import LossCurves
     from analysis.evaluation import OnDone
     from analysis.models import LoadedModel
 
 VERSION = 1
+COSTS_AT = 0.2  # the ratio at which each head is compressed alone: small, so that a cost stands out
 POLICIES = ("low_norm", "high_norm")  # those that ALR speaks of, and that differ from chance
 
 
@@ -155,6 +158,22 @@ def head_costs(
     for (layer, head), change in zip(heads, changes, strict=True):
         costs[:, layer, head] = change.by_text
     return costs
+
+
+def weighed_by_cost(
+    curves: LossCurves,
+    loaded: LoadedModel,
+    texts: Sequence[str],
+    *,
+    prompt_tokens: int,
+    new_tokens: int,
+    on_done: OnDone | None = None,
+) -> LossCurves:
+    """The curves, `weighed` by `head_costs` at `COSTS_AT`, or at the least ratio there is. Raises as `causal_check`."""
+    keep = max(COSTS_AT, curves.least_bin / curves.bins)
+    spec = plan(curves, keep, method="uniform").to_spec()
+    costs = head_costs(loaded, texts, spec, prompt_tokens=prompt_tokens, new_tokens=new_tokens, on_done=on_done)
+    return curves.weighed(costs.mean(axis=0), keep)
 
 
 def agreement(nll_change: np.ndarray, loss: np.ndarray, *, seed: int = 0) -> Interval:

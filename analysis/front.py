@@ -18,7 +18,6 @@ from analysis.curves import loss_curves
 from analysis.errors import RunFileError, TextError
 from analysis.files import content_of, record
 from analysis.memory import CacheShape, human_bytes
-from analysis.planning import plan
 from analysis.skip import spec_of
 from analysis.ways import WAYS
 from l2kv.spec import CompressionSpec
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 
 VERSION = 1
 KEEPS = (0.1, 0.2, 0.3, 0.5, 0.7)
-COSTS_AT = 0.2  # the ratio at which each head is compressed alone: small, so that a cost stands out
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +196,7 @@ def measure_front(
         ValueError: a way is unknown, or as `continuations`.
     """
     from analysis.capturing import capture
-    from analysis.causal import head_costs
+    from analysis.causal import weighed_by_cost
     from analysis.evaluation import continuations, ignore, prompt_of  # waits for torch
 
     on_done, ways = on_done or ignore, tuple(ways)
@@ -218,16 +216,14 @@ def measure_front(
         on_done(i + 1, total)
     curves = loss_curves(*runs, protect_last=protect_last)
     if costly:
-        at = max(COSTS_AT, curves.least_bin / curves.bins)
-        costs = head_costs(
+        curves = weighed_by_cost(
+            curves,
             loaded,
             [text for _, text in plan_texts],
-            plan(curves, at, method="uniform").to_spec(),
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             on_done=lambda done, _: on_done(len(plan_texts) + done, total),
         )
-        curves = curves.weighed(costs.mean(axis=0), at)
     made, left_out = {}, []
     for way in ways:
         for keep in keeps:

@@ -12,6 +12,9 @@ from analysis.models import BUNDLED
 from l2kv.spec import CompressionSpec
 
 DEMO_RUN = BUNDLED / "demo.safetensors"
+DEMO_STUDY = BUNDLED / "study.safetensors"
+DEMO_FRONT = BUNDLED / "front.json"
+DEMO_CAUSAL = BUNDLED / "causal.json"
 FOUND_PRESETS = BUNDLED / "presets.json"
 _TEXTS = BUNDLED / "texts"
 

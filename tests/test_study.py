@@ -571,7 +571,7 @@ def test_a_cut_file_does_not_pass_for_a_study(tmp_path):
 def test_the_command_prints_a_row_per_layer_and_the_answer_and_goes_on(tmp_path, capsys):
     text, out = tmp_path / "keats.txt", tmp_path / "study.safetensors"
     text.write_text(KEATS)
-    command = ["study", str(text), "-o", str(out), "--tokens", "40", "--device", "cpu", "--max-texts"]
+    command = ["study", str(text), "-o", str(out), "--tokens", "40", "--device", "cpu", "--pieces"]
     assert main([*command, "2"]) == 0
     assert "This study cannot tell" in capsys.readouterr().out
     assert main([*command, "7"]) == 0
@@ -602,5 +602,5 @@ def test_an_interrupted_command_keeps_what_was_done(tmp_path, capsys, monkeypatc
             raise KeyboardInterrupt
 
     monkeypatch.setattr(command, "counter", lambda: interrupt)
-    assert main(["study", str(text), "-o", str(out), "--tokens", "40", "--max-texts", "4", "--device", "cpu"]) == 130
+    assert main(["study", str(text), "-o", str(out), "--tokens", "40", "--pieces", "4", "--device", "cpu"]) == 130
     assert "goes on" in capsys.readouterr().out and len(load_study(out).names) == 2

@@ -6,9 +6,7 @@ import argparse
 from pathlib import Path
 
 from analysis.commands.shared import counter, texts_of
-from analysis.commands.specs import add_out, add_pieces, add_spec, loaded_model, spec_of, typed
-
-_SPARE = 8  # tokens of a piece more than are used: on its own it may make a few less than it did in the text
+from analysis.commands.specs import SPARE, add_out, add_pieces, add_spec, loaded_model, spec_of, typed
 
 
 def add(commands) -> None:
@@ -36,7 +34,7 @@ def _causal(arguments: argparse.Namespace) -> None:
     from analysis.study import pieces
 
     spec = spec_of(arguments, n_layers=loaded.config.num_hidden_layers)
-    tokens = arguments.prompt_tokens + arguments.new_tokens + _SPARE
+    tokens = arguments.prompt_tokens + arguments.new_tokens + SPARE
     given = pieces(loaded.tokenizer, texts, n_tokens=tokens, at_most=arguments.pieces)
     with typed():
         check = causal_check(
@@ -62,7 +60,7 @@ def _front(arguments: argparse.Namespace) -> None:
     from analysis.front import KEEPS, measure_front
     from analysis.study import pieces
 
-    tokens, n = arguments.prompt_tokens + arguments.new_tokens + _SPARE, arguments.pieces
+    tokens, n = arguments.prompt_tokens + arguments.new_tokens + SPARE, arguments.pieces
     if plan_on:
         planning = pieces(loaded.tokenizer, plan_on, n_tokens=tokens, at_most=n)
         measuring = pieces(loaded.tokenizer, texts, n_tokens=tokens, at_most=n)

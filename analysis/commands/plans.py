@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from analysis.commands.shared import add_device, add_model, counter, text_of, texts_of
-from analysis.commands.specs import add_out, add_pieces, add_spec, loaded_model, spec_of, typed
+from analysis.commands.specs import SPARE, add_out, add_pieces, add_spec, loaded_model, spec_of, typed
 from analysis.errors import RunFileError, UserError
 
 if TYPE_CHECKING:
@@ -29,12 +29,15 @@ def add(commands) -> None:
     skip.set_defaults(run=_skip)
 
     plan = commands.add_parser("plan", help="share out a budget over layers or heads, from measured loss curves")
-    add_pieces(plan, new_tokens=False)
+    add_pieces(plan)
     plan.add_argument("--keep", type=float, default=0.5, help="the budget, a share of all pairs (0.5)")
     plan.add_argument("--by", default="head", help="head or layer (head)")
     plan.add_argument("--method", default="dp", help="dp, hull, uniform, skip, global or adakv (dp)")
     plan.add_argument("--policy", default="signed_norm", help="signed_norm, low_norm or high_norm (signed_norm)")
     plan.add_argument("--protect-last", type=int, default=32, help="latest tokens that are never evicted (32)")
+    plan.add_argument(
+        "--weighed", action="store_true", help="count attention by what compressing each head alone costs"
+    )
     plan.add_argument("--whole-without-signal", action="store_true", help="heads whose norms tell nothing stay whole")
     add_out(plan)
     plan.set_defaults(run=_plan)
@@ -99,27 +102,42 @@ def _plan(arguments: argparse.Namespace) -> None:
     texts = texts_of(arguments.texts)
     loaded, count = loaded_model(arguments), counter()
     from analysis.capturing import capture
+    from analysis.causal import weighed_by_cost
     from analysis.curves import loss_curves
+    from analysis.evaluation import prompt_of
     from analysis.memory import human_bytes
     from analysis.planning import plan
     from analysis.study import pieces
 
-    runs = []
-    given = pieces(loaded.tokenizer, texts, n_tokens=arguments.prompt_tokens, at_most=arguments.pieces)
+    runs, prompt = [], arguments.prompt_tokens
+    tokens = prompt + (arguments.new_tokens + SPARE) * arguments.weighed
+    given = pieces(loaded.tokenizer, texts, n_tokens=tokens, at_most=arguments.pieces)
     for i, (_, text) in enumerate(given):
-        runs.append(capture(loaded, text))
+        runs.append(capture(loaded, prompt_of(loaded, text, prompt) if arguments.weighed else text))
         count("texts", i + 1, len(given))
     with typed():
+        curves = loss_curves(*runs, protect_last=arguments.protect_last)
+        if arguments.weighed:
+            curves = weighed_by_cost(
+                curves,
+                loaded,
+                [text for _, text in given],
+                prompt_tokens=prompt,
+                new_tokens=arguments.new_tokens,
+                on_done=lambda done, total: count("passes", done, total),
+            )
         made = plan(
-            loss_curves(*runs, protect_last=arguments.protect_last),
+            curves,
             arguments.keep,
             by=arguments.by,
             method=arguments.method,
             policy=arguments.policy,
             whole_without_signal=arguments.whole_without_signal,
+            weighed=arguments.weighed,
         )
     spec, shape = made.to_spec(), runs[0].cache_shape
-    note = f"{made.method} by {arguments.by}, keep {made.keep:g}, planned on {len(runs)} texts"
+    how = f"{made.method} by {arguments.by}" + ", weighed by cost" * arguments.weighed
+    note = f"{how}, keep {made.keep:g}, planned on {len(runs)} texts"
     print(f"{loaded.name}: {note} of {min(r.n_tokens for r in runs)} to {max(r.n_tokens for r in runs)} tokens")
     _print_ratios(made)
     print(

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from analysis.models import LoadedModel
     from l2kv.spec import CompressionSpec
 
+SPARE = 8  # tokens of a piece more than are used: on its own it may make a few less than it did in the text
+
 
 def add_spec(parser: argparse.ArgumentParser, *, skip_layers: bool = True) -> None:
     """--keep and the like, and where a skip list is not what is looked for, --plan instead of them."""
@@ -26,14 +28,13 @@ def add_spec(parser: argparse.ArgumentParser, *, skip_layers: bool = True) -> No
         parser.add_argument("--plan", type=Path, help="a plan's file, instead of all these")
 
 
-def add_pieces(parser: argparse.ArgumentParser, *, new_tokens: bool = True) -> None:
-    """Texts, --model, --texts, --prompt-tokens and --new-tokens, --device."""
+def add_pieces(parser: argparse.ArgumentParser) -> None:
+    """Texts, --model, --pieces, --prompt-tokens and --new-tokens, --device."""
     parser.add_argument("texts", nargs="+", type=Path, help="text files, or folders of .txt files")
     add_model(parser)
-    parser.add_argument("--texts", dest="pieces", type=int, default=16, help="pieces to measure on (16)")
+    parser.add_argument("--pieces", type=int, default=16, help="pieces to measure on (16)")
     parser.add_argument("--prompt-tokens", type=int, default=384, help="tokens of each that are compressed (384)")
-    if new_tokens:
-        parser.add_argument("--new-tokens", type=int, default=64, help="tokens after them that are predicted (64)")
+    parser.add_argument("--new-tokens", type=int, default=64, help="tokens after them that are predicted (64)")
     add_device(parser)
 
 

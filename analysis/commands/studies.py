@@ -21,7 +21,7 @@ def add(commands) -> None:
     study.add_argument("-o", "--out", type=Path, required=True, help="the table to write, or to go on with")
     add_model(study)
     study.add_argument("--tokens", type=int, default=512, help="tokens of each piece of text (512, if the model can)")
-    study.add_argument("--max-texts", type=int, default=16, help="pieces, taken from the files by turns (16)")
+    study.add_argument("--pieces", type=int, default=16, help="pieces, taken from the files by turns (16)")
     add_probe(study)
     add_device(study)
     study.set_defaults(run=_study)
@@ -37,7 +37,7 @@ def _study(arguments: argparse.Namespace) -> None:
     most = (getattr(loaded.config, "max_position_embeddings", None) or sys.maxsize) - 1  # one for the next token
     if arguments.tokens > most:
         print(f"{loaded.name} was trained on {most + 1} positions: pieces are of {most} tokens", file=sys.stderr)
-    given = pieces(loaded.tokenizer, texts, n_tokens=min(arguments.tokens, most), at_most=arguments.max_texts)
+    given = pieces(loaded.tokenizer, texts, n_tokens=min(arguments.tokens, most), at_most=arguments.pieces)
     count = counter()
     try:
         done = study(loaded, given, arguments.out, on_text=lambda done, total, name: count("texts", done, total))
