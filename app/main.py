@@ -16,7 +16,7 @@ from analysis.errors import UserError
 from analysis.memory import free_bytes, human_bytes
 from app import markup
 from app.engine import Engine
-from app.views import capture, generate, heads, skip
+from app.views import capture, generate, heads, plan, skip, texts
 
 if TYPE_CHECKING:
     from streamlit.delta_generator import DeltaGenerator
@@ -51,13 +51,18 @@ def main() -> None:
     capture_page = st.Page(
         lambda: capture.page(engine(), heads_page), title="Capture", icon=":material/photo_camera:", url_path="capture"
     )
+    texts_page = st.Page(lambda: texts.page(engine()), title="Texts", icon=":material/library_books:", url_path="texts")
     skip_page = st.Page(
-        lambda: skip.page(generate_page), title="Skip layers", icon=":material/layers:", url_path="skip"
+        lambda: skip.page(engine(), generate_page), title="Skip layers", icon=":material/layers:", url_path="skip"
+    )
+    plan_page = st.Page(
+        lambda: plan.page(engine(), generate_page), title="Plan", icon=":material/savings:", url_path="plan"
     )
     generate_page = st.Page(
         lambda: generate.page(engine()), title="Generate", icon=":material/compare:", url_path="generate"
     )
-    page = st.navigation([heads_page, capture_page, skip_page, generate_page], position="top")
+    pages = [heads_page, capture_page, texts_page, skip_page, plan_page, generate_page]
+    page = st.navigation(pages, position="top")
     st.html(markup.PAGE_STYLE)
     status = st.empty()
     _status(status)

@@ -71,7 +71,7 @@ def is_demo() -> bool:
 def show_run(run: Capture | None) -> None:
     """Put a run on screen; None is the demo. The chosen head and the skip list were of the old one."""
     st.session_state["run"] = run
-    for key in ("layer", "head", "skip_layers", "generated"):
+    for key in ("layer", "head", "skip_layers", "skip_count", "generated"):
         st.session_state.pop(key, None)
 
 

@@ -11,7 +11,7 @@ from analysis import ModelError
 from app import engine as engine_module
 from app import markup, state
 from app.engine import Engine, check_allowed
-from app.views.generate import Preview
+from app.views.generate import Column, Parting, Preview
 from l2kv import POLICIES
 from tests.conftest import BUNDLED, ROOT
 
@@ -146,19 +146,32 @@ def step(ids, text):
     return Step(tuple(ids), text, held=(1,), nbytes=1, slack_nbytes=0, finished=False)
 
 
+def preview(columns=1):
+    return Preview("p", tuple(Column(f"column {i}", state.current_spec()) for i in range(columns)))
+
+
 def test_a_preview_remembers_where_the_texts_parted():
-    preview = Preview("p", state.current_spec())
-    preview.add(step([1], "a"), step([1], "a"))
-    preview.add(step([1, 2], "ab"), step([1, 3], "ac"))
-    preview.add(step([1, 2, 4], "abd"), step([1, 3, 4], "acd"))
-    assert (preview.same, preview.same_text) == (1, 1)
-    other = Preview("p", state.current_spec())
+    parted = preview()
+    parted.add(step([1], "a"), step([1], "a"))
+    parted.add(step([1, 2], "ab"), step([1, 3], "ac"))
+    parted.add(step([1, 2, 4], "abd"), step([1, 3, 4], "acd"))
+    assert parted.partings == [Parting(tokens=1, characters=1)]
+    other = preview()
     other.add(step([1], "a"), step([2], "b"))
-    assert (other.same, other.same_text) == (0, 0)
-    ended = Preview("p", state.current_spec())
+    assert other.partings == [Parting(0, 0)]
+    ended = preview()
     ended.add(step([1], "a"), step([1], "a"))
     ended.add(step([1, 2], "ab"), step([1], "a"))  # the compressed one ended its text
-    assert ended.same == 1
+    assert ended.partings == [Parting(1, 1)]
+
+
+def test_each_column_of_a_preview_is_compared_with_the_full_cache_by_itself():
+    both = preview(2)
+    both.add(step([1], "a"), step([1], "a"), step([5], "e"))
+    both.add(step([1, 2], "ab"), step([1, 2], "ab"), step([5, 2], "eb"))
+    both.add(step([1, 2, 3], "abc"), step([1, 2, 4], "abd"), step([5, 2, 3], "ebc"))
+    assert both.partings == [Parting(2, 2), Parting(0, 0)]
+    assert both.agreement(0) == both.agreement(1) == 2 / 3  # token by token, also after they parted
 
 
 @pytest.fixture
@@ -169,7 +182,7 @@ def app():
 def test_the_app_opens_on_the_demo_run_with_every_figure(app):
     assert not app.exception and not app.error
     assert "Does low norm predict attention in books" in app.header[0].value
-    assert len(app.get("plotly_chart")) == 6
+    assert len(app.get("plotly_chart")) == 7
 
 
 def test_the_head_opened_is_the_one_that_state_says(app):

@@ -124,7 +124,9 @@ def go(page, name):
 HEADERS = {
     "Heads": "Does low norm predict attention",
     "Capture": "Capture a text in a model",
+    "Texts": "Does it hold over many texts",
     "Skip layers": "to leave whole?",
+    "Plan": "Where should the bytes",
     "Generate": "What does compression change",
 }
 
@@ -264,3 +266,46 @@ def test_a_run_is_downloaded_and_opened_again(page, tmp_path):
     saved.write_bytes(b"not a run")
     page.locator("input[type=file]").last.set_input_files(saved)
     page.get_by_text(re.compile("not a run that can be read")).wait_for()
+
+
+def test_texts_are_studied_cancelled_and_gone_on_with(page, tmp_path):
+    go(page, "Texts")
+    files = [tmp_path / "one.txt", tmp_path / "two.txt"]
+    for i, file in enumerate(files):
+        file.write_text(" ".join(f"The {i} old man of {n} looked at the sea." for n in range(400)))
+    page.locator("input[type=file]").first.set_input_files(files)
+    page.get_by_text(re.compile("^2 texts, ")).wait_for()
+    settled(page)
+    enter(page, page.get_by_role("spinbutton", name="Tokens a piece"), "128")
+    page.get_by_role("button", name="Run", exact=True).click()
+    page.get_by_text(re.compile(r"^[2-9] of 24 texts$")).wait_for()
+    page.get_by_role("button", name="Cancel", exact=True).click()
+    page.get_by_text("Cancelled. What was done is kept").wait_for()
+    settled(page)
+    done = page.get_by_text(re.compile(r"^\d+ of 24 texts are done")).inner_text()
+    assert int(done.split()[0]) < 24
+    page.get_by_role("button", name="Go on", exact=True).click()
+    page.get_by_text("Done: it is shown above.").wait_for()
+    assert page.get_by_text(re.compile("^Your study: 24 texts of 128 tokens")).is_visible()
+
+
+def test_a_plan_is_made_and_decoded_with_beside_one_ratio_for_all(page):
+    go(page, "Plan")
+    page.get_by_text(re.compile("On this text it would lose")).wait_for()
+    page.get_by_role("button", name="Use this plan in Generate").click()
+    page.wait_for_selector(f"h2:has-text('{HEADERS['Generate']}')")
+    settled(page)
+    assert page.get_by_text("Plan in use").is_visible()
+    page.get_by_text("Beside it: a second compression").click()
+    settled(page)
+    enter(page, page.get_by_role("spinbutton", name="New tokens"), "3")
+    page.get_by_role("button", name="Generate", exact=True).click()
+    counters = page.get_by_text(re.compile(r"\d+ of \d+ tokens held per layer"))
+    counters.nth(2).wait_for()
+    settled(page)
+    shares = [int(re.search(r"(\d+)% of the full cache", counters.nth(i).inner_text())[1]) for i in (1, 2)]
+    assert all(49 <= share <= 52 for share in shares)  # equal bytes, shared out in two ways
+    go(page, "Plan")
+    page.get_by_role("button", name="Drop it").click()
+    settled(page)
+    assert page.get_by_text("In use on Generate").count() == 0

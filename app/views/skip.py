@@ -8,23 +8,26 @@ from typing import TYPE_CHECKING
 import numpy as np
 import streamlit as st
 
-from analysis.curves import BY_NORM
-from analysis.export import kvpress_code, library_code
+from analysis.errors import RunFileError
 from analysis.memory import human_bytes
 from analysis.run import Capture
-from analysis.skip import Plan, layer_loss, suggest_skip_layers
-from app import figures, markup, state
+from analysis.skip import RULES, Plan, SkipSuggestion, layer_loss, skip_list, suggest_skip_layers
+from analysis.study import Study
+from app import figures, markup, state, work
 from app.charts import show
+from app.engine import Engine
+from app.views import causal, export
 from l2kv.spec import CompressionSpec
 
 if TYPE_CHECKING:
     from streamlit.navigation.page import Page as StreamlitPage
 
 LENGTHS = (4096, 32_768, 131_072)
+_RULES = {"threshold": "By threshold", "count": "By number", "gap": "By the widest gap"}
 
 
-def page(generate_page: StreamlitPage) -> None:
-    """Draw the page; the plan can be tried on `generate_page`."""
+def page(engine: Engine, generate_page: StreamlitPage) -> None:
+    """Draw the page; the list can be tried on `generate_page`."""
     run = state.current_run()
     st.header(f"Which layers of {markup.plain(run.model)} to leave whole?")
     st.markdown(
@@ -34,12 +37,10 @@ def page(generate_page: StreamlitPage) -> None:
     with st.container(horizontal=True, vertical_alignment="bottom"):
         state.policy_input(state.BY_NORM)
         state.ratio_input()
-        threshold = st.slider(
-            "Threshold (ALR / chance)", 0.0, 2.0, 1.0, 0.05, key="threshold", persist_state="session",
-            help="0 is the ideal order, 1 a random one, 2 the worst. Layers at or above the threshold are suggested.",
-        )  # fmt: skip
     spec = state.current_spec()
-    _suggest(run, spec.policy, threshold)
+    suggestion, threshold = _suggestion(run, spec.policy)
+    _suggest(run, spec.policy, suggestion)
+    _import(run)
     state.skip_layers_input(run)
     spec = state.current_spec()
 
@@ -50,7 +51,8 @@ def page(generate_page: StreamlitPage) -> None:
         alt="ALR against chance, by layer",
         caption=f"What *{markup.plain(state.POLICY_NAMES[spec.policy])}* loses beyond the ideal order, as a share "
         "of what a random order loses: small points are heads, large ones the layer as a whole (heads count by what "
-        "they have to lose). Below 1 the policy is better than dice. Shaded layers are skipped. One text, one query.",
+        "they have to lose). Below 1 the policy is better than dice. Shaded layers are skipped. One text, one query: "
+        "the page *Texts* has the same over many, with intervals.",
         table={
             "layer": np.arange(run.n_layers),
             "ALR / chance": loss.by_layer,
@@ -61,38 +63,98 @@ def page(generate_page: StreamlitPage) -> None:
     )
     _bytes(run, spec)
     _export(run, spec, generate_page)
+    st.divider()
+    causal.section(engine, run)
 
 
-def _suggest(run: Capture, policy: str, threshold: float) -> None:
+def _suggestion(run: Capture, policy: str) -> tuple[SkipSuggestion, float | None]:
+    """The layers that a rule suggests, and its threshold if it goes by one."""
+    study = state.current_study()
+    if study is not None and (study.model, study.layer_kinds) != (run.model, run.layer_kinds):
+        study = None
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        rule = st.segmented_control(
+            "Suggest", list(RULES), default="threshold", required=True, format_func=_RULES.get, key="skip_rule",
+            persist_state="session", help="\n".join(f"- **{_RULES[name]}**: {about}" for name, about in RULES.items()),
+        )  # fmt: skip
+        measured: Capture | Study = run
+        if study is not None:
+            names = {"text": "this text", "study": f"the study of {len(study.names)} texts"}
+            judged = st.segmented_control(
+                "Judged by", list(names), default="text", required=True, format_func=names.get, key="judged_by",
+                persist_state="session",
+                help="A list that hangs on one text may be another one tomorrow: see the page *Texts*.",
+            )  # fmt: skip
+            measured = run if judged == "text" else study
+        options = {}
+        if rule == "threshold":
+            options["threshold"] = st.slider(
+                "Threshold (ALR / chance)", 0.0, 2.0, 1.0, 0.05, key="threshold", persist_state="session",
+                help="0 is the ideal order, 1 a random one, 2 the worst. Layers at or above the threshold are "
+                "suggested.",
+            )  # fmt: skip
+        if rule == "count":
+            most = run.layer_kinds.count("full")
+            options["count"] = st.number_input(
+                "Layers", 0, most, min(2, most), key="skip_count", persist_state="session", width=130
+            )
+    return suggest_skip_layers(measured, policy, rule=rule, **options), options.get("threshold")
+
+
+def _suggest(run: Capture, policy: str, suggestion: SkipSuggestion) -> None:
     full = [i for i, kind in enumerate(run.layer_kinds) if kind == "full"]
-    suggestion = suggest_skip_layers(run, policy, threshold=threshold)
     chosen, rule = list(suggestion.layers), markup.plain(suggestion.rule)
     if policy == "random":
         st.info("Random eviction is the yardstick: its ALR / chance is 1 in every layer.", icon=":material/casino:")
     elif len(chosen) < len(full):
         names = ", ".join(map(str, chosen)) or "none"
         st.info(f"**Suggestion: {names}.** {rule}", icon=":material/lightbulb:")
-    elif threshold < 1:
-        st.warning(
-            f"**The threshold is below every layer**, so all would be skipped. {rule}", icon=":material/warning:"
-        )
     else:
         st.warning(
-            f"**Suggestion: all layers.** {rule} So on this text this policy is nowhere better than dice: try the "
-            "mirror policy rather than a skip list.",
+            f"**Suggestion: all layers.** {rule} With all of them whole nothing is compressed. Where this policy is "
+            "nowhere better than dice, try the mirror policy rather than a skip list.",
             icon=":material/warning:",
         )
     with st.container(horizontal=True):
         if policy != "random":
-            st.button(
-                "Take the suggestion",
-                icon=":material/check:",
-                type="primary",
-                on_click=lambda: st.session_state.update(skip_layers=chosen),
-            )
+            st.button("Take the suggestion", icon=":material/check:", type="primary", on_click=_take, args=(chosen,))
         paper = [i for i in (0, 1) if i in full]
-        st.button("The paper's: 0 and 1", on_click=lambda: st.session_state.update(skip_layers=paper))
-        st.button("None", on_click=lambda: st.session_state.update(skip_layers=[]))
+        st.button("The paper's: 0 and 1", on_click=_take, args=(paper,))
+        st.button("None", on_click=_take, args=([],))
+
+
+def _take(layers: list[int]) -> None:
+    st.session_state["skip_layers"] = layers
+
+
+def _import(run: Capture) -> None:
+    """A skip list that was typed, or is in a file; of a plan's file its list."""
+
+    def opened() -> None:
+        file = st.session_state["skip_file"]
+        _opened(run, work.decoded(file) if file is not None else "")
+
+    with st.expander("Open a skip list", icon=":material/upload_file:"):
+        st.text_input(
+            "Layers",
+            placeholder="0, 1, 12",
+            key="skip_text",
+            on_change=lambda: _opened(run, st.session_state["skip_text"]),
+        )
+        st.file_uploader("Or a file: a list, or a plan (JSON)", type=["json", "txt"], key="skip_file", on_change=opened)
+        if refused := st.session_state.pop("skip_refused", ""):
+            st.error(markup.plain(refused), icon=":material/error:")
+
+
+def _opened(run: Capture, text: str) -> None:
+    if not text.strip():
+        return
+    try:
+        layers = skip_list(text, n_layers=run.n_layers)
+    except RunFileError as error:
+        st.session_state["skip_refused"] = str(error)
+        return
+    _take([layer for layer in layers if run.layer_kinds[layer] == "full"])
 
 
 def _bytes(run: Capture, spec: CompressionSpec) -> None:
@@ -110,7 +172,8 @@ def _bytes(run: Capture, spec: CompressionSpec) -> None:
     st.caption(
         f"Keys and values of one sequence in {markup.plain(run.dtype)}, after that many tokens, by arithmetic: "
         f"{run.n_kv_heads} kv heads of {run.head_dim}, keep ratio {spec.keep_ratio:g}, the last {spec.protect_last} "
-        "protected. The page *Generate* counts the real bytes. (This model need not work at all of these lengths.)"
+        "protected. The page *Generate* counts the real bytes; the page *Plan* has GPUs and batches. (This model need "
+        "not work at all of these lengths.)"
         + (" Layers with a sliding window are bounded anyway, and left out." if "sliding" in run.layer_kinds else "")
     )
 
@@ -119,19 +182,8 @@ def _export(run: Capture, spec: CompressionSpec, generate_page: StreamlitPage) -
     st.subheader("Take it along")
     plan = Plan(run.model, spec, note=f"chosen on {run.n_tokens} tokens")
     with st.container(horizontal=True):
-        st.download_button(
-            "Download the plan (JSON)",
-            plan.to_json(),
-            file_name="plan.json",
-            mime="application/json",
-            icon=":material/download:",
-            on_click="ignore",
-        )
+        export.download(plan)
         if st.button("Try it in Generate", icon=":material/compare:", type="primary"):
+            state.use_plan(None)  # Generate would begin with it, and not with this list
             st.switch_page(generate_page)
-    with st.expander("The plan as JSON and as code", icon=":material/code:"):
-        st.code(plan.to_json(), language="json")
-        st.code(library_code(spec), language="python")
-        if spec.policy in BY_NORM:
-            st.markdown("The nearest that NVIDIA's kvpress can do:")
-            st.code(kvpress_code(spec, run.cache_shape), language="python")
+    export.as_code(plan, run.cache_shape)

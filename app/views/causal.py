@@ -1,0 +1,120 @@
+"""Each layer compressed alone, part of the page Skip layers: does ALR tell which layers cost most?"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import streamlit as st
+
+from analysis.across import means
+from analysis.causal import POLICIES, CausalCheck, causal_check
+from analysis.errors import RunFileError
+from analysis.files import read_text
+from analysis.presets import DEMO_CAUSAL
+from analysis.run import Capture
+from app import figures, markup, state, work
+from app.charts import show
+from app.engine import Engine
+from l2kv.spec import CompressionSpec
+
+if TYPE_CHECKING:
+    from analysis.models import LoadedModel
+
+
+@lru_cache(maxsize=1)
+def _demo() -> CausalCheck | None:
+    return CausalCheck.from_json(read_text(DEMO_CAUSAL)) if DEMO_CAUSAL.exists() else None
+
+
+def section(engine: Engine, run: Capture) -> None:
+    """Draw the check of the model on screen, and the ways to have one measured or to open one."""
+    st.subheader("Measured: each layer compressed alone")
+    opened = st.session_state.get("causal")
+    check = opened or _demo()
+    if check is not None and check.model == run.model:
+        _draw(check)
+    else:
+        check = None
+        st.info(
+            "ALR is read off attention. What counts is prediction: compress one layer at a time, and see whether the "
+            f"layers that ALR calls costly are. Nothing was measured for {markup.plain(run.model)} yet."
+            + (f" What you opened is of {markup.plain(opened.model)}." if opened else ""),
+            icon=":material/info:",
+        )
+    left, right = st.columns([3, 2], gap="large")
+    with left, st.expander("Measure it here", icon=":material/speed:", expanded=check is None, key="measure_causal"):
+        _measure(engine)
+    with right, st.expander("Checks as files", icon=":material/folder_open:"):
+        _files(check)
+
+
+def _draw(check: CausalCheck) -> None:
+    change, loss = means(check.nll_change.T), means(check.loss.T)
+    n = check.loss.shape[1]
+    st.markdown(f"**{markup.plain(str(check))}**")
+    show(
+        figures.layer_costs(check.layers, loss.mean, (loss.low, loss.high), change.mean, (change.low, change.high)),
+        key="layer_costs",
+        alt="NLL change by compressing one layer alone against its ALR",
+        caption=f"Each point is a layer, numbered: its ALR / chance (across) and what it costs to compress that layer "
+        f"alone, all others whole (up): {state.in_words(check.spec)}. Means over {n} texts, bars their 95 % intervals. "
+        "Where the points rise to the right, ALR orders the layers as prediction does: a skip list by ALR is sound.",
+        table={
+            "layer": check.layers,
+            "ALR / chance": loss.mean,
+            "NLL change, nats a token": change.mean,
+            "from": change.low,
+            "to": change.high,
+        },
+    )
+
+
+def _measure(engine: Engine) -> None:
+    controls = state.current_spec()
+    ref = work.model_input()
+    texts = work.texts_input()
+    continued = work.continued_input("Texts", "Cut from what was given. With fewer than 16 the intervals are narrow.")
+    spec = CompressionSpec(keep_ratio=controls.keep_ratio, policy=controls.policy, protect_last=controls.protect_last)
+    st.caption(f"Each layer alone by the controls above: {state.in_words(spec)}.")
+    missing = "" if texts else "Upload texts or paste a long one first."
+    if spec.policy not in POLICIES:
+        missing = "ALR says nothing of random eviction: choose low or high norm above."
+
+    def measure(loaded: LoadedModel, progress: work.Progress) -> CausalCheck:
+        return causal_check(
+            loaded,
+            [text for _, text in continued.pieces(loaded, texts, continued.texts)],
+            spec,
+            prompt_tokens=continued.prompt_tokens,
+            new_tokens=continued.new_tokens,
+            on_done=lambda done, total: progress(done, total, f"{done} of {total} runs"),
+        )
+
+    check = work.run(
+        engine, ref, "Measure", measure, key="run_causal", cancelled="What was measured is gone.", missing=missing
+    )
+    if check is not None:
+        st.session_state["causal"] = check
+        st.rerun()
+
+
+def _files(check: CausalCheck | None) -> None:
+    if check is not None:
+        st.download_button(
+            "Download this check",
+            check.to_json(),
+            file_name="causal.json",
+            mime="application/json",
+            icon=":material/download:",
+            on_click="ignore",
+        )
+    file = st.file_uploader("Open a check", type="json", key="causal_file")
+    if file is not None and st.session_state.get("opened_causal") != file.file_id:
+        try:
+            st.session_state["causal"] = CausalCheck.from_json(work.decoded(file))
+        except RunFileError as error:
+            st.error(markup.plain(str(error)), icon=":material/error:")
+            return
+        st.session_state["opened_causal"] = file.file_id
+        st.rerun()

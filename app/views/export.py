@@ -1,0 +1,47 @@
+"""A plan to take along: as a file and as code; and one that is brought in. Parts of the pages Skip layers and Plan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import streamlit as st
+
+from analysis.curves import BY_NORM
+from analysis.export import kvpress_code, library_code
+from analysis.memory import CacheShape
+from analysis.run import Capture
+from analysis.skip import Plan, skip_list
+from app import state
+
+
+def download(plan: Plan) -> None:
+    """A button that gives the plan as a file."""
+    st.download_button(
+        "Download the plan (JSON)",
+        plan.to_json(),
+        file_name="plan.json",
+        mime="application/json",
+        icon=":material/download:",
+        on_click="ignore",
+    )
+
+
+def as_code(plan: Plan, shape: CacheShape) -> None:
+    """The plan's text, and what decodes by it in this library and in kvpress, to look at and to copy."""
+    with st.expander("The plan as JSON and as code", icon=":material/code:"):
+        st.code(plan.to_json(), language="json", height=min(420, 30 + 22 * plan.to_json().count("\n")))
+        st.code(library_code(plan.spec), language="python", wrap_lines=True)
+        if plan.spec.policy in BY_NORM:
+            st.markdown("The nearest that NVIDIA's kvpress can do:")
+            st.code(kvpress_code(plan.spec, shape), language="python", wrap_lines=True)
+
+
+def plan_from(text: str, run: Capture) -> Plan:
+    """What a file holds: a plan, or a bare skip list, which with the controls makes one for the model of the run.
+
+    Raises RunFileError, with the reason.
+    """
+    if text.lstrip().startswith("{"):
+        return Plan.from_json(text)
+    spec = replace(state.current_spec(), skip_layers=skip_list(text, n_layers=run.n_layers))
+    return Plan(run.model, spec, note="a skip list that was opened")

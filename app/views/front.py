@@ -1,0 +1,237 @@
+"""The measured front, part of the page Plan: what each way to spend the bytes costs in prediction."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import streamlit as st
+
+from analysis.across import Interval
+from analysis.errors import RunFileError
+from analysis.files import read_text
+from analysis.front import KEEPS, Front, FrontPoint, measure_front
+from analysis.presets import DEMO_FRONT
+from analysis.run import Capture
+from analysis.skip import Plan
+from analysis.ways import WAYS
+from app import figures, markup, state, work
+from app.charts import show
+from app.engine import Engine
+
+if TYPE_CHECKING:
+    from streamlit.navigation.page import Page as StreamlitPage
+
+    from analysis.models import LoadedModel
+
+_MIB = 2**20
+_FIRST_WAYS = (
+    "uniform, low norm",
+    "uniform, high norm",
+    "uniform, measured directions",
+    "plan by layer",
+    "plan by head",
+)
+
+
+@lru_cache(maxsize=1)
+def _demo() -> Front | None:
+    return Front.from_json(read_text(DEMO_FRONT)) if DEMO_FRONT.exists() else None
+
+
+def _current(run: Capture) -> Front | None:
+    """The session's front, or the bundled one if it is of the model on screen."""
+    front = st.session_state.get("front") or _demo()
+    return front if front and front.model == run.model else None
+
+
+def answer(run: Capture) -> None:
+    """Does a plan pay in the model on screen? Nothing where it was not measured."""
+    if front := _current(run):
+        st.markdown(f"##### {markup.plain(front.answer())}")
+
+
+def section(engine: Engine, run: Capture, generate_page: StreamlitPage) -> None:
+    """Draw the front of the model on screen, and the ways to have one measured or to open one."""
+    st.subheader("Measured: what each way costs")
+    front = _current(run)
+    if front is None:
+        other = st.session_state.get("front")
+        st.info(
+            f"Nothing was measured for {markup.plain(run.model)} yet: measure it below, or open a front that "
+            "`python -m analysis front` has written."
+            + (
+                f" The one that you have is of {markup.plain(other.model)}: it is shown beside a run of that model."
+                if other
+                else ""
+            ),
+            icon=":material/info:",
+        )
+    elif not front.points:
+        st.info("This front has no points: no way fitted its budgets.", icon=":material/info:")
+    else:
+        _draw(front)
+        _pick(front, generate_page)
+    left, right = st.columns([3, 2], gap="large")
+    with left, st.expander("Measure it here", icon=":material/speed:", expanded=front is None, key="measure_front"):
+        _measure(engine, run)
+    with right, st.expander("Fronts as files", icon=":material/folder_open:"):
+        _files(front)
+
+
+def _draw(front: Front) -> None:
+    n = len(front.measured_on)
+    shown = st.pills(
+        "Ways", list(front.lines), selection_mode="multi", default=list(front.lines), key=f"front_ways_{id(front)}",
+        help="\n".join(f"- **{markup.plain(name)}**: {WAYS[name].about}" for name in front.lines if name in WAYS),
+    )  # fmt: skip
+    points = [point for name in shown for point in front.lines[name]]
+    intervals = [point.interval() for point in points]
+    show(
+        figures.front({name: _line(name, front.lines[name]) for name in shown}, full_mib=front.full_nbytes / _MIB),
+        key="front",
+        alt="Bytes of the cache against the change of the negative log likelihood",
+        caption=f"Bytes that the caches held, counted, against the change of NLL: the mean over {n} texts and its 95 % "
+        f"interval. Lower left is better. Each text: a prompt of {front.prompt_tokens} tokens, then {front.new_tokens} "
+        f"more predicted over the compressed cache. Plans (solid) were made on {len(front.planned_on)} other texts; "
+        "uniform ways (dashed) give every head the same. Intervals of two ways overlap even where one is better in "
+        "every text: the table compares them text by text.",
+        table={
+            "way": [point.line for point in points],
+            "keep": [point.keep for point in points],
+            "MiB": [point.nbytes / _MIB for point in points],
+            "NLL change": [interval.value for interval in intervals],
+            "from": [interval.low for interval in intervals],
+            "to": [interval.high for interval in intervals],
+            "attention lost, planning texts": [point.planned_loss for point in points],
+            "attention lost, measured texts": [point.measured_loss for point in points],
+        },
+    )
+    _compared(front)
+    if front.left_out:
+        with st.expander(f"Left out, since the budget is too small: {len(front.left_out)}"):
+            st.markdown("\n".join(f"- {markup.plain(reason)}" for reason in front.left_out))
+
+
+def _line(name: str, points: tuple[FrontPoint, ...]) -> figures.Line:
+    intervals = [point.interval() for point in points]
+    return figures.Line(
+        mib=np.array([point.nbytes / _MIB for point in points]),
+        change=np.array([interval.value for interval in intervals]),
+        low=np.array([interval.low for interval in intervals]),
+        high=np.array([interval.high for interval in intervals]),
+        keep=np.array([point.keep for point in points]),
+        kind=WAYS[name].kind if name in WAYS else "plan",
+    )
+
+
+def _compared(front: Front) -> None:
+    """At each budget the best plan beside the best uniform way, paired by text."""
+    uniform, plans = front.best("uniform"), front.best("plan")
+    keeps = [keep for keep in uniform if keep in plans]
+    if not keeps:
+        return
+    pairs = [(plans[keep], uniform[keep], front.against(plans[keep].line, uniform[keep].line)[keep]) for keep in keeps]
+    st.markdown("**At equal bytes: the best plan against the best uniform way**")
+    st.dataframe(
+        {
+            "keep": [f"{keep:.0%}" for keep in keeps],
+            "MiB": [f"{one.nbytes / _MIB:.2f}" for one, _, _ in pairs],
+            "best plan": [one.line for one, _, _ in pairs],
+            "best uniform": [other.line for _, other, _ in pairs],
+            "plan less uniform, nats": [_nats(interval.value) for _, _, interval in pairs],
+            "95 %": [_ends(interval) for _, _, interval in pairs],
+            "the plan is": [
+                "better" if interval.high < 0 else "worse" if interval.low > 0 else "not told apart"
+                for _, _, interval in pairs
+            ],
+        },
+        hide_index=True,
+    )
+
+
+def _ends(interval: Interval) -> str:
+    return "no interval" if np.isnan(interval.low) else f"{_nats(interval.low)} to {_nats(interval.high)}"
+
+
+def _nats(value: float) -> str:
+    return f"{value:+.4f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _pick(front: Front, generate_page: StreamlitPage) -> None:
+    """A point of the front, to be used in Generate."""
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        name = st.selectbox("Use a point: way", list(front.lines), key="front_way")
+        by_keep = {point.keep: point for point in front.lines[name]}
+        keep = st.selectbox("keep", list(by_keep), format_func=lambda keep: f"{keep:.0%}", key="front_keep")
+        if st.button("Use it in Generate", icon=":material/compare:", key="use_point"):
+            note = f"{name}, keep {keep:g}, of the measured front"
+            state.use_plan(Plan(front.model, by_keep[keep].spec, note=note))
+            st.switch_page(generate_page)
+    st.caption(f"{state.in_words(by_keep[keep].spec)}: NLL {_nats(by_keep[keep].interval().value)} nats a token.")
+
+
+def _measure(engine: Engine, run: Capture) -> None:
+    ref = work.model_input()
+    texts = work.texts_input()
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        keeps = st.multiselect("Budgets (keep)", KEEPS, default=[0.3, 0.5], key="front_keeps", persist_state="session")
+        ways = st.multiselect(
+            "Ways", list(WAYS), default=_FIRST_WAYS, key="front_measured_ways", persist_state="session",
+            help="\n".join(f"- **{name}**: {way.about}" for name, way in WAYS.items()),
+        )  # fmt: skip
+    continued = work.continued_input(
+        "Texts to plan on, and to measure on",
+        "So many of each, cut from what was given. With fewer than 16 the intervals are too narrow.",
+    )
+    protect_last = state.current_spec().protect_last
+    st.caption(
+        f"{continued.texts * (len(ways) * len(keeps) + 1)} continuations of {continued.new_tokens} tokens, and "
+        f"{2 * continued.texts} captures. The last {protect_last} tokens are protected."
+    )
+    missing = "" if texts else "Upload texts or paste a long one first."
+    if not (keeps and ways):
+        missing = "Choose a budget and a way first."
+
+    def measure(loaded: LoadedModel, progress: work.Progress) -> Front:
+        found = continued.pieces(loaded, texts, 2 * continued.texts)
+        return measure_front(
+            loaded,
+            found[::2],
+            found[1::2],
+            keeps=keeps,
+            ways=ways,
+            prompt_tokens=continued.prompt_tokens,
+            new_tokens=continued.new_tokens,
+            protect_last=protect_last,
+            on_done=lambda done, total: progress(done, total, f"{done} of {total} runs"),
+        )
+
+    front = work.run(
+        engine, ref, "Measure", measure, key="run_front", cancelled="What was measured is gone.", missing=missing
+    )
+    if front is not None:
+        st.session_state["front"] = front
+        st.rerun()
+
+
+def _files(front: Front | None) -> None:
+    if front is not None:
+        st.download_button(
+            "Download this front",
+            front.to_json(),
+            file_name="front.json",
+            mime="application/json",
+            icon=":material/download:",
+            on_click="ignore",
+        )
+    file = st.file_uploader("Open a front", type="json", key="front_file")
+    if file is not None and st.session_state.get("opened_front") != file.file_id:
+        try:
+            st.session_state["front"] = Front.from_json(work.decoded(file))
+        except RunFileError as error:
+            st.error(markup.plain(str(error)), icon=":material/error:")
+            return
+        st.session_state["opened_front"] = file.file_id
+        st.rerun()

@@ -1,0 +1,169 @@
+"""Plan: where a cache's bytes should go. Made from the run on screen, measured on other texts, and what it saves."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import streamlit as st
+
+from analysis import planning
+from analysis.curves import BY_NORM
+from analysis.errors import RunFileError
+from analysis.planning import METHODS, AllocationPlan
+from analysis.run import Capture
+from analysis.skip import Plan
+from app import figures, markup, state, work
+from app.charts import show
+from app.engine import Engine
+from app.views import export, front, savings
+
+if TYPE_CHECKING:
+    from streamlit.navigation.page import Page as StreamlitPage
+
+_UNITS = {"head": "each kv head", "layer": "each layer"}
+_BY_BOTH = ("dp", "hull")  # methods that can give one ratio to a layer; the others go by head
+_POLICIES = state.POLICY_NAMES | {"signed_norm": state.BY_HEAD}
+
+
+def page(engine: Engine, generate_page: StreamlitPage) -> None:
+    """Draw the page; a plan can be tried on `generate_page`."""
+    run = state.current_run()
+    st.header(f"Where should the bytes of {markup.plain(run.model)}'s cache go?")
+    front.answer(run)
+    st.markdown(
+        "One ratio for all heads is the simplest budget. But some heads lose much by it and others nothing, so a plan "
+        "gives each its own. Whether that pays is measured below, on texts that the plan has not seen."
+    )
+    _in_use()
+    plan = _make(run)
+    if plan is not None:
+        _take_along(run, plan, generate_page)
+    st.divider()
+    front.section(engine, run, generate_page)
+    st.divider()
+    savings.section(engine, run)
+
+
+def _in_use() -> None:
+    """The plan of the session, and how to bring one in."""
+    if plan := state.plan_in_use():
+        with st.container(border=True, horizontal=True, vertical_alignment="center"):
+            note = f" ({markup.plain(plan.note)})" if plan.note else ""
+            st.markdown(
+                f":material/check_circle: **In use on Generate**: {state.in_words(plan.spec)}{note}, for "
+                f"{markup.plain(plan.model)}."
+            )
+            st.button("Drop it", icon=":material/close:", on_click=state.use_plan, args=(None,))
+
+
+def _make(run: Capture) -> Plan | None:
+    """A plan from the loss curves of the run on screen; None where there can be none."""
+    st.subheader("Make a plan from the run on screen")
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        state.ratio_input()
+        state.protect_last_input()
+        policy = st.selectbox(
+            "Which norms stay", BY_NORM, format_func=_POLICIES.get, key="plan_policy", persist_state="session",
+            help="By head: in each the direction that loses less here.",
+        )  # fmt: skip
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        method = st.selectbox(
+            "Method", list(METHODS), key="plan_method", persist_state="session",
+            help="\n".join(f"- **{name}**: {about}" for name, about in METHODS.items()),
+        )  # fmt: skip
+        by = st.segmented_control(
+            "A ratio for", list(_UNITS), default="head", required=True, format_func=_UNITS.get, key="plan_by",
+            persist_state="session", disabled=method not in _BY_BOTH,
+        )  # fmt: skip
+        whole = st.toggle(
+            "Heads without a signal stay whole", key="plan_whole", persist_state="session",
+            help="Where norms tell nothing of attention, nothing is thrown away, and the other heads pay for it.",
+        )  # fmt: skip
+    spec = state.current_spec()
+    try:
+        plan = _plan(run, spec.protect_last, spec.keep_ratio, by, method, policy, whole)
+    except ValueError as error:
+        st.warning(f"There is no such plan: {markup.plain(str(error))}.", icon=":material/warning:")
+        return None
+    _expected(run, plan)
+    _maps(plan)
+    unit = "by kv head" if by == "head" or method not in _BY_BOTH else "by layer"
+    note = f"{method} {unit}, from {run.n_tokens} tokens of one text"
+    return Plan(run.model, plan.to_spec(), note=note)
+
+
+@lru_cache(maxsize=64)
+def _plan(
+    run: Capture, protect_last: int, keep: float, by: str, method: str, policy: str, whole: bool
+) -> AllocationPlan:
+    curves = state.curves_of(run, protect_last)
+    return planning.plan(curves, keep, by=by, method=method, policy=policy, whole_without_signal=whole)
+
+
+def _expected(run: Capture, plan: AllocationPlan) -> None:
+    less = 1 - plan.expected_loss / plan.uniform_loss if plan.uniform_loss else 0.0
+    verdict = f"**{less:.0%} less** than" if less >= 0.005 else f"**{-less:.0%} more** than" if less < -0.005 else "as"
+    st.markdown(
+        f"On this text it would lose **{plan.expected_loss:.1%}** of the next token's attention, {verdict} one ratio "
+        f"for all ({plan.uniform_loss:.1%}) from the same bytes; no plan of this kind can lose less than "
+        f"{plan.bound:.1%}."
+    )
+    st.caption(
+        f"In-sample: planned on the {run.n_tokens} tokens on screen and judged on the same ones, for one query. That "
+        "flatters a plan. Attention lost is not prediction lost, either: see what was measured below before you "
+        "believe it."
+    )
+
+
+def _maps(plan: AllocationPlan) -> None:
+    layer, head = np.indices(plan.ratios.shape).reshape(2, -1)
+    table = {"layer": layer, "kv head": head, "keeps": plan.ratios.ravel()}
+    high = None if plan.directions is None else np.array(plan.directions) == "high"
+    if high is not None:
+        table["stays"] = np.where(high, "high norms", "low norms").ravel()
+    left, right = st.columns([3, 2], gap="large")
+    with left:
+        show(
+            figures.ratio_map(plan.ratios),
+            key="plan_ratios",
+            alt="Share of the tokens that each kv head keeps",
+            caption=f"The share of the tokens that each kv head keeps; {plan.used:.1%} of all pairs. Rows are layers, "
+            "columns kv heads. Darker keeps more. A ratio that jumps between neighbours is likely fitted to this text.",
+            table=table,
+        )
+    if high is not None:
+        with right:
+            show(
+                figures.direction_map(high),
+                key="plan_directions",
+                alt="Which norms stay in each kv head",
+                caption="Which norms stay: low ones as the paper has it (purple), or high ones (orange), whichever "
+                "loses less in that head at its ratio.",
+            )
+
+
+def _take_along(run: Capture, plan: Plan, generate_page: StreamlitPage) -> None:
+    with st.container(horizontal=True):
+        if st.button("Use this plan in Generate", icon=":material/compare:", type="primary"):
+            state.use_plan(plan)
+            st.switch_page(generate_page)
+        export.download(plan)
+    export.as_code(plan, run.cache_shape)
+    with st.expander("Open a plan, or a skip list", icon=":material/upload_file:"):
+        _import(run)
+
+
+def _import(run: Capture) -> None:
+    typed = st.text_input("A skip list", placeholder="0, 1, 12", key="plan_skip_list")
+    file = st.file_uploader("Or a file: a plan (JSON) or a skip list", type=["json", "txt"], key="plan_file")
+    given = work.decoded(file) if file is not None else typed
+    if not given.strip() or not st.button("Open it", icon=":material/upload_file:"):
+        return
+    try:
+        state.use_plan(export.plan_from(given, run))
+    except RunFileError as error:
+        st.error(markup.plain(str(error)), icon=":material/error:")
+        return
+    st.rerun()

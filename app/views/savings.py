@@ -1,0 +1,184 @@
+"""What a plan saves, part of the page Plan: bytes, sequences that fit a GPU, and the time that its memory allows."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import streamlit as st
+
+from analysis.errors import ModelError
+from analysis.export import savings
+from analysis.memory import CacheShape, human_bytes
+from analysis.models import model_folder
+from analysis.run import Capture
+from app import markup, state, work
+from app.engine import Engine, allowed_models
+from l2kv.spec import CompressionSpec
+
+LENGTHS = (4096, 32_768, 131_072)
+_CHOICES = (1024, 4096, 8192, 16_384, 32_768, 65_536, 131_072, 1_048_576)
+_GIB, _GB = 2**30, 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class _Gpu:
+    """Memory and its bandwidth, as its maker gives them."""
+
+    gib: float
+    gb_per_second: float
+
+
+_GPUS = {
+    "H200 (141 GB)": _Gpu(141, 4800),
+    "H100 SXM (80 GB)": _Gpu(80, 3350),
+    "A100 SXM (80 GB)": _Gpu(80, 2039),
+    "L40S (48 GB)": _Gpu(48, 864),
+    "L4 (24 GB)": _Gpu(24, 300),
+    "RTX 4090 (24 GB)": _Gpu(24, 1008),
+    "RTX 3060 (12 GB)": _Gpu(12, 360),
+}
+_OWN = "Another GPU"
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """What the arithmetic needs to know of a model."""
+
+    name: str
+    shape: CacheShape
+    weights_bytes: int
+    source: str  # where the bytes of its weights are from
+    is_other: bool = False  # not the one on screen
+
+
+def section(engine: Engine, run: Capture) -> None:
+    """Draw the section."""
+    st.subheader("What it saves")
+    model = _of_config() or _of_run(engine, run)
+    spec = _spec(model)
+    gpu, batch = _gpu()
+    lengths = st.multiselect(
+        "Tokens of each sequence", _CHOICES, default=LENGTHS, key="saved_lengths",
+        format_func=lambda n: f"{n:,}", persist_state="session", accept_new_options=False,
+    )  # fmt: skip
+    if not lengths:
+        st.info("Choose a length.", icon=":material/info:")
+        return
+    rows = savings(
+        model.shape,
+        spec,
+        weights_bytes=model.weights_bytes,
+        gpu_bytes=int(gpu.gib * _GIB),
+        bandwidth=gpu.gb_per_second * _GB,
+        lengths=sorted(lengths),
+        batch=batch,
+    )
+    st.dataframe(
+        {
+            "tokens": [f"{row.n_tokens:,}" for row in rows],
+            "full cache": [human_bytes(row.whole_bytes) for row in rows],
+            "compressed": [human_bytes(row.kept_bytes) for row in rows],
+            "saved": [f"{1 - row.kept_bytes / row.whole_bytes:.0%}" for row in rows],
+            "sequences that fit, full": [_count(row.whole_fits) for row in rows],
+            "compressed ": [_count(row.kept_fits) for row in rows],
+            "a step takes at least, full": [_milliseconds(row.whole_seconds) for row in rows],
+            "compressed  ": [_milliseconds(row.kept_seconds) for row in rows],
+        },
+        hide_index=True,
+    )
+    st.caption(
+        f"Arithmetic, for a batch of {batch} of {markup.plain(model.name)} with {state.in_words(spec)}. Sequences fit "
+        f"beside the weights ({human_bytes(model.weights_bytes)}, {model.source}); activations and the allocator's "
+        "waste are not counted. A decoding step reads the weights and all caches once, so it cannot be faster than "
+        "that takes; what it costs to choose whom to evict is not in it. The model need not work at all these lengths."
+    )
+
+
+def _spec(model: _Model) -> CompressionSpec:
+    """The plan in use where it is of this model, or what the controls say."""
+    plan, controls = state.plan_in_use(), state.current_spec()
+    if model.is_other:
+        return replace(controls, skip_layers=())  # the list is of the model on screen
+    if plan is None or plan.model != model.name:
+        return controls
+    by = st.segmented_control(
+        "Compressed by", ["the plan in use", "the controls"], default="the plan in use", required=True, key="saved_by",
+        persist_state="session",
+    )  # fmt: skip
+    return plan.spec if by == "the plan in use" else controls
+
+
+def _gpu() -> tuple[_Gpu, int]:
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        name = st.selectbox(
+            "GPU", [*_GPUS, _OWN], index=1, key="gpu", persist_state="session",
+            format_func=lambda name: f"{name}, {_GPUS[name].gb_per_second:,g} GB/s" if name in _GPUS else name,
+        )  # fmt: skip
+        if name == _OWN:
+            gib = st.number_input("Memory, GiB", 0.5, 1024.0, 16.0, 1.0, key="gpu_gib", persist_state="session")
+            speed = st.number_input(
+                "Bandwidth, GB/s", 1.0, 50_000.0, 500.0, 50.0, key="gpu_gbs", persist_state="session"
+            )
+            gpu = _Gpu(gib, speed)
+        else:
+            gpu = _GPUS[name]
+        batch = st.number_input("Sequences at once", 1, 4096, 1, key="saved_batch", persist_state="session")
+    return gpu, int(batch)
+
+
+def _of_config() -> _Model | None:
+    """Another model, by its config alone; None where none is given, or it is refused."""
+    with st.expander("For another model, by its config.json (no weights)", icon=":material/deployed_code:"):
+        file = st.file_uploader("config.json", type="json", key="config_file")
+        pasted = st.text_area("Or its text", key="config_text", persist_state="session", height=120, max_chars=200_000)
+        text = work.decoded(file) if file is not None else pasted
+        if not text.strip():
+            return None
+        name = Path(file.name).stem if file is not None else "config"
+        try:
+            with st.spinner("Reading the config …"):
+                return _described(text, "the config given" if name == "config" else name)
+        except ModelError as error:
+            st.error(markup.plain(str(error)), icon=":material/error:")
+            return None
+
+
+@lru_cache(maxsize=32)
+def _described(config: str, name: str) -> _Model:
+    from analysis.sizes import model_size
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.json"
+        path.write_text(config, encoding="utf-8")
+        size = model_size(path)
+    return _Model(name, size.shape, size.weights_bytes, "counted from the config", is_other=True)
+
+
+def _of_run(engine: Engine, run: Capture) -> _Model:
+    loaded = engine.loaded
+    if loaded is not None and loaded.name == run.model:
+        weights, source = sum(p.numel() * p.itemsize for p in loaded.model.parameters()), "of the model in memory"
+    else:
+        weights, source = _bytes_on_disk(run.model), "of its files"
+    return _Model(run.model, run.cache_shape, weights, source if weights else "unknown: load the model on Capture")
+
+
+def _bytes_on_disk(name: str) -> int:
+    """Of the weights of a model on this machine; 0 where it is not."""
+    refs = [ref for ref in allowed_models() if Path(ref).name == name]
+    try:
+        return sum(path.stat().st_size for path in model_folder(refs[0]).glob("*.safetensors")) if refs else 0
+    except ModelError:
+        return 0
+
+
+def _count(fits: int | None) -> str:
+    return "any number" if fits is None else f"{fits:,}"
+
+
+def _milliseconds(seconds: float) -> str:
+    ms = 1000 * seconds
+    return f"{ms:.2f} ms" if ms < 10 else f"{ms:,.0f} ms"

@@ -1,0 +1,127 @@
+"""Studies in the making and as files, part of the page Texts: run, cancelled, gone on with, downloaded and opened."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import streamlit as st
+
+from analysis.errors import RunFileError
+from analysis.study import Study, load_study, save_study
+from app import markup, state, work
+from app.engine import Engine
+
+if TYPE_CHECKING:
+    from analysis.models import LoadedModel
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What to study; the file that it is kept in goes by it, so the same task goes on where it was stopped."""
+
+    ref: str
+    sources: tuple[tuple[str, str], ...]
+    n_tokens: int
+    at_most: int
+
+    @property
+    def path(self) -> Path:
+        if "study_folder" not in st.session_state:
+            st.session_state["study_folder"] = tempfile.TemporaryDirectory()  # goes with the session
+        folder = st.session_state["study_folder"]
+        name = hashlib.sha256(repr(self).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+        return Path(folder.name) / f"{name}.safetensors"
+
+
+def run(engine: Engine) -> None:
+    """Draw the controls of a study, and do it; what is done so far is put on screen."""
+    st.subheader("Study your own texts")
+    ref = work.model_input()
+    sources = work.texts_input()
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        n_tokens = st.number_input(
+            "Tokens a piece", 16, 131_072, 512, 64, key="piece_tokens", persist_state="session",
+            help="Texts are cut into pieces of so many tokens, at most what the model was trained on. Shorter rests "
+            "are left out.",
+        )  # fmt: skip
+        at_most = st.number_input(
+            "Pieces at most", 1, 1000, 24, 8, key="pieces", persist_state="session",
+            help="Taken from the texts by turns: pieces of many texts say more than as many of one.",
+        )  # fmt: skip
+    task = _Task(ref, tuple(sources.items()), int(n_tokens), int(at_most))
+    begun = bool(sources) and task.path.exists()
+    done = work.run(
+        engine,
+        ref,
+        "Go on" if begun and not load_study(task.path).complete else "Run",
+        lambda loaded, progress: _study(loaded, task, progress),
+        key="run_study",
+        cancelled="What was done is kept: press *Go on* to do the rest." if begun else "Nothing was done yet.",
+        missing="" if sources else "Upload texts or paste a long one first.",
+    )
+    if done:
+        state.show_study(done)
+        st.rerun()
+
+
+def _study(loaded: LoadedModel, task: _Task, progress: work.Progress) -> Study:
+    from analysis.study import pieces, study
+
+    most = work.positions(loaded) - 1  # one for the next token
+    texts = pieces(loaded.tokenizer, dict(task.sources), n_tokens=min(task.n_tokens, most), at_most=task.at_most)
+    path = task.path
+
+    def on_text(done: int, total: int, name: str) -> None:
+        state.show_study(load_study(path))  # at every text: a click may end this here
+        progress(done, total, f"{done} of {total} texts")
+
+    progress(0, len(texts), f"0 of {len(texts)} texts")
+    return study(loaded, texts, path, on_text=on_text)
+
+
+def files(study: Study | None) -> None:
+    """Draw what downloads the study on screen, and what opens another."""
+    st.subheader("Studies as files")
+    if study is not None:
+        with st.container(horizontal=True):
+            st.download_button(
+                "Download this study",
+                data=lambda: _bytes_of(study),
+                file_name="study.safetensors",
+                icon=":material/download:",
+                on_click="ignore",
+            )
+            if st.session_state.get("study"):
+                st.button("Back to the bundled study", icon=":material/home:", on_click=state.show_study, args=(None,))
+    file = st.file_uploader("Open a saved study", type="safetensors", key="study_file")
+    st.caption(
+        "A study holds the figures of every head on every text, and no text. `python -m analysis study` writes the "
+        "same kind, and goes on with one that was stopped."
+    )
+    if file is not None and st.session_state.get("opened_study") != file.file_id:
+        try:
+            opened = _study_of(file.getvalue(), Path(file.name).name)
+            if not opened.names:
+                raise RunFileError(f"{file.name} is a study of no texts: none was done yet.")
+        except RunFileError as error:
+            st.error(markup.plain(str(error)), icon=":material/error:")
+            return
+        st.session_state["opened_study"] = file.file_id
+        state.show_study(opened)
+        st.rerun()
+
+
+def _bytes_of(study: Study) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        return save_study(study, Path(folder) / "study.safetensors").read_bytes()
+
+
+def _study_of(content: bytes, name: str) -> Study:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(content)
+        return load_study(path)

@@ -1,0 +1,266 @@
+"""Texts: does what one text shows hold over many?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import streamlit as st
+
+from analysis.across import (
+    MIN_TEXTS,
+    STABLE,
+    VERDICTS,
+    Means,
+    Stability,
+    answer,
+    head_means,
+    head_verdicts,
+    layer_losses,
+    means,
+    stability,
+)
+from analysis.measures import signed
+from analysis.metrics import PROBES
+from analysis.study import Study
+from app import figures, markup, state
+from app.charts import show
+from app.engine import Engine
+from app.views import studies
+
+_WITHOUT = "without the first token"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Numbers:
+    """What a study says by one probe."""
+
+    answer: str
+    gamma: Means  # [L, H]
+    without: Means  # the same with the first token left out
+    verdict: np.ndarray  # [L, H] of str
+    losses: Means  # [L], ALR / chance
+    order: Stability  # of the layers
+
+
+@lru_cache(maxsize=16)
+def _numbers(study: Study, probe: str) -> _Numbers:
+    losses = layer_losses(study, probe=probe)
+    return _Numbers(
+        answer(study, probe=probe),
+        head_means(study, probe=probe),
+        head_means(study, "gamma_without_sink", probe=probe),
+        head_verdicts(study, probe=probe),
+        means(losses),
+        stability(losses),
+    )
+
+
+def page(engine: Engine) -> None:
+    """Draw the page."""
+    study = state.current_study()
+    of = f" in {markup.plain(study.model)}" if study else ""
+    st.header(f"Does it hold over many texts{of}?")
+    if study is None:
+        st.info(
+            "One text is an anecdote. Give some below, or open a saved study: then each head's Γ comes with an "
+            "interval, and you see whether the layers come in the same order in every text.",
+            icon=":material/info:",
+        )
+    else:
+        _results(study)
+    st.divider()
+    left, right = st.columns([3, 2], gap="large")
+    with left:
+        studies.run(engine)
+    with right:
+        studies.files(study)
+
+
+def _results(study: Study) -> None:
+    place = st.empty()
+    probe = st.segmented_control(
+        "Attention of", list(PROBES), default=next(iter(PROBES)), required=True, key="study_probe",
+        persist_state="session", help="\n".join(f"- **{name}**: {about}" for name, about in PROBES.items()),
+    )  # fmt: skip
+    numbers = _numbers(study, probe)
+    with place.container():
+        st.markdown(f"##### {markup.plain(numbers.answer)}")
+        _about(study)
+    _heads(study, numbers, probe)
+    left, right = st.columns(2, gap="large")
+    with left:
+        _layers(numbers)
+    with right:
+        _order(numbers)
+    _verdicts(numbers)
+
+
+def _about(study: Study) -> None:
+    source = "Your study" if st.session_state.get("study") else "The bundled study"
+    least, most = int(study.n_tokens.min()), int(study.n_tokens.max())
+    tokens = f"{least}" if least == most else f"{least} to {most}"
+    names = ", ".join(markup.plain(name) for name in study.names[:4]) + (", …" if len(study.names) > 4 else "")
+    st.caption(
+        f"{source}: {len(study.names)} texts of {tokens} tokens ({names}). Intervals come from resampling the texts, "
+        "since tokens of one text are not independent; they are too narrow where the texts are pieces of one book."
+    )
+    if not study.complete:
+        st.warning(
+            f"{len(study.names)} of {study.texts} texts are done. What is shown is of those.",
+            icon=":material/timelapse:",
+        )
+    if len(study.names) < MIN_TEXTS:
+        st.warning(
+            f"With fewer than {MIN_TEXTS} texts no head gets a verdict: chance alone would give one sign to all.",
+            icon=":material/warning:",
+        )
+
+
+def _heads(study: Study, numbers: _Numbers, probe: str) -> None:
+    layer, head = _chosen(numbers)
+    left, right = st.columns([3, 2], gap="large")
+    with left:
+        which = st.segmented_control(
+            "Map", ["Γ", _WITHOUT], default="Γ", required=True, key="study_map", persist_state="session",
+            label_visibility="collapsed",
+        )  # fmt: skip
+        shown = numbers.gamma if which == "Γ" else numbers.without
+        show(
+            figures.head_map(shown.mean, title="Γ", diverging=True, status=numbers.verdict),
+            key=f"study_map_{which}_{probe}",
+            alt="Map of mean Γ by layer and head",
+            caption=f"**Mean Γ** over the texts{'' if which == 'Γ' else ', ' + _WITHOUT}, −1 to +1. Purple: the keys "
+            "of low norm get the attention, as the paper says. Orange: those of high norm do. Rows are layers, columns "
+            "query heads. Click a cell to see the single texts.",
+            on_head=_choose,
+        )
+        _all_heads(numbers)
+    with right:
+        with st.container(horizontal=True, vertical_alignment="bottom"):
+            n_layers, n_heads = numbers.verdict.shape
+            st.number_input("Layer", 0, n_layers - 1, key="study_layer", persist_state="session", width=130)
+            st.number_input("Head", 0, n_heads - 1, key="study_head", persist_state="session", width=130)
+        verdict = str(numbers.verdict[layer, head])
+        gamma, without = (_with_ends(of, layer, head) for of in (numbers.gamma, numbers.without))
+        st.markdown(
+            f"**Layer {layer}, head {head}: {verdict}.** {markup.plain(VERDICTS[verdict])}. Γ {gamma}; {_WITHOUT} "
+            f"{without}."
+        )
+        single = [study.of(name, probe=probe)[:, layer, head] for name in ("gamma", "gamma_without_sink")]
+        show(
+            figures.head_over_texts(
+                *single, study.names, mean=numbers.gamma.mean[layer, head],
+                low=numbers.gamma.low[layer, head], high=numbers.gamma.high[layer, head],
+            ),
+            key="study_single",
+            alt=f"Γ on each text, layer {layer}, head {head}",
+            caption=f"Γ of this head on each text, with the first token and {_WITHOUT} (hollow). The band is the 95 % "
+            "interval of the mean. Points on both sides of 0 are texts that would be told opposite things.",
+            table={"text": list(study.names), "Γ": single[0], _WITHOUT: single[1]},
+        )  # fmt: skip
+
+
+def _layers(numbers: _Numbers) -> None:
+    st.markdown("**What does low norm cost, layer by layer?**")
+    losses = numbers.losses
+    show(
+        figures.means_by_layer(losses.mean, losses.low, losses.high),
+        key="study_layers",
+        alt="ALR against chance by layer, with intervals",
+        caption="What keeping low norms loses beyond the ideal order, as a share of what dice lose: 0 is ideal, 1 "
+        "chance, 2 the worst order. Heads count by what they have to lose. Layers whose interval lies above 1 are "
+        "candidates for the page *Skip layers*.",
+        table={
+            "layer": np.arange(len(losses.mean)),
+            "ALR / chance": losses.mean,
+            "from": losses.low,
+            "to": losses.high,
+            "texts": losses.defined,
+        },
+    )
+
+
+def _order(numbers: _Numbers) -> None:
+    st.markdown("**From how many texts on is their order stable?**")
+    order = numbers.order
+    texts, spearman, kendall = (
+        np.array([getattr(agreement, name) for agreement in order.by_texts])
+        for name in ("texts", "spearman", "kendall")
+    )
+    if not len(texts) or np.isnan(spearman).all():
+        st.info(markup.plain(str(order)), icon=":material/info:")
+        return
+    show(
+        figures.order_agreement(texts, spearman, kendall, stable=STABLE),
+        key="study_order",
+        alt="Agreement of two halves of the texts on the order of layers",
+        caption=f"**{markup.plain(str(order))}** The texts are split in two halves at random, many times; each half "
+        "orders the layers by ALR / chance, and the two orders are compared. A skip list that one text suggests is "
+        "worth as much as the curve's first point.",
+        table={"texts in each half": texts, "Spearman": spearman, "Kendall": kendall},
+    )
+
+
+def _verdicts(numbers: _Numbers) -> None:
+    st.markdown("**The verdict on each head**")
+    counts = [int((numbers.verdict == name).sum()) for name in VERDICTS]
+    st.dataframe(
+        {"verdict": list(VERDICTS), "heads": counts, "meaning": list(VERDICTS.values())},
+        hide_index=True,
+        column_config={
+            "heads": st.column_config.ProgressColumn(
+                "heads", format="%d", min_value=0, max_value=numbers.verdict.size, width="small"
+            ),
+            "meaning": st.column_config.TextColumn(width="large"),
+        },
+    )
+
+
+def _all_heads(numbers: _Numbers) -> None:
+    layer, head = np.indices(numbers.verdict.shape).reshape(2, -1)
+
+    def chosen() -> None:
+        if rows := st.session_state["study_heads"].selection.rows:
+            _choose(int(layer[rows[0]]), int(head[rows[0]]))
+
+    with st.expander("All heads as a table", icon=":material/table:"):
+        st.dataframe(
+            {
+                "layer": layer,
+                "head": head,
+                "Γ": numbers.gamma.mean.ravel(),
+                "from": numbers.gamma.low.ravel(),
+                "to": numbers.gamma.high.ravel(),
+                "Γ " + _WITHOUT: numbers.without.mean.ravel(),
+                "from ": numbers.without.low.ravel(),
+                "to ": numbers.without.high.ravel(),
+                "texts": numbers.gamma.defined.ravel(),
+                "verdict": numbers.verdict.ravel().astype(str),
+            },
+            hide_index=True,
+            key="study_heads",
+            on_select=chosen,
+            selection_mode="single-row",
+        )
+
+
+def _choose(layer: int, head: int) -> None:
+    st.session_state["study_layer"], st.session_state["study_head"] = layer, head
+
+
+def _chosen(numbers: _Numbers) -> tuple[int, int]:
+    """The open head; at first the one that follows the paper most."""
+    if "study_layer" not in st.session_state or "study_head" not in st.session_state:
+        gamma = np.where(np.isfinite(numbers.gamma.mean), numbers.gamma.mean, np.inf)
+        _choose(*(int(i) for i in np.unravel_index(gamma.argmin(), gamma.shape)))
+    return st.session_state["study_layer"], st.session_state["study_head"]
+
+
+def _with_ends(of: Means, layer: int, head: int) -> str:
+    mean, low, high = (values[layer, head] for values in (of.mean, of.low, of.high))
+    if np.isnan(mean):
+        return "undefined"
+    ends = f" (95 % {signed(low)} to {signed(high)})" if np.isfinite(low) else " (no interval)"
+    return signed(mean) + ends

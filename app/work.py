@@ -1,0 +1,162 @@
+"""Long work on a page: with which model, on which texts, and then a turn with the model, progress and Cancel."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import streamlit as st
+
+from analysis.errors import TextError, UserError
+from analysis.models import model_folder
+from app import markup
+from app.engine import Engine, allowed_models, check_allowed
+
+if TYPE_CHECKING:
+    from streamlit.runtime.uploaded_file_manager import UploadedFile
+
+    from analysis.models import LoadedModel
+
+_SPARE = 8  # tokens of a piece more than are used: on its own it may make a few less than it did in the text
+OTHER = "Another model (hub id or folder)"
+Result = TypeVar("Result")
+Progress = Callable[[int, int, str], None]
+"""Called as (done, total, what is done); raises what ends the work when the user has clicked."""
+
+
+def model_input() -> str:
+    """Which model; the choice is one with the page Capture's. Empty if none was named."""
+    chosen = st.selectbox("Model", [*allowed_models(), OTHER], key="model_choice", persist_state="session")
+    if chosen != OTHER:
+        return chosen
+    return st.text_input(
+        "Hugging Face id or folder", key="model_ref", persist_state="session", placeholder="Qwen/Qwen3-0.6B",
+        help="Any decoder-only model with safetensors weights. No remote code is run. Folders must be allowed by "
+        "whoever runs the app (L2KV_MODEL_DIRS).",
+    )  # fmt: skip
+
+
+def texts_input() -> Mapping[str, str]:
+    """The session's texts by name, the same on every page: uploaded files, and one that was pasted."""
+    uploads = st.session_state.setdefault("uploads", 0)
+    key = f"text_files_{uploads}"
+
+    def upload() -> None:
+        files = st.session_state[key]
+        st.session_state["sources"] = {file.name: decoded(file) for file in files}
+
+    def clear() -> None:
+        st.session_state.update(sources={}, pasted="", uploads=uploads + 1)
+
+    st.file_uploader("Text files", type="txt", accept_multiple_files=True, key=key, on_change=upload,
+                     help="Long ones are cut into pieces.")  # fmt: skip
+    pasted = st.text_area(
+        "And, or, a long text", key="pasted", persist_state="session", height=120, max_chars=4_000_000,
+        placeholder="Paste a text of some thousand words.",
+    )  # fmt: skip
+    texts = dict(st.session_state.get("sources", {}))
+    if pasted.strip():
+        texts["pasted"] = pasted
+    if texts:
+        names = ", ".join(markup.plain(name) for name in list(texts)[:6]) + (", …" if len(texts) > 6 else "")
+        with st.container(horizontal=True, vertical_alignment="center"):
+            st.caption(
+                f"{len(texts)} text{'s' * (len(texts) != 1)}, {sum(map(len, texts.values())):,} characters: {names}"
+            )
+            st.button("Clear", icon=":material/close:", type="tertiary", on_click=clear)
+    return texts
+
+
+@dataclass(frozen=True, slots=True)
+class Continued:
+    """How texts are continued: each piece is a prompt, and tokens to predict after it."""
+
+    texts: int
+    prompt_tokens: int
+    new_tokens: int
+
+    def pieces(self, loaded: LoadedModel, texts: Mapping[str, str], at_most: int) -> tuple[tuple[str, str], ...]:
+        """Pieces of the texts, (name, text) each, long enough. Raises TextError where there are none."""
+        from analysis.study import pieces
+
+        size = self.prompt_tokens + self.new_tokens
+        if size > positions(loaded):
+            raise TextError(
+                f"{loaded.name} was trained on {positions(loaded):,} tokens at once, and {size:,} are asked for: take "
+                "a shorter prompt."
+            )
+        return pieces(loaded.tokenizer, texts, n_tokens=size + _SPARE, at_most=at_most)
+
+
+def continued_input(label: str, help_text: str) -> Continued:
+    """How many texts, and how long; the same on every page."""
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        texts = st.number_input(label, 1, 256, 8, key="continued", persist_state="session", help=help_text)
+        prompt = st.number_input("Prompt tokens", 8, 131_072, 384, 64, key="prompt_tokens", persist_state="session")
+        new = st.number_input("Tokens to predict", 1, 4096, 32, 16, key="predicted", persist_state="session")
+    return Continued(int(texts), int(prompt), int(new))
+
+
+def decoded(file: UploadedFile) -> str:
+    """The text of an uploaded file, whatever its bytes are."""
+    return file.getvalue().decode("utf-8", errors="replace")
+
+
+def positions(loaded: LoadedModel) -> int:
+    """The tokens that a model was trained to read at once."""
+    return getattr(loaded.config, "max_position_embeddings", None) or sys.maxsize
+
+
+def run(
+    engine: Engine,
+    ref: str,
+    label: str,
+    work: Callable[[LoadedModel, Progress], Result],
+    *,
+    key: str,
+    cancelled: str,
+    missing: str = "",
+) -> Result | None:
+    """A button that has `work` done with the model `ref`; what it gives, or None where it was not pressed or failed.
+
+    The page takes the result and is run again (`st.rerun`), and then says that it is done.
+
+    Args:
+        cancelled: what to say on the page after the user has cancelled.
+        missing: why it cannot begin, if it cannot.
+    """
+    buttons = st.container(horizontal=True, vertical_alignment="center")
+    started = buttons.button(label, type="primary", icon=":material/play_arrow:", key=key)
+    if not started:
+        if st.session_state.pop(f"{key}_cancelled", False):
+            st.info(f"Cancelled. {cancelled}", icon=":material/cancel:")
+        if st.session_state.pop(f"{key}_done", False):
+            st.toast("Done: it is shown above.", icon=":material/check:")  # wherever the reader has scrolled to
+        return None
+    if missing or not ref:
+        st.error(missing or "Give the id or the folder of a model first.", icon=":material/error:")
+        return None
+    # A click ends this script at its next st.* call, which is in the progress after each step.
+    cancel = buttons.empty()
+    cancel.button("Cancel", icon=":material/cancel:", key=f"{key}_cancel",
+                  on_click=lambda: st.session_state.update({f"{key}_cancelled": True}))  # fmt: skip
+    bar = st.progress(0.0, "Looking for the model …")
+    try:
+        ref = check_allowed(ref)
+        model_folder(ref)  # fetched, or refused, before anyone has to wait for it
+        with engine.turn(
+            ref,
+            on_wait=lambda ahead: bar.progress(0.0, f"Waiting: {ahead} ahead of you"),
+            on_load=lambda: bar.progress(0.0, f"Loading {markup.plain(ref)} …"),
+        ) as loaded:
+            bar.progress(0.0, "Running …")
+            result = work(loaded, lambda done, total, what: bar.progress(min(done / total, 1.0), markup.plain(what)))
+    except UserError as error:
+        st.error(markup.plain(str(error)), icon=":material/error:")
+        result = None
+    bar.empty()
+    cancel.empty()
+    st.session_state[f"{key}_done"] = result is not None
+    return result

@@ -1,0 +1,356 @@
+"""The pages Texts, Plan, Skip layers and Generate as Streamlit runs them, without a browser."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from streamlit.testing.v1 import AppTest
+from streamlit.util import calc_hash
+
+from analysis import Plan, load_study
+from analysis.across import Interval
+from analysis.causal import CausalCheck
+from analysis.front import Front, FrontPoint
+from analysis.metrics import METRICS, PROBES
+from analysis.presets import DEMO_CAUSAL, DEMO_FRONT, DEMO_STUDY
+from analysis.study import Study, save_study
+from app import state
+from app.views.generate import Column
+from l2kv import CompressionSpec
+from tests.conftest import ROOT
+
+N_LAYERS, N_HEADS = 6, 8  # as the demo run
+
+
+def opened(page="texts", **state):
+    """The app on a page, with a session that holds `state`."""
+    app = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=60)
+    for key, value in state.items():
+        app.session_state[key] = value
+    return go(app, page)
+
+
+def go(app, page):
+    app._page_hash = calc_hash("" if page == "heads" else page)  # switch_page knows only pages that are files
+    return app.run()
+
+
+def button(app, label):
+    return next(button for button in app.button if button.label == label)
+
+
+def charts(app):
+    return len(app.get("plotly_chart"))
+
+
+def words(app):
+    kinds = (app.markdown, app.caption, app.info, app.warning, app.error)
+    return "\n".join(element.value for kind in kinds for element in kind).replace("\\", "")
+
+
+def upload(app, key, name, content):
+    next(box for box in app.file_uploader if box.key == key).set_value((name, content, "")).run()
+
+
+def a_study(n=8, texts=None):
+    """A study in which every metric rises from -0.8 in the first layer to 0.8 in the last, with some spread."""
+    generator = np.random.default_rng(0)
+    values = generator.normal(0, 0.05, (n, len(PROBES), len(METRICS), N_LAYERS, N_HEADS))
+    values += np.linspace(-0.8, 0.8, N_LAYERS)[:, None]
+    values[:, :, tuple(METRICS).index("alr_chance")] = 1.0
+    return Study(
+        model="books-5m",
+        weights="0" * 64,
+        layer_kinds=("full",) * N_LAYERS,
+        texts=texts or n,
+        names=tuple(f"text {i}" for i in range(n)),
+        digests=("0" * 64,) * n,
+        n_tokens=np.full(n, 128),
+        values=values,
+        status=np.zeros(values.shape, np.uint8),
+    )
+
+
+def a_front(model="books-5m"):
+    def point(line, keep, change, **spec):
+        spec = CompressionSpec(keep_ratio=keep, protect_last=32, **spec)
+        return FrontPoint(line, keep, spec, int(1e6 * keep), tuple(change + 0.01 * i for i in range(8)))
+
+    names = tuple(f"m{i}" for i in range(8))
+    heads = {(layer, head): 0.4 for layer in range(N_LAYERS) for head in range(4)} | {(0, 0): 0.9}
+    points = [
+        *(point("uniform, low norm", keep, 0.5 - keep / 2) for keep in (0.3, 0.5)),
+        *(point("plan by head", keep, 0.3 - keep / 2, head_ratios=heads) for keep in (0.3, 0.5)),
+    ]
+    return Front(model, ("p0",), names, 384, 32, 1_000_000, (3.0,) * 8, tuple(points))
+
+
+def a_check(model="books-5m"):
+    change = np.outer(np.arange(N_LAYERS), np.ones(8)) / 100 + 0.001 * np.arange(8)
+    spec = CompressionSpec(keep_ratio=0.5, protect_last=32)
+    return CausalCheck(model, spec, tuple(range(N_LAYERS)), change, 1 + change, Interval(1.0, 0.9, 1.0))
+
+
+@pytest.mark.parametrize("page", ["heads", "capture", "texts", "skip", "plan", "generate"])
+def test_every_page_opens_on_a_fresh_session(page):
+    app = opened(page)
+    assert not app.exception and not app.error and app.header
+
+
+@pytest.mark.parametrize("file", [DEMO_STUDY, DEMO_FRONT, DEMO_CAUSAL])
+def test_what_is_bundled_can_be_read_and_is_of_the_bundled_model(file):
+    if not file.exists():
+        pytest.skip(f"{file.name} is not bundled")
+    if file == DEMO_STUDY:
+        assert load_study(file).complete and load_study(file).model == "books-5m"
+    else:
+        kind = Front if file == DEMO_FRONT else CausalCheck
+        assert kind.from_json(file.read_text(encoding="utf-8")).model == "books-5m"
+
+
+# texts
+
+
+def test_a_study_is_answered_mapped_and_told_by_layer():
+    app = opened(study=a_study())
+    assert not app.exception and charts(app) == 4
+    assert "heads low-norm keys get the attention" in words(app) and "over 8 texts" in words(app)
+    assert "order of layers is stable from 1 texts on" in words(app).replace("\\", "")
+
+
+def test_the_study_is_told_by_every_probe():
+    app = opened(study=a_study())
+    (choice,) = [control for control in app.get("button_group") if control.key == "study_probe"]
+    assert list(choice.options) == list(PROBES)
+    for probe in PROBES:
+        choice.set_value(probe)
+        app.run()
+        assert not app.exception and charts(app) == 4
+
+
+def test_the_head_of_a_study_is_chosen_by_number_and_at_first_follows_the_paper_most():
+    study = a_study()
+    app = opened(study=study)
+    mean = study.of("gamma").mean(axis=0)
+    layer, head = np.unravel_index(mean.argmin(), mean.shape)
+    assert f"**Layer {layer}, head {head}: follows the paper.**" in words(app)
+    app.number_input(key="study_layer").set_value(5).run()
+    assert f"**Layer 5, head {head}: mirror.**" in words(app)
+
+
+def test_few_texts_and_unfinished_studies_are_said_to_be_such():
+    app = opened(study=a_study(n=3, texts=10))
+    told = words(app)
+    assert not app.exception and "3 of 10 texts are done" in told and "fewer than 6 texts" in told
+
+
+def test_a_study_of_one_text_opens():
+    app = opened(study=a_study(n=1))
+    assert not app.exception and "no interval" in words(app)
+
+
+def test_a_saved_study_is_opened_and_a_bad_one_refused_in_one_sentence(tmp_path):
+    app = opened(study=a_study())
+    upload(app, "study_file", "s.safetensors", save_study(a_study(n=7), tmp_path / "s.safetensors").read_bytes())
+    assert not app.error and "over 7 texts" in words(app)
+    upload(app, "study_file", "bad.safetensors", b"no study")
+    assert len(app.error) == 1 and "not a study that can be read" in app.error[0].value.replace("\\", "")
+    assert not app.exception and "over 7 texts" in words(app)
+
+
+def test_without_texts_a_study_says_what_is_missing():
+    app = opened()
+    app.button(key="run_study").click().run()
+    assert "Upload texts or paste a long one first." in [error.value for error in app.error]
+
+
+def test_a_pasted_text_is_cut_studied_and_shown_and_more_of_it_asked_for_goes_on_by_itself():
+    app = opened()
+    app.text_area(key="pasted").set_value("The old man looked at the sea and the sea looked at him. " * 12)
+    app.number_input(key="piece_tokens").set_value(32)
+    app.number_input(key="pieces").set_value(3).run()
+    app.button(key="run_study").click().run()
+    study = app.session_state["study"]
+    assert not app.exception and not app.error
+    assert study.complete and study.names == ("pasted 0", "pasted 1", "pasted 2") and set(study.n_tokens) == {32}
+    assert any("Done" in message.value for message in app.toast)
+
+
+# plan
+
+
+def test_a_plan_is_made_from_the_run_and_said_to_be_in_sample():
+    app = opened("plan")
+    told = words(app)
+    assert not app.exception and "In-sample" in told and "less** than one ratio for all" in told
+    for method in ("uniform", "skip", "adakv"):
+        app.selectbox(key="plan_method").set_value(method).run()
+        assert not app.exception and not app.error
+    app.selectbox(key="plan_policy").set_value("low_norm").run()
+    assert not app.exception
+
+
+def test_a_budget_that_is_too_small_is_a_warning_that_names_the_least_one():
+    app = opened("plan", keep_ratio=0.05)
+    assert not app.exception and any("There is no such plan: keep must be" in w.value for w in app.warning)
+
+
+def test_a_plan_is_taken_to_generate_and_dropped_there():
+    app = opened("plan")
+    button(app, "Use this plan in Generate").click().run()
+    assert not app.exception and "What does compression change" in app.header[0].value
+    plan = app.session_state["plan"]
+    assert plan.spec.policy == "signed_norm" and "Plan in use" in words(app)
+    assert not [slider for slider in app.slider if slider.key == "keep_ratio"]  # the plan says what is kept
+    button(app, "Drop it").click().run()
+    assert app.session_state["plan"] is None and "Plan in use" not in words(app)
+    assert [slider for slider in app.slider if slider.key == "keep_ratio"]
+
+
+def test_a_plan_of_another_model_is_shown_with_a_warning():
+    app = opened("generate", plan=Plan("other", CompressionSpec()))
+    assert any("made for other" in warning.value for warning in app.warning)
+
+
+def test_a_skip_list_is_opened_as_a_plan_or_refused_in_one_sentence():
+    app = opened("plan")
+    for given, answer in (("0, 99", "names layer 99"), ("first", "no list of layers"), ("{}", "no plan")):
+        app.text_input(key="plan_skip_list").set_value(given).run()
+        button(app, "Open it").click().run()
+        assert not app.exception and len(app.error) == 1 and answer in words(app) and "plan" not in app.session_state
+    app.text_input(key="plan_skip_list").set_value("[0, 5]").run()
+    button(app, "Open it").click().run()
+    assert app.session_state["plan"].spec.skip_layers == (0, 5) and "In use on Generate" in words(app)
+
+
+def test_a_plans_file_comes_back_as_it_was_saved():
+    plan = Plan("books-5m", CompressionSpec(keep_ratio=0.3, layer_ratios={1: 0.2, 2: 0.9}), note="by hand")
+    app = opened("plan")
+    upload(app, "plan_file", "plan.json", plan.to_json().encode())
+    button(app, "Open it").click().run()
+    assert app.session_state["plan"] == plan
+
+
+def test_the_front_answers_first_compares_at_equal_bytes_and_gives_a_point_to_generate():
+    app = opened("plan", front=a_front())
+    told = words(app)
+    assert not app.exception and charts(app) == 3
+    assert any(line.startswith("##### Yes") for line in told.splitlines())
+    app.selectbox(key="front_way").set_value("plan by head").run()
+    button(app, "Use it in Generate").click().run()
+    assert app.session_state["plan"].spec == a_front().points[2].spec
+
+
+def test_another_front_may_have_other_ways():
+    app = opened("plan", front=a_front())
+    app.selectbox(key="front_way").set_value("plan by head").run()
+    front = a_front()
+    app.session_state["front"] = replace(front, points=front.points[:2])
+    app.run()
+    assert not app.exception and app.selectbox(key="front_way").value == "uniform, low norm"
+
+
+def test_a_front_of_another_model_is_not_shown():
+    app = opened("plan", front=a_front("other"))
+    assert charts(app) == 2 and "The one that you have is of other" in words(app)
+
+
+def test_a_bad_front_is_refused_in_one_sentence():
+    app = opened("plan")
+    for i, content in enumerate([b"{}", b"[1]", b"\xff\xfe", b'{"l2kv_front": 1}', b"[" * 100_000]):
+        upload(app, "front_file", f"{i}.json", content)
+        assert not app.exception and len(app.error) == 1, content
+
+
+def test_what_is_saved_is_told_for_the_gpu_and_the_batch():
+    app = opened("plan", saved_batch=4)
+    table = app.dataframe[-1].value
+    # 6 layers, 4 kv heads of 32, keys and values of 4 bytes: 6144 bytes a token
+    assert table["full cache"][0] == f"{4 * 4096 * 6144 / 2**20:.1f} MiB" and table["saved"][0] == "50%"
+
+
+def test_a_config_alone_tells_what_is_saved_and_a_bad_one_is_refused():
+    app = opened("plan")
+    config = (ROOT / "analysis" / "bundled" / "books-5m" / "config.json").read_text()
+    app.text_area(key="config_text").set_value(config).run()
+    assert not app.exception and not app.error and "counted from the config" in words(app)
+    app.text_area(key="config_text").set_value('{"num_hidden_layers": 1000000}').run()
+    assert len(app.error) == 1 and "num_hidden_layers" in app.error[0].value.replace("\\", "")
+
+
+# skip layers
+
+
+def test_layers_are_suggested_by_threshold_by_number_and_by_gap():
+    app = opened("skip")
+    assert "Suggestion" in words(app)
+    for rule, said in (("count", "Skip the 2 layers"), ("gap", "gap"), ("threshold", "ALR / chance")):
+        app.session_state["skip_rule"] = rule
+        app.run()
+        assert not app.exception and said in words(app)
+
+
+def test_layers_are_suggested_from_the_study_of_the_same_model():
+    app = opened("skip", study=a_study(), judged_by="study")
+    assert not app.exception and "Measured on 8 texts" in words(app)
+
+
+def test_a_skip_list_is_opened_on_its_page_and_a_bad_one_refused():
+    app = opened("skip")
+    app.text_input(key="skip_text").set_value("0, 4").run()
+    assert app.session_state["skip_layers"] == [0, 4] and not app.error
+    app.text_input(key="skip_text").set_value("nine").run()
+    assert app.session_state["skip_layers"] == [0, 4] and "no list of layers" in app.error[0].value
+
+
+def test_what_each_layer_costs_alone_is_shown_for_the_model_that_it_is_of():
+    app = opened("skip", causal=a_check())
+    assert not app.exception and charts(app) == 2 and "Spearman of ALR / chance" in words(app)
+    app = opened("skip", causal=a_check("other"))
+    assert charts(app) == 1 and "What you opened is of other" in words(app)
+
+
+def test_a_bad_check_is_refused_in_one_sentence():
+    app = opened("skip")
+    upload(app, "causal_file", "causal.json", b'{"l2kv_causal": 1, "model": "m"}')
+    assert not app.exception and len(app.error) == 1
+
+
+# generate
+
+
+def test_two_compressions_are_decoded_beside_the_full_cache():
+    app = opened("generate", beside=True, new_tokens=3, keep_ratio=0.5, prompt="The old man looked at the sea. " * 4)
+    app.slider(key="second_keep_ratio").set_value(1.0).run()
+    button(app, "Generate").click().run()
+    preview = app.session_state["generated"]
+    assert not app.exception and not app.error and preview.done
+    assert [column.spec.keep_ratio for column in preview.columns] == [0.5, 1.0]
+    assert len(preview.compressed) == 2 and preview.compressed[1].token_ids == preview.full.token_ids
+    assert preview.agreement(1) == 1.0 and charts(app) == 1
+    assert "Nothing was evicted" in words(app)
+
+
+def test_the_plan_is_decoded_with_and_the_controls_beside_it():
+    plan = Plan("books-5m", CompressionSpec(layer_ratios={0: 0.9, 1: 0.1}, protect_last=4))
+    app = opened("generate", plan=plan, beside=True, new_tokens=2, prompt="The old man looked at the sea. " * 4)
+    button(app, "Generate").click().run()
+    first, second = app.session_state["generated"].columns
+    assert not app.exception and first == Column("plan", plan.spec) and second.spec.layer_ratios is None
+
+
+def test_a_plan_for_more_layers_than_the_model_has_gets_an_answer():
+    plan = Plan("books-5m", CompressionSpec(layer_ratios={40: 0.5}))
+    app = opened("generate", plan=plan, new_tokens=2)
+    button(app, "Generate").click().run()
+    assert not app.exception and len(app.error) == 1
+
+
+def test_a_compression_is_told_in_words():
+    spec = CompressionSpec(keep_ratio=0.25, policy="high_norm", skip_layers=(0, 3), protect_last=8, prune_after=64)
+    assert state.in_words(spec) == "**25% kept**, high norm, last 8 protected, layers 0, 3 whole, from 64 tokens on"
+    by_head = CompressionSpec(policy="signed_norm", directions=[["low"]], head_ratios={(0, 0): 0.5})
+    assert state.in_words(by_head) == "**50% kept** by kv head, low or high norm by head"
+    assert (
+        state.in_words(CompressionSpec(budget=100, skip_layers=(2,))) == "**100 tokens kept**, low norm, layer 2 whole"
+    )
