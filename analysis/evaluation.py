@@ -21,8 +21,8 @@ from analysis.errors import TextError
 from analysis.generation import decode_one_token, new_cache, prefill, prepared
 from analysis.memory import memory_errors
 from analysis.models import LoadedModel
+from analysis.plans.skip import suggest_skip_layers
 from analysis.presets import PASSKEY_QUESTION, passkey
-from analysis.skip import suggest_skip_layers
 from analysis.tokens import Tokens, tokenize
 from l2kv import CompressionSpec, cache_nbytes
 

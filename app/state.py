@@ -11,12 +11,12 @@ from functools import lru_cache
 import numpy as np
 import streamlit as st
 
-from analysis.curves import LossCurves, loss_curves
 from analysis.measures import HeadFigures
 from analysis.metrics import by_query, figures_of_probe
+from analysis.plans.curves import LossCurves, loss_curves
+from analysis.plans.skip import Plan
 from analysis.presets import DEMO_RUN, DEMO_STUDY
 from analysis.run import Capture, load_run
-from analysis.skip import Plan
 from analysis.study import Study, load_study
 from l2kv.policies import POLICIES
 from l2kv.spec import CompressionSpec

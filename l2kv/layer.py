@@ -229,15 +229,17 @@ class CompressedLayer(CacheLayerMixin):
 
     def _rank(self, group: Group, positions: Tensor) -> None:
         """Rank the pairs that have no rank yet; their `positions` broadcast to [B, h, T]."""
-        if not group.slots.has(_RANKS):
-            group.slots.add_buffer(torch.int64)
         new = slice(group.ranked, group.held)
         score = torch.zeros((), device=self.device)
         if self._policy.on_arrival:
             score = self._policy.score(
                 self._pairs(group.heads, group.keys[:, :, new], group.values[:, :, new], positions)
             )
-        group.slots[_RANKS][:, :, new] = ranks.rank(score, positions, self.first_real)
+        of_new = ranks.rank(score, positions, self.first_real)
+        if group.slots.has(_RANKS):
+            group.slots[_RANKS][:, :, new] = of_new
+        else:
+            group.slots.add_buffer(of_new)
         group.ranked = group.held
 
     def _rank_of_all(self, group: Group, options: Mapping[str, object]) -> Tensor:
@@ -287,7 +289,7 @@ class CompressedLayer(CacheLayerMixin):
         positions, known = self._positions(group), group.ranked
         self._rank(group, self._pending(group))
         if not group.slots.has(_RECEIVED):
-            group.slots.add_buffer(torch.float32)
+            group.slots.add_buffer(torch.zeros(group.keys.shape[:3], device=self.device))
         received = group.slots[_RECEIVED]
         received[:, :, known:] = 0.0
         queries = query.shape[2]

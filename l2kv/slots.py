@@ -54,9 +54,15 @@ class Slots:
         self._buffers[1][:, :, self.held : end] = values.detach()
         self.held = end
 
-    def add_buffer(self, dtype: torch.dtype) -> None:
-        """Let another buffer go with the pairs, one number each; what it holds is for the caller to fill in."""
-        self._buffers.append(self._buffers[0].new_empty(self._buffers[0].shape[:3], dtype=dtype))
+    def add_buffer(self, values: Tensor) -> None:
+        """Let another number go with each pair, `values` [B, h, held]; taken without a copy where it can be."""
+        shape = self._buffers[0].shape[:3]
+        if self.held < self.capacity:
+            buffer = values.new_empty(shape)
+            buffer[:, :, : self.held] = values
+            self._buffers.append(buffer)
+        else:
+            self._buffers.append(values.expand(shape).contiguous())
 
     def keep(self, rank: Tensor, kept: int) -> None:
         """Keep the `kept` slots of highest rank, [B, h, held] int64 without ties, and free what the others took."""

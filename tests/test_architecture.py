@@ -37,6 +37,7 @@ def test_imports_run_one_way(place):
 
 def test_what_the_first_paint_needs_does_not_wait_for_torch():
     code = "import sys, app.state, app.engine, app.views.heads, app.views.generate, app.views.capture, app.views.skip; "
+    code += "import app.views.texts, app.views.plan; "
     code += "app.state._demo_run(); print('torch' in sys.modules, 'transformers' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout.split() == ["False", "False"]

@@ -9,12 +9,13 @@ import pytest
 from scipy import stats
 from transformers import AutoTokenizer
 
-from analysis import RunFileError, TextError, capture, causal, presets
+from analysis import RunFileError, TextError, capture, presets
 from analysis.across import MIN_TEXTS, RESAMPLES
-from analysis.causal import CausalCheck, agreement, causal_check, head_costs
 from analysis.evaluation import continuation_nll
 from analysis.models import LoadedModel
-from analysis.skip import layer_loss
+from analysis.plans import causal
+from analysis.plans.causal import CausalCheck, agreement, causal_check, head_costs
+from analysis.plans.skip import layer_loss
 from analysis.study import chunks
 from analysis.tokens import tokenize
 from l2kv import CompressionSpec

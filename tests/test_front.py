@@ -11,13 +11,13 @@ import pytest
 from transformers import AutoTokenizer
 
 from analysis import RunFileError, TextError, capture, loss_curves, presets
-from analysis.causal import head_costs
 from analysis.evaluation import continuation_nll
-from analysis.front import Front, FrontPoint, measure_front
 from analysis.models import LoadedModel
+from analysis.plans.causal import head_costs
+from analysis.plans.front import Front, FrontPoint, measure_front
+from analysis.plans.ways import KINDS, WAYS
 from analysis.study import pieces
 from analysis.tokens import tokenize
-from analysis.ways import KINDS, WAYS
 from l2kv import CompressionSpec
 from tests.conftest import BUNDLED, ROOT
 
@@ -200,7 +200,8 @@ def test_a_strangers_file_is_refused_with_the_reason(change, reason):
 
 
 def test_reading_a_front_or_a_check_does_not_wait_for_torch():
-    code = "import sys, analysis.front, analysis.causal; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    code = "import sys, analysis.plans.front, analysis.plans.causal; "
+    code += "print('torch' in sys.modules, 'transformers' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout.split() == ["False", "False"]
 

@@ -5,8 +5,8 @@ import pytest
 
 from analysis import Plan, alr, attention_loss, correlation, suggest_skip_layers, verdicts
 from analysis.measures import alr_chance, answer, head_figures, sink_share, status
+from analysis.plans.skip import layer_loss
 from analysis.run import Capture
-from analysis.skip import layer_loss
 from l2kv import CompressionSpec
 
 

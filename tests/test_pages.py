@@ -9,9 +9,9 @@ from streamlit.util import calc_hash
 
 from analysis import Plan, load_study
 from analysis.across import Interval
-from analysis.causal import CausalCheck
-from analysis.front import Front, FrontPoint
 from analysis.metrics import METRICS, PROBES
+from analysis.plans.causal import CausalCheck
+from analysis.plans.front import Front, FrontPoint
 from analysis.presets import DEMO_CAUSAL, DEMO_FRONT, DEMO_STUDY
 from analysis.study import Study, save_study
 from app import state

@@ -13,11 +13,12 @@ from analysis import ModelError, TextError, capture
 from analysis.files import content_of
 from analysis.measures import correlation
 from analysis.models import LoadedModel
-from analysis.paper import FIGURES, VERSION, best_and_worst, four_heads, over_chunks, reproduce, to_json
-from analysis.vectors import HeadVectors, attention_rows, each_layer, head_vectors, pooled_attention
-from analysis.why import Factors, factors, sink_head, sink_key, zeroing
-from app import figures, paper
-from app.document import document
+from analysis.paper.figures import FIGURES, VERSION, best_and_worst, four_heads, over_chunks, reproduce, to_json
+from analysis.paper.vectors import HeadVectors, attention_rows, each_layer, head_vectors, pooled_attention
+from analysis.paper.why import Factors, factors, sink_head, sink_key, zeroing
+from app import figures
+from app.report import paper
+from app.report.document import document
 from tests.conftest import BUNDLED, TINY, build
 from tests.test_capture import OTHERS, TEXT, TOKENIZER_VOCABULARY, eager
 from tests.test_measures import run_of, slow_losses

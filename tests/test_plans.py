@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from analysis import Plan, presets
-from analysis.causal import CausalCheck
 from analysis.commands import main
-from analysis.front import Front
 from analysis.memory import CacheShape
+from analysis.plans.causal import CausalCheck
+from analysis.plans.front import Front
 from analysis.sizes import model_size
 from l2kv import CompressionSpec
 from tests.conftest import BUNDLED, TINY, build

@@ -12,18 +12,18 @@ import pytest
 
 from analysis import RunFileError, correlation, load_run, presets, save_run
 from analysis.across import Interval
-from analysis.causal import CausalCheck
 from analysis.commands import main
 from analysis.comparing import compare_runs, compare_studies, read_training
 from analysis.files import content_of
-from analysis.front import Front, FrontPoint
 from analysis.measures import answer, verdicts
 from analysis.metrics import METRICS, PROBES, metrics
+from analysis.plans.causal import CausalCheck
+from analysis.plans.front import Front, FrontPoint
 from analysis.study import Study, save_study
 from analysis.training.loop import RECORD_NAME
 from app import figures
-from app.document import MOST_ROWS, Drawing, Section, document
 from app.report import VERSION, report
+from app.report.document import MOST_ROWS, Drawing, Section, document
 from l2kv import CompressionSpec
 from tests.conftest import BUNDLED
 from tests.test_measures import run_of

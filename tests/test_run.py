@@ -17,8 +17,8 @@ from safetensors.numpy import save, save_file
 from analysis import files as files_module
 from analysis import run as run_module
 from analysis.errors import RunFileError
+from analysis.plans.skip import Plan
 from analysis.run import Capture, load_run, save_run
-from analysis.skip import Plan
 from l2kv import CompressionSpec
 
 LAYERS, HEADS, KV_HEADS, TOKENS, BINS = 2, 4, 2, 5, 3

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from analysis import Plan, RunFileError
-from analysis.skip import RULES, layer_loss, skip_list, suggest_skip_layers
+from analysis.plans.skip import RULES, layer_loss, skip_list, suggest_skip_layers
 from l2kv import CompressionSpec
 from tests.test_measures import run_of
 from tests.test_study import study_of

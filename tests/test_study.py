@@ -38,7 +38,7 @@ from analysis.errors import RunFileError, TextError
 from analysis.measures import alr, alr_chance
 from analysis.metrics import METRICS, PROBES, STATUSES, metrics
 from analysis.models import LoadedModel
-from analysis.skip import layer_loss
+from analysis.plans.skip import layer_loss
 from analysis.study import Study, chunks, load_study, pieces, save_study, study
 from analysis.tokens import tokenize
 from tests.conftest import BUNDLED

@@ -29,8 +29,8 @@ def add(commands) -> None:
 def _causal(arguments: argparse.Namespace) -> None:
     texts = texts_of(arguments.texts)
     loaded, count = loaded_model(arguments), counter()
-    from analysis.causal import causal_check
     from analysis.files import write_text
+    from analysis.plans.causal import causal_check
     from analysis.study import pieces
 
     spec = spec_of(arguments, n_layers=loaded.config.num_hidden_layers)
@@ -57,7 +57,7 @@ def _front(arguments: argparse.Namespace) -> None:
     texts, plan_on = texts_of(arguments.texts), texts_of(arguments.plan_texts) if arguments.plan_texts else None
     loaded, count = loaded_model(arguments), counter()
     from analysis.files import write_text
-    from analysis.front import KEEPS, measure_front
+    from analysis.plans.front import KEEPS, measure_front
     from analysis.study import pieces
 
     tokens, n = arguments.prompt_tokens + arguments.new_tokens + SPARE, arguments.pieces

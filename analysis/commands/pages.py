@@ -37,7 +37,7 @@ def add(commands) -> None:
 
 
 def _figures(arguments: argparse.Namespace) -> None:
-    from analysis.paper import FIGURES
+    from analysis.paper.figures import FIGURES
 
     only = arguments.only.split(",") if arguments.only else list(FIGURES)
     if unknown := set(only) - set(FIGURES):
@@ -46,10 +46,10 @@ def _figures(arguments: argparse.Namespace) -> None:
     texts = texts_of(arguments.texts)
     no_progress_bars()
     from analysis.models import load_model
-    from analysis.paper import reproduce, to_json
+    from analysis.paper.figures import reproduce, to_json
     from analysis.study import pieces
-    from app.document import Section, document
-    from app.paper import section
+    from app.report.document import Section, document
+    from app.report.paper import section
 
     loaded = load_model(arguments.model, device=arguments.device)
     most = (getattr(loaded.config, "max_position_embeddings", None) or sys.maxsize) - 1  # one for the next token
@@ -89,7 +89,7 @@ def _report(arguments: argparse.Namespace) -> None:
     if len(arguments.runs) > 2 or len(arguments.study) > 2:
         raise UserError("A report is of one run or of two, and of two studies at most.")
     from analysis.comparing import read_training
-    from analysis.front import Front
+    from analysis.plans.front import Front
     from analysis.run import load_run
     from analysis.study import load_study
     from app.report import report
@@ -105,7 +105,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _causal_of(text: str):
-    from analysis.causal import CausalCheck  # waits for torch
+    from analysis.plans.causal import CausalCheck  # waits for torch
 
     return CausalCheck.from_json(text)
 

@@ -12,7 +12,7 @@ from analysis.commands.specs import SPARE, add_out, add_pieces, add_spec, loaded
 from analysis.errors import RunFileError, UserError
 
 if TYPE_CHECKING:
-    from analysis.planning import AllocationPlan
+    from analysis.plans.planning import AllocationPlan
     from l2kv.spec import CompressionSpec
 
 
@@ -62,15 +62,15 @@ def add(commands) -> None:
 
 def _write_plan(arguments: argparse.Namespace, model: str, spec: CompressionSpec, note: str) -> None:
     from analysis.files import write_text
-    from analysis.skip import Plan
+    from analysis.plans.skip import Plan
 
     if arguments.out:
         print(f"wrote {write_text(Plan(model, spec, note).to_json(), arguments.out)}")
 
 
 def _skip(arguments: argparse.Namespace) -> None:
+    from analysis.plans.skip import suggest_skip_layers
     from analysis.run import load_run
-    from analysis.skip import suggest_skip_layers
     from analysis.study import load_study
     from l2kv.spec import CompressionSpec
 
@@ -102,11 +102,11 @@ def _plan(arguments: argparse.Namespace) -> None:
     texts = texts_of(arguments.texts)
     loaded, count = loaded_model(arguments), counter()
     from analysis.capturing import capture
-    from analysis.causal import weighed_by_cost
-    from analysis.curves import loss_curves
     from analysis.evaluation import prompt_of
     from analysis.memory import human_bytes
-    from analysis.planning import plan
+    from analysis.plans.causal import weighed_by_cost
+    from analysis.plans.curves import loss_curves
+    from analysis.plans.planning import plan
     from analysis.study import pieces
 
     runs, prompt = [], arguments.prompt_tokens
@@ -167,8 +167,8 @@ def _print_ratios(made: AllocationPlan) -> None:
 
 
 def _savings(arguments: argparse.Namespace) -> None:
-    from analysis.export import savings
     from analysis.memory import human_bytes
+    from analysis.plans.export import savings
     from analysis.sizes import model_size
 
     size = model_size(arguments.model)

@@ -57,7 +57,7 @@ def typed() -> Iterator[None]:
 def spec_of(arguments: argparse.Namespace, *, n_layers: int) -> CompressionSpec:
     """What `add_spec` asked for, in a model of so many layers. Raises UserError."""
     from analysis.files import read_text
-    from analysis.skip import Plan, skip_list
+    from analysis.plans.skip import Plan, skip_list
     from l2kv.spec import CompressionSpec
 
     if arguments.plan:

@@ -27,7 +27,7 @@ from analysis.evaluation import (
 from analysis.generation import stream
 from analysis.measures import correlation, verdicts
 from analysis.models import LoadedModel
-from analysis.skip import suggest_skip_layers
+from analysis.plans.skip import suggest_skip_layers
 from analysis.tokens import passages, tokenize
 from l2kv import CompressionSpec
 

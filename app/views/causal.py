@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import streamlit as st
 
 from analysis.across import means
-from analysis.causal import POLICIES, CausalCheck, causal_check
 from analysis.errors import RunFileError
 from analysis.files import read_text
+from analysis.plans.causal import POLICIES, CausalCheck, causal_check
 from analysis.presets import DEMO_CAUSAL
 from analysis.run import Capture
 from app import figures, markup, state, work

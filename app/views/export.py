@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import streamlit as st
 
-from analysis.curves import BY_NORM
-from analysis.export import kvpress_code, library_code
 from analysis.memory import CacheShape
+from analysis.plans.curves import BY_NORM
+from analysis.plans.export import kvpress_code, library_code
+from analysis.plans.skip import Plan, skip_list
 from analysis.run import Capture
-from analysis.skip import Plan, skip_list
 from app import state
 
 

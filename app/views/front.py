@@ -11,11 +11,11 @@ import streamlit as st
 from analysis.across import Interval
 from analysis.errors import RunFileError
 from analysis.files import read_text
-from analysis.front import KEEPS, Front, FrontPoint, measure_front
+from analysis.plans.front import KEEPS, Front, FrontPoint, measure_front
+from analysis.plans.skip import Plan
+from analysis.plans.ways import WAYS
 from analysis.presets import DEMO_FRONT
 from analysis.run import Capture
-from analysis.skip import Plan
-from analysis.ways import WAYS
 from app import figures, markup, state, work
 from app.charts import show
 from app.engine import Engine

@@ -11,9 +11,9 @@ import streamlit as st
 
 from analysis.errors import UserError
 from analysis.memory import human_bytes
+from analysis.plans.skip import Plan
 from analysis.presets import presets
 from analysis.run import Capture
-from analysis.skip import Plan
 from analysis.tokens import tokenize
 from app import figures, markup, state
 from app.charts import show

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import streamlit as st
 
-from analysis import planning
-from analysis.curves import BY_NORM
 from analysis.errors import RunFileError
-from analysis.planning import METHODS, AllocationPlan
+from analysis.plans import planning
+from analysis.plans.curves import BY_NORM
+from analysis.plans.planning import METHODS, AllocationPlan
+from analysis.plans.skip import Plan
 from analysis.run import Capture
-from analysis.skip import Plan
 from app import figures, markup, state, work
 from app.charts import show
 from app.engine import Engine

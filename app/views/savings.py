@@ -10,9 +10,9 @@ from pathlib import Path
 import streamlit as st
 
 from analysis.errors import ModelError
-from analysis.export import savings
 from analysis.memory import CacheShape, human_bytes
 from analysis.models import model_folder
+from analysis.plans.export import savings
 from analysis.run import Capture
 from app import markup, state, work
 from app.engine import Engine, allowed_models

@@ -10,8 +10,8 @@ import streamlit as st
 
 from analysis.errors import RunFileError
 from analysis.memory import human_bytes
+from analysis.plans.skip import RULES, Plan, SkipSuggestion, layer_loss, skip_list, suggest_skip_layers
 from analysis.run import Capture
-from analysis.skip import RULES, Plan, SkipSuggestion, layer_loss, skip_list, suggest_skip_layers
 from analysis.study import Study
 from app import figures, markup, state, work
 from app.charts import show

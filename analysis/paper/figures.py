@@ -1,7 +1,7 @@
 """The paper's figures again, for any model: the numbers behind each, with the paper's own beside them.
 
-Figures 1, 2 and 7 are read off captures here, 8 and 9 and the factors off vectors (`analysis.why`). `reproduce` makes
-them all; a figure's numbers become a record, {"l2kv_figure": 1, ...}. Draws nothing.
+Figures 1, 2 and 7 are read off captures here, 8 and 9 and the factors off vectors (`analysis.paper.why`). `reproduce`
+makes them all; a figure's numbers become a record, {"l2kv_figure": 1, ...}. Draws nothing.
 
 Source: Devoto et al., EMNLP 2024, arXiv 2406.11430. Its numbers are quoted where it gives any.
 """
@@ -21,7 +21,7 @@ from analysis.models import LoadedModel
 from analysis.run import Capture
 
 if TYPE_CHECKING:  # they wait for torch, which reading a figure need not
-    from analysis.why import Factors, SinkHead, SinkKey, Zeroing
+    from analysis.paper.why import Factors, SinkHead, SinkKey, Zeroing
 
 VERSION = 1
 TOKENS = 1024  # of a chunk, in the paper
@@ -216,8 +216,8 @@ def to_json(name: str, numbers: object, about: Mapping[str, object]) -> str:
 
 
 def _of_a_sink(loaded: LoadedModel, text: str, run: Capture, only: Sequence[str]) -> Iterator[tuple[str, OfSink]]:
-    from analysis.vectors import head_vectors
-    from analysis.why import sink_head, sink_key, zeroing
+    from analysis.paper.vectors import head_vectors
+    from analysis.paper.why import sink_head, sink_key, zeroing
 
     sink = sink_head(run)
     vectors = head_vectors(loaded, text, sink.layer)
@@ -229,8 +229,8 @@ def _of_a_sink(loaded: LoadedModel, text: str, run: Capture, only: Sequence[str]
 
 
 def _factors(loaded: LoadedModel, text: str, on_stage: OnStage) -> Factors:
-    from analysis.vectors import each_layer
-    from analysis.why import Factors, factors
+    from analysis.paper.vectors import each_layer
+    from analysis.paper.why import Factors, factors
 
     layers: list[Factors] = []
     each_layer(

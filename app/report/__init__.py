@@ -1,6 +1,7 @@
 """The report: one page about a run, or about two compared, for a reader who has nothing installed. Runs no model.
 
-Puts together what `analysis` says and `app.figures` draws; `app.chapters` has the sections that not every report has.
+Puts together what `analysis` says and `app.figures` draws; `app.report.chapters` has the sections that not every report
+has.
 """
 
 from __future__ import annotations
@@ -10,18 +11,19 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from analysis.causal import CausalCheck
 from analysis.comparing import Training, compare_runs, compare_studies
-from analysis.export import kvpress_code, library_code
 from analysis.files import record
-from analysis.front import Front
 from analysis.measures import VERDICTS, HeadFigures, answer, attention_loss, head_figures, signed
 from analysis.memory import human_bytes
+from analysis.plans.causal import CausalCheck
+from analysis.plans.export import kvpress_code, library_code
+from analysis.plans.front import Front
+from analysis.plans.skip import layer_loss, suggest_skip_layers
 from analysis.run import Capture
-from analysis.skip import layer_loss, suggest_skip_layers
 from analysis.study import Study
-from app import chapters, figures
-from app.document import Drawing, Section, document
+from app import figures
+from app.report import chapters
+from app.report.document import Drawing, Section, document
 from l2kv.spec import CompressionSpec
 
 VERSION = 1

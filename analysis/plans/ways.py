@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.curves import LossCurves
-from analysis.planning import plan
+from analysis.plans.curves import LossCurves
+from analysis.plans.planning import plan
 from l2kv.spec import CompressionSpec
 
 Make = Callable[[LossCurves, float], CompressionSpec]

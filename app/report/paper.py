@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 
 from analysis.measures import signed
-from analysis.paper import FIGURES, BestAndWorst, FourHeads, OfSink, OverChunks
-from analysis.why import Factors
+from analysis.paper.figures import FIGURES, BestAndWorst, FourHeads, OfSink, OverChunks
+from analysis.paper.why import Factors
 from app import figures, markup
-from app.document import Drawing, Section
+from app.report.document import Drawing, Section
 
 
 def section(name: str, numbers: object) -> Section:

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 import numpy as np
 
 from analysis import across
-from analysis.causal import CausalCheck
 from analysis.comparing import RunComparison, StudyComparison, Training
-from analysis.front import Front
 from analysis.measures import VERDICTS
+from analysis.plans.causal import CausalCheck
+from analysis.plans.front import Front
+from analysis.plans.ways import WAYS
 from analysis.study import Study
-from analysis.ways import WAYS
 from app import figures
-from app.document import Drawing, Section
+from app.report.document import Drawing, Section
 
 _MIB = 2**20
 

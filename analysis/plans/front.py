@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from analysis.across import Interval, means, spearman
-from analysis.curves import loss_curves
 from analysis.errors import RunFileError, TextError
 from analysis.files import content_of, record
 from analysis.memory import CacheShape, human_bytes
-from analysis.skip import spec_of
-from analysis.ways import WAYS
+from analysis.plans.curves import loss_curves
+from analysis.plans.skip import spec_of
+from analysis.plans.ways import WAYS
 from l2kv.spec import CompressionSpec
 
 if TYPE_CHECKING:
@@ -196,8 +196,8 @@ def measure_front(
         ValueError: a way is unknown, or as `continuations`.
     """
     from analysis.capturing import capture
-    from analysis.causal import weighed_by_cost
     from analysis.evaluation import continuations, ignore, prompt_of  # waits for torch
+    from analysis.plans.causal import weighed_by_cost
 
     on_done, ways = on_done or ignore, tuple(ways)
     if unknown := [way for way in ways if way not in WAYS]:

@@ -16,14 +16,14 @@ from analysis.across import MIN_TEXTS, Interval, resamples, spearman
 from analysis.errors import ModelError, RunFileError, TextError
 from analysis.files import content_of, record
 from analysis.memory import CacheShape
-from analysis.planning import plan
-from analysis.skip import layer_loss, spec_of
+from analysis.plans.planning import plan
+from analysis.plans.skip import layer_loss, spec_of
 from l2kv.spec import CompressionSpec
 
 if TYPE_CHECKING:
-    from analysis.curves import LossCurves
     from analysis.evaluation import OnDone
     from analysis.models import LoadedModel
+    from analysis.plans.curves import LossCurves
 
 VERSION = 1
 COSTS_AT = 0.2  # the ratio at which each head is compressed alone: small, so that a cost stands out

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from analysis.curves import BY_NORM
 from analysis.memory import CacheShape
+from analysis.plans.curves import BY_NORM
 from l2kv.spec import CompressionSpec
 
 

@@ -2,7 +2,7 @@
 
 The paper's Figures 8 and 9, and one that it names as future work. A logit is |q| |k| cos * scaling, so attention
 follows lengths or directions of keys; which of the two is tried by making all keys alike in the other. From the vectors
-of a layer (`analysis.vectors`), in float64 where it is statistics; loads no model and draws nothing.
+of a layer (`analysis.paper.vectors`), in float64 where it is statistics; loads no model and draws nothing.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 from analysis.across import LEVEL, spearman
 from analysis.errors import TextError
 from analysis.measures import CONSTANT, sink_share, status
+from analysis.paper.vectors import HeadVectors, attention_rows, last_rows, pooled_attention
 from analysis.run import Capture
-from analysis.vectors import HeadVectors, attention_rows, last_rows, pooled_attention
 
 DRAWS = 20
 HARDLY = 0.1  # a share of the attention below which a first token is hardly a sink

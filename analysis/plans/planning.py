@@ -1,7 +1,7 @@
 """Where to spend a cache's bytes: how much each kv head, or layer, keeps, so that least attention is lost in all.
 
-Curves that were measured on texts in (`analysis.curves`), a keep ratio per kv head and a `CompressionSpec` out. Knows
-no model: everything is arithmetic.
+Curves that were measured on texts in (`analysis.plans.curves`), a keep ratio per kv head and a `CompressionSpec` out.
+Knows no model: everything is arithmetic.
 
 All of it happens on bins: with B bins a head keeps a ratio of 0, 1/B, ... or 1, and a budget is a number of bins over
 all heads. The planner is exact on these bins, and for the texts it was given: it promises nothing of another text.
@@ -14,9 +14,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from analysis.curves import TINY, LossCurves, by_kv_head, check_choice
+from analysis.plans.curves import TINY, LossCurves, by_kv_head, check_choice
+from analysis.plans.skip import layer_loss, suggest_skip_layers
 from analysis.run import Capture
-from analysis.skip import layer_loss, suggest_skip_layers
 from l2kv.spec import CompressionSpec
 
 ADAKV_FLOOR = 0.2  # of its even share, that AdaKV leaves to every head
