@@ -35,7 +35,7 @@ HOSTILE = '</script><script>alert(1)</script><img src="http://example.org/x.png"
 def without_plotly(monkeypatch, request):
     """5 MB in every page, which say nothing of it, and take long to parse."""
     if "plotly_itself" not in request.fixturenames:
-        monkeypatch.setattr("app.document.get_plotlyjs", lambda: "")
+        monkeypatch.setattr("app.report.document.get_plotlyjs", lambda: "")
 
 
 @pytest.fixture

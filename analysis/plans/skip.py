@@ -171,10 +171,10 @@ class Plan:
         """Read a plan, which may come from anyone. Raises RunFileError, with the reason."""
         content = content_of(text, "plan", PLAN_VERSION)
         try:
-            model, note = content["model"], content.get("note", "")
+            spec, model, note = spec_of(content["spec"]), content["model"], content.get("note", "")
             if not isinstance(model, str) or not isinstance(note, str):
                 raise TypeError(f"model and note must be text, got {model!r:.60} and {note!r:.60}")
-            return cls(model, spec_of(content["spec"]), note)
+            return cls(model, spec, note)
         except KeyError as error:
             raise RunFileError(f"This is not a plan that can be read: it has no {error}.") from error
         except (ValueError, TypeError, AttributeError, RecursionError) as error:

@@ -30,8 +30,10 @@ _FIRST_WAYS = (
     "uniform, low norm",
     "uniform, high norm",
     "uniform, measured directions",
-    "plan by layer",
     "plan by head",
+    "plan by head, weighed by cost",
+    "AdaKV's shares",
+    "random",
 )
 
 
@@ -82,8 +84,10 @@ def section(engine: Engine, run: Capture, generate_page: StreamlitPage) -> None:
 
 def _draw(front: Front) -> None:
     n = len(front.measured_on)
+    lines = list(front.lines)
     shown = st.pills(
-        "Ways", list(front.lines), selection_mode="multi", default=list(front.lines), key=f"front_ways_{id(front)}",
+        "Ways", lines, selection_mode="multi", key=f"front_ways_{id(front)}",
+        default=[name for name in lines if name in _FIRST_WAYS] or lines,
         help="\n".join(f"- **{markup.plain(name)}**: {WAYS[name].about}" for name in front.lines if name in WAYS),
     )  # fmt: skip
     points = [point for name in shown for point in front.lines[name]]
@@ -189,6 +193,8 @@ def _measure(engine: Engine, run: Capture) -> None:
     st.caption(
         f"{continued.texts * (len(ways) * len(keeps) + 1)} continuations of {continued.new_tokens} tokens, and "
         f"{2 * continued.texts} captures. The last {protect_last} tokens are protected."
+        + f" Ways by cost take {continued.texts} more for each kv head."
+        * any(WAYS[way].needs_costs for way in ways)
     )
     missing = "" if texts else "Upload texts or paste a long one first."
     if not (keeps and ways):
