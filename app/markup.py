@@ -1,6 +1,6 @@
 """The one escaping of user text for HTML and for Markdown, and the HTML of the app's pages. Pure functions of text.
 
-`app.report.document` makes HTML too, of whole files; what it writes of others goes through `escaped`.
+`app.report.writing` makes HTML too, of whole files; what it writes of others goes through `escaped`.
 
 A token may be anything that a user pasted: markup, control characters, text that runs right to left.
 """

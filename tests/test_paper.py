@@ -18,7 +18,7 @@ from analysis.paper.vectors import HeadVectors, attention_rows, each_layer, head
 from analysis.paper.why import Factors, factors, sink_head, sink_key, zeroing
 from app import figures
 from app.report import paper
-from app.report.document import document
+from app.report.writing import document
 from tests.conftest import BUNDLED, TINY, build
 from tests.test_capture import OTHERS, TEXT, TOKENIZER_VOCABULARY, eager
 from tests.test_measures import run_of, slow_losses

@@ -23,7 +23,7 @@ from analysis.study import Study, save_study
 from analysis.training.loop import RECORD_NAME
 from app import figures
 from app.report import VERSION, report
-from app.report.document import MOST_ROWS, Drawing, Section, document
+from app.report.writing import MOST_ROWS, Drawing, Section, document
 from l2kv import CompressionSpec
 from tests.conftest import BUNDLED
 from tests.test_measures import run_of
@@ -35,7 +35,7 @@ HOSTILE = '</script><script>alert(1)</script><img src="http://example.org/x.png"
 def without_plotly(monkeypatch, request):
     """5 MB in every page, which say nothing of it, and take long to parse."""
     if "plotly_itself" not in request.fixturenames:
-        monkeypatch.setattr("app.report.document.get_plotlyjs", lambda: "")
+        monkeypatch.setattr("app.report.writing.get_plotlyjs", lambda: "")
 
 
 @pytest.fixture

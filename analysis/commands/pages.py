@@ -48,8 +48,8 @@ def _figures(arguments: argparse.Namespace) -> None:
     from analysis.models import load_model
     from analysis.paper.figures import reproduce, to_json
     from analysis.study import pieces
-    from app.report.document import Section, document
     from app.report.paper import section
+    from app.report.writing import Section, document
 
     loaded = load_model(arguments.model, device=arguments.device)
     most = (getattr(loaded.config, "max_position_embeddings", None) or sys.maxsize) - 1  # one for the next token

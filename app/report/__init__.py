@@ -23,7 +23,7 @@ from analysis.run import Capture
 from analysis.study import Study
 from app import figures
 from app.report import chapters
-from app.report.document import Drawing, Section, document
+from app.report.writing import Drawing, Section, document
 from l2kv.spec import CompressionSpec
 
 VERSION = 1

@@ -14,7 +14,7 @@ from analysis.plans.front import Front
 from analysis.plans.ways import WAYS
 from analysis.study import Study
 from app import figures
-from app.report.document import Drawing, Section
+from app.report.writing import Drawing, Section
 
 _MIB = 2**20
 

@@ -11,7 +11,7 @@ from analysis.measures import signed
 from analysis.paper.figures import FIGURES, BestAndWorst, FourHeads, OfSink, OverChunks
 from analysis.paper.why import Factors
 from app import figures, markup
-from app.report.document import Drawing, Section
+from app.report.writing import Drawing, Section
 
 
 def section(name: str, numbers: object) -> Section:
