@@ -174,3 +174,10 @@ def test_a_way_may_have_any_name():
 
 def test_an_empty_front_is_the_full_cache_alone():
     assert [trace.name for trace in front({}, full_mib=2).data] == ["full cache"]
+
+
+def test_a_way_looks_the_same_whichever_others_are_shown():
+    lines = {f"way {i}": a_line("plan") for i in range(3)}
+    whole, alone = front(lines, full_mib=2), front(lines, full_mib=2, shown=["way 2"])
+    assert [t.name for t in alone.data] == ["way 2", "full cache"]
+    assert repr(trace(alone, "way 2")) == repr(trace(whole, "way 2"))

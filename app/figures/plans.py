@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,10 +31,10 @@ _MOST_WRITTEN = 16  # a side: larger maps have no room for a number in each cell
 _DASHES = {"uniform": "dash", "plan": "solid", "yardstick": "dot"}
 _COLORS = {
     "uniform": (PRIMARY, CONTRAST, "#2C8C9B"),
-    "plan": ("#3E7CD6", "#B8456F", "#2C8C9B", "#A08A00", PRIMARY, "#8A5A2B", "#D98C00"),
+    "plan": ("#3E7CD6", "#B8456F", "#2C8C9B", "#A08A00", PRIMARY, "#8A5A2B", "#D98C00", "#5C7A29"),
     "yardstick": (FULL_GREY,),
 }
-_MARKERS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "star", "pentagon")
+_MARKERS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "star", "pentagon", "x")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,11 +75,11 @@ def direction_map(high: np.ndarray) -> go.Figure:
     return figure
 
 
-def front(lines: Mapping[str, Line], *, full_mib: float) -> go.Figure:
+def front(lines: Mapping[str, Line], *, full_mib: float, shown: Collection[str] | None = None) -> go.Figure:
     """The bytes of the cache (x) against what it costs in prediction (y), a line a way, with intervals.
 
     Plans are solid with filled markers, uniform ways dashed and hollow, yardsticks dotted grey; the full cache is a
-    grey cross at no change.
+    grey cross at no change. Only the lines `shown` are drawn; a line looks the same whichever they are.
     """
     figure = new_figure(height=560, legend=dict(orientation="h", x=0, y=-0.16, yanchor="top", title_text=""))
     figure.add_hline(y=0, line=dict(color=FULL_GREY, width=1.5, dash="dot"))
@@ -88,6 +88,8 @@ def front(lines: Mapping[str, Line], *, full_mib: float) -> go.Figure:
         place, colors = drawn[line.kind], _COLORS[line.kind]
         color, symbol = colors[place % len(colors)], _MARKERS[place % len(_MARKERS)]
         drawn[line.kind] += 1
+        if shown is not None and name not in shown:
+            continue
         figure.add_scatter(
             x=line.mib, y=line.change, mode="lines+markers", name=literal(name),
             line=dict(color=color, width=2, dash=_DASHES[line.kind]),

@@ -93,7 +93,11 @@ def _draw(front: Front) -> None:
     points = [point for name in shown for point in front.lines[name]]
     intervals = [point.interval() for point in points]
     show(
-        figures.front({name: _line(name, front.lines[name]) for name in shown}, full_mib=front.full_nbytes / _MIB),
+        figures.front(
+            {name: _line(name, of_line) for name, of_line in front.lines.items()},
+            full_mib=front.full_nbytes / _MIB,
+            shown=shown,
+        ),
         key="front",
         alt="Bytes of the cache against the change of the negative log likelihood",
         caption=f"Bytes that the caches held, counted, against the change of NLL: the mean over {n} texts and its 95 % "
