@@ -1,8 +1,8 @@
 """`make bench`: what a compressed cache costs and saves beside transformers' own, as ratios measured in one run.
 
 Shape: 30 layers, 9 query and 3 kv heads, 576 wide, float32, random weights (right for time and memory, never for
-quality). Ways take turns within a run, so that a machine that slows down slows all of them; each figure is the median.
-Peaks of memory are measured in processes of their own.
+quality). Ways take turns, so that a machine that slows down slows all of them; each figure is the median. Peaks of memory
+are measured in processes of their own. OMP_NUM_THREADS=1 in the environment measures one thread.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from tests.measuring import peak_bytes, seconds
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 30, 9, 3, 64, 4096
 LENGTHS = (1024, 4096, 16384)
-NEW_TOKENS = 16
-ROUNDS = 3
+NEW_TOKENS = 48
 
 
 def shape(max_positions: int):
@@ -105,21 +104,19 @@ def decoding() -> None:
         "keep 0.1 by head": compressed(head_ratios=head_plan(0.1)),
     }
     token = torch.tensor([[5]])
-    print(f"Decoding ({NEW_TOKENS} tokens, {ROUNDS} rounds): tokens/s, MiB of the cache")
+    print(f"Decoding ({NEW_TOKENS} tokens, {torch.get_num_threads()} threads): tokens/s, MiB of the cache")
     with torch.inference_mode():
         for n in LENGTHS:
             times: dict[str, list[float]] = {way: [] for way in ways}
-            sizes = {}
-            for _ in range(ROUNDS):
-                for way, make in ways.items():
-                    make = make or (lambda: StaticCache(config=config, max_cache_len=n + NEW_TOKENS + 8))  # noqa: B023
-                    with compressible(model):
-                        cache = filled(make, n)
-                        for _ in range(3):
-                            model(token, past_key_values=cache)
-                        for _ in range(NEW_TOKENS):
-                            times[way].append(seconds(lambda: model(token, past_key_values=cache)))  # noqa: B023
-                    sizes[way] = cache_nbytes(cache) / 2**20
+            static = lambda: StaticCache(config=config, max_cache_len=n + NEW_TOKENS + 8)  # noqa: B023, E731
+            caches = {way: filled(make or static, n) for way, make in ways.items()}
+            with compressible(model):
+                for turn in range(-3, NEW_TOKENS):  # token by token, by turns; the first ones warm up
+                    for way, cache in caches.items():
+                        taken = seconds(lambda: model(token, past_key_values=cache))  # noqa: B023
+                        if turn >= 0:
+                            times[way].append(taken)
+            sizes = {way: cache_nbytes(cache) / 2**20 for way, cache in caches.items()}
             rate = {way: 1 / statistics.median(column) for way, column in times.items()}
             print(f"  {n} tokens: " + ", ".join(f"{way} {rate[way]:.1f} ({sizes[way]:.0f})" for way in ways))
             print(
