@@ -1,8 +1,8 @@
 """`make bench`: what a compressed cache costs and saves beside transformers' own, as ratios measured in one run.
 
 Shape: 30 layers, 9 query and 3 kv heads, 576 wide, float32, random weights (right for time and memory, never for
-quality). Ways take turns, so that a machine that slows down slows all of them; each figure is the median. Peaks of memory
-are measured in processes of their own. OMP_NUM_THREADS=1 in the environment measures one thread.
+quality). Ways take turns, so that a machine that slows down slows all of them; each figure is the median. Peaks of
+memory are measured in processes of their own. OMP_NUM_THREADS=1 in the environment measures one thread.
 """
 
 from __future__ import annotations

@@ -506,3 +506,18 @@ def test_bad_use_is_refused_with_what_was_wrong(tiny):
         compressible(DeepseekV3ForCausalLM(DeepseekV3Config(**TINY_LATENT)))
     with pytest.raises(ValueError, match="cropped"):
         cache.crop(-1)
+
+
+@pytest.mark.parametrize("ratios", [None, {(0, 0): 0.25, (1, 0): 0.25}])
+def test_each_layers_pairs_live_on_the_device_of_its_keys(ratios):
+    # As accelerate splits a model over devices: here the second layer's tensors are on the device without memory.
+    config = build("llama", num_hidden_layers=2).config
+    cache = CompressedCache(config, CompressionSpec(keep_ratio=0.5, protect_last=1, head_ratios=ratios))
+    for _ in range(3):
+        for layer, device in enumerate(("cpu", "meta")):
+            cache.layers[layer].update(*torch.randn(2, 1, 2, 5, 8, device=device))
+            cache.layers[layer].unattended = False
+            cache.layers[layer].evict_now()
+            assert {group.keys.device.type for group in cache.layers[layer].groups} == {device}
+            assert {positions.device.type for positions in cache.layers[layer].positions()} == {device}
+    assert cache.layers[0].held_by_head == cache.layers[1].held_by_head == ((8, 8) if ratios is None else (4, 8))
