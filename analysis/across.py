@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from analysis.measures import VERDICT_OF_SIGNS, WEAK, in_short, signed
+from analysis.measures import VERDICT_OF_SIGNS, WEAK, in_short, signed, verdict_counts
 from analysis.measures import VERDICTS as VERDICTS_ON_ONE_TEXT
 from analysis.study import Study
 
@@ -66,7 +66,44 @@ class Interval:
 def resamples(n: int, *, count: int = RESAMPLES, seed: int = 0) -> np.ndarray:
     """How often each of n texts is drawn in each resample of n texts with replacement, [count, n] float64."""
     drawn = np.random.default_rng(seed).integers(n, size=(count, n))
-    return np.stack([(drawn == text).sum(axis=1) for text in range(n)], axis=1).astype(np.float64)
+    places = drawn + n * np.arange(count)[:, None]  # each resample counts in a row of its own
+    return np.bincount(places.ravel(), minlength=count * n).reshape(count, n).astype(np.float64)
+
+
+def resampled_means(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The mean over texts in each resample: [N, ...] by `resamples` [B, N] -> [B, ...].
+
+    Of the texts that define a number; NaN where a resample drew none of them.
+    """
+    flat = values.reshape(len(values), -1)
+    defined = np.isfinite(flat)
+    total, drawn = counts @ np.where(defined, flat, 0.0), counts @ defined.astype(np.float64)
+    result = np.divide(total, drawn, where=drawn > 0, out=np.full(total.shape, np.nan))
+    return result.reshape(len(counts), *values.shape[1:])
+
+
+def nanmean(values: np.ndarray) -> np.ndarray:
+    """The mean over the first axis of what is defined; NaN where nothing is."""
+    defined = np.isfinite(values)
+    count = defined.sum(axis=0)
+    total = np.where(defined, values, 0.0).sum(axis=0)
+    return np.divide(total, count, where=count > 0, out=np.full(np.shape(total), np.nan))
+
+
+def misses(n: np.ndarray, *, groups: int = 1) -> np.ndarray:
+    """How often the interval of a mean of n normal values that is 0 leaves 0 out; more than 5 % with few texts.
+
+    The standard deviation of a resampled mean is that of the n values over √n, and so the interval is that of Student's
+    t with √((n - 1) / n) of the normal law's half width.
+
+    Args:
+        n: texts, [...]; NaN is returned for fewer than 2.
+        groups: 2 for the difference of two means over n texts each.
+    """
+    few = n < 2
+    n = np.where(few, 2, n)
+    half = stats.norm.isf((1 - LEVEL) / 2) * np.sqrt((n - 1) / n)
+    return np.where(few, np.nan, 2 * stats.t.sf(half, groups * (n - 1)))
 
 
 def means(values: np.ndarray, *, seed: int = 0) -> Means:
@@ -74,11 +111,11 @@ def means(values: np.ndarray, *, seed: int = 0) -> Means:
 
     A resample counts the texts that define the number, and is left out where it has drawn none of them.
     """
-    drawn = _resampled_means(values, resamples(len(values), seed=seed))
+    drawn = resampled_means(values, resamples(len(values), seed=seed))
     defined = np.isfinite(values).sum(axis=0)
     low, high = _ends(drawn)
     few = defined < 2
-    return Means(_nanmean(values), np.where(few, np.nan, low), np.where(few, np.nan, high), defined)
+    return Means(nanmean(values), np.where(few, np.nan, low), np.where(few, np.nan, high), defined)
 
 
 def head_means(study: Study, metric: str = "gamma", *, probe: str = "next token", seed: int = 0) -> Means:
@@ -89,7 +126,7 @@ def head_means(study: Study, metric: str = "gamma", *, probe: str = "next token"
 def layer_means(study: Study, metric: str = "gamma", *, probe: str = "next token", seed: int = 0) -> Means:
     """`means` for each layer, [L], of the mean over its heads that are defined."""
     values = np.moveaxis(study.of(metric, probe=probe), 2, 0)  # [H, N, L]
-    return means(_nanmean(values), seed=seed)
+    return means(nanmean(values), seed=seed)
 
 
 def verdicts(with_sink: np.ndarray, without: np.ndarray, *, seed: int = 0) -> np.ndarray:
@@ -120,15 +157,15 @@ def median_gamma(study: Study, *, probe: str = "next token", seed: int = 0) -> I
     values = study.of("gamma", probe=probe)
     if not np.isfinite(values).any():
         return Interval(np.nan, np.nan, np.nan)
-    drawn = _resampled_means(values, resamples(len(values), seed=seed))
+    drawn = resampled_means(values, resamples(len(values), seed=seed))
     low, high = _ends(_nanmedian(drawn.reshape(len(drawn), -1), axis=1)) if len(values) > 1 else (np.nan, np.nan)
-    return Interval(float(_nanmedian(_nanmean(values).ravel(), axis=0)), float(low), float(high))
+    return Interval(float(_nanmedian(nanmean(values).ravel(), axis=0)), float(low), float(high))
 
 
 def answer(study: Study, *, probe: str = "next token", seed: int = 0) -> str:
     """Does low norm predict attention in this model? In two or three sentences, as `analysis.measures.answer`."""
     verdict, n = head_verdicts(study, probe=probe, seed=seed), len(study.names)
-    counts = {name: int((verdict == name).sum()) for name in VERDICTS}
+    counts = verdict_counts(verdict, VERDICTS)
     total = verdict.size - counts["undefined"]
     median = f"Median Γ {median_gamma(study, probe=probe, seed=seed)}, over {n} text{'s' * (n != 1)}."
     if not total:
@@ -190,7 +227,7 @@ def stability(losses: np.ndarray, *, splits: int = SPLITS, seed: int = 0) -> Sta
     for half in range(1, n // 2 + 1):
         drawn = rng.permuted(np.tile(np.arange(n), (splits, 1)), axis=1)
         one, other = (losses[texts].mean(axis=1) for texts in (drawn[:, :half], drawn[:, half : 2 * half]))
-        by_texts.append(Agreement(half, float(_nanmean(spearman(one, other))), float(_nanmean(kendall(one, other)))))
+        by_texts.append(Agreement(half, float(nanmean(spearman(one, other))), float(nanmean(kendall(one, other)))))
     stable = [agreement.spearman >= STABLE for agreement in by_texts]  # NaN is not
     first = len(stable) - next((i for i, yes in enumerate(reversed(stable)) if not yes), len(stable))
     return Stability(tuple(by_texts), by_texts[first].texts if first < len(stable) else None)
@@ -228,26 +265,10 @@ def _unstable(gamma: np.ndarray) -> np.ndarray:
     return np.minimum(below, above) > UNSTABLE
 
 
-def _resampled_means(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """[N, ...] by [B, N] -> [B, ...]; NaN where a resample drew no text that defines the number."""
-    flat = values.reshape(len(values), -1)
-    defined = np.isfinite(flat)
-    total, drawn = counts @ np.where(defined, flat, 0.0), counts @ defined.astype(np.float64)
-    result = np.divide(total, drawn, where=drawn > 0, out=np.full(total.shape, np.nan))
-    return result.reshape(len(counts), *values.shape[1:])
-
-
 def _ends(drawn: np.ndarray) -> np.ndarray:
     """[B, ...] -> [2, ...], the ends of the middle `LEVEL` of the resamples."""
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # of heads that no text defines
         return np.nanquantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-
-
-def _nanmean(values: np.ndarray) -> np.ndarray:
-    defined = np.isfinite(values)
-    count = defined.sum(axis=0)
-    total = np.where(defined, values, 0.0).sum(axis=0)
-    return np.divide(total, count, where=count > 0, out=np.full(np.shape(total), np.nan))
 
 
 def _nanmedian(values: np.ndarray, *, axis: int) -> np.ndarray:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -16,7 +17,16 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from analysis.errors import ModelError, TextError
-from analysis.memory import BLOCK, LAST_QUERIES, MAX_BINS, RECENT_BYTES, check_fits, memory_errors
+from analysis.memory import (
+    BLOCK,
+    LAST_QUERIES,
+    MAX_BINS,
+    RECENT_BYTES,
+    CacheShape,
+    check_fits,
+    layer_kinds,
+    memory_errors,
+)
 from analysis.models import LoadedModel
 from analysis.run import Capture
 from analysis.tokens import MIN_TOKENS, Tokens, tokenize
@@ -47,26 +57,18 @@ def capture(
     """
     if last_queries < 0:
         raise ValueError(f"last_queries must be 0 or more, got {last_queries}")
-    tokens = tokenize(loaded.tokenizer, text)
-    warnings = check_length(loaded, tokens)
-    check_fits(loaded, len(tokens), last_queries=last_queries)
+    tokens, warnings = readable(loaded, text, last_queries=last_queries)
     config, model, started = loaded.config, loaded.model, time.perf_counter()
-    if unknown := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
-        raise ModelError(f"{loaded.name} has layers that are not looked into yet: {', '.join(sorted(unknown))}.")
     recorder = _Recorder(len(tokens), config.num_hidden_layers, last_queries, on_layer)
     ids = torch.from_numpy(tokens.ids)[None].to(loaded.device)
     cache = DynamicCache(config=config)
-    try:
-        with memory_errors(), torch.inference_mode(), attention_seam(model, recorder.attend):
-            logits = _last_logits(model, ids, cache)
-            if not logits.isfinite().all():
-                raise ModelError(f"{loaded.name} computes NaN or infinity on this text; its weights may be damaged.")
-            next_token = logits.argmax(-1, keepdim=True)
-            recorder.probing = True
-            _last_logits(model, next_token, cache)
-        recorder.check_complete(type(model).__name__)
-    except UnsupportedModelError as error:
-        raise ModelError(str(error)) from error
+    with looking_into(loaded, recorder.attend):
+        logits = _last_logits(model, ids, cache)
+        check_finite(loaded, logits)
+        next_token = logits.argmax(-1, keepdim=True)
+        recorder.probing = True
+        _last_logits(model, next_token, cache)
+    check_shown(loaded, min(recorder.recorded, recorder.probed))
     return Capture(
         model=loaded.name,
         architecture=type(model).__name__,
@@ -79,12 +81,67 @@ def capture(
         windows=tuple(getattr(layer, "sliding_window", 0) for layer in cache.layers),
         warnings=tuple(warnings),
         seconds=time.perf_counter() - started,
-        head_dim=cache.layers[0].values.shape[-1],
+        head_dim=CacheShape.of(config, model.dtype.itemsize).head_dim,
         tokens_per_bin=recorder.bin_width,
         token_ids=tokens.ids,
         token_spans=tokens.spans,
         **recorder.results,
     )
+
+
+def readable(loaded: LoadedModel, text: str, *, last_queries: int = 0) -> tuple[Tokens, list[str]]:
+    """The tokens of a text that the model can be looked into on, and warnings; all that can be known beforehand.
+
+    Raises:
+        TextError, OutOfMemoryError, ModelError: as `capture`.
+    """
+    tokens = tokenize(loaded.tokenizer, text)
+    warnings = check_length(loaded, tokens)
+    if unknown := set(layer_kinds(loaded.config)) - {"full_attention", "sliding_attention"}:
+        raise ModelError(f"{loaded.name} has layers that are not looked into yet: {', '.join(sorted(unknown))}.")
+    heterogeneous = getattr(loaded.config, "is_heterogeneous", False)  # Gemma 4
+    if heterogeneous and len({layer.num_key_value_heads for layer in loaded.config.per_layer_config}) > 1:
+        raise ModelError(f"{loaded.name} has layers of different numbers of kv heads, which are not looked into yet.")
+    check_fits(loaded, len(tokens), last_queries=last_queries)
+    return tokens, warnings
+
+
+@contextmanager
+def looking_into(loaded: LoadedModel, attend: Callable) -> Iterator[None]:
+    """In the block the model is run without gradients, and each layer's attention passes through `attend`.
+
+    Args:
+        attend: as in `attention_seam`.
+
+    Raises:
+        OutOfMemoryError, ModelError: as `capture`.
+    """
+
+    def checked(inner, module, query, key, value, mask, **options):
+        if options.get("position_bias") is not None:
+            raise UnsupportedModelError("this model adds a bias to its attention scores that is not looked into yet")
+        return attend(inner, module, query, key, value, mask, **options)
+
+    try:
+        with memory_errors(), torch.inference_mode(), attention_seam(loaded.model, checked):
+            yield
+    except UnsupportedModelError as error:
+        raise ModelError(str(error)) from error
+
+
+def check_finite(loaded: LoadedModel, computed: Tensor) -> None:
+    """Raise ModelError if what the model computes is no number."""
+    if not computed.isfinite().all():
+        raise ModelError(f"{loaded.name} computes NaN or infinity on this text; its weights may be damaged.")
+
+
+def check_shown(loaded: LoadedModel, n_shown: int) -> None:
+    """Raise ModelError unless so many layers, whose attention was seen, are all there are."""
+    if n_shown != loaded.config.num_hidden_layers:
+        raise ModelError(
+            f"{type(loaded.model).__name__} showed the attention of {n_shown} of its {loaded.config.num_hidden_layers} "
+            "layers: the others are of another kind, or bypass transformers' attention registry."
+        )
 
 
 def check_length(loaded: LoadedModel, tokens: Tokens, *, new_tokens: int = 1) -> list[str]:
@@ -124,8 +181,6 @@ class _Recorder:
         self.probing = False
 
     def attend(self, inner, module, query, key, value, mask, **kwargs):
-        if kwargs.get("position_bias") is not None:
-            raise UnsupportedModelError("this model adds a bias to its attention scores that is not looked into yet")
         if not self.results:
             self._allocate(query.shape[1], key.shape[1])
         attention = _Attention(query, key, kwargs)
@@ -134,13 +189,6 @@ class _Recorder:
         else:
             self._record_prompt(attention, key[0], value[0])
         return inner(module, query, key, value, mask, **kwargs)
-
-    def check_complete(self, model: str) -> None:
-        if not self.recorded == self.probed == self.n_layers:
-            raise UnsupportedModelError(
-                f"{model} showed the attention of {self.recorded} of its {self.n_layers} layers: the others are "
-                "of another kind, or bypass transformers' attention registry."
-            )
 
     def _allocate(self, heads: int, kv_heads: int) -> None:
         # All at once, before the first layer: small arrays that stay, between large ones that go, fragment the heap.

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from analysis import across
-from analysis.across import LEVEL, Means, head_means, resamples
+from analysis.across import LEVEL, MIN_TEXTS, Means, head_means, misses, resampled_means, resamples
 from analysis.errors import RunFileError
-from analysis.measures import VERDICTS, correlation, signed, verdicts
+from analysis.measures import correlation, signed, verdict_counts, verdicts
 from analysis.run import Capture
 from analysis.study import Study
 
@@ -59,7 +59,7 @@ def compare_runs(first: Capture, second: Capture, *, names: tuple[str, str] | No
     return RunComparison(
         names=names or (first.model, second.model),
         gammas=gammas,
-        verdicts=tuple(_counts(verdicts(run), VERDICTS) for run in runs),
+        verdicts=tuple(verdict_counts(verdicts(run)) for run in runs),
         difference=difference,
         agreement=agreement,
     )
@@ -78,13 +78,24 @@ class StudyComparison:
     def __str__(self) -> str:
         if self.difference is None:
             return "The two have other numbers of layers or heads, so no head of one is a head of the other."
-        above, below = (int((end > 0).sum()) for end in (self.difference.low, -self.difference.high))
+        enough = self.difference.defined >= MIN_TEXTS
+        if not enough.any():
+            return f"No difference can be told: no head is defined in {MIN_TEXTS} texts or more of each."
+        above, below = (int((end[enough] > 0).sum()) for end in (self.difference.low, -self.difference.high))
         texts = "the same texts, text by text" if self.paired else "different texts"
         return (
-            f"On {texts}: Γ is higher in {self.names[1]} than in {self.names[0]} in {above} of "
-            f"{self.difference.mean.size} heads, lower in {below}, by the whole 95 % interval; in the others no "
-            "difference can be told."
+            f"On {texts}: Γ is higher in {self.names[1]} than in {self.names[0]} in {above} of {int(enough.sum())} "
+            f"heads, lower in {below}, by the whole 95 % interval; in the others no difference can be told. If the "
+            f"two did not differ, about {self.by_chance:.1f} heads would be called higher or lower all the same."
         )
+
+    @property
+    def by_chance(self) -> float:
+        """Heads whose interval would leave 0 out if the two did not differ; of those with `MIN_TEXTS` texts."""
+        if self.difference is None:
+            return 0.0
+        defined = self.difference.defined
+        return float(misses(defined[defined >= MIN_TEXTS], groups=1 if self.paired else 2).sum())
 
 
 def compare_studies(
@@ -101,7 +112,7 @@ def compare_studies(
         names=names or (first.model, second.model),
         paired=paired,
         means=tuple(head_means(study, seed=seed) for study in both),
-        verdicts=tuple(_counts(across.head_verdicts(study, seed=seed), across.VERDICTS) for study in both),
+        verdicts=tuple(verdict_counts(across.head_verdicts(study, seed=seed), across.VERDICTS) for study in both),
         difference=difference,
     )
 
@@ -140,13 +151,15 @@ def read_training(text: str) -> Training:
             raise ValueError("its steps should rise")
         heads = ("gamma", "gamma_without_first", "sink_share")
         figures = {name: _figures([record[name] for record in records]) for name in heads}
+        if empty := [name for name, values in figures.items() if not np.isfinite(values).any()]:
+            raise ValueError(f"it holds no number for {', '.join(empty)}")
         if {values.shape for values in figures.values()} != {figures["gamma"].shape} or figures["gamma"].ndim != 3:
             raise ValueError("its heads should be a table of layers and heads, the same at every step")
         bits = _figures([record["bits_per_byte"] for record in records])
         return Training(**{name: np.array(n) for name, n in whole.items()}, bits_per_byte=bits, **figures)
     except KeyError as error:
         raise RunFileError(f"This is not a training that can be read: it has no {error}.") from error
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise RunFileError(f"This is not a training that can be read: {str(error)[:200]}") from error
 
 
@@ -161,26 +174,13 @@ def _figures(values: list) -> np.ndarray:
 
 def _unpaired(first: np.ndarray, second: np.ndarray, seed: int) -> Means:
     """The difference of means over other texts, [N, ...] and [M, ...]: each is resampled by itself."""
-    drawn = [
-        _resampled_means(values, resamples(len(values), seed=seed + i)) for i, values in enumerate((first, second))
-    ]
+    drawn = [resampled_means(values, resamples(len(values), seed=seed + i)) for i, values in enumerate((first, second))]
     both = [across.means(values, seed=seed) for values in (first, second)]
     defined = np.minimum(both[0].defined, both[1].defined)
     ends = np.full((2, *defined.shape), np.nan)
     told = defined >= 2
     ends[:, told] = np.nanquantile((drawn[1] - drawn[0])[:, told], [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
     return Means(both[1].mean - both[0].mean, *ends, defined)
-
-
-def _resampled_means(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """[N, ...] by [B, N] -> [B, ...], of the texts that define a number; NaN where none was drawn."""
-    drawn = np.tensordot(counts, np.isfinite(values), axes=1)
-    total = np.tensordot(counts, np.nan_to_num(values), axes=1)
-    return np.divide(total, drawn, where=drawn > 0, out=np.full(total.shape, np.nan))
-
-
-def _counts(verdict: np.ndarray, names: Mapping[str, str]) -> dict[str, int]:
-    return {name: int((verdict == name).sum()) for name in names}
 
 
 def _median(values: np.ndarray) -> float:

@@ -14,19 +14,18 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 # A config beyond these is a mistake or an attack: building it would take all memory, or forever.
-_BOUNDS = {
-    "num_hidden_layers": 1024,
-    "hidden_size": 65_536,
-    "intermediate_size": 1_048_576,
-    "num_attention_heads": 1024,
-    "num_key_value_heads": 1024,
-    "head_dim": 4096,
-    "vocab_size": 4_000_000,
-    "n_layer": 1024,
-    "n_embd": 65_536,
-    "n_head": 1024,
-    "num_labels": 10_000,
-}
+_SIZES = (  # by all the names that transformers' configs have for them
+    (1024, "num_hidden_layers num_layers n_layer n_layers layers depth encoder_layers decoder_layers"),
+    (1024, "num_encoder_layers num_decoder_layers encoder_num_hidden_layers decoder_num_hidden_layers"),
+    (1024, "num_attention_heads num_key_value_heads num_heads n_head n_heads attention_heads"),
+    (1024, "encoder_attention_heads decoder_attention_heads"),
+    (65_536, "hidden_size d_model n_embd embed_dim emb_dim hidden_dim"),
+    (1_048_576, "intermediate_size"),
+    (4096, "head_dim"),
+    (4_000_000, "vocab_size"),
+    (10_000, "num_labels"),
+)
+_BOUNDS = {name: bound for bound, names in _SIZES for name in names.split()}
 
 
 def read_config(path: Path, name: str) -> PretrainedConfig:
@@ -36,6 +35,7 @@ def read_config(path: Path, name: str) -> PretrainedConfig:
 
     with reading(name, path.name):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        _check_bounds(config, name)
         _check_kind(config, name)
     return config
 
@@ -93,6 +93,15 @@ def short(error: BaseException) -> str:
     """What an error of a library says, on one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return (f"no {text}" if isinstance(error, KeyError) else text)[:300]
+
+
+def _check_bounds(config: PretrainedConfig, name: str) -> None:
+    """Refuse sizes out of range that the file gave under a name that is not known here."""
+    text_config = config.get_text_config(decoder=True)
+    for key in ("num_hidden_layers", "hidden_size"):
+        value = getattr(text_config, key, None)
+        if isinstance(value, int) and not 0 < value <= _BOUNDS[key]:
+            raise ModelError(f"{name}: config.json makes {key} {value}, which is out of range (1 to {_BOUNDS[key]}).")
 
 
 def _check_kind(config: PretrainedConfig, name: str) -> None:

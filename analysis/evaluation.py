@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from analysis.capturing import capture, check_length
+from analysis.capturing import check_length
 from analysis.errors import TextError
 from analysis.generation import decode_one_token, new_cache, prefill, prepared
 from analysis.memory import memory_errors
 from analysis.models import LoadedModel
-from analysis.plans.skip import suggest_skip_layers
 from analysis.presets import PASSKEY_QUESTION, passkey
 from analysis.tokens import Tokens, tokenize
 from l2kv import CompressionSpec, cache_nbytes
@@ -30,7 +30,8 @@ Specs = Mapping[str, CompressionSpec | None]
 """What is compared, by name; None is the full cache."""
 
 OnDone = Callable[[int, int], None]
-"""Called as (trials done, trials), after each. What it raises cancels the evaluation and passes through."""
+"""Called as (trials done, trials), after each; in the middle of long ones too, with the same numbers as before, so that
+they can be cancelled. What it raises cancels the evaluation and passes through."""
 
 
 def ignore(done: int, total: int) -> None:
@@ -96,6 +97,7 @@ def continuations(
     Args:
         specs: what to keep; None is the full cache.
         prompt_tokens: tokens of the prompt, special ones included, 2 or more.
+        on_done: a trial is a text by a spec. Called at every token, too.
 
     Returns:
         For each spec a row of the texts.
@@ -116,7 +118,7 @@ def continuations(
         for spec in specs:
             results.append([])
             for batch in batches:
-                results[-1] += _continue(loaded, batch, spec, prompt_tokens)
+                results[-1] += _continue(loaded, batch, spec, prompt_tokens, partial(on_done, done, total))
                 for _ in batch:
                     done += 1
                     on_done(done, total)
@@ -138,13 +140,16 @@ def _first_tokens(loaded: LoadedModel, text: str, prompt_tokens: int, new_tokens
     return _on_device(loaded, tokens)
 
 
-def _continue(loaded: LoadedModel, ids: Tensor, spec: CompressionSpec | None, prompt_tokens: int) -> list[Continuation]:
-    """Of the rows of ids [B, T]."""
+def _continue(
+    loaded: LoadedModel, ids: Tensor, spec: CompressionSpec | None, prompt_tokens: int, on_token: Callable[[], None]
+) -> list[Continuation]:
+    """Of the rows of ids [B, T]; `on_token` is called before each token that is fed."""
     rows, length = ids.shape
     cache = new_cache(loaded, spec)
     prefill(loaded.model, ids[:, : prompt_tokens - 1], cache)
     nats = ids.new_zeros(rows, dtype=torch.float64)
     for position in range(prompt_tokens, length):
+        on_token()
         last = ids[:, position - 1 : position]
         logits = loaded.model(last, past_key_values=cache, use_cache=True).logits[:, -1]
         nats += torch.nn.functional.cross_entropy(logits.float(), ids[:, position], reduction="none")
@@ -200,9 +205,6 @@ class PasskeyPrompt:
     context: np.ndarray  # [C] int64: the task, the filler and the key in it
     question: np.ndarray  # [Q] int64
 
-    def __len__(self) -> int:
-        return len(self.context) + len(self.question)
-
 
 def passkey_text(tokenizer: PreTrainedTokenizerBase, key: int, *, n_tokens: int, depth: float) -> str:
     """A passkey prompt of at most `n_tokens` tokens, question included, as many as whole repeats of the filler give.
@@ -242,21 +244,6 @@ def passkey_prompt(tokenizer: PreTrainedTokenizerBase, key: int, *, n_tokens: in
     same = ids[:shared] == context[:shared]
     cut = shared if same.all() else int(same.argmin())
     return PasskeyPrompt(key, ids[:cut], ids[cut:])
-
-
-@torch.inference_mode()
-def passkey_found(loaded: LoadedModel, key: int, spec: CompressionSpec | None, *, n_tokens: int, depth: float) -> bool:
-    """Whether the model, asked after compression, says the key exactly, greedily.
-
-    All but the question is run and compressed; the question is run over what is left, and so is every digit.
-
-    Raises:
-        TextError, ValueError: as `passkey_prompt`, or more than the model can take.
-        ModelError, OutOfMemoryError: as `stream`.
-    """
-    prompt = passkey_prompt(loaded.tokenizer, key, n_tokens=n_tokens, depth=depth)
-    with prepared(loaded):
-        return _says_key(loaded, prompt, spec)
 
 
 def _says_key(loaded: LoadedModel, prompt: PasskeyPrompt, spec: CompressionSpec | None) -> bool:
@@ -306,7 +293,14 @@ def passkey_grid(
     keys: Sequence[int],
     on_done: OnDone = ignore,
 ) -> tuple[PasskeyScore, ...]:
-    """`passkey_found` for each spec, length and depth, over the keys. Raises as that."""
+    """How often the model, asked after compression, says the key exactly, greedily: by spec, length and depth.
+
+    All but the question is run and compressed; the question is run over what is left, and so is every digit.
+
+    Raises:
+        TextError, ValueError: as `passkey_text`, or more than the model can take.
+        ModelError, OutOfMemoryError: as `stream`.
+    """
     places = [(length, depth) for length in lengths for depth in depths]
     prompts = {
         place: [passkey_prompt(loaded.tokenizer, key, n_tokens=place[0], depth=place[1]) for key in keys]
@@ -340,9 +334,3 @@ def policy_specs(keep_ratios: Sequence[float], *, protect_last: int) -> dict[str
         for ratio in keep_ratios
         for policy in ("low_norm", "high_norm", "random")
     }
-
-
-def skip_plan(loaded: LoadedModel, text: str, spec: CompressionSpec) -> CompressionSpec:
-    """The spec with the layers left whole that a capture of the text suggests for its policy. Raises as `capture`."""
-    layers = suggest_skip_layers(capture(loaded, text), spec.policy).layers
-    return replace(spec, skip_layers=layers)

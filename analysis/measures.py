@@ -14,8 +14,8 @@ and ALR = (1 + Γ) * the ALR expected of a random order. Undefined values are Na
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import stats
@@ -145,6 +145,11 @@ def verdicts_of(gamma: np.ndarray, without_first: np.ndarray) -> np.ndarray:
     return result
 
 
+def verdict_counts(verdict: np.ndarray, names: Iterable[str] = tuple(VERDICTS)) -> dict[str, int]:
+    """How many heads have each verdict of `names`."""
+    return {name: int((verdict == name).sum()) for name in names}
+
+
 def answer(capture: Capture) -> str:
     """Does low norm predict attention in this model? In two or three sentences."""
     return answer_of(verdicts(capture), correlation(capture))
@@ -206,6 +211,28 @@ def head_figures(capture: Capture, *, leave_out: int = 0) -> HeadFigures:
         sink_share=sink_share(capture),
         status=status(capture, leave_out=leave_out),
         verdict=verdicts(capture),
+    )
+
+
+def by_kv_head(capture: Capture) -> Capture:
+    """The run as if each kv head had one query head, whose attention is the mean of its group's.
+
+    So `alr(by_kv_head(run))` is the ALR of each kv head, [L, Hkv]: what a cache loses that evicts a key for all of its
+    query heads at once. It is not the mean of their ALRs. Maps (`pooled`) are those of each group's first head.
+    """
+    group = capture.n_heads // capture.n_kv_heads
+
+    def mean(values: np.ndarray) -> np.ndarray:  # [..., H, T] -> [..., Hkv, T]
+        grouped = values.reshape(*values.shape[:-2], capture.n_kv_heads, group, values.shape[-1])
+        return grouped.mean(axis=-2, dtype=np.float64)
+
+    return replace(
+        capture,
+        probe_attention=mean(capture.probe_attention),
+        attention_received=mean(capture.attention_received),
+        recent_attention=mean(capture.recent_attention),
+        pooled_attention=capture.pooled_attention[:, ::group],
+        pooled_scale=capture.pooled_scale[:, ::group],
     )
 
 

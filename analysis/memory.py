@@ -37,11 +37,12 @@ class CacheShape:
     @classmethod
     def of(cls, config, itemsize: int) -> CacheShape:
         """Of a decoder's config (the language part of it)."""
+        layers = tuple(i for i, kind in enumerate(layer_kinds(config)) if kind == "full_attention")
+        if getattr(config, "is_heterogeneous", False):  # Gemma 4: its full layers have heads of another size
+            config = config.per_layer_config[layers[0] if layers else 0]
         heads = config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-        layers = tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
         return cls(layers, heads, kv_heads, head_dim, itemsize)
 
     def nbytes(self, n_tokens: int, spec: CompressionSpec | None = None) -> int:
@@ -52,6 +53,22 @@ class CacheShape:
         else:
             pairs = sum(spec.kept(n_tokens, n_tokens, spec.target_of(*head)) for head in heads)
         return pairs * 2 * self.head_dim * self.itemsize
+
+
+def layer_kinds(config) -> tuple[str, ...]:
+    """The kind of each layer's cache by transformers' names, such as "full_attention", as `DynamicCache` reads them.
+
+    A config may name them, or give no more than a window that all layers share (Mistral 7B v0.1, Phi-3 mini).
+    """
+    if named := getattr(config, "layer_types", None):
+        return tuple(named)
+    if getattr(config, "sliding_window", None) is not None:
+        kind = "sliding_attention"
+    elif getattr(config, "attention_chunk_size", None) is not None:
+        kind = "chunked_attention"
+    else:
+        kind = "full_attention"
+    return (kind,) * config.num_hidden_layers
 
 
 def capture_bytes(config, n_tokens: int, *, itemsize: int, last_queries: int = LAST_QUERIES) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +38,11 @@ class LoadedModel:
     def config(self):
         """The config of the language model, in models that have others too."""
         return self.model.config.get_text_config(decoder=True)
+
+    @property
+    def positions(self) -> int:
+        """The tokens that it was trained to read at once; `sys.maxsize` where its config does not say."""
+        return getattr(self.config, "max_position_embeddings", None) or sys.maxsize
 
 
 def load_model(ref: str | Path, *, device: str | None = None, dtype: torch.dtype | None = None) -> LoadedModel:

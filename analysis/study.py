@@ -1,7 +1,8 @@
 """One model over many texts: the figures of every head for each text, kept and resumed. Captures are not kept.
 
-Memory holds one capture at a time; the table grows by 3 probes x 12 metrics x L x H numbers a text. It is written after
-every text, as one file that is there whole or not at all. What the table says is worked out in `analysis.across`.
+Memory holds one capture at a time; the table grows by 3 probes x 12 metrics x L x H numbers a text. It is written as
+texts are done, and however the study ends, as one file that is there whole or not at all. What the table says is worked
+out in `analysis.across`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import islice, zip_longest
@@ -30,12 +32,15 @@ if TYPE_CHECKING:
     from analysis.models import LoadedModel
 
 VERSION = 2
+MOST_TEXTS = 10_000  # of a study: intervals over more take more memory than a study of them does
+_EACH, _PAUSE = 8, 5.0  # so many texts are each written at once; those after them at most every few seconds
 _NOT_SPACE = re.compile(r"\S")
+SPARE = 8  # tokens to ask of a piece beyond those used: on its own it may make a few less than it did in the text
 _CHARACTERS = 12  # a token, more than prose ever takes; where it is not enough, the piece is doubled
 
-OnText = Callable[[int, int, str], None]
-"""Called as (texts done, texts, name of the one done), after it is written. What it raises cancels the study and passes
-through; what was done is in the file."""
+OnText = Callable[["Study"], None]
+"""Called after each text with the study so far: `len(study.names)` of `study.texts` are done. What it raises cancels
+the study and passes through; what was done is in the file."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,11 +60,16 @@ class Study:
 
     def __post_init__(self) -> None:
         n = len(self.names)
+        if not 1 <= n <= self.texts <= MOST_TEXTS or 0 in self.values.shape:
+            raise ValueError(
+                f"a study is of 1 to {MOST_TEXTS:,} texts, and of heads; got {n} of {self.texts} texts, and values of "
+                f"shape {self.values.shape}"
+            )
         expected = (n, len(PROBES), len(METRICS), len(self.layer_kinds))
         if not (self.values.shape == self.status.shape and self.values.ndim == 5 and self.values.shape[:4] == expected):
             raise ValueError(f"values and status must be of shape {(*expected, 'H')}, got {self.values.shape}")
-        if len(self.digests) != n or self.n_tokens.shape != (n,) or not n <= self.texts:
-            raise ValueError(f"digests, n_tokens or texts do not fit {n} texts")
+        if len(self.digests) != n or self.n_tokens.shape != (n,):
+            raise ValueError(f"digests or n_tokens do not fit {n} texts")
         if (self.status >= len(STATUSES)).any() or (np.isfinite(self.values) != (self.status == 0)).any():
             raise ValueError("values must be numbers where the status is ok, and nowhere else")
 
@@ -90,12 +100,14 @@ def study(
     Args:
         texts: (name, text) of each. The texts stay in memory, their captures do not.
         path: where to keep the table. If it is there, it is gone on with: what it holds must be the first of `texts`,
-            in the same model.
+            in the same model. Whatever ends the study, the texts done are in it; a process that is killed loses those
+            of its last few seconds.
         on_text, on_layer: for progress and cancelling; `on_layer` as in `capture`.
 
     Raises:
         RunFileError: the file is of another model or of other texts, or cannot be read or written; says which.
-        TextError: there are no texts, or one of them cannot be run; says which, and those before it are in the file.
+        TextError: there are no texts, or more than `MOST_TEXTS`, or one of them cannot be run; says which, and those
+            before it are in the file.
         OutOfMemoryError, ModelError: as `capture`.
     """
     from analysis.capturing import capture  # waits for torch, which reading a study need not
@@ -103,30 +115,39 @@ def study(
     texts = tuple(texts)
     if not texts:
         raise TextError("There are no texts to study.")
+    if len(texts) > MOST_TEXTS:
+        raise TextError(f"A study is of {MOST_TEXTS:,} texts at most, got {len(texts):,}.")
     weights = _digest_of_model(loaded)
-    done = _resumed(path, loaded.name, weights, texts)
-    for name, text in texts[len(done.names) if done else 0 :]:
-        try:
-            run = capture(loaded, text, on_layer=on_layer)
-        except TextError as error:
-            raise TextError(f"{name}: {error}") from error
-        figures = [metrics(run, probe=probe) for probe in PROBES]
-        done = Study(
-            model=loaded.name,
-            weights=weights,
-            layer_kinds=run.layer_kinds,
-            texts=len(texts),
-            names=(*(done.names if done else ()), name),
-            digests=(*(done.digests if done else ()), _digest(text)),
-            n_tokens=_joined(done and done.n_tokens, np.array(run.n_tokens)),
-            values=_joined(done and done.values, np.stack([f.values for f in figures])),
-            status=_joined(done and done.status, np.stack([f.status for f in figures])),
-        )
-        del run  # before the next is made: two do not fit where one does
-        if path is not None:
+    done = written = _resumed(path, loaded.name, weights, texts)
+    due = 0.0
+    try:
+        for name, text in texts[len(done.names) if done else 0 :]:
+            try:
+                run = capture(loaded, text, on_layer=on_layer)
+            except TextError as error:
+                raise TextError(f"{name}: {error}") from error
+            figures = [metrics(run, probe=probe) for probe in PROBES]
+            done = Study(
+                model=loaded.name,
+                weights=weights,
+                layer_kinds=run.layer_kinds,
+                texts=len(texts),
+                names=(*(done.names if done else ()), name),
+                digests=(*(done.digests if done else ()), _digest(text)),
+                n_tokens=_joined(done and done.n_tokens, np.array(run.n_tokens)),
+                values=_joined(done and done.values, np.stack([f.values for f in figures])),
+                status=_joined(done and done.status, np.stack([f.status for f in figures])),
+            )
+            del run  # before the next is made: two do not fit where one does
+            # The file is the whole table: written at every text, its bytes would grow with the square of the texts.
+            if path is not None and (len(done.names) <= _EACH or time.monotonic() >= due):
+                save_study(done, path)
+                written, due = done, time.monotonic() + _PAUSE
+            if on_text is not None:
+                on_text(done)
+    finally:
+        if path is not None and done is not written:
             save_study(done, path)
-        if on_text is not None:
-            on_text(len(done.names), len(texts), name)
     assert done is not None  # there is a text
     return done
 
@@ -246,6 +267,8 @@ def _check_header(header: dict[str, object], arrays: set[str]) -> None:
         if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
             raise ValueError(f"{name} should be text")
         "".join(value).encode()  # half a character (a lone surrogate) cannot be shown or written
+    if len(header["names"]) > MOST_TEXTS:  # before their numbers are read
+        raise ValueError(f"it holds more than {MOST_TEXTS:,} texts")
     if type(header["texts"]) is not int:
         raise ValueError(f"texts should be a whole number, got {header['texts']!r}")
 

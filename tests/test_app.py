@@ -228,3 +228,20 @@ def test_a_policy_that_a_page_does_not_know_gives_way_to_the_papers():
     app.session_state["policy"] = "keydiff"
     app.run()
     assert not app.exception and app.selectbox(key="policy").value == "low_norm"
+
+
+def test_what_was_worked_out_of_a_run_is_kept_until_another_is_asked_of(monkeypatch):
+    monkeypatch.setattr(state.st, "session_state", {})
+    asked = []
+
+    @state.remembered
+    def double(numbers, times):
+        asked.append(times)
+        return [times * number for number in numbers]
+
+    one, other = [1, 2], [1, 2]  # equal, but not the same
+    assert double(one, 2) == [2, 4] == double(one, 2) and asked == [2]
+    assert double(other, 2) == [2, 4] and asked == [2, 2]
+    for times in range(3, 30):
+        double(other, times)
+    assert sum(len(answers) for _, answers in state.st.session_state["remembered"].values()) == 16

@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import (
     AutoTokenizer,
+    DynamicCache,
     FalconConfig,
     FalconForCausalLM,
     Gemma2Config,
@@ -20,9 +21,10 @@ from transformers import (
 from analysis import ModelError, OutOfMemoryError, TextError, capture, correlation, suggest_skip_layers
 from analysis import memory as memory_module
 from analysis.measures import kept_tokens, status
-from analysis.memory import BLOCK, MAX_BINS, CacheShape, capture_bytes, human_bytes
+from analysis.memory import BLOCK, MAX_BINS, CacheShape, capture_bytes, human_bytes, layer_kinds
 from analysis.models import LoadedModel
 from l2kv import CompressedCache, CompressionSpec, compressible
+from tests.architectures import ARCHITECTURES, WINDOW
 from tests.conftest import BUNDLED, MODELS, STORIES, TINY, build
 
 TEXT = (
@@ -265,6 +267,26 @@ def test_cache_bytes_are_those_of_the_tensors(load):
     # 6 layers, 4 kv heads of 32, K and V, 4 bytes; layer 0 whole, the others 250 of 500
     spec = CompressionSpec(keep_ratio=0.5, skip_layers=(0,))
     assert shape.nbytes(500, spec) == (500 + 5 * 250) * 4 * 32 * 2 * 4
+
+
+@pytest.mark.parametrize("name", [name for name, each in ARCHITECTURES.items() if not each.refused])
+def test_layers_of_a_cache_that_keep_every_token_are_those_that_transformers_gives_no_window(name):
+    architecture = ARCHITECTURES[name]
+    model, n = architecture.model(), 3 * WINDOW
+    config = model.config.get_text_config(decoder=True)
+    shape, cache = CacheShape.of(config, itemsize=4), DynamicCache(config=model.config)
+    assert shape.layers == tuple(i for i, sliding in enumerate(cache.is_sliding) if not sliding)
+    assert len(layer_kinds(config)) - len(shape.layers) == architecture.left
+    with torch.no_grad():
+        model(torch.arange(2, 2 + n)[None], past_key_values=cache)
+    assert shape.nbytes(n) == sum(cache.layers[i].keys.nbytes + cache.layers[i].values.nbytes for i in shape.layers)
+
+
+def test_layers_with_heads_of_different_numbers_are_refused(load):
+    model, tokenizer = ARCHITECTURES["Gemma 4 (text)"].model(), load("llama").tokenizer
+    model.resize_token_embeddings(4096)
+    with pytest.raises(ModelError, match="different numbers of kv heads"):
+        capture(LoadedModel(model, tokenizer, "gemma 4"), TEXT)
 
 
 def test_bytes_are_said_in_binary_units():

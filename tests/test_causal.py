@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from analysis import RunFileError, TextError, capture, presets
 from analysis.across import MIN_TEXTS, RESAMPLES
 from analysis.evaluation import continuation_nll
+from analysis.measures import alr
 from analysis.models import LoadedModel
 from analysis.plans import causal
 from analysis.plans.causal import CausalCheck, agreement, causal_check, head_costs
@@ -39,20 +40,25 @@ def texts(loaded) -> list[str]:
 def test_the_cost_of_a_layer_is_that_of_compressing_it_and_no_other(loaded, texts):
     calls = []
     check = causal_check(loaded, texts, SPEC, **LENGTHS, on_done=lambda *call: calls.append(call))
-    assert calls == [(i + 1, 2 * (2 + 6)) for i in range(16)]
+    assert list(dict.fromkeys(calls)) == [(i, 2 * (2 + 6)) for i in range(17)]
+    assert calls.count((0, 16)) > 6 and calls.count((2, 16)) == 1 + 4  # in the middle of a capture; at every token
     assert check.layers == tuple(range(6)) and check.nll_change.shape == check.loss.shape == (6, 2)
     for i, text in enumerate(texts):
         full = continuation_nll(loaded, text, None, **LENGTHS)
         run = capture(loaded, text[: tokenize(loaded.tokenizer, text).spans[23, 1]])
         assert run.n_tokens == 24
         np.testing.assert_allclose(check.loss[:, i], layer_loss(run).by_layer)
+        np.testing.assert_allclose(check.paper[:, i], alr(run).mean(axis=1))
         for layer in range(6):
             # The same cache said in another way: all layers are kept whole by their ratio but one.
             whole = {other: 1.0 for other in range(6) if other != layer}
             alone = continuation_nll(loaded, text, replace(SPEC, layer_ratios=whole), **LENGTHS)
             assert check.nll_change[layer, i] == pytest.approx(alone - full, abs=1e-5)
     assert abs(check.nll_change).max() > 1e-3
+    by_paper = stats.spearmanr(check.nll_change.mean(axis=1), check.paper.mean(axis=1)).statistic
+    assert check.paper_agreement.value == pytest.approx(by_paper)
     assert "over 6 layers and 2 texts" in str(check) and "no interval" in str(check)
+    assert f"the paper's ALR and that cost: {check.paper_agreement}." in str(check)
 
 
 def test_the_cost_of_a_head_is_that_of_compressing_it_and_no_other(loaded, texts):
@@ -82,11 +88,28 @@ def test_a_check_is_read_back_as_it_was_written(loaded, texts):
     assert np.isnan(CausalCheck.from_json(undefined.to_json()).loss[:, 0]).tolist() == [False, True, False]
 
 
+def test_a_check_from_before_the_papers_alr_was_kept_says_nothing_of_it():
+    content = json.loads(made_check().to_json())
+    del content["paper"]
+    old = CausalCheck.from_json(json.dumps(content))
+    assert old.paper is None and old.paper_agreement is None and "paper" not in str(old)
+    assert CausalCheck.from_json(old.to_json()).to_json() == old.to_json()
+
+
+def made_check() -> CausalCheck:
+    numbers = np.arange(3.0)[:, None]
+    return CausalCheck("made up", SPEC, (0, 1, 2), numbers, numbers, agreement(numbers, numbers), numbers)
+
+
 @pytest.mark.parametrize(
     "change,reason",
     [
         ({"layers": [0, -1, 2]}, "layers numbers"),
         ({"loss": [[1.0], [2.0]]}, "a row for each of 3 layers"),
+        ({"paper": [[1.0], [2.0]]}, "a row for each of 3 layers"),
+        ({"nll_change": [[10**400], [1], [2]]}, "too large"),
+        ({"loss": [[], [], []], "nll_change": [[], [], []], "paper": None}, "a row for each"),
+        ({"layers": [], "loss": [], "nll_change": [], "paper": None}, "a row for each"),
         ({"loss": [["x"], [1], [2]]}, "could not convert"),
         ({"nll_change": [[1.0], [2.0, 3.0], [4.0]]}, "not a causal check"),
         ({"spec": {"policy": "worst"}}, "policy must be one of"),
@@ -94,10 +117,8 @@ def test_a_check_is_read_back_as_it_was_written(loaded, texts):
     ],
 )
 def test_a_strangers_check_is_refused_with_the_reason(change, reason):
-    numbers = np.arange(3.0)[:, None]
-    check = CausalCheck("made up", SPEC, (0, 1, 2), numbers, numbers, agreement(numbers, numbers))
     with pytest.raises(RunFileError, match=reason):
-        CausalCheck.from_json(json.dumps(json.loads(check.to_json()) | change))
+        CausalCheck.from_json(json.dumps(json.loads(made_check().to_json()) | change))
 
 
 def test_layers_that_the_spec_skips_are_not_compared(loaded, texts):

@@ -16,7 +16,7 @@ def test_a_text_file_becomes_a_run_that_can_be_read_and_told(tmp_path, capsys):
     assert load_run(out).text == TEXT
     assert main(["heads", str(out)]) == 0
     told = capsys.readouterr().out
-    assert told.count("\n") == 2 + 48 + 1 and "Does low norm predict attention in books-5m?" in told
+    assert told.count("\n") == 3 + 48 + 1 and "Does low norm predict attention in books-5m?" in told
 
 
 @pytest.mark.parametrize(

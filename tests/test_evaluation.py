@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from analysis import TextError, capture, evaluation, finding, presets, suggest_skip_layers
+from analysis import TextError, evaluation, finding, presets
 from analysis.commands import main
 from analysis.errors import RunFileError
 from analysis.evaluation import (
@@ -18,13 +18,11 @@ from analysis.evaluation import (
     continuation_nll,
     continuations,
     nll_changes,
-    passkey_found,
     passkey_grid,
     passkey_prompt,
     passkey_text,
     passkeys,
     policy_specs,
-    skip_plan,
 )
 from analysis.finding import BREAKS_SPEC, CALM_SPEC, Criteria, NotFoundError, find_presets
 from analysis.generation import Step, prepared
@@ -124,7 +122,7 @@ def test_changes_are_differences_to_the_full_cache_text_by_text(loaded):
     half, whole = nll_changes(
         loaded, texts, specs, prompt_tokens=30, new_tokens=5, on_done=lambda done, total: seen.append((done, total))
     )
-    assert (half.spec, whole.spec) == ("half", "all") and seen == [(i, 6) for i in range(1, 7)]
+    assert (half.spec, whole.spec) == ("half", "all") and list(dict.fromkeys(seen)) == [(i, 6) for i in range(7)]
     for i, text in enumerate(texts):
         nll = [continuation_nll(loaded, text, s, prompt_tokens=30, new_tokens=5) for s in (CompressionSpec(), None)]
         assert half.by_text[i] == pytest.approx(nll[0] - nll[1])
@@ -145,14 +143,27 @@ def test_bad_requests_are_refused_and_leave_the_model_as_it_was(loaded):
     with pytest.raises(TextError, match="do not belong together"):
         continuation_nll(foreign, TEXT, None, prompt_tokens=20, new_tokens=3)
     with pytest.raises(TextError, match="do not belong together"):
-        passkey_found(foreign, 53128, None, n_tokens=200, depth=0.5)
+        passkey_grid(foreign, {"full": None}, lengths=[200], depths=[0.5], keys=[53128])
     assert loaded.model.config._attn_implementation == "sdpa"
 
 
-def test_the_skip_plan_leaves_whole_what_a_capture_suggests(loaded):
-    layers = suggest_skip_layers(capture(loaded, TEXT), "low_norm").layers
-    plan = skip_plan(loaded, TEXT, CompressionSpec(keep_ratio=0.2, protect_last=4))
-    assert plan == CompressionSpec(keep_ratio=0.2, protect_last=4, skip_layers=layers) and layers
+def test_a_batch_can_be_cancelled_at_every_token_of_it(loaded):
+    calls = []
+    texts = [TEXT[:400], TEXT[400:900]]
+    continuations(
+        loaded, texts, [None, CompressionSpec()], prompt_tokens=30, new_tokens=3, on_done=lambda *c: calls.append(c)
+    )
+    assert calls == [(0, 4)] * 3 + [(1, 4)] + [(2, 4)] * (1 + 3) + [(3, 4), (4, 4)]  # both rows are one batch
+
+    class Cancelled(Exception):
+        pass
+
+    def stop(done, total):
+        raise Cancelled
+
+    with pytest.raises(Cancelled):
+        continuations(loaded, texts, [None], prompt_tokens=30, new_tokens=3, on_done=stop)
+    assert loaded.model.config._attn_implementation == "sdpa"
 
 
 # ----------------------------------------------------------------------------------------------------------- passkeys
@@ -170,7 +181,7 @@ def test_a_passkey_prompt_has_the_length_and_the_depth_asked_for(loaded, n_token
     prompt = passkey_prompt(loaded.tokenizer, 40302, n_tokens=n_tokens, depth=depth)
     decoded = [loaded.tokenizer.decode(part, skip_special_tokens=True) for part in (prompt.context, prompt.question)]
     assert decoded[1] == " What is the pass key? The pass key is" and "".join(decoded) == text
-    assert len(prompt) <= n_tokens
+    assert len(prompt.context) + len(prompt.question) <= n_tokens
 
 
 def test_a_passkey_prompt_that_cannot_be_is_refused(loaded):
@@ -243,7 +254,8 @@ def test_a_key_is_found_as_long_as_the_cache_holds_it(loaded, reader):
 )
 def test_only_the_exact_key_counts(loaded, reader, says, right):
     reader(says=says)
-    assert passkey_found(loaded, 53128, None, n_tokens=200, depth=0.5) is right
+    (score,) = passkey_grid(loaded, {"full": None}, lengths=[200], depths=[0.5], keys=[53128])
+    assert score.found == right
 
 
 def test_passkeys_run_on_a_real_model_and_stop_when_told_to(loaded):

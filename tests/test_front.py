@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,16 +11,21 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from analysis import RunFileError, TextError, capture, loss_curves, presets
+from analysis import ModelError, RunFileError, TextError, capture, loss_curves, presets
+from analysis.across import MIN_TEXTS, RESAMPLES, Interval
 from analysis.evaluation import continuation_nll
+from analysis.memory import CacheShape
 from analysis.models import LoadedModel
 from analysis.plans.causal import head_costs
-from analysis.plans.front import Front, FrontPoint, measure_front
+from analysis.plans.curves import LossCurves
+from analysis.plans.front import Front, FrontPoint, measure_front, passes, planning_and_measuring
+from analysis.plans.planning import BudgetError
+from analysis.plans.simultaneous import simultaneous
 from analysis.plans.ways import KINDS, WAYS
-from analysis.study import pieces
+from analysis.study import chunks, pieces
 from analysis.tokens import tokenize
 from l2kv import CompressionSpec
-from tests.conftest import BUNDLED, ROOT
+from tests.conftest import BUNDLED, ROOT, build
 
 LENGTHS = {"prompt_tokens": 100, "new_tokens": 3}
 KEEPS = (0.2, 0.6)
@@ -52,8 +58,12 @@ def test_every_way_is_measured_at_every_budget_or_named_as_left_out(front, calls
         (words.split(", keep")[0], float(words.split("keep ")[1].split(":")[0])) for words in front.left_out
     } == {(way, keep) for way in WAYS for keep in KEEPS}
     assert any(words.startswith("skip 0 and 1, low norm, keep 0.2: layers 0 and 1") for words in front.left_out)
-    assert [done for done, _ in calls] == list(range(1, calls[-1][1] + 1))
+    assert list(dict.fromkeys(done for done, _ in calls)) == list(range(calls[-1][1] + 1))
     assert calls[-1][1] == 3 + 3 * (1 + 24) + 2 + 2 * (1 + len({p.spec for p in front.points}))
+    assert calls[0] == (0, passes(3, 2, keeps=2, ways=WAYS, kv_heads=24))
+    assert calls[0][1] - calls[-1][1] == 2 * (2 * len(WAYS) - len({p.spec for p in front.points}))
+    inside = [call for call in calls[: calls.index((1, calls[0][1]))] if call[0] == 0]
+    assert len(inside) > 6  # of the first capture, layer by layer
 
 
 def test_ways_at_one_budget_hold_equal_bytes(front):
@@ -95,6 +105,28 @@ def test_bad_requests_are_refused(loaded, texts):
         measure_front(loaded, texts[:2], [], **LENGTHS)
     with pytest.raises(ValueError, match="ways must be of"):
         measure_front(loaded, texts[:1], texts[1:2], ways=["my own"], **LENGTHS)
+    calls = []
+    for wrong in (1.5, -0.1, math.nan, True):
+        with pytest.raises(ValueError, match="keeps must be from 0 to 1"):
+            measure_front(
+                loaded, texts[:1], texts[1:2], keeps=[0.5, wrong], on_done=lambda *call: calls.append(call), **LENGTHS
+            )
+    assert not calls  # before anything is run
+
+
+def test_a_way_that_fails_for_another_reason_than_its_budget_is_not_left_out(loaded, texts, monkeypatch):
+    def broken(curves, keep):
+        raise ValueError("a defect")
+
+    monkeypatch.setitem(WAYS, "random", replace(WAYS["random"], make=broken))
+    with pytest.raises(ValueError, match="a defect"):
+        measure_front(loaded, texts[:1], texts[1:2], keeps=[0.5], ways=["random"], **LENGTHS)
+
+
+def test_a_model_of_sliding_windows_alone_is_refused_before_it_is_run(loaded, texts):
+    sliding = build("qwen2", use_sliding_window=True, sliding_window=8, layer_types=["sliding_attention"] * 3)
+    with pytest.raises(ModelError, match="no layer that can be compressed"):
+        measure_front(LoadedModel(sliding, loaded.tokenizer, "sliding"), texts[:1], texts[1:2], **LENGTHS)
 
 
 def test_it_is_cancelled_by_raising(loaded, texts):
@@ -107,6 +139,70 @@ def test_it_is_cancelled_by_raising(loaded, texts):
 
     with pytest.raises(Cancelled):
         measure_front(loaded, texts[:1], texts[1:2], keeps=(0.5,), on_done=stop, **LENGTHS)
+
+
+# ------------------------------------------------------------------------------------------------- planning, measuring
+
+
+def files(*lengths: int) -> dict[str, str]:
+    """Files by name; of each piece of 20 tokens one can tell where it stood."""
+    return {name: " ".join(f"{name}{i}" for i in range(n)) for name, n in zip("abcd", lengths, strict=False)}
+
+
+def test_of_several_files_every_second_one_is_planned_on(loaded):
+    def split(*lengths, each=4):
+        return planning_and_measuring(loaded.tokenizer, files(*lengths), n_tokens=20, each=each)
+
+    two = files(200, 200)
+    assert split(200, 200) == tuple(
+        pieces(loaded.tokenizer, {name: two[name]}, n_tokens=20, at_most=4) for name in ("b", "a")
+    )
+    planning, measuring = split(200, 200, 200, 200, each=6)
+    assert [name[0] for name, _ in planning] == list("bdbdbd") and [name[0] for name, _ in measuring] == list("acacac")
+    assert {name[0] for name, _ in split(200, 1, 200)[0]} == {"c"}  # b is too short for a piece, and does not count
+
+
+def test_of_one_file_the_first_half_is_planned_on_and_the_last_half_measured_on(loaded):
+    text = files(400)
+    whole = [piece for _, piece in chunks(loaded.tokenizer, "a", text["a"], n_tokens=20)]
+    planning, measuring = planning_and_measuring(loaded.tokenizer, text, n_tokens=20, each=3)
+    assert [piece for _, piece in planning] == whole[:3] and [piece for _, piece in measuring] == whole[3:6]
+    few = dict(a=text["a"][: text["a"].index(whole[4][-12:]) + 12])
+    planning, measuring = planning_and_measuring(loaded.tokenizer, few, n_tokens=20, each=9)
+    assert [piece for _, piece in planning + measuring] == whole[:5] and len(planning) == 2
+    with pytest.raises(TextError, match="a front takes two"):
+        planning_and_measuring(loaded.tokenizer, {"a": whole[0]}, n_tokens=20, each=3)
+    with pytest.raises(TextError, match="None of the texts has 20 tokens"):
+        planning_and_measuring(loaded.tokenizer, files(1, 1), n_tokens=20, each=3)
+
+
+def curves_of(n_layers: int, *, n_tokens: int, protect_last: int) -> LossCurves:
+    """Of a model in which all heads are alike."""
+    falling = np.broadcast_to(np.linspace(1, 0, 101), (n_layers, 2, 101))
+    return LossCurves(
+        low=falling,
+        high=falling,
+        compressible=np.ones(n_layers, bool),
+        status=np.full((n_layers, 2), "ok", dtype=object),
+        gammas=np.zeros((1, n_layers, 2)),
+        protect_last=protect_last,
+        least_bin=math.ceil(100 * protect_last / n_tokens),
+    )
+
+
+@pytest.mark.parametrize("n_layers", [6, 32, 80])
+@pytest.mark.parametrize("keep", [0.05, 0.1, 0.12, 0.13, 0.3, 0.5])
+def test_no_way_holds_more_than_its_budget_however_many_layers_are_protected(n_layers, keep):
+    curves, shape = curves_of(n_layers, n_tokens=448, protect_last=32), CacheShape(tuple(range(n_layers)), 2, 2, 8, 4)
+    pair, budget = 2 * 8 * 4, keep * shape.nbytes(448)
+    for name in ("uniform, low norm", "skip 0 and 1, low norm", "plan by head", "random"):
+        ratio = (keep * n_layers - 2) / (n_layers - 2) if name.startswith("skip") else keep
+        if ratio < 0.08:  # 32 of 448 tokens are 0.0714 of them, and bins are whole percents
+            with pytest.raises(BudgetError):
+                WAYS[name].make(curves, keep)
+            continue
+        spec = WAYS[name].make(curves, keep)
+        assert shape.nbytes(448, spec) <= budget + n_layers * 2 * pair  # a head may round up by a pair
 
 
 # ------------------------------------------------------------------------------------------------------- made up
@@ -137,30 +233,116 @@ def test_the_answer_names_a_plan_that_beats_the_best_uniform_rule():
     answer = made_up(**{LOW: (0.3, 0.4), HIGH: (0.1, 0.3), PLAN: (0.04, 0.2), RANDOM: (0.5, 0.5)}).answer()
     assert answer.startswith("Yes: at keep 0.5 a plan beats the best uniform rule by norm at equal bytes")
     assert "(2.0 KiB), plan by head against uniform, high norm: −0.060 (95 %" in answer
-    assert "1 of 1 comparisons are won and 0 lost" in answer and "But" not in answer
+    assert "over 8 texts that hold for all comparisons at once, 1 of 1 are won and 0 lost" in answer
+    assert "But" not in answer
 
 
 def test_the_answer_says_that_none_does_and_that_dice_do_as_well():
     answer = made_up(**{LOW: (0.3, 0.4), HIGH: (0.1, 0.3), PLAN: (0.2, 0.2), RANDOM: (0.1, 0.5)}).answer()
-    assert answer.startswith("No: no plan beats") and "+0.100" in answer
-    assert "0 of 1 comparisons are won and 1 lost" in answer
-    assert "But random, which reads no norms, is no worse than all of them at keep 0.5" in answer
+    assert answer.startswith("Not shown: no plan beats") and "+0.100" in answer
+    assert "0 of 1 are won and 1 lost" in answer
+    assert "no worse than all of them: random at keep 0.5 (+0.000 at 0.5)." in answer
     assert "cannot tell" in made_up(**{LOW: (0.3, 0.4)}).answer()
 
 
-def test_differences_are_paired_by_text():
-    front = made_up(**{LOW: (0.3, 0.4), PLAN: (0.2, 0.2)})
-    low, plan = (np.array(front.lines[line][0].nll_change) for line in (LOW, PLAN))
-    got = front.against(PLAN, LOW)[0.5]
-    assert got.value == pytest.approx((plan - low).mean())
-    assert got.high - got.low < 0.02 < np.ptp(plan)  # the texts differ more than the two ways do
+def test_every_yardstick_is_named_with_the_budgets_that_it_is_as_good_at():
+    def point(line, keep, change):
+        return FrontPoint(line, keep, CompressionSpec(), 2048, (change,) * 8)
+
+    first = "first and latest"
+    costs = {LOW: (0.5, 0.3, 0.1), RANDOM: (0.4, 0.2, 0.3), first: (0.6, 0.6, 0.05)}
+    points = tuple(
+        point(line, keep, cost) for line, of in costs.items() for keep, cost in zip((0.1, 0.2, 0.3), of, strict=True)
+    )
+    points += tuple(point(PLAN, keep, 0.9) for keep in (0.1, 0.2, 0.3))
+    answer = replace(made_up(), points=points).answer()
+    assert answer.endswith(
+        "no worse than all of them: random at keep 0.1, 0.2 (−0.100 at 0.1); first and latest at keep 0.3 "
+        "(−0.050 at 0.3)."
+    )
+
+
+def test_too_few_texts_tell_nothing():
+    front = made_up(**{LOW: (0.3, 0.4), PLAN: (0.04, 0.2)})
+    few = [replace(p, nll_change=p.nll_change[: MIN_TEXTS - 1]) for p in front.points]
+    few = replace(front, points=tuple(few), measured_on=front.measured_on[: MIN_TEXTS - 1], full_nll=(3.0,) * 5)
+    assert few.answer() == "This front cannot tell: it was measured on 5 texts, and 6 are the least."
+    (one,) = few.comparisons()
+    assert one.verdict == "not told apart" and math.isnan(one.less.low)
+
+
+def test_the_best_plan_is_compared_with_the_best_uniform_way_text_by_text():
+    costs = {LOW: (0.3, 0.4), HIGH: (0.25, 0.4), PLAN: (0.2, 0.2), "plan by layer": (0.22, 0.2), RANDOM: (0.1, 0.5)}
+    (one,) = made_up(**costs).comparisons()
+    assert [c.plan.keep for c in random_front(np.random.default_rng(0)).comparisons()] == [0.1, 0.2, 0.3, 0.5, 0.7]
+    assert (one.plan.line, one.uniform.line, one.verdict) == (PLAN, HIGH, "better")
+    assert one.less.value == pytest.approx(np.mean(one.plan.nll_change) - np.mean(one.uniform.nll_change))
+    assert one.less.high - one.less.low < 0.04 < np.ptp(one.plan.nll_change)  # texts differ more than the ways do
+    assert made_up(**{LOW: (0.3, 0.4), RANDOM: (0.2, 0.2)}).comparisons() == ()
+
+
+def random_front(rng, *, better: float = 0.0) -> Front:
+    """8 plans and 3 uniform ways at 5 budgets that cost the same, but for chance, on 16 texts; or plans `better`."""
+    names = {kind: [name for name, way in WAYS.items() if way.kind == kind] for kind in ("uniform", "plan")}
+    texts = rng.normal(0.3, 0.2, 16)  # some are hard for all
+    points = [
+        FrontPoint(line, keep, CompressionSpec(), 2048, tuple(texts + rng.normal(-better * (kind == "plan"), 0.05, 16)))
+        for kind, lines in names.items()
+        for line in lines
+        for keep in (0.1, 0.2, 0.3, 0.5, 0.7)
+    ]
+    return replace(made_up(), measured_on=tuple("bcdefghijklmnopq"), full_nll=(3.0,) * 16, points=tuple(points))
+
+
+def test_where_plans_are_no_better_the_answer_is_hardly_ever_yes():
+    rng = np.random.default_rng(0)
+    answers = [random_front(rng).answer() for _ in range(60)]
+    assert sum(answer.startswith("Yes") for answer in answers) <= 6  # 3 expected at most, of 60
+    assert sum("and 0 lost" not in answer for answer in answers) <= 6
+    assert random_front(rng, better=0.1).answer().startswith("Yes: at keep 0.1, 0.2, 0.3, 0.5, 0.7")
+
+
+def test_simultaneous_intervals_are_those_of_a_plain_loop():
+    values = np.random.default_rng(3).normal(size=(7, 3)) * [1, 5, 0.1]
+    got = simultaneous(values, seed=2)
+    largest = []
+    for signs in np.random.default_rng(2).choice([-1.0, 1.0], size=(RESAMPLES, 7)):
+        flipped = [
+            [sign * (row[k] - values[:, k].mean()) for row, sign in zip(values, signs, strict=True)] for k in range(3)
+        ]
+        largest.append(max(abs(statistics.mean(c)) / (statistics.stdev(c) / math.sqrt(7)) for c in flipped))
+    c = np.quantile(largest, 0.95)
+    for k, interval in enumerate(got):
+        error = statistics.stdev(values[:, k]) / math.sqrt(7)
+        mean = statistics.mean(values[:, k])
+        assert (interval.value, interval.low, interval.high) == pytest.approx(
+            (mean, mean - c * error, mean + c * error)
+        )
+
+
+@pytest.mark.parametrize("n", [6, 16])
+def test_simultaneous_intervals_all_hold_in_95_of_100_cases(n):
+    rng, missed = np.random.default_rng(0), 0
+    for _ in range(200):
+        values = rng.normal(size=(n, 40)) + rng.normal(size=(n, 1))  # of one text, they have something in common
+        missed += any(interval.low > 0 or interval.high < 0 for interval in simultaneous(values))
+    assert missed <= 20  # 10 are expected; by an interval of each alone it is most
+
+
+def test_what_does_not_vary_or_is_undefined_spoils_no_other_interval():
+    values = np.random.default_rng(0).normal(size=(8, 2))
+    alone = simultaneous(values)
+    same, undefined = np.full((8, 1), 0.25), np.where(np.arange(8)[:, None] == 3, np.nan, 1.0)
+    both = simultaneous(np.hstack([values, same, undefined]))
+    assert both[:2] == alone and both[2] == Interval(0.25, 0.25, 0.25)
+    assert math.isnan(both[3].value) and math.isnan(both[3].low)
 
 
 def test_expected_loss_that_orders_the_points_as_their_cost_agrees_fully():
     rising = made_up(**{LOW: (0.3, 0.4), HIGH: (0.2, 0.3), PLAN: (0.1, 0.2)})
     assert rising.agreement() == {0.5: pytest.approx(1)}
     assert made_up(**{LOW: (0.1, 0.4), HIGH: (0.2, 0.3), PLAN: (0.3, 0.2)}).agreement() == {0.5: pytest.approx(-1)}
-    assert math.isnan(made_up(**{LOW: (0.1, 0.4), HIGH: (0.2, 0.3)}).agreement("planned_loss")[0.5])
+    assert math.isnan(made_up(**{LOW: (0.1, 0.4), HIGH: (0.2, 0.3)}).agreement()[0.5])
 
 
 # --------------------------------------------------------------------------------------------------------- files
@@ -187,6 +369,10 @@ def test_a_front_is_read_back_as_it_was_written(front):
         ({"spec": {"keep_ratio": 7}}, "keep_ratio must be from 0 to 1"),
         ({"keep": 2}, "keep must be"),
         ({"nll_change": ["x"] * 8}, "number is needed"),
+        ({"nll_change": [10**400] * 8}, "too large"),
+        ({"full_nbytes": 10**400}, "whole number"),
+        ({"measured_on": [], "full_nll": []}, "0 texts"),
+        ({"measured_on": [], "full_nll": [], "points": []}, "0 texts"),
     ],
 )
 def test_a_strangers_file_is_refused_with_the_reason(change, reason):

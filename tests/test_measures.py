@@ -1,10 +1,13 @@
 """Each figure against a slow loop over its definition, and against examples worked out by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from analysis import Plan, alr, attention_loss, correlation, suggest_skip_layers, verdicts
-from analysis.measures import alr_chance, answer, head_figures, sink_share, status
+from analysis.measures import alr_chance, answer, by_kv_head, head_figures, sink_share, status
+from analysis.metrics import PROBES, metrics
 from analysis.plans.skip import layer_loss
 from analysis.run import Capture
 from l2kv import CompressionSpec
@@ -75,6 +78,39 @@ def test_alr_and_the_loss_curves_are_the_papers_sums(run, leave_out):
             for got, expected in ((curves.low_norm, low), (curves.high_norm, high), (curves.ideal, ideal)):
                 np.testing.assert_allclose(got, expected, atol=1e-12)
             assert figures[layer, head] == pytest.approx(sum(a - b for a, b in zip(low[1:], ideal[1:], strict=True)))
+
+
+@pytest.mark.parametrize("probe", PROBES)
+def test_the_alr_of_a_kv_head_is_that_of_the_mean_attention_of_its_query_heads(run, probe):
+    rng = np.random.default_rng(3)
+    rows = np.stack([rng.gamma(0.3, size=(3, 6, 40)) * (np.arange(40) < position) for position in (38, 39)])
+    run = replace(run, recent_attention=rows.astype(np.float32))
+    found = metrics(by_kv_head(run), probe=probe).of("alr")
+    assert found.shape == (3, 2)
+    for layer, kv_head in np.ndindex(3, 2):
+        losses = []
+        for given, n in {
+            "next token": [(run.probe_attention, 40)],
+            "all queries": [(run.attention_received, 40)],
+            "last queries": [(run.recent_attention[0], 38), (run.recent_attention[1], 39)],
+        }[probe]:
+            heads = [given[layer, head, :n].astype(float).tolist() for head in range(3 * kv_head, 3 * kv_head + 3)]
+            mean = [sum(three) / 3 for three in zip(*heads, strict=True)]
+            norms = run.key_norm[layer, kv_head, :n].tolist()
+            dropped = sorted(range(n), key=lambda i: (-norms[i], -i))
+            ideal = sorted(range(n), key=lambda i: mean[i])
+            losses.append(
+                sum(sum(mean[i] for i in dropped[:m]) - sum(mean[i] for i in ideal[:m]) for m in range(1, n + 1))
+            )
+        assert found[layer, kv_head] == pytest.approx(sum(losses) / len(losses))
+
+
+def test_the_alr_of_a_kv_head_is_not_the_mean_of_those_of_its_query_heads():
+    """Two heads, each the worst order of three; together they attend evenly to what the norms put last."""
+    run = run_of([[[1.0, 2.0, 3.0]]], [[[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]])
+    np.testing.assert_allclose(alr(run), [[1, 2]])
+    # of the mean (0, .5, .5): by norm .5, 1, 1 is lost, ideally 0, .5, 1
+    np.testing.assert_allclose(alr(by_kv_head(run)), [[1]])
 
 
 @pytest.mark.parametrize("leave_out", [0, 1])
@@ -193,7 +229,7 @@ def test_layers_are_skipped_where_the_policy_is_no_better_than_dice():
     assert suggest_skip_layers(run).layers == (1, 2)
     assert suggest_skip_layers(run, "high_norm").layers == (0, 2)
     assert suggest_skip_layers(run, threshold=2.5).layers == (2,)
-    assert "8 tokens" in suggest_skip_layers(run).rule and "1 of them" in suggest_skip_layers(run).rule
+    assert "8 tokens" in suggest_skip_layers(run).rule and "skipped, 1 because" in suggest_skip_layers(run).rule
 
 
 def test_the_figures_of_all_heads_are_those_of_the_functions(run):

@@ -4,7 +4,9 @@ import json
 import os
 import pickle
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from analysis.errors import ModelError
-from analysis.models import BUNDLED_MODELS, load_model, model_folder
+from analysis.models import BUNDLED_MODELS, LoadedModel, load_model, model_folder
 from tests.conftest import BUNDLED, STORIES, build
 
 WEIGHTS = "model.safetensors"
@@ -73,6 +75,13 @@ def test_the_bundled_model_loads_by_name_and_knows_its_tokenizer():
     assert loaded.model.dtype == torch.float32
     assert loaded.device == torch.device("cpu")
     assert len(loaded.tokenizer) == loaded.config.vocab_size == 4096
+
+
+def test_a_model_tells_how_many_tokens_it_was_trained_to_read_at_once(folder):
+    loaded = load_model(folder, device="cpu")
+    assert loaded.positions == 512
+    bloom = SimpleNamespace(config=transformers.BloomConfig())  # which does not say
+    assert LoadedModel(bloom, loaded.tokenizer, "bloom").positions == sys.maxsize
 
 
 @pytest.mark.parametrize("as_ref", [Path, str, lambda folder: f"  {folder}/ \n", os.path.relpath])
@@ -219,6 +228,13 @@ def test_a_config_that_is_no_json_object_is_refused(folder, content):
         ("intermediate_size", 10**12),
         ("vocab_size", 10**9),
         ("num_labels", 10**7),  # transformers takes minutes to name them all
+        ("num_layers", 10**6),
+        ("n_layers", 10**6),
+        ("decoder_layers", 10**6),
+        ("encoder_layers", 10**6),
+        ("d_model", 10**6),
+        ("n_heads", 10**6),
+        ("vocab_size", 10**400),
     ],
 )
 def test_a_size_out_of_range_is_refused_by_name_with_what_was_got_and_what_is_allowed(folder, field, value):
@@ -231,6 +247,25 @@ def test_a_size_out_of_range_is_refused_by_name_with_what_was_got_and_what_is_al
 def test_a_size_out_of_range_is_found_however_deep(folder):
     rewrite(folder / "config.json", a={"b": {"text_config": {"num_hidden_layers": 10**6}}})
     assert "num_hidden_layers = 1000000" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "field", "named"),
+    [("xglm", "num_layers", "num_layers"), ("bart", "encoder_layers", "encoder_layers"), ("gpt_neo", "num_layers", "")],
+)
+def test_the_layers_of_a_model_are_bounded_by_whatever_name_it_gives_them(folder, model_type, field, named):
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type, field: 10**6, "is_decoder": True}))
+    assert f"{named} = 1000000" in refusal(folder)
+
+
+def test_a_size_under_a_name_that_nobody_knows_is_found_before_anything_is_built(folder, monkeypatch):
+    """As if transformers took a new name for the layers."""
+    monkeypatch.setitem(transformers.LlamaConfig.attribute_map, "num_hidden_layers", "storeys")
+    config = json.loads((folder / "config.json").read_text())
+    config["storeys"] = 10**6
+    del config["num_hidden_layers"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "config.json makes num_hidden_layers 1000000, which is out of range (1 to 1024)" in refusal(folder)
 
 
 @pytest.mark.parametrize("value", ["3", [3], {"a": 3}, None, True, 3.5], ids=repr)

@@ -1,5 +1,6 @@
 """The pages Texts, Plan, Skip layers and Generate as Streamlit runs them, without a browser."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -13,9 +14,12 @@ from analysis.metrics import METRICS, PROBES
 from analysis.plans.causal import CausalCheck
 from analysis.plans.front import Front, FrontPoint
 from analysis.presets import DEMO_CAUSAL, DEMO_FRONT, DEMO_STUDY
+from analysis.run import save_run
 from analysis.study import Study, save_study
+from analysis.synthetic import instrument
 from app import state
 from app.views.generate import Column
+from app.views.texts import MAPS
 from l2kv import CompressionSpec
 from tests.conftest import ROOT
 
@@ -176,6 +180,74 @@ def test_a_pasted_text_is_cut_studied_and_shown_and_more_of_it_asked_for_goes_on
     assert any("Done" in message.value for message in app.toast)
 
 
+def test_every_metric_of_a_study_has_a_map_and_a_row_for_each_head():
+    assert set(MAPS) == set(METRICS)
+    study = a_study()
+    for probe in ("next token", "all queries"):
+        app = opened(study=study, study_probe=probe)
+        for metric in METRICS:
+            app.selectbox(key="study_map").set_value(metric).run()
+            assert not app.exception and not app.error and charts(app) == 4
+            shown = next(table.value for table in app.dataframe if "verdict" in table.value and "layer" in table.value)
+            mean = sum(study.of(metric, probe=probe)) / len(study.names)
+            assert np.allclose(shown[MAPS[metric].title], mean.ravel())
+
+
+def test_files_of_one_name_are_both_kept():
+    app = opened()
+    box = next(box for box in app.file_uploader if box.key.startswith("text_files"))
+    box.set_value([("a.txt", b"one " * 50, ""), ("a.txt", b"two " * 60, ""), ("b.txt", b"three", "")]).run()
+    sources = app.session_state["sources"]
+    assert [name for name in sources] == ["a.txt", "a.txt (2)", "b.txt"]
+    assert list(sources.values()) == ["one " * 50, "two " * 60, "three"]
+
+
+# two runs
+
+
+def test_a_run_is_held_and_compared_head_by_head_with_the_next():
+    app = opened("heads", compare=True)
+    before = charts(app)
+    button(app, "Hold this run").click().run()
+    assert not app.exception and charts(app) == before and "This run is held" in words(app)
+    demo = state._demo_run()
+    turned = replace(demo, key_norm=demo.key_norm.max() + demo.key_norm.min() - demo.key_norm, model="turned")
+    app.session_state["run"] = turned
+    app.run()
+    told = words(app)
+    assert not app.exception and charts(app) == before + 3
+    assert "Median Γ is" in told and "books-5m (the other)" in told and "turned (on screen)" in told
+    # upside down, every norm order is turned round, and so is the sign of every Γ, but for ties
+    table = next(table.value for table in app.dataframe if "difference" in table.value)
+    assert np.allclose(table["difference"], -2 * table["Γ, books-5m (the other)"], atol=0.01)
+
+
+def test_a_run_of_other_heads_is_compared_as_a_whole_and_a_bad_file_refused(tmp_path):
+    app = opened("heads", compare=True)
+    before = charts(app)
+    upload(app, "other_run_file", "r.safetensors", b"no run")
+    assert not app.exception and len(app.error) == 1 and "not a run that can be read" in words(app)
+    upload(app, "other_run_file", "r.safetensors", save_run(instrument(), tmp_path / "r.safetensors").read_bytes())
+    assert not app.exception and not app.error and charts(app) == before + 2
+    assert "no head of one is a head of the other" in words(app)
+
+
+def test_the_loss_of_a_kv_head_is_of_the_mean_attention_of_its_query_heads():
+    run = state._demo_run()
+    layer, head, group = 2, 5, run.n_heads // run.n_kv_heads
+    kv = head // group
+    attention = run.probe_attention[layer, kv * group : (kv + 1) * group].astype(float).mean(axis=0)
+    lost = ideal = total = 0.0
+    by_norm = sorted(range(run.n_tokens), key=lambda i: (run.key_norm[layer, kv, i], i))
+    by_attention = sorted(range(run.n_tokens), key=lambda i: attention[i])
+    for m in range(run.n_tokens):
+        lost += attention[by_norm[-1 - m]]
+        ideal += attention[by_attention[m]]
+        total += lost - ideal
+    app = opened("heads", layer=layer, head=head)
+    assert next(metric.value for metric in app.metric if metric.label == "ALR of its kv head") == f"{total:.1f}"
+
+
 # plan
 
 
@@ -278,6 +350,70 @@ def test_a_config_alone_tells_what_is_saved_and_a_bad_one_is_refused():
     assert len(app.error) == 1 and "num_hidden_layers" in app.error[0].value.replace("\\", "")
 
 
+QWEN3_NEXT = {
+    "model_type": "qwen3_next", "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 64, "vocab_size": 256, "num_experts": 4,
+    "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+}  # fmt: skip
+
+
+def test_a_config_of_a_model_whose_cache_cannot_be_compressed_gets_a_reason_and_no_table():
+    app = opened("plan")
+    tables = len(app.dataframe)
+    app.text_area(key="config_text").set_value(json.dumps(QWEN3_NEXT)).run()
+    assert not app.exception and len(app.error) == 1 and "running state" in app.error[0].value
+    assert len(app.dataframe) == tables - 1
+
+
+def test_without_the_weights_no_time_and_no_number_of_sequences_is_told():
+    app = opened("plan")
+    assert any("a step takes" in column for column in app.dataframe[-1].value)
+    app = opened("plan", run=replace(state._demo_run(), model="elsewhere"))
+    table = app.dataframe[-1].value
+    assert not app.exception and list(table) == ["tokens", "full cache", "compressed", "saved"]
+    assert "weights are not on this machine" in words(app)
+
+
+def test_the_announced_runs_are_those_that_are_made():
+    chosen = dict(front_keeps=[0.3, 0.5], front_measured_ways=["uniform, low norm", "plan by head"], continued=3)
+    app = opened("plan", **chosen)
+    # 3 + 3 captures, then 3 continuations by the full cache and by 4 specs
+    assert f"At most {3 + 3 + 3 * 5} runs" in words(app)
+    app = opened("plan", **chosen | {"front_measured_ways": ["plan by head, weighed by cost"]})
+    # and each of the 24 kv heads alone, and the full cache, on the 3 planning texts
+    assert f"At most {3 + 3 + 3 * 3 + 3 * 25} runs" in words(app)
+
+
+@pytest.mark.parametrize("page", ["skip", "plan", "heads"])
+def test_a_model_of_sliding_windows_alone_has_nothing_to_compress(page):
+    demo = state._demo_run()
+    run = replace(demo, layer_kinds=("sliding",) * N_LAYERS, windows=(64,) * N_LAYERS)
+    app = opened(page, run=run)
+    assert not app.exception and not app.error
+    assert page == "heads" or "Every layer of this model has a sliding window" in words(app)
+
+
+def test_what_does_not_fit_the_model_is_a_message_and_not_a_traceback():
+    def page():
+        from contextlib import contextmanager
+
+        from app import work
+
+        class Engine:
+            @contextmanager
+            def turn(self, ref, on_wait, on_load):
+                yield None
+
+        def refuse(loaded, progress):
+            raise ValueError("layers <b>40</b> of 6")
+
+        work.run(Engine(), "books-5m", "Go", refuse, key="go", cancelled="")
+
+    app = AppTest.from_function(page, default_timeout=60).run()
+    app.button(key="go").click().run()
+    assert not app.exception and [error.value.replace("\\", "") for error in app.error] == ["layers <b>40</b> of 6"]
+
+
 # skip layers
 
 
@@ -308,6 +444,14 @@ def test_what_each_layer_costs_alone_is_shown_for_the_model_that_it_is_of():
     assert not app.exception and charts(app) == 2 and "Spearman of ALR / chance" in words(app)
     app = opened("skip", causal=a_check("other"))
     assert charts(app) == 1 and "What you opened is of other" in words(app)
+
+
+def test_a_check_that_keeps_the_papers_alr_tells_of_both():
+    check = a_check()
+    app = opened("skip", causal=replace(check, paper=-check.nll_change))
+    table = next(table.value for table in app.dataframe if "NLL change, nats a token" in table.value)
+    assert not app.exception and "of the paper's ALR and that cost: −1.00" in words(app)
+    assert np.allclose(table["the paper's ALR"], -table["NLL change, nats a token"])
 
 
 def test_a_bad_check_is_refused_in_one_sentence():

@@ -219,7 +219,7 @@ def test_zeroing_is_a_plain_loop_over_queries_and_draws():
     vectors = made_up(n=9)
     found = zeroing(vectors, 3, (1, 6), draws=5, seed=7)
     assert len(found.random) == 5 and len({each.dimensions for each in found.random}) > 1
-    assert all(len(set(each.dimensions)) == 2 for each in found.random)
+    assert all(len(set(each.dimensions) - {1, 6}) == 2 for each in found.random)  # a control without the peaks
     for tried in (found.as_it_is, found.peaked, *found.random):
         keys = vectors.keys[1].copy()
         for d in tried.dimensions:
@@ -239,6 +239,15 @@ def test_zeroing_is_a_plain_loop_over_queries_and_draws():
     np.testing.assert_allclose(
         found.map_peaked[8], slow_row(vectors.queries[3, 8], _zeroed(vectors, (1, 6)), 0.4), 1e-4
     )
+
+
+def test_the_random_dimensions_are_all_of_those_that_are_no_peaks():
+    found = zeroing(made_up(n=5), 0, (1, 6), draws=60)
+    assert {d for each in found.random for d in each.dimensions} == {0, 2, 3, 4, 5, 7}
+    half = zeroing(made_up(n=5), 0, (0, 1, 2, 3), draws=2)
+    assert {each.dimensions for each in half.random} == {(4, 5, 6, 7)}
+    with pytest.raises(ValueError, match="half of the 8 dimensions at most, got 5"):
+        zeroing(made_up(n=5), 0, (0, 1, 2, 3, 4))
 
 
 def _zeroed(vectors, dimensions):

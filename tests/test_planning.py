@@ -87,6 +87,17 @@ def test_a_curve_is_what_the_tokens_left_out_held_of_the_groups_mean_attention(t
             assert curve[layer, head, b] == pytest.approx(slow_loss(norms, mean, kept, protect_last, sign), abs=1e-12)
 
 
+def test_curves_hold_on_to_no_rows_and_no_maps_of_their_captures():
+    run = random_run(n=300)
+    rows = np.zeros((16, 3, 6, 300), np.float32)
+    maps = np.zeros((3, 6, 100, 100), np.uint8)
+    run = replace(run, recent_attention=rows, pooled_attention=maps, tokens_per_bin=3)
+    (kept,) = loss_curves(run).captures
+    assert kept.recent_attention.nbytes == 0 and kept.recent_attention.base is None
+    assert kept.pooled_attention.nbytes == 3 * 6 and kept.pooled_attention.base is None
+    assert kept.text == run.text and (kept.probe_attention == run.probe_attention).all()
+
+
 def test_texts_of_different_lengths_meet_on_the_axis_of_ratios():
     short, long = random_run(0, n=12), random_run(1, n=31)
     both = loss_curves(short, long, bins=8, protect_last=3)
@@ -401,7 +412,7 @@ def test_a_spec_takes_the_shortest_form_that_says_it():
     by_layer = plan(curves_of([[convex] * 2, [[b / 3 for b in convex]] * 2]), 0.5, policy="low_norm", by="layer")
     assert by_layer.to_spec().layer_ratios == ((0, 0.75), (1, 0.25)) and by_layer.to_spec().head_ratios is None
     by_head = plan(curves_of([[convex, [b / 3 for b in convex]]]), 0.5, policy="low_norm")
-    assert by_head.to_spec(protect_last=32) == CompressionSpec(
+    assert replace(by_head, protect_last=32).to_spec() == CompressionSpec(
         head_ratios={(0, 0): 0.75, (0, 1): 0.25}, protect_last=32
     )
 
@@ -444,7 +455,10 @@ def test_savings_by_hand():
         shape, CompressionSpec(budget=0), weights_bytes=weights, gpu_bytes=weights - 1, bandwidth=1, lengths=[10]
     )
     assert none.whole_fits == 0 and none.kept_fits is None
-    for wrong in ({"gpu_bytes": 0}, {"bandwidth": 0}, {"batch": 0}, {"weights_bytes": -1}, {"lengths": [0]}):
+    with pytest.raises(ValueError, match="each layer has a sliding window"):
+        savings(CacheShape((), 8, 4, 64, 2), CompressionSpec(), weights_bytes=0, gpu_bytes=1, bandwidth=1)
+    infinite = ({"gpu_bytes": float("inf")}, {"bandwidth": float("inf")})
+    for wrong in ({"gpu_bytes": 0}, {"bandwidth": 0}, {"batch": 0}, {"weights_bytes": -1}, {"lengths": [0]}, *infinite):
         with pytest.raises(ValueError, match="must be positive"):
             savings(shape, CompressionSpec(), **{"weights_bytes": 0, "gpu_bytes": 1, "bandwidth": 1} | wrong)
 

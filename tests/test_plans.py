@@ -9,7 +9,7 @@ from analysis import Plan, presets
 from analysis.commands import main
 from analysis.memory import CacheShape
 from analysis.plans.causal import CausalCheck
-from analysis.plans.front import Front
+from analysis.plans.front import SPLIT, Front
 from analysis.sizes import model_size
 from l2kv import CompressionSpec
 from tests.conftest import BUNDLED, TINY, build
@@ -110,9 +110,11 @@ def test_a_causal_check_and_a_front_are_written_as_files(text, tmp_path, capsys)
     said = told(capsys, "causal", text, "--pieces", "1", *lengths, "--skip-layers", "0,1,2", "-o", str(causal))
     check = CausalCheck.from_json(causal.read_text())
     assert check.layers == (3, 4, 5) and str(check) in said and check.spec.protect_last == 4
+    assert f"{check.paper[0].mean():11.2f}" in said
     said = told(capsys, "front", text, "--pieces", "2", *lengths, "--keeps", "0.5", "-o", str(front))
     read = Front.from_json(front.read_text())
-    assert read.answer() in said and not set(read.planned_on) & set(read.measured_on)
+    assert read.answer() in said and not set(read.planned_on) & set(read.measured_on) and SPLIT in said
+    assert (read.planned_on, read.measured_on) == (("prose 0", "prose 1"), ("prose 2", "prose 3"))  # halves of a file
     assert len(read.planned_on) == len(read.measured_on) == 2 and {p.keep for p in read.points} == {0.5}
     other = tmp_path / "other.txt"
     other.write_text(Path(text).read_text()[500:1500])
@@ -180,6 +182,9 @@ def test_a_config_that_would_not_be_loaded_is_not_counted(tmp_path, capsys, conf
         (["front", "TEXT", "--pieces", "1", "--prompt-tokens", "99999", "-o", "OUT"], "None of the texts has"),
         (["savings", "books-5m", "--skip-layers", "0, 6"], "layer 6, but the layers are 0 to 5"),
         (["savings", "books-5m", "--batch", "0"], "batch must be positive"),
+        (["savings", "books-5m", "--gpu-gib", "inf"], "--gpu-gib must be positive and finite"),
+        (["savings", "books-5m", "--bandwidth-gb", "nan"], "--bandwidth-gb must be positive and finite"),
+        (["front", "TEXT", "--pieces", "1", "--prompt-tokens", "40", "--keeps", "1.5", "-o", "OUT"], "keeps must be"),
         (["savings", "books-5m", "--plan", "PLAN"], "names layer 9"),
         (["generate", "TEXT", "--keep", "2"], "keep_ratio must be from 0 to 1"),
         (["generate", "TEXT", "--plan", "TEXT"], "not a plan"),

@@ -11,7 +11,7 @@ from streamlit.testing.v1 import AppTest
 from analysis import by_query, instrument
 from analysis import synthetic as synthetic_module
 from analysis.commands import main
-from analysis.measures import head_figures
+from analysis.measures import by_kv_head, head_figures
 from analysis.metrics import METRICS, PROBES, STATUSES, figures_of_probe, metrics
 from analysis.presets import DEMO_RUN
 from analysis.run import Capture, load_run, save_run
@@ -246,9 +246,12 @@ def test_heads_are_told_by_the_probe_that_is_asked_for(tmp_path, capsys, run):
     for probe in PROBES:
         assert main(["heads", str(path), "--probe", probe.replace(" ", "-")]) == 0
         told = capsys.readouterr().out.splitlines()
-        assert f"{probe}: {PROBES[probe]}" in told[0] and len(told) == 2 + LAYERS * HEADS + 1
+        assert f"{probe}: {PROBES[probe]}" in told[0] and len(told) == 3 + LAYERS * HEADS + 1
+        rows = [line.split() for line in told[3:-1]]
         gamma = metrics(run, probe=probe).of("gamma")
-        assert [float(line.split()[3]) for line in told[2:-1]] == pytest.approx(gamma.ravel(), abs=0.0051, nan_ok=True)
+        assert [float(row[3]) for row in rows] == pytest.approx(gamma.ravel(), abs=0.0051, nan_ok=True)
+        of_kv_heads = np.repeat(metrics(by_kv_head(run), probe=probe).of("alr_per_token"), HEADS // KV_HEADS, axis=1)
+        assert [float(row[6]) for row in rows] == pytest.approx(of_kv_heads.ravel(), abs=0.00051, nan_ok=True)
     assert main(["heads", str(path), "--probe", "last"]) == 2
     assert "must be one of next-token, last-queries, all-queries; got 'last'" in capsys.readouterr().err
     save_run(replace(run, recent_attention=run.recent_attention[:0]), path)

@@ -24,7 +24,7 @@ def run_of_losses(*shares):
 def made_study(losses):
     """A study of [N, L] ALR / chance, of one head."""
     alr = np.asarray(losses, float)[..., None]
-    return study_of(alr - 1, alr=alr, alr_chance=np.ones_like(alr))
+    return study_of(alr - 1, alr=alr, alr_chance=np.where(np.isnan(alr), np.nan, 1.0))
 
 
 def test_by_count_the_worst_are_skipped():
@@ -75,7 +75,21 @@ def test_a_list_hangs_on_the_mean_of_all_texts_not_on_one():
 def test_a_layer_without_an_order_is_skipped_by_every_rule(rule):
     run = run_of([[RANKS]] * 2 + [[np.ones(40)]] + [[RANKS]], [[1 / RANKS]] * 4)
     suggestion = suggest_skip_layers(run, rule=rule, count=1)
-    assert suggestion.layers == (2,) and "1 of them because norms" in suggestion.rule
+    assert suggestion.layers == (2,) and "Of those skipped, 1 because norms" in suggestion.rule
+
+
+def test_the_words_count_the_layers_that_are_skipped_not_those_asked_for():
+    run = run_of([[RANKS]] + [[np.ones(40)]] * 3, [[1 / RANKS]] * 4)
+    suggestion = suggest_skip_layers(run, rule="count", count=1)
+    assert suggestion.layers == (1, 2, 3)
+    assert "Skip the 3 layers" in suggestion.rule and "Of those skipped, 3 because" in suggestion.rule
+
+
+def test_where_low_norm_is_undefined_so_is_random():
+    losses = [[0.5, np.nan, 1.5], [0.7, np.nan, 1.2]]
+    for policy in ("low_norm", "high_norm", "random"):
+        assert suggest_skip_layers(made_study(losses), policy, rule="count", count=1).layers == (1,)
+    assert suggest_skip_layers(made_study(losses), "random", rule="threshold", threshold=1.1).layers == (1,)
 
 
 def test_bad_requests_are_refused():

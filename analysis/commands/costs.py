@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from analysis.commands.shared import counter, texts_of
-from analysis.commands.specs import SPARE, add_out, add_pieces, add_spec, loaded_model, spec_of, typed
+from analysis.commands.specs import add_out, add_pieces, add_spec, loaded_model, spec_of, typed
 
 
 def add(commands) -> None:
@@ -19,7 +19,9 @@ def add(commands) -> None:
 
     front = commands.add_parser("front", help="what each way to share out a budget costs, on texts it has not seen")
     add_pieces(front)
-    front.add_argument("--plan-texts", nargs="+", type=Path, help="texts to plan on (every second piece, if not given)")
+    front.add_argument(
+        "--plan-texts", nargs="+", type=Path, help="to plan on (every second file, or the first half of one file)"
+    )
     front.add_argument("--keeps", nargs="+", type=float, help="budgets (0.1 0.2 0.3 0.5 0.7)")
     front.add_argument("--protect-last", type=int, default=32, help="latest tokens that are never evicted (32)")
     add_out(front, "front.json", required=True)
@@ -31,7 +33,7 @@ def _causal(arguments: argparse.Namespace) -> None:
     loaded, count = loaded_model(arguments), counter()
     from analysis.files import write_text
     from analysis.plans.causal import causal_check
-    from analysis.study import pieces
+    from analysis.study import SPARE, pieces
 
     spec = spec_of(arguments, n_layers=loaded.config.num_hidden_layers)
     tokens = arguments.prompt_tokens + arguments.new_tokens + SPARE
@@ -46,9 +48,9 @@ def _causal(arguments: argparse.Namespace) -> None:
             on_done=lambda done, total: count("passes", done, total),
         )
     write_text(check.to_json(), arguments.out)
-    print("layer  ALR/chance  NLL change, nats a token, of compressing it alone")
-    for layer, loss, change in zip(check.layers, check.loss, check.nll_change, strict=True):
-        print(f"{layer:5}  {loss.mean():10.2f}  {change.mean():+.4f}")
+    print("layer  ALR/chance  paper's ALR  NLL change, nats a token, of compressing it alone")
+    for layer, loss, paper, change in zip(check.layers, check.loss, check.paper, check.nll_change, strict=True):
+        print(f"{layer:5}  {loss.mean():10.2f}  {paper.mean():11.2f}  {change.mean():+.4f}")
     print(check)
     print(f"wrote {arguments.out}")
 
@@ -57,16 +59,16 @@ def _front(arguments: argparse.Namespace) -> None:
     texts, plan_on = texts_of(arguments.texts), texts_of(arguments.plan_texts) if arguments.plan_texts else None
     loaded, count = loaded_model(arguments), counter()
     from analysis.files import write_text
-    from analysis.plans.front import KEEPS, measure_front
-    from analysis.study import pieces
+    from analysis.plans.front import KEEPS, SPLIT, measure_front, planning_and_measuring
+    from analysis.study import SPARE, pieces
 
     tokens, n = arguments.prompt_tokens + arguments.new_tokens + SPARE, arguments.pieces
     if plan_on:
         planning = pieces(loaded.tokenizer, plan_on, n_tokens=tokens, at_most=n)
         measuring = pieces(loaded.tokenizer, texts, n_tokens=tokens, at_most=n)
     else:
-        by_turns = pieces(loaded.tokenizer, texts, n_tokens=tokens, at_most=2 * n)
-        planning, measuring = by_turns[1::2], by_turns[::2]
+        planning, measuring = planning_and_measuring(loaded.tokenizer, texts, n_tokens=tokens, each=n)
+        print(SPLIT)
     with typed():
         front = measure_front(
             loaded,
@@ -93,5 +95,8 @@ def _front(arguments: argparse.Namespace) -> None:
     print(
         f"Spearman over ways of the attention expected to be lost on the measured texts and of what they cost: {agree}."
     )
+    for one in front.comparisons():
+        less = f"{one.less.value:+.3f} [{one.less.low:+.3f}, {one.less.high:+.3f}]"
+        print(f"keep {one.plan.keep:g}: {one.plan.line} against {one.uniform.line}: {less}, {one.verdict}")
     print(front.answer())
     print(f"wrote {arguments.out}")

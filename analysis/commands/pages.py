@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,8 +51,7 @@ def _figures(arguments: argparse.Namespace) -> None:
     from app.report.writing import Section, document
 
     loaded = load_model(arguments.model, device=arguments.device)
-    most = (getattr(loaded.config, "max_position_embeddings", None) or sys.maxsize) - 1  # one for the next token
-    n_tokens = min(arguments.tokens, most)
+    n_tokens = min(arguments.tokens, loaded.positions - 1)  # one for the next token
     chunks = pieces(loaded.tokenizer, texts, n_tokens=n_tokens, at_most=arguments.chunks)
     names = [name for name, _ in chunks]
     lead = f"{loaded.name}, on texts in pieces of {n_tokens} tokens; the first is “{names[0]}”."

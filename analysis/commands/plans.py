@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from analysis.commands.shared import add_device, add_model, counter, text_of, texts_of
-from analysis.commands.specs import SPARE, add_out, add_pieces, add_spec, loaded_model, spec_of, typed
+from analysis.commands.specs import add_out, add_pieces, add_spec, loaded_model, spec_of, typed
 from analysis.errors import RunFileError, UserError
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def add(commands) -> None:
     savings.add_argument("--gpu-gib", type=float, default=80, help="memory of the GPU (80)")
     savings.add_argument("--bandwidth-gb", type=float, default=3350, help="its memory's GB a second (3350)")
     savings.add_argument("--batch", type=int, default=1, help="sequences decoded at once (1)")
-    savings.add_argument("--lengths", nargs="+", type=int, default=(4096, 32768, 131072), help="tokens of each")
+    savings.add_argument("--lengths", nargs="+", type=int, help="tokens of each (4096 32768 131072)")
     savings.set_defaults(run=_savings)
 
     generate = commands.add_parser("generate", help="go on with a text over the full cache and over a compressed one")
@@ -105,15 +106,16 @@ def _plan(arguments: argparse.Namespace) -> None:
     from analysis.evaluation import prompt_of
     from analysis.memory import human_bytes
     from analysis.plans.causal import weighed_by_cost
-    from analysis.plans.curves import loss_curves
+    from analysis.plans.curves import loss_curves, slim
     from analysis.plans.planning import plan
-    from analysis.study import pieces
+    from analysis.study import SPARE, pieces
 
     runs, prompt = [], arguments.prompt_tokens
     tokens = prompt + (arguments.new_tokens + SPARE) * arguments.weighed
     given = pieces(loaded.tokenizer, texts, n_tokens=tokens, at_most=arguments.pieces)
     for i, (_, text) in enumerate(given):
-        runs.append(capture(loaded, prompt_of(loaded, text, prompt) if arguments.weighed else text))
+        text = prompt_of(loaded, text, prompt) if arguments.weighed else text
+        runs.append(slim(capture(loaded, text, last_queries=0)))
         count("texts", i + 1, len(given))
     with typed():
         curves = loss_curves(*runs, protect_last=arguments.protect_last)
@@ -168,9 +170,12 @@ def _print_ratios(made: AllocationPlan) -> None:
 
 def _savings(arguments: argparse.Namespace) -> None:
     from analysis.memory import human_bytes
-    from analysis.plans.export import savings
+    from analysis.plans.export import LENGTHS, savings
     from analysis.sizes import model_size
 
+    for name, value in (("--gpu-gib", arguments.gpu_gib), ("--bandwidth-gb", arguments.bandwidth_gb)):
+        if not 0 < value < math.inf:
+            raise UserError(f"{name} must be positive and finite, got {value:g}")
     size = model_size(arguments.model)
     spec = spec_of(arguments, n_layers=size.config.num_hidden_layers)
     size.check(spec)
@@ -181,7 +186,7 @@ def _savings(arguments: argparse.Namespace) -> None:
             weights_bytes=size.weights_bytes,
             gpu_bytes=int(arguments.gpu_gib * 2**30),
             bandwidth=arguments.bandwidth_gb * 1e9,
-            lengths=arguments.lengths,
+            lengths=arguments.lengths or LENGTHS,
             batch=arguments.batch,
         )
     how = "counted from the config" if size.counted else "of the files"
@@ -194,7 +199,7 @@ def _savings(arguments: argparse.Namespace) -> None:
     print(
         f"batch {arguments.batch}, GPU of {arguments.gpu_gib:g} GiB and {arguments.bandwidth_gb:g} GB/s; by arithmetic"
     )
-    print("  tokens   full cache   compressed   saved   sequences that fit   ms a step, at least")
+    print("  tokens   full cache   compressed   saved   sequences that fit   ms a step of a dense model, at least")
     for row in rows:
         fits, ms = (
             f"{whole} to {kept}"
@@ -209,7 +214,7 @@ def _savings(arguments: argparse.Namespace) -> None:
         saved = 1 - row.kept_bytes / row.whole_bytes if row.whole_bytes else 0.0
         print(
             f"{row.n_tokens:8,}  {human_bytes(row.whole_bytes):>11}  {human_bytes(row.kept_bytes):>11}  {saved:6.0%}"
-            f"   {fits:>18}   {ms:>19}"
+            f"   {fits:>18}   {ms:>35}"
         )
 
 

@@ -47,7 +47,7 @@ def _capture(arguments: argparse.Namespace) -> None:
 
 
 def _heads(arguments: argparse.Namespace) -> None:
-    from analysis.measures import answer_of, verdicts_of
+    from analysis.measures import answer_of, by_kv_head, verdicts_of
     from analysis.metrics import PROBES, metrics
     from analysis.run import load_run
 
@@ -57,13 +57,16 @@ def _heads(arguments: argparse.Namespace) -> None:
     figures = metrics(run, probe=probe)
     columns = [figures.of(name) for name in ("gamma", "gamma_without_sink", "alr_per_token", "spearman")]
     share, verdict = figures.of("sink_share"), verdicts_of(*columns[:2])
+    of_group = metrics(by_kv_head(run), probe=probe).of("alr_per_token")
     print(f"{run.model}, {run.n_tokens} tokens; {probe}: {PROBES[probe]}; layers and heads count from 0")
-    print("layer head kv_head  gamma  no_sink  ALR/n  spearman  sink  verdict")
+    print("kv ALR/n: of the mean attention of all query heads that read the kv head, and so lose its keys together")
+    print("layer head kv_head  gamma  no_sink  ALR/n  kv ALR/n  spearman  sink  verdict")
     for layer in range(run.n_layers):
         for head in range(run.n_heads):
             gamma, without, loss, rho = (column[layer, head] for column in columns)
             print(
                 f"{layer:5} {head:4} {run.kv_head(head):7}  {gamma:+z5.2f}  {without:+z7.2f}  {loss:z5.3f}  "
+                f"{of_group[layer, run.kv_head(head)]:z8.3f}  "
                 f"{rho:+z8.2f}  {share[layer, head]:4.2f}  {verdict[layer, head]}"
             )
     print(f"Does low norm predict attention in {run.model}? {answer_of(verdict, columns[0])}")

@@ -44,6 +44,16 @@ def probe_of(name: str) -> str:
     return name.replace("-", " ")
 
 
+def metric_of(name: str) -> str:
+    """The metric that a user means. Raises UserError."""
+    from analysis.metrics import METRICS
+
+    if name.replace("-", "_") not in METRICS:
+        known = ", ".join(metric.replace("_", "-") for metric in METRICS)
+        raise UserError(f"--metric must be one of {known}; got {name!r}")
+    return name.replace("-", "_")
+
+
 def no_progress_bars() -> None:
     """Keep transformers' own progress bars off the screen. Imports transformers: call it once arguments are checked."""
     from transformers.utils.logging import disable_progress_bar

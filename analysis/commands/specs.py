@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from analysis.models import LoadedModel
     from l2kv.spec import CompressionSpec
 
-SPARE = 8  # tokens of a piece more than are used: on its own it may make a few less than it did in the text
-
 
 def add_spec(parser: argparse.ArgumentParser, *, skip_layers: bool = True) -> None:
     """--keep and the like, and where a skip list is not what is looked for, --plan instead of them."""
@@ -45,12 +43,12 @@ def add_out(parser: argparse.ArgumentParser, name: str = "plan.json", *, require
 
 @contextmanager
 def typed() -> Iterator[None]:
-    """In the block a ValueError or TypeError is about something that the user has typed."""
+    """In the block a ValueError, TypeError or ArithmeticError is about something that the user has typed."""
     try:
         yield
     except UserError:
         raise
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ArithmeticError) as error:
         raise UserError(str(error)) from error
 
 

@@ -7,7 +7,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from analysis.commands.shared import add_device, add_model, add_probe, counter, no_progress_bars, probe_of, texts_of
+from analysis.commands.shared import (
+    add_device,
+    add_model,
+    add_probe,
+    counter,
+    metric_of,
+    no_progress_bars,
+    probe_of,
+    texts_of,
+)
 
 if TYPE_CHECKING:
     from analysis.across import Means
@@ -23,28 +32,32 @@ def add(commands) -> None:
     study.add_argument("--tokens", type=int, default=512, help="tokens of each piece of text (512, if the model can)")
     study.add_argument("--pieces", type=int, default=16, help="pieces, taken from the files by turns (16)")
     add_probe(study)
+    study.add_argument("--metric", help="print this one of each layer too: overlap, entropy-normalised, spearman, ...")
     add_device(study)
     study.set_defaults(run=_study)
 
 
 def _study(arguments: argparse.Namespace) -> None:
     texts, probe = texts_of(arguments.texts), probe_of(arguments.probe)
+    metric = metric_of(arguments.metric) if arguments.metric else None
     no_progress_bars()
     from analysis.models import load_model
     from analysis.study import pieces, study
 
     loaded = load_model(arguments.model, device=arguments.device)
-    most = (getattr(loaded.config, "max_position_embeddings", None) or sys.maxsize) - 1  # one for the next token
+    most = loaded.positions - 1  # one for the next token
     if arguments.tokens > most:
         print(f"{loaded.name} was trained on {most + 1} positions: pieces are of {most} tokens", file=sys.stderr)
     given = pieces(loaded.tokenizer, texts, n_tokens=min(arguments.tokens, most), at_most=arguments.pieces)
     count = counter()
     try:
-        done = study(loaded, given, arguments.out, on_text=lambda done, total, name: count("texts", done, total))
+        done = study(loaded, given, arguments.out, on_text=lambda now: count("texts", len(now.names), now.texts))
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on after the last text that was done.", end="")
         raise
     _print_study(done, probe)
+    if metric:
+        _print_metric(done, metric, probe)
     print(f"wrote {arguments.out}")
 
 
@@ -68,9 +81,26 @@ def _print_study(study: Study, probe: str) -> None:
     print(f"Does low norm predict attention in {study.model}? {answer(study, probe=probe)}")
 
 
-def _with_ends(of: Means, layer: int, sign: str) -> str:
+def _print_metric(study: Study, metric: str, probe: str) -> None:
+    import numpy as np
+
+    from analysis.across import head_means, layer_means
+    from analysis.metrics import METRICS
+
+    layers, heads = layer_means(study, metric, probe=probe), head_means(study, metric, probe=probe).mean
+    print(f"{metric}, {probe}: {METRICS[metric].text}")
+    print("layer  mean over heads             lowest head      highest head")
+    for layer, row in enumerate(heads):
+        ends = ""
+        if np.isfinite(row).any():
+            low, high = int(np.nanargmin(row)), int(np.nanargmax(row))
+            ends = f"{low:4} at {row[low]:<8.3g}  {high:4} at {row[high]:.3g}"
+        print(f"{layer:5}  {_with_ends(layers, layer, ' ', 3):26}  {ends}".rstrip())
+
+
+def _with_ends(of: Means, layer: int, sign: str, decimals: int = 2) -> str:
     if not of.defined[layer]:
         return f"{'undefined':20}"
-    mean, low, high = (f"{values[layer]:{sign}.2f}" for values in (of.mean, of.low, of.high))
+    mean, low, high = (f"{values[layer]:{sign}.{decimals}f}" for values in (of.mean, of.low, of.high))
     ends = f"[{low}, {high}]" if of.defined[layer] > 1 else "[one text]"
     return f"{mean} {ends:14}"

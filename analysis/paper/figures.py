@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from analysis.across import nanmean
 from analysis.errors import TextError
 from analysis.files import record
 from analysis.measures import alr, alr_chance, attention_loss, correlation
@@ -24,7 +25,6 @@ if TYPE_CHECKING:  # they wait for torch, which reading a figure need not
     from analysis.paper.why import Factors, SinkHead, SinkKey, Zeroing
 
 VERSION = 1
-TOKENS = 1024  # of a chunk, in the paper
 POINTS = 100  # steps of the share dropped
 _NO_ORDER = "In no head of this model do norms and attention of this text give an order to compare. Try a longer text."
 
@@ -124,7 +124,7 @@ def over_chunks(captures: Iterable[Capture], *, points: int = POINTS) -> OverChu
         raise ValueError("over_chunks needs at least one capture")
     columns = [np.stack(column) for column in zip(*rows, strict=True)]
     defined = np.isfinite(columns[0]).sum(axis=0)
-    loss, per_token, against_chance, excess = map(_mean, columns)
+    loss, per_token, against_chance, excess = map(nanmean, columns)
     return OverChunks(np.array(n_tokens), loss, per_token, against_chance, defined, dropped, excess)
 
 
@@ -240,12 +240,3 @@ def _factors(loaded: LoadedModel, text: str, on_stage: OnStage) -> Factors:
         on_layer=lambda done, total: on_stage("factors", done, total),
     )
     return Factors.of(layers)
-
-
-def _mean(values: np.ndarray) -> np.ndarray:
-    """Over the first axis, of what is defined; NaN where nothing is."""
-    defined = np.isfinite(values)
-    count = defined.sum(axis=0)
-    return np.divide(
-        np.where(defined, values, 0.0).sum(axis=0), count, where=count > 0, out=np.full(count.shape, np.nan)
-    )

@@ -13,12 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.capturing import OnLayer, check_length
-from analysis.errors import ModelError
-from analysis.memory import BLOCK, MAX_BINS, check_fits, memory_errors
+from analysis.capturing import OnLayer, check_finite, check_shown, looking_into, readable
+from analysis.memory import BLOCK, MAX_BINS
 from analysis.models import LoadedModel
-from analysis.tokens import tokenize
-from l2kv import UnsupportedModelError, attention_seam, probabilities
+from l2kv import probabilities
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,19 +71,11 @@ def each_layer(
 
     `on_layer` is called as (layers done, layers); what it or `visit` raises cancels. Raises as `capture`.
     """
-    tokens = tokenize(loaded.tokenizer, text)
-    check_length(loaded, tokens)
-    check_fits(loaded, len(tokens))
-    model, n_layers = loaded.model, loaded.config.num_hidden_layers
-    kinds = set(getattr(loaded.config, "layer_types", None) or ())
-    if unknown := kinds - {"full_attention", "sliding_attention"}:
-        raise ModelError(f"{loaded.name} has layers that are not looked into yet: {', '.join(sorted(unknown))}.")
-    done = 0
+    tokens, _ = readable(loaded, text)
+    done, n_layers = 0, loaded.config.num_hidden_layers
 
     def attend(inner, module, query, key, value, mask, **options):
         nonlocal done
-        if options.get("position_bias") is not None:
-            raise UnsupportedModelError("this model adds a bias to its attention scores that is not looked into yet")
         if only in (None, done):
             visit(_vectors_of(done, query, key, options))
         done += 1
@@ -94,18 +84,9 @@ def each_layer(
         return inner(module, query, key, value, mask, **options)
 
     ids = torch.from_numpy(tokens.ids)[None].to(loaded.device)
-    try:
-        with memory_errors(), torch.inference_mode(), attention_seam(model, attend):
-            hidden = model.get_decoder()(ids, use_cache=False).last_hidden_state
-            if not hidden.isfinite().all():
-                raise ModelError(f"{loaded.name} computes NaN or infinity on this text; its weights may be damaged.")
-        if done != n_layers:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} showed the attention of {done} of its {n_layers} layers: the others are of "
-                "another kind, or bypass transformers' attention registry."
-            )
-    except UnsupportedModelError as error:
-        raise ModelError(str(error)) from error
+    with looking_into(loaded, attend):
+        check_finite(loaded, loaded.model.get_decoder()(ids, use_cache=False).last_hidden_state)
+    check_shown(loaded, done)
 
 
 def attention_rows(

@@ -110,7 +110,7 @@ class Zeroed:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Zeroing:
-    """Fig 9: the peaked dimensions zeroed, against as many random ones. P bins a side, as `Capture.pooled`."""
+    """Fig 9: the peaked dimensions zeroed, against as many random others. P bins a side, as `Capture.pooled`."""
 
     as_it_is: Zeroed
     peaked: Zeroed
@@ -132,16 +132,23 @@ class Zeroing:
         return (
             f"Zeroing dimensions {', '.join(map(str, self.peaked.dimensions))} takes the first token's share of the "
             f"attention from {self.as_it_is.sink_share:.1%} to {self.peaked.sink_share:.1%}, and moves "
-            f"{self.peaked.distance:.1%} of a query's attention; as many random dimensions leave it at {share:.1%} "
+            f"{self.peaked.distance:.1%} of a query's attention; as many random others leave it at {share:.1%} "
             f"({share_ends[0]:.1%} to {share_ends[1]:.1%} in 95 % of {len(self.random)} draws) and move {moved:.1%} "
             f"({moved_ends[0]:.1%} to {moved_ends[1]:.1%})."
         )
 
 
 def zeroing(vectors: HeadVectors, head: int, peaks: tuple[int, ...], *, draws: int = DRAWS, seed: int = 0) -> Zeroing:
-    """Work the attention out again without the peaked dimensions of the keys, and without as many random ones."""
+    """Work the attention out again without the peaked dimensions of the keys, and without as many random others.
+
+    Raises:
+        ValueError: there are not as many others.
+    """
     keys, rng = vectors.keys_of(head), np.random.default_rng(seed)
-    drawn = [tuple(sorted(map(int, rng.choice(keys.shape[1], len(peaks), replace=False)))) for _ in range(draws)]
+    others = np.setdiff1d(np.arange(keys.shape[1]), peaks)
+    if len(others) < len(peaks):
+        raise ValueError(f"peaks must be half of the {keys.shape[1]} dimensions at most, got {len(peaks)}")
+    drawn = [tuple(sorted(map(int, rng.choice(others, len(peaks), replace=False)))) for _ in range(draws)]
     choices = ((), tuple(peaks), *drawn)
     variants = [_without(keys, dimensions) for dimensions in choices]
     tried = [Zeroed(d, *_effect(vectors, head, k)) for d, k in zip(choices, variants, strict=True)]

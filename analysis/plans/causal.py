@@ -1,7 +1,8 @@
 """Does ALR tell which layers to leave whole? Each layer compressed alone, and what that costs, beside its ALR.
 
-ALR is read off attention; the cost is measured by predicting text. Where the two order layers alike, ALR may choose. A
-check is a record on disk.
+ALR is read off attention; the cost is measured by predicting text. Where the two order layers alike, ALR may choose:
+the paper chooses by ALR itself, `analysis.plans.skip` by ALR / chance, and both are held against the cost. A check is a
+record on disk.
 """
 
 from __future__ import annotations
@@ -32,20 +33,27 @@ POLICIES = ("low_norm", "high_norm")  # those that ALR speaks of, and that diffe
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CausalCheck:
-    """What compressing one layer alone costs, and its ALR / chance, for K layers and N texts."""
+    """What compressing one layer alone costs, and its ALR, for K layers and N texts."""
 
     model: str
     spec: CompressionSpec  # of the layer that is compressed
     layers: tuple[int, ...]  # K, those that can be compressed
     nll_change: np.ndarray  # [K, N] nats a token, against the full cache
     loss: np.ndarray  # [K, N] ALR / chance of the layer on the prompt, by the policy of the spec; NaN is undefined
-    agreement: Interval  # Spearman over layers of the means over texts
+    agreement: Interval  # Spearman over layers of the means over texts, of cost and `loss`
+    paper: np.ndarray | None = None  # [K, N] the paper's ALR, as `loss`; None of files older than this field
+
+    @property
+    def paper_agreement(self) -> Interval | None:
+        """As `agreement`, of cost and the paper's ALR; None where that was not kept."""
+        return None if self.paper is None else agreement(self.nll_change, self.paper)
 
     def __str__(self) -> str:
         n = self.loss.shape[1]
+        by_paper = "" if self.paper is None else f"; of the paper's ALR and that cost: {self.paper_agreement}"
         return (
             f"Spearman of ALR / chance and of the cost of compressing one layer alone, over {len(self.layers)} layers "
-            f"and {n} text{'s' * (n != 1)}: {self.agreement}."
+            f"and {n} text{'s' * (n != 1)}: {self.agreement}{by_paper}."
         )
 
     def to_json(self) -> str:
@@ -60,13 +68,16 @@ class CausalCheck:
             model, layers = content["model"], tuple(content["layers"])
             if not isinstance(model, str) or not all(type(layer) is int and layer >= 0 for layer in layers):
                 raise TypeError(f"model must be text and layers numbers, got {model!r:.60} and {layers!r:.60}")
+            spec, paper = spec_of(content["spec"]), content.get("paper")
             nll_change, loss = (np.array(content[name], dtype=np.float64) for name in ("nll_change", "loss"))
-            if nll_change.ndim != 2 or nll_change.shape != loss.shape or len(loss) != len(layers) or not loss.size:
-                raise ValueError(f"nll_change and loss must be of a row for each of {len(layers)} layers")
-            return cls(model, spec_of(content["spec"]), layers, nll_change, loss, agreement(nll_change, loss))
+            paper = None if paper is None else np.array(paper, dtype=np.float64)
+            shapes = {nll_change.shape, loss.shape, loss.shape if paper is None else paper.shape}
+            if len(shapes) > 1 or loss.ndim != 2 or len(loss) != len(layers) or not loss.size:
+                raise ValueError(f"nll_change, loss and paper must be of a row for each of {len(layers)} layers")
+            return cls(model, spec, layers, nll_change, loss, agreement(nll_change, loss), paper)
         except KeyError as error:
             raise RunFileError(f"This is not a causal check that can be read: it has no {error}.") from error
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError, ArithmeticError) as error:
             raise RunFileError(f"This is not a causal check that can be read: {str(error)[:200]}") from error
 
 
@@ -85,7 +96,8 @@ def causal_check(
 
     Args:
         spec: how; its `skip_layers` are left out of the comparison. Its policy is one of `POLICIES`.
-        on_done: for progress and cancelling, after each capture and each continuation.
+        on_done: for progress and cancelling, as `analysis.evaluation.OnDone`: after each capture and continuation, and
+            with the same numbers in the middle of one.
 
     Raises:
         TextError: there are no texts, or one is empty or too short.
@@ -100,20 +112,17 @@ def causal_check(
         raise ValueError(f"the policy must be one of {', '.join(POLICIES)}, got {spec.policy!r}")
     if not texts:
         raise TextError("There are no texts to measure on.")
-    losses, kinds = [], ()
-    total = 0  # known once the first capture has told which layers there are
+    shape, n_layers = CacheShape.of(loaded.config, loaded.model.dtype.itemsize), loaded.config.num_hidden_layers
+    layers = tuple(layer for layer in shape.layers if layer not in spec.skip_layers)
+    if not layers:
+        raise ModelError(f"{loaded.name} has no layer that the spec compresses.")
+    losses, total = [], len(texts) * (2 + len(layers))
     for i, text in enumerate(texts):
-        run = capture(loaded, prompt_of(loaded, text, prompt_tokens))
-        losses.append(layer_loss(run, spec.policy).by_layer)
-        kinds = run.layer_kinds
-        layers = tuple(k for k, kind in enumerate(kinds) if kind == "full" and k not in spec.skip_layers)
-        if not layers:
-            raise ModelError(f"{loaded.name} has no layer that the spec compresses.")
-        total = len(texts) * (2 + len(layers))
+        prompt = prompt_of(loaded, text, prompt_tokens)
+        run = capture(loaded, prompt, last_queries=0, on_layer=lambda *_, done=i: on_done(done, total))
+        losses.append(layer_loss(run, spec.policy))
         on_done(i + 1, total)
-    alone = {
-        str(layer): replace(spec, skip_layers=tuple(k for k in range(len(kinds)) if k != layer)) for layer in layers
-    }
+    alone = {str(layer): replace(spec, skip_layers=tuple(k for k in range(n_layers) if k != layer)) for layer in layers}
     changes = nll_changes(
         loaded,
         texts,
@@ -123,8 +132,11 @@ def causal_check(
         on_done=lambda done, _: on_done(len(texts) + done, total),
     )
     nll_change = np.array([change.by_text for change in changes])
-    loss = np.stack(losses, axis=1)[list(layers)]
-    return CausalCheck(loaded.name, spec, layers, nll_change, loss, agreement(nll_change, loss))
+    loss, paper = (
+        np.stack(by_text, axis=1)[list(layers)]
+        for by_text in zip(*((one.by_layer, one.paper) for one in losses), strict=True)
+    )
+    return CausalCheck(loaded.name, spec, layers, nll_change, loss, agreement(nll_change, loss), paper)
 
 
 def head_costs(

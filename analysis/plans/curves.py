@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from analysis.across import MIN_TEXTS, means
-from analysis.measures import WEAK, correlation, status
+from analysis.measures import WEAK, by_kv_head, correlation, status
 from analysis.run import Capture
 from l2kv.spec import CompressionSpec, share
 
@@ -37,7 +37,7 @@ class LossCurves:
     protect_last: int = 0
     least_bin: int = 0  # below it the protected tokens alone hold more: nothing is saved there
     over_chance: np.ndarray | None = None  # [2, texts, L, Hkv, B + 1] loss of low and of high less that of dice
-    captures: tuple[Capture, ...] = ()  # what they are of; the methods that look at single tokens need it
+    captures: tuple[Capture, ...] = ()  # what they are of, `slim`; the methods that look at single tokens need it
     weights: np.ndarray | None = None  # [L, Hkv] what lost attention costs in a head, of 1 in the mean: see `weighed`
 
     @property
@@ -84,8 +84,8 @@ class LossCurves:
         Attention is not worth the same everywhere: a head that copies may cost more than all the others together.
 
         Args:
-            costs: [L, Hkv] nats a token of compressing each kv head alone at `keep` (`analysis.causal.head_costs`), in
-                the direction that loses less; what is below 0 counts as 0.
+            costs: [L, Hkv] nats a token of compressing each kv head alone at `keep`, in the direction that loses less
+                (`analysis.plans.causal.head_costs`); what is below 0 counts as 0.
         """
         lost = self.of("signed_norm")[..., min(int(np.ceil(keep * self.bins - TINY)), self.bins)]
         of = self.compressible
@@ -140,6 +140,7 @@ def loss_curves(*captures: Capture, bins: int = 100, protect_last: int = 0) -> L
         raise ValueError(f"all captures must be of one model, got {', '.join(sorted({c.model for c in captures}))}")
     if bins < 1 or protect_last < 0:
         raise ValueError(f"bins must be 1 or more and protect_last 0 or more, got {bins} and {protect_last}")
+    captures = tuple(map(slim, captures))
     runs = [by_kv_head(capture) for capture in captures]
     states = np.stack([status(run) for run in runs])
     worst = (states != "ok").argmax(axis=0)  # the first text without an order, else the first text
@@ -164,20 +165,14 @@ def loss_curves(*captures: Capture, bins: int = 100, protect_last: int = 0) -> L
     )
 
 
-def by_kv_head(capture: Capture) -> Capture:
-    """The run as if each kv head had one query head, whose attention is the mean of its group's."""
-    group = capture.n_heads // capture.n_kv_heads
-
-    def mean(values: np.ndarray) -> np.ndarray:
-        return values.reshape(capture.n_layers, capture.n_kv_heads, group, -1).mean(axis=2, dtype=np.float64)
-
+def slim(capture: Capture) -> Capture:
+    """The run without what curves and plans do not read: its last queries' rows and its maps, most of its bytes."""
     return replace(
         capture,
-        probe_attention=mean(capture.probe_attention),
-        attention_received=mean(capture.attention_received),
-        recent_attention=capture.recent_attention[:0, :, ::group],  # these and the maps are not read here
-        pooled_attention=capture.pooled_attention[:, ::group],
-        pooled_scale=capture.pooled_scale[:, ::group],
+        tokens_per_bin=capture.n_tokens,
+        recent_attention=np.zeros((0, *capture.probe_attention.shape), np.float32),  # a slice would hold on to the rows
+        pooled_attention=np.zeros((*capture.pooled_scale.shape, 1, 1), np.uint8),
+        pooled_scale=np.zeros_like(capture.pooled_scale),
     )
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from analysis.memory import CacheShape
 from analysis.plans.curves import BY_NORM
 from l2kv.spec import CompressionSpec
+
+LENGTHS = (4096, 32_768, 131_072)  # tokens, that savings are told at
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +22,7 @@ class Saving:
     kept_bytes: int
     whole_fits: int | None  # sequences of this length that fit the GPU beside the weights; None: any number
     kept_fits: int | None
-    whole_seconds: float  # a decoding step takes at least this: weights and caches are read once
+    whole_seconds: float  # a step of a dense model takes at least this: all weights, and caches, are read once
     kept_seconds: float
 
 
@@ -30,13 +33,14 @@ def savings(
     weights_bytes: int,
     gpu_bytes: int,
     bandwidth: float,
-    lengths: Sequence[int] = (4096, 32768, 131072),
+    lengths: Sequence[int] = LENGTHS,
     batch: int = 1,
 ) -> tuple[Saving, ...]:
     """Bytes, sequences that fit and the time that memory bandwidth allows a decoding step, at each length.
 
     Activations, the allocator's waste and layers with a sliding window (the same in both) are not counted, and nor is
-    what it costs to find what to evict.
+    what it costs to find what to evict. The time is that of a dense model: a mixture of experts reads but some of its
+    weights for a token, so its step may take less.
 
     Args:
         bandwidth: bytes a second that the GPU's memory delivers.
@@ -44,11 +48,13 @@ def savings(
         batch: sequences that are decoded at once.
 
     Raises:
-        ValueError: a number is not positive.
+        ValueError: a number is not positive, or infinite, or no layer keeps every token.
     """
+    if not shape.layers:
+        raise ValueError("there is nothing to save: each layer has a sliding window, so its cache is bounded already")
     for name, value in (("gpu_bytes", gpu_bytes), ("bandwidth", bandwidth), ("batch", batch)):
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, got {value!r}")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value!r}")
     if weights_bytes < 0 or any(n < 1 for n in lengths):
         raise ValueError(f"weights_bytes and lengths must be positive, got {weights_bytes!r} and {tuple(lengths)!r}")
     room = max(gpu_bytes - weights_bytes, 0)

@@ -14,13 +14,18 @@ from itertools import pairwise
 
 import numpy as np
 
-from analysis.plans.curves import TINY, LossCurves, by_kv_head, check_choice
+from analysis.measures import by_kv_head
+from analysis.plans.curves import TINY, LossCurves, check_choice
 from analysis.plans.skip import layer_loss, suggest_skip_layers
 from analysis.run import Capture
 from l2kv.spec import CompressionSpec
 
 ADAKV_FLOOR = 0.2  # of its even share, that AdaKV leaves to every head
 _UNITS = ("head", "layer")
+
+
+class BudgetError(ValueError):
+    """A budget that is too small for what must stay; the message says what that is."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,12 +52,8 @@ class AllocationPlan:
         """At most so much less could be lost; 0 of an exact plan."""
         return max(0.0, self.expected_loss - self.bound)
 
-    def to_spec(self, *, protect_last: int | None = None) -> CompressionSpec:
-        """The plan as a spec, in its shortest form: one ratio, one per layer, or one per kv head; whole layers skipped.
-
-        Args:
-            protect_last: instead of what the plan was made with.
-        """
+    def to_spec(self) -> CompressionSpec:
+        """The plan as a spec, in its shortest form: one ratio, one per layer, or one per head; whole layers skipped."""
         whole = self.compressible & (self.ratios == 1).all(axis=1)
         layers = [int(i) for i in np.flatnonzero(self.compressible & ~whole)]
         rows = {layer: [round(float(r), 9) for r in self.ratios[layer]] for layer in layers}
@@ -69,7 +70,7 @@ class AllocationPlan:
             skip_layers=tuple(int(i) for i in np.flatnonzero(whole)),
             policy=self.policy,
             directions=self.directions,
-            protect_last=self.protect_last if protect_last is None else protect_last,
+            protect_last=self.protect_last,
         )
 
 
@@ -97,8 +98,8 @@ def plan(
 
     Raises:
         ValueError: a name is unknown, there is nothing to compress, the method looks at tokens and the curves came
-            without captures, there are no weights, or the budget is too small for what must stay; the message names the
-            least one.
+            without captures, or there are no weights.
+        BudgetError: the budget is too small for what must stay; the message names the least one.
     """
     check_choice("by", by, _UNITS)
     check_choice("method", method, METHODS)
@@ -166,7 +167,7 @@ class _Task:
         total = int(np.floor(keep * curves.bins * len(free) + 1e-9))  # 0.29 * 100 is 28.999999999999996
         needed = int(np.where(free, curves.least_bin, curves.bins).sum())
         if needed > total:
-            raise ValueError(
+            raise BudgetError(
                 f"keep must be {needed / curves.bins / len(free):.3g} or more here, got {keep:g}: "
                 f"{int((~free).sum())} of {len(free)} kv heads stay whole, and the others hold the last "
                 f"{curves.protect_last} tokens"

@@ -17,7 +17,11 @@ from l2kv.spec import CompressionSpec
 
 PLAN_VERSION = 1
 # The loss of a policy against that of a random order, from Γ of low_norm: low and high order are one measurement.
-_AGAINST_CHANCE = {"low_norm": lambda ratio: ratio, "high_norm": lambda ratio: 2 - ratio, "random": np.ones_like}
+_AGAINST_CHANCE = {
+    "low_norm": lambda ratio: ratio,
+    "high_norm": lambda ratio: 2 - ratio,
+    "random": lambda ratio: np.where(np.isnan(ratio), np.nan, 1.0),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +95,15 @@ def suggest_skip_layers(
     elif rule == "count":
         if not 0 <= count <= int(of.compressed.sum()):
             raise ValueError(f"count must be from 0 to {int(of.compressed.sum())} layers, got {count}")
-        chosen = worst_first[: max(count - int(undefined.sum()), 0)]
-        words = f"Skip the {count} layers in which keeping by {kept} loses most beyond the ideal order (ALR / chance)."
+        n = max(count, int(undefined.sum()))
+        chosen = worst_first[: n - int(undefined.sum())]
+        words = f"Skip the {n} layers in which keeping by {kept} loses most beyond the ideal order (ALR / chance)."
     else:
         n, words = _widest_gap(loss[worst_first], kept)
         chosen = worst_first[:n]
     words += f" Measured on {of.on}, for the next token."
     if n := int(undefined.sum()):
-        words += f" {n} of them because norms or attention give no order there."
+        words += f" Of those skipped, {n} because norms or attention give no order there, which every rule skips."
     return SkipSuggestion(tuple(sorted([*chosen, *np.flatnonzero(undefined).tolist()])), words)
 
 
@@ -177,7 +182,7 @@ class Plan:
             return cls(model, spec, note)
         except KeyError as error:
             raise RunFileError(f"This is not a plan that can be read: it has no {error}.") from error
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError, ArithmeticError) as error:
             raise RunFileError(f"This is not a plan that can be read: {str(error)[:200]}") from error
 
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.plans.curves import LossCurves
-from analysis.plans.planning import plan
+from analysis.plans.curves import TINY, LossCurves
+from analysis.plans.planning import BudgetError, plan
 from l2kv.spec import CompressionSpec
 
 Make = Callable[[LossCurves, float], CompressionSpec]
-"""(curves of the planning texts, keep) -> spec. Raises ValueError, with the reason, where the budget is too small."""
+"""(curves of the planning texts, keep) -> spec. Raises BudgetError, with the reason, where the budget is too small."""
 
 KINDS = ("uniform", "plan", "yardstick")
 
@@ -35,6 +35,7 @@ class Way:
 
 def _uniform(policy: str) -> Make:
     def make(curves: LossCurves, keep: float) -> CompressionSpec:
+        _check_pays_for_protected(curves, keep)
         return CompressionSpec(keep_ratio=keep, policy=policy, protect_last=curves.protect_last)
 
     return make
@@ -53,8 +54,18 @@ def _first_two_whole(curves: LossCurves, keep: float) -> CompressionSpec:
     others = len(layers) - len(whole)
     rest = (keep * len(layers) - len(whole)) / others if others else -1.0
     if rest < 0:
-        raise ValueError(f"layers 0 and 1 alone hold more than {keep:g} of {len(layers)} layers")
+        raise BudgetError(f"layers 0 and 1 alone hold more than {keep:g} of {len(layers)} layers")
+    _check_pays_for_protected(curves, rest)
     return CompressionSpec(keep_ratio=round(rest, 9), skip_layers=tuple(whole), protect_last=curves.protect_last)
+
+
+def _check_pays_for_protected(curves: LossCurves, ratio: float) -> None:
+    """Below it a cache holds its protected tokens all the same, and more bytes than its budget."""
+    least = curves.least_bin / curves.bins
+    if ratio < least - TINY:
+        raise BudgetError(
+            f"that leaves {ratio:.3g} of the tokens to a head, and the last {curves.protect_last} take {least:.3g}"
+        )
 
 
 WAYS: dict[str, Way] = {
