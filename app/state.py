@@ -5,13 +5,14 @@ The compression lives in the widgets themselves (`persist_state="session"`), und
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import streamlit as st
 
-from analysis.measures import HeadFigures
+from analysis.measures import HeadFigures, by_kv_head
 from analysis.metrics import by_query, figures_of_probe
 from analysis.plans.curves import LossCurves, loss_curves
 from analysis.plans.skip import Plan
@@ -34,27 +35,63 @@ POLICY_NAMES = {
 BY_NORM = ("low_norm", "high_norm", "random")  # what a run can tell the loss of
 BY_HEAD = "Low or high norm by head"  # signed_norm: only a plan can say which
 
+_MOST_REMEMBERED = 16  # answers of one function
+Thing = TypeVar("Thing")
+Settings = ParamSpec("Settings")
+Answer = TypeVar("Answer")
+
+
+def remembered(
+    work: Callable[Concatenate[Thing, Settings], Answer],
+) -> Callable[Concatenate[Thing, Settings], Answer]:
+    """Have a function of a run or a study, and of settings by position, work each answer out once.
+
+    The session keeps the latest answers on one thing; not the process, which would keep the runs of closed tabs.
+    """
+    name = f"{work.__module__}.{work.__qualname__}"
+
+    @wraps(work)
+    def ask(thing: Thing, *settings: Settings.args) -> Answer:
+        kept = st.session_state.setdefault("remembered", {})
+        of, answers = kept.get(name, (None, None))
+        if of is not thing:
+            answers = {}
+            kept[name] = thing, answers
+        if settings not in answers:
+            answers[settings] = work(thing, *settings)
+            for oldest in list(answers)[:-_MOST_REMEMBERED]:
+                del answers[oldest]
+        return answers[settings]
+
+    return ask
+
 
 @lru_cache(maxsize=1)
 def _demo_run() -> Capture:
     return load_run(DEMO_RUN)
 
 
-@lru_cache(maxsize=16)
+@remembered
 def figures_of(run: Capture, leave_out: int, probe: str = "next token") -> HeadFigures:
-    """The figures of all heads by a probe, worked out once per run."""
+    """The figures of all heads by a probe."""
     return figures_of_probe(run, probe, leave_out=leave_out)
 
 
-@lru_cache(maxsize=16)
+@remembered
+def kv_figures_of(run: Capture, leave_out: int, probe: str) -> HeadFigures:
+    """The figures of all kv heads, [L, Hkv], by the mean attention of the query heads that read each."""
+    return figures_of_probe(by_kv_head(run), probe, leave_out=leave_out)
+
+
+@remembered
 def gamma_by_query(run: Capture, leave_out: int) -> np.ndarray:
-    """Γ of each of the last queries, [W, L, H], with or without the first token; worked out once per run."""
+    """Γ of each of the last queries, [W, L, H], with or without the first token."""
     return by_query(run, "gamma_without_sink" if leave_out else "gamma")
 
 
-@lru_cache(maxsize=16)
+@remembered
 def curves_of(run: Capture, protect_last: int) -> LossCurves:
-    """What each kv head loses at each keep ratio, worked out once per run."""
+    """What each kv head loses at each keep ratio."""
     return loss_curves(run, protect_last=protect_last)
 
 
@@ -71,8 +108,19 @@ def is_demo() -> bool:
 def show_run(run: Capture | None) -> None:
     """Put a run on screen; None is the demo. The chosen head and the skip list were of the old one."""
     st.session_state["run"] = run
-    for key in ("layer", "head", "skip_layers", "skip_count", "generated"):
+    for key in ("layer", "head", "skip_layers", "skip_count", "generated", "remembered"):
         st.session_state.pop(key, None)
+
+
+def other_run() -> Capture | None:
+    """The run that the one on screen is compared with: one that was opened or held, or the demo, or none."""
+    run = st.session_state.get("other_run")
+    return _demo_run() if run is None and not is_demo() else run
+
+
+def compare_with(run: Capture | None) -> None:
+    """Compare the run on screen with this one; None is the demo, where another is on screen."""
+    st.session_state["other_run"] = run
 
 
 @lru_cache(maxsize=1)
@@ -88,7 +136,7 @@ def current_study() -> Study | None:
 def show_study(study: Study | None) -> None:
     """Put a study on screen; None is the bundled one. The head that was chosen was of the old one."""
     st.session_state["study"] = study
-    for key in ("study_layer", "study_head"):
+    for key in ("study_layer", "study_head", "remembered"):
         st.session_state.pop(key, None)
 
 

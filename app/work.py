@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import streamlit as st
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
     from analysis.models import LoadedModel
 
-_SPARE = 8  # tokens of a piece more than are used: on its own it may make a few less than it did in the text
 OTHER = "Another model (hub id or folder)"
 Result = TypeVar("Result")
 Progress = Callable[[int, int, str], None]
@@ -44,8 +44,14 @@ def texts_input() -> Mapping[str, str]:
     key = f"text_files_{uploads}"
 
     def upload() -> None:
-        files = st.session_state[key]
-        st.session_state["sources"] = {file.name: decoded(file) for file in files}
+        sources: dict[str, str] = {}
+        for file in st.session_state[key]:
+            name, number = file.name, 1
+            while name in sources:  # files of several folders may have one name
+                number += 1
+                name = f"{file.name} ({number})"
+            sources[name] = decoded(file)
+        st.session_state["sources"] = sources
 
     def clear() -> None:
         st.session_state.update(sources={}, pasted="", uploads=uploads + 1)
@@ -77,23 +83,37 @@ class Continued:
     prompt_tokens: int
     new_tokens: int
 
-    def pieces(self, loaded: LoadedModel, texts: Mapping[str, str], at_most: int) -> tuple[tuple[str, str], ...]:
-        """Pieces of the texts, (name, text) each, long enough. Raises TextError where there are none."""
+    def pieces(self, loaded: LoadedModel, texts: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+        """As many pieces as texts are asked for, (name, text) each. Raises TextError where there are none."""
         from analysis.study import pieces
 
+        return pieces(loaded.tokenizer, texts, n_tokens=self._size(loaded), at_most=self.texts)
+
+    def planning_and_measuring(
+        self, loaded: LoadedModel, texts: Mapping[str, str]
+    ) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]:
+        """As many pieces to plan on, and as many others to measure on. Raises TextError where there are none."""
+        from analysis.plans.front import planning_and_measuring
+
+        return planning_and_measuring(loaded.tokenizer, texts, n_tokens=self._size(loaded), each=self.texts)
+
+    def _size(self, loaded: LoadedModel) -> int:
+        """Tokens to ask of a piece."""
+        from analysis.study import SPARE
+
         size = self.prompt_tokens + self.new_tokens
-        if size > positions(loaded):
+        if size > loaded.positions:
             raise TextError(
-                f"{loaded.name} was trained on {positions(loaded):,} tokens at once, and {size:,} are asked for: take "
-                "a shorter prompt."
+                f"{loaded.name} was trained on {loaded.positions:,} tokens at once, and {size:,} are asked for: take a "
+                "shorter prompt."
             )
-        return pieces(loaded.tokenizer, texts, n_tokens=size + _SPARE, at_most=at_most)
+        return size + SPARE
 
 
 def continued_input(label: str, help_text: str) -> Continued:
     """How many texts, and how long; the same on every page."""
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        texts = st.number_input(label, 1, 256, 8, key="continued", persist_state="session", help=help_text)
+        texts = st.number_input(label, 1, 256, 16, key="continued", persist_state="session", help=help_text)
         prompt = st.number_input("Prompt tokens", 8, 131_072, 384, 64, key="prompt_tokens", persist_state="session")
         new = st.number_input("Tokens to predict", 1, 4096, 32, 16, key="predicted", persist_state="session")
     return Continued(int(texts), int(prompt), int(new))
@@ -104,9 +124,18 @@ def decoded(file: UploadedFile) -> str:
     return file.getvalue().decode("utf-8", errors="replace")
 
 
-def positions(loaded: LoadedModel) -> int:
-    """The tokens that a model was trained to read at once."""
-    return getattr(loaded.config, "max_position_embeddings", None) or sys.maxsize
+def opened(file: UploadedFile, load: Callable[[Path], Result]) -> Result:
+    """What an uploaded file holds, by what reads such a file from disk. Raises as that, RunFileError."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / Path(file.name).name
+        path.write_bytes(file.getvalue())
+        return load(path)
+
+
+def saved(thing: Result, save: Callable[[Result, Path], Path]) -> bytes:
+    """What to download, by what writes such a thing to disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        return save(thing, Path(folder) / "saved.safetensors").read_bytes()
 
 
 def run(
@@ -118,6 +147,7 @@ def run(
     key: str,
     cancelled: str,
     missing: str = "",
+    done: str = "Done: it is shown above.",
 ) -> Result | None:
     """A button that has `work` done with the model `ref`; what it gives, or None where it was not pressed or failed.
 
@@ -126,14 +156,15 @@ def run(
     Args:
         cancelled: what to say on the page after the user has cancelled.
         missing: why it cannot begin, if it cannot.
+        done: what to say on the page after the work is done, if anything.
     """
     buttons = st.container(horizontal=True, vertical_alignment="center")
     started = buttons.button(label, type="primary", icon=":material/play_arrow:", key=key)
     if not started:
         if st.session_state.pop(f"{key}_cancelled", False):
             st.info(f"Cancelled. {cancelled}", icon=":material/cancel:")
-        if st.session_state.pop(f"{key}_done", False):
-            st.toast("Done: it is shown above.", icon=":material/check:")  # wherever the reader has scrolled to
+        if done and st.session_state.pop(f"{key}_done", False):
+            st.toast(done, icon=":material/check:")  # wherever the reader has scrolled to
         return None
     if missing or not ref:
         st.error(missing or "Give the id or the folder of a model first.", icon=":material/error:")
@@ -153,7 +184,7 @@ def run(
         ) as loaded:
             bar.progress(0.0, "Running …")
             result = work(loaded, lambda done, total, what: bar.progress(min(done / total, 1.0), markup.plain(what)))
-    except UserError as error:
+    except (UserError, ValueError) as error:  # a ValueError: settings that do not fit this model
         st.error(markup.plain(str(error)), icon=":material/error:")
         result = None
     bar.empty()

@@ -13,10 +13,10 @@ import numpy as np
 
 from analysis.comparing import Training, compare_runs, compare_studies
 from analysis.files import record
-from analysis.measures import VERDICTS, HeadFigures, answer, attention_loss, head_figures, signed
+from analysis.measures import VERDICTS, HeadFigures, answer, attention_loss, head_figures, signed, verdict_counts
 from analysis.memory import human_bytes
 from analysis.plans.causal import CausalCheck
-from analysis.plans.export import kvpress_code, library_code
+from analysis.plans.export import LENGTHS, kvpress_code, library_code
 from analysis.plans.front import Front
 from analysis.plans.skip import layer_loss, suggest_skip_layers
 from analysis.run import Capture
@@ -29,7 +29,6 @@ from l2kv.spec import CompressionSpec
 VERSION = 1
 KEEP = 0.5
 PROTECTED = 32
-LENGTHS = (4096, 32_768, 131_072)
 
 _READING = {
     "Γ": "Gini correlation of the norms' ranks with the attention of the next token: −1 low norms get it all (the "
@@ -118,7 +117,7 @@ def _about(run: Capture) -> str:
 def _heads(run: Capture, numbers: HeadFigures, after: str) -> Section:
     without = head_figures(run, leave_out=1).gamma
     layer, head = np.indices(numbers.gamma.shape).reshape(2, -1)
-    counts = {name: int((numbers.verdict == name).sum()) for name in VERDICTS}
+    counts = verdict_counts(numbers.verdict)
     maps = [
         Drawing(
             figures.head_map(values, title=title, diverging=diverging, status=numbers.status),

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from analysis import across
 from analysis.comparing import RunComparison, StudyComparison, Training
-from analysis.measures import VERDICTS
+from analysis.measures import VERDICTS, verdict_counts
 from analysis.plans.causal import CausalCheck
-from analysis.plans.front import Front
+from analysis.plans.front import Front, FrontPoint
 from analysis.plans.ways import WAYS
 from analysis.study import Study
 from app import figures
@@ -72,7 +72,7 @@ def of_study(study: Study, name: str) -> Section:
         ),
         tuple(drawings),
         columns=2,
-        table=verdict_table({name: _counts(verdict, across.VERDICTS)}, across.VERDICTS),
+        table=verdict_table({name: verdict_counts(verdict, across.VERDICTS)}, across.VERDICTS),
     )
 
 
@@ -87,9 +87,7 @@ def of_front(front: Front) -> Section:
     too_small = "; ".join(each.split(":")[0] for each in front.left_out)
     left_out = (f"Left out, since the budget is too small for them: {too_small}.",) if too_small else ()
     drawing = Drawing(
-        figures.front(
-            {name: _line(name, line) for name, line in front.lines.items()}, full_mib=front.full_nbytes / _MIB
-        ),
+        figures.front(front_lines(front), full_mib=front.full_nbytes / _MIB),
         alt="Bytes of the cache against the change of the negative log likelihood, a line for each way",
         caption=f"The mean over {n} text{'s' * (n != 1)} and its 95 % interval; lower left is better. Bytes "
         f"are counted in the caches after a prompt of {front.prompt_tokens} tokens and {front.new_tokens} more. Plans "
@@ -106,6 +104,11 @@ def of_front(front: Front) -> Section:
     return Section(f"What each way to spend the bytes costs: {front.model}", (front.answer(), *left_out), (drawing,))
 
 
+def front_lines(front: Front) -> dict[str, figures.Line]:
+    """What the figure of a front draws, for each way."""
+    return {name: _line(name, points) for name, points in front.lines.items()}
+
+
 def of_causal(check: CausalCheck) -> Section:
     """Each layer compressed alone, beside its ALR."""
     change, loss = across.means(check.nll_change.T), across.means(check.loss.T)
@@ -113,13 +116,7 @@ def of_causal(check: CausalCheck) -> Section:
         figures.layer_costs(check.layers, loss.mean, (loss.low, loss.high), change.mean, (change.low, change.high)),
         alt="What compressing one layer alone costs against its ALR, a point for each layer",
         caption="A numbered point a layer, with 95 % intervals over texts. If ALR can tell, points rise to the right.",
-        table={
-            "layer": check.layers,
-            "ALR / chance": loss.mean,
-            "NLL change": change.mean,
-            "from": change.low,
-            "to": change.high,
-        },
+        table=causal_table(check),
     )
     spec = check.spec
     kept = f"{spec.budget} tokens" if spec.budget is not None else f"{spec.keep_ratio:.0%}"
@@ -132,6 +129,17 @@ def of_causal(check: CausalCheck) -> Section:
             "text, in nats a token against the full cache.",
         ),
         (drawing,),
+    )
+
+
+def causal_table(check: CausalCheck) -> dict[str, Sequence]:
+    """The numbers of a check, a row for each layer; the paper's ALR where the file keeps it."""
+    change = across.means(check.nll_change.T)
+    paper = {} if check.paper is None else {"the paper's ALR": across.means(check.paper.T).mean}
+    return (
+        {"layer": check.layers, "ALR / chance": across.means(check.loss.T).mean}
+        | paper
+        | {"NLL change, nats a token": change.mean, "from": change.low, "to": change.high}
     )
 
 
@@ -246,11 +254,7 @@ def verdict_table(counts: Mapping[str, Mapping[str, int]], meanings: Mapping[str
     return {"verdict": list(meanings)} | of_runs | {"meaning": list(meanings.values())}
 
 
-def _counts(verdict: np.ndarray, names: Mapping[str, str]) -> dict[str, int]:
-    return {name: int((verdict == name).sum()) for name in names}
-
-
-def _line(name: str, points) -> figures.Line:
+def _line(name: str, points: Sequence[FrontPoint]) -> figures.Line:
     intervals = [point.interval() for point in points]
     return figures.Line(
         mib=np.array([point.nbytes / _MIB for point in points]),

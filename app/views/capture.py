@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import streamlit as st
 
 from analysis.errors import RunFileError, UserError
 from analysis.memory import capture_bytes, human_bytes
-from analysis.models import model_folder
 from analysis.presets import presets
 from analysis.run import Capture, load_run, save_run
 from analysis.synthetic import instrument
 from analysis.tokens import tokenize
-from app import markup, state
-from app.engine import Engine, allowed_models, check_allowed
+from app import markup, state, work
+from app.engine import Engine
 
 if TYPE_CHECKING:
     from streamlit.navigation.page import Page as StreamlitPage
 
-OTHER = "Another model (hub id or folder)"
+    from analysis.models import LoadedModel
+
 OWN = "My own text"
 _COUNTED_CHARACTERS = 50_000  # what follows is counted at the same rate: a live count must not stall the page
 
@@ -37,25 +35,11 @@ def page(engine: Engine, heads_page: StreamlitPage) -> None:
     with right:
         text = _text_input()
     with left:
-        ref = _model_input()
+        ref = work.model_input()
         _count(engine, ref, text)
         _run(engine, ref, text, heads_page)
     st.divider()
     _files(heads_page)
-
-
-def _model_input() -> str:
-    chosen = st.selectbox("Model", [*allowed_models(), OTHER], key="model_choice", persist_state="session")
-    if chosen != OTHER:
-        return chosen
-    return st.text_input(
-        "Hugging Face id or folder",
-        key="model_ref",
-        persist_state="session",
-        placeholder="Qwen/Qwen3-0.6B",
-        help="Any decoder-only model with safetensors weights. No remote code is run. Folders must be allowed by "
-        "whoever runs the app (L2KV_MODEL_DIRS).",
-    )
 
 
 def _text_input() -> str:
@@ -67,7 +51,7 @@ def _text_input() -> str:
 
     def upload() -> None:
         if (file := st.session_state["text_file"]) is not None:
-            st.session_state["text"] = file.getvalue().decode("utf-8", errors="replace")
+            st.session_state["text"] = work.decoded(file)
             st.session_state["preset"] = OWN
 
     st.session_state.setdefault("text", next(iter(texts.values())))
@@ -115,41 +99,16 @@ def _count(engine: Engine, ref: str, text: str) -> None:
 
 
 def _run(engine: Engine, ref: str, text: str, heads_page: StreamlitPage) -> None:
-    buttons = st.container(horizontal=True, vertical_alignment="center")
-    if not buttons.button("Run", type="primary", icon=":material/play_arrow:"):
-        if st.session_state.pop("cancelled", False):
-            st.info("Cancelled. The text and the run on screen before are as they were.", icon=":material/cancel:")
-        return
-    if not ref:
-        st.error("Give the id or the folder of a model first.", icon=":material/error:")
-        return
-    # A click ends this script at its next st.* call, which is in the callback after each block.
-    cancel = buttons.empty()
-    cancel.button("Cancel", icon=":material/cancel:", on_click=lambda: st.session_state.update(cancelled=True))
-    progress = st.progress(0.0, "Looking for the model …")
-    from analysis.capturing import capture
+    def captured(loaded: LoadedModel, progress: work.Progress) -> Capture:
+        from analysis.capturing import capture
 
-    try:
-        ref = check_allowed(ref)
-        model_folder(ref)  # fetched, or refused, before anyone has to wait for it
-        with engine.turn(
-            ref,
-            on_wait=lambda ahead: progress.progress(0.0, f"Waiting: {ahead} ahead of you"),
-            on_load=lambda: progress.progress(0.0, f"Loading {markup.plain(ref)} …"),
-        ) as loaded:
-            progress.progress(0.0, "Running …")
-            run = capture(
-                loaded,
-                text,
-                on_layer=lambda done, total: progress.progress(done / total, f"Layer {done} of {total}"),
-            )
-    except UserError as error:
-        progress.empty()
-        cancel.empty()
-        st.error(markup.plain(str(error)), icon=":material/error:")
-        return
-    state.show_run(run)
-    st.switch_page(heads_page)
+        return capture(loaded, text, on_layer=lambda done, total: progress(done, total, f"Layer {done} of {total}"))
+
+    cancelled = "The text and the run on screen before are as they were."
+    run = work.run(engine, ref, "Run", captured, key="run_capture", cancelled=cancelled, done="")
+    if run is not None:
+        state.show_run(run)
+        st.switch_page(heads_page)
 
 
 def _files(heads_page: StreamlitPage) -> None:
@@ -162,7 +121,7 @@ def _files(heads_page: StreamlitPage) -> None:
         with st.container(horizontal=True):
             st.download_button(
                 "Download this run",
-                data=lambda: _bytes_of(run),
+                data=lambda: work.saved(run, save_run),
                 file_name="run.safetensors",
                 icon=":material/download:",
                 on_click="ignore",
@@ -178,21 +137,9 @@ def _files(heads_page: StreamlitPage) -> None:
         file = st.file_uploader("Open a saved run", type="safetensors", key="run_file")
         if file is not None and st.session_state.get("opened") != file.file_id:
             try:
-                state.show_run(_run_of(file.getvalue(), Path(file.name).name))
+                state.show_run(work.opened(file, load_run))
             except RunFileError as error:
                 st.error(markup.plain(str(error)), icon=":material/error:")
                 return
             st.session_state["opened"] = file.file_id
             st.switch_page(heads_page)
-
-
-def _bytes_of(run: Capture) -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        return save_run(run, Path(folder) / "run.safetensors").read_bytes()
-
-
-def _run_of(content: bytes, name: str) -> Capture:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / name
-        path.write_bytes(content)
-        return load_run(path)

@@ -16,6 +16,7 @@ from analysis.run import Capture
 from app import figures, markup, state, work
 from app.charts import show
 from app.engine import Engine
+from app.report.chapters import causal_table
 from l2kv.spec import CompressionSpec
 
 if TYPE_CHECKING:
@@ -59,14 +60,9 @@ def _draw(check: CausalCheck) -> None:
         alt="NLL change by compressing one layer alone against its ALR",
         caption=f"Each point is a layer, numbered: its ALR / chance (across) and what it costs to compress that layer "
         f"alone, all others whole (up): {state.in_words(check.spec)}. Means over {n} texts, bars their 95 % intervals. "
-        "Where the points rise to the right, ALR orders the layers as prediction does: a skip list by ALR is sound.",
-        table={
-            "layer": check.layers,
-            "ALR / chance": loss.mean,
-            "NLL change, nats a token": change.mean,
-            "from": change.low,
-            "to": change.high,
-        },
+        "Where the points rise to the right, ALR / chance orders the layers as prediction does: a skip list by it is "
+        "sound." + (" The paper's ALR also counts how much there is to lose." if check.paper is not None else ""),
+        table=causal_table(check),
     )
 
 
@@ -84,7 +80,7 @@ def _measure(engine: Engine) -> None:
     def measure(loaded: LoadedModel, progress: work.Progress) -> CausalCheck:
         return causal_check(
             loaded,
-            [text for _, text in continued.pieces(loaded, texts, continued.texts)],
+            [text for _, text in continued.pieces(loaded, texts)],
             spec,
             prompt_tokens=continued.prompt_tokens,
             new_tokens=continued.new_tokens,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +12,7 @@ import streamlit as st
 from analysis.across import Interval
 from analysis.errors import RunFileError
 from analysis.files import read_text
-from analysis.plans.front import KEEPS, Front, FrontPoint, measure_front
+from analysis.plans.front import KEEPS, SPLIT, Front, measure_front, passes
 from analysis.plans.skip import Plan
 from analysis.plans.ways import WAYS
 from analysis.presets import DEMO_FRONT
@@ -19,6 +20,7 @@ from analysis.run import Capture
 from app import figures, markup, state, work
 from app.charts import show
 from app.engine import Engine
+from app.report.chapters import front_lines
 
 if TYPE_CHECKING:
     from streamlit.navigation.page import Page as StreamlitPage
@@ -86,7 +88,7 @@ def _draw(front: Front) -> None:
     n = len(front.measured_on)
     lines = list(front.lines)
     shown = st.pills(
-        "Ways", lines, selection_mode="multi", key=f"front_ways_{id(front)}",
+        "Ways", lines, selection_mode="multi", key=f"front_ways_{id(front)}", format_func=markup.plain,
         default=[name for name in lines if name in _FIRST_WAYS] or lines,
         help="\n".join(f"- **{markup.plain(name)}**: {WAYS[name].about}" for name in front.lines if name in WAYS),
     )  # fmt: skip
@@ -94,7 +96,7 @@ def _draw(front: Front) -> None:
     intervals = [point.interval() for point in points]
     show(
         figures.front(
-            {name: _line(name, of_line) for name, of_line in front.lines.items()},
+            front_lines(front),
             full_mib=front.full_nbytes / _MIB,
             shown=shown,
         ),
@@ -103,8 +105,8 @@ def _draw(front: Front) -> None:
         caption=f"Bytes that the caches held, counted, against the change of NLL: the mean over {n} texts and its 95 % "
         f"interval. Lower left is better. Each text: a prompt of {front.prompt_tokens} tokens, then {front.new_tokens} "
         f"more predicted over the compressed cache. Plans (solid) were made on {len(front.planned_on)} other texts; "
-        "uniform ways (dashed) give every head the same. Intervals of two ways overlap even where one is better in "
-        "every text: the table compares them text by text.",
+        "uniform ways (dashed) give every head the same share. Intervals of two ways overlap even where one is better "
+        "in every text: the table compares them text by text.",
         table={
             "way": [point.line for point in points],
             "keep": [point.keep for point in points],
@@ -122,40 +124,27 @@ def _draw(front: Front) -> None:
             st.markdown("\n".join(f"- {markup.plain(reason)}" for reason in front.left_out))
 
 
-def _line(name: str, points: tuple[FrontPoint, ...]) -> figures.Line:
-    intervals = [point.interval() for point in points]
-    return figures.Line(
-        mib=np.array([point.nbytes / _MIB for point in points]),
-        change=np.array([interval.value for interval in intervals]),
-        low=np.array([interval.low for interval in intervals]),
-        high=np.array([interval.high for interval in intervals]),
-        keep=np.array([point.keep for point in points]),
-        kind=WAYS[name].kind if name in WAYS else "plan",
-    )
-
-
 def _compared(front: Front) -> None:
     """At each budget the best plan beside the best uniform way, paired by text."""
-    uniform, plans = front.best("uniform"), front.best("plan")
-    keeps = [keep for keep in uniform if keep in plans]
-    if not keeps:
+    compared = sorted(front.comparisons(), key=lambda one: one.plan.keep)
+    if not compared:
         return
-    pairs = [(plans[keep], uniform[keep], front.against(plans[keep].line, uniform[keep].line)[keep]) for keep in keeps]
     st.markdown("**At equal bytes: the best plan against the best uniform way**")
     st.dataframe(
         {
-            "keep": [f"{keep:.0%}" for keep in keeps],
-            "MiB": [f"{one.nbytes / _MIB:.2f}" for one, _, _ in pairs],
-            "best plan": [one.line for one, _, _ in pairs],
-            "best uniform": [other.line for _, other, _ in pairs],
-            "plan less uniform, nats": [_nats(interval.value) for _, _, interval in pairs],
-            "95 %": [_ends(interval) for _, _, interval in pairs],
-            "the plan is": [
-                "better" if interval.high < 0 else "worse" if interval.low > 0 else "not told apart"
-                for _, _, interval in pairs
-            ],
+            "keep": [f"{one.plan.keep:.0%}" for one in compared],
+            "the plan is": [one.verdict for one in compared],
+            "plan less uniform, nats": [_nats(one.less.value) for one in compared],
+            "95 %, of all at once": [_ends(one.less) for one in compared],
+            "best plan": [one.plan.line for one in compared],
+            "best uniform": [one.uniform.line for one in compared],
+            "MiB": [f"{one.plan.nbytes / _MIB:.2f}" for one in compared],
         },
         hide_index=True,
+    )
+    st.caption(
+        "Taken text by text. The intervals hold for every plan beside every uniform way at every budget at once, since "
+        "both are the best of several on the very texts that they are compared on."
     )
 
 
@@ -191,25 +180,31 @@ def _measure(engine: Engine, run: Capture) -> None:
         )  # fmt: skip
     continued = work.continued_input(
         "Texts to plan on, and to measure on",
-        "So many of each, cut from what was given. With fewer than 16 the intervals are too narrow.",
+        "At most so many of each, cut from what was given. With fewer than 16 the intervals are too narrow.",
     )
     protect_last = state.current_spec().protect_last
+    costly = any(WAYS[way].needs_costs for way in ways)
+    known = Path(ref).name == run.model  # else nobody knows yet how many kv heads it has
+    runs = passes(
+        continued.texts,
+        continued.texts,
+        keeps=len(keeps),
+        ways=ways,
+        kv_heads=len(run.cache_shape.layers) * run.n_kv_heads if known else 0,
+    )
     st.caption(
-        f"{continued.texts * (len(ways) * len(keeps) + 1)} continuations of {continued.new_tokens} tokens, and "
-        f"{2 * continued.texts} captures. The last {protect_last} tokens are protected."
-        + f" Ways by cost take {continued.texts} more for each kv head."
-        * any(WAYS[way].needs_costs for way in ways)
+        f"{SPLIT} At most {runs:,} runs, captures and continuations of {continued.new_tokens} tokens"
+        + f", and {continued.texts} more for each kv head of the model" * (costly and not known)
+        + f". The last {protect_last} tokens are protected."
     )
     missing = "" if texts else "Upload texts or paste a long one first."
     if not (keeps and ways):
         missing = "Choose a budget and a way first."
 
     def measure(loaded: LoadedModel, progress: work.Progress) -> Front:
-        found = continued.pieces(loaded, texts, 2 * continued.texts)
         return measure_front(
             loaded,
-            found[::2],
-            found[1::2],
+            *continued.planning_and_measuring(loaded, texts),
             keeps=keeps,
             ways=ways,
             prompt_tokens=continued.prompt_tokens,

@@ -11,6 +11,7 @@ from analysis.run import Capture
 from analysis.synthetic import check, is_synthetic
 from app import figures, markup, state
 from app.charts import show
+from app.views import two_runs
 from app.views.one_head import one_head
 
 _FEW_TOKENS = 64
@@ -59,6 +60,8 @@ def page() -> None:
     )
     st.divider()
     one_head(run, numbers, leave_out, probe)
+    st.divider()
+    two_runs.section(run)
 
 
 def _synthetic(run: Capture) -> None:

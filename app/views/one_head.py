@@ -141,12 +141,18 @@ def _layer_note(run: Capture, layer: int) -> str:
 
 def _numbers(run: Capture, numbers: HeadFigures, layer: int, head: int, leave_out: int, probe: str) -> None:
     without = state.figures_of(run, 1, probe).gamma[layer, head]
+    group_alr = state.kv_figures_of(run, leave_out, probe).alr[layer, run.kv_head(head)]
     n = run.n_tokens - leave_out
     ranked = f"{n - len(run.recent_positions)} to {n - 1}" if probe == "last queries" else n
     shown = {
         "Γ": (signed(numbers.gamma[layer, head]), "−1 the paper's claim, 0 chance, +1 the opposite"),
         "Γ without the first": (signed(without), "the same, with the first token left out"),
         "ALR": (f"{numbers.alr[layer, head]:z.1f}", f"the paper's sum, of n = {ranked} tokens"),
+        "ALR of its kv head": (
+            f"{group_alr:z.1f}",
+            f"of the mean attention of the {run.n_heads // run.n_kv_heads} query heads that read it, since a key is "
+            "evicted for all of them at once; not the mean of their ALRs",
+        ),
         "ALR / n": (f"{numbers.alr_per_token[layer, head]:z.3f}", "comparable between texts, 0 to 1"),
         "ALR / chance": (f"{numbers.alr_against_chance[layer, head]:z.2f}", "0 ideal, 1 as dice, 2 the worst order"),
         "Spearman ρ": (signed(numbers.spearman[layer, head]), "norm against attention received, all queries"),

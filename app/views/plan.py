@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,9 +36,16 @@ def page(engine: Engine, generate_page: StreamlitPage) -> None:
         "gives each its own. Whether that pays is measured below, on texts that the plan has not seen."
     )
     _in_use()
-    plan = _make(run)
-    if plan is not None:
-        _take_along(run, plan, generate_page)
+    if run.cache_shape.layers:
+        plan = _make(run)
+        if plan is not None:
+            _take_along(run, plan, generate_page)
+    else:
+        st.info(
+            "Every layer of this model has a sliding window: its cache is bounded already, and none of it is "
+            "compressed. There is nothing to plan.",
+            icon=":material/info:",
+        )
     st.divider()
     front.section(engine, run, generate_page)
     st.divider()
@@ -94,7 +100,7 @@ def _make(run: Capture) -> Plan | None:
     return Plan(run.model, plan.to_spec(), note=note)
 
 
-@lru_cache(maxsize=64)
+@state.remembered
 def _plan(
     run: Capture, protect_last: int, keep: float, by: str, method: str, policy: str, whole: bool
 ) -> AllocationPlan:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import streamlit as st
 
 from analysis.errors import ModelError
 from analysis.memory import CacheShape, human_bytes
-from analysis.models import model_folder
-from analysis.plans.export import savings
+from analysis.plans.export import LENGTHS, Saving, savings
 from analysis.run import Capture
 from app import markup, state, work
 from app.engine import Engine, allowed_models
 from l2kv.spec import CompressionSpec
 
-LENGTHS = (4096, 32_768, 131_072)
+if TYPE_CHECKING:
+    from analysis.sizes import ModelSize
+
 _CHOICES = (1024, 4096, 8192, 16_384, 32_768, 65_536, 131_072, 1_048_576)
 _GIB, _GB = 2**30, 10**9
 
@@ -49,9 +52,9 @@ class _Model:
 
     name: str
     shape: CacheShape
-    weights_bytes: int
-    source: str  # where the bytes of its weights are from
-    is_other: bool = False  # not the one on screen
+    weights_bytes: int | None  # None: not known
+    source: str = ""  # where they are from
+    other: ModelSize | None = None  # what is known of one that is not on screen
 
 
 def section(engine: Engine, run: Capture) -> None:
@@ -59,6 +62,19 @@ def section(engine: Engine, run: Capture) -> None:
     st.subheader("What it saves")
     model = _of_config() or _of_run(engine, run)
     spec = _spec(model)
+    try:
+        if model.other is not None:
+            model.other.check(spec)
+    except ModelError as error:
+        st.error(markup.plain(str(error)), icon=":material/error:")
+        return
+    if not model.shape.layers:
+        st.info(
+            f"Nothing: in {markup.plain(model.name)} every layer has a sliding window, so its cache is bounded "
+            "already, and none of it is compressed.",
+            icon=":material/info:",
+        )
+        return
     gpu, batch = _gpu()
     lengths = st.multiselect(
         "Tokens of each sequence", _CHOICES, default=LENGTHS, key="saved_lengths",
@@ -70,37 +86,52 @@ def section(engine: Engine, run: Capture) -> None:
     rows = savings(
         model.shape,
         spec,
-        weights_bytes=model.weights_bytes,
+        weights_bytes=model.weights_bytes or 0,
         gpu_bytes=int(gpu.gib * _GIB),
         bandwidth=gpu.gb_per_second * _GB,
         lengths=sorted(lengths),
         batch=batch,
     )
-    st.dataframe(
-        {
-            "tokens": [f"{row.n_tokens:,}" for row in rows],
-            "full cache": [human_bytes(row.whole_bytes) for row in rows],
-            "compressed": [human_bytes(row.kept_bytes) for row in rows],
-            "saved": [f"{1 - row.kept_bytes / row.whole_bytes:.0%}" for row in rows],
-            "sequences that fit, full": [_count(row.whole_fits) for row in rows],
-            "compressed ": [_count(row.kept_fits) for row in rows],
-            "a step takes at least, full": [_milliseconds(row.whole_seconds) for row in rows],
-            "compressed  ": [_milliseconds(row.kept_seconds) for row in rows],
-        },
-        hide_index=True,
+    known = model.weights_bytes is not None
+    st.dataframe(_bytes(rows) | (_on_gpu(rows) if known else {}), hide_index=True)
+    told = (
+        f"Sequences fit beside the weights ({human_bytes(model.weights_bytes)}, {model.source}); activations and the "
+        "allocator's waste are not counted. A decoding step of a dense model reads all weights and all caches once, so "
+        "it cannot be faster than that takes (a mixture of experts reads only some of its weights); what it costs to "
+        "choose whom to evict is not in it."
+        if known
+        else "Its weights are not on this machine, so what fits beside them, and the time of a step, are not told: "
+        "load it on the page Capture, or give its config.json above."
     )
     st.caption(
-        f"Arithmetic, for a batch of {batch} of {markup.plain(model.name)} with {state.in_words(spec)}. Sequences fit "
-        f"beside the weights ({human_bytes(model.weights_bytes)}, {model.source}); activations and the allocator's "
-        "waste are not counted. A decoding step reads the weights and all caches once, so it cannot be faster than "
-        "that takes; what it costs to choose whom to evict is not in it. The model need not work at all these lengths."
+        f"Arithmetic, for a batch of {batch} of {markup.plain(model.name)} with {state.in_words(spec)}. {told} The "
+        "model need not work at all these lengths."
     )
+
+
+def _bytes(rows: Sequence[Saving]) -> dict[str, list[str]]:
+    return {
+        "tokens": [f"{row.n_tokens:,}" for row in rows],
+        "full cache": [human_bytes(row.whole_bytes) for row in rows],
+        "compressed": [human_bytes(row.kept_bytes) for row in rows],
+        "saved": [f"{1 - row.kept_bytes / row.whole_bytes:.0%}" for row in rows],
+    }
+
+
+def _on_gpu(rows: Sequence[Saving]) -> dict[str, list[str]]:
+    """What needs the bytes of the weights to be known. Columns may not have one name, so spaces tell them apart."""
+    return {
+        "sequences that fit, full": [_count(row.whole_fits) for row in rows],
+        "compressed ": [_count(row.kept_fits) for row in rows],
+        "a step takes at least, full": [_milliseconds(row.whole_seconds) for row in rows],
+        "compressed  ": [_milliseconds(row.kept_seconds) for row in rows],
+    }
 
 
 def _spec(model: _Model) -> CompressionSpec:
     """The plan in use where it is of this model, or what the controls say."""
     plan, controls = state.plan_in_use(), state.current_spec()
-    if model.is_other:
+    if model.other is not None:
         return replace(controls, skip_layers=())  # the list is of the model on screen
     if plan is None or plan.model != model.name:
         return controls
@@ -137,42 +168,46 @@ def _of_config() -> _Model | None:
         text = work.decoded(file) if file is not None else pasted
         if not text.strip():
             return None
-        name = Path(file.name).stem if file is not None else "config"
+        name = file.name if file is not None and Path(file.name).stem != "config" else "the config given"
         try:
             with st.spinner("Reading the config …"):
-                return _described(text, "the config given" if name == "config" else name)
+                size = replace(_size_of(text), name=name)
         except ModelError as error:
             st.error(markup.plain(str(error)), icon=":material/error:")
             return None
+    return _Model(name, size.shape, size.weights_bytes, "counted from the config", other=size)
 
 
 @lru_cache(maxsize=32)
-def _described(config: str, name: str) -> _Model:
+def _size_of(config: str) -> ModelSize:
+    """Of a model whose config.json reads so. Raises ModelError."""
     from analysis.sizes import model_size
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.json"
         path.write_text(config, encoding="utf-8")
-        size = model_size(path)
-    return _Model(name, size.shape, size.weights_bytes, "counted from the config", is_other=True)
+        return model_size(path)
+
+
+@lru_cache(maxsize=32)
+def _weights_of(ref: str) -> int | None:
+    """Bytes of the weights of a model on this machine; None where it cannot be read."""
+    from analysis.sizes import model_size
+
+    try:
+        return model_size(ref).weights_bytes
+    except ModelError:
+        return None
 
 
 def _of_run(engine: Engine, run: Capture) -> _Model:
     loaded = engine.loaded
     if loaded is not None and loaded.name == run.model:
-        weights, source = sum(p.numel() * p.itemsize for p in loaded.model.parameters()), "of the model in memory"
-    else:
-        weights, source = _bytes_on_disk(run.model), "of its files"
-    return _Model(run.model, run.cache_shape, weights, source if weights else "unknown: load the model on Capture")
-
-
-def _bytes_on_disk(name: str) -> int:
-    """Of the weights of a model on this machine; 0 where it is not."""
-    refs = [ref for ref in allowed_models() if Path(ref).name == name]
-    try:
-        return sum(path.stat().st_size for path in model_folder(refs[0]).glob("*.safetensors")) if refs else 0
-    except ModelError:
-        return 0
+        weights = sum(p.numel() * p.itemsize for p in loaded.model.parameters())
+        return _Model(run.model, run.cache_shape, weights, "of the model in memory")
+    here = [ref for ref in allowed_models() if Path(ref).name == run.model]
+    with st.spinner("Weighing the model …"):
+        return _Model(run.model, run.cache_shape, _weights_of(here[0]) if here else None, "of its files")
 
 
 def _count(fits: int | None) -> str:

@@ -10,6 +10,7 @@ import streamlit as st
 
 from analysis.errors import RunFileError
 from analysis.memory import human_bytes
+from analysis.plans.export import LENGTHS
 from analysis.plans.skip import RULES, Plan, SkipSuggestion, layer_loss, skip_list, suggest_skip_layers
 from analysis.run import Capture
 from analysis.study import Study
@@ -22,7 +23,6 @@ from l2kv.spec import CompressionSpec
 if TYPE_CHECKING:
     from streamlit.navigation.page import Page as StreamlitPage
 
-LENGTHS = (4096, 32_768, 131_072)
 _RULES = {"threshold": "By threshold", "count": "By number", "gap": "By the widest gap"}
 
 
@@ -34,6 +34,13 @@ def page(engine: Engine, generate_page: StreamlitPage) -> None:
         "Compression throws away the same share in every layer, but layers do not all take it alike. Those listed here "
         "keep everything."
     )
+    if not run.cache_shape.layers:
+        st.info(
+            "Every layer of this model has a sliding window: its cache is bounded already, and none of it is "
+            "compressed. There is nothing to skip.",
+            icon=":material/info:",
+        )
+        return
     with st.container(horizontal=True, vertical_alignment="bottom"):
         state.policy_input(state.BY_NORM)
         state.ratio_input()

@@ -53,11 +53,11 @@ def run(engine: Engine) -> None:
             help="Taken from the texts by turns: pieces of many texts say more than as many of one.",
         )  # fmt: skip
     task = _Task(ref, tuple(sources.items()), int(n_tokens), int(at_most))
-    begun = bool(sources) and task.path.exists()
+    begun = task.path in st.session_state.get("unfinished_studies", ())
     done = work.run(
         engine,
         ref,
-        "Go on" if begun and not load_study(task.path).complete else "Run",
+        "Go on" if begun else "Run",
         lambda loaded, progress: _study(loaded, task, progress),
         key="run_study",
         cancelled="What was done is kept: press *Go on* to do the rest." if begun else "Nothing was done yet.",
@@ -71,16 +71,23 @@ def run(engine: Engine) -> None:
 def _study(loaded: LoadedModel, task: _Task, progress: work.Progress) -> Study:
     from analysis.study import pieces, study
 
-    most = work.positions(loaded) - 1  # one for the next token
+    most = loaded.positions - 1  # one for the next token
     texts = pieces(loaded.tokenizer, dict(task.sources), n_tokens=min(task.n_tokens, most), at_most=task.at_most)
-    path = task.path
+    unfinished = st.session_state.setdefault("unfinished_studies", set())
+    so_far = len(load_study(task.path).names) if task.path.exists() else 0
 
-    def on_text(done: int, total: int, name: str) -> None:
-        state.show_study(load_study(path))  # at every text: a click may end this here
-        progress(done, total, f"{done} of {total} texts")
+    def on_text(found: Study) -> None:
+        nonlocal so_far
+        so_far = len(found.names)
+        state.show_study(found)  # at every text: a click may end this here
+        unfinished.add(task.path)
+        if found.complete:
+            unfinished.remove(task.path)
 
-    progress(0, len(texts), f"0 of {len(texts)} texts")
-    return study(loaded, texts, path, on_text=on_text)
+    def on_layer(done: int, total: int) -> None:
+        progress(so_far * total + done, len(texts) * total, f"{so_far} of {len(texts)} texts")
+
+    return study(loaded, texts, task.path, on_text=on_text, on_layer=on_layer)
 
 
 def files(study: Study | None) -> None:
@@ -90,7 +97,7 @@ def files(study: Study | None) -> None:
         with st.container(horizontal=True):
             st.download_button(
                 "Download this study",
-                data=lambda: _bytes_of(study),
+                data=lambda: work.saved(study, save_study),
                 file_name="study.safetensors",
                 icon=":material/download:",
                 on_click="ignore",
@@ -104,24 +111,10 @@ def files(study: Study | None) -> None:
     )
     if file is not None and st.session_state.get("opened_study") != file.file_id:
         try:
-            opened = _study_of(file.getvalue(), Path(file.name).name)
-            if not opened.names:
-                raise RunFileError(f"{file.name} is a study of no texts: none was done yet.")
+            opened = work.opened(file, load_study)
         except RunFileError as error:
             st.error(markup.plain(str(error)), icon=":material/error:")
             return
         st.session_state["opened_study"] = file.file_id
         state.show_study(opened)
         st.rerun()
-
-
-def _bytes_of(study: Study) -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        return save_study(study, Path(folder) / "study.safetensors").read_bytes()
-
-
-def _study_of(content: bytes, name: str) -> Study:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / name
-        path.write_bytes(content)
-        return load_study(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import streamlit as st
@@ -21,8 +20,8 @@ from analysis.across import (
     means,
     stability,
 )
-from analysis.measures import signed
-from analysis.metrics import PROBES
+from analysis.measures import signed, verdict_counts
+from analysis.metrics import METRICS, PROBES
 from analysis.study import Study
 from app import figures, markup, state
 from app.charts import show
@@ -30,6 +29,31 @@ from app.engine import Engine
 from app.views import studies
 
 _WITHOUT = "without the first token"
+
+
+@dataclass(frozen=True, slots=True)
+class _Map:
+    """How a metric is called and coloured."""
+
+    title: str
+    signed: bool = False  # from -1 to +1; others begin at 0
+    most: float | None = None  # where the colours of the others end; None: at the largest value
+
+
+MAPS = {
+    "gamma": _Map("Γ", signed=True),
+    "gamma_without_sink": _Map("Γ without the first", signed=True),
+    "alr": _Map("ALR"),
+    "alr_chance": _Map("ALR of chance"),
+    "alr_per_token": _Map("ALR / n"),
+    "alr_against_chance": _Map("ALR / chance", most=2.0),
+    "spearman": _Map("Spearman", signed=True),
+    "pearson": _Map("Pearson", signed=True),
+    "sink_share": _Map("share of the first", most=1.0),
+    "overlap": _Map("overlap", most=1.0),
+    "entropy": _Map("entropy, bits"),
+    "entropy_normalised": _Map("entropy, share", most=1.0),
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,7 +68,7 @@ class _Numbers:
     order: Stability  # of the layers
 
 
-@lru_cache(maxsize=16)
+@state.remembered
 def _numbers(study: Study, probe: str) -> _Numbers:
     losses = layer_losses(study, probe=probe)
     return _Numbers(
@@ -55,6 +79,11 @@ def _numbers(study: Study, probe: str) -> _Numbers:
         means(losses),
         stability(losses),
     )
+
+
+@state.remembered
+def _means_of(study: Study, metric: str, probe: str) -> Means:
+    return head_means(study, metric, probe=probe)
 
 
 def page(engine: Engine) -> None:
@@ -122,21 +151,26 @@ def _heads(study: Study, numbers: _Numbers, probe: str) -> None:
     layer, head = _chosen(numbers)
     left, right = st.columns([3, 2], gap="large")
     with left:
-        which = st.segmented_control(
-            "Map", ["Γ", _WITHOUT], default="Γ", required=True, key="study_map", persist_state="session",
-            label_visibility="collapsed",
+        metric = st.selectbox(
+            "Map of", list(MAPS), format_func=lambda name: MAPS[name].title, key="study_map", persist_state="session",
+            help="\n".join(f"- **{of.title}**: {METRICS[name].text}" for name, of in MAPS.items()),
         )  # fmt: skip
-        shown = numbers.gamma if which == "Γ" else numbers.without
+        shown, of = _means_of(study, metric, probe), MAPS[metric]
+        colours = (
+            "Purple is below 0: for Γ and correlations that is the paper's claim, the keys of low norm get the "
+            "attention. Orange is above."
+            if of.signed
+            else "The colours begin at 0."
+        )
         show(
-            figures.head_map(shown.mean, title="Γ", diverging=True, status=numbers.verdict),
-            key=f"study_map_{which}_{probe}",
-            alt="Map of mean Γ by layer and head",
-            caption=f"**Mean Γ** over the texts{'' if which == 'Γ' else ', ' + _WITHOUT}, −1 to +1. Purple: the keys "
-            "of low norm get the attention, as the paper says. Orange: those of high norm do. Rows are layers, columns "
+            figures.head_map(shown.mean, title=of.title, diverging=of.signed, status=numbers.verdict, zmax=of.most),
+            key=f"study_map_{metric}_{probe}",
+            alt=f"Map of {of.title}, mean over texts, by layer and head",
+            caption=f"The mean over the texts of **{METRICS[metric].text}**. {colours} Rows are layers, columns "
             "query heads. Click a cell to see the single texts.",
             on_head=_choose,
         )
-        _all_heads(numbers)
+        _all_heads(numbers, of.title, shown)
     with right:
         with st.container(horizontal=True, vertical_alignment="bottom"):
             n_layers, n_heads = numbers.verdict.shape
@@ -205,7 +239,7 @@ def _order(numbers: _Numbers) -> None:
 
 def _verdicts(numbers: _Numbers) -> None:
     st.markdown("**The verdict on each head**")
-    counts = [int((numbers.verdict == name).sum()) for name in VERDICTS]
+    counts = list(verdict_counts(numbers.verdict, VERDICTS).values())
     st.dataframe(
         {"verdict": list(VERDICTS), "heads": counts, "meaning": list(VERDICTS.values())},
         hide_index=True,
@@ -218,8 +252,15 @@ def _verdicts(numbers: _Numbers) -> None:
     )
 
 
-def _all_heads(numbers: _Numbers) -> None:
+def _all_heads(numbers: _Numbers, title: str, shown: Means) -> None:
+    """Γ with and without the first token, the figure of the map if it is neither, and the verdict."""
     layer, head = np.indices(numbers.verdict.shape).reshape(2, -1)
+    maps = {"Γ": numbers.gamma, MAPS["gamma_without_sink"].title: numbers.without, title: shown}
+    intervals = {
+        f"{name}{end}": values.ravel()
+        for name, of in maps.items()
+        for end, values in (("", of.mean), (", from", of.low), (", to", of.high))
+    }
 
     def chosen() -> None:
         if rows := st.session_state["study_heads"].selection.rows:
@@ -227,18 +268,9 @@ def _all_heads(numbers: _Numbers) -> None:
 
     with st.expander("All heads as a table", icon=":material/table:"):
         st.dataframe(
-            {
-                "layer": layer,
-                "head": head,
-                "Γ": numbers.gamma.mean.ravel(),
-                "from": numbers.gamma.low.ravel(),
-                "to": numbers.gamma.high.ravel(),
-                "Γ " + _WITHOUT: numbers.without.mean.ravel(),
-                "from ": numbers.without.low.ravel(),
-                "to ": numbers.without.high.ravel(),
-                "texts": numbers.gamma.defined.ravel(),
-                "verdict": numbers.verdict.ravel().astype(str),
-            },
+            {"layer": layer, "head": head}
+            | intervals
+            | {"texts": numbers.gamma.defined.ravel(), "verdict": numbers.verdict.ravel().astype(str)},
             hide_index=True,
             key="study_heads",
             on_select=chosen,
