@@ -60,6 +60,14 @@ def model_size(ref: str | Path) -> ModelSize:
         return ModelSize(name, text, CacheShape.of(text, itemsize), weights, counted)
 
 
+def weights_bytes(ref: str | Path) -> int | None:
+    """Bytes of the weight files of a model, or those that their index speaks of; None if there are neither.
+
+    Waits for no torch. Raises ModelError, as `model_size`.
+    """
+    return _weighed(_config_file(ref)[0]) or None
+
+
 def _config_file(ref: str | Path) -> tuple[Path, str]:
     """Where a model's config is, and what to call the model."""
     text = str(ref).strip()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -185,6 +186,8 @@ def run(
             bar.progress(0.0, "Running …")
             result = work(loaded, lambda done, total, what: bar.progress(min(done / total, 1.0), markup.plain(what)))
     except (UserError, ValueError) as error:  # a ValueError: settings that do not fit this model
+        if not isinstance(error, UserError):
+            logging.getLogger(__name__).warning("%s", label, exc_info=error)
         st.error(markup.plain(str(error)), icon=":material/error:")
         result = None
     bar.empty()

@@ -15,6 +15,7 @@ from analysis.errors import ModelError
 from analysis.memory import CacheShape, human_bytes
 from analysis.plans.export import LENGTHS, Saving, savings
 from analysis.run import Capture
+from analysis.sizes import weights_bytes
 from app import markup, state, work
 from app.engine import Engine, allowed_models
 from l2kv.spec import CompressionSpec
@@ -189,25 +190,13 @@ def _size_of(config: str) -> ModelSize:
         return model_size(path)
 
 
-@lru_cache(maxsize=32)
-def _weights_of(ref: str) -> int | None:
-    """Bytes of the weights of a model on this machine; None where it cannot be read."""
-    from analysis.sizes import model_size
-
-    try:
-        return model_size(ref).weights_bytes
-    except ModelError:
-        return None
-
-
 def _of_run(engine: Engine, run: Capture) -> _Model:
     loaded = engine.loaded
     if loaded is not None and loaded.name == run.model:
         weights = sum(p.numel() * p.itemsize for p in loaded.model.parameters())
         return _Model(run.model, run.cache_shape, weights, "of the model in memory")
     here = [ref for ref in allowed_models() if Path(ref).name == run.model]
-    with st.spinner("Weighing the model …"):
-        return _Model(run.model, run.cache_shape, _weights_of(here[0]) if here else None, "of its files")
+    return _Model(run.model, run.cache_shape, weights_bytes(here[0]) if here else None, "of its files")
 
 
 def _count(fits: int | None) -> str:
