@@ -29,8 +29,8 @@ demo: $(VENV)/dev.stamp  ## all that the app opens with again, of MODEL=name or 
 ifneq ($(TEXTS),)
 	rm -f $(SHOWN)/study.safetensors
 	$(BIN)/python -m analysis study $(TEXTS) --model $(MODEL) --pieces 24 -o $(SHOWN)/study.safetensors
-	$(BIN)/python -m analysis causal $(TEXTS) --model $(MODEL) -o $(SHOWN)/causal.json
-	$(BIN)/python -m analysis front $(TEXTS) --model $(MODEL) -o $(SHOWN)/front.json
+	$(BIN)/python -m analysis causal $(TEXTS) --model $(MODEL) --pieces 32 -o $(SHOWN)/causal.json
+	$(BIN)/python -m analysis front $(TEXTS) --model $(MODEL) --pieces 32 -o $(SHOWN)/front.json
 endif
 	$(BIN)/python -m tests.picture
 
