@@ -31,7 +31,7 @@ _MOST_WRITTEN = 16  # a side: larger maps have no room for a number in each cell
 _DASHES = {"uniform": "dash", "plan": "solid", "yardstick": "dot"}
 _COLORS = {
     "uniform": (PRIMARY, CONTRAST, "#2C8C9B"),
-    "plan": ("#3E7CD6", "#B8456F", "#2C8C9B", "#A08A00", PRIMARY, "#8A5A2B", "#D98C00", "#5C7A29"),
+    "plan": ("#3E7CD6", "#B8456F", "#2C8C9B", "#A08A00", PRIMARY, "#8A5A2B", "#D98C00", "#E05299"),
     "yardstick": (FULL_GREY,),
 }
 _MARKERS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "star", "pentagon", "x")
