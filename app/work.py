@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import streamlit as st
 
-from analysis.errors import TextError, UserError
+from analysis.errors import RunFileError, TextError, UserError
 from analysis.models import model_folder
 from app import markup
 from app.engine import Engine, allowed_models, check_allowed
@@ -20,9 +20,12 @@ if TYPE_CHECKING:
     from streamlit.runtime.uploaded_file_manager import UploadedFile
 
     from analysis.models import LoadedModel
+    from analysis.plans.causal import CausalCheck
+    from analysis.plans.front import Front
 
 OTHER = "Another model (hub id or folder)"
 Result = TypeVar("Result")
+Record = TypeVar("Record", "CausalCheck", "Front")
 Progress = Callable[[int, int, str], None]
 """Called as (done, total, what is done); raises what ends the work when the user has clicked."""
 
@@ -137,6 +140,28 @@ def saved(thing: Result, save: Callable[[Result, Path], Path]) -> bytes:
     """What to download, by what writes such a thing to disk."""
     with tempfile.TemporaryDirectory() as folder:
         return save(thing, Path(folder) / "saved.safetensors").read_bytes()
+
+
+def record_files(shown: Record | None, what: str, key: str, read: Callable[[str], Record]) -> None:
+    """Download the record that is shown, and open another in its place, `key` of the session. `read` may refuse it."""
+    if shown is not None:
+        st.download_button(
+            f"Download this {what}",
+            shown.to_json(),
+            file_name=f"{key}.json",
+            mime="application/json",
+            icon=":material/download:",
+            on_click="ignore",
+        )
+    file = st.file_uploader(f"Open a {what}", type="json", key=f"{key}_file")
+    if file is not None and st.session_state.get(f"opened_{key}") != file.file_id:
+        try:
+            st.session_state[key] = read(decoded(file))
+        except RunFileError as error:
+            st.error(markup.plain(str(error)), icon=":material/error:")
+            return
+        st.session_state[f"opened_{key}"] = file.file_id
+        st.rerun()
 
 
 def run(

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import streamlit as st
 
 from analysis.across import means
-from analysis.errors import RunFileError
 from analysis.files import read_text
 from analysis.plans.causal import POLICIES, CausalCheck, causal_check
 from analysis.presets import DEMO_CAUSAL
@@ -47,7 +46,7 @@ def section(engine: Engine, run: Capture) -> None:
     with left, st.expander("Measure it here", icon=":material/speed:", expanded=check is None, key="measure_causal"):
         _measure(engine)
     with right, st.expander("Checks as files", icon=":material/folder_open:"):
-        _files(check)
+        work.record_files(check, "check", "causal", CausalCheck.from_json)
 
 
 def _draw(check: CausalCheck) -> None:
@@ -92,25 +91,4 @@ def _measure(engine: Engine) -> None:
     )
     if check is not None:
         st.session_state["causal"] = check
-        st.rerun()
-
-
-def _files(check: CausalCheck | None) -> None:
-    if check is not None:
-        st.download_button(
-            "Download this check",
-            check.to_json(),
-            file_name="causal.json",
-            mime="application/json",
-            icon=":material/download:",
-            on_click="ignore",
-        )
-    file = st.file_uploader("Open a check", type="json", key="causal_file")
-    if file is not None and st.session_state.get("opened_causal") != file.file_id:
-        try:
-            st.session_state["causal"] = CausalCheck.from_json(work.decoded(file))
-        except RunFileError as error:
-            st.error(markup.plain(str(error)), icon=":material/error:")
-            return
-        st.session_state["opened_causal"] = file.file_id
         st.rerun()

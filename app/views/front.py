@@ -10,7 +10,6 @@ import numpy as np
 import streamlit as st
 
 from analysis.across import Interval
-from analysis.errors import RunFileError
 from analysis.files import read_text
 from analysis.plans.front import KEEPS, SPLIT, Front, measure_front, passes
 from analysis.plans.skip import Plan
@@ -81,7 +80,7 @@ def section(engine: Engine, run: Capture, generate_page: StreamlitPage) -> None:
     with left, st.expander("Measure it here", icon=":material/speed:", expanded=front is None, key="measure_front"):
         _measure(engine, run)
     with right, st.expander("Fronts as files", icon=":material/folder_open:"):
-        _files(front)
+        work.record_files(front, "front", "front", Front.from_json)
 
 
 def _draw(front: Front) -> None:
@@ -218,25 +217,4 @@ def _measure(engine: Engine, run: Capture) -> None:
     )
     if front is not None:
         st.session_state["front"] = front
-        st.rerun()
-
-
-def _files(front: Front | None) -> None:
-    if front is not None:
-        st.download_button(
-            "Download this front",
-            front.to_json(),
-            file_name="front.json",
-            mime="application/json",
-            icon=":material/download:",
-            on_click="ignore",
-        )
-    file = st.file_uploader("Open a front", type="json", key="front_file")
-    if file is not None and st.session_state.get("opened_front") != file.file_id:
-        try:
-            st.session_state["front"] = Front.from_json(work.decoded(file))
-        except RunFileError as error:
-            st.error(markup.plain(str(error)), icon=":material/error:")
-            return
-        st.session_state["opened_front"] = file.file_id
         st.rerun()
