@@ -103,8 +103,6 @@ def test_every_page_opens_on_a_fresh_session(page):
 
 @pytest.mark.parametrize("file", [DEMO_STUDY, DEMO_FRONT, DEMO_CAUSAL])
 def test_what_is_bundled_can_be_read_and_is_of_the_bundled_model(file):
-    if not file.exists():
-        pytest.skip(f"{file.name} is not bundled")
     if file == DEMO_STUDY:
         assert load_study(file).complete and load_study(file).model == "books-5m"
     else:
