@@ -1,59 +1,44 @@
-"""One layer of a compressed cache: how its pairs are ranked, and which are evicted. What they are stored in: `slots`.
-
-Heads with the same target hold the same number of pairs, and share their storage: a `Group`. A layer whose heads all
-have one target is one group, and its keys are one tensor, as in any cache.
-"""
+"""One layer of a compressed cache: how its pairs are ranked, and which are evicted. Where they are stored: `slots`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from l2kv import ranks
-from l2kv.heads import of_kv_heads, of_query_heads, options_of_heads
+from l2kv.heads import of_query_heads, options_of_heads
+from l2kv.pages import PagedSlots, Pages
 from l2kv.policies import POLICIES, Pairs, Policy
-from l2kv.slots import Slots
+from l2kv.slots import KEYS, RANKS, RECEIVED, VALUES, Slots, Storage
 from l2kv.spec import WHOLE, CompressionSpec, Target
 from l2kv.weights import probabilities
 
-_KEYS, _VALUES, _RANKS, _RECEIVED = range(4)  # the buffers of a group
 _BLOCK = 128  # queries whose attention is worked out at a time
 
 
-@dataclass
-class Group:
-    """The kv heads of a layer that have one target, and their pairs."""
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The pairs of kv heads that hold as many each, in storage order."""
 
     heads: tuple[int, ...]
-    target: Target
-    slots: Slots = field(default_factory=Slots)
-    ranked: int = 0  # slots that have a rank; what came after them came in order, and has none yet
+    keys: Tensor  # [B, h, held, D]
+    values: Tensor  # [B, h, held, D]
 
     @property
     def held(self) -> int:
         """Pairs of each of its heads."""
-        return self.slots.held
-
-    @property
-    def keys(self) -> Tensor:
-        """[B, h, held, D] in storage order."""
-        return self.slots[_KEYS]
-
-    @property
-    def values(self) -> Tensor:
-        """[B, h, held, D] in storage order."""
-        return self.slots[_VALUES]
+        return self.keys.shape[2]
 
 
 class CompressedLayer(CacheLayerMixin):
     """The cached pairs of one layer. For inference: no gradient passes.
 
-    `keys` and `values` are [B, Hkv, held, D] views in storage order where all heads hold the same number of pairs;
-    where they do not, they are None, and attention goes by `groups`.
+    `keys` and `values` are [B, Hkv, held, D] views in storage order while all heads hold the same number of pairs.
+    After an eviction that leaves some more than others they are None: attention goes by `pages`, or by `parts`.
 
     Args:
         spec: what to keep.
@@ -71,10 +56,11 @@ class CompressedLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything."""
         self.keys = self.values = None
-        self.groups: list[Group] = []
         self.seen = self._evicted_at = 0
         self.first_real: Tensor | None = None  # [B], where a row begins that is padded on the left
         self.unattended = False  # appended to, and attention has not come by yet
+        self._slots: Storage | None = None
+        self._targets: tuple[Target, ...] = ()  # of each kv head
         self._queries: Tensor | None = None  # [B, H, w, D], the last ones
         self.is_initialized = False
 
@@ -85,7 +71,7 @@ class CompressedLayer(CacheLayerMixin):
     @property
     def n_heads(self) -> int:
         """kv heads."""
-        return sum(len(group.heads) for group in self.groups)
+        return len(self._targets)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -95,14 +81,12 @@ class CompressedLayer(CacheLayerMixin):
                 f"The filters of layer {self._layer_idx} must have {head_dim} numbers for each kv head (head_dim), "
                 f"got some of shape {list(self._filters.shape)}."
             )
-        self.groups = self._make_groups(key_states.shape[1])
-        self.is_initialized = True
+        self._begin(Slots(key_states, value_states))
 
-    def _make_groups(self, kv_heads: int) -> list[Group]:
-        by_target: dict[Target, list[int]] = {}
-        for head in range(kv_heads):
-            by_target.setdefault(self.spec.target_of(self._layer_idx, head), []).append(head)
-        return [Group(tuple(heads), target) for target, heads in by_target.items()]
+    def _begin(self, slots: Storage) -> None:
+        self._slots = slots
+        self._targets = tuple(self.spec.target_of(self._layer_idx, head) for head in range(len(slots.held)))
+        self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Append new pairs [B, Hkv, q, D]; returns all that is held, or only those where heads hold different numbers.
@@ -118,46 +102,52 @@ class CompressedLayer(CacheLayerMixin):
         """Store pairs [B, Hkv, T, D]."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-        for group in self.groups:
-            of_group = (of_kv_heads(keys, group.heads), of_kv_heads(values, group.heads))
-            if group.slots.capacity:
-                group.slots.append(*of_group)
-            else:
-                group.slots.adopt(*of_group)
-        self._rank_arrivals(keys, values)
+        else:
+            self._slots.append(keys, values)
+        if self._slots.has(RANKS):
+            positions = torch.arange(self.seen, self.seen + keys.shape[2], device=self.device)
+            self._slots.fill(RANKS, self._rank(Part(tuple(range(self.n_heads)), keys, values), positions))
+        if self._slots.has(RECEIVED):
+            self._slots.fill(RECEIVED, keys.new_zeros(keys.shape[:3], dtype=torch.float32))
         self._show()
 
     def load(self, source: CompressedLayer) -> None:
         """Begin with what another layer holds; it is not written to."""
-        self.dtype, self.device, self.is_initialized = source.dtype, source.device, True
+        self.dtype, self.device = source.dtype, source.device
         self.seen, self.first_real = source.seen, source.first_real
-        for old, positions in zip(source.groups, source.positions(), strict=True):
-            group = Group(old.heads, self.spec.target_of(self._layer_idx, old.heads[0]))
-            group.slots.adopt(old.keys, old.values)
-            self._rank(group, positions)
-            self.groups.append(group)
+        self._begin(source._slots.lend())
+        self._add_ranks(source.positions())
         self._show()
 
     def evict_no_more(self) -> None:
         """Keep all that is held and all that comes."""
         self.spec = CompressionSpec(keep_ratio=1.0)
-        for group in self.groups:
-            group.target = WHOLE
+        self._targets = (WHOLE,) * self.n_heads
 
     @property
     def ragged(self) -> bool:
-        """Whether heads may hold different numbers of pairs."""
-        return len(self.groups) > 1
+        """Whether heads hold different numbers of pairs, or did."""
+        return isinstance(self._slots, PagedSlots)
+
+    @property
+    def pages(self) -> Pages:
+        """The storage of a `ragged` layer."""
+        return self._slots.pages
+
+    def parts(self) -> list[Part]:
+        """All that is held: of all heads at once, or head by head where they may differ."""
+        slots = self._slots
+        return [Part(*part) for part in zip(slots.heads, slots[KEYS], slots[VALUES], strict=True)] if slots else []
 
     @property
     def held(self) -> int:
         """Pairs of the head that holds most."""
-        return max((group.held for group in self.groups), default=0)
+        return max(self.held_by_head, default=0)
 
     @property
     def held_by_head(self) -> tuple[int, ...]:
         """Pairs of each kv head."""
-        return tuple(held for _, held in sorted((head, group.held) for group in self.groups for head in group.heads))
+        return self._slots.held if self._slots else ()
 
     def evict(self, query: Tensor, options: Mapping[str, object]) -> None:
         """Bring every head down to what the spec allows after the tokens seen so far.
@@ -168,8 +158,7 @@ class CompressedLayer(CacheLayerMixin):
         """
         self.unattended = False
         if self._policy.needs_received:
-            for group in self.groups:
-                self._receive(group, query, options)
+            self._receive(query, options)
         if rows := self._policy.needs_rows:
             queries = query if self._queries is None else torch.cat([self._queries, query], dim=2)
             self._queries = queries[:, :, -rows:]
@@ -179,90 +168,69 @@ class CompressedLayer(CacheLayerMixin):
     def evict_now(self, options: Mapping[str, object] | None = None) -> None:
         """Evict, whenever the last time was."""
         self._evicted_at = self.seen
-        for group in self.groups:
-            kept = self.spec.kept(group.held, self.seen, group.target)
-            if kept < group.held:
-                group.slots.keep(self._rank_of_all(group, options or {}), kept)
-                group.ranked = kept
-            else:
-                group.slots.let_go()
+        held = self._slots.held
+        of_heads = list(zip(held, self._targets, strict=True))
+        allowed = {(n, target): self.spec.kept(n, self.seen, target) for n, target in set(of_heads)}
+        kept = tuple(allowed[of_head] for of_head in of_heads)
+        if kept == held:
+            self._slots.let_go()
+        elif self.ragged or len(set(kept)) == 1:
+            self._slots.keep(self._order(options or {}), kept)
+        else:
+            self._slots = PagedSlots(self._slots, self._order(options or {}), kept)
         self._show()
 
     def positions(self) -> list[Tensor]:
-        """Per group, the true positions of the pairs held, [B, h, held] int64 in storage order."""
-        return [self._positions(group) for group in self.groups]
+        """Per part, the true positions of the pairs held, [B, h, held] int64 in storage order."""
+        if self._slots.has(RANKS):
+            return [ranks.position(of_part) for of_part in self._slots[RANKS]]
+        held = torch.arange(self.seen - self.held, self.seen, device=self.device)  # all, in order
+        return [held.expand(part.keys.shape[:3]) for part in self.parts()]
 
     def kept_positions(self) -> list[Tensor]:
         """Per kv head, the true positions of the pairs held: ascending, int64 [B, held]."""
-        by_head = {
-            head: positions
-            for group, of_group in zip(self.groups, self.positions(), strict=True)
-            for head, positions in zip(group.heads, of_group.sort(dim=-1).values.unbind(dim=1), strict=True)
-        }
-        return [by_head[head] for head in sorted(by_head)]
+        by_part = self.positions() if self.is_initialized else []
+        return [head.sort(dim=-1).values for part in by_part for head in part.unbind(dim=1)]
 
-    def _positions(self, group: Group) -> Tensor:
-        pending = self._pending(group).expand(*group.keys.shape[:2], -1)
-        if not group.ranked:
-            return pending
-        return torch.cat([ranks.position(group.slots[_RANKS][:, :, : group.ranked]), pending], dim=-1)
+    def _add_ranks(self, positions: list[Tensor]) -> None:
+        """Rank all pairs held, which are at these `positions`; from now on, pairs are ranked as they come."""
+        of_parts = [self._rank(*of_part) for of_part in zip(self.parts(), positions, strict=True)]
+        self._slots.add_buffer(self._slots.join(of_parts))
 
-    def _pending(self, group: Group) -> Tensor:
-        """Positions of the pairs that have no rank yet: the latest, in order."""
-        return torch.arange(self.seen - (group.held - group.ranked), self.seen, device=self.device)
-
-    def _rank_arrivals(self, keys: Tensor, values: Tensor) -> None:
-        """Rank new pairs [B, Hkv, q, D] of all heads at once, where those before them have ranks.
-
-        Group by group, when an eviction is due, would give the same ranks, and take a token three times as long.
-        """
-        n = keys.shape[2]
-        groups = [group for group in self.groups if 0 < group.ranked == group.held - n]
-        if not self._policy.on_arrival or not groups:
-            return
-        positions = torch.arange(self.seen, self.seen + n, device=self.device)
-        pairs = self._pairs(tuple(range(self.n_heads)), keys, values, positions)
-        new = ranks.rank(self._policy.score(pairs), positions, self.first_real).expand(keys.shape[:3])
-        for group in groups:
-            group.slots[_RANKS][:, :, group.ranked :] = of_kv_heads(new, group.heads)
-            group.ranked = group.held
-
-    def _rank(self, group: Group, positions: Tensor) -> None:
-        """Rank the pairs that have no rank yet; their `positions` broadcast to [B, h, T]."""
-        new = slice(group.ranked, group.held)
+    def _rank(self, part: Part, positions: Tensor) -> Tensor:
+        """Ranks of pairs, [B, h, T], as far as they do not depend on other pairs; positions broadcast to that."""
         score = torch.zeros((), device=self.device)
         if self._policy.on_arrival:
-            score = self._policy.score(
-                self._pairs(group.heads, group.keys[:, :, new], group.values[:, :, new], positions)
-            )
-        of_new = ranks.rank(score, positions, self.first_real)
-        if group.slots.has(_RANKS):
-            group.slots[_RANKS][:, :, new] = of_new
-        else:
-            group.slots.add_buffer(of_new)
-        group.ranked = group.held
+            score = self._policy.score(self._pairs(part, positions))
+        return ranks.rank(score, positions, self.first_real).expand(part.keys.shape[:3])
 
-    def _rank_of_all(self, group: Group, options: Mapping[str, object]) -> Tensor:
-        """The order in which pairs stay, [B, h, held] int64: by score, and the protected above all."""
-        if group.ranked < group.held:
-            self._rank(group, self._pending(group))
-        order = group.slots[_RANKS]
-        if not self._policy.on_arrival:
-            positions = ranks.position(order)
-            pairs = self._pairs(group.heads, group.keys, group.values, positions)
-            if self._policy.needs_received:
-                pairs = replace(pairs, received=group.slots[_RECEIVED])
+    def _order(self, options: Mapping[str, object]) -> Tensor:
+        """The order in which pairs stay, int64 slot by slot: by score, and the protected above all."""
+        slots = self._slots
+        if not slots.has(RANKS):
+            self._add_ranks(self.positions())
+        if self._policy.on_arrival:
+            return self._protect(slots.whole(RANKS))
+        received = slots[RECEIVED] if self._policy.needs_received else None
+        of_parts = []
+        for i, (part, positions) in enumerate(zip(self.parts(), self.positions(), strict=True)):
+            pairs = self._pairs(part, positions)
+            if received:
+                pairs = replace(pairs, received=received[i])
             if self._policy.needs_rows:
-                pairs = replace(pairs, last_rows=self._attention(group, self._queries, 0, positions, options))
-            order = ranks.rank(self._policy.score(pairs), positions, self.first_real)
+                pairs = replace(pairs, last_rows=self._attention(part, self._queries, 0, positions, options))
+            of_parts.append(ranks.rank(self._policy.score(pairs), positions, self.first_real))
+        return self._protect(slots.join(of_parts))
+
+    def _protect(self, order: Tensor) -> Tensor:
         first, last = self.spec.protect_first, self.spec.protect_last
         return ranks.protect(order, first=first, last=last, seen=self.seen, starts=self.first_real)
 
-    def _pairs(self, heads: tuple[int, ...], keys: Tensor, values: Tensor, positions: Tensor) -> Pairs:
-        directions = self.spec.directions
+    def _pairs(self, part: Part, positions: Tensor) -> Pairs:
+        heads, directions = part.heads, self.spec.directions
         return Pairs(
-            keys=keys,
-            values=values,
+            keys=part.keys,
+            values=part.values,
             positions=ranks.in_text(positions, self.first_real),
             layer_idx=self._layer_idx,
             heads=heads,
@@ -271,49 +239,50 @@ class CompressedLayer(CacheLayerMixin):
             filters=None if self._filters is None else self._filters[list(heads)].to(self.device),
         )
 
-    def visible(self, group: Group, queries: int) -> Tensor:
-        """What the latest queries may look at, of rows that are padded: bool [B, h, q, held], or [B, 1, q, held].
+    def visible(self, queries: int) -> list[Tensor]:
+        """Per part, what the latest queries may look at, of rows that are padded: bool [B, h or 1, q, held].
 
         A query of the padding may look at all that precedes it: it must not look at nothing, and is looked at by none.
         """
-        positions = self._positions(group)
-        if not group.ranked:  # all heads alike
-            positions = positions[:, :1]
+        alike = not self._slots.has(RANKS)  # all heads hold all
         query_positions = torch.arange(self.seen - queries, self.seen, device=self.device)
-        causal = positions[:, :, None] <= query_positions[:, None]
         padding = ranks.in_text(query_positions.expand(1, 1, -1), self.first_real) < 0  # [B, 1, q]
-        return causal & ((ranks.in_text(positions, self.first_real) >= 0)[:, :, None] | padding[..., None])
+        masks = []
+        for positions in self.positions():
+            positions = positions[:, :1] if alike else positions
+            causal = positions[:, :, None] <= query_positions[:, None]
+            real = ranks.in_text(positions, self.first_real) >= 0
+            masks.append(causal & (real[:, :, None] | padding[..., None]))
+        return masks
 
-    def _receive(self, group: Group, query: Tensor, options: Mapping[str, object]) -> None:
+    def _receive(self, query: Tensor, options: Mapping[str, object]) -> None:
         """Add the attention of the latest queries to what each pair has received."""
-        positions, known = self._positions(group), group.ranked
-        self._rank(group, self._pending(group))
-        if not group.slots.has(_RECEIVED):
-            group.slots.add_buffer(torch.zeros(group.keys.shape[:3], device=self.device))
-        received = group.slots[_RECEIVED]
-        received[:, :, known:] = 0.0
+        if not self._slots.has(RANKS):
+            self._add_ranks(self.positions())
+        if not self._slots.has(RECEIVED):
+            self._slots.add_buffer(torch.zeros_like(self._slots.whole(RANKS), dtype=torch.float32))
         queries = query.shape[2]
-        for start in range(0, queries, _BLOCK):
-            end = min(start + _BLOCK, queries)
-            received += self._attention(group, query[:, :, start:end], queries - end, positions, options).sum(
-                dim=(2, 3)
-            )
+        for part, positions, received in zip(self.parts(), self.positions(), self._slots[RECEIVED], strict=True):
+            for start in range(0, queries, _BLOCK):
+                end = min(start + _BLOCK, queries)
+                block = self._attention(part, query[:, :, start:end], queries - end, positions, options)
+                received += block.sum(dim=(2, 3))
 
     def _attention(
-        self, group: Group, query: Tensor, later: int, positions: Tensor, options: Mapping[str, object]
+        self, part: Part, query: Tensor, later: int, positions: Tensor, options: Mapping[str, object]
     ) -> Tensor:
-        """Attention of queries [B, H, q, D], which `later` others follow, to a group's pairs: [B, h, G, q, held]."""
+        """Attention of queries [B, H, q, D], which `later` others follow, to a part's pairs: [B, h, G, q, held]."""
         query_positions = torch.arange(self.seen - later - query.shape[2], self.seen - later, device=self.device)
         hidden = positions[:, :, None, None] > query_positions[:, None]
         if self.first_real is not None:
             hidden = hidden | (ranks.in_text(positions, self.first_real) < 0)[:, :, None, None]
-        of_group, options = (
-            of_query_heads(query, group.heads, self.n_heads),
-            options_of_heads(options, group.heads, self.n_heads),
+        of_part, options = (
+            of_query_heads(query, part.heads, self.n_heads),
+            options_of_heads(options, part.heads, self.n_heads),
         )
-        shape = (query.shape[0], len(group.heads), -1, query.shape[2], group.held)
+        shape = (query.shape[0], len(part.heads), -1, query.shape[2], part.held)
         weights = probabilities(
-            of_group, group.keys, lambda scores: scores.view(shape).masked_fill_(hidden, -torch.inf), options
+            of_part, part.keys, lambda scores: scores.view(shape).masked_fill_(hidden, -torch.inf), options
         )
         # A query of the padding sees nothing at all, and its row is 0 / 0.
         return (weights if self.first_real is None else weights.nan_to_num(0.0)).view(shape)
@@ -332,12 +301,12 @@ class CompressedLayer(CacheLayerMixin):
     @property
     def nbytes(self) -> int:
         """Bytes of key and value storage, slack included."""
-        return sum(group.slots.nbytes for group in self.groups)
+        return self._slots.nbytes if self._slots else 0
 
     @property
     def used_nbytes(self) -> int:
         """Bytes of the keys and values held."""
-        return sum(group.slots.used_nbytes for group in self.groups)
+        return self._slots.used_nbytes if self._slots else 0
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
@@ -356,11 +325,11 @@ class CompressedLayer(CacheLayerMixin):
         self._map_rows(lambda b: b[indices.to(b.device)])
 
     def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        for group in self.groups:
-            group.slots.map_rows(change)
+        if self._slots:
+            self._slots.map_rows(change)
+            self._show()
         self._queries, self.first_real = (x if x is None else change(x) for x in (self._queries, self.first_real))
-        self._show()
 
     def _show(self) -> None:
-        if self.groups and not self.ragged:
-            self.keys, self.values = self.groups[0].keys, self.groups[0].values
+        ragged = self.ragged
+        self.keys, self.values = (None if ragged else self._slots.whole(index) for index in (KEYS, VALUES))

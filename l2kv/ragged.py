@@ -1,16 +1,19 @@
-"""Attention over a compressed layer, through the model's own attention: of all heads at once where they hold the same
-number of pairs, else group by group.
+"""Attention over a compressed layer: through the model's own, of all heads at once where they hold the same number of
+pairs, else head by head; of a single token, as most are, over the pages of all heads at once.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from l2kv.heads import of_kv_heads, of_query_heads, options_of_heads
-from l2kv.layer import CompressedLayer, Group
+from l2kv.heads import of_query_heads, options_of_heads
+from l2kv.layer import CompressedLayer
+from l2kv.pages import Pages
 from l2kv.seam import Attention, UnsupportedModelError
 
 
@@ -36,21 +39,18 @@ def attend(
     hides_nothing = mask is None and layer.first_real is None
     if query.shape[2] == 1 and hides_nothing and inner is ALL_ATTENTION_FUNCTIONS["sdpa"]:
         return _of_one_token(layer, query, options), None
-    if not layer.ragged:
-        return inner(module, query, layer.keys, layer.values, _mask(layer, layer.groups[0], query, mask), **options)
     outputs = []
-    for group in layer.groups:
-        of_group = of_query_heads(query, group.heads, layer.n_heads)
+    for part, of_part in zip(layer.parts(), _masks(layer, query, mask), strict=True):
         output, _ = inner(
-            _Heads(module, group.heads, layer.n_heads),
-            of_group,
-            group.keys,
-            group.values,
-            _mask(layer, group, of_group, mask),
-            **options_of_heads(options, group.heads, layer.n_heads),
+            _Heads(module, part.heads, layer.n_heads),
+            of_query_heads(query, part.heads, layer.n_heads),
+            part.keys,
+            part.values,
+            of_part,
+            **options_of_heads(options, part.heads, layer.n_heads),
         )
-        outputs.append(output.unflatten(2, (len(group.heads), -1)))  # [B, q, h, G, D]
-    return _in_order(layer, torch.cat(outputs, dim=2), dim=2).flatten(2, 3), None
+        outputs.append(output)  # [B, q, h * G, D]
+    return torch.cat(outputs, dim=2), None
 
 
 def _of_one_token(layer: CompressedLayer, query: Tensor, options: dict[str, object]) -> Tensor:
@@ -60,40 +60,49 @@ def _of_one_token(layer: CompressedLayer, query: Tensor, options: dict[str, obje
     of once a query head.
     """
     packed = query.squeeze(2).unflatten(1, (layer.n_heads, -1))  # [B, Hkv, G, D]
-    outputs = [
-        scaled_dot_product_attention(
-            of_kv_heads(packed, group.heads),
-            group.keys,
-            group.values,
-            dropout_p=options.get("dropout", 0.0),
-            scale=options.get("scaling"),
-        )
-        for group in layer.groups
-    ]
-    output = outputs[0] if not layer.ragged else _in_order(layer, torch.cat(outputs, dim=1), dim=1)
+    scale, dropout = options.get("scaling"), options.get("dropout", 0.0)
+    if not layer.ragged:
+        output = scaled_dot_product_attention(packed, layer.keys, layer.values, dropout_p=dropout, scale=scale)
+    elif packed.device.type == "cpu" and not dropout:
+        output = _of_pages(packed, layer.pages, scale)
+    else:
+        heads = zip(packed.split(1, dim=1), layer.parts(), strict=True)
+        outputs = [
+            scaled_dot_product_attention(of_head, part.keys, part.values, dropout_p=dropout, scale=scale)
+            for of_head, part in heads
+        ]
+        output = torch.cat(outputs, dim=1)
     return output.flatten(1, 2)[:, None]
 
 
-def _in_order(layer: CompressedLayer, output: Tensor, *, dim: int) -> Tensor:
-    """From the order of the groups to that of the kv heads, along `dim`."""
-    order = [head for group in layer.groups for head in group.heads]
-    if order == sorted(order):
-        return output
-    places = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=output.device)
-    return output.index_select(dim, places)
+def _of_pages(query: Tensor, pages: Pages, scale: float | None) -> Tensor:
+    """Attention of one token's queries [B, Hkv, G, D] to the pages of their heads, in one call; of that shape.
+
+    The parts of a softmax over a head's pages, put together by their log-sum-exp, as flash attention does (Dao et al.,
+    arXiv 2205.14135, section 3.1).
+    """
+    of_pages, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query.index_select(1, pages.heads), pages.keys, pages.values, attn_mask=pages.unfilled, scale=scale
+    )  # [B, P, G, D], [B, P, G]
+    weights = (log_sums.transpose(1, 2)[:, :, None] + pages.others).softmax(dim=-1)  # [B, G, Hkv, P]
+    return (weights @ of_pages.transpose(1, 2).float()).transpose(1, 2).to(query.dtype)
 
 
-def _mask(layer: CompressedLayer, group: Group, query: Tensor, mask: Tensor | None) -> Tensor | None:
-    """The mask for one group. All that was held before precedes all queries, so only the length differs..."""
+def _masks(layer: CompressedLayer, query: Tensor, mask: Tensor | None) -> Iterator[Tensor | None]:
+    """The mask of each part. All that was held before precedes all queries, so only the length differs..."""
     if layer.first_real is None:
-        return mask if mask is None else mask[..., -group.held :]
+        for part in layer.parts():
+            yield mask if mask is None else mask[..., -part.held :]
+        return
     # ... but where rows are padded, each head hides the padding that it still holds.
-    visible = layer.visible(group, query.shape[2])  # [B, h or 1, q, n]
-    if visible.shape[1] > 1:
-        visible = visible.repeat_interleave(query.shape[1] // visible.shape[1], dim=1)
-    if mask is None or mask.dtype == torch.bool:
-        return visible
-    return torch.zeros_like(visible, dtype=mask.dtype).masked_fill(~visible, torch.finfo(mask.dtype).min)
+    group = query.shape[1] // layer.n_heads
+    for visible in layer.visible(query.shape[2]):  # [B, h or 1, q, n]
+        if visible.shape[1] > 1:
+            visible = visible.repeat_interleave(group, dim=1)
+        if mask is None or mask.dtype == torch.bool:
+            yield visible
+        else:
+            yield torch.zeros_like(visible, dtype=mask.dtype).masked_fill(~visible, torch.finfo(mask.dtype).min)
 
 
 class _Heads:

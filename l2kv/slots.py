@@ -1,84 +1,95 @@
-"""Slots: the storage of some kv heads that hold the same number of pairs. Knows no spec and no policy.
+"""Slots: where the kv heads of a layer store their pairs. Knows no spec and no policy.
 
 Keys already carry their position (rotary embedding), so the order of the slots means nothing to attention, and a slot
 may be used again: a new pair goes to the end, an evicted one is overwritten by a survivor from the end. With buffers
 that grow by a fraction, a decoded token then moves a few pairs instead of the whole cache.
+
+`Slots` are of heads that hold the same number of pairs: a rectangle. Of heads that do not: `PagedSlots`, in `pages`.
 """
 
 from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+KEYS, VALUES, RANKS, RECEIVED = range(4)  # buffers; the last two are there once somebody asked for them
 _GROWTH = 1 / 8  # slack of a buffer: memory given away, against how often it is copied
 _MIN_SLACK = 4
 
 
-class Slots:
-    """Buffers of the same capacity along their third dimension, of which the first `held` slots are filled.
+class Storage(ABC):
+    """Buffers that go together: a key, a value, and numbers that go with them, per row, kv head and slot.
 
-    The first two are keys and values, [B, h, capacity, D]; the others go with them, [B, h, capacity].
+    It is in parts: kv heads that hold the same number of pairs, [B, h, held, ...] each.
     """
 
+    _slot_dim: int
+    """Which dimension of a buffer the slots are."""
+
     def __init__(self) -> None:
-        self.held = 0
         self._buffers: list[Tensor] = []
-        self._owned = True  # False: the buffers are the model's own tensors, which are not written to
+        self._owned = True  # False: the buffers are somebody else's, and are not written to
+        self._known_firsts: Tensor | None = None
 
     @property
-    def capacity(self) -> int:
-        """Slots, filled or not."""
-        return self._buffers[0].shape[2] if self._buffers else 0
+    @abstractmethod
+    def heads(self) -> list[tuple[int, ...]]:
+        """Of each part."""
 
-    def __getitem__(self, index: int) -> Tensor:
-        """The filled part of a buffer, in storage order."""
-        return self._buffers[index][:, :, : self.held]
+    @property
+    @abstractmethod
+    def held(self) -> tuple[int, ...]:
+        """Pairs of each kv head."""
+
+    @abstractmethod
+    def whole(self, index: int) -> Tensor:
+        """A buffer of all parts at once."""
+
+    @abstractmethod
+    def parts(self, whole: Tensor) -> list[Tensor]:
+        """From a tensor that goes by the slots of a `whole` buffer, the filled ones of each part, [B, h, held, ...]."""
+
+    @abstractmethod
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Fill more slots with keys and values [B, Hkv, q, D]. What goes with them is filled in by `fill`."""
+
+    @abstractmethod
+    def fill(self, index: int, latest: Tensor) -> None:
+        """Give the pairs that were last appended their numbers, `latest` [B, Hkv, q]."""
+
+    @abstractmethod
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """What `parts` takes apart: as a `whole` buffer, from numbers of each part, [B, h, held]."""
+
+    @abstractmethod
+    def add_buffer(self, whole: Tensor) -> None:
+        """Let another number go with each pair."""
+
+    @abstractmethod
+    def keep(self, order: Tensor, kept: Sequence[int]) -> None:
+        """Keep so many slots of each kv head, those of highest rank, and free what the others took.
+
+        Args:
+            order: a `whole` of ranks, int64 without ties.
+        """
+
+    def __getitem__(self, index: int) -> list[Tensor]:
+        """The filled slots of a buffer, of each part, [B, h, held, ...] in storage order."""
+        return self.parts(self.whole(index))
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """All of them, `whole`."""
+        return [self.whole(index) for index in range(len(self._buffers))]
 
     def has(self, index: int) -> bool:
         """Whether there is such a buffer."""
         return index < len(self._buffers)
-
-    def adopt(self, keys: Tensor, values: Tensor) -> None:
-        """Begin with pairs [B, h, T, D], without a copy: they are never written to."""
-        self._buffers, self._owned, self.held = [keys.detach(), values.detach()], False, keys.shape[2]
-
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        """Fill more slots with keys and values [B, h, q, D]. What goes with them is for the caller to fill in."""
-        end = self.held + keys.shape[2]
-        # What was made in inference mode cannot be written to outside of it.
-        frozen = any(buffer.is_inference() for buffer in self._buffers) and not torch.is_inference_mode_enabled()
-        if end > self.capacity or frozen or not self._owned:
-            self._move(with_slack(end))
-        self._buffers[0][:, :, self.held : end] = keys.detach()
-        self._buffers[1][:, :, self.held : end] = values.detach()
-        self.held = end
-
-    def add_buffer(self, values: Tensor) -> None:
-        """Let another number go with each pair, `values` [B, h, held]; taken without a copy where it can be."""
-        shape = self._buffers[0].shape[:3]
-        if self.held < self.capacity:
-            buffer = values.new_empty(shape)
-            buffer[:, :, : self.held] = values
-            self._buffers.append(buffer)
-        else:
-            self._buffers.append(values.expand(shape).contiguous())
-
-    def keep(self, rank: Tensor, kept: int) -> None:
-        """Keep the `kept` slots of highest rank, [B, h, held] int64 without ties, and free what the others took."""
-        excess = self.held - kept
-        if not self._owned or with_slack(with_slack(kept)) < self.capacity:
-            self._move(with_slack(kept), _highest(rank, kept))
-        elif excess == 1:
-            self._refill(rank.argmin(dim=-1, keepdim=True), kept)
-        else:
-            self._fill_holes(rank.topk(excess, dim=-1, largest=False, sorted=False).indices, kept)
-        self.held = kept
-
-    def let_go(self) -> None:
-        """Take what is held out of storage that others have a part in: it would keep theirs in memory, too."""
-        if not self._owned and any(b.untyped_storage().nbytes() > b.nbytes for b in self._buffers):
-            self._move(with_slack(self.held))
 
     @property
     def nbytes(self) -> int:
@@ -88,41 +99,125 @@ class Slots:
     @property
     def used_nbytes(self) -> int:
         """Bytes of the keys and values held."""
-        return sum(self[i].nbytes for i in range(2)) if self._buffers else 0
+        return sum(part.nbytes for index in (KEYS, VALUES) for part in self[index])
 
-    def map_rows(self, change) -> None:
+    @abstractmethod
+    def let_go(self) -> None:
+        """Take what is held out of memory that is somebody else's, where it would keep that from being freed."""
+
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Change the rows of the batch of every buffer."""
         self._buffers, self._owned = [change(buffer) for buffer in self._buffers], True
+        self._known_firsts = None
 
-    def _refill(self, hole: Tensor, last: int) -> None:
-        """The last pair moves to the one slot [B, h, 1] that is dropped (onto itself, where that is the last)."""
+    def lend(self) -> Storage:
+        """The same keys and values, for another to begin with: it moves them before it writes."""
+        other = copy.copy(self)
+        other._buffers, other._owned = self._buffers[:2], False
+        return other
+
+    @property
+    def _firsts(self) -> Tensor:
+        """The first slot of each row and kv head, [B, Hkv, ...], counted over all rows and heads of a buffer."""
+        if self._known_firsts is None:
+            self._known_firsts = self._first_slots()
+        return self._known_firsts
+
+    @abstractmethod
+    def _first_slots(self) -> Tensor: ...
+
+    def _overwrite(self, holes: Tensor, survivors: Tensor) -> None:
+        """Move pairs into other slots; both are counted as `_firsts` are."""
+        holes, survivors = holes.flatten(), survivors.flatten()
         for buffer in self._buffers:
-            buffer.scatter_(2, _index(hole, buffer), buffer[:, :, last : last + 1].clone())
+            slots = buffer.flatten(0, self._slot_dim)
+            slots.index_copy_(0, holes, slots.index_select(0, survivors))
 
-    def _fill_holes(self, dropped: Tensor, kept: int) -> None:
-        """Overwrite the `dropped` slots [B, h, excess] below `kept` with the survivors from the slots above.
+    def _writable(self) -> bool:
+        return self._owned and not any(frozen(buffer) for buffer in self._buffers)
 
-        A head has as many holes below `kept` as survivors above; sorted, they pair up. The pairs of indices left over
-        are dropped slots on both sides: moving one onto another does nothing.
-        """
-        holes = dropped.sort(dim=-1).values
-        shape = (*self._buffers[0].shape[:2], self.held)
-        evicted = torch.zeros(shape, dtype=torch.uint8, device=holes.device).scatter_(-1, holes, 1)
-        survivors = kept + evicted[:, :, kept:].argsort(dim=-1, stable=True)
-        for buffer in self._buffers:
-            buffer.scatter_(2, _index(holes, buffer), buffer.gather(2, _index(survivors, buffer)))
+
+class Slots(Storage):
+    """All kv heads hold the same number of pairs. Buffers [B, Hkv, capacity, ...]; it begins with `keys` and `values`,
+    [B, Hkv, T, D], without a copy: they are never written to."""
+
+    _slot_dim = 2
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self._buffers, self._owned = [keys.detach(), values.detach()], False
+        self._n_heads, self._held = keys.shape[1:3]
+
+    @property
+    def heads(self) -> list[tuple[int, ...]]:
+        return [tuple(range(self._n_heads))]
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        return (self._held,) * self._n_heads
+
+    def whole(self, index: int) -> Tensor:
+        return self._buffers[index][:, :, : self._held]
+
+    def parts(self, whole: Tensor) -> list[Tensor]:
+        return [whole]
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        start, end = self._held, self._held + keys.shape[2]
+        if end > self._capacity or not self._writable():
+            self._move(with_slack(end))
+        self._buffers[KEYS][:, :, start:end] = keys.detach()
+        self._buffers[VALUES][:, :, start:end] = values.detach()
+        self._held = end
+
+    def fill(self, index: int, latest: Tensor) -> None:
+        self._buffers[index][:, :, self._held - latest.shape[2] : self._held] = latest
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        return parts[0]
+
+    def add_buffer(self, whole: Tensor) -> None:
+        if self._held < self._capacity:
+            self._buffers.append(whole.new_empty(self._buffers[KEYS].shape[:3]))
+            self._buffers[-1][:, :, : self._held] = whole
+        else:
+            self._buffers.append(whole.contiguous())
+
+    def keep(self, order: Tensor, kept: Sequence[int]) -> None:
+        if len(set(kept)) > 1:
+            raise ValueError(f"heads of one rectangle cannot keep {sorted(set(kept))} pairs: make PagedSlots of it")
+        n = kept[0]
+        if not self._writable() or with_slack(with_slack(n)) < self._capacity:
+            self._move(with_slack(n), highest(order, n))
+        else:
+            holes, survivors = moves(order, n)
+            self._overwrite(holes + self._firsts, survivors + self._firsts)
+        self._held = n
+
+    def let_go(self) -> None:
+        if not self._owned and any(b.untyped_storage().nbytes() > b.nbytes for b in self._buffers):
+            self._move(with_slack(self._held))
+
+    def _first_slots(self) -> Tensor:
+        rows, device = self._buffers[KEYS].shape[0], self._buffers[KEYS].device
+        return (torch.arange(rows * self._n_heads, device=device) * self._capacity).view(rows, -1, 1)
+
+    @property
+    def _capacity(self) -> int:
+        return self._buffers[KEYS].shape[2]
 
     def _move(self, capacity: int, slots: Tensor | None = None) -> None:
-        """Move to buffers of `capacity` slots, with all that is held, or only the `slots` [B, h, kept]."""
+        """Move to buffers of `capacity` slots, with all that is held, or only the `slots` [B, Hkv, kept]."""
         if slots is not None:  # filled up with any slot: a buffer made in one go is faster than one copied into
             slots = torch.nn.functional.pad(slots, (0, capacity - slots.shape[-1]))
+            heads = torch.arange(self._n_heads, device=slots.device)[:, None]
         for i, old in enumerate(self._buffers):
             if slots is None:
                 self._buffers[i] = old.new_empty((*old.shape[:2], capacity, *old.shape[3:]))
-                self._buffers[i][:, :, : self.held] = old[:, :, : self.held]
+                self._buffers[i][:, :, : self._held] = old[:, :, : self._held]
             else:
-                self._buffers[i] = _take(old, slots)
-        self._owned = True
+                self._buffers[i] = take(old, heads, slots)
+        self._owned, self._known_firsts = True, None
 
 
 def with_slack(n: int) -> int:
@@ -130,8 +225,15 @@ def with_slack(n: int) -> int:
     return n + max(_MIN_SLACK, int(n * _GROWTH))
 
 
-def _highest(rank: Tensor, n: int) -> Tensor:
+def frozen(buffer: Tensor) -> bool:
+    """Whether it was made in inference mode, and cannot be written to outside of it."""
+    return buffer.is_inference() and not torch.is_inference_mode_enabled()
+
+
+def highest(rank: Tensor, n: int) -> Tensor:
     """Slots [B, h, n] of the n highest ranks [B, h, T]."""
+    if n == rank.shape[-1]:
+        return torch.arange(n, device=rank.device).expand(*rank.shape)
     if rank.device.type != "cpu":
         return rank.topk(n, dim=-1, sorted=False).indices
     # On a CPU numpy's partial sort is ten times as fast as torch's, and slots in order are faster to copy.
@@ -142,23 +244,38 @@ def _highest(rank: Tensor, n: int) -> Tensor:
     return torch.from_numpy(np.flatnonzero(ranks >= threshold).reshape(*rank.shape[:2], n) % length)
 
 
-def _take(buffer: Tensor, slots: Tensor) -> Tensor:
-    """The slots [B, h, n] of a buffer [B, h, T, ...]: as rows of one long table, which is faster than `gather`."""
+def moves(rank: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """Which slots to overwrite, and with which, so that the first `kept` are those of highest rank [B, h, T].
+
+    A head has as many dropped slots below `kept` (holes) as survivors above; sorted, they pair up. The pairs of indices
+    left over are dropped slots on both sides: moving one onto another does nothing.
+
+    Returns:
+        (holes, survivors), [B, h, T - kept] each.
+    """
+    excess = rank.shape[-1] - kept
+    if excess == 1:
+        # On a CPU numpy takes half the time, here as above.
+        hole = torch.from_numpy(rank.numpy().argmin(-1)) if rank.device.type == "cpu" else rank.argmin(dim=-1)
+        return hole[..., None], torch.full_like(hole[..., None], kept)
+    holes = rank.topk(excess, dim=-1, largest=False).indices.sort(dim=-1).values
+    evicted = torch.zeros_like(rank, dtype=torch.uint8).scatter_(-1, holes, 1)
+    return holes, kept + evicted[:, :, kept:].argsort(dim=-1, stable=True)
+
+
+def take(buffer: Tensor, heads: Tensor, slots: Tensor) -> Tensor:
+    """What is in the `slots` [B, ...] of the `heads` [...] of a buffer [B, h, T, D] (or [B, h, T]): [B, ..., D].
+
+    As rows of one long table, which is faster than `gather`.
+    """
     if buffer.dim() == 3:
-        return buffer.gather(2, slots)
+        return take(buffer[..., None], heads, slots)[..., 0]
     width = buffer.shape[-1]
     if buffer.stride(-1) != 1 or any(stride % width for stride in buffer.stride()[:-1]):
         buffer = buffer.contiguous()
     per_row, per_head, per_slot = (stride // width for stride in buffer.stride()[:-1])
-    batch, heads, length, _ = buffer.shape
-    rows = 1 + (batch - 1) * per_row + (heads - 1) * per_head + (length - 1) * per_slot
+    batch, n_heads, length, _ = buffer.shape
+    rows = 1 + (batch - 1) * per_row + (n_heads - 1) * per_head + (length - 1) * per_slot
     table = buffer.as_strided((rows, width), (width, 1))
-    first = torch.arange(batch, device=slots.device)[:, None] * per_row
-    first = first + torch.arange(heads, device=slots.device) * per_head
-    index = first[..., None] + slots * per_slot
-    return table.index_select(0, index.flatten()).view(*slots.shape, width)
-
-
-def _index(slots: Tensor, buffer: Tensor) -> Tensor:
-    """Slots [B, h, n] as an index for `gather` and `scatter` along the slots of a buffer."""
-    return slots if buffer.dim() == 3 else slots[..., None].expand(-1, -1, -1, buffer.shape[-1])
+    first = torch.arange(batch, device=slots.device).view(-1, *[1] * heads.dim()) * per_row + heads * per_head
+    return table.index_select(0, (first + slots * per_slot).flatten()).view(*slots.shape, width)

@@ -518,6 +518,6 @@ def test_each_layers_pairs_live_on_the_device_of_its_keys(ratios):
             cache.layers[layer].update(*torch.randn(2, 1, 2, 5, 8, device=device))
             cache.layers[layer].unattended = False
             cache.layers[layer].evict_now()
-            assert {group.keys.device.type for group in cache.layers[layer].groups} == {device}
+            assert {part.keys.device.type for part in cache.layers[layer].parts()} == {device}
             assert {positions.device.type for positions in cache.layers[layer].positions()} == {device}
     assert cache.layers[0].held_by_head == cache.layers[1].held_by_head == ((8, 8) if ratios is None else (4, 8))

@@ -95,14 +95,14 @@ def feed(layer, keys, values, queries):
 def by_head(layer):
     """[kv head] -> (positions [B, n], keys [B, n, D], values [B, n, D]) in the order of the text."""
     found = {}
-    for group, positions in zip(layer.groups, layer.positions(), strict=True):
+    for part, positions in zip(layer.parts(), layer.positions(), strict=True):
         order = positions.argsort(dim=-1)
-        for i, head in enumerate(group.heads):
-            at = order[:, i, :, None].expand(-1, -1, group.keys.shape[-1])
+        for i, head in enumerate(part.heads):
+            at = order[:, i, :, None].expand(-1, -1, part.keys.shape[-1])
             found[head] = (
                 positions[:, i].gather(1, order[:, i]),
-                group.keys[:, i].gather(1, at),
-                group.values[:, i].gather(1, at),
+                part.keys[:, i].gather(1, at),
+                part.values[:, i].gather(1, at),
             )
     return [found[head] for head in sorted(found)]
 
@@ -149,10 +149,11 @@ def test_every_head_holds_exactly_as_many_pairs_as_the_spec_says_in_as_many_byte
         feed(layer, *piece)
         assert layer.held_by_head == expected and layer.held == max(expected)
         assert layer.used_nbytes == sum(expected) * batch * 2 * width * 4
-        for group in layer.groups:
-            assert group.keys.shape == group.values.shape == (batch, len(group.heads), expected[group.heads[0]], width)
-        storage = [x.untyped_storage().nbytes() for group in layer.groups for x in (group.keys, group.values)]
-        assert layer.nbytes == sum(storage)
+        storage = {}
+        for part in layer.parts():
+            assert part.keys.shape == part.values.shape == (batch, len(part.heads), expected[part.heads[0]], width)
+            storage |= {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in (part.keys, part.values)}
+        assert layer.nbytes == sum(storage.values())
     assert layer.get_seq_length() == sum(text.chunks)
 
 
@@ -223,7 +224,7 @@ def test_half_precision_keeps_what_float32_keeps_where_the_keys_are_the_same(tex
         layer = text.layer(spec, layer_idx)
         for keys, values, queries in text.pieces():
             feed(layer, keys.to(dtype), values.to(dtype), queries.to(dtype))
-        assert layer.groups[0].keys.dtype == dtype
+        assert layer.parts()[0].keys.dtype == dtype
         kept.append([positions.tolist() for positions in layer.kept_positions()])
     assert kept[0] == kept[1] == kept[2]
 
@@ -269,7 +270,7 @@ def test_a_layer_passes_between_the_modes_of_autograd(text, spec, layer_idx, mod
         feed(plain, *piece)
         with mode():
             feed(mixed, *(x.clone().requires_grad_() if mode is torch.enable_grad else x.clone() for x in piece))
-        assert not any(group.keys.requires_grad or group.values.requires_grad for group in mixed.groups)
+        assert not any(part.keys.requires_grad or part.values.requires_grad for part in mixed.parts())
     assert_same(by_head(mixed), by_head(plain))
 
 
