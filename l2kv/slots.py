@@ -266,10 +266,11 @@ def moves(rank: Tensor, kept: int) -> tuple[Tensor, Tensor]:
 def take(buffer: Tensor, heads: Tensor, slots: Tensor) -> Tensor:
     """What is in the `slots` [B, ...] of the `heads` [...] of a buffer [B, h, T, D] (or [B, h, T]): [B, ..., D].
 
-    As rows of one long table, which is faster than `gather`.
+    As rows of one long table, which is faster than `gather` (but for single numbers).
     """
     if buffer.dim() == 3:
-        return take(buffer[..., None], heads, slots)[..., 0]
+        index = (heads * buffer.shape[2] + slots).flatten(1)
+        return buffer.flatten(1).gather(1, index).view(slots.shape)
     width = buffer.shape[-1]
     if buffer.stride(-1) != 1 or any(stride % width for stride in buffer.stride()[:-1]):
         buffer = buffer.contiguous()
