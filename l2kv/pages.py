@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from l2kv.slots import KEYS, VALUES, Slots, Storage, frozen, highest, moves, take, with_slack
+from l2kv.slots import KEYS, VALUES, Slots, Storage, frozen, highest, host, moves, take, with_slack
 
 _FEWEST, _MOST = 16, 256  # slots of a page: of few, many short products; of many, large empty ones
 
@@ -132,7 +132,7 @@ class PagedSlots(Storage):
 
     def _lowest(self, order: Tensor, heads: Sequence[int]) -> Tensor:
         """The slots of lowest rank of some heads, [B, h]."""
-        ranks = order[:, 0].numpy() if order.device.type == "cpu" else order[:, 0]  # numpy takes half the time
+        ranks = host(order[:, 0])
         of_heads = [(self._starts[head], self._starts[head] + self._held[head]) for head in heads]
         lowest = [start + ranks[:, start:end].argmin(1) for start, end in of_heads]
         return torch.stack([torch.as_tensor(slots) for slots in lowest], dim=1)

@@ -4,7 +4,7 @@ pairs, else head by head; of a single token, as most are, over the pages of all 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from l2kv.heads import of_query_heads, options_of_heads
-from l2kv.layer import CompressedLayer
+from l2kv.layer import CompressedLayer, Part
 from l2kv.pages import Pages
 from l2kv.seam import Attention, UnsupportedModelError
 
@@ -66,12 +66,7 @@ def _of_one_token(layer: CompressedLayer, query: Tensor, options: dict[str, obje
     elif packed.device.type == "cpu" and not dropout:
         output = _of_pages(packed, layer.pages, scale)
     else:
-        heads = zip(packed.split(1, dim=1), layer.parts(), strict=True)
-        outputs = [
-            scaled_dot_product_attention(of_head, part.keys, part.values, dropout_p=dropout, scale=scale)
-            for of_head, part in heads
-        ]
-        output = torch.cat(outputs, dim=1)
+        output = _head_by_head(packed, layer.parts(), scale, dropout)
     return output.flatten(1, 2)[:, None]
 
 
@@ -86,6 +81,15 @@ def _of_pages(query: Tensor, pages: Pages, scale: float | None) -> Tensor:
     )  # [B, P, G, D], [B, P, G]
     weights = (log_sums.transpose(1, 2)[:, :, None] + pages.others).softmax(dim=-1)  # [B, G, Hkv, P]
     return (weights @ of_pages.transpose(1, 2).float()).transpose(1, 2).to(query.dtype)
+
+
+def _head_by_head(query: Tensor, parts: Sequence[Part], scale: float | None, dropout: float) -> Tensor:
+    """The same, in one call a head."""
+    outputs = [
+        scaled_dot_product_attention(of_head, part.keys, part.values, dropout_p=dropout, scale=scale)
+        for of_head, part in zip(query.split(1, dim=1), parts, strict=True)
+    ]
+    return torch.cat(outputs, dim=1)
 
 
 def _masks(layer: CompressedLayer, query: Tensor, mask: Tensor | None) -> Iterator[Tensor | None]:

@@ -230,18 +230,23 @@ def frozen(buffer: Tensor) -> bool:
     return buffer.is_inference() and not torch.is_inference_mode_enabled()
 
 
+def host(ranks: Tensor) -> np.ndarray | Tensor:
+    """As numpy on a CPU, where it finds the lowest ranks in a tenth (many) to a half (one) of the time torch takes."""
+    return ranks.numpy() if ranks.device.type == "cpu" else ranks
+
+
 def highest(rank: Tensor, n: int) -> Tensor:
     """Slots [B, h, n] of the n highest ranks [B, h, T]."""
-    if n == rank.shape[-1]:
-        return torch.arange(n, device=rank.device).expand(*rank.shape)
-    if rank.device.type != "cpu":
-        return rank.topk(n, dim=-1, sorted=False).indices
-    # On a CPU numpy's partial sort is ten times as fast as torch's, and slots in order are faster to copy.
+    length = rank.shape[-1]
+    if n == length:
+        return torch.arange(n, device=rank.device).expand(rank.shape)
     if n == 0:
         return rank.new_empty((*rank.shape[:2], 0))
-    ranks, length = rank.numpy(), rank.shape[-1]
+    ranks = host(rank)
+    if isinstance(ranks, Tensor):
+        return rank.topk(n, dim=-1, sorted=False).indices
     threshold = np.partition(ranks, length - n, axis=-1)[..., length - n, None]
-    return torch.from_numpy(np.flatnonzero(ranks >= threshold).reshape(*rank.shape[:2], n) % length)
+    return torch.from_numpy(np.flatnonzero(ranks >= threshold).reshape(*rank.shape[:2], n) % length)  # in order
 
 
 def moves(rank: Tensor, kept: int) -> tuple[Tensor, Tensor]:
@@ -255,9 +260,8 @@ def moves(rank: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     """
     excess = rank.shape[-1] - kept
     if excess == 1:
-        # On a CPU numpy takes half the time, here as above.
-        hole = torch.from_numpy(rank.numpy().argmin(-1)) if rank.device.type == "cpu" else rank.argmin(dim=-1)
-        return hole[..., None], torch.full_like(hole[..., None], kept)
+        hole = torch.as_tensor(host(rank).argmin(-1))[..., None]
+        return hole, torch.full_like(hole, kept)
     holes = rank.topk(excess, dim=-1, largest=False).indices.sort(dim=-1).values
     evicted = torch.zeros_like(rank, dtype=torch.uint8).scatter_(-1, holes, 1)
     return holes, kept + evicted[:, :, kept:].argsort(dim=-1, stable=True)

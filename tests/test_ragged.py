@@ -10,7 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from l2kv import CompressionSpec
 from l2kv.layer import CompressedLayer
-from l2kv.ragged import attend
+from l2kv.ragged import _head_by_head, attend
 
 HEADS = 4
 RATIOS = (0.0, 0.07, 0.5, 1.0)
@@ -71,6 +71,32 @@ def test_one_call_over_all_pages_is_each_heads_own_attention(n, batch, group, ev
         assert layer.ragged and got.shape == (batch, 1, HEADS * group, 8) and got.dtype == dtype
         expected = slowly(before, query, 1 / math.sqrt(8) if scale is None else scale)
         assert (got.double() - expected).abs().max() < off
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_what_a_gpu_runs_instead_gives_the_same(every, monkeypatch):
+    # Selections by torch instead of numpy, attention head by head: run here, as a machine without a GPU never would.
+    original, more = ragged(300, batch=2, evict_every=every)
+    even = CompressedLayer(CompressionSpec(keep_ratio=0.3, evict_every=every), 0)
+    decode(even, more(300))
+    other, other_even = copy.deepcopy(original), copy.deepcopy(even)
+    query = torch.randn(2, HEADS, 1, 8, generator=torch.Generator().manual_seed(1))
+    steps = [list(more(q)) for q in (1, 1, 1, 7, 1, 1, 1, 1, 300, 1)]
+    queries = [query if pairs[0].shape[2] == 1 else None for pairs in steps]
+    expected = [decode(original, *step) for step in zip(steps, queries, strict=True)]
+    for pairs in steps:
+        decode(even, pairs)
+    for module in ("slots", "pages"):
+        monkeypatch.setattr(f"l2kv.{module}.host", lambda ranks: ranks)
+    monkeypatch.setattr(
+        "l2kv.ragged._of_pages", lambda query, _, scale: _head_by_head(query, other.parts(), scale, 0.0)
+    )
+    for pairs, of_step, wanted in zip(steps, queries, expected, strict=True):
+        got = decode(other, pairs, of_step)
+        assert got is wanted is None or (got - wanted).abs().max() < 1e-6
+        decode(other_even, pairs)
+    for one, same in ((original, other), (even, other_even)):
+        assert [held.tolist() for held in one.kept_positions()] == [held.tolist() for held in same.kept_positions()]
 
 
 def test_a_copy_of_a_layer_attends_to_its_own_pairs():
