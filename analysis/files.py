@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from analysis.errors import RunFileError
@@ -31,6 +32,30 @@ def write_whole(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[
             {name: np.ascontiguousarray(values) for name, values in arrays.items()}, temporary, metadata=dict(metadata)
         )
         temporary.chmod(mode)
+
+
+@contextmanager
+def reading_whole(path: Path, kind: str) -> Iterator[tuple[safe_open, str, dict[str, Any]]]:
+    """Open what `write_whole` wrote with {"l2kv_<kind>": version, "header": a JSON object}: (file, version, header).
+
+    It may come from anyone. What is wrong with it, or found to be wrong within the block, is raised as a RunFileError.
+    """
+    try:
+        if not path.is_file():
+            raise RunFileError(f"There is no file {path}.")
+        path.open("rb").close()  # safe_open would say "no such file" of one that may not be read
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            if f"l2kv_{kind}" not in metadata:
+                raise RunFileError(f"{path.name} is a safetensors file, but not a saved {kind}.")
+            header = json.loads(metadata.get("header", "null"))
+            if not isinstance(header, dict):
+                raise ValueError("its header is no JSON object")
+            yield file, metadata[f"l2kv_{kind}"], header
+    except RunFileError:
+        raise
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RecursionError, MemoryError) as error:
+        raise RunFileError(f"{path.name} is not a {kind} that can be read: {str(error)[:200]}") from error
 
 
 def write_text(text: str, path: str | Path) -> Path:

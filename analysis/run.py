@@ -13,10 +13,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from analysis.errors import RunFileError
-from analysis.files import write_whole
+from analysis.files import reading_whole, write_whole
 from analysis.memory import CacheShape
 
 VERSION = 2
@@ -152,26 +152,17 @@ def load_run(path: str | Path) -> Capture:
         RunFileError: it cannot be read; the message says why.
     """
     path = Path(path)
-    try:
-        if not path.is_file():
-            raise RunFileError(f"There is no file {path}.")
-        path.open("rb").close()  # safe_open would say "no such file" of one that may not be read
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            if "l2kv_run" not in metadata:
-                raise RunFileError(f"{path.name} is a safetensors file, but not a saved run.")
-            version = metadata["l2kv_run"]
-            if version not in map(str, range(1, VERSION + 1)):
-                raise RunFileError(
-                    f"{path.name} is of version {version[:20]}, this program reads versions 1 to {VERSION}. "
-                    "Use the program that wrote it, or capture the text again."
-                )
-            # The first version had no last queries.
-            names = tuple(name for name in _ARRAYS if name != "recent_attention" or version != "1")
-            header = json.loads(metadata.get("header", "null"))
-            _check_names("header", header if isinstance(header, dict) else (), _HEADER)
-            _check_names("arrays", file.keys(), names)
-            arrays = {name: file.get_tensor(name) for name in names}
+    with reading_whole(path, "run") as (file, version, header):
+        if version not in map(str, range(1, VERSION + 1)):
+            raise RunFileError(
+                f"{path.name} is of version {version[:20]}, this program reads versions 1 to {VERSION}. "
+                "Use the program that wrote it, or capture the text again."
+            )
+        # The first version had no last queries.
+        names = tuple(name for name in _ARRAYS if name != "recent_attention" or version != "1")
+        _check_names("header", header, _HEADER)
+        _check_names("arrays", file.keys(), names)
+        arrays = {name: file.get_tensor(name) for name in names}
         tuples = {name: tuple(value) for name, value in header.items() if isinstance(value, list)}
         _check_header(header | tuples)
         _check_arrays(arrays, header["text"])
@@ -183,10 +174,6 @@ def load_run(path: str | Path) -> Capture:
         if any(row[..., at:].any() for at, row in zip(capture.recent_positions, capture.recent_attention, strict=True)):
             raise ValueError("recent_attention holds values where a query sees nothing")
         return capture
-    except RunFileError:
-        raise
-    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RecursionError, MemoryError) as error:
-        raise RunFileError(f"{path.name} is not a run that can be read: {str(error)[:200]}") from error
 
 
 def _check_names(what: str, got: Iterable[str], expected: tuple[str, ...]) -> None:

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from analysis.errors import RunFileError, TextError
-from analysis.files import write_whole
+from analysis.files import reading_whole, write_whole
 from analysis.metrics import METRICS, PROBES, STATUSES, metrics
 from analysis.tokens import MIN_TOKENS, check_text, tokenize
 
@@ -219,33 +219,19 @@ def save_study(study: Study, path: str | Path) -> Path:
 def load_study(path: str | Path) -> Study:
     """Read a study, which may come from anyone. Raises RunFileError, with the reason."""
     path = Path(path)
-    try:
-        if not path.is_file():
-            raise RunFileError(f"There is no file {path}.")
-        path.open("rb").close()  # safe_open would say "no such file" of one that may not be read
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            if "l2kv_study" not in metadata:
-                raise RunFileError(f"{path.name} is a safetensors file, but not a study.")
-            header = json.loads(metadata.get("header", "null"))
-            if not isinstance(header, dict):
-                raise ValueError("its header is no JSON object")
-            known = (header.pop("probes", 0), header.pop("metrics", 0)) == (list(PROBES), list(METRICS))
-            if metadata["l2kv_study"] != str(VERSION) or not known:
-                raise RunFileError(
-                    f"{path.name} is a study of version {metadata['l2kv_study'][:20]} or of other metrics; this "
-                    f"program reads version {VERSION} with its own. Use the one that wrote it, or study them again."
-                )
-            _check_header(header, set(file.keys()))
-            arrays = {name: file.get_tensor(name) for name in _ARRAYS}
+    with reading_whole(path, "study") as (file, version, header):
+        known = (header.pop("probes", 0), header.pop("metrics", 0)) == (list(PROBES), list(METRICS))
+        if version != str(VERSION) or not known:
+            raise RunFileError(
+                f"{path.name} is a study of version {version[:20]} or of other metrics; this program reads version "
+                f"{VERSION} with its own. Use the one that wrote it, or study them again."
+            )
+        _check_header(header, set(file.keys()))
+        arrays = {name: file.get_tensor(name) for name in _ARRAYS}
         for name, dtype in {"n_tokens": np.int64, "values": np.float64, "status": np.uint8}.items():
             if arrays[name].dtype != dtype:
                 raise ValueError(f"{name} is of type {arrays[name].dtype}")
         return Study(**{k: tuple(v) if isinstance(v, list) else v for k, v in header.items()}, **arrays)
-    except RunFileError:
-        raise
-    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RecursionError, MemoryError) as error:
-        raise RunFileError(f"{path.name} is not a study that can be read: {str(error)[:200]}") from error
 
 
 _ARRAYS = tuple(f.name for f in fields(Study) if f.type == "np.ndarray")

@@ -15,22 +15,9 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
 from l2kv import CompressedCache, CompressionSpec, UnsupportedModelError, compressible
+from tests.conftest import TINY
 
 WINDOW = 8  # of sliding layers: less than the texts of the tests
-_SHAPE = {
-    "vocab_size": 160,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 512,
-    "bos_token_id": 0,
-    "eos_token_id": None,
-    "pad_token_id": None,
-    "initializer_range": 0.3,  # large enough for attention that is not uniform
-}
 _ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 _HYBRID = {"num_hidden_layers": 4, "layer_types": _ALTERNATING, "sliding_window": WINDOW}
 _OLD_SHAPE = {"vocab_size": 160, "n_embd": 48, "n_head": 6, "n_layer": 3, "initializer_range": 0.3}
@@ -92,7 +79,7 @@ class Architecture:
 
 
 def _modern(config_class: str, *, left: int = 0, **settings) -> Architecture:
-    return Architecture(config_class, _SHAPE | settings, left)
+    return Architecture(config_class, TINY | settings, left)
 
 
 def _refused(config_class: str, reason: str, auto_class: str = "AutoModelForCausalLM", **settings) -> Architecture:
@@ -122,7 +109,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Gemma 3n (text)": _refused(
         "Gemma3nTextConfig",
         "borrow the keys of another layer",
-        **(_SHAPE | _HYBRID),
+        **(TINY | _HYBRID),
         num_kv_shared_layers=2,
         hidden_size_per_layer_input=8,
         vocab_size_per_layer_input=160,
@@ -132,7 +119,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Phi-3": _modern("Phi3Config", pad_token_id=0),
     "GPT-NeoX": Architecture(
         "GPTNeoXConfig",
-        {key: value for key, value in _SHAPE.items() if key not in ("num_key_value_heads", "head_dim")},
+        {key: value for key, value in TINY.items() if key not in ("num_key_value_heads", "head_dim")},
     ),
     "GPT-2": Architecture("GPT2Config", _OLD_SHAPE | {"n_positions": 512, "bos_token_id": 0, "eos_token_id": 0}),
     "GPT-BigCode (one kv head)": Architecture(
@@ -142,11 +129,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Granite": _modern("GraniteConfig", attention_multiplier=0.5),
     "SmolLM3": _modern("SmolLM3Config", no_rope_layers=[1, 0, 1], pad_token_id=0),
     "gpt-oss": _modern("GptOssConfig", left=2, **_HYBRID, num_local_experts=2, num_experts_per_tok=1),
-    "LFM2": _refused(
-        "Lfm2Config", "without a key/value cache", **_SHAPE, layer_types=["conv", "full_attention", "conv"]
-    ),
-    "Qwen3-Next": _refused("Qwen3NextConfig", "without a key/value cache", **(_SHAPE | _LINEAR)),
-    "DeepSeek-V3": _refused("DeepseekV3Config", "latents", **(_SHAPE | _LATENT)),
+    "LFM2": _refused("Lfm2Config", "without a key/value cache", **TINY, layer_types=["conv", "full_attention", "conv"]),
+    "Qwen3-Next": _refused("Qwen3NextConfig", "without a key/value cache", **(TINY | _LINEAR)),
+    "DeepSeek-V3": _refused("DeepseekV3Config", "latents", **(TINY | _LATENT)),
     "Falcon": _refused(
         "FalconConfig",
         "past transformers' registry|cannot replace",

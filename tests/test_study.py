@@ -631,7 +631,7 @@ def test_a_foreign_file_is_refused_and_not_written_over(tmp_path, loaded, texts,
     with pytest.raises(RunFileError, match="no file"):
         load_study(tmp_path / "none")
     save_file({"a": np.ones(3)}, path)
-    with pytest.raises(RunFileError, match="but not a study"):
+    with pytest.raises(RunFileError, match="but not a saved study"):
         load_study(path)
     with pytest.raises(RunFileError, match="cannot be written"):
         save_study(study_of(np.zeros((1, 1, 1))), path / "below")
