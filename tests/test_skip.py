@@ -6,8 +6,8 @@ import pytest
 from analysis import Plan, RunFileError
 from analysis.plans.skip import RULES, layer_loss, skip_list, suggest_skip_layers
 from l2kv import CompressionSpec
+from tests.test_across import study_of
 from tests.test_measures import run_of
-from tests.test_study import study_of
 
 RANKS = np.arange(1.0, 41.0)
 
