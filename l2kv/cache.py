@@ -63,6 +63,11 @@ class CompressedCache(Cache):
             return super().get_mask_sizes(query_length, layer_idx)
         return max(self.compressed_layers(), key=lambda layer: layer.held).get_mask_sizes(query_length)
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused by the layers that evict, and so before any other is touched. Raises ValueError."""
+        for layer in sorted(self.layers, key=lambda layer: not isinstance(layer, CompressedLayer)):
+            layer.crop(tokens_to_remove)
+
     def compressed_layers(self) -> list[CompressedLayer]:
         """The layers that evict, or may."""
         return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
@@ -86,7 +91,8 @@ class CompressedCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of key and value storage of all layers, slack included. (Ranks take 8 more per pair and kv head.)"""
+        """Bytes of key and value storage of all layers, slack included. (Ranks take 8 more per pair and kv head, what
+        `accumulated` received 4; `window` holds 32 queries of a layer.)"""
         return cache_nbytes(self)
 
 

@@ -149,6 +149,7 @@ class CompressedLayer(CacheLayerMixin):
         """Pairs of each kv head."""
         return self._slots.held if self._slots else ()
 
+    @torch.no_grad()
     def evict(self, query: Tensor, options: Mapping[str, object]) -> None:
         """Bring every head down to what the spec allows after the tokens seen so far.
 
@@ -161,9 +162,12 @@ class CompressedLayer(CacheLayerMixin):
             self._receive(query, options)
         if rows := self._policy.needs_rows:
             queries = query if self._queries is None else torch.cat([self._queries, query], dim=2)
-            self._queries = queries[:, :, -rows:]
+            self._queries = queries[:, :, -rows:].clone()  # a view would keep all of a prompt's
         if self.seen - self._evicted_at >= self.spec.evict_every:
             self.evict_now(options)
+        else:
+            self._slots.let_go()
+            self._show()
 
     def evict_now(self, options: Mapping[str, object] | None = None) -> None:
         """Evict, whenever the last time was."""
@@ -195,7 +199,7 @@ class CompressedLayer(CacheLayerMixin):
     def _add_ranks(self, positions: list[Tensor]) -> None:
         """Rank all pairs held, which are at these `positions`; from now on, pairs are ranked as they come."""
         of_parts = [self._rank(*of_part) for of_part in zip(self.parts(), positions, strict=True)]
-        self._slots.add_buffer(self._slots.join(of_parts))
+        self._slots.add_buffer(RANKS, self._slots.join(of_parts))
 
     def _rank(self, part: Part, positions: Tensor) -> Tensor:
         """Ranks of pairs, [B, h, T], as far as they do not depend on other pairs; positions broadcast to that."""
@@ -260,7 +264,7 @@ class CompressedLayer(CacheLayerMixin):
         if not self._slots.has(RANKS):
             self._add_ranks(self.positions())
         if not self._slots.has(RECEIVED):
-            self._slots.add_buffer(torch.zeros_like(self._slots.whole(RANKS), dtype=torch.float32))
+            self._slots.add_buffer(RECEIVED, torch.zeros_like(self._slots.whole(RANKS), dtype=torch.float32))
         queries = query.shape[2]
         for part, positions, received in zip(self.parts(), self.positions(), self._slots[RECEIVED], strict=True):
             for start in range(0, queries, _BLOCK):

@@ -26,9 +26,9 @@ class Pages(NamedTuple):
 
     keys: Tensor  # [B, P, m, D]
     values: Tensor  # [B, P, m, D]
-    unfilled: Tensor  # [1, P, 1, m] of the keys' dtype: 0 where a slot is filled, else the lowest number there is
+    slot_mask: Tensor  # [1, P, 1, m] of the keys' dtype: 0 where a slot is filled, else the lowest number there is
     heads: Tensor  # [P] int64, the kv head of each page
-    others: Tensor  # [Hkv, P] float32: 0 where a page is the head's, else -inf
+    head_mask: Tensor  # [Hkv, P] float32: 0 where a page is the head's, else -inf
 
 
 class PagedSlots(Storage):
@@ -65,25 +65,26 @@ class PagedSlots(Storage):
     @property
     def pages(self) -> Pages:
         """All slots as pages: views."""
-        if self._known_pages is None or frozen(self._known_pages.unfilled):
+        if self._known_pages is None or frozen(self._known_pages.slot_mask):
             keys, values = (self._buffers[index].unflatten(1, (-1, self._page)) for index in (KEYS, VALUES))
-            unfilled = keys.new_full(keys.shape[1:3], torch.finfo(keys.dtype).min)[None, :, None]
-            self._known_pages = Pages(keys, values, unfilled, self._page_heads, self._others)
+            slot_mask = keys.new_full(keys.shape[1:3], torch.finfo(keys.dtype).min)[None, :, None]
+            self._known_pages = Pages(keys, values, slot_mask, self._page_heads, self._head_mask)
             self._marked = (0,) * len(self._held)
         if self._marked != self._held:  # not where, since the last time, as many pairs came as went
-            self._mark(self._known_pages.unfilled.view(-1))
+            self._mark(self._known_pages.slot_mask.view(-1))
         return self._known_pages
 
-    def _mark(self, unfilled: Tensor) -> None:
-        """Bring `unfilled` [slots] up to date, where the first `_marked` slots of each head are said to be filled."""
-        q = self._latest.shape[0] // len(self._held)
-        changes = zip(self._held, self._marked, self._latest_from, strict=True)
-        if all(since <= marked <= held == since + q for held, marked, since in changes):
-            unfilled.index_fill_(0, self._latest, 0.0)
+    def _mark(self, slot_mask: Tensor) -> None:
+        """Bring `slot_mask` [slots] up to date, in which the first `_marked` slots of each head are filled."""
+        q = self._written.shape[0] // len(self._held)
+        changes = zip(self._held, self._marked, self._held_before, strict=True)
+        # Nothing is filled that was not marked, but what was written last: as at every token.
+        if all(before <= marked <= held == before + q for held, marked, before in changes):
+            slot_mask.index_fill_(0, self._written, 0.0)
         else:
             for start, marked, held in zip(self._starts, self._marked, self._held, strict=True):
-                unfilled[start + marked : start + held] = 0.0
-                unfilled[start + held : start + marked] = torch.finfo(unfilled.dtype).min
+                slot_mask[start + marked : start + held] = 0.0
+                slot_mask[start + held : start + marked] = torch.finfo(slot_mask.dtype).min
         self._marked = self._held
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -94,15 +95,15 @@ class PagedSlots(Storage):
         held = tuple(n + keys.shape[2] for n in self._held)
         if not self._writable() or any(n > room for n, room in zip(held, self._capacities, strict=True)):
             self._move_all(held)
-        if self._latest_from != self._held or self._latest.shape[0] != keys.shape[2] * len(held):  # else as last time
+        if self._held_before != self._held or self._written.shape[0] != keys.shape[2] * len(held):  # else as last time
             ends = np.add(self._starts, self._held)[:, None]
-            self._latest, self._latest_from = self._indices((ends + np.arange(keys.shape[2])).ravel()), self._held
+            self._written, self._held_before = self._indices((ends + np.arange(keys.shape[2])).ravel()), self._held
         self._held = held
         self.fill(KEYS, keys.detach())
         self.fill(VALUES, values.detach())
 
     def fill(self, index: int, latest: Tensor) -> None:
-        self._buffers[index].index_copy_(1, self._latest, latest.flatten(1, 2))
+        self._buffers[index].index_copy_(1, self._written, latest.flatten(1, 2).to(self._buffers[index].dtype))
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         whole = parts[0].new_zeros(self._buffers[KEYS].shape[:2])[:, None]
@@ -110,8 +111,8 @@ class PagedSlots(Storage):
             of_part[:] = given
         return whole
 
-    def add_buffer(self, whole: Tensor) -> None:
-        self._buffers.append(whole[:, 0])
+    def add_buffer(self, index: int, whole: Tensor) -> None:
+        self._buffers.insert(index, whole[:, 0])
 
     def keep(self, order: Tensor, kept: Sequence[int]) -> None:
         kept = tuple(kept)
@@ -128,7 +129,15 @@ class PagedSlots(Storage):
             of_heads = ([starts[head] + slots for slots in moves(parts[head], kept[head])] for head in fewer)
             holes, survivors = (torch.cat(slots, dim=-1)[:, 0] for slots in zip(*of_heads, strict=True))
         self._overwrite(self._firsts + holes, self._firsts + survivors)
+        if holes.shape[-1] > len(fewer):  # a single one is overwritten before anyone looks
+            self._clear(kept, self._held)
         self._held = kept
+
+    def _clear(self, lower: Sequence[int], upper: Sequence[int]) -> None:
+        """Empty slots hold zeros: attention gives them a weight of 0, and 0 times infinity would not be 0."""
+        for buffer in self._buffers[: VALUES + 1]:
+            for start, low, up in zip(self._starts, lower, upper, strict=True):
+                buffer[:, start + low : start + up] = 0.0
 
     def _lowest(self, order: Tensor, heads: Sequence[int]) -> Tensor:
         """The slots of lowest rank of some heads, [B, h]."""
@@ -159,23 +168,24 @@ class PagedSlots(Storage):
         self._lay_out(self.buffers, [0] * len(chosen), of_table, room_for)
 
     def _lay_out(
-        self, buffers: Sequence[Tensor], heads: Sequence[int], chosen: Sequence[Tensor], room_for: Sequence[int]
+        self, buffers: Sequence[Tensor], source_heads: Sequence[int], chosen: Sequence[Tensor], room_for: Sequence[int]
     ) -> None:
-        """Make the table of the `chosen` slots of each kv head, [B, n]: those of one of the `heads` of `buffers`."""
+        """Make the table of the `chosen` slots of each kv head, [B, n]: each from one of the heads of `buffers`."""
         self._held = tuple(slots.shape[1] for slots in chosen)
         self._page, self._capacities = _capacities(room_for)
         self._starts = [0, *accumulate(self._capacities)][:-1]
-        # Filled up with any slot: numbers, if meaningless ones, so that 0 times them is 0.
+        # Filled up with any slot, and cleared below: a buffer made in one go is faster than one copied into.
         spread = zip(chosen, self._capacities, strict=True)
         slots = torch.cat([pad(of_head, (0, n - of_head.shape[1])) for of_head, n in spread], dim=1)
-        of_slots = torch.from_numpy(np.repeat(heads, self._capacities)).to(slots.device)
+        of_slots = torch.from_numpy(np.repeat(source_heads, self._capacities)).to(slots.device)
         self._buffers, self._owned = [take(buffer, of_slots, slots) for buffer in buffers], True
         self._known_firsts = self._known_pages = None
-        self._latest, self._latest_from = self._indices(np.arange(0)), self._held
+        self._written, self._held_before = self._indices(np.arange(0)), self._held
+        self._clear(self._held, self._capacities)
         every = np.arange(len(chosen))
         page_heads = np.repeat(every, np.array(self._capacities) // self._page)
         self._page_heads = self._indices(page_heads)
-        self._others = self._indices(np.where(page_heads == every[:, None], np.float32(0), -np.float32(np.inf)))
+        self._head_mask = self._indices(np.where(page_heads == every[:, None], np.float32(0), -np.float32(np.inf)))
 
 
 def _capacities(room_for: Sequence[int]) -> tuple[int, list[int]]:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from l2kv.attention import attend
 from l2kv.cache import CompressedCache, check_compressible
 from l2kv.layer import CompressedLayer
-from l2kv.ragged import attend
 from l2kv.seam import Attention, UnsupportedModelError, attention_seam
 
 
@@ -82,7 +82,8 @@ class _Preparation:
         cache = next((a for a in (*kwargs.values(), *args) if isinstance(a, CompressedCache)), None)
         if cache is None:
             return
-        if len({layer.get_seq_length() for layer in cache.layers}) > 1:
+        half = any(layer.unattended for layer in cache.compressed_layers())
+        if half or len({layer.get_seq_length() for layer in cache.layers}) > 1:
             raise RuntimeError(
                 "The last forward pass over this cache stopped half way, so its layers have seen different tokens. "
                 "Call cache.reset() and start again."
@@ -124,6 +125,11 @@ class _Preparation:
         layer = self._cache.layers[module.layer_idx] if self._cache is not None else None
         if not isinstance(layer, CompressedLayer):
             return inner(module, query, key, value, mask, **kwargs)
+        if not layer.unattended:
+            raise RuntimeError(
+                f"{self._model_name} attends without giving its keys to the cache, as models do in training with "
+                "gradient checkpointing. Call model.eval() first."
+            )
         result = attend(layer, inner, module, query, mask, kwargs)
         layer.evict(query, kwargs)
         return result

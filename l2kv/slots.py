@@ -33,7 +33,7 @@ class Storage(ABC):
 
     def __init__(self) -> None:
         self._buffers: list[Tensor] = []
-        self._owned = True  # False: the buffers are somebody else's, and are not written to
+        self._owned = True  # False: the buffers are somebody else's, too, and are not written to
         self._known_firsts: Tensor | None = None
 
     @property
@@ -67,8 +67,8 @@ class Storage(ABC):
         """What `parts` takes apart: as a `whole` buffer, from numbers of each part, [B, h, held]."""
 
     @abstractmethod
-    def add_buffer(self, whole: Tensor) -> None:
-        """Let another number go with each pair."""
+    def add_buffer(self, index: int, whole: Tensor) -> None:
+        """Let another number go with each pair: RANKS first, then RECEIVED."""
 
     @abstractmethod
     def keep(self, order: Tensor, kept: Sequence[int]) -> None:
@@ -106,14 +106,15 @@ class Storage(ABC):
         """Take what is held out of memory that is somebody else's, where it would keep that from being freed."""
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Change the rows of the batch of every buffer."""
-        self._buffers, self._owned = [change(buffer) for buffer in self._buffers], True
+        """Change the rows of the batch of every buffer; `change` copies."""
+        self._buffers, self._owned = [change(buffer).contiguous() for buffer in self._buffers], True
         self._known_firsts = None
 
     def lend(self) -> Storage:
-        """The same keys and values, for another to begin with: it moves them before it writes."""
+        """The same keys and values, for another to begin with: whoever of both is to write first moves to others."""
+        self._owned = False
         other = copy.copy(self)
-        other._buffers, other._owned = self._buffers[:2], False
+        other._buffers = self._buffers[:2]
         return other
 
     @property
@@ -130,7 +131,7 @@ class Storage(ABC):
         """Move pairs into other slots; both are counted as `_firsts` are."""
         holes, survivors = holes.flatten(), survivors.flatten()
         for buffer in self._buffers:
-            slots = buffer.flatten(0, self._slot_dim)
+            slots = buffer.view(-1, *buffer.shape[self._slot_dim + 1 :])
             slots.index_copy_(0, holes, slots.index_select(0, survivors))
 
     def _writable(self) -> bool:
@@ -176,12 +177,12 @@ class Slots(Storage):
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         return parts[0]
 
-    def add_buffer(self, whole: Tensor) -> None:
+    def add_buffer(self, index: int, whole: Tensor) -> None:
         if self._held < self._capacity:
-            self._buffers.append(whole.new_empty(self._buffers[KEYS].shape[:3]))
-            self._buffers[-1][:, :, : self._held] = whole
+            self._buffers.insert(index, whole.new_empty(self._buffers[KEYS].shape[:3]))
+            self.whole(index)[:] = whole
         else:
-            self._buffers.append(whole.contiguous())
+            self._buffers.insert(index, whole.contiguous())
 
     def keep(self, order: Tensor, kept: Sequence[int]) -> None:
         if len(set(kept)) > 1:

@@ -125,7 +125,7 @@ def share(ratio: float, n: int) -> int:
 
 @lru_cache(maxsize=1024)  # every head asks, at every token
 def _as_written(ratio: float) -> Fraction:
-    return Fraction(str(round(ratio, 9)))
+    return Fraction(str(round(ratio, 7)))  # a float32 has as many digits
 
 
 def _layer_ratios(given: object) -> tuple[tuple[int, float], ...] | None:

@@ -34,6 +34,7 @@ from l2kv import (
 from l2kv.layer import CompressedLayer
 from l2kv.policies import Pairs
 from l2kv.spec import Target
+from tests.architectures import ARCHITECTURES
 from tests.conftest import TINY, build, tokens
 from tests.oracle import masked_forward, replay
 
@@ -506,6 +507,53 @@ def test_bad_use_is_refused_with_what_was_wrong(tiny):
         compressible(DeepseekV3ForCausalLM(DeepseekV3Config(**TINY_LATENT)))
     with pytest.raises(ValueError, match="cropped"):
         cache.crop(-1)
+
+
+def test_a_cache_that_was_compressed_again_and_goes_on_leaves_the_other_alone(tiny):
+    ids, logits = tokens(tiny, 51), []
+    for go_on in (False, True):
+        cache = CompressedCache(tiny.config, CompressionSpec(keep_ratio=0.5))
+        decode(tiny, ids[:, :45], [40, 5], cache)
+        once = l2_compress(cache, keep_ratio=0.5, skip_layers=[0, 1])
+        if go_on:
+            decode(tiny, ids[:, 45:50], [1] * 5, cache)
+        logits.append(decode(tiny, ids[:, 50:], [1], once))
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("policy", ["accumulated", "window", "last_query"])
+def test_policies_that_go_by_attention_hold_no_graph_and_no_prompt(tiny, policy):
+    cache = CompressedCache(tiny.config, CompressionSpec(keep_ratio=0.5, policy=policy))
+    with compressible(tiny):
+        for mode in (torch.no_grad, torch.no_grad, torch.enable_grad, torch.enable_grad, torch.no_grad):
+            with mode():
+                tiny(tokens(tiny, 50), past_key_values=cache)
+                tiny(tokens(tiny, 1), past_key_values=cache)
+    copy.deepcopy(cache)  # refused where a tensor has a history
+    for layer in cache.layers:
+        queries = layer._queries
+        assert queries is None or queries.untyped_storage().nbytes() <= 32 * 6 * 8 * 4
+
+
+def test_a_model_that_trains_with_checkpoints_is_told_so():
+    model = build("llama", num_hidden_layers=2)
+    model.activation_checkpointing_enable()
+    cache = CompressedCache(model.config, CompressionSpec())
+    with compressible(model), torch.no_grad():
+        model(tokens(model, 20), past_key_values=cache)
+        model.train()
+        with pytest.raises(RuntimeError, match=r"model.eval\(\)"):
+            model(tokens(model, 3), past_key_values=cache)
+
+
+def test_a_refused_crop_leaves_windows_as_they_are():
+    model = ARCHITECTURES["Gemma 2"].model()  # every other layer has a window
+    cache = CompressedCache(model.config, CompressionSpec())
+    decode(model, tokens(model, 5), [5], cache)
+    with pytest.raises(ValueError, match="cropped"):
+        cache.crop(-1)
+    assert {layer.get_seq_length() for layer in cache.layers} == {5}
+    decode(model, tokens(model, 1), [1], cache)
 
 
 @pytest.mark.parametrize("ratios", [None, {(0, 0): 0.25, (1, 0): 0.25}])

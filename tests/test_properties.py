@@ -348,6 +348,25 @@ def test_layers_to_skip_may_be_given_one_by_one():
     assert CompressionSpec(skip_layers=(layer for layer in (2, 0))).skip_layers == (0, 2)
 
 
+def test_a_float32_ratio_is_the_decimal_it_was_written_as():
+    for hundredths in range(101):
+        spec = CompressionSpec(keep_ratio=np.float32(hundredths / 100))
+        assert spec.kept(100, 100, spec.target_of(0, 0)) == hundredths
+
+
+def test_rows_are_chosen_of_keys_that_are_a_transposed_view():
+    keys = torch.randn(2, 50, 2, 8, generator=torch.Generator().manual_seed(0)).transpose(1, 2)
+    layer = CompressedLayer(CompressionSpec(budget=49), 0)
+    layer.update(keys, keys.clone())
+    layer.batch_select_indices(torch.tensor([1, 0]))
+    layer.evict_now()
+    for held in by_head(layer):
+        assert held[0].shape[1] == 49
+    for head, (positions, held, _) in enumerate(by_head(layer)):
+        for row in range(2):
+            assert torch.equal(held[row], keys[1 - row, head, positions[row]])
+
+
 def test_numbers_of_numpy_become_plain_ones():
     spec = CompressionSpec(
         keep_ratio=np.float32(0.5),

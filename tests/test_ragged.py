@@ -3,14 +3,15 @@
 import copy
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from l2kv import CompressionSpec
+from l2kv.attention import _head_by_head, _Heads, attend
 from l2kv.layer import CompressedLayer
-from l2kv.ragged import _head_by_head, attend
 
 HEADS = 4
 RATIOS = (0.0, 0.07, 0.5, 1.0)
@@ -89,7 +90,7 @@ def test_what_a_gpu_runs_instead_gives_the_same(every, monkeypatch):
     for module in ("slots", "pages"):
         monkeypatch.setattr(f"l2kv.{module}.host", lambda ranks: ranks)
     monkeypatch.setattr(
-        "l2kv.ragged._of_pages", lambda query, _, scale: _head_by_head(query, other.parts(), scale, 0.0)
+        "l2kv.attention._of_pages", lambda query, _, scale: _head_by_head(query, other.parts(), scale, 0.0)
     )
     for pairs, of_step, wanted in zip(steps, queries, expected, strict=True):
         got = decode(other, pairs, of_step)
@@ -169,3 +170,49 @@ def test_the_rows_of_a_batch_may_change_between_tokens():
     got = decode(layer, pairs, query)
     before.update(*pairs)
     assert (got.double() - slowly(before, query, 1 / math.sqrt(8))).abs().max() < 1e-6
+
+
+def test_what_the_one_call_cannot_do_is_done_head_by_head():
+    query = torch.randn(1, HEADS, 1, 8, generator=torch.Generator().manual_seed(1))
+    for dtype, autocast in ((torch.float64, False), (torch.float32, True)):
+        layer, more = ragged(60, dtype=dtype)
+        for _ in range(3):
+            before, pairs = copy.deepcopy(layer), list(more(1))
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                got = decode(layer, [x.to(torch.bfloat16) for x in pairs] if autocast else pairs, query.to(dtype))
+            before.update(*pairs)
+            expected = slowly(before, query, 1 / math.sqrt(8))
+            assert (got.double() - expected).abs().max() < (2e-2 if autocast else 1e-12)
+
+
+def test_values_may_be_wider_than_keys():
+    layer = CompressedLayer(CompressionSpec(head_ratios={(0, 0): 0.1}), 0)
+    layer.update(torch.randn(1, HEADS, 60, 8), torch.randn(1, HEADS, 60, 16))
+    layer.evict_now()
+    layer.update(torch.randn(1, HEADS, 1, 8), torch.randn(1, HEADS, 1, 16))
+    query = torch.randn(1, HEADS, 1, 8)
+    got, _ = attend(layer, ALL_ATTENTION_FUNCTIONS["sdpa"], None, query, None, {})
+    assert (got.double() - slowly(layer, query, 1 / math.sqrt(8))).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("prompt", [8, 600])
+def test_what_was_evicted_cannot_poison_those_who_stay(prompt):
+    # Values that overflowed, evicted at once: their slots are empty now, and 0 times infinity is no number.
+    layer = CompressedLayer(CompressionSpec(keep_ratio=0.5, head_ratios={(0, 0): 0.4, (0, 1): 0.3}), 0)
+    generator = torch.Generator().manual_seed(0)
+    for q in (prompt, 8, *[1] * 8):
+        keys, values, query = (torch.randn(1, HEADS, q, 8, generator=generator) for _ in range(3))
+        if q == 8:
+            keys[:, :, :4], values[:, :, :4] = 100.0, torch.inf
+        layer.update(keys, values)
+        if q == 1:
+            got, _ = attend(layer, ALL_ATTENTION_FUNCTIONS["sdpa"], None, query, None, {})
+            assert got.isfinite().all()
+        layer.evict(query, {})
+
+
+def test_an_attention_layer_may_have_no_sinks_where_others_have():
+    module = SimpleNamespace(sinks=None, layer_idx=3)
+    assert _Heads(module, (0,), 2).sinks is None and _Heads(module, (0,), 2).layer_idx == 3
+    module.sinks = torch.arange(6.0)
+    assert _Heads(module, (1,), 2).sinks.tolist() == [3, 4, 5]

@@ -63,11 +63,21 @@ def _of_one_token(layer: CompressedLayer, query: Tensor, options: dict[str, obje
     scale, dropout = options.get("scaling"), options.get("dropout", 0.0)
     if not layer.ragged:
         output = scaled_dot_product_attention(packed, layer.keys, layer.values, dropout_p=dropout, scale=scale)
-    elif packed.device.type == "cpu" and not dropout:
+    elif not dropout and _in_one_call(packed, layer.pages):
         output = _of_pages(packed, layer.pages, scale)
     else:
         output = _head_by_head(packed, layer.parts(), scale, dropout)
     return output.flatten(1, 2)[:, None]
+
+
+def _in_one_call(query: Tensor, pages: Pages) -> bool:
+    """Whether torch has a kernel for `_of_pages` that says what it summed: so far only on a CPU."""
+    return (
+        query.device.type == "cpu"
+        and query.dtype == pages.keys.dtype == pages.values.dtype
+        and pages.keys.shape[-1] == pages.values.shape[-1]
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def _of_pages(query: Tensor, pages: Pages, scale: float | None) -> Tensor:
@@ -77,10 +87,10 @@ def _of_pages(query: Tensor, pages: Pages, scale: float | None) -> Tensor:
     arXiv 2205.14135, section 3.1).
     """
     of_pages, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query.index_select(1, pages.heads), pages.keys, pages.values, attn_mask=pages.unfilled, scale=scale
+        query.index_select(1, pages.heads), pages.keys, pages.values, attn_mask=pages.slot_mask, scale=scale
     )  # [B, P, G, D], [B, P, G]
-    weights = (log_sums.transpose(1, 2)[:, :, None] + pages.others).softmax(dim=-1)  # [B, G, Hkv, P]
-    return (weights @ of_pages.transpose(1, 2).float()).transpose(1, 2).to(query.dtype)
+    weights = (log_sums.transpose(1, 2)[:, :, None] + pages.head_mask).softmax(dim=-1)  # [B, G, Hkv, P]
+    return (weights @ of_pages.transpose(1, 2).to(weights.dtype)).transpose(1, 2).to(query.dtype)
 
 
 def _head_by_head(query: Tensor, parts: Sequence[Part], scale: float | None, dropout: float) -> Tensor:
@@ -117,4 +127,6 @@ class _Heads:
 
     def __getattr__(self, name: str):
         value = getattr(self._module, name)
-        return of_query_heads(value[None], self._heads, self._kv_heads)[0] if name == "sinks" else value
+        if name != "sinks" or value is None:
+            return value
+        return of_query_heads(value[None], self._heads, self._kv_heads)[0]
