@@ -82,17 +82,22 @@ def record(kind: str, version: int, content: Mapping[str, Any]) -> str:
     return json.dumps({f"l2kv_{kind}": version} | _plain(content), indent=2, ensure_ascii=False) + "\n"
 
 
-def content_of(text: str, kind: str, version: int) -> dict[str, Any]:
-    """What a record holds, without its heading; it may come from anyone. Raises RunFileError, with the reason."""
+def content_of(text: str, kind: str, version: int, *, called: str = "") -> dict[str, Any]:
+    """What a record holds, without its heading; it may come from anyone. Raises RunFileError, with the reason.
+
+    Args:
+        called: what users know the kind by, if not by itself.
+    """
+    called = called or kind
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise RunFileError(f"This is not a {kind} that can be read: {str(error)[:200]}") from error
+        raise RunFileError(f"This is not a {called} that can be read: {str(error)[:200]}") from error
     if not isinstance(content, dict):
-        raise RunFileError(f"This is no {kind}: it is not a JSON object.")
+        raise RunFileError(f"This is no {called}: it is not a JSON object.")
     found = content.pop(f"l2kv_{kind}", None)
     if found != version:
-        raise RunFileError(f"This is no {kind} of version {version}: l2kv_{kind} is {found!r:.60}.")
+        raise RunFileError(f"This is no {called} of version {version}: l2kv_{kind} is {found!r:.60}.")
     return content
 
 

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from analysis.capturing import check_length
+from analysis.capturing import OnLayer, check_length
 from analysis.errors import ModelError
 from analysis.memory import memory_errors
 from analysis.models import LoadedModel
 from analysis.tokens import Tokens, tokenize
-from l2kv import CompressedCache, CompressionSpec, UnsupportedModelError, cache_nbytes, compressible
+from l2kv import CompressedCache, CompressionSpec, UnsupportedModelError, attention_seam, cache_nbytes, compressible
+from l2kv.seam import Attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +37,20 @@ class Step:
 
 @torch.inference_mode()  # as a decorator it is on only while the generator runs, not between its steps
 def stream(
-    loaded: LoadedModel, prompt: str, specs: Sequence[CompressionSpec | None], *, max_new_tokens: int
+    loaded: LoadedModel,
+    prompt: str,
+    specs: Sequence[CompressionSpec | None],
+    *,
+    max_new_tokens: int,
+    on_layer: OnLayer | None = None,
 ) -> Iterator[tuple[Step, ...]]:
     """Yield, after each new token, the state of all columns; None among the specs is the full cache.
 
     A column that has finished repeats its last step. Close the iterator (`contextlib.closing`) to
     stop at once and have the model restored: one that is dropped midway is restored only when it is collected.
+
+    Args:
+        on_layer: called as (layers done, layers to do) while the prompt is read; what it raises ends the work.
 
     Raises:
         TextError, OutOfMemoryError: as `capture`.
@@ -51,7 +60,8 @@ def stream(
     tokens = tokenize(loaded.tokenizer, prompt)
     check_length(loaded, tokens, new_tokens=max_new_tokens)
     with prepared(loaded):
-        columns = [_Column(loaded, tokens, spec) for spec in specs]
+        with _watched(loaded, len(specs), on_layer):
+            columns = [_Column(loaded, tokens, spec) for spec in specs]
         for _ in range(max_new_tokens):
             yield tuple(column.step() for column in columns)
             if all(column.finished for column in columns):
@@ -97,6 +107,22 @@ def prepared(loaded: LoadedModel) -> Iterator[None]:
             yield
     except UnsupportedModelError as error:
         raise ModelError(str(error)) from error
+
+
+@contextmanager
+def _watched(loaded: LoadedModel, passes: int, on_layer: OnLayer | None) -> Iterator[None]:
+    """Within the block, `on_layer` hears of every layer of so many forward passes."""
+    done, total = 0, passes * loaded.config.num_hidden_layers
+
+    def heard(inner: Attention, *args, **kwargs):
+        nonlocal done
+        done += 1
+        if on_layer is not None:
+            on_layer(min(done, total), total)
+        return inner(*args, **kwargs)
+
+    with attention_seam(loaded.model, heard):
+        yield
 
 
 def new_cache(loaded: LoadedModel, spec: CompressionSpec | None) -> Cache:

@@ -25,6 +25,7 @@ from l2kv.spec import CompressionSpec
 
 _NORM_SIGN = {"low_norm": -1.0, "high_norm": 1.0}
 
+TOO_FEW = 16  # tokens of which no order says anything
 WEAK = 0.1  # a |Γ| below this is not called on one text: between texts it changes sign
 CONSTANT = 1e-5  # a relative spread of norms below this is rounding, not order
 
@@ -152,15 +153,17 @@ def verdict_counts(verdict: np.ndarray, names: Iterable[str] = tuple(VERDICTS)) 
 
 def answer(capture: Capture) -> str:
     """Does low norm predict attention in this model? In two or three sentences."""
-    return answer_of(verdicts(capture), correlation(capture))
+    return answer_of(verdicts(capture), correlation(capture), n_tokens=capture.n_tokens)
 
 
-def answer_of(verdict: np.ndarray, gamma: np.ndarray) -> str:
-    """`answer` from the verdict and the Γ of each head, [L, H]."""
+def answer_of(verdict: np.ndarray, gamma: np.ndarray, *, n_tokens: int) -> str:
+    """`answer` from the verdict and the Γ of each head, [L, H], and from how many tokens they were worked out."""
     defined = verdict != "undefined"
     total = int(defined.sum())
     if not total:
         return "This run cannot tell: in no head do norms and attention give an order to compare."
+    if n_tokens < TOO_FEW:
+        return f"This run cannot tell: {n_tokens} tokens are too few. Take a text of some hundred."
     follows, mirror = (int((verdict == name).sum()) for name in ("follows the paper", "mirror"))
     hang = int(np.isin(verdict, ("sink only", "hidden by the sink")).sum())
     return (
@@ -176,7 +179,7 @@ def in_short(follows: int, mirror: int, total: int) -> str:
         return "Yes, in most heads."
     if mirror > 0.75 * total:
         return "No, the opposite: in most heads HIGH-norm keys get the attention."
-    if mirror > 0.5 * total and follows < 0.15 * total:
+    if mirror > 0.5 * total and mirror > 3 * follows:
         return "Mostly no: in most heads HIGH-norm keys get the attention."
     if max(follows, mirror) < 0.25 * total:
         return "Hardly: in most heads norm and attention have little to do with each other."

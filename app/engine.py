@@ -5,6 +5,7 @@ torch and transformers are imported when a model is first asked for, not before.
 
 from __future__ import annotations
 
+import difflib
 import gc
 import os
 import threading
@@ -108,11 +109,16 @@ def check_allowed(ref: str) -> str:
     ref = ref.strip()
     if ref in BUNDLED_MODELS:
         return ref
-    path = Path(ref).expanduser()
-    is_path = path.is_absolute() or ref.startswith((".", "~")) or ref.count("/") > 1 or path.exists()
+    if near := difflib.get_close_matches(ref, BUNDLED_MODELS, 1, cutoff=0.8):
+        raise ModelError(f"There is no model {ref}. Is {near[0]} meant, which is bundled?")
+    try:
+        path = Path(ref).expanduser()
+        is_path = path.is_absolute() or ref.startswith((".", "~")) or ref.count("/") > 1 or path.exists()
+        resolved = path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, an unknown home, a NUL byte
+        raise ModelError(f"{ref[:60]!r} is neither the id of a model nor a folder.") from error
     if not is_path:
         return ref
-    resolved = path.resolve()
     if not any(resolved.is_relative_to(root) for root in _allowed_folders()):
         raise ModelError(
             "Local folders must be allowed by whoever runs the app: start it with the environment variable "

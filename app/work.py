@@ -54,7 +54,8 @@ def texts_input() -> Mapping[str, str]:
             while name in sources:  # files of several folders may have one name
                 number += 1
                 name = f"{file.name} ({number})"
-            sources[name] = decoded(file)
+            if text := text_of(file):
+                sources[name] = text
         st.session_state["sources"] = sources
 
     def clear() -> None:
@@ -62,6 +63,7 @@ def texts_input() -> Mapping[str, str]:
 
     st.file_uploader("Text files", type="txt", accept_multiple_files=True, key=key, on_change=upload,
                      help="Long ones are cut into pieces.")  # fmt: skip
+    refused()
     pasted = st.text_area(
         "And, or, a long text", key="pasted", persist_state="session", height=120, max_chars=4_000_000,
         placeholder="Paste a text of some thousand words.",
@@ -124,8 +126,32 @@ def continued_input(label: str, help_text: str) -> Continued:
 
 
 def decoded(file: UploadedFile) -> str:
-    """The text of an uploaded file, whatever its bytes are."""
-    return file.getvalue().decode("utf-8", errors="replace")
+    """The text of an uploaded file. Raises TextError unless it is UTF-8, or UTF-16 that says so."""
+    data = file.getvalue()
+    try:
+        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TextError(
+            f"{file.name} is not text in UTF-8. Save it as UTF-8 in an editor, and upload it again."
+        ) from error
+    if "\0" in text:
+        raise TextError(f"{file.name} holds NUL characters: it is no text file.")
+    return text
+
+
+def text_of(file: UploadedFile | None) -> str:
+    """`decoded`, or nothing where there is no file, or none that can be: then `refused` says why."""
+    try:
+        return decoded(file) if file is not None else ""
+    except TextError as error:
+        st.session_state.setdefault("refused", []).append(str(error))
+        return ""
+
+
+def refused() -> None:
+    """Draw why `text_of` had to refuse a file."""
+    for error in st.session_state.pop("refused", ()):
+        st.error(markup.plain(error), icon=":material/error:")
 
 
 def opened(file: UploadedFile, load: Callable[[Path], Result]) -> Result:
@@ -157,7 +183,7 @@ def record_files(shown: Record | None, what: str, key: str, read: Callable[[str]
     if file is not None and st.session_state.get(f"opened_{key}") != file.file_id:
         try:
             st.session_state[key] = read(decoded(file))
-        except RunFileError as error:
+        except (RunFileError, TextError) as error:
             st.error(markup.plain(str(error)), icon=":material/error:")
             return
         st.session_state[f"opened_{key}"] = file.file_id

@@ -2,14 +2,15 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from analysis import ModelError
+from analysis import ModelError, TextError
 from app import engine as engine_module
-from app import markup, state
+from app import markup, state, work
 from app.engine import Engine, check_allowed
 from app.views.generate import Column, Parting, Preview
 from l2kv import POLICIES
@@ -138,6 +139,28 @@ def test_folders_are_opened_only_where_the_operator_allowed(monkeypatch, tmp_pat
     with pytest.raises(ModelError):
         check_allowed(f"{BUNDLED}/../../..")
     assert check_allowed(" Qwen/Qwen3-0.6B ") == "Qwen/Qwen3-0.6B" and check_allowed("books-5m") == "books-5m"
+
+
+@pytest.mark.parametrize("ref", ["x" * 5000, "a/b\0c", "~nobody-at-all/model"])
+def test_what_can_be_no_model_is_refused_in_a_line(ref):
+    with pytest.raises(ModelError, match="neither the id of a model nor a folder"):
+        check_allowed(ref)
+
+
+def test_a_bundled_model_that_is_misspelt_is_named_at_once():
+    with pytest.raises(ModelError, match="Is books-5m meant"):
+        check_allowed("book-5m")
+
+
+def test_uploads_are_text_or_refused():
+    def file(data):
+        return SimpleNamespace(name="notes.txt", getvalue=lambda: data)
+
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        assert work.decoded(file("déjà vu 😀".encode(encoding))) == "déjà vu 😀"
+    for data in ("déjà".encode("latin-1"), bytes(range(256)), b"a\0b", b"\xff\xfea"):
+        with pytest.raises(TextError, match=r"notes\.txt"):
+            work.decoded(file(data))
 
 
 def step(ids, text):

@@ -55,6 +55,22 @@ def test_closing_it_midway_restores_the_model(loaded):
     assert loaded.model.config._attn_implementation == "sdpa"
 
 
+def test_the_prompt_is_told_layer_by_layer_and_may_be_cancelled_there(loaded):
+    told, specs = [], [None, CompressionSpec()]
+    plain = next(stream(loaded, PROMPT, specs, max_new_tokens=3))
+    rows = stream(loaded, PROMPT, specs, max_new_tokens=3, on_layer=lambda *layers: told.append(layers))
+    assert next(rows) == plain and told == [(done, 12) for done in range(1, 13)]
+    rows.close()
+
+    def cancel(done, total):
+        if done == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        next(stream(loaded, PROMPT, specs, max_new_tokens=3, on_layer=cancel))
+    assert loaded.model.config._attn_implementation == "sdpa"
+
+
 def test_a_column_that_ends_its_text_waits_for_the_others(loaded, monkeypatch):
     free = list(stream(loaded, PROMPT, [None, CompressionSpec(keep_ratio=0.2)], max_new_tokens=8))
     end = free[-1][0].token_ids[2]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from analysis import Plan, alr, attention_loss, correlation, suggest_skip_layers, verdicts
-from analysis.measures import alr_chance, answer, by_kv_head, head_figures, sink_share, status
+from analysis.measures import alr_chance, answer, by_kv_head, head_figures, in_short, sink_share, status
 from analysis.metrics import PROBES, metrics
 from analysis.plans.skip import layer_loss
 from analysis.run import Capture
@@ -203,6 +203,22 @@ def test_the_answer_is_a_sentence_that_counts_heads(paper, mirror, weak, begins)
             and f"in {mirror} high-norm" in text
             and f"; in {weak} it is too weak to call" in text
         )
+
+
+def test_more_heads_against_the_paper_never_soften_the_answer():
+    harshness = ["Yes", "It depends", "Mostly no", "No, the opposite"]
+    for total in (10, 48):
+        for weak in range(total // 4):
+            said = [in_short(total - weak - mirror, mirror, total) for mirror in range(total - weak + 1)]
+            steps = [next(i for i, begins in enumerate(harshness) if one.startswith(begins)) for one in said]
+            assert steps == sorted(steps)
+
+
+def test_a_handful_of_tokens_gets_no_answer():
+    ranks = np.arange(1.0, 6.0)
+    assert answer(run_of([[ranks]], [[1 / ranks]])) == (
+        "This run cannot tell: 5 tokens are too few. Take a text of some hundred."
+    )
 
 
 def test_the_undefined_is_named_and_never_a_number():

@@ -143,8 +143,9 @@ def _plan(arguments: argparse.Namespace) -> None:
     print(f"{loaded.name}: {note} of {min(r.n_tokens for r in runs)} to {max(r.n_tokens for r in runs)} tokens")
     _print_ratios(made)
     print(
-        f"attention expected to be lost {made.expected_loss:.4f}; by one ratio for all {made.uniform_loss:.4f}; none "
-        f"of these steps loses over {made.gap:.4f} less. On the texts it was made from: `front` measures on others."
+        f"{'cost expected, in what heads cost alone' if arguments.weighed else 'attention expected to be lost'} "
+        f"{made.expected_loss:.4f}; by one ratio for all {made.uniform_loss:.4f}; no plan in such steps loses less by "
+        f"over {made.gap:.4f}. On the texts it was made from: `front` measures on others."
     )
     whole, kept = shape.nbytes(4096), shape.nbytes(4096, spec)
     print(f"at 4096 tokens {human_bytes(kept)} instead of {human_bytes(whole)}: {1 - kept / whole:.0%} saved")

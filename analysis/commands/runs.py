@@ -69,7 +69,7 @@ def _heads(arguments: argparse.Namespace) -> None:
                 f"{of_group[layer, run.kv_head(head)]:z8.3f}  "
                 f"{rho:+z8.2f}  {share[layer, head]:4.2f}  {verdict[layer, head]}"
             )
-    print(f"Does low norm predict attention in {run.model}? {answer_of(verdict, columns[0])}")
+    print(f"Does low norm predict attention in {run.model}? {answer_of(verdict, columns[0], n_tokens=run.n_tokens)}")
 
 
 def _instrument(arguments: argparse.Namespace) -> None:

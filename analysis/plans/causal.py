@@ -63,7 +63,7 @@ class CausalCheck:
     @classmethod
     def from_json(cls, text: str) -> CausalCheck:
         """Read a check, which may come from anyone. Raises RunFileError, with the reason."""
-        content = content_of(text, "causal", VERSION)
+        content = content_of(text, "causal", VERSION, called="check of layers")
         try:
             model, layers = content["model"], tuple(content["layers"])
             if not isinstance(model, str) or not all(type(layer) is int and layer >= 0 for layer in layers):

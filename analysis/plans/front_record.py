@@ -164,7 +164,7 @@ class Front:
     @classmethod
     def from_json(cls, text: str) -> Front:
         """Read a front, which may come from anyone. Raises RunFileError, with the reason."""
-        content = content_of(text, "front", VERSION)
+        content = content_of(text, "front", VERSION, called="front of ways")
         try:
             front = cls(
                 model=_text(content["model"]),

@@ -6,6 +6,7 @@ import html
 from typing import Any
 
 import numpy as np
+import pandas  # noqa: F401 - whole, before any figure: Plotly takes what another session's thread has half imported
 import plotly.graph_objects as go
 
 PRIMARY = "#6C5FF0"  # low norm kept, compressed; at least 4:1 on white and on #0e1117

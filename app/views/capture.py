@@ -50,14 +50,14 @@ def _text_input() -> str:
             st.session_state["text"] = texts[name]
 
     def upload() -> None:
-        if (file := st.session_state["text_file"]) is not None:
-            st.session_state["text"] = work.decoded(file)
-            st.session_state["preset"] = OWN
+        if text := work.text_of(st.session_state["text_file"]):
+            st.session_state.update(text=text, preset=OWN)
 
     st.session_state.setdefault("text", next(iter(texts.values())))
     st.selectbox("Start from", [*texts, OWN], key="preset", persist_state="session", on_change=take)
     with st.expander("Or upload a .txt file", icon=":material/upload_file:"):
         st.file_uploader("Text file", type="txt", key="text_file", on_change=upload, label_visibility="collapsed")
+    work.refused()
     return st.text_area(
         "Text",
         key="text",

@@ -96,19 +96,25 @@ def page(engine: Engine) -> None:
     boxes = st.container()
     if started:
         cancel = buttons.empty()
-        cancel.button("Cancel", icon=":material/cancel:")  # any click ends this script at its next st.* call
+        # A click ends this script at its next st.* call: after a layer of the prompt, or a token.
+        cancel.button("Cancel", icon=":material/cancel:",
+                      on_click=lambda: st.session_state.update(generate_cancelled=True))  # fmt: skip
         _generate(engine, ref, Preview(prompt, columns), boxes)
         cancel.empty()
-    elif preview := st.session_state.get("generated"):
-        if not preview.done:
+        return
+    cancelled, preview = st.session_state.pop("generate_cancelled", False), st.session_state.get("generated")
+    with boxes:
+        if preview and not preview.done:
             st.info("Cancelled: what was generated until then is kept.", icon=":material/cancel:")
-        with boxes:
-            if (preview.prompt, preview.columns) != (prompt, columns):
-                st.info("This is of earlier settings. Press *Generate* to see the new ones.", icon=":material/history:")
-            _draw(_places(preview), preview)
-            _summary(preview)
-    else:
-        boxes.info("Press *Generate*. The texts appear here, token by token.", icon=":material/info:")
+        elif cancelled:
+            st.info("Cancelled while the prompt was read: nothing was generated.", icon=":material/cancel:")
+        if not preview:
+            st.info("Press *Generate*. The texts appear here, token by token.", icon=":material/info:")
+            return
+        if (preview.prompt, preview.columns) != (prompt, columns):
+            st.info("This is of earlier settings. Press *Generate* to see the new ones.", icon=":material/history:")
+        _draw(_places(preview), preview)
+        _summary(preview)
 
 
 def _columns_input(run: Capture, ref: str) -> tuple[Column, ...]:
@@ -171,8 +177,11 @@ def _prompt_input() -> str:
         preset = by_name[st.session_state["prompt_preset"]]
         st.session_state["prompt"] = preset.text
         if preset.spec is not None:
+            st.session_state.setdefault("before_preset", state.current_spec())
             state.take_spec(preset.spec)
             st.session_state["first_by"] = _CONTROLS  # which now are the preset's
+        elif before := st.session_state.pop("before_preset", None):
+            state.take_spec(before)  # a preset's compression leaves with it
 
     st.session_state.setdefault("prompt", next(iter(by_name.values())).text)
     chosen = st.selectbox("Start from", list(by_name), key="prompt_preset", persist_state="session", on_change=take)
@@ -228,8 +237,14 @@ def _generate(engine: Engine, ref: str, preview: Preview, boxes: DeltaGenerator)
                 n_new, places = int(st.session_state["new_tokens"]), None
                 specs = [None, *(column.spec for column in preview.columns)]
                 # Closed before the turn ends: the next session must find the model as it was.
-                with closing(stream(loaded, preview.prompt, specs, max_new_tokens=n_new)) as rows:
+                bar = st.progress(0.0, "Reading the prompt …")
+
+                def on_layer(done: int, total: int) -> None:
+                    bar.progress(done / total, f"Reading the prompt: layer {done} of {total}")
+
+                with closing(stream(loaded, preview.prompt, specs, max_new_tokens=n_new, on_layer=on_layer)) as rows:
                     for row in rows:
+                        bar.empty()
                         preview.add(*row)
                         st.session_state["generated"] = preview  # at every token: a click may end this here
                         places = places or _places(preview)

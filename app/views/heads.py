@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import streamlit as st
 
-from analysis.measures import VERDICTS, HeadFigures, answer, signed
+from analysis.measures import VERDICTS, HeadFigures, answer_of, signed
 from analysis.metrics import PROBES
 from analysis.run import Capture
 from analysis.synthetic import check, is_synthetic
@@ -39,7 +39,7 @@ def page() -> None:
         _synthetic(run)
     else:
         st.header(f"Does low norm predict attention in {markup.plain(run.model)}?")
-        st.markdown(f"##### {markup.plain(answer(run))}")
+        answer = st.empty()
         _about(run)
     with st.container(horizontal=True, vertical_alignment="bottom", gap="large"):
         probe = _probe(run)
@@ -52,6 +52,9 @@ def page() -> None:
         )
     leave_out = int(without)
     numbers = state.figures_of(run, leave_out, probe)
+    if not is_synthetic(run):
+        of_all = state.figures_of(run, 0, probe)
+        answer.markdown(f"##### {markup.plain(answer_of(of_all.verdict, of_all.gamma, n_tokens=run.n_tokens))}")
     _maps(run, numbers, leave_out, probe)
     layer, head = state.chosen_head(run)
     st.markdown(
@@ -96,9 +99,9 @@ def _about(run: Capture) -> None:
     beginning = markup.plain(run.text[:80]) + (" …" if len(run.text) > 80 else "")
     st.caption(
         f"{source}: {run.n_tokens} tokens of “{beginning}” in {markup.plain(run.architecture)}, {run.n_layers} layers, "
-        f"{run.n_heads} query heads on {run.n_kv_heads} kv heads, {markup.plain(run.dtype)}. The answer is of one "
-        f"query, the next token (“{markup.plain(markup.visible(run.probe_label))}”). One query is an anecdote: look "
-        "at others below; so is one text: capture your own on the page *Capture*."
+        f"{run.n_heads} query heads on {run.n_kv_heads} kv heads, {markup.plain(run.dtype)}. The answer is of the "
+        f"attention chosen below; the next token is “{markup.plain(markup.visible(run.probe_label))}”. One query is an "
+        "anecdote, and so is one text: capture your own on the page *Capture*, take many on *Texts*."
     )
     if run.n_tokens < _FEW_TOKENS:
         st.warning(f"{run.n_tokens} tokens say little: take a text of some hundred.", icon=":material/warning:")

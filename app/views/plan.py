@@ -164,7 +164,8 @@ def _take_along(run: Capture, plan: Plan, generate_page: StreamlitPage) -> None:
 def _import(run: Capture) -> None:
     typed = st.text_input("A skip list", placeholder="0, 1, 12", key="plan_skip_list")
     file = st.file_uploader("Or a file: a plan (JSON) or a skip list", type=["json", "txt"], key="plan_file")
-    given = work.decoded(file) if file is not None else typed
+    given = work.text_of(file) if file is not None else typed
+    work.refused()
     if not given.strip() or not st.button("Open it", icon=":material/upload_file:"):
         return
     try:

@@ -166,7 +166,8 @@ def _of_config() -> _Model | None:
     with st.expander("For another model, by its config.json (no weights)", icon=":material/deployed_code:"):
         file = st.file_uploader("config.json", type="json", key="config_file")
         pasted = st.text_area("Or its text", key="config_text", persist_state="session", height=120, max_chars=200_000)
-        text = work.decoded(file) if file is not None else pasted
+        text = work.text_of(file) if file is not None else pasted
+        work.refused()
         if not text.strip():
             return None
         name = file.name if file is not None and Path(file.name).stem != "config" else "the config given"

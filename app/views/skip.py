@@ -138,10 +138,10 @@ def _import(run: Capture) -> None:
     """A skip list that was typed, or is in a file; of a plan's file its list."""
 
     def opened() -> None:
-        file = st.session_state["skip_file"]
-        _opened(run, work.decoded(file) if file is not None else "")
+        _opened(run, work.text_of(st.session_state["skip_file"]))
 
     with st.expander("Open a skip list", icon=":material/upload_file:"):
+        work.refused()
         st.text_input(
             "Layers",
             placeholder="0, 1, 12",
