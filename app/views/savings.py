@@ -96,7 +96,7 @@ def section(engine: Engine, run: Capture) -> None:
     known = model.weights_bytes is not None
     st.dataframe(_bytes(rows) | (_on_gpu(rows) if known else {}), hide_index=True)
     told = (
-        f"Sequences fit beside the weights ({human_bytes(model.weights_bytes)}, {model.source}); activations and the "
+        f"Sequences fit beside the weights ({human_bytes(model.weights_bytes)} {model.source}); activations and the "
         "allocator's waste are not counted. A decoding step of a dense model reads all weights and all caches once, so "
         "it cannot be faster than that takes (a mixture of experts reads only some of its weights); what it costs to "
         "choose whom to evict is not in it."
@@ -105,8 +105,8 @@ def section(engine: Engine, run: Capture) -> None:
         "load it on the page Capture, or give its config.json above."
     )
     st.caption(
-        f"Arithmetic, for a batch of {batch} of {markup.plain(model.name)} with {state.in_words(spec)}. {told} The "
-        "model need not work at all these lengths."
+        f"Arithmetic, for a batch of {batch} of {markup.plain(model.name)} with {state.in_words(spec)}, caches of "
+        f"{model.shape.itemsize} bytes a number. {told} The model need not work at all these lengths."
     )
 
 
@@ -195,9 +195,11 @@ def _of_run(engine: Engine, run: Capture) -> _Model:
     loaded = engine.loaded
     if loaded is not None and loaded.name == run.model:
         weights = sum(p.numel() * p.itemsize for p in loaded.model.parameters())
-        return _Model(run.model, run.cache_shape, weights, "of the model in memory")
+        return _Model(run.model, run.cache_shape, weights, "as they are in memory")
     here = [ref for ref in allowed_models() if Path(ref).name == run.model]
-    return _Model(run.model, run.cache_shape, weights_bytes(here[0]) if here else None, "of its files")
+    return _Model(
+        run.model, run.cache_shape, weights_bytes(here[0]) if here else None, "in its files, as they are there"
+    )
 
 
 def _count(fits: int | None) -> str:
