@@ -11,7 +11,7 @@ from streamlit.testing.v1 import AppTest
 from analysis import by_query, instrument
 from analysis import synthetic as synthetic_module
 from analysis.commands import main
-from analysis.measures import by_kv_head, head_figures
+from analysis.measures import by_kv_head, head_figures, verdict_counts
 from analysis.metrics import METRICS, PROBES, STATUSES, figures_of_probe, metrics
 from analysis.presets import DEMO_RUN
 from analysis.run import Capture, load_run, save_run
@@ -293,7 +293,7 @@ def shown_gamma(app) -> list[float]:
 
 
 def test_the_probe_that_is_chosen_is_that_of_maps_table_and_words(app):
-    run, answered = load_run(DEMO_RUN), app.markdown[0].value
+    run = load_run(DEMO_RUN)
     assert "16 queries" in words(app) and "Of ONE query, the next token's." in words(app)
     for probe, told in (
         ("last queries", "each of the last 16 queries by itself"),
@@ -304,7 +304,9 @@ def test_the_probe_that_is_chosen_is_that_of_maps_table_and_words(app):
         app.run()
         assert not app.exception and told in words(app)
         assert shown_gamma(app) == pytest.approx(metrics(run, probe=probe).of("gamma").ravel().tolist())
-        assert app.markdown[0].value == answered and "The answer is of one query, the next token" in words(app)
+        counts = verdict_counts(figures_of_probe(run, probe=probe).verdict)
+        said = app.markdown[0].value
+        assert f"In {counts['follows the paper']} of 48 heads low" in said and f"in {counts['mirror']} high" in said
         gamma = metrics(run, probe=probe).of("gamma")[app.session_state["layer"], app.session_state["head"]]
         assert next(m.value for m in app.metric if m.label == "Γ") == f"{gamma:+.2f}".replace("-", "−")
 
