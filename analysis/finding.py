@@ -24,6 +24,8 @@ from analysis.evaluation import OnDone, continuation_nll, ignore, passkey_text, 
 from analysis.generation import stream
 from analysis.models import LoadedModel
 from analysis.presets import FoundPresets, Preset
+from analysis.tasks import decided
+from analysis.tasks import found as answered
 from analysis.tokens import Passage, passages
 from l2kv import CompressionSpec
 
@@ -228,7 +230,8 @@ def _passkey(loaded: LoadedModel, criteria: Criteria) -> Preset:
             last = max((i for i, ok in enumerate(survived) if ok and not all(survived[i:])), default=None)
             if last is not None:
                 why = _passkey_told(loaded.name, len(found), len(prompts), specs, survived)
-                return Preset(f"Passkey {key}, found and lost (the paper's task)", text, why, specs[last])
+                name = f"Passkey {key}, found and lost (the paper's task)"
+                return Preset(name, text, why, specs[last], answer=str(key))
     raise NotFoundError(
         f"None of {len(prompts)} prompts meets the criterion passkey: found at some keep ratio below 1 and lost at a "
         f"smaller one of {', '.join(f'{r:g}' for r in criteria.ratios)}, by low norm or high norm. The full cache "
@@ -257,13 +260,11 @@ _ANSWER_TOKENS = 12
 
 def _answers(loaded: LoadedModel, text: str, key: int, spec: CompressionSpec | None) -> bool:
     """Whether generating after the prompt says the key, as the app does it: compressed with the question in it."""
-    digits, answer = str(key), ""
     with closing(stream(loaded, text, [spec], max_new_tokens=_ANSWER_TOKENS)) as steps:
         for (step,) in steps:
-            answer = step.text.strip()
-            if len(answer) >= len(digits) or not digits.startswith(answer):
+            if decided(str(key), step.text):
                 break
-    return answer.startswith(digits)
+    return answered(str(key), step.text)
 
 
 def _passkey_told(

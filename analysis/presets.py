@@ -40,6 +40,8 @@ class Preset:
     text: str
     why: str = ""  # what was measured on it, in words
     spec: CompressionSpec | None = None  # the compression to look at it with
+    answer: str = ""  # what should be generated, as `tasks.found` scores it; empty: nothing is right or wrong
+    chat: bool = False  # a question, to be put through the model's chat template
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,14 @@ class FoundPresets:
             "model": self.model,
             "without_passkey": self.without_passkey,
             "presets": [
-                {"name": preset.name, "why": preset.why, "spec": _spec_fields(preset.spec), "text": preset.text}
+                {
+                    "name": preset.name,
+                    "why": preset.why,
+                    "spec": _spec_fields(preset.spec),
+                    "answer": preset.answer,
+                    "chat": preset.chat,
+                    "text": preset.text,
+                }
                 for preset in self.presets
             ],
         }
@@ -71,7 +80,14 @@ class FoundPresets:
             if content["l2kv_presets"] != FOUND_VERSION:
                 raise ValueError(f"version {content['l2kv_presets']!r:.20} is not {FOUND_VERSION}")
             found = [
-                Preset(item["name"], item["text"], item["why"], item["spec"] and CompressionSpec(**item["spec"]))
+                Preset(
+                    item["name"],
+                    item["text"],
+                    item["why"],
+                    item["spec"] and CompressionSpec(**item["spec"]),
+                    item.get("answer", ""),
+                    item.get("chat", False),
+                )
                 for item in content["presets"]
             ]
             return cls(content["model"], tuple(found), content["without_passkey"])
@@ -100,18 +116,24 @@ def bundled_results(model: str) -> BundledResults:
     return BundledResults(**{kind: file for kind, file in files.items() if file.is_file()})
 
 
-def presets(found: Path | None = None) -> tuple[Preset, ...]:
-    """The texts that the app offers; the demo run is of the first. Those found for the model come last, if any were.
+def presets(model: str, file: Path | None = None) -> tuple[Preset, ...]:
+    """The texts that the app offers for a model, by its name: plain ones, and those that were found for this model.
+
+    A demo run is of the first. What was found for a model shows something there, and a task is one that its full cache
+    solves; for another model neither need be so.
+
+    Args:
+        file: of those that were found, if not the one that comes with the program.
 
     Raises:
         RunFileError: the file of those that were found is damaged.
     """
     texts = tuple(Preset(name, text) for name, text in bundled_texts().items())
-    found = found or bundled_results(DEMO_MODEL).presets
-    extra = FoundPresets.from_json(found.read_text(encoding="utf-8")).presets if found and found.exists() else ()
-    if not any(PASSKEY_QUESTION in preset.text for preset in extra):
-        extra += (Preset("Passkey hidden in filler (the paper's task)", passkey(48213, before=4, after=6)),)
-    return texts + extra
+    file = file or bundled_results(model).presets
+    if file is None:
+        return texts
+    found = FoundPresets.from_json(file.read_text(encoding="utf-8"))
+    return texts + (found.presets if found.model == model else ())
 
 
 def bundled_texts() -> Mapping[str, str]:
@@ -146,7 +168,7 @@ def make_demo(ref: str, destination: Path) -> Path:
     from analysis.models import load_model
     from analysis.run import save_run
 
-    return save_run(capture(load_model(ref, device="cpu"), presets()[0].text), destination)
+    return save_run(capture(load_model(ref, device="cpu"), next(iter(bundled_texts().values()))), destination)
 
 
 def save_found(found: FoundPresets, destination: Path) -> Path:

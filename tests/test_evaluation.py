@@ -26,7 +26,7 @@ from analysis.evaluation import (
 )
 from analysis.finding import BREAKS_SPEC, CALM_SPEC, Criteria, NotFoundError, find_presets
 from analysis.generation import Step, prepared
-from analysis.models import LoadedModel
+from analysis.models import BUNDLED_MODELS, LoadedModel
 from analysis.presets import FoundPresets, Preset
 from analysis.tokens import passages, tokenize
 from l2kv import CompressionSpec
@@ -383,6 +383,7 @@ def test_the_passkey_preset_is_found_at_one_ratio_and_lost_at_a_smaller_one(load
     survives(lambda spec: spec.policy == "low_norm" and spec.keep_ratio >= 0.6)
     preset = find_presets(loaded, TEXTS, criteria=PASSKEYS).presets[2]
     assert preset.spec == CompressionSpec(keep_ratio=0.6, protect_last=32)
+    assert f"{preset.answer} is the pass key" in preset.text and not preset.chat
     assert "at the keep ratios 0.9, 0.8, 0.7, 0.6, and no longer at 0.5, 0.4, 0.3, 0.2, 0.1, 0.05" in preset.why
     assert "3 of 3 prompts tried" in preset.why and presets.PASSKEY_QUESTION in preset.text
     survives(lambda spec: spec.policy == "high_norm" and spec.keep_ratio >= 0.9)
@@ -402,29 +403,39 @@ def test_a_passkey_that_is_never_found_or_never_lost_is_no_preset(loaded, surviv
 
 def test_found_presets_are_read_back_as_they_were_and_offered_after_the_texts(tmp_path):
     spec = CompressionSpec(keep_ratio=0.3, protect_last=16, skip_layers=(0, 2), seed=3)
-    key = Preset("Key", presets.passkey(12345, before=1, after=2), "Lost – at 0.3.", spec)
-    found = FoundPresets("a model", (Preset("Calm", "A text.\n", "Hardly.", CALM_SPEC), key))
+    key = Preset("Key", presets.passkey(12345, before=1, after=2), "Lost – at 0.3.", spec, answer="12345")
+    asked = Preset("Asked", "Which town?", "By chat.", CALM_SPEC, answer="Paris", chat=True)
+    found = FoundPresets("a model", (Preset("Calm", "A text.\n", "Hardly.", CALM_SPEC), asked, key))
     path = presets.save_found(found, tmp_path / "presets.json")
     assert FoundPresets.from_json(path.read_text(encoding="utf-8")) == found
-    offered = presets.presets(path)
-    assert [p.name for p in offered] == [*presets.bundled_texts(), "Calm", "Key"] and offered[-1].spec == spec
+    offered = presets.presets("a model", path)
+    assert [p.name for p in offered] == [*presets.bundled_texts(), "Calm", "Asked", "Key"] and offered[-1].spec == spec
     presets.save_found(FoundPresets("a model", found.presets[:1], without_passkey=True), path)
-    without = presets.presets(path)
+    without = presets.presets("a model", path)
     assert FoundPresets.from_json(path.read_text(encoding="utf-8")).without_passkey
-    assert [p.name for p in without[2:]] == ["Calm", "Passkey hidden in filler (the paper's task)"]
-    assert presets.presets(tmp_path / "none.json")[0] == Preset(*next(iter(presets.bundled_texts().items())))
+    assert [p.name for p in without[2:]] == ["Calm"]
+
+
+def test_what_was_found_for_one_model_is_not_offered_for_another(tmp_path):
+    texts = list(presets.bundled_texts())
+    found = FoundPresets("a model", (Preset("Calm", "A text.", "Hardly.", CALM_SPEC),))
+    path = presets.save_found(found, tmp_path / "presets.json")
+    assert [p.name for p in presets.presets("another", path)] == texts
+    assert [p.name for p in presets.presets("Qwen/Qwen3-0.6B")] == texts
+    assert len(presets.presets("books-5m")) > len(texts)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"l2kv_presets": 2}', '{"l2kv_presets": 1, "presets": [3]}'])
 def test_a_damaged_file_of_presets_is_named(tmp_path, text):
     (tmp_path / "presets.json").write_text(text)
     with pytest.raises(RunFileError, match=r"The presets cannot be read .*python -m analysis demo"):
-        presets.presets(tmp_path / "presets.json")
+        presets.presets("books-5m", tmp_path / "presets.json")
 
 
 def test_the_presets_that_are_shipped_can_be_read():
-    names = [preset.name for preset in presets.presets()]
-    assert len(names) == len(set(names)) >= 3
+    for model in BUNDLED_MODELS:
+        names = [preset.name for preset in presets.presets(model)]
+        assert len(names) == len(set(names)) >= 3
 
 
 def test_the_demo_command_writes_presets_and_the_run_or_nothing(tmp_path, capsys, monkeypatch):
