@@ -1,4 +1,4 @@
-"""Texts to start from, and the demo run that the app opens with."""
+"""Texts to start from, and what comes with the program of each model: the demo run, a study, presets, ..."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from analysis.errors import RunFileError
 from analysis.models import BUNDLED
 from l2kv.spec import CompressionSpec
 
-DEMO_RUN = BUNDLED / "demo.safetensors"
-DEMO_STUDY = BUNDLED / "study.safetensors"
-DEMO_FRONT = BUNDLED / "front.json"
-DEMO_CAUSAL = BUNDLED / "causal.json"
-FOUND_PRESETS = BUNDLED / "presets.json"
+DEMO_MODEL = "books-5m"  # the app opens with a run of it
+RESULT_FILES = {
+    "demo": "demo.safetensors",
+    "study": "study.safetensors",
+    "front": "front.json",
+    "causal": "causal.json",
+    "presets": "presets.json",
+}
 _TEXTS = BUNDLED / "texts"
 
 PASSKEY_TASK = (
@@ -78,14 +81,34 @@ class FoundPresets:
             ) from error
 
 
-def presets(found: Path = FOUND_PRESETS) -> tuple[Preset, ...]:
+@dataclass(frozen=True, slots=True)
+class BundledResults:
+    """Files of what was measured of one model; None is a result that does not come with the program."""
+
+    demo: Path | None = None  # a run
+    study: Path | None = None
+    front: Path | None = None
+    causal: Path | None = None
+    presets: Path | None = None
+
+
+def bundled_results(model: str) -> BundledResults:
+    """What comes with the program of a model, by the model's name. Any name may be asked for."""
+    if model not in {folder.name for folder in BUNDLED.iterdir()}:
+        return BundledResults()
+    files = {kind: BUNDLED / model / name for kind, name in RESULT_FILES.items()}
+    return BundledResults(**{kind: file for kind, file in files.items() if file.is_file()})
+
+
+def presets(found: Path | None = None) -> tuple[Preset, ...]:
     """The texts that the app offers; the demo run is of the first. Those found for the model come last, if any were.
 
     Raises:
         RunFileError: the file of those that were found is damaged.
     """
     texts = tuple(Preset(name, text) for name, text in bundled_texts().items())
-    extra = FoundPresets.from_json(found.read_text(encoding="utf-8")).presets if found.exists() else ()
+    found = found or bundled_results(DEMO_MODEL).presets
+    extra = FoundPresets.from_json(found.read_text(encoding="utf-8")).presets if found and found.exists() else ()
     if not any(PASSKEY_QUESTION in preset.text for preset in extra):
         extra += (Preset("Passkey hidden in filler (the paper's task)", passkey(48213, before=4, after=6)),)
     return texts + extra
@@ -117,7 +140,7 @@ def passkey_sentence(key: int) -> str:
     return f"The pass key is {key}. Remember it. {key} is the pass key."
 
 
-def make_demo(ref: str, destination: Path = DEMO_RUN) -> Path:
+def make_demo(ref: str, destination: Path) -> Path:
     """Capture the first preset with a model, and save it as the run that the app opens with."""
     from analysis.capturing import capture
     from analysis.models import load_model
@@ -126,7 +149,7 @@ def make_demo(ref: str, destination: Path = DEMO_RUN) -> Path:
     return save_run(capture(load_model(ref, device="cpu"), presets()[0].text), destination)
 
 
-def save_found(found: FoundPresets, destination: Path = FOUND_PRESETS) -> Path:
+def save_found(found: FoundPresets, destination: Path) -> Path:
     """Write the presets that `presets()` reads. Raises RunFileError if they cannot be written there."""
     part = destination.with_suffix(".part")
     try:

@@ -307,7 +307,7 @@ def test_the_report_command_writes_a_page_of_files(tmp_path, capsys, studies, fr
     (tmp_path / "causal.json").write_text(causal.to_json())
     run, out = save_run(random_run(), tmp_path / "run.safetensors"), tmp_path / "report.html"
     given = [f"--{name}={tmp_path / file}" for name, file in FILES.items()]
-    assert main(["report", str(run), str(presets.DEMO_RUN), *given, "-o", str(out)]) == 0
+    assert main(["report", str(run), str(presets.bundled_results("books-5m").demo), *given, "-o", str(out)]) == 0
     assert "wrote" in capsys.readouterr().out
     text = Page(out.read_text()).text
     assert "made up against books-5m" in text and "Over many texts" in text

@@ -23,7 +23,7 @@ def add(commands) -> None:
     demo.add_argument(
         "--without-passkey", action="store_true", help="look for no passkey preset: for a model that cannot retrieve"
     )
-    demo.add_argument("-o", "--out", type=Path, default=BUNDLED, help="the folder to write to (the app's own)")
+    demo.add_argument("-o", "--out", type=Path, help="the folder to write to (the app's own, of the model's name)")
     demo.set_defaults(run=_demo)
 
 
@@ -32,7 +32,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     no_progress_bars()
     from analysis.finding import find_presets
     from analysis.models import load_model
-    from analysis.presets import DEMO_RUN, FOUND_PRESETS, make_demo, save_found
+    from analysis.presets import RESULT_FILES, make_demo, save_found
 
     count = counter()
     found = find_presets(
@@ -41,7 +41,8 @@ def _demo(arguments: argparse.Namespace) -> None:
         without_passkey=arguments.without_passkey,
         on_done=lambda done, total: count("passages", done, total),
     )
-    print(f"wrote {make_demo(arguments.model, arguments.out / DEMO_RUN.name)}")
-    print(f"wrote {save_found(found, arguments.out / FOUND_PRESETS.name)}")
+    out = arguments.out or BUNDLED / found.model
+    print(f"wrote {make_demo(arguments.model, out / RESULT_FILES['demo'])}")
+    print(f"wrote {save_found(found, out / RESULT_FILES['presets'])}")
     for preset in found.presets:
         print(f"{preset.name}: {preset.why}")
