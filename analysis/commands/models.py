@@ -15,7 +15,7 @@ from analysis.errors import ModelError
 def add(commands) -> None:
     """Add the command."""
     models = commands.add_parser("models", help="the models at hand; with a name, fetch that one")
-    models.add_argument("name", nargs="?", help="smollm2, a hub id, ...: fetched if it is not there, and told where it is")
+    models.add_argument("name", nargs="?", help="smollm2, a hub id, ...: fetched if it is not there")
     models.set_defaults(run=_models)
 
 

@@ -13,7 +13,7 @@ from analysis.errors import TextError, UserError
 def add_model(parser: argparse.ArgumentParser) -> None:
     """--model."""
     parser.add_argument(
-        "-m", "--model", default="smollm2", help="a name, a folder or a hub id (smollm2; `models` lists what is at hand)"
+        "-m", "--model", default="smollm2", help="a name (`models` lists them), a folder or a hub id (smollm2)"
     )
 
 
@@ -102,6 +102,7 @@ def fetching() -> Callable[[str, int, int], None]:
         return lambda what, done, total: None
 
     def show(what: str, done: int, total: int) -> None:
-        print(f"\r{what}: {done / max(total, 1):4.0%} of {total / 1e6:,.0f} MB\033[K", end="", file=sys.stderr, flush=True)
+        line = f"\r{what}: {done / max(total, 1):4.0%} of {total / 1e6:,.0f} MB\033[K"
+        print(line, end="", file=sys.stderr, flush=True)
 
     return show
