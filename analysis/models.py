@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from analysis.configs import read_config, read_json, reading, short, vet_config
 from analysis.errors import ModelError
+from analysis.packaged import ORIGINALS, PACKAGED, OnFetch, fetch
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 BUNDLED = Path(__file__).parent / "bundled"
 BUNDLED_MODELS = tuple(sorted(p.parent.name for p in BUNDLED.glob("*/config.json")))
+NAMED_MODELS = (*PACKAGED, *BUNDLED_MODELS)
+"""Models for which a name is enough, without a hub; the first is a real one, which commands take by default."""
 
 _HUB_ID = re.compile(r"(?=.{1,96}$)[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -45,18 +48,25 @@ class LoadedModel:
         return getattr(self.config, "max_position_embeddings", None) or sys.maxsize
 
 
-def load_model(ref: str | Path, *, device: str | None = None, dtype: torch.dtype | None = None) -> LoadedModel:
-    """Load a decoder-only model by the name of a bundled one, a local folder, or a Hugging Face hub id.
+def load_model(
+    ref: str | Path,
+    *,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    on_fetch: OnFetch | None = None,
+) -> LoadedModel:
+    """Load a decoder-only model by its name, a local folder, or a Hugging Face hub id.
 
     Args:
-        ref: such as "books-5m", "/models/my-llama" or "Qwen/Qwen3-0.6B".
+        ref: such as "smollm2", "books-5m", "/models/my-llama" or "Qwen/Qwen3-0.6B".
         device: "cuda", "cpu", ...; the GPU where there is one, if not given.
         dtype: float32 on a CPU and bfloat16 elsewhere, if not given.
+        on_fetch: for progress and cancelling, where "smollm2" is not there yet and is fetched first.
 
     Raises:
         ModelError: there is no such model, or it is unsafe, incomplete or not decoder-only; the message says which.
     """
-    folder = model_folder(ref)
+    folder = model_folder(ref, on_fetch=on_fetch)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -85,9 +95,15 @@ def load_model(ref: str | Path, *, device: str | None = None, dtype: torch.dtype
     return LoadedModel(model, tokenizer, name)
 
 
-def model_folder(ref: str | Path) -> Path:
-    """The vetted local folder of a model; a hub id is fetched first (its config before its weights)."""
+def model_folder(ref: str | Path, *, on_fetch: OnFetch | None = None) -> Path:
+    """The vetted local folder of a model; what is not there is fetched first (of a hub its config first).
+
+    Raises:
+        ModelError: as `load_model`.
+    """
     text = str(ref).strip()
+    if packaged := PACKAGED.get(text):
+        return fetch(packaged, on_fetch)
     if text in BUNDLED_MODELS:
         return BUNDLED / text
     if folder := _folder(text):
@@ -95,10 +111,10 @@ def model_folder(ref: str | Path) -> Path:
         return folder
     if not _HUB_ID.fullmatch(text):
         raise ModelError(
-            f"No such model: {text!r:.100}. Give the name of a bundled model ({', '.join(BUNDLED_MODELS)}), a folder "
-            "that exists, or a Hugging Face id such as Qwen/Qwen3-0.6B."
+            f"No such model: {text!r:.100}. Give a name ({', '.join(NAMED_MODELS)}), a folder that "
+            "exists, or a Hugging Face id such as Qwen/Qwen3-0.6B."
         )
-    return _fetch(text)
+    return _fetch(ORIGINALS.get(text, text))
 
 
 def _check_size(config: PretrainedConfig, folder: Path, name: str) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from analysis.errors import ModelError
-from analysis.models import BUNDLED_MODELS, load_model, model_folder
+from analysis.models import NAMED_MODELS, load_model, model_folder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -101,15 +101,15 @@ def allowed_models() -> list[str]:
         for folder in sorted([root, *root.iterdir()])
         if (folder / "config.json").is_file()
     ]
-    return [*BUNDLED_MODELS, *found]
+    return [*NAMED_MODELS, *found]
 
 
 def check_allowed(ref: str) -> str:
     """A bundled name, a folder in one that the operator allowed, or a hub id. Raises ModelError for other folders."""
     ref = ref.strip()
-    if ref in BUNDLED_MODELS:
+    if ref in NAMED_MODELS:
         return ref
-    if near := difflib.get_close_matches(ref, BUNDLED_MODELS, 1, cutoff=0.8):
+    if near := difflib.get_close_matches(ref, NAMED_MODELS, 1, cutoff=0.8):
         raise ModelError(f"There is no model {ref}. Is {near[0]} meant, which is bundled?")
     try:
         path = Path(ref).expanduser()

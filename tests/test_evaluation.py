@@ -14,7 +14,6 @@ from analysis import TextError, evaluation, finding, presets
 from analysis.commands import main
 from analysis.errors import RunFileError
 from analysis.evaluation import (
-    bits_per_byte,
     continuation_nll,
     continuations,
     nll_changes,
@@ -58,21 +57,6 @@ def surprise(logits, token):
 
 
 # --------------------------------------------------------------------------------------------------------- prediction
-
-
-def test_bits_per_byte_is_the_surprise_at_every_token_of_windows_that_start_afresh(loaded):
-    text = TEXT[:160] + " – naïve"
-    ids = loaded.tokenizer(text, add_special_tokens=False).input_ids
-    nats = 0.0
-    with torch.no_grad():
-        for start in range(0, len(ids), 15):  # windows of 16, <s> included
-            window = ids[start : start + 15]
-            for i, token in enumerate(window):
-                before = [loaded.tokenizer.bos_token_id, *window[:i]]
-                nats += surprise(loaded.model(torch.tensor([before])).logits[0, -1], token)
-    expected = nats / math.log(2) / len(text.encode())
-    assert bits_per_byte(loaded, text, context=16) == pytest.approx(expected, rel=1e-5)
-    assert bits_per_byte(loaded, text) < expected  # more context
 
 
 def test_with_the_whole_cache_the_continuation_is_plain_prediction(loaded):
@@ -137,8 +121,6 @@ def test_bad_requests_are_refused_and_leave_the_model_as_it_was(loaded):
         continuation_nll(loaded, TEXT, None, prompt_tokens=1, new_tokens=3)
     with pytest.raises(ValueError, match="layer 9"):
         continuation_nll(loaded, TEXT, CompressionSpec(skip_layers=(9,)), prompt_tokens=20, new_tokens=3)
-    with pytest.raises(TextError, match="empty"):
-        bits_per_byte(loaded, " ")
     foreign = LoadedModel(build("llama"), loaded.tokenizer, "foreign")  # of 160 tokens
     with pytest.raises(TextError, match="do not belong together"):
         continuation_nll(foreign, TEXT, None, prompt_tokens=20, new_tokens=3)
