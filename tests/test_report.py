@@ -361,5 +361,5 @@ def test_the_figures_command_writes_pages_and_records(tmp_path, capsys):
 
 
 def test_a_saved_run_makes_the_same_report(tmp_path):
-    run = random_run()
+    run = load_run(save_run(random_run(), tmp_path / "run.safetensors"))  # with attention in steps
     assert report([load_run(save_run(run, tmp_path / "run.safetensors"))]) == report([run])
