@@ -28,9 +28,9 @@ demo: $(VENV)/dev.stamp  ## all that the app opens with again, of MODEL=name or 
 	$(BIN)/python -m analysis demo --model $(MODEL) $(if $(TEXTS),--texts $(TEXTS)) $(ARGS)
 ifneq ($(TEXTS),)
 	rm -f $(SHOWN)/study.safetensors
-	$(BIN)/python -m analysis study $(TEXTS) --model $(MODEL) --pieces 24 -o $(SHOWN)/study.safetensors
-	$(BIN)/python -m analysis causal $(TEXTS) --model $(MODEL) --pieces 32 -o $(SHOWN)/causal.json
-	$(BIN)/python -m analysis front $(TEXTS) --model $(MODEL) --pieces 32 -o $(SHOWN)/front.json
+	$(BIN)/python -m analysis study $(TEXTS) --model $(MODEL) --excerpts 24 -o $(SHOWN)/study.safetensors
+	$(BIN)/python -m analysis causal $(TEXTS) --model $(MODEL) --excerpts 32 -o $(SHOWN)/causal.json
+	$(BIN)/python -m analysis front $(TEXTS) --model $(MODEL) --excerpts 32 -o $(SHOWN)/front.json
 endif
 	$(BIN)/python -m tests.picture
 

@@ -21,7 +21,7 @@ from analysis.errors import TextError
 from analysis.generation import decode_one_token, new_cache, prefill, prepared
 from analysis.models import LoadedModel
 from analysis.presets import PASSKEY_QUESTION, passkey
-from analysis.tokens import Tokens, tokenize
+from analysis.tokens import Tokens, beginning, check_text, tokenize
 from l2kv import CompressionSpec, cache_nbytes
 
 Specs = Mapping[str, CompressionSpec | None]
@@ -162,13 +162,12 @@ def nll_changes(
 
 def prompt_of(loaded: LoadedModel, text: str, n_tokens: int) -> str:
     """The characters of the first `n_tokens` tokens of a text. Raises TextError if it has fewer."""
-    tokens = tokenize(loaded.tokenizer, text)
-    if len(tokens) < n_tokens:
-        raise TextError(f"The text has {len(tokens)} tokens; a prompt of {n_tokens} is needed.")
-    end = int(tokens.spans[:n_tokens, 1].max())
-    if not end:
-        raise TextError("This tokenizer does not tell which characters a token covers, so no prompt can be cut.")
-    return text[:end]
+    check_text(text)
+    prompt, enough = beginning(loaded.tokenizer, text, n_tokens)
+    if not enough:
+        n = len(tokenize(loaded.tokenizer, text))
+        raise TextError(f"The text has {n} tokens; a prompt of {n_tokens} is needed.")
+    return prompt
 
 
 @dataclass(frozen=True, slots=True, eq=False)

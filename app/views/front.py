@@ -10,8 +10,9 @@ import numpy as np
 import streamlit as st
 
 from analysis.across import Interval
+from analysis.excerpts import SPLIT
 from analysis.files import read_text
-from analysis.plans.front import KEEPS, SPLIT, Front, measure_front, passes
+from analysis.plans.front import KEEPS, Front, measure_front, passes
 from analysis.plans.skip import Plan
 from analysis.plans.ways import WAYS
 from analysis.presets import bundled_results
