@@ -13,11 +13,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from l2kv.layer import CompressedLayer
 from l2kv.policies import POLICIES
-from l2kv.seam import UnsupportedModelError
+from l2kv.seam import Giving, UnsupportedModelError
 from l2kv.spec import CompressionSpec
 
 
-class CompressedCache(Cache):
+class CompressedCache(Giving, Cache):
     """A transformers cache that keeps a share of the tokens, in real memory, at every step.
 
     Use it inside `compressible(model)`, as `past_key_values` of a forward pass or of `generate()`. Sliding-window
@@ -56,6 +56,15 @@ class CompressedCache(Cache):
                 "        model(input_ids, past_key_values=cache)"
             )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def check_even(self) -> None:
+        """Raise RuntimeError if a forward pass over it stopped before its end."""
+        half = any(layer.unattended for layer in self.compressed_layers())
+        if half or len({layer.get_seq_length() for layer in self.layers}) > 1:
+            raise RuntimeError(
+                "The last forward pass over this cache stopped half way, so its layers have seen different tokens. "
+                "Call cache.reset() and start again."
+            )
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Sizes for the mask that all compressed layers share: that of the longest, cropped by the others."""
