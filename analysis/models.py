@@ -254,7 +254,7 @@ def _check_whole(info: dict, name: str, source: str) -> None:
 
 
 def _stored(folder: Path) -> str:
-    """The dtype that most bytes of the matrices are stored in, by torch's name; of a fetched model, before conversion."""
+    """The dtype that most bytes of the matrices are stored in, by torch's name; of a fetched model, before that."""
     if stored := stored_before(folder):
         return stored
     from safetensors import safe_open

@@ -71,7 +71,7 @@ class _Preparation:
         self._mask: Tensor | None = None  # that was found to be as it must
         with ExitStack() as stack:
             self._hooked = stack.enter_context(attention_seam(model, self._attend))
-            # Which of its parts a model calls, and which a user, differs: the outermost one that is given a cache counts.
+            # Which of its parts a model calls, and which a user, differs: the outermost that is given a cache counts.
             for part in model.modules():
                 if isinstance(part, PreTrainedModel):
                     before = part.register_forward_pre_hook(self._before_forward, with_kwargs=True)
