@@ -50,6 +50,8 @@ def gguf_config(gguf: GgufFile) -> PretrainedConfig:
         told |= _gemma(gguf)
     if architecture == "phi3":
         told["sliding_window"] = gguf.of_architecture("attention.sliding_window") or None
+        if "original_max_position_embeddings" in (rope := told["rope_parameters"]):  # else its default would win
+            told["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
     with reading(gguf.name, "header"):
         config = AutoConfig.for_model(_MODEL_TYPES.get(architecture, architecture), **told)
         check_config(config, gguf.name)

@@ -41,6 +41,29 @@ class CompressedCache(Giving, Cache):
         self.serving = False  # inside a forward pass of a model prepared with `compressible`
 
     @classmethod
+    def from_full(cls, full: DynamicCache, config: PretrainedConfig, spec: CompressionSpec) -> CompressedCache:
+        """A cache that is as if the tokens of a full one had been run into it: compressed now, and live from here on.
+
+        So one forward pass over a prompt serves many specs. The full cache is left as it was, and shares nothing.
+
+        Raises:
+            ValueError: the policy needs the queries, which a full cache does not hold, or as the constructor.
+        """
+        if POLICIES[spec.policy].needs_attention or POLICIES[spec.policy].needs_calibration:
+            raise ValueError(
+                f"The policy {spec.policy} needs more than a cache: run the prompt into a CompressedCache."
+            )
+        cache = cls(config, spec)
+        for i, (layer, source) in enumerate(zip(cache.layers, full.layers, strict=True)):
+            if isinstance(layer, CompressedLayer):
+                layer.append(source.keys, source.values)
+                layer.seen = source.get_seq_length()
+                layer.evict_now()
+            else:
+                cache.layers[i] = copy.copy(source)  # it replaces its tensors, and never writes into them
+        return cache
+
+    @classmethod
     def _holding(cls, layers: list[CacheLayerMixin], spec: CompressionSpec) -> CompressedCache:
         cache = cls.__new__(cls)
         Cache.__init__(cache, layers=layers)
