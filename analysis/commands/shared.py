@@ -12,7 +12,9 @@ from analysis.errors import TextError, UserError
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """--model."""
-    parser.add_argument("-m", "--model", default="books-5m", help="a bundled name, a folder or a hub id (books-5m)")
+    parser.add_argument(
+        "-m", "--model", default="books-5m", help="a bundled name, a folder, a GGUF file or a hub id (books-5m)"
+    )
 
 
 def add_texts(parser: argparse.ArgumentParser) -> None:
