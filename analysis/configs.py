@@ -82,7 +82,10 @@ def reading(name: str, part: str) -> Iterator[None]:
         raise ModelError(f"{name}: {error}") from error
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise ModelError(f"{name} does not fit into memory. Try a smaller model.") from error
-    except Exception as error:
+    except BaseException as error:
+        # A panic in the Rust of tokenizers is no Exception. Nothing else of that kind, such as Ctrl-C, is caught.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ModelError(f"{name}: its {part} cannot be used ({short(error)}).") from error
 
 

@@ -13,7 +13,7 @@ from analysis.errors import TextError, UserError
 def add_model(parser: argparse.ArgumentParser) -> None:
     """--model."""
     parser.add_argument(
-        "-m", "--model", default="smollm2", help="a name (`models` lists them), a folder or a hub id (smollm2)"
+        "-m", "--model", default="smollm2", help="a name (see `models`), a folder, a GGUF file or a hub id (smollm2)"
     )
 
 
