@@ -19,6 +19,7 @@ from app.engine import Engine, allowed_models, check_allowed
 if TYPE_CHECKING:
     from streamlit.runtime.uploaded_file_manager import UploadedFile
 
+    from analysis.excerpts import Excerpt
     from analysis.models import LoadedModel
     from analysis.plans.causal import CausalCheck
     from analysis.plans.front import Front
@@ -62,7 +63,7 @@ def texts_input() -> Mapping[str, str]:
         st.session_state.update(sources={}, pasted="", uploads=uploads + 1)
 
     st.file_uploader("Text files", type="txt", accept_multiple_files=True, key=key, on_change=upload,
-                     help="Long ones are cut into pieces.")  # fmt: skip
+                     help="Of long ones, excerpts are taken.")  # fmt: skip
     refused()
     pasted = st.text_area(
         "And, or, a long text", key="pasted", persist_state="session", height=120, max_chars=4_000_000,
@@ -83,29 +84,29 @@ def texts_input() -> Mapping[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Continued:
-    """How texts are continued: each piece is a prompt, and tokens to predict after it."""
+    """How texts are continued: each excerpt is a prompt, and tokens to predict after it."""
 
     texts: int
     prompt_tokens: int
     new_tokens: int
 
-    def pieces(self, loaded: LoadedModel, texts: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-        """As many pieces as texts are asked for, (name, text) each. Raises TextError where there are none."""
-        from analysis.study import pieces
+    def excerpts(self, loaded: LoadedModel, texts: Mapping[str, str]) -> tuple[Excerpt, ...]:
+        """As many excerpts as are asked for, if the texts hold as many. Raises TextError where there are none."""
+        from analysis.excerpts import excerpts
 
-        return pieces(loaded.tokenizer, texts, n_tokens=self._size(loaded), at_most=self.texts)
+        return excerpts(loaded.tokenizer, texts, n_tokens=self._size(loaded), at_most=self.texts)
 
     def planning_and_measuring(
         self, loaded: LoadedModel, texts: Mapping[str, str]
-    ) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]:
-        """As many pieces to plan on, and as many others to measure on. Raises TextError where there are none."""
-        from analysis.plans.front import planning_and_measuring
+    ) -> tuple[tuple[Excerpt, ...], tuple[Excerpt, ...]]:
+        """As many excerpts to plan on, and as many others to measure on. Raises TextError where there are none."""
+        from analysis.excerpts import planning_and_measuring
 
         return planning_and_measuring(loaded.tokenizer, texts, n_tokens=self._size(loaded), each=self.texts)
 
     def _size(self, loaded: LoadedModel) -> int:
-        """Tokens to ask of a piece."""
-        from analysis.study import SPARE
+        """Tokens to ask of an excerpt."""
+        from analysis.excerpts import SPARE
 
         size = self.prompt_tokens + self.new_tokens
         if size > loaded.positions:

@@ -14,7 +14,6 @@ from analysis import TextError, evaluation, finding, presets
 from analysis.commands import main
 from analysis.errors import RunFileError
 from analysis.evaluation import (
-    bits_per_byte,
     continuation_nll,
     continuations,
     nll_changes,
@@ -22,11 +21,10 @@ from analysis.evaluation import (
     passkey_prompt,
     passkey_text,
     passkeys,
-    policy_specs,
 )
 from analysis.finding import BREAKS_SPEC, CALM_SPEC, Criteria, NotFoundError, find_presets
 from analysis.generation import Step, prepared
-from analysis.models import LoadedModel
+from analysis.models import BUNDLED_MODELS, LoadedModel
 from analysis.presets import FoundPresets, Preset
 from analysis.tokens import passages, tokenize
 from l2kv import CompressionSpec
@@ -58,21 +56,6 @@ def surprise(logits, token):
 
 
 # --------------------------------------------------------------------------------------------------------- prediction
-
-
-def test_bits_per_byte_is_the_surprise_at_every_token_of_windows_that_start_afresh(loaded):
-    text = TEXT[:160] + " – naïve"
-    ids = loaded.tokenizer(text, add_special_tokens=False).input_ids
-    nats = 0.0
-    with torch.no_grad():
-        for start in range(0, len(ids), 15):  # windows of 16, <s> included
-            window = ids[start : start + 15]
-            for i, token in enumerate(window):
-                before = [loaded.tokenizer.bos_token_id, *window[:i]]
-                nats += surprise(loaded.model(torch.tensor([before])).logits[0, -1], token)
-    expected = nats / math.log(2) / len(text.encode())
-    assert bits_per_byte(loaded, text, context=16) == pytest.approx(expected, rel=1e-5)
-    assert bits_per_byte(loaded, text) < expected  # more context
 
 
 def test_with_the_whole_cache_the_continuation_is_plain_prediction(loaded):
@@ -137,8 +120,6 @@ def test_bad_requests_are_refused_and_leave_the_model_as_it_was(loaded):
         continuation_nll(loaded, TEXT, None, prompt_tokens=1, new_tokens=3)
     with pytest.raises(ValueError, match="layer 9"):
         continuation_nll(loaded, TEXT, CompressionSpec(skip_layers=(9,)), prompt_tokens=20, new_tokens=3)
-    with pytest.raises(TextError, match="empty"):
-        bits_per_byte(loaded, " ")
     foreign = LoadedModel(build("llama"), loaded.tokenizer, "foreign")  # of 160 tokens
     with pytest.raises(TextError, match="do not belong together"):
         continuation_nll(foreign, TEXT, None, prompt_tokens=20, new_tokens=3)
@@ -202,10 +183,10 @@ class Reader:
     def __init__(self, tokenizer, says=" {key}."):
         self.tokenizer, self.says = tokenizer, says
 
-    def prefill(self, model, ids, cache):
+    def caches_after(self, loaded, ids, specs):
         tokens = ids[0].tolist()
-        spec = cache["spec"]  # keeps the latest tokens, so that what is told early is lost first
-        cache["held"] = tokens if spec is None else tokens[len(tokens) - math.ceil(spec.keep_ratio * len(tokens)) :]
+        for spec in specs:  # keeps the latest tokens, so that what is told early is lost first
+            yield {"held": tokens[-math.ceil(spec.keep_ratio * len(tokens)) :] if spec else tokens}
 
     def decode_one_token(self, model, ids, cache):
         if ids.shape[1] > 1:
@@ -222,8 +203,7 @@ def reader(loaded, monkeypatch):
         reader = Reader(loaded.tokenizer, **options)
 
         monkeypatch.setattr(evaluation, "prepared", lambda _: nullcontext())
-        monkeypatch.setattr(evaluation, "new_cache", lambda _, spec: {"spec": spec})
-        monkeypatch.setattr(evaluation, "prefill", reader.prefill)
+        monkeypatch.setattr(evaluation, "_caches_after", reader.caches_after)
         monkeypatch.setattr(evaluation, "decode_one_token", reader.decode_one_token)
 
     return install
@@ -259,8 +239,8 @@ def test_only_the_exact_key_counts(loaded, reader, says, right):
 
 
 def test_passkeys_run_on_a_real_model_and_stop_when_told_to(loaded):
-    specs = policy_specs([0.5], protect_last=8)
-    assert list(specs) == ["keep 0.5, low norm", "keep 0.5, high norm", "keep 0.5, random"]
+    policies = ("low_norm", "random", "accumulated")  # the last is measured as the model reads: a pass of its own
+    specs = {policy: CompressionSpec(policy=policy, protect_last=8) for policy in policies}
 
     def stop(done, total):
         if done == 2:
@@ -284,9 +264,11 @@ def test_the_answer_is_what_a_pass_with_the_evicted_tokens_masked_would_say(load
         ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
     said = loaded.tokenizer.decode(ids[0, context + question :]).strip()
     assert len(said) >= 4
-    with prepared(loaded):
-        assert evaluation._says_key(loaded, replace(prompt, key=said), spec)
-        assert not evaluation._says_key(loaded, replace(prompt, key=said[:-1] + "#"), spec)
+    context = torch.from_numpy(prompt.context)[None]
+    with torch.inference_mode(), prepared(loaded):
+        right, wrong = evaluation._caches_after(loaded, context, [spec, spec])
+        assert evaluation._says_key(loaded, replace(prompt, key=said), right)
+        assert not evaluation._says_key(loaded, replace(prompt, key=said[:-1] + "#"), wrong)
 
 
 # ----------------------------------------------------------------------------------------------------------- passages
@@ -383,6 +365,7 @@ def test_the_passkey_preset_is_found_at_one_ratio_and_lost_at_a_smaller_one(load
     survives(lambda spec: spec.policy == "low_norm" and spec.keep_ratio >= 0.6)
     preset = find_presets(loaded, TEXTS, criteria=PASSKEYS).presets[2]
     assert preset.spec == CompressionSpec(keep_ratio=0.6, protect_last=32)
+    assert f"{preset.answer} is the pass key" in preset.text and not preset.chat
     assert "at the keep ratios 0.9, 0.8, 0.7, 0.6, and no longer at 0.5, 0.4, 0.3, 0.2, 0.1, 0.05" in preset.why
     assert "3 of 3 prompts tried" in preset.why and presets.PASSKEY_QUESTION in preset.text
     survives(lambda spec: spec.policy == "high_norm" and spec.keep_ratio >= 0.9)
@@ -402,29 +385,39 @@ def test_a_passkey_that_is_never_found_or_never_lost_is_no_preset(loaded, surviv
 
 def test_found_presets_are_read_back_as_they_were_and_offered_after_the_texts(tmp_path):
     spec = CompressionSpec(keep_ratio=0.3, protect_last=16, skip_layers=(0, 2), seed=3)
-    key = Preset("Key", presets.passkey(12345, before=1, after=2), "Lost – at 0.3.", spec)
-    found = FoundPresets("a model", (Preset("Calm", "A text.\n", "Hardly.", CALM_SPEC), key))
+    key = Preset("Key", presets.passkey(12345, before=1, after=2), "Lost – at 0.3.", spec, answer="12345")
+    asked = Preset("Asked", "Which town?", "By chat.", CALM_SPEC, answer="Paris", chat=True)
+    found = FoundPresets("a model", (Preset("Calm", "A text.\n", "Hardly.", CALM_SPEC), asked, key))
     path = presets.save_found(found, tmp_path / "presets.json")
     assert FoundPresets.from_json(path.read_text(encoding="utf-8")) == found
-    offered = presets.presets(path)
-    assert [p.name for p in offered] == [*presets.bundled_texts(), "Calm", "Key"] and offered[-1].spec == spec
+    offered = presets.presets("a model", path)
+    assert [p.name for p in offered] == [*presets.bundled_texts(), "Calm", "Asked", "Key"] and offered[-1].spec == spec
     presets.save_found(FoundPresets("a model", found.presets[:1], without_passkey=True), path)
-    without = presets.presets(path)
+    without = presets.presets("a model", path)
     assert FoundPresets.from_json(path.read_text(encoding="utf-8")).without_passkey
-    assert [p.name for p in without[2:]] == ["Calm", "Passkey hidden in filler (the paper's task)"]
-    assert presets.presets(tmp_path / "none.json")[0] == Preset(*next(iter(presets.bundled_texts().items())))
+    assert [p.name for p in without[2:]] == ["Calm"]
+
+
+def test_what_was_found_for_one_model_is_not_offered_for_another(tmp_path):
+    texts = list(presets.bundled_texts())
+    found = FoundPresets("a model", (Preset("Calm", "A text.", "Hardly.", CALM_SPEC),))
+    path = presets.save_found(found, tmp_path / "presets.json")
+    assert [p.name for p in presets.presets("another", path)] == texts
+    assert [p.name for p in presets.presets("Qwen/Qwen3-0.6B")] == texts
+    assert len(presets.presets("books-5m")) > len(texts)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"l2kv_presets": 2}', '{"l2kv_presets": 1, "presets": [3]}'])
 def test_a_damaged_file_of_presets_is_named(tmp_path, text):
     (tmp_path / "presets.json").write_text(text)
     with pytest.raises(RunFileError, match=r"The presets cannot be read .*python -m analysis demo"):
-        presets.presets(tmp_path / "presets.json")
+        presets.presets("books-5m", tmp_path / "presets.json")
 
 
 def test_the_presets_that_are_shipped_can_be_read():
-    names = [preset.name for preset in presets.presets()]
-    assert len(names) == len(set(names)) >= 3
+    for model in BUNDLED_MODELS:
+        names = [preset.name for preset in presets.presets(model)]
+        assert len(names) == len(set(names)) >= 3
 
 
 def test_the_demo_command_writes_presets_and_the_run_or_nothing(tmp_path, capsys, monkeypatch):
