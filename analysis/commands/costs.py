@@ -45,6 +45,7 @@ def _causal(arguments: argparse.Namespace) -> None:
             spec,
             prompt_tokens=arguments.prompt_tokens,
             new_tokens=arguments.new_tokens,
+            documents=[excerpt.document for excerpt in given],
             on_done=lambda done, total: count("passes", done, total),
         )
     write_text(check.to_json(), arguments.out)
@@ -86,7 +87,7 @@ def _front(arguments: argparse.Namespace) -> None:
     )
     for name, points in front.lines.items():
         for point in points:
-            at, change = f"{point.keep:4.2f}  {point.nbytes / 2**20:7.2f}", point.interval()
+            at, change = f"{point.keep:4.2f}  {point.nbytes / 2**20:7.2f}", front.interval(point)
             losses = f"{point.planned_loss:.3f}, {point.measured_loss:.3f}" if point.planned_loss >= 0 else ""
             print(f"{name:31}  {at}  {change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}]  {losses}")
     for words in front.left_out:

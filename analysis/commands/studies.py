@@ -68,8 +68,10 @@ def _print_study(study: Study, probe: str) -> None:
 
     losses, verdict = layer_losses(study, probe=probe), head_verdicts(study, probe=probe)
     columns = (
-        layer_means(study, probe=probe), layer_means(study, "gamma_without_sink", probe=probe), means(losses),
-    )  # fmt: skip
+        layer_means(study, probe=probe),
+        layer_means(study, "gamma_without_sink", probe=probe),
+        means(losses, documents=study.documents),
+    )
     print(f"{study.model}, {len(study.names)} texts of {study.n_tokens.min()} to {study.n_tokens.max()} tokens")
     print("means over heads and texts; 95 % intervals over texts; layers count from 0")
     print(f"{probe}: {PROBES[probe]}")
