@@ -9,6 +9,7 @@ from pathlib import Path
 
 from analysis.errors import RunFileError
 from analysis.models import BUNDLED
+from analysis.texts import read_text
 from l2kv.spec import CompressionSpec
 
 DEMO_RUN = BUNDLED / "demo.safetensors"
@@ -146,4 +147,4 @@ def _spec_fields(spec: CompressionSpec | None) -> dict[str, object] | None:
 
 
 def _read(name: str) -> str:
-    return (_TEXTS / name).read_text(encoding="utf-8").strip()
+    return read_text(_TEXTS / name).strip()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from analysis.commands.shared import counter, texts_of
+from analysis.commands.shared import counter, tell_notes, texts_of
 from analysis.commands.specs import add_excerpts, add_out, add_spec, loaded_model, spec_of, typed
 
 
@@ -38,6 +38,7 @@ def _causal(arguments: argparse.Namespace) -> None:
     spec = spec_of(arguments, n_layers=loaded.config.num_hidden_layers)
     tokens = arguments.prompt_tokens + arguments.new_tokens + SPARE
     given = excerpts(loaded.tokenizer, texts, n_tokens=tokens, at_most=arguments.excerpts)
+    tell_notes(loaded, (excerpt.text for excerpt in given))
     with typed():
         check = causal_check(
             loaded,
@@ -70,6 +71,7 @@ def _front(arguments: argparse.Namespace) -> None:
     else:
         planning, measuring = planning_and_measuring(loaded.tokenizer, texts, n_tokens=tokens, each=n)
         print(SPLIT)
+    tell_notes(loaded, (excerpt.text for excerpt in (*planning, *measuring)))
     with typed():
         front = measure_front(
             loaded,
