@@ -96,7 +96,7 @@ def readable(loaded: LoadedModel, text: str, *, last_queries: int = 0) -> tuple[
         TextError, OutOfMemoryError, ModelError: as `capture`.
     """
     tokens = tokenize(loaded.tokenizer, text)
-    warnings = check_length(loaded, tokens)
+    warnings = [*tokens.notes, *check_length(loaded, tokens)]
     if unknown := set(layer_kinds(loaded.config)) - {"full_attention", "sliding_attention"}:
         raise ModelError(f"{loaded.name} has layers that are not looked into yet: {', '.join(sorted(unknown))}.")
     heterogeneous = getattr(loaded.config, "is_heterogeneous", False)  # Gemma 4
