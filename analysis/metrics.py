@@ -24,7 +24,15 @@ PROBES = {
     "last queries": "each of the text's last queries by itself, over the tokens before it; then their mean",
     "all queries": "the attention that each key receives, the mean over the queries that can see it",
 }
-STATUSES = ("ok", "constant norms", "no attention", "too short", "sliding window", "no queries kept")
+STATUSES = (
+    "ok",
+    "constant norms",
+    "no attention",
+    "too short",
+    "sliding window",
+    "no queries kept",
+    "little attention",
+)
 OVERLAP_RATIO = 0.5
 
 
@@ -35,10 +43,18 @@ class Row:
     """
 
     def __init__(
-        self, attention: np.ndarray, norm: np.ndarray, levels: np.ndarray, ranks: np.ndarray, seen: np.ndarray
+        self,
+        attention: np.ndarray,
+        norm: np.ndarray,
+        levels: np.ndarray,
+        ranks: np.ndarray,
+        seen: np.ndarray,
+        mass: np.ndarray,
     ) -> None:
         """attention [L, H, n]; norm [L, Hkv, n]; levels, the same levelled; ranks [2, L, Hkv, n], the lowest and the
-        highest of each one's equals (see `ties`); seen [L], how many of the n tokens the probe can see."""
+        highest of each one's equals (see `ties`); seen [L], how many of the n tokens the probe can see; mass [L, H],
+        the attention to them and to the first tokens that were left out."""
+        self.mass = mass
         self.given, self.attention = attention, attention.astype(np.float64)
         self.norm, self.levels, self.ranks = norm, levels, ranks
         self.seen, self.n = seen, attention.shape[-1]
@@ -47,7 +63,8 @@ class Row:
     def without_first(self) -> Row:
         """The same for all tokens but the first, the usual sink."""
         seen = np.minimum(self.seen, self.n - 1)
-        return Row(self.given[..., 1:], self.norm[..., 1:], self.levels[..., 1:], _without(self.ranks, 0), seen)
+        levels, ranks = self.levels[..., 1:], _without(self.ranks, 0)
+        return Row(self.given[..., 1:], self.norm[..., 1:], levels, ranks, seen, self.mass)
 
     @cached_property
     def rank(self) -> np.ndarray:
@@ -76,7 +93,7 @@ class Row:
     @cached_property
     def status(self) -> np.ndarray:
         """[L, H] uint8, index into `STATUSES`: of metrics that compare orders."""
-        words = status_of(self.levels, self.given, hidden=self.seen < self.n)
+        words = status_of(self.levels, self.given, mass=self.mass, hidden=self.seen < self.n)
         return sum(i * (words == word) for i, word in enumerate(STATUSES)).astype(np.uint8)
 
     @cached_property
@@ -241,7 +258,8 @@ def _rows(capture: Capture, probe: str, leave_out: int) -> Iterator[Row]:
     def row(attention: np.ndarray, position: int, seen: np.ndarray | int) -> Row:
         before = slice(leave_out, position)
         seen = np.minimum(seen, position - leave_out)
-        return Row(attention[..., before], norm[..., before], levels[..., before], ranks, seen)
+        mass = attention[..., :position].sum(axis=-1, dtype=np.float64)
+        return Row(attention[..., before], norm[..., before], levels[..., before], ranks, seen, mass)
 
     if probe == "next token":
         yield row(capture.probe_attention, n, windows)

@@ -8,8 +8,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from analysis.commands.shared import add_device, add_model, counter, text_of, texts_of
-from analysis.commands.specs import add_out, add_pieces, add_spec, loaded_model, spec_of, typed
+from analysis.commands.shared import add_device, add_model, counter, tell_notes, text_of, texts_of
+from analysis.commands.specs import add_excerpts, add_out, add_spec, loaded_model, spec_of, typed
 from analysis.errors import RunFileError, UserError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def add(commands) -> None:
     skip.set_defaults(run=_skip)
 
     plan = commands.add_parser("plan", help="share out a budget over layers or heads, from measured loss curves")
-    add_pieces(plan)
+    add_excerpts(plan)
     plan.add_argument("--keep", type=float, default=0.5, help="the budget, a share of all pairs (0.5)")
     plan.add_argument("--by", default="head", help="head or layer (head)")
     plan.add_argument("--method", default="dp", help="dp, hull, uniform, skip, global or adakv (dp)")
@@ -57,6 +57,7 @@ def add(commands) -> None:
     add_model(generate)
     add_spec(generate)
     generate.add_argument("--new-tokens", type=int, default=64, help="at most (64)")
+    generate.add_argument("--chat", action="store_true", help="ask it as a question, through the model's chat template")
     add_device(generate)
     generate.set_defaults(run=_generate)
 
@@ -104,16 +105,17 @@ def _plan(arguments: argparse.Namespace) -> None:
     loaded, count = loaded_model(arguments), counter()
     from analysis.capturing import capture
     from analysis.evaluation import prompt_of
+    from analysis.excerpts import SPARE, excerpts
     from analysis.memory import human_bytes
     from analysis.plans.causal import weighed_by_cost
     from analysis.plans.curves import loss_curves, slim
     from analysis.plans.planning import plan
-    from analysis.study import SPARE, pieces
 
     runs, prompt = [], arguments.prompt_tokens
     tokens = prompt + (arguments.new_tokens + SPARE) * arguments.weighed
-    given = pieces(loaded.tokenizer, texts, n_tokens=tokens, at_most=arguments.pieces)
-    for i, (_, text) in enumerate(given):
+    given = excerpts(loaded.tokenizer, texts, n_tokens=tokens, at_most=arguments.excerpts)
+    tell_notes(loaded, (excerpt.text for excerpt in given))
+    for i, (_, text, _) in enumerate(given):
         text = prompt_of(loaded, text, prompt) if arguments.weighed else text
         runs.append(slim(capture(loaded, text, last_queries=0)))
         count("texts", i + 1, len(given))
@@ -123,7 +125,7 @@ def _plan(arguments: argparse.Namespace) -> None:
             curves = weighed_by_cost(
                 curves,
                 loaded,
-                [text for _, text in given],
+                [excerpt.text for excerpt in given],
                 prompt_tokens=prompt,
                 new_tokens=arguments.new_tokens,
                 on_done=lambda done, total: count("passes", done, total),
@@ -225,12 +227,14 @@ def _generate(arguments: argparse.Namespace) -> None:
     from analysis.evaluation import nll_changes
     from analysis.generation import stream
     from analysis.memory import human_bytes
+    from analysis.tasks import chat_text
     from analysis.tokens import tokenize
 
     spec, n = spec_of(arguments, n_layers=loaded.config.num_hidden_layers), arguments.new_tokens
+    tell_notes(loaded, [text])
     if n < 1:
         raise UserError(f"--new-tokens must be 1 or more, got {n}")
-    with typed(), closing(stream(loaded, text, [None, spec], max_new_tokens=n)) as steps:
+    with typed(), closing(stream(loaded, text, [None, spec], max_new_tokens=n, chat=arguments.chat)) as steps:
         for i, columns in enumerate(steps):
             count("tokens", i + 1, n)
             full, compressed = columns
@@ -245,8 +249,9 @@ def _generate(arguments: argparse.Namespace) -> None:
         else f"the first difference is at new token {len(pairs) if first is None else first}"
     )
     print(f"{where}; {same} of {longest} tokens agree")
-    prompt = len(tokenize(loaded.tokenizer, text))
-    whole = text + full.text
+    read = chat_text(loaded.tokenizer, text) if arguments.chat else text
+    prompt = len(tokenize(loaded.tokenizer, read))
+    whole = read + full.text
     if (new := len(tokenize(loaded.tokenizer, whole)) - prompt) > 0:
         (change,) = nll_changes(loaded, [whole], {"": spec}, prompt_tokens=prompt, new_tokens=new)
         print(f"the full cache's text over the compressed cache: {change.mean:+.4f} nats a token")

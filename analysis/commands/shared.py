@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from analysis.errors import TextError, UserError
+from analysis.texts import decoded, read_text
+
+if TYPE_CHECKING:
+    from analysis.models import LoadedModel
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """--model."""
-    parser.add_argument("-m", "--model", default="books-5m", help="a bundled name, a folder or a hub id (books-5m)")
+    parser.add_argument(
+        "-m", "--model", default="smollm2", help="a name (see `models`), a folder, a GGUF file or a hub id (smollm2)"
+    )
 
 
 def add_texts(parser: argparse.ArgumentParser) -> None:
@@ -63,10 +70,15 @@ def no_progress_bars() -> None:
 
 def text_of(source: str) -> str:
     """The text of a file, or of standard input for "-". Raises TextError."""
-    try:
-        return sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TextError(f"{source} cannot be read as UTF-8 text: {error}") from error
+    return decoded(sys.stdin.buffer.read(), "Standard input") if source == "-" else read_text(source)
+
+
+def tell_notes(loaded: LoadedModel, texts: Iterable[str]) -> None:
+    """Print what a user should know of the special tokens of texts, beside the results."""
+    from analysis.tokens import notes_of
+
+    for note in notes_of(loaded.tokenizer, texts):
+        print(f"note: {note}", file=sys.stderr)
 
 
 def texts_of(sources: Sequence[Path]) -> Mapping[str, str]:
@@ -90,5 +102,17 @@ def counter() -> Callable[[str, int, int], None]:
 
     def show(stage: str, done: int, total: int) -> None:
         print(f"\r{stage} {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+    return show
+
+
+def fetching() -> Callable[[str, int, int], None]:
+    """What shows on one line how far a fetch is, in percent; nothing where nobody looks."""
+    if not sys.stderr.isatty():
+        return lambda what, done, total: None
+
+    def show(what: str, done: int, total: int) -> None:
+        line = f"{what}: {done / max(total, 1):4.0%} of {total / 1e6:,.0f} MB\033[K\r"  # the next line replaces it
+        print(line, end="", file=sys.stderr, flush=True)
 
     return show

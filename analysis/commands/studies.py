@@ -15,6 +15,7 @@ from analysis.commands.shared import (
     metric_of,
     no_progress_bars,
     probe_of,
+    tell_notes,
     texts_of,
 )
 
@@ -29,8 +30,8 @@ def add(commands) -> None:
     study.add_argument("texts", nargs="+", type=Path, help="text files, or folders of .txt files")
     study.add_argument("-o", "--out", type=Path, required=True, help="the table to write, or to go on with")
     add_model(study)
-    study.add_argument("--tokens", type=int, default=512, help="tokens of each piece of text (512, if the model can)")
-    study.add_argument("--pieces", type=int, default=16, help="pieces, taken from the files by turns (16)")
+    study.add_argument("--tokens", type=int, default=512, help="tokens of each excerpt (512, if the model can)")
+    study.add_argument("--excerpts", type=int, default=16, help="excerpts, spread over the texts (16)")
     add_probe(study)
     study.add_argument("--metric", help="print this one of each layer too: overlap, entropy-normalised, spearman, ...")
     add_device(study)
@@ -41,14 +42,16 @@ def _study(arguments: argparse.Namespace) -> None:
     texts, probe = texts_of(arguments.texts), probe_of(arguments.probe)
     metric = metric_of(arguments.metric) if arguments.metric else None
     no_progress_bars()
+    from analysis.excerpts import excerpts
     from analysis.models import load_model
-    from analysis.study import pieces, study
+    from analysis.study import study
 
     loaded = load_model(arguments.model, device=arguments.device)
     most = loaded.positions - 1  # one for the next token
     if arguments.tokens > most:
-        print(f"{loaded.name} was trained on {most + 1} positions: pieces are of {most} tokens", file=sys.stderr)
-    given = pieces(loaded.tokenizer, texts, n_tokens=min(arguments.tokens, most), at_most=arguments.pieces)
+        print(f"{loaded.name} was trained on {most + 1} positions: excerpts are of {most} tokens", file=sys.stderr)
+    given = excerpts(loaded.tokenizer, texts, n_tokens=min(arguments.tokens, most), at_most=arguments.excerpts)
+    tell_notes(loaded, (excerpt.text for excerpt in given))
     count = counter()
     try:
         done = study(loaded, given, arguments.out, on_text=lambda now: count("texts", len(now.names), now.texts))
@@ -67,8 +70,10 @@ def _print_study(study: Study, probe: str) -> None:
 
     losses, verdict = layer_losses(study, probe=probe), head_verdicts(study, probe=probe)
     columns = (
-        layer_means(study, probe=probe), layer_means(study, "gamma_without_sink", probe=probe), means(losses),
-    )  # fmt: skip
+        layer_means(study, probe=probe),
+        layer_means(study, "gamma_without_sink", probe=probe),
+        means(losses, documents=study.documents),
+    )
     print(f"{study.model}, {len(study.names)} texts of {study.n_tokens.min()} to {study.n_tokens.max()} tokens")
     print("means over heads and texts; 95 % intervals over texts; layers count from 0")
     print(f"{probe}: {PROBES[probe]}")

@@ -1,4 +1,4 @@
-"""Sections of a report beyond one run: many texts, the measured front, the causal check, training, two compared."""
+"""Sections of a report beyond one run: many texts, the measured front, the causal check, two compared."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from analysis import across
-from analysis.comparing import RunComparison, StudyComparison, Training
+from analysis.comparing import RunComparison, StudyComparison
 from analysis.measures import VERDICTS, verdict_counts
 from analysis.plans.causal import CausalCheck
 from analysis.plans.front import Front, FrontPoint
@@ -22,7 +22,7 @@ _MIB = 2**20
 def of_study(study: Study, name: str) -> Section:
     """What the heads do over many texts, with intervals."""
     gamma, verdict = across.head_means(study), across.head_verdicts(study)
-    loss = across.means(across.layer_losses(study))
+    loss = across.means(across.layer_losses(study), documents=study.documents)
     stability = across.stability(across.layer_losses(study))
     layer, head = np.indices(gamma.mean.shape).reshape(2, -1)
     n = len(study.names)
@@ -83,7 +83,7 @@ def of_front(front: Front) -> Section:
     """What each way to share out the cache's bytes costs in prediction."""
     n = len(front.measured_on)
     points = [point for line in front.lines.values() for point in line]
-    intervals = [point.interval() for point in points]
+    intervals = [front.interval(point) for point in points]
     too_small = "; ".join(each.split(":")[0] for each in front.left_out)
     left_out = (f"Left out, since the budget is too small for them: {too_small}.",) if too_small else ()
     drawing = Drawing(
@@ -106,12 +106,12 @@ def of_front(front: Front) -> Section:
 
 def front_lines(front: Front) -> dict[str, figures.Line]:
     """What the figure of a front draws, for each way."""
-    return {name: _line(name, points) for name, points in front.lines.items()}
+    return {name: _line(front, name, points) for name, points in front.lines.items()}
 
 
 def of_causal(check: CausalCheck) -> Section:
     """Each layer compressed alone, beside its ALR."""
-    change, loss = across.means(check.nll_change.T), across.means(check.loss.T)
+    change, loss = (across.means(of.T, documents=check.documents) for of in (check.nll_change, check.loss))
     drawing = Drawing(
         figures.layer_costs(check.layers, loss.mean, (loss.low, loss.high), change.mean, (change.low, change.high)),
         alt="What compressing one layer alone costs against its ALR, a point for each layer",
@@ -134,38 +134,13 @@ def of_causal(check: CausalCheck) -> Section:
 
 def causal_table(check: CausalCheck) -> dict[str, Sequence]:
     """The numbers of a check, a row for each layer; the paper's ALR where the file keeps it."""
-    change = across.means(check.nll_change.T)
+    change = across.means(check.nll_change.T, documents=check.documents)
     paper = {} if check.paper is None else {"the paper's ALR": across.means(check.paper.T).mean}
     return (
         {"layer": check.layers, "ALR / chance": across.means(check.loss.T).mean}
         | paper
         | {"NLL change, nats a token": change.mean, "from": change.low, "to": change.high}
     )
-
-
-def of_training(training: Training) -> Section:
-    """How the effect came to be, or did not, as the model was trained."""
-    steps = training.steps
-    drawings = tuple(
-        Drawing(
-            figures.over_steps(steps, values.reshape(len(steps), -1), title=title, signed=signed),
-            alt=f"{title} of the heads over training steps",
-            title=title,
-            caption=caption,
-            table={
-                "step": steps,
-                "tokens": training.tokens,
-                "bits per byte": training.bits_per_byte,
-                "median": [np.median(row[np.isfinite(row)]) if np.isfinite(row).any() else np.nan for row in values],
-            },
-        )
-        for title, values, signed, caption in (
-            ("Γ", training.gamma, True, "Below 0, low norms get the attention, as the paper says."),
-            ("Γ without the first token", training.gamma_without_first, True, "The same, the usual sink left out."),
-            ("Sink share", training.sink_share, False, "The share of the attention that the first token gets."),
-        )
-    )
-    return Section("As it was trained", (str(training),), drawings, columns=2)
 
 
 def of_two_runs(comparison: RunComparison) -> Section:
@@ -254,8 +229,8 @@ def verdict_table(counts: Mapping[str, Mapping[str, int]], meanings: Mapping[str
     return {"verdict": list(meanings)} | of_runs | {"meaning": list(meanings.values())}
 
 
-def _line(name: str, points: Sequence[FrontPoint]) -> figures.Line:
-    intervals = [point.interval() for point in points]
+def _line(front: Front, name: str, points: Sequence[FrontPoint]) -> figures.Line:
+    intervals = [front.interval(point) for point in points]
     return figures.Line(
         mib=np.array([point.nbytes / _MIB for point in points]),
         change=np.array([interval.value for interval in intervals]),

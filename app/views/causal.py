@@ -10,7 +10,7 @@ import streamlit as st
 from analysis.across import means
 from analysis.files import read_text
 from analysis.plans.causal import POLICIES, CausalCheck, causal_check
-from analysis.presets import DEMO_CAUSAL
+from analysis.presets import bundled_results
 from analysis.run import Capture
 from app import figures, markup, state, work
 from app.charts import show
@@ -22,16 +22,17 @@ if TYPE_CHECKING:
     from analysis.models import LoadedModel
 
 
-@lru_cache(maxsize=1)
-def _demo() -> CausalCheck | None:
-    return CausalCheck.from_json(read_text(DEMO_CAUSAL)) if DEMO_CAUSAL.exists() else None
+@lru_cache(maxsize=4)
+def _bundled(model: str) -> CausalCheck | None:
+    file = bundled_results(model).causal
+    return CausalCheck.from_json(read_text(file)) if file else None
 
 
 def section(engine: Engine, run: Capture) -> None:
     """Draw the check of the model on screen, and the ways to have one measured or to open one."""
     st.subheader("Measured: each layer compressed alone")
     opened = st.session_state.get("causal")
-    check = opened or _demo()
+    check = opened or _bundled(run.model)
     if check is not None and check.model == run.model:
         _draw(check)
     else:
@@ -50,7 +51,7 @@ def section(engine: Engine, run: Capture) -> None:
 
 
 def _draw(check: CausalCheck) -> None:
-    change, loss = means(check.nll_change.T), means(check.loss.T)
+    change, loss = (means(of.T, documents=check.documents) for of in (check.nll_change, check.loss))
     n = check.loss.shape[1]
     st.markdown(f"**{markup.plain(str(check))}**")
     show(
@@ -77,12 +78,14 @@ def _measure(engine: Engine) -> None:
         missing = "ALR says nothing of random eviction: choose low or high norm above."
 
     def measure(loaded: LoadedModel, progress: work.Progress) -> CausalCheck:
+        given = continued.excerpts(loaded, texts)
         return causal_check(
             loaded,
-            [text for _, text in continued.pieces(loaded, texts)],
+            [excerpt.text for excerpt in given],
             spec,
             prompt_tokens=continued.prompt_tokens,
             new_tokens=continued.new_tokens,
+            documents=[excerpt.document for excerpt in given],
             on_done=lambda done, total: progress(done, total, f"{done} of {total} runs"),
         )
 

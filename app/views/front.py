@@ -10,11 +10,12 @@ import numpy as np
 import streamlit as st
 
 from analysis.across import Interval
+from analysis.excerpts import SPLIT
 from analysis.files import read_text
-from analysis.plans.front import KEEPS, SPLIT, Front, measure_front, passes
+from analysis.plans.front import KEEPS, Front, measure_front, passes
 from analysis.plans.skip import Plan
 from analysis.plans.ways import WAYS
-from analysis.presets import DEMO_FRONT
+from analysis.presets import bundled_results
 from analysis.run import Capture
 from app import figures, markup, state, work
 from app.charts import show
@@ -38,14 +39,15 @@ _FIRST_WAYS = (
 )
 
 
-@lru_cache(maxsize=1)
-def _demo() -> Front | None:
-    return Front.from_json(read_text(DEMO_FRONT)) if DEMO_FRONT.exists() else None
+@lru_cache(maxsize=4)
+def _bundled(model: str) -> Front | None:
+    file = bundled_results(model).front
+    return Front.from_json(read_text(file)) if file else None
 
 
 def _current(run: Capture) -> Front | None:
     """The session's front, or the bundled one if it is of the model on screen."""
-    front = st.session_state.get("front") or _demo()
+    front = st.session_state.get("front") or _bundled(run.model)
     return front if front and front.model == run.model else None
 
 
@@ -92,7 +94,7 @@ def _draw(front: Front) -> None:
         help="\n".join(f"- **{markup.plain(name)}**: {WAYS[name].about}" for name in front.lines if name in WAYS),
     )  # fmt: skip
     points = [point for name in shown for point in front.lines[name]]
-    intervals = [point.interval() for point in points]
+    intervals = [front.interval(point) for point in points]
     show(
         figures.front(
             front_lines(front),
@@ -165,7 +167,7 @@ def _pick(front: Front, generate_page: StreamlitPage) -> None:
             note = f"{name}, keep {keep:g}, of the measured front"
             state.use_plan(Plan(front.model, by_keep[keep].spec, note=note))
             st.switch_page(generate_page)
-    st.caption(f"{state.in_words(by_keep[keep].spec)}: NLL {_nats(by_keep[keep].interval().value)} nats a token.")
+    st.caption(f"{state.in_words(by_keep[keep].spec)}: NLL {_nats(front.interval(by_keep[keep]).value)} nats a token.")
 
 
 def _measure(engine: Engine, run: Capture) -> None:
