@@ -76,10 +76,10 @@ class CompressedCache(Giving, Cache):
         cache = cls(config, spec)
         for i, (layer, source) in enumerate(zip(cache.layers, full.layers, strict=True)):
             if isinstance(layer, CompressedLayer):
-                _fill(layer, source, attention_mask)
+                _fill(_with_states_of(source, layer), source, attention_mask)
                 layer.evict_now()
             else:
-                cache.layers[i] = copy.copy(source)  # it replaces its tensors, and never writes into them
+                cache.layers[i] = _left(source)
         return cache
 
     @classmethod
@@ -228,7 +228,7 @@ def _compressed_once(
     spec: CompressionSpec, layer_idx: int, source: CacheLayerMixin, attention_mask: Tensor | None
 ) -> CacheLayerMixin:
     if type(source) in LEFT:
-        return _with_states_of(source, copy.copy(source))  # it replaces its keys, and never writes into them
+        return _left(source)
     if type(source) not in (*_EVICTING, *_EVICTING.values()) or not source.is_initialized:  # subclasses hold more
         raise TypeError(f"layer {layer_idx} of the cache holds no keys that can be read ({type(source).__name__})")
     kind = _EVICTING.get(type(source), type(source))
@@ -258,6 +258,11 @@ def _fill(layer: CompressedLayer, source: CacheLayerMixin, attention_mask: Tenso
     if isinstance(source, CompressedLayer):
         check_padding(source.first_real, begins, layer.seen)
     layer.first_real = begins
+
+
+def _left(source: CacheLayerMixin) -> CacheLayerMixin:
+    """A copy of a layer that is left to transformers: it replaces its keys, and never writes into them."""
+    return _with_states_of(source, copy.copy(source))
 
 
 def _with_states_of(source: CacheLayerMixin, layer: CacheLayerMixin) -> CacheLayerMixin:
