@@ -41,7 +41,7 @@ def q_filters(model: PreTrainedModel, input_ids: Tensor, *, attention_mask: Tens
     def look(at: Look) -> None:
         queries = at.query.transpose(0, 1).flatten(1, 2)[:, of_text].float()  # [H, tokens, D]
         directions = torch.linalg.svd(queries, full_matrices=False).Vh[:, 0]  # [H, D]
-        sign = torch.einsum("htd,hd->h", queries, directions).sign()
+        sign = (queries.mean(dim=1) * directions).sum(dim=-1).sign()
         grouped = (directions * sign[:, None]).unflatten(0, (at.key.shape[1], -1))
         filters[at.layer_idx] = grouped.mean(dim=1).cpu()
 
