@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from analysis.configs import read_config, reading, short
+from analysis.configs import read_config, read_json, reading, short
 from analysis.errors import ModelError
 from analysis.memory import CacheShape
 from analysis.models import BUNDLED, BUNDLED_MODELS
+from analysis.packaged import PACKAGED, folder_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -68,11 +69,26 @@ def weights_bytes(ref: str | Path) -> int | None:
     return _weighed(_config_file(ref)[0]) or None
 
 
+def checkpoint_dtype(ref: str | Path) -> str | None:
+    """The dtype of a checkpoint's weights, such as "bfloat16", as its config names it; None where it does not.
+
+    Waits for no torch. Raises ModelError, as `model_size`.
+    """
+    path, name = _config_file(ref)
+    config = read_json(path, name)
+    for part in (config, config.get("text_config")):  # of models that have parts, the language one may name it
+        if isinstance(part, dict) and isinstance(dtype := part.get("dtype", part.get("torch_dtype")), str):
+            return dtype.removeprefix("torch.")
+    return None
+
+
 def _config_file(ref: str | Path) -> tuple[Path, str]:
     """Where a model's config is, and what to call the model."""
     text = str(ref).strip()
     if text in BUNDLED_MODELS:
         return BUNDLED / text / "config.json", text
+    if packaged := PACKAGED.get(text):
+        return folder_of(packaged) / "config.json", text
     try:
         path = Path(text).expanduser().resolve()
         if text and path.is_dir():

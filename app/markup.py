@@ -38,6 +38,11 @@ _STYLE = f"""<style>
 </style>"""
 
 
+def counted(n: int, noun: str) -> str:
+    """1 -> "1 token", 2 -> "2 tokens"."""
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
 def visible(text: str) -> str:
     """Text with its spaces, line ends and control characters made visible. Not HTML: escape it where it goes."""
     return "".join(_visible_character(c) for c in text)
