@@ -33,7 +33,8 @@ LEAST_MASS = 0.01  # of a row's attention: in whatever order less than that is e
 
 @dataclass(frozen=True, slots=True)
 class AttentionLoss:
-    """What one head loses when m = 0..n tokens are dropped, as shares of the probe's attention. Each [n + 1]."""
+    """What one head loses when m = 0..n tokens are dropped, as shares of the probe's attention. Each [n + 1], or
+    [n + 1 - w] where the last w are protected and cannot be dropped."""
 
     low_norm: np.ndarray  # low norms kept: the highest dropped first
     high_norm: np.ndarray  # the mirror
@@ -41,10 +42,18 @@ class AttentionLoss:
     chance: np.ndarray  # expected of a random order
 
 
-def attention_loss(capture: Capture, layer: int, head: int, *, leave_out: int = 0) -> AttentionLoss:
-    """The loss curves of a head, for the probe query. `leave_out` drops the first tokens (the sink) from all of it."""
-    attention = capture.probe_attention[layer, head, leave_out:].astype(np.float64)
-    norm = capture.key_norm[layer, capture.kv_head(head), leave_out:]
+def attention_loss(
+    capture: Capture, layer: int, head: int, *, leave_out: int = 0, protect_last: int = 0
+) -> AttentionLoss:
+    """The loss curves of a head, for the probe query.
+
+    Args:
+        leave_out: the first tokens (the sink) are left out of all of it.
+        protect_last: the latest tokens cannot be dropped; 0 in the paper.
+    """
+    free = slice(leave_out, max(capture.n_tokens - protect_last, leave_out))
+    attention = capture.probe_attention[layer, head, free].astype(np.float64)
+    norm = capture.key_norm[layer, capture.kv_head(head), free]
     order = np.argsort(norm, kind="stable")
     n = len(attention)
     return AttentionLoss(

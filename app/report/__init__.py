@@ -174,10 +174,10 @@ def _extremes(run: Capture, numbers: HeadFigures, after: str) -> Section:
         loss = attention_loss(run, layer, head)
         dropped = np.linspace(0, 1, len(loss.ideal))
         curves = {
-            "low norm kept": loss.low_norm,
-            "high norm kept": loss.high_norm,
-            "ideal": loss.ideal,
-            "chance": loss.chance,
+            "keep low norm": loss.low_norm,
+            "keep high norm": loss.high_norm,
+            "ideal order": loss.ideal,
+            "random order": loss.chance,
         }
         drawings.append(
             Drawing(
@@ -185,8 +185,9 @@ def _extremes(run: Capture, numbers: HeadFigures, after: str) -> Section:
                 alt=f"Attention lost by share of tokens evicted, layer {layer}, head {head}",
                 title=f"{which}: layer {layer}, head {head}, Γ {signed(numbers.gamma[layer, head])}, "
                 f"ALR {numbers.alr[layer, head]:.1f}",
-                caption="The area between low norm kept and ideal is the ALR. Above chance is worse than dice.",
-                table={"evicted": dropped, **curves},
+                caption="The area between keep low norm and ideal order is the ALR. Above random order is worse than "
+                "chance.",
+                table={"evicted": dropped} | {f"lost, {name}": lost for name, lost in curves.items()},
             )
         )
     words = (
