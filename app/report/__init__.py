@@ -238,9 +238,11 @@ def _savings(run: Capture, advice: _Advice, after: str) -> Section:
         f"{PROTECTED} tokens protected; skipped: {_listed(spec.skip_layers)}. The model need not work at all of these "
         "lengths."
     ]
-    code = [("With this library", library_code(spec))]
+    code = [("With this library", library_code(spec, run.model))]
     if spec.policy == "low_norm":
-        code.append(("The nearest that NVIDIA's kvpress can do", kvpress_code(spec, shape)))
+        code.append(
+            ("The nearest that NVIDIA's kvpress can do", kvpress_code(spec, shape, run.model, n_layers=run.n_layers))
+        )
     else:
         words.append("NVIDIA's kvpress has no press that keeps high norms: its KnormPress does the opposite.")
     return Section(heading, tuple(words), table=table, code=tuple(code))

@@ -236,4 +236,4 @@ def _export(run: Capture, spec: CompressionSpec, generate_page: StreamlitPage) -
         if st.button("Try it in Generate", icon=":material/compare:", type="primary"):
             state.use_plan(None)  # Generate would begin with it, and not with this list
             st.switch_page(generate_page)
-    export.as_code(plan, run.cache_shape)
+    export.as_code(plan, run)
