@@ -102,6 +102,14 @@ def is_fetched(model: PackagedModel) -> bool:
         return False
 
 
+def stored_before(folder: Path) -> str:
+    """How the weights of a fetched model were stored in its package, such as "Q4_1"; empty for any other folder."""
+    try:
+        return str(json.loads((folder / MADE).read_text(encoding="utf-8"))["stored"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
 def fetch(model: PackagedModel, on_fetch: OnFetch | None = None) -> Path:
     """The folder of the model, fetched first if it is not there: some 20 seconds and 93 MB for SmolLM2.
 

@@ -50,14 +50,12 @@ class FoundPresets:
 
     model: str  # its name
     presets: tuple[Preset, ...]
-    without_passkey: bool = False  # no passkey was searched for, as was asked: the model is said not to find any
 
     def to_json(self) -> str:
         """The file's text."""
         content = {
             "l2kv_presets": FOUND_VERSION,
             "model": self.model,
-            "without_passkey": self.without_passkey,
             "presets": [
                 {
                     "name": preset.name,
@@ -90,7 +88,7 @@ class FoundPresets:
                 )
                 for item in content["presets"]
             ]
-            return cls(content["model"], tuple(found), content["without_passkey"])
+            return cls(content["model"], tuple(found))
         except (ValueError, TypeError, KeyError) as error:
             raise RunFileError(
                 f"The presets cannot be read ({error}). Make them again: python -m analysis demo"

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
-from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,22 +19,17 @@ import numpy as np
 from safetensors import SafetensorError
 
 from analysis.errors import RunFileError, TextError
+from analysis.excerpts import Excerpt
 from analysis.files import reading_whole, write_whole
 from analysis.metrics import METRICS, PROBES, STATUSES, metrics
-from analysis.tokens import MIN_TOKENS, check_text, tokenize
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from analysis.capturing import OnLayer
     from analysis.models import LoadedModel
 
-VERSION = 2
+VERSION = 3
 MOST_TEXTS = 10_000  # of a study: intervals over more take more memory than a study of them does
 _EACH, _PAUSE = 8, 5.0  # so many texts are each written at once; those after them at most every few seconds
-_NOT_SPACE = re.compile(r"\S")
-SPARE = 8  # tokens to ask of a piece beyond those used: on its own it may make a few less than it did in the text
-_CHARACTERS = 12  # a token, more than prose ever takes; where it is not enough, the piece is doubled
 
 OnText = Callable[["Study"], None]
 """Called after each text with the study so far: `len(study.names)` of `study.texts` are done. What it raises cancels
@@ -57,6 +50,7 @@ class Study:
     n_tokens: np.ndarray  # [N] int64
     values: np.ndarray  # [N, P, M, L, H] float64, P `PROBES` and M `METRICS`; NaN where the status is not "ok"
     status: np.ndarray  # [N, P, M, L, H] uint8, index into `STATUSES`
+    documents: tuple[str, ...] = ()  # N, names of what each text is an excerpt of; none in older files: not known
 
     def __post_init__(self) -> None:
         n = len(self.names)
@@ -68,8 +62,8 @@ class Study:
         expected = (n, len(PROBES), len(METRICS), len(self.layer_kinds))
         if not (self.values.shape == self.status.shape and self.values.ndim == 5 and self.values.shape[:4] == expected):
             raise ValueError(f"values and status must be of shape {(*expected, 'H')}, got {self.values.shape}")
-        if len(self.digests) != n or self.n_tokens.shape != (n,):
-            raise ValueError(f"digests or n_tokens do not fit {n} texts")
+        if len(self.digests) != n or len(self.documents) not in (0, n) or self.n_tokens.shape != (n,):
+            raise ValueError(f"digests, documents or n_tokens do not fit {n} texts")
         if (self.status >= len(STATUSES)).any() or (np.isfinite(self.values) != (self.status == 0)).any():
             raise ValueError("values must be numbers where the status is ok, and nowhere else")
 
@@ -89,7 +83,7 @@ class Study:
 
 def study(
     loaded: LoadedModel,
-    texts: Iterable[tuple[str, str]],
+    texts: Iterable[Excerpt | tuple[str, str]],
     path: str | Path | None = None,
     *,
     on_text: OnText | None = None,
@@ -98,7 +92,7 @@ def study(
     """Capture each text and keep what `analysis.metrics` says of it.
 
     Args:
-        texts: (name, text) of each. The texts stay in memory, their captures do not.
+        texts: (name, text) of each, or `excerpts`. The texts stay in memory, their captures do not.
         path: where to keep the table. If it is there, it is gone on with: what it holds must be the first of `texts`,
             in the same model. Whatever ends the study, the texts done are in it; a process that is killed loses those
             of its last few seconds.
@@ -112,7 +106,7 @@ def study(
     """
     from analysis.capturing import capture  # waits for torch, which reading a study need not
 
-    texts = tuple(texts)
+    texts = tuple(Excerpt(*text) for text in texts)
     if not texts:
         raise TextError("There are no texts to study.")
     if len(texts) > MOST_TEXTS:
@@ -121,7 +115,7 @@ def study(
     done = written = _resumed(path, loaded.name, weights, texts)
     due = 0.0
     try:
-        for name, text in texts[len(done.names) if done else 0 :]:
+        for name, text, document in texts[len(done.names) if done else 0 :]:
             try:
                 run = capture(loaded, text, on_layer=on_layer)
             except TextError as error:
@@ -137,6 +131,7 @@ def study(
                 n_tokens=_joined(done and done.n_tokens, np.array(run.n_tokens)),
                 values=_joined(done and done.values, np.stack([f.values for f in figures])),
                 status=_joined(done and done.status, np.stack([f.status for f in figures])),
+                documents=(*(done.documents if done else ()), document or name),
             )
             del run  # before the next is made: two do not fit where one does
             # The file is the whole table: written at every text, its bytes would grow with the square of the texts.
@@ -150,58 +145,6 @@ def study(
             save_study(done, path)
     assert done is not None  # there is a text
     return done
-
-
-def chunks(tokenizer: PreTrainedTokenizerBase, name: str, text: str, *, n_tokens: int) -> Iterator[tuple[str, str]]:
-    """Consecutive pieces of `n_tokens` tokens of a text, special ones included, as ("name 0", piece), ...
-
-    A piece that, on its own, makes more tokens than it did within the text is cut shorter by those. The rest of the
-    text, too short for a piece, is left out.
-
-    Raises:
-        TextError: empty, no valid Unicode, or the tokenizer does not tell which characters a token covers.
-    """
-    try:
-        check_text(text)
-    except TextError as error:
-        raise TextError(f"{name}: {error}") from error
-    if not tokenizer.is_fast:
-        raise TextError("This tokenizer does not tell which characters a token covers; give one file for each text.")
-    if n_tokens < MIN_TOKENS:
-        raise TextError(f"Pieces of {n_tokens} tokens are too short; at least {MIN_TOKENS} are needed to rank them.")
-    start, size, number = 0, _CHARACTERS * n_tokens, 0
-    while word := _NOT_SPACE.search(text, start):
-        start = word.start()
-        piece = text[start : start + size]
-        tokens = tokenize(tokenizer, piece)
-        if len(tokens) <= n_tokens and start + size < len(text):
-            size *= 2
-            continue
-        if len(tokens) < n_tokens:
-            return
-        ends, cut = np.maximum.accumulate(tokens.spans[:, 1]), n_tokens  # special tokens have no characters
-        while len(tokenize(tokenizer, piece[: ends[cut - 1]])) > n_tokens:
-            cut -= 1
-        end = int(ends[cut - 1])
-        yield f"{name} {number}", piece[:end]
-        start, number = start + end, number + 1
-
-
-def pieces(
-    tokenizer: PreTrainedTokenizerBase, texts: Mapping[str, str], *, n_tokens: int, at_most: int
-) -> tuple[tuple[str, str], ...]:
-    """The first `chunks` of several texts, by turns: pieces of many texts say more than as many of one.
-
-    Raises:
-        TextError: none of the texts has as many tokens, none is asked for, or as `chunks`.
-    """
-    if at_most < 1:
-        raise TextError(f"At least one text is needed, got {at_most}.")
-    turns = zip_longest(*(chunks(tokenizer, name, text, n_tokens=n_tokens) for name, text in texts.items()))
-    found = tuple(islice((piece for turn in turns for piece in turn if piece is not None), at_most))
-    if not found:
-        raise TextError(f"None of the texts has {n_tokens} tokens. Give longer ones, or ask for fewer tokens.")
-    return found
 
 
 def save_study(study: Study, path: str | Path) -> Path:
@@ -221,11 +164,13 @@ def load_study(path: str | Path) -> Study:
     path = Path(path)
     with reading_whole(path, "study") as (file, version, header):
         known = (header.pop("probes", 0), header.pop("metrics", 0)) == (list(PROBES), list(METRICS))
-        if version != str(VERSION) or not known:
+        if version not in ("2", str(VERSION)) or not known:
             raise RunFileError(
-                f"{path.name} is a study of version {version[:20]} or of other metrics; this program reads version "
-                f"{VERSION} with its own. Use the one that wrote it, or study them again."
+                f"{path.name} is a study of version {version[:20]} or of other metrics; this program reads versions 2 "
+                f"and {VERSION} with its own. Use the one that wrote it, or study them again."
             )
+        if version == "2":
+            header["documents"] = []
         _check_header(header, set(file.keys()))
         arrays = {name: file.get_tensor(name) for name in _ARRAYS}
         for name, dtype in {"n_tokens": np.int64, "values": np.float64, "status": np.uint8}.items():
@@ -248,7 +193,7 @@ def _place(metric: str, probe: str) -> tuple[int, int]:
 def _check_header(header: dict[str, object], arrays: set[str]) -> None:
     if set(header) != set(_HEADER) or arrays != set(_ARRAYS):
         raise ValueError("it holds other parts than a study")
-    lists = {name: header[name] for name in ("layer_kinds", "names", "digests")}
+    lists = {name: header[name] for name in ("layer_kinds", "names", "digests", "documents")}
     for name, value in {"model": [header["model"]], "weights": [header["weights"]], **lists}.items():
         if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
             raise ValueError(f"{name} should be text")
@@ -259,7 +204,7 @@ def _check_header(header: dict[str, object], arrays: set[str]) -> None:
         raise ValueError(f"texts should be a whole number, got {header['texts']!r}")
 
 
-def _resumed(path: str | Path | None, model: str, weights: str, texts: tuple[tuple[str, str], ...]) -> Study | None:
+def _resumed(path: str | Path | None, model: str, weights: str, texts: tuple[Excerpt, ...]) -> Study | None:
     """The study that the file holds, if there is one and it is a beginning of the one asked for."""
     if path is None or not Path(path).exists():
         return None
@@ -271,11 +216,12 @@ def _resumed(path: str | Path | None, model: str, weights: str, texts: tuple[tup
         )
     if len(done.names) > len(texts):
         raise RunFileError(f"{path} holds {len(done.names)} texts already, and {len(texts)} were given. {instead}")
-    for i, (before, digest, (name, text)) in enumerate(zip(done.names, done.digests, texts, strict=False)):
+    for i, (before, digest, (name, text, _)) in enumerate(zip(done.names, done.digests, texts, strict=False)):
         if (before, digest) != (name, _digest(text)):
             what = f"it was {before!r}, and is now {name!r}" if before != name else f"{name!r} has changed"
             raise RunFileError(f"{path} holds a study of other texts: of text {i}, {what}. {instead}")
-    return replace(done, texts=len(texts))
+    known = tuple(document or name for name, _, document in texts[: len(done.names)])
+    return replace(done, texts=len(texts), documents=known)
 
 
 def _digest(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
 MIN_TOKENS = 4  # fewer cannot be ranked in any way that means something
 
 # Not after "Mr.", nor after an initial.
-_SENTENCE_END = re.compile(r"""(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)(?<!\b[A-Z])[.!?]["'”’)\]]*(?=\s|$)""")
+SENTENCE_END = re.compile(r"""(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)(?<!\b[A-Z])[.!?]["'”’)\]]*(?=\s|$)""")
 _LONGEST = 12  # characters a token, more than prose ever takes
+_USUAL = 6  # characters a token, more than most prose takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,31 +30,118 @@ class Tokens:
     ids: np.ndarray  # [T] int64
     spans: np.ndarray  # [T, 2] int32: text[start:end]; start == end for tokens the tokenizer added (<s>)
     labels: tuple[str, ...]  # what a reader should see: the characters, or the name of a special token
+    notes: tuple[str, ...] = ()  # what a reader should know of the special tokens
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tokens:
-    """Tokens of a text as the tokenizer makes them, its special tokens included.
+    """Tokens of a text as a model should read them.
 
-    A character that several tokens share (an emoji, say) is the label of each, numbered: "🙂 1/4", "🙂 2/4", ...
+    Here, and nowhere else, is decided which special tokens are put to a text: those that the tokenizer puts before it,
+    unless the text brings them, and none after it, so that it can go on. A
+    character that several tokens share (an emoji, say) is the label of each, numbered: "🙂 1/4", "🙂 2/4", ...
 
     Raises:
         TextError: nothing to tokenise, or no valid Unicode.
     """
     check_text(text)
-    encoded = tokenizer(text, return_offsets_mapping=tokenizer.is_fast, verbose=False)
-    ids = np.asarray(encoded["input_ids"], dtype=np.int64)
-    if not tokenizer.is_fast:  # no spans to be had: the pieces themselves must do
-        pieces = tokenizer.convert_ids_to_tokens(ids.tolist())
-        return Tokens(ids, np.zeros((len(ids), 2), dtype=np.int32), tuple(pieces))
-    spans = np.asarray(encoded["offset_mapping"], dtype=np.int32).reshape(-1, 2)
+    ids, spans, notes = _encoded(tokenizer, text)
     names = tokenizer.convert_ids_to_tokens(ids.tolist())
+    if spans is None:  # the tokens' own names must do
+        return Tokens(ids, np.zeros((len(ids), 2), dtype=np.int32), tuple(names), notes)
     # SentencePiece puts a space before a text, and claims the first character for it: that token has no characters.
     added = np.array([name == "▁" for name in names[:-1]], dtype=bool) & (spans[1:, 0] == spans[:-1, 0])
     spans[:-1][added, 1] = spans[:-1][added, 0]
-    return Tokens(ids, spans, _labels(text, names, spans))
+    return Tokens(ids, spans, _labels(text, names, spans), notes)
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...]]:
+    """Ids and spans of `Tokens`, no spans where the tokenizer does not tell them, and notes."""
+    if tokenizer.is_fast:
+        encoded = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False)
+        spans = np.asarray(encoded["offset_mapping"], dtype=np.int32).reshape(-1, 2)
+        added = np.asarray(encoded["special_tokens_mask"], dtype=bool)
+    else:
+        encoded, spans = tokenizer(text, verbose=False), None
+        added = _added(encoded["input_ids"], tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    ids, own = np.asarray(encoded["input_ids"], dtype=np.int64), np.flatnonzero(~added)
+    if not len(own):
+        return ids, spans, ()
+    start, end, notes = int(own[0]), int(own[-1]) + 1, []
+
+    def named(some: np.ndarray) -> str:
+        return " ".join(tokenizer.convert_ids_to_tokens(some.tolist()))
+
+    if end < len(ids):
+        notes.append(
+            f"The tokenizer's end token, {named(ids[end:])}, is left out: a text that has ended does not go on."
+        )
+    if start and (ids[start : 2 * start] == ids[:start]).all() and 2 * start <= end:
+        notes.append(f"The text begins with the start token, {named(ids[:start])}, already, so none is put before it.")
+    else:
+        start = 0
+    return ids[start:end], None if spans is None else _covering(text, spans[start:end]), tuple(notes)
+
+
+def _added(ids: list[int], bare: list[int]) -> np.ndarray:
+    """Which of the ids were put around the `bare` ones; none where these are not among them."""
+    at = next((i for i in range(len(ids) - len(bare) + 1) if ids[i : i + len(bare)] == bare), None)
+    added = np.full(len(ids), at is not None)
+    if at is not None:
+        added[at : at + len(bare)] = False
+    return added
+
+
+def _covering(text: str, spans: np.ndarray) -> np.ndarray:
+    """The spans, each with the characters after it that were made one with its own, or dropped, but for white space.
+
+    A tokenizer that composes or strips accents claims the letter alone.
+    """
+    covers = np.flatnonzero(spans[:, 1] > spans[:, 0])
+    if not len(covers):
+        return spans
+    first = covers[0]
+    spans[first, 0] -= len(text[: spans[first, 0]].lstrip())
+    ends = np.maximum.accumulate(spans[covers, 1])
+    following = np.append(np.minimum.accumulate(spans[covers, 0][::-1])[::-1][1:], len(text))
+    grown = {
+        end: end + len(text[end:start].rstrip())
+        for end, start in zip(ends.tolist(), following.tolist(), strict=True)
+        if end < start
+    }
+    spans[covers, 1] = [grown.get(end, end) for end in spans[covers, 1].tolist()]
+    return spans
+
+
+def beginning(tokenizer: PreTrainedTokenizerBase, text: str, n_tokens: int, *, start: int = 0) -> tuple[str, bool]:
+    """The longest beginning of `text[start:]` of at most `n_tokens` tokens, and whether the text has as many.
+
+    It is tokenised no farther than that takes. On its own it may make a token or two less than it does in the text.
+
+    Raises:
+        TextError: no valid Unicode.
+    """
+    size = max(1, _USUAL * n_tokens)
+    while True:
+        window = text[start : start + size]
+        ids, spans, _ = _encoded(tokenizer, window)
+        if len(ids) > n_tokens or start + size >= len(text):
+            break
+        size *= 2
+    if len(ids) <= n_tokens:
+        return window, len(ids) == n_tokens
+
+    def fits(end: int) -> bool:
+        return len(_encoded(tokenizer, window[:end])[0]) <= n_tokens
+
+    if spans is None:  # by halves: the first place that is known to be too far is where it ends
+        return window[: bisect_left(range(len(window) + 1), True, key=lambda end: not fits(end)) - 1], True
+    ends, cut = np.maximum.accumulate(spans[:, 1]), n_tokens  # special tokens have no characters
+    while not fits(ends[cut - 1]):
+        cut -= 1
+    return window[: ends[cut - 1]], True
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +162,7 @@ def passages(
     """
     check_text(text)
     start, count, begin = 0, 0, 0  # of the sentence; tokens so far; of the passage
-    for end in (match.end() for match in _SENTENCE_END.finditer(text)):
+    for end in (match.end() for match in SENTENCE_END.finditer(text)):
         count += len(tokenizer(text[start:end], add_special_tokens=False, verbose=False)["input_ids"])
         start = end
         if count < at_least:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import streamlit as st
 
-from analysis.errors import RunFileError, TextError, UserError
-from analysis.models import model_folder
+from analysis.errors import ModelError, RunFileError, TextError, UserError
+from analysis.models import model_folder, model_name
 from analysis.synthetic import is_synthetic
 from app import markup, state
 from app.engine import Engine, allowed_models, check_allowed
@@ -20,6 +20,7 @@ from app.engine import Engine, allowed_models, check_allowed
 if TYPE_CHECKING:
     from streamlit.runtime.uploaded_file_manager import UploadedFile
 
+    from analysis.excerpts import Excerpt
     from analysis.models import LoadedModel
     from analysis.plans.causal import CausalCheck
     from analysis.plans.front import Front
@@ -32,10 +33,18 @@ Progress = Callable[[int, int, str], None]
 
 
 def ref_of(model: str, engine: Engine | None = None) -> str | None:
-    """What a model is asked for by, given its name, if it is at hand: in memory, bundled or in an allowed folder."""
+    """What a model is asked for by, given its name, if it is at hand: in memory, by name or in an allowed folder."""
     if engine is not None and engine.loaded is not None and engine.loaded.name == model:
         return engine.ref
-    return next((ref for ref in allowed_models() if Path(ref).name == model), None)
+    return next((ref for ref in allowed_models() if name_of(ref) == model), None)
+
+
+def name_of(ref: str) -> str:
+    """What a model is called that is asked for by `ref`."""
+    try:
+        return model_name(ref)
+    except ModelError:  # a folder of several, which is refused when it is loaded
+        return ref
 
 
 def model_input() -> str:
@@ -58,7 +67,7 @@ def model_input() -> str:
 
 def label(verb: str, ref: str) -> str:
     """What a button says that does something with a model: "Measure it for smollm2"."""
-    return f"{verb} for {markup.plain(Path(ref).name)}" if ref else verb
+    return f"{verb} for {markup.plain(name_of(ref))}" if ref else verb
 
 
 def texts_input() -> Mapping[str, str]:
@@ -81,7 +90,7 @@ def texts_input() -> Mapping[str, str]:
         st.session_state.update(sources={}, pasted="", uploads=uploads + 1)
 
     st.file_uploader("Text files", type="txt", accept_multiple_files=True, key=key, on_change=upload,
-                     help="Long ones are cut into pieces.")  # fmt: skip
+                     help="Of long ones, excerpts are taken.")  # fmt: skip
     refused()
     pasted = st.text_area(
         "And, or, a long text", key="pasted", persist_state="session", height=120, max_chars=4_000_000,
@@ -102,29 +111,29 @@ def texts_input() -> Mapping[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Continued:
-    """How texts are continued: each piece is a prompt, and tokens to predict after it."""
+    """How texts are continued: each excerpt is a prompt, and tokens to predict after it."""
 
     texts: int
     prompt_tokens: int
     new_tokens: int
 
-    def pieces(self, loaded: LoadedModel, texts: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-        """As many pieces as texts are asked for, (name, text) each. Raises TextError where there are none."""
-        from analysis.study import pieces
+    def excerpts(self, loaded: LoadedModel, texts: Mapping[str, str]) -> tuple[Excerpt, ...]:
+        """As many excerpts as are asked for, if the texts hold as many. Raises TextError where there are none."""
+        from analysis.excerpts import excerpts
 
-        return pieces(loaded.tokenizer, texts, n_tokens=self._size(loaded), at_most=self.texts)
+        return excerpts(loaded.tokenizer, texts, n_tokens=self._size(loaded), at_most=self.texts)
 
     def planning_and_measuring(
         self, loaded: LoadedModel, texts: Mapping[str, str]
-    ) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]:
-        """As many pieces to plan on, and as many others to measure on. Raises TextError where there are none."""
-        from analysis.plans.front import planning_and_measuring
+    ) -> tuple[tuple[Excerpt, ...], tuple[Excerpt, ...]]:
+        """As many excerpts to plan on, and as many others to measure on. Raises TextError where there are none."""
+        from analysis.excerpts import planning_and_measuring
 
         return planning_and_measuring(loaded.tokenizer, texts, n_tokens=self._size(loaded), each=self.texts)
 
     def _size(self, loaded: LoadedModel) -> int:
-        """Tokens to ask of a piece."""
-        from analysis.study import SPARE
+        """Tokens to ask of an excerpt."""
+        from analysis.excerpts import SPARE
 
         size = self.prompt_tokens + self.new_tokens
         if size > loaded.positions:

@@ -13,11 +13,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from l2kv.layer import CompressedLayer
 from l2kv.policies import POLICIES
-from l2kv.seam import UnsupportedModelError
+from l2kv.seam import Giving, UnsupportedModelError
 from l2kv.spec import CompressionSpec
 
 
-class CompressedCache(Cache):
+class CompressedCache(Giving, Cache):
     """A transformers cache that keeps a share of the tokens, in real memory, at every step.
 
     Use it inside `compressible(model)`, as `past_key_values` of a forward pass or of `generate()`. Sliding-window
@@ -41,6 +41,29 @@ class CompressedCache(Cache):
         self.serving = False  # inside a forward pass of a model prepared with `compressible`
 
     @classmethod
+    def from_full(cls, full: DynamicCache, config: PretrainedConfig, spec: CompressionSpec) -> CompressedCache:
+        """A cache that is as if the tokens of a full one had been run into it: compressed now, and live from here on.
+
+        So one forward pass over a prompt serves many specs. The full cache is left as it was, and shares nothing.
+
+        Raises:
+            ValueError: the policy needs the queries, which a full cache does not hold, or as the constructor.
+        """
+        if POLICIES[spec.policy].needs_attention or POLICIES[spec.policy].needs_calibration:
+            raise ValueError(
+                f"The policy {spec.policy} needs more than a cache: run the prompt into a CompressedCache."
+            )
+        cache = cls(config, spec)
+        for i, (layer, source) in enumerate(zip(cache.layers, full.layers, strict=True)):
+            if isinstance(layer, CompressedLayer):
+                layer.append(source.keys, source.values)
+                layer.seen = source.get_seq_length()
+                layer.evict_now()
+            else:
+                cache.layers[i] = copy.copy(source)  # it replaces its tensors, and never writes into them
+        return cache
+
+    @classmethod
     def _holding(cls, layers: list[CacheLayerMixin], spec: CompressionSpec) -> CompressedCache:
         cache = cls.__new__(cls)
         Cache.__init__(cache, layers=layers)
@@ -56,6 +79,15 @@ class CompressedCache(Cache):
                 "        model(input_ids, past_key_values=cache)"
             )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def check_even(self) -> None:
+        """Raise RuntimeError if a forward pass over it stopped before its end."""
+        half = any(layer.unattended for layer in self.compressed_layers())
+        if half or len({layer.get_seq_length() for layer in self.layers}) > 1:
+            raise RuntimeError(
+                "The last forward pass over this cache stopped half way, so its layers have seen different tokens. "
+                "Call cache.reset() and start again."
+            )
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Sizes for the mask that all compressed layers share: that of the longest, cropped by the others."""

@@ -276,7 +276,7 @@ def test_texts_are_studied_cancelled_and_gone_on_with(page, tmp_path):
     page.locator("input[type=file]").first.set_input_files(files)
     page.get_by_text(re.compile("^2 texts, ")).wait_for()
     settled(page)
-    enter(page, page.get_by_role("spinbutton", name="Tokens a piece"), "128")
+    enter(page, page.get_by_role("spinbutton", name="Tokens an excerpt"), "128")
     page.get_by_role("button", name="Run", exact=True).click()
     page.get_by_text(re.compile(r"^[2-9] of 24 texts$")).wait_for()
     page.get_by_role("button", name="Cancel", exact=True).click()

@@ -12,12 +12,12 @@ from transformers import AutoTokenizer
 from analysis import RunFileError, TextError, capture, presets
 from analysis.across import MIN_TEXTS, RESAMPLES
 from analysis.evaluation import continuation_nll
+from analysis.excerpts import excerpts
 from analysis.measures import alr
 from analysis.models import LoadedModel
 from analysis.plans import causal
 from analysis.plans.causal import CausalCheck, agreement, causal_check, head_costs, suggest_by_cost
 from analysis.plans.skip import layer_loss
-from analysis.study import chunks
 from analysis.tokens import tokenize
 from l2kv import CompressionSpec
 from tests.conftest import BUNDLED
@@ -34,7 +34,7 @@ def loaded(models) -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def texts(loaded) -> list[str]:
-    return [text for _, text in chunks(loaded.tokenizer, "Keats", KEATS, n_tokens=32)][:2]
+    return [excerpt.text for excerpt in excerpts(loaded.tokenizer, {"Keats": KEATS}, n_tokens=32, at_most=2)]
 
 
 def test_the_cost_of_a_layer_is_that_of_compressing_it_and_no_other(loaded, texts):

@@ -21,7 +21,6 @@ from analysis.evaluation import (
     passkey_prompt,
     passkey_text,
     passkeys,
-    policy_specs,
 )
 from analysis.finding import BREAKS_SPEC, CALM_SPEC, Criteria, NotFoundError, find_presets
 from analysis.generation import Step, prepared
@@ -184,10 +183,10 @@ class Reader:
     def __init__(self, tokenizer, says=" {key}."):
         self.tokenizer, self.says = tokenizer, says
 
-    def prefill(self, model, ids, cache):
+    def caches_after(self, loaded, ids, specs):
         tokens = ids[0].tolist()
-        spec = cache["spec"]  # keeps the latest tokens, so that what is told early is lost first
-        cache["held"] = tokens if spec is None else tokens[len(tokens) - math.ceil(spec.keep_ratio * len(tokens)) :]
+        for spec in specs:  # keeps the latest tokens, so that what is told early is lost first
+            yield {"held": tokens[-math.ceil(spec.keep_ratio * len(tokens)) :] if spec else tokens}
 
     def decode_one_token(self, model, ids, cache):
         if ids.shape[1] > 1:
@@ -204,8 +203,7 @@ def reader(loaded, monkeypatch):
         reader = Reader(loaded.tokenizer, **options)
 
         monkeypatch.setattr(evaluation, "prepared", lambda _: nullcontext())
-        monkeypatch.setattr(evaluation, "new_cache", lambda _, spec: {"spec": spec})
-        monkeypatch.setattr(evaluation, "prefill", reader.prefill)
+        monkeypatch.setattr(evaluation, "_caches_after", reader.caches_after)
         monkeypatch.setattr(evaluation, "decode_one_token", reader.decode_one_token)
 
     return install
@@ -241,8 +239,8 @@ def test_only_the_exact_key_counts(loaded, reader, says, right):
 
 
 def test_passkeys_run_on_a_real_model_and_stop_when_told_to(loaded):
-    specs = policy_specs([0.5], protect_last=8)
-    assert list(specs) == ["keep 0.5, low norm", "keep 0.5, high norm", "keep 0.5, random"]
+    policies = ("low_norm", "random", "accumulated")  # the last is measured as the model reads: a pass of its own
+    specs = {policy: CompressionSpec(policy=policy, protect_last=8) for policy in policies}
 
     def stop(done, total):
         if done == 2:
@@ -266,9 +264,11 @@ def test_the_answer_is_what_a_pass_with_the_evicted_tokens_masked_would_say(load
         ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
     said = loaded.tokenizer.decode(ids[0, context + question :]).strip()
     assert len(said) >= 4
-    with prepared(loaded):
-        assert evaluation._says_key(loaded, replace(prompt, key=said), spec)
-        assert not evaluation._says_key(loaded, replace(prompt, key=said[:-1] + "#"), spec)
+    context = torch.from_numpy(prompt.context)[None]
+    with torch.inference_mode(), prepared(loaded):
+        right, wrong = evaluation._caches_after(loaded, context, [spec, spec])
+        assert evaluation._says_key(loaded, replace(prompt, key=said), right)
+        assert not evaluation._says_key(loaded, replace(prompt, key=said[:-1] + "#"), wrong)
 
 
 # ----------------------------------------------------------------------------------------------------------- passages

@@ -14,15 +14,15 @@ from transformers import AutoTokenizer
 from analysis import ModelError, RunFileError, TextError, capture, loss_curves, presets
 from analysis.across import MIN_TEXTS, RESAMPLES, Interval
 from analysis.evaluation import continuation_nll
+from analysis.excerpts import excerpts
 from analysis.memory import CacheShape
 from analysis.models import LoadedModel
 from analysis.plans.causal import head_costs
 from analysis.plans.curves import LossCurves
-from analysis.plans.front import Front, FrontPoint, measure_front, passes, planning_and_measuring
+from analysis.plans.front import Front, FrontPoint, measure_front, passes
 from analysis.plans.planning import BudgetError
 from analysis.plans.simultaneous import simultaneous
 from analysis.plans.ways import KINDS, WAYS
-from analysis.study import chunks, pieces
 from analysis.tokens import tokenize
 from l2kv import CompressionSpec
 from tests.conftest import BUNDLED, ROOT, build
@@ -38,7 +38,7 @@ def loaded(models) -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def texts(loaded):
-    return pieces(loaded.tokenizer, presets.bundled_texts(), n_tokens=110, at_most=5)
+    return excerpts(loaded.tokenizer, presets.bundled_texts(), n_tokens=110, at_most=5)
 
 
 @pytest.fixture(scope="module")
@@ -78,17 +78,17 @@ def test_ways_at_one_budget_hold_equal_bytes(front):
 @pytest.mark.parametrize("line", ["plan by head", "skip 0 and 1, low norm", "first and latest"])
 def test_a_point_is_what_its_spec_costs_against_the_full_cache(loaded, texts, front, line):
     point = next(p for p in front.lines[line] if p.keep == 0.6)
-    for (_, text), change in zip(texts[3:], point.nll_change, strict=True):
+    for (_, text, _), change in zip(texts[3:], point.nll_change, strict=True):
         nll = [continuation_nll(loaded, text, spec, **LENGTHS) for spec in (point.spec, None)]
         assert change == pytest.approx(nll[0] - nll[1], abs=1e-5)
-    assert front.measured_on == tuple(name for name, _ in texts[3:])
+    assert front.measured_on == tuple(excerpt.name for excerpt in texts[3:])
 
 
 def test_plans_are_made_from_the_planning_texts_alone(loaded, texts, front):
-    runs = [capture(loaded, text[: tokenize(loaded.tokenizer, text).spans[99, 1]]) for _, text in texts[:3]]
+    runs = [capture(loaded, text[: tokenize(loaded.tokenizer, text).spans[99, 1]]) for _, text, _ in texts[:3]]
     curves = loss_curves(*runs, protect_last=8)
     by_direction = WAYS["uniform, measured directions"].make(curves, 0.2)
-    costs = head_costs(loaded, [text for _, text in texts[:3]], by_direction, **LENGTHS)
+    costs = head_costs(loaded, [text for _, text, _ in texts[:3]], by_direction, **LENGTHS)
     curves = curves.weighed(costs.mean(axis=0), 0.2)
     for point in front.points:
         assert point.spec == WAYS[point.line].make(curves, point.keep)
@@ -139,41 +139,6 @@ def test_it_is_cancelled_by_raising(loaded, texts):
 
     with pytest.raises(Cancelled):
         measure_front(loaded, texts[:1], texts[1:2], keeps=(0.5,), on_done=stop, **LENGTHS)
-
-
-# ------------------------------------------------------------------------------------------------- planning, measuring
-
-
-def files(*lengths: int) -> dict[str, str]:
-    """Files by name; of each piece of 20 tokens one can tell where it stood."""
-    return {name: " ".join(f"{name}{i}" for i in range(n)) for name, n in zip("abcd", lengths, strict=False)}
-
-
-def test_of_several_files_every_second_one_is_planned_on(loaded):
-    def split(*lengths, each=4):
-        return planning_and_measuring(loaded.tokenizer, files(*lengths), n_tokens=20, each=each)
-
-    two = files(200, 200)
-    assert split(200, 200) == tuple(
-        pieces(loaded.tokenizer, {name: two[name]}, n_tokens=20, at_most=4) for name in ("b", "a")
-    )
-    planning, measuring = split(200, 200, 200, 200, each=6)
-    assert [name[0] for name, _ in planning] == list("bdbdbd") and [name[0] for name, _ in measuring] == list("acacac")
-    assert {name[0] for name, _ in split(200, 1, 200)[0]} == {"c"}  # b is too short for a piece, and does not count
-
-
-def test_of_one_file_the_first_half_is_planned_on_and_the_last_half_measured_on(loaded):
-    text = files(400)
-    whole = [piece for _, piece in chunks(loaded.tokenizer, "a", text["a"], n_tokens=20)]
-    planning, measuring = planning_and_measuring(loaded.tokenizer, text, n_tokens=20, each=3)
-    assert [piece for _, piece in planning] == whole[:3] and [piece for _, piece in measuring] == whole[3:6]
-    few = dict(a=text["a"][: text["a"].index(whole[4][-12:]) + 12])
-    planning, measuring = planning_and_measuring(loaded.tokenizer, few, n_tokens=20, each=9)
-    assert [piece for _, piece in planning + measuring] == whole[:5] and len(planning) == 2
-    with pytest.raises(TextError, match="a front takes two"):
-        planning_and_measuring(loaded.tokenizer, {"a": whole[0]}, n_tokens=20, each=3)
-    with pytest.raises(TextError, match="None of the texts has 20 tokens"):
-        planning_and_measuring(loaded.tokenizer, files(1, 1), n_tokens=20, each=3)
 
 
 def curves_of(n_layers: int, *, n_tokens: int, protect_last: int) -> LossCurves:

@@ -203,8 +203,8 @@ def test_without_texts_a_study_says_what_is_missing():
 def test_a_pasted_text_is_cut_studied_and_shown_and_more_of_it_asked_for_goes_on_by_itself():
     app = opened()
     app.text_area(key="pasted").set_value("The old man looked at the sea and the sea looked at him. " * 12)
-    app.number_input(key="piece_tokens").set_value(32)
-    app.number_input(key="pieces").set_value(3).run()
+    app.number_input(key="excerpt_tokens").set_value(32)
+    app.number_input(key="excerpts").set_value(3).run()
     app.button(key="run_study").click().run()
     study = app.session_state["study"]
     assert not app.exception and not app.error

@@ -8,9 +8,10 @@ import pytest
 
 from analysis import Plan, presets
 from analysis.commands import main
+from analysis.excerpts import SPLIT
 from analysis.memory import CacheShape
 from analysis.plans.causal import CausalCheck
-from analysis.plans.front import SPLIT, Front
+from analysis.plans.front import Front
 from analysis.sizes import model_size
 from l2kv import CompressionSpec
 from tests.conftest import BUNDLED, TINY, build
@@ -77,13 +78,13 @@ def test_a_skip_list_of_a_run_or_several_is_written_as_a_plan(run, tmp_path, cap
 
 def test_a_skip_list_of_a_study(text, tmp_path, capsys):
     out = tmp_path / "study.safetensors"
-    told(capsys, "study", text, "-o", str(out), "--tokens", "20", "--pieces", "2")
+    told(capsys, "study", text, "-o", str(out), "--tokens", "20", "--excerpts", "2")
     assert "2 texts of" in told(capsys, "skip", str(out), "--count", "1")
 
 
 def test_a_plan_is_printed_and_written_and_generation_takes_it(text, tmp_path, capsys):
     out = tmp_path / "plan.json"
-    arguments = ["plan", text, "--pieces", "2", "--prompt-tokens", "60", "--protect-last", "4", "--keep", "0.4"]
+    arguments = ["plan", text, "--excerpts", "2", "--prompt-tokens", "60", "--protect-last", "4", "--keep", "0.4"]
     said = told(capsys, *arguments, "-o", str(out))
     plan = Plan.from_json(out.read_text())
     assert plan.model == "books-5m" and plan.spec.policy == "signed_norm" and plan.spec.protect_last == 4
@@ -122,7 +123,7 @@ def test_a_question_is_asked_through_the_template_where_there_is_one(tmp_path, c
 def test_a_causal_check_and_a_front_are_written_as_files(text, tmp_path, capsys):
     causal, front = tmp_path / "causal.json", tmp_path / "front.json"
     lengths = ["--prompt-tokens", "40", "--new-tokens", "2", "--protect-last", "4"]
-    said = told(capsys, "causal", text, "--pieces", "1", *lengths, "--skip-layers", "0,1,2", "-o", str(causal))
+    said = told(capsys, "causal", text, "--excerpts", "1", *lengths, "--skip-layers", "0,1,2", "-o", str(causal))
     check = CausalCheck.from_json(causal.read_text())
     assert check.layers == (3, 4, 5) and str(check) in said and check.spec.protect_last == 4
     assert f"{check.paper[0].mean():11.2f}" in said
@@ -132,15 +133,26 @@ def test_a_causal_check_and_a_front_are_written_as_files(text, tmp_path, capsys)
     spec = Plan.from_json(plan.read_text()).spec  # as it was measured, and with the layers that were left out then
     assert spec.skip_layers == (0, 1, 2, worst) and spec.protect_last == 4
     assert "the one file" in refused(capsys, "skip", str(causal), str(causal))
-    said = told(capsys, "front", text, "--pieces", "2", *lengths, "--keeps", "0.5", "-o", str(front))
+    said = told(capsys, "front", text, "--excerpts", "2", *lengths, "--keeps", "0.5", "-o", str(front))
     read = Front.from_json(front.read_text())
     assert read.answer() in said and not set(read.planned_on) & set(read.measured_on) and SPLIT in said
-    assert (read.planned_on, read.measured_on) == (("prose 0", "prose 1"), ("prose 2", "prose 3"))  # halves of a file
+    assert (read.planned_on, read.measured_on) == (("prose 0", "prose 2"), ("prose 1", "prose 3"))  # halves of a file
     assert len(read.planned_on) == len(read.measured_on) == 2 and {p.keep for p in read.points} == {0.5}
     other = tmp_path / "other.txt"
     other.write_text(Path(text).read_text()[500:1500])
     told(
-        capsys, "front", text, "--plan-texts", str(other), "--pieces", "1", *lengths, "--keeps", "0.5", "-o", str(front)
+        capsys,
+        "front",
+        text,
+        "--plan-texts",
+        str(other),
+        "--excerpts",
+        "1",
+        *lengths,
+        "--keeps",
+        "0.5",
+        "-o",
+        str(front),
     )
     assert Front.from_json(front.read_text()).planned_on == ("other 0",)
 
@@ -196,16 +208,16 @@ def test_a_config_that_would_not_be_loaded_is_not_counted(tmp_path, capsys, conf
         (["skip", "TEXT"], "is not a run"),
         (["skip", "RUN", "--policy", "random"], "--policy must be low_norm or high_norm"),
         (["skip", "RUN", "--count", "7"], "count must be from 0 to 6"),
-        (["plan", "TEXT", "--pieces", "1", "--prompt-tokens", "40", "--by", "token"], "by must be one of"),
-        (["plan", "TEXT", "--pieces", "1", "--prompt-tokens", "40", "--keep", "0.1"], "keep must be 0.8"),
+        (["plan", "TEXT", "--excerpts", "1", "--prompt-tokens", "40", "--by", "token"], "by must be one of"),
+        (["plan", "TEXT", "--excerpts", "1", "--prompt-tokens", "40", "--keep", "0.1"], "keep must be 0.8"),
         (["plan", "nowhere.txt"], "cannot be read"),
         (["causal", "TEXT", "--policy", "random", "--prompt-tokens", "40", "-o", "OUT"], "the policy must be one of"),
-        (["front", "TEXT", "--pieces", "1", "--prompt-tokens", "99999", "-o", "OUT"], "None of the texts has"),
+        (["front", "TEXT", "--excerpts", "1", "--prompt-tokens", "99999", "-o", "OUT"], "None of the texts has"),
         (["savings", "books-5m", "--skip-layers", "0, 6"], "layer 6, but the layers are 0 to 5"),
         (["savings", "books-5m", "--batch", "0"], "batch must be positive"),
         (["savings", "books-5m", "--gpu-gib", "inf"], "--gpu-gib must be positive and finite"),
         (["savings", "books-5m", "--bandwidth-gb", "nan"], "--bandwidth-gb must be positive and finite"),
-        (["front", "TEXT", "--pieces", "1", "--prompt-tokens", "40", "--keeps", "1.5", "-o", "OUT"], "keeps must be"),
+        (["front", "TEXT", "--excerpts", "1", "--prompt-tokens", "40", "--keeps", "1.5", "-o", "OUT"], "keeps must be"),
         (["savings", "books-5m", "--plan", "PLAN"], "names layer 9"),
         (["generate", "TEXT", "--keep", "2"], "keep_ratio must be from 0 to 1"),
         (["generate", "TEXT", "--plan", "TEXT"], "not a plan"),

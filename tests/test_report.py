@@ -339,7 +339,7 @@ def test_three_runs_are_refused(tmp_path, capsys):
 def test_the_figures_command_writes_pages_and_records(tmp_path, capsys):
     text = tmp_path / "keats.txt"
     text.write_text(presets.bundled_texts()["The Tomb of Keats (Oscar Wilde, 1877)"])
-    options = ["--only", "fig1,fig7", "--heads", "2.1", "--tokens", "60", "--chunks", "2", "--device", "cpu"]
+    options = ["--only", "fig1,fig7", "--heads", "2.1", "--tokens", "60", "--excerpts", "2", "--device", "cpu"]
     assert main(["figures", str(text), "-o", str(tmp_path / "out"), *options]) == 0
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
         "fig1.html", "fig1.json", "fig7.html", "fig7.json", "index.html",
@@ -361,5 +361,5 @@ def test_the_figures_command_writes_pages_and_records(tmp_path, capsys):
 
 
 def test_a_saved_run_makes_the_same_report(tmp_path):
-    run = random_run()
+    run = load_run(save_run(random_run(), tmp_path / "run.safetensors"))  # with attention in steps
     assert report([load_run(save_run(run, tmp_path / "run.safetensors"))]) == report([run])

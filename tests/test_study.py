@@ -25,12 +25,12 @@ from analysis.across import (
 )
 from analysis.commands import main
 from analysis.errors import RunFileError, TextError
+from analysis.excerpts import Excerpt, excerpts
 from analysis.measures import alr, alr_chance
 from analysis.metrics import METRICS, PROBES, STATUSES, metrics
 from analysis.models import LoadedModel
 from analysis.plans.skip import layer_loss
-from analysis.study import Study, chunks, load_study, pieces, save_study, study
-from analysis.tokens import tokenize
+from analysis.study import Study, load_study, save_study, study
 from tests.conftest import BUNDLED
 from tests.test_across import study_of
 from tests.test_measures import run_of
@@ -45,8 +45,8 @@ def loaded(models) -> LoadedModel:
 
 
 @pytest.fixture(scope="module")
-def texts(loaded) -> list[tuple[str, str]]:
-    return list(chunks(loaded.tokenizer, "Keats", KEATS, n_tokens=60))[:4]
+def texts(loaded) -> tuple[Excerpt, ...]:
+    return excerpts(loaded.tokenizer, {"Keats": KEATS}, n_tokens=60, at_most=4)
 
 
 @pytest.fixture(scope="module")
@@ -135,45 +135,10 @@ def test_a_probe_is_the_attention_that_all_metrics_are_of():
 def test_losses_of_layers_are_those_that_the_skip_page_shows(loaded, texts, whole):
     from analysis import capture
 
-    for row, (_, text) in zip(layer_losses(whole), texts, strict=True):
+    for row, (_, text, _) in zip(layer_losses(whole), texts, strict=True):
         np.testing.assert_allclose(row, layer_loss(capture(loaded, text)).by_layer, rtol=1e-9)
     undefined = study_of(np.zeros((3, 2, 2)), alr=np.full((3, 2, 2), np.nan), alr_chance=np.full((3, 2, 2), np.nan))
     assert np.isnan(layer_losses(undefined)).all()
-
-
-# Texts
-
-
-def test_pieces_follow_each_other_and_have_as_many_tokens_as_asked(loaded):
-    found = list(chunks(loaded.tokenizer, "Keats", KEATS, n_tokens=50))
-    assert [name for name, _ in found] == [f"Keats {i}" for i in range(len(found))] and len(found) > 5
-    place = 0
-    for _, piece in found:
-        assert len(tokenize(loaded.tokenizer, piece)) in (49, 50)
-        start = KEATS.index(piece, place)
-        assert not KEATS[place:start].strip()
-        place = start + len(piece)
-    assert len(tokenize(loaded.tokenizer, KEATS[place:])) <= 50
-
-
-@pytest.mark.parametrize("text", ["🙂" * 200, "a" * 3000, "  \n" * 500 + "word " * 200, "ü" * 300])
-def test_any_text_is_cut_without_end_or_overlap(loaded, text):
-    found = [piece for _, piece in chunks(loaded.tokenizer, "x", text, n_tokens=40)]
-    assert found and all(0 < len(tokenize(loaded.tokenizer, piece)) <= 40 for piece in found)
-    assert sum(map(len, found)) <= len(text)
-
-
-def test_texts_take_turns_and_too_short_ones_are_refused(loaded):
-    found = pieces(loaded.tokenizer, {"a": KEATS, "short": "No.", "b": KEATS}, n_tokens=50, at_most=5)
-    assert [name for name, _ in found] == ["a 0", "b 0", "a 1", "b 1", "a 2"]
-    with pytest.raises(TextError, match="None of the texts has 50 tokens"):
-        pieces(loaded.tokenizer, {"short": "No."}, n_tokens=50, at_most=5)
-    with pytest.raises(TextError, match="at least 4"):
-        pieces(loaded.tokenizer, {"a": KEATS}, n_tokens=1, at_most=5)
-    with pytest.raises(TextError, match="At least one text"):
-        pieces(loaded.tokenizer, {"a": KEATS}, n_tokens=50, at_most=-1)
-    with pytest.raises(TextError, match="blank: The text is empty"):
-        pieces(loaded.tokenizer, {"a": KEATS, "blank": " "}, n_tokens=50, at_most=5)
 
 
 # Running, resuming, refusing
@@ -182,8 +147,8 @@ def test_texts_take_turns_and_too_short_ones_are_refused(loaded):
 def test_a_study_holds_what_the_metrics_say_of_each_capture(loaded, texts, whole):
     from analysis import capture
 
-    assert whole.complete and whole.names == tuple(name for name, _ in texts)
-    for i, (_, text) in enumerate(texts):
+    assert whole.complete and whole.names == tuple(excerpt.name for excerpt in texts)
+    for i, (_, text, _) in enumerate(texts):
         run = capture(loaded, text)
         assert whole.n_tokens[i] == run.n_tokens
         for probe in PROBES:
@@ -273,7 +238,7 @@ def test_other_texts_and_other_models_are_refused_with_the_reason(tmp_path, load
     path = tmp_path / "study.safetensors"
     study(loaded, texts[:2], path)
     before = path.read_bytes()
-    (name, text), second = texts[:2]
+    (name, text, _), second = texts[:2]
     other = LoadedModel(models("llama"), loaded.tokenizer, "books-5m")
     model = models("books-5m")
     for given, loaded_, reason in (
@@ -327,6 +292,24 @@ def test_no_capture_outlives_its_text(loaded, texts, monkeypatch):
 # Files
 
 
+def test_a_study_knows_what_each_text_is_an_excerpt_of(tmp_path, loaded, texts, whole):
+    assert whole.documents == ("Keats",) * 4
+    path = tmp_path / "study.safetensors"
+    done = study(loaded, [texts[0], ("alone", texts[1].text)], path)
+    assert done.documents == load_study(path).documents == ("Keats", "alone")
+
+
+def test_a_study_without_documents_as_older_files_are_opens_and_is_gone_on_with(tmp_path, loaded, texts, whole):
+    path = tmp_path / "study.safetensors"
+    study(loaded, texts[:2], path)
+    with safe_open(path, framework="numpy") as file:
+        header = json.loads(file.metadata()["header"])
+    del header["documents"]
+    tampered(path, whole_header=header, l2kv_study="2")
+    assert load_study(path).documents == ()
+    assert_same(study(loaded, texts, path), whole)
+
+
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=repr)
 @pytest.mark.parametrize("step", ["save_file", "fsync", "replace"])
 def test_a_failure_while_writing_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, step, error):
@@ -342,10 +325,10 @@ def test_a_failure_while_writing_leaves_the_old_file_and_no_other(tmp_path, monk
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
-def tampered(path, *, header=None, arrays=None, **metadata):
+def tampered(path, *, header=None, whole_header=None, arrays=None, **metadata):
     with safe_open(path, framework="numpy") as file:
         old, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    new = old | {"header": json.dumps(json.loads(old["header"]) | (header or {}))} | metadata
+    new = old | {"header": json.dumps(whole_header or json.loads(old["header"]) | (header or {}))} | metadata
     save_file(tensors | (arrays or {}), path, metadata=new)
 
 
@@ -353,7 +336,7 @@ def tampered(path, *, header=None, arrays=None, **metadata):
     ("changes", "reason"),
     [
         ({"l2kv_study": "1"}, "version 1"),
-        ({"l2kv_study": "3"}, "version 3"),
+        ({"l2kv_study": "4"}, "version 4"),
         ({"header": {"probes": ["next token", "all queries"]}}, "other metrics"),
         ({"header": {"metrics": ["gamma"]}}, "other metrics"),
         ({"header": {"model": 5}}, "model should be text"),
@@ -363,6 +346,8 @@ def tampered(path, *, header=None, arrays=None, **metadata):
         ({"header": {"texts": 10**400}}, "1 to 10,000 texts"),
         ({"header": {"names": ["x"] * 10_001}}, "more than 10,000 texts"),
         ({"header": {"digests": ["x"]}}, "do not fit 8 texts"),
+        ({"header": {"documents": ["x"]}}, "do not fit 8 texts"),
+        ({"header": {"documents": [1] * 8}}, "documents should be text"),
         ({"header": {"texts": "8"}}, "whole number"),
         ({"header": {"extra": 1}}, "other parts"),
         ({"arrays": {"extra": np.ones(2)}}, "other parts"),
@@ -424,8 +409,8 @@ def test_a_cut_file_does_not_pass_for_a_study(tmp_path):
 
 def test_the_command_prints_a_row_per_layer_and_the_answer_and_goes_on(tmp_path, capsys):
     text, out = tmp_path / "keats.txt", tmp_path / "study.safetensors"
-    text.write_text(KEATS)
-    command = ["study", str(text), "-o", str(out), "--tokens", "40", "--device", "cpu", "--pieces"]
+    text.write_text("\n".join(TEXTS.values()))
+    command = ["study", str(text), "-o", str(out), "--tokens", "40", "--device", "cpu", "--excerpts"]
     assert main([*command, "2"]) == 0
     assert "This study cannot tell" in capsys.readouterr().out
     assert main([*command, "7"]) == 0
@@ -448,7 +433,7 @@ def test_the_command_prints_a_row_per_layer_and_the_answer_and_goes_on(tmp_path,
 def test_the_command_prints_a_metric_of_each_layer(tmp_path, capsys):
     text, out = tmp_path / "keats.txt", tmp_path / "study.safetensors"
     text.write_text(KEATS)
-    command = ["study", str(text), "-o", str(out), "--tokens", "40", "--device", "cpu", "--pieces", "2", "--metric"]
+    command = ["study", str(text), "-o", str(out), "--tokens", "40", "--device", "cpu", "--excerpts", "2", "--metric"]
     assert main([*command, "entropy-normalised"]) == 0
     told = capsys.readouterr().out.splitlines()
     start = told.index(f"entropy_normalised, next token: {METRICS['entropy_normalised'].text}")
@@ -475,5 +460,5 @@ def test_an_interrupted_command_keeps_what_was_done(tmp_path, capsys, monkeypatc
             raise KeyboardInterrupt
 
     monkeypatch.setattr(command, "counter", lambda: interrupt)
-    assert main(["study", str(text), "-o", str(out), "--tokens", "40", "--pieces", "4", "--device", "cpu"]) == 130
+    assert main(["study", str(text), "-o", str(out), "--tokens", "40", "--excerpts", "4", "--device", "cpu"]) == 130
     assert "goes on" in capsys.readouterr().out and len(load_study(out).names) == 2

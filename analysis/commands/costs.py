@@ -6,19 +6,19 @@ import argparse
 from pathlib import Path
 
 from analysis.commands.shared import counter, texts_of
-from analysis.commands.specs import add_out, add_pieces, add_spec, loaded_model, spec_of, typed
+from analysis.commands.specs import add_excerpts, add_out, add_spec, loaded_model, spec_of, typed
 
 
 def add(commands) -> None:
     """Add the commands."""
     causal = commands.add_parser("causal", help="compress each layer alone: does ALR tell what that costs?")
-    add_pieces(causal)
+    add_excerpts(causal)
     add_spec(causal)
     add_out(causal, "causal.json", required=True)
     causal.set_defaults(run=_causal)
 
     front = commands.add_parser("front", help="what each way to share out a budget costs, on texts it has not seen")
-    add_pieces(front)
+    add_excerpts(front)
     front.add_argument(
         "--plan-texts", nargs="+", type=Path, help="to plan on (every second file, or the first half of one file)"
     )
@@ -31,17 +31,17 @@ def add(commands) -> None:
 def _causal(arguments: argparse.Namespace) -> None:
     texts = texts_of(arguments.texts)
     loaded, count = loaded_model(arguments), counter()
+    from analysis.excerpts import SPARE, excerpts
     from analysis.files import write_text
     from analysis.plans.causal import causal_check
-    from analysis.study import SPARE, pieces
 
     spec = spec_of(arguments, n_layers=loaded.config.num_hidden_layers)
     tokens = arguments.prompt_tokens + arguments.new_tokens + SPARE
-    given = pieces(loaded.tokenizer, texts, n_tokens=tokens, at_most=arguments.pieces)
+    given = excerpts(loaded.tokenizer, texts, n_tokens=tokens, at_most=arguments.excerpts)
     with typed():
         check = causal_check(
             loaded,
-            [text for _, text in given],
+            [excerpt.text for excerpt in given],
             spec,
             prompt_tokens=arguments.prompt_tokens,
             new_tokens=arguments.new_tokens,
@@ -58,14 +58,14 @@ def _causal(arguments: argparse.Namespace) -> None:
 def _front(arguments: argparse.Namespace) -> None:
     texts, plan_on = texts_of(arguments.texts), texts_of(arguments.plan_texts) if arguments.plan_texts else None
     loaded, count = loaded_model(arguments), counter()
+    from analysis.excerpts import SPARE, SPLIT, excerpts, planning_and_measuring
     from analysis.files import write_text
-    from analysis.plans.front import KEEPS, SPLIT, measure_front, planning_and_measuring
-    from analysis.study import SPARE, pieces
+    from analysis.plans.front import KEEPS, measure_front
 
-    tokens, n = arguments.prompt_tokens + arguments.new_tokens + SPARE, arguments.pieces
+    tokens, n = arguments.prompt_tokens + arguments.new_tokens + SPARE, arguments.excerpts
     if plan_on:
-        planning = pieces(loaded.tokenizer, plan_on, n_tokens=tokens, at_most=n)
-        measuring = pieces(loaded.tokenizer, texts, n_tokens=tokens, at_most=n)
+        planning = excerpts(loaded.tokenizer, plan_on, n_tokens=tokens, at_most=n)
+        measuring = excerpts(loaded.tokenizer, texts, n_tokens=tokens, at_most=n)
     else:
         planning, measuring = planning_and_measuring(loaded.tokenizer, texts, n_tokens=tokens, each=n)
         print(SPLIT)

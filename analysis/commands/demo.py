@@ -21,7 +21,7 @@ def add(commands) -> None:
     add_model(demo)
     add_texts(demo)
     demo.add_argument(
-        "--without-passkey", action="store_true", help="look for no passkey preset: for a model that cannot retrieve"
+        "--without-tasks", action="store_true", help="look for no preset with a task: for a model that solves none"
     )
     demo.add_argument("-o", "--out", type=Path, help="the folder to write to (the app's own, of the model's name)")
     demo.set_defaults(run=_demo)
@@ -38,8 +38,8 @@ def _demo(arguments: argparse.Namespace) -> None:
     found = find_presets(
         load_model(arguments.model, device="cpu"),
         texts,
-        without_passkey=arguments.without_passkey,
-        on_done=lambda done, total: count("passages", done, total),
+        tasks=not arguments.without_tasks,
+        on_done=lambda done, total: count("prompts", done, total),
     )
     out = arguments.out or BUNDLED / found.model
     print(f"wrote {make_demo(arguments.model, out / RESULT_FILES['demo'])}")

@@ -20,8 +20,8 @@ def add(commands) -> None:
     add_model(figures)
     figures.add_argument("--only", help="some of them, such as fig1,fig8 (default: all)")
     figures.add_argument("--heads", help="of Figure 1, as layer.head: 0.3,2.1 (default: from lowest to highest Γ)")
-    figures.add_argument("--tokens", type=int, default=1024, help="tokens of a chunk (1024, if the model can)")
-    figures.add_argument("--chunks", type=int, default=16, help="chunks, taken from the files by turns (16)")
+    figures.add_argument("--tokens", type=int, default=1024, help="tokens of an excerpt (1024, if the model can)")
+    figures.add_argument("--excerpts", type=int, default=16, help="excerpts, spread over the texts (16)")
     add_device(figures)
     figures.set_defaults(run=_figures)
 
@@ -43,21 +43,21 @@ def _figures(arguments: argparse.Namespace) -> None:
     heads = _heads_of(arguments.heads)
     texts = texts_of(arguments.texts)
     no_progress_bars()
+    from analysis.excerpts import excerpts
     from analysis.models import load_model
     from analysis.paper.figures import reproduce, to_json
-    from analysis.study import pieces
     from app.report.paper import section
     from app.report.writing import Section, document
 
     loaded = load_model(arguments.model, device=arguments.device)
     n_tokens = min(arguments.tokens, loaded.positions - 1)  # one for the next token
-    chunks = pieces(loaded.tokenizer, texts, n_tokens=n_tokens, at_most=arguments.chunks)
-    names = [name for name, _ in chunks]
-    lead = f"{loaded.name}, on texts in pieces of {n_tokens} tokens; the first is “{names[0]}”."
+    given = excerpts(loaded.tokenizer, texts, n_tokens=n_tokens, at_most=arguments.excerpts)
+    names = [excerpt.name for excerpt in given]
+    lead = f"{loaded.name}, on excerpts of {n_tokens} tokens; the first is “{names[0]}”."
     about = {"model": loaded.name, "texts": names, "tokens_per_chunk": n_tokens}
     made = []
     try:
-        figures = reproduce(loaded, [text for _, text in chunks], only=only, heads=heads, on_stage=counter())
+        figures = reproduce(loaded, [excerpt.text for excerpt in given], only=only, heads=heads, on_stage=counter())
         for name, numbers in figures:
             shown, data = section(name, numbers), to_json(name, numbers, about)
             write_text(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from analysis.commands.shared import add_device, add_model, counter, text_of, texts_of
-from analysis.commands.specs import add_out, add_pieces, add_spec, loaded_model, spec_of, typed
+from analysis.commands.specs import add_excerpts, add_out, add_spec, loaded_model, spec_of, typed
 from analysis.errors import RunFileError, UserError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def add(commands) -> None:
     skip.set_defaults(run=_skip)
 
     plan = commands.add_parser("plan", help="share out a budget over layers or heads, from measured loss curves")
-    add_pieces(plan)
+    add_excerpts(plan)
     plan.add_argument("--keep", type=float, default=0.5, help="the budget, a share of all pairs (0.5)")
     plan.add_argument("--by", default="head", help="head or layer (head)")
     plan.add_argument("--method", default="dp", help="dp, hull, uniform, skip, global or adakv (dp)")
@@ -135,16 +135,16 @@ def _plan(arguments: argparse.Namespace) -> None:
     loaded, count = loaded_model(arguments), counter()
     from analysis.capturing import capture
     from analysis.evaluation import prompt_of
+    from analysis.excerpts import SPARE, excerpts
     from analysis.memory import human_bytes
     from analysis.plans.causal import weighed_by_cost
     from analysis.plans.curves import loss_curves, slim
     from analysis.plans.planning import plan
-    from analysis.study import SPARE, pieces
 
     runs, prompt = [], arguments.prompt_tokens
     tokens = prompt + (arguments.new_tokens + SPARE) * arguments.weighed
-    given = pieces(loaded.tokenizer, texts, n_tokens=tokens, at_most=arguments.pieces)
-    for i, (_, text) in enumerate(given):
+    given = excerpts(loaded.tokenizer, texts, n_tokens=tokens, at_most=arguments.excerpts)
+    for i, (_, text, _) in enumerate(given):
         text = prompt_of(loaded, text, prompt) if arguments.weighed else text
         runs.append(slim(capture(loaded, text, last_queries=0)))
         count("texts", i + 1, len(given))
@@ -154,7 +154,7 @@ def _plan(arguments: argparse.Namespace) -> None:
             curves = weighed_by_cost(
                 curves,
                 loaded,
-                [text for _, text in given],
+                [excerpt.text for excerpt in given],
                 prompt_tokens=prompt,
                 new_tokens=arguments.new_tokens,
                 on_done=lambda done, total: count("passes", done, total),

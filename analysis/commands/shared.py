@@ -102,7 +102,7 @@ def fetching() -> Callable[[str, int, int], None]:
         return lambda what, done, total: None
 
     def show(what: str, done: int, total: int) -> None:
-        line = f"\r{what}: {done / max(total, 1):4.0%} of {total / 1e6:,.0f} MB\033[K"
+        line = f"{what}: {done / max(total, 1):4.0%} of {total / 1e6:,.0f} MB\033[K\r"  # the next line replaces it
         print(line, end="", file=sys.stderr, flush=True)
 
     return show

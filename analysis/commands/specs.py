@@ -26,11 +26,11 @@ def add_spec(parser: argparse.ArgumentParser, *, skip_layers: bool = True) -> No
         parser.add_argument("--plan", type=Path, help="a plan's file, instead of all these")
 
 
-def add_pieces(parser: argparse.ArgumentParser) -> None:
-    """Texts, --model, --pieces, --prompt-tokens and --new-tokens, --device."""
+def add_excerpts(parser: argparse.ArgumentParser) -> None:
+    """Texts, --model, --excerpts, --prompt-tokens and --new-tokens, --device."""
     parser.add_argument("texts", nargs="+", type=Path, help="text files, or folders of .txt files")
     add_model(parser)
-    parser.add_argument("--pieces", type=int, default=16, help="pieces to measure on (16)")
+    parser.add_argument("--excerpts", type=int, default=16, help="excerpts to measure on, spread over the texts (16)")
     parser.add_argument("--prompt-tokens", type=int, default=384, help="tokens of each that are compressed (384)")
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens after them that are predicted (64)")
     add_device(parser)

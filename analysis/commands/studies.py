@@ -29,8 +29,8 @@ def add(commands) -> None:
     study.add_argument("texts", nargs="+", type=Path, help="text files, or folders of .txt files")
     study.add_argument("-o", "--out", type=Path, required=True, help="the table to write, or to go on with")
     add_model(study)
-    study.add_argument("--tokens", type=int, default=512, help="tokens of each piece of text (512, if the model can)")
-    study.add_argument("--pieces", type=int, default=16, help="pieces, taken from the files by turns (16)")
+    study.add_argument("--tokens", type=int, default=512, help="tokens of each excerpt (512, if the model can)")
+    study.add_argument("--excerpts", type=int, default=16, help="excerpts, spread over the texts (16)")
     add_probe(study)
     study.add_argument("--metric", help="print this one of each layer too: overlap, entropy-normalised, spearman, ...")
     add_device(study)
@@ -41,14 +41,15 @@ def _study(arguments: argparse.Namespace) -> None:
     texts, probe = texts_of(arguments.texts), probe_of(arguments.probe)
     metric = metric_of(arguments.metric) if arguments.metric else None
     no_progress_bars()
+    from analysis.excerpts import excerpts
     from analysis.models import load_model
-    from analysis.study import pieces, study
+    from analysis.study import study
 
     loaded = load_model(arguments.model, device=arguments.device)
     most = loaded.positions - 1  # one for the next token
     if arguments.tokens > most:
-        print(f"{loaded.name} was trained on {most + 1} positions: pieces are of {most} tokens", file=sys.stderr)
-    given = pieces(loaded.tokenizer, texts, n_tokens=min(arguments.tokens, most), at_most=arguments.pieces)
+        print(f"{loaded.name} was trained on {most + 1} positions: excerpts are of {most} tokens", file=sys.stderr)
+    given = excerpts(loaded.tokenizer, texts, n_tokens=min(arguments.tokens, most), at_most=arguments.excerpts)
     count = counter()
     try:
         done = study(loaded, given, arguments.out, on_text=lambda now: count("texts", len(now.names), now.texts))

@@ -1,17 +1,18 @@
 """The front: what each way to share out a cache's bytes costs in prediction, on texts it was not made from.
 
-Cuts texts into those that plans are made from and those that they are measured on, and measures; what comes of it is a
-`Front`, a record on disk (`analysis.plans.front_record`).
+What comes of it is a `Front`, a record on disk (`analysis.plans.front_record`). Texts are split into those that plans
+are made from and those that they are measured on by `analysis.excerpts.planning_and_measuring`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from analysis.errors import ModelError, TextError
+from analysis.excerpts import Excerpt
 from analysis.memory import CacheShape
 from analysis.plans.curves import loss_curves, slim
 from analysis.plans.front_record import Front, FrontPoint
@@ -19,44 +20,11 @@ from analysis.plans.planning import BudgetError
 from analysis.plans.ways import WAYS
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from analysis.evaluation import OnDone
     from analysis.models import LoadedModel
     from analysis.run import Capture
 
 KEEPS = (0.1, 0.2, 0.3, 0.5, 0.7)
-SPLIT = (
-    "With two files or more, every second file is planned on and the others are measured on; with one, plans are made "
-    "from the first half of its pieces and measured on the last half."
-)
-"""`planning_and_measuring` in words."""
-
-
-def planning_and_measuring(
-    tokenizer: PreTrainedTokenizerBase, texts: Mapping[str, str], *, n_tokens: int, each: int
-) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]:
-    """Pieces to plan on and pieces to measure on, at most `each` of either, by the rule in `SPLIT`.
-
-    Pieces of one file share its subject and its style: a plan measured on its own file's next piece would look better
-    than it is. Files too short for one piece do not count.
-
-    Raises:
-        TextError: there are not two pieces, or as `pieces`.
-    """
-    from analysis.study import chunks, pieces
-
-    def cut(given: Mapping[str, str], at_most: int) -> tuple[tuple[str, str], ...]:
-        return pieces(tokenizer, given, n_tokens=n_tokens, at_most=at_most)
-
-    long = [item for item in texts.items() if next(chunks(tokenizer, *item, n_tokens=n_tokens), None)]
-    if len(long) > 1:
-        return cut(dict(long[1::2]), each), cut(dict(long[::2]), each)
-    found = cut(texts, 2 * each)
-    half = len(found) // 2
-    if not half:
-        raise TextError(f"One piece of {n_tokens} tokens is there, and a front takes two at least: give a longer text.")
-    return found[:half], found[half:]
 
 
 def passes(n_planning: int, n_measuring: int, *, keeps: int, ways: Iterable[str], kv_heads: int) -> int:
@@ -74,8 +42,8 @@ def passes(n_planning: int, n_measuring: int, *, keeps: int, ways: Iterable[str]
 
 def measure_front(
     loaded: LoadedModel,
-    plan_texts: Sequence[tuple[str, str]],
-    test_texts: Sequence[tuple[str, str]],
+    plan_texts: Sequence[Excerpt | tuple[str, str]],
+    test_texts: Sequence[Excerpt | tuple[str, str]],
     *,
     keeps: Sequence[float] = KEEPS,
     ways: Iterable[str] = tuple(WAYS),
@@ -91,7 +59,7 @@ def measure_front(
     budget is left out, and named in `Front.left_out`.
 
     Args:
-        plan_texts, test_texts: (name, text) of each; none may be in both.
+        plan_texts, test_texts: (name, text) of each, or `excerpts`; none may be in both.
         keeps: budgets, shares of the pairs of the layers that can be compressed.
         ways: names in `analysis.plans.ways.WAYS`.
         on_done: for progress and cancelling, as `analysis.evaluation.OnDone`: after each capture and continuation, and
@@ -108,13 +76,14 @@ def measure_front(
     from analysis.plans.causal import weighed_by_cost
 
     on_done, ways = on_done or ignore, tuple(ways)
+    plan_texts, test_texts = ([Excerpt(*text) for text in texts] for texts in (plan_texts, test_texts))
     if wrong := [keep for keep in keeps if isinstance(keep, bool) or not 0 <= keep <= 1]:
         raise ValueError(f"keeps must be from 0 to 1, got {', '.join(map(str, wrong))}")
     if unknown := [way for way in ways if way not in WAYS]:
         raise ValueError(f"ways must be of {', '.join(WAYS)}; got {', '.join(map(repr, unknown))}")
     if not plan_texts or not test_texts:
         raise TextError("A front takes texts to plan on, and others to measure on.")
-    if both := {text for _, text in plan_texts} & {text for _, text in test_texts}:
+    if both := {one.text for one in plan_texts} & {one.text for one in test_texts}:
         raise TextError(f"A text to measure on was planned on, too: {next(iter(both))[:60]!r}. Give others.")
     shape = CacheShape.of(loaded.config, loaded.model.dtype.itemsize)
     if not shape.layers:
@@ -129,13 +98,13 @@ def measure_front(
         on_done(done + 1, total)
         return run
 
-    runs = [captured(text, i) for i, (_, text) in enumerate(plan_texts)]
+    runs = [captured(one.text, i) for i, one in enumerate(plan_texts)]
     curves = loss_curves(*runs, protect_last=protect_last)
     if any(WAYS[way].needs_costs for way in ways):
         curves = weighed_by_cost(
             curves,
             loaded,
-            [text for _, text in plan_texts],
+            [one.text for one in plan_texts],
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             on_done=lambda done, _: on_done(len(plan_texts) + done, total),
@@ -149,14 +118,14 @@ def measure_front(
                 left_out.append(f"{way}, keep {keep:g}: {error}")
     specs = tuple(dict.fromkeys(made.values()))
     losses = np.zeros((len(test_texts), len(specs)))
-    for i, (_, text) in enumerate(test_texts):
-        one = loss_curves(captured(text, before + i), protect_last=protect_last)
+    for i, measured in enumerate(test_texts):
+        one = loss_curves(captured(measured.text, before + i), protect_last=protect_last)
         losses[i] = [one.loss_of(spec) for spec in specs]
     before += len(test_texts)
     total = before + len(test_texts) * (1 + len(specs))
     full, *rows = continuations(
         loaded,
-        [text for _, text in test_texts],
+        [one.text for one in test_texts],
         (None, *specs),
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
@@ -165,8 +134,8 @@ def measure_front(
     rows, expected = dict(zip(specs, rows, strict=True)), dict(zip(specs, losses.mean(axis=0), strict=True))
     return Front(
         model=loaded.name,
-        planned_on=tuple(name for name, _ in plan_texts),
-        measured_on=tuple(name for name, _ in test_texts),
+        planned_on=tuple(one.name for one in plan_texts),
+        measured_on=tuple(one.name for one in test_texts),
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         full_nbytes=_mean_bytes(full),

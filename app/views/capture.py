@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import streamlit as st
@@ -45,7 +44,7 @@ def page(engine: Engine, heads_page: StreamlitPage) -> None:
 
 
 def _text_input(ref: str) -> str:
-    texts = {preset.name: preset.text for preset in presets(Path(ref).name)}
+    texts = {preset.name: preset.text for preset in presets(work.name_of(ref))}
 
     def take() -> None:
         if (name := st.session_state["preset"]) in texts:

@@ -85,7 +85,7 @@ def _measure(engine: Engine) -> None:
     def measure(loaded: LoadedModel, progress: work.Progress) -> CausalCheck:
         return causal_check(
             loaded,
-            [text for _, text in continued.pieces(loaded, texts)],
+            [excerpt.text for excerpt in continued.excerpts(loaded, texts)],
             spec,
             prompt_tokens=continued.prompt_tokens,
             new_tokens=continued.new_tokens,

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import streamlit as st
 
 from analysis.across import Interval
+from analysis.excerpts import SPLIT
 from analysis.files import read_text
-from analysis.plans.front import KEEPS, SPLIT, Front, measure_front, passes
+from analysis.plans.front import KEEPS, Front, measure_front, passes
 from analysis.plans.skip import Plan
 from analysis.plans.ways import WAYS
 from analysis.presets import bundled_results
@@ -179,7 +179,7 @@ def _measure(engine: Engine, run: Capture) -> None:
     )
     protect_last = state.current_spec().protect_last
     costly = any(WAYS[way].needs_costs for way in ways)
-    known = Path(ref).name == run.model  # else nobody knows yet how many kv heads it has
+    known = work.name_of(ref) == run.model  # else nobody knows yet how many kv heads it has
     runs = passes(
         continued.texts,
         continued.texts,

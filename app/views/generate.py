@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import streamlit as st
@@ -194,9 +193,9 @@ def _plan_note(plan: Plan, ref: str) -> None:
         note = f" ({markup.plain(plan.note)})" if plan.note else ""
         st.markdown(f"**Plan in use**: {state.in_words(plan.spec)}{note}. Made for {markup.plain(plan.model)}.")
         st.button("Drop it", icon=":material/close:", on_click=state.use_plan, args=(None,))
-    if Path(ref).name != plan.model:
+    if work.name_of(ref) != plan.model:
         st.warning(
-            f"The plan was made for {markup.plain(plan.model)}, and {markup.plain(Path(ref).name)} is chosen: its "
+            f"The plan was made for {markup.plain(plan.model)}, and {markup.plain(work.name_of(ref))} is chosen: its "
             "layers and heads are others.",
             icon=":material/warning:",
         )
@@ -204,7 +203,7 @@ def _plan_note(plan: Plan, ref: str) -> None:
 
 def _prompt_input(ref: str) -> tuple[str, Preset | None]:
     """The prompt, and the preset that it is, if it is one as it came: those that hold for the model are offered."""
-    by_name = {preset.name: preset for preset in presets(Path(ref).name)}
+    by_name = {preset.name: preset for preset in presets(work.name_of(ref))}
 
     def take() -> None:
         if (name := st.session_state["prompt_preset"]) == OWN:

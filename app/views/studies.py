@@ -44,13 +44,12 @@ def run(engine: Engine) -> None:
     sources = work.texts_input()
     with st.container(horizontal=True, vertical_alignment="bottom"):
         n_tokens = st.number_input(
-            "Tokens a piece", 16, 131_072, 512, 64, key="piece_tokens", persist_state="session",
-            help="Texts are cut into pieces of so many tokens, at most what the model was trained on. Shorter rests "
-            "are left out.",
+            "Tokens an excerpt", 16, 131_072, 512, 64, key="excerpt_tokens", persist_state="session",
+            help="At most what the model was trained on. Shorter texts are left out.",
         )  # fmt: skip
         at_most = st.number_input(
-            "Pieces at most", 1, 1000, 24, 8, key="pieces", persist_state="session",
-            help="Taken from the texts by turns: pieces of many texts say more than as many of one.",
+            "Excerpts at most", 1, 1000, 24, 8, key="excerpts", persist_state="session",
+            help="Spread over each text, and over all of them: excerpts of many texts say more than as many of one.",
         )  # fmt: skip
     task = _Task(ref, tuple(sources.items()), int(n_tokens), int(at_most))
     begun = task.path in st.session_state.get("unfinished_studies", ())
@@ -69,10 +68,11 @@ def run(engine: Engine) -> None:
 
 
 def _study(loaded: LoadedModel, task: _Task, progress: work.Progress) -> Study:
-    from analysis.study import pieces, study
+    from analysis.excerpts import excerpts
+    from analysis.study import study
 
     most = loaded.positions - 1  # one for the next token
-    texts = pieces(loaded.tokenizer, dict(task.sources), n_tokens=min(task.n_tokens, most), at_most=task.at_most)
+    texts = excerpts(loaded.tokenizer, dict(task.sources), n_tokens=min(task.n_tokens, most), at_most=task.at_most)
     unfinished = st.session_state.setdefault("unfinished_studies", set())
     so_far = len(load_study(task.path).names) if task.path.exists() else 0
 
