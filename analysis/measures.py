@@ -222,7 +222,8 @@ def by_layer(verdict: np.ndarray) -> str:
     for layer, heads in enumerate(verdict):
         layers.setdefault(_of_a_layer(heads), []).append(layer)
     told = [f"{_ranges(layers[words])}: {words}" for words in _LAYER_WORDS if words in layers]
-    return f"Layer{'s' * (len(verdict) > 1)} {'; '.join(told)}."
+    several = not told[0].partition(":")[0].isdecimal()
+    return f"Layer{'s' * several} {'; '.join(told)}."
 
 
 # What is said of a layer, the best first, if these verdicts together are those of more than half of its heads.

@@ -33,10 +33,10 @@ Progress = Callable[[int, int, str], None]
 
 
 def ref_of(model: str, engine: Engine | None = None) -> str | None:
-    """What a model is asked for by, given its name, if it is at hand: in memory, by name or in an allowed folder."""
-    if engine is not None and engine.loaded is not None and engine.loaded.name == model:
-        return engine.ref
-    return next((ref for ref in allowed_models() if name_of(ref) == model), None)
+    """What a model is asked for by, given its name, if it is at hand: by name, in an allowed folder, or in memory."""
+    here = next((ref for ref in allowed_models() if name_of(ref) == model), None)
+    resident = engine.loaded if engine else None
+    return engine.ref if here is None and resident is not None and resident.name == model else here
 
 
 def name_of(ref: str) -> str:

@@ -1,6 +1,7 @@
 """The pages Texts, Plan, Skip layers and Generate as Streamlit runs them, without a browser."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -14,15 +15,17 @@ from analysis.metrics import METRICS, PROBES
 from analysis.models import BUNDLED_MODELS
 from analysis.plans.causal import CausalCheck
 from analysis.plans.front import Front, FrontPoint
-from analysis.presets import BundledResults, FoundPresets, bundled_results
+from analysis.presets import BundledResults, FoundPresets, Preset, bundled_results
 from analysis.run import load_run, save_run
 from analysis.study import Study, save_study
 from analysis.synthetic import instrument
 from app import state, work
+from app.views import generate
 from app.views.generate import Column
 from app.views.texts import MAPS
 from l2kv import CompressionSpec
-from tests.conftest import ROOT
+from tests.conftest import BUNDLED, ROOT
+from tests.test_tasks import TEMPLATE
 
 N_LAYERS, N_HEADS = 6, 8  # as the demo run
 
@@ -531,6 +534,93 @@ def test_two_compressions_are_decoded_beside_the_full_cache():
     assert len(preview.compressed) == 2 and preview.compressed[1].token_ids == preview.full.token_ids
     assert preview.agreement(1) == 1.0 and charts(app) == 1
     assert "Nothing was evicted" in words(app)
+
+
+SEA = "The old man looked at the sea, and the sea looked at the old man. Then he said to his wife: "
+
+
+@pytest.fixture
+def offered(monkeypatch):
+    """A task that the full cache solves, one that it does not, and a question, for books-5m."""
+    from analysis.generation import stream
+    from analysis.models import load_model
+
+    *_, (full,) = stream(load_model("books-5m"), SEA, [None], max_new_tokens=6)
+    everything, little = CompressionSpec(keep_ratio=1.0), CompressionSpec(keep_ratio=0.05)
+    offered = (
+        Preset("Solved", SEA, spec=everything, answer=full.text.strip()),
+        Preset("Solved, but not from little", SEA, spec=little, answer=full.text.strip()),
+        Preset("Not solved", SEA, spec=everything, answer="xylophone"),
+        Preset("No task", SEA, spec=little),
+        Preset("A question", "Who is it?", answer="x", chat=True),
+    )
+    monkeypatch.setattr(generate, "presets", lambda model: offered if model == "books-5m" else offered[3:4])
+    return offered
+
+
+def generated(name, **changes):
+    app = opened("generate", new_tokens=8, **changes)
+    app.selectbox(key="prompt_preset").set_value("A question").run()
+    app.selectbox(key="prompt_preset").set_value(name).run()
+    button(app, "Generate").click().run()
+    assert not app.exception and app.session_state["generated"].done
+    return app
+
+
+def test_colour_is_for_the_task_and_not_for_the_same_tokens(offered):
+    app = generated("Solved")
+    assert len(app.success) == 1 and "found" in app.success[0].value and not (app.error or app.warning)
+    assert words(app).count(":green-badge") == 2 and ":red-badge" not in words(app)
+    assert len(app.session_state["generated"].full.token_ids) < 8  # decided, and stopped
+    app = generated("Solved, but not from little")
+    assert len(app.error) == 1 and "not found" in app.error[0].value and not (app.success or app.warning)
+    assert words(app).count(":green-badge") == words(app).count(":red-badge") == 1
+    app = generated("Not solved")
+    assert "The full cache does not give the answer" in words(app) and not (app.success or app.warning)
+    app = generated("No task")
+    assert not (app.success or app.error or app.warning) and "badge" not in words(app)
+    assert "The texts differ from new token" in "".join(caption.value for caption in app.caption)
+
+
+def test_text_that_was_edited_is_no_task_any_more(offered):
+    app = opened("generate", new_tokens=2)
+    app.selectbox(key="prompt_preset").set_value("Not solved").run()
+    app.text_area(key="prompt").set_value(SEA + "No").run()
+    assert app.selectbox(key="prompt_preset").value == generate.OWN
+    button(app, "Generate").click().run()
+    assert app.session_state["generated"].answer == "" and not app.error
+
+
+def test_presets_are_those_of_the_model_that_is_chosen(offered, tmp_path, monkeypatch):
+    shutil.copytree(BUNDLED, tmp_path / "other")
+    monkeypatch.setenv("L2KV_MODEL_DIRS", str(tmp_path))
+    app = opened("generate")
+    app.selectbox(key="prompt_preset").set_value("Solved").run()
+    app.selectbox(key="generate_model").set_value(str(tmp_path / "other")).run()
+    assert not app.exception and app.selectbox(key="prompt_preset").options == ["No task", generate.OWN]
+    assert not [toggle for toggle in app.toggle if toggle.key == "chat"]  # it has no template
+
+
+def test_a_question_is_asked_through_the_chat_template_of_a_model_that_has_one(offered, tmp_path, monkeypatch):
+    shutil.copytree(BUNDLED, tmp_path / "books-5m")
+    (tmp_path / "books-5m" / "chat_template.jinja").write_text(TEMPLATE)
+    monkeypatch.setenv("L2KV_MODEL_DIRS", str(tmp_path))
+    app = opened("generate", generate_model=str(tmp_path / "books-5m"), new_tokens=3)
+    assert app.toggle(key="chat").value is False
+    app.selectbox(key="prompt_preset").set_value("A question").run()
+    assert app.toggle(key="chat").value is True and "with the chat template" in words(app)
+    button(app, "Generate").click().run()
+    assert not app.exception and app.session_state["generated"].chat
+    app.selectbox(key="prompt_preset").set_value("No task").run()
+    assert app.toggle(key="chat").value is False
+
+
+def test_generation_is_with_the_model_on_screen_unless_another_is_chosen():
+    app = opened("generate", run=of_a_model_that_nothing_was_measured_of())
+    assert app.selectbox(key="generate_model").value is None
+    button(app, "Generate").click().run()
+    assert not app.exception and [error.value for error in app.error] == ["Choose a model first."]
+    assert opened("generate").selectbox(key="generate_model").value == state._demo_run().model
 
 
 def test_the_plan_is_decoded_with_and_the_controls_beside_it():

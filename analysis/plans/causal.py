@@ -176,7 +176,7 @@ def suggest_by_cost(
         chosen = costliest_first[:widest].tolist()
     if chosen:
         told = ", ".join(f"layer {check.layers[i]} {cost.mean[i]:+.3f}" for i in chosen[:6])
-        words += f" Measured, nats a token: {told}{', …' * (len(chosen) > 6)}."
+        words += f" In nats a token, {told}{', …' * (len(chosen) > 6)}."
     words += f" Measured by prediction, {_told(check.spec)}, on {n} text{'s' * (n != 1)}."
     if n < MIN_TEXTS:
         words += " So few only give a hint."

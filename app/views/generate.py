@@ -323,6 +323,8 @@ def _generate(engine: Engine, preview: Preview, boxes: DeltaGenerator) -> None:
                         if preview.decided:
                             break
                 preview.done = True
+                if places:
+                    _draw(places, preview)  # again: a task that was not decided now is
         except UserError as error:
             note.error(markup.plain(str(error)), icon=":material/error:")
             return
@@ -351,6 +353,8 @@ def _draw(places: list[tuple[DeltaGenerator, DeltaGenerator]], preview: Preview)
     tail = preview.prompt[-_PROMPT_TAIL:]
     if len(preview.prompt) > _PROMPT_TAIL:
         tail = "… " + tail.partition(" ")[2]
+    if preview.chat:
+        tail += "\n"  # the answer does not go on with the question
     seen, full = max(preview.full.held), preview.full.nbytes
     steps, partings = (preview.full, *preview.compressed), (None, *preview.partings)
     if preview.answer:  # which is scored: where the texts part is no mark of quality
@@ -363,6 +367,7 @@ def _draw(places: list[tuple[DeltaGenerator, DeltaGenerator]], preview: Preview)
             + f"**{span}** of {seen} tokens held per layer · **{preview.nbytes(step.nbytes)}** "
             + (f"({step.nbytes / full:.0%} of the full cache)" if step is not preview.full else "")
             + (f", and {preview.nbytes(step.slack_nbytes)} of slack for what comes" if step.slack_nbytes else "")
+            + (" · ended at once, without a word" if step.finished and not step.text else "")
         )
 
 
@@ -427,14 +432,9 @@ def _agreement(preview: Preview, i: int) -> None:
     elif parting is None:
         st.caption(f"{which}The same {markup.counted(n, 'token')} as with the full cache.")
     else:
-        agree = (
-            f"The first {markup.counted(parting.tokens, 'new token')} agree{'s' * (parting.tokens == 1)} with the full "
-            "cache's, then the texts differ"
-            if parting.tokens
-            else "The texts differ from the first new token on"
-        )
+        same = round(preview.agreement(i) * n)
         st.caption(
-            f"{which}{agree}; {preview.agreement(i):.0%} of {markup.counted(n, 'token')} "
-            f"{'is' if n == 1 else 'are'} the same at the same place. Texts that part seldom meet again: read whether "
-            "what follows is as good, not whether it is the same."
+            f"{which}The texts differ from new token {parting.tokens + 1} on; {same} of {markup.counted(n, 'token')} "
+            f"{'is' if same == 1 else 'are'} the same at the same place. Texts that part seldom meet again: read "
+            "whether what follows is as good, not whether it is the same."
         )

@@ -129,7 +129,7 @@ def _results(study: Study) -> None:
     )  # fmt: skip
     numbers = _numbers(study, probe)
     with place.container():
-        st.markdown(f"##### {markup.plain(numbers.answer)}")
+        st.markdown(markup.headline(numbers.answer))
         _about(study)
     _heads(study, numbers, probe)
     left, right = st.columns(2, gap="large")
