@@ -34,7 +34,8 @@ LEAST_MASS = 0.01  # of a row's attention: in whatever order less than that is e
 
 @dataclass(frozen=True, slots=True)
 class AttentionLoss:
-    """What one head loses when m = 0..n tokens are dropped, as shares of the probe's attention. Each [n + 1]."""
+    """What one head loses when m = 0..n tokens are dropped, as shares of the probe's attention. Each [n + 1], or
+    [n + 1 - w] where the last w are protected and cannot be dropped."""
 
     low_norm: np.ndarray  # low norms kept: the highest dropped first
     high_norm: np.ndarray  # the mirror
@@ -42,13 +43,20 @@ class AttentionLoss:
     chance: np.ndarray  # expected of a random order
 
 
-def attention_loss(capture: Capture, layer: int, head: int, *, leave_out: int = 0) -> AttentionLoss:
-    """The loss curves of a head, for the probe query. `leave_out` drops the first tokens (the sink) from all of it.
+def attention_loss(
+    capture: Capture, layer: int, head: int, *, leave_out: int = 0, protect_last: int = 0
+) -> AttentionLoss:
+    """The loss curves of a head, for the probe query.
 
     Of tokens of equal norm (see `ties`) any may be dropped first: there a curve is the one expected, a straight line.
+
+    Args:
+        leave_out: the first tokens (the sink) are left out of all of it.
+        protect_last: the latest tokens cannot be dropped; 0 in the paper.
     """
-    attention = capture.probe_attention[layer, head, leave_out:].astype(np.float64)
-    norm = levelled(capture.key_norm[layer, capture.kv_head(head)], capture.dtype)[leave_out:]
+    free = slice(leave_out, max(capture.n_tokens - protect_last, leave_out))
+    attention = capture.probe_attention[layer, head, free].astype(np.float64)
+    norm = levelled(capture.key_norm[layer, capture.kv_head(head)], capture.dtype)[free]
     by_norm = evened(attention, norm)
     n = len(attention)
     return AttentionLoss(
@@ -217,7 +225,8 @@ def by_layer(verdict: np.ndarray) -> str:
     for layer, heads in enumerate(verdict):
         layers.setdefault(_of_a_layer(heads), []).append(layer)
     told = [f"{_ranges(layers[words])}: {words}" for words in _LAYER_WORDS if words in layers]
-    return f"Layer{'s' * (len(verdict) > 1)} {'; '.join(told)}."
+    several = not told[0].partition(":")[0].isdecimal()
+    return f"Layer{'s' * several} {'; '.join(told)}."
 
 
 # What is said of a layer, the best first, if these verdicts together are those of more than half of its heads.

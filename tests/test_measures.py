@@ -15,6 +15,7 @@ from analysis.measures import (
     by_layer,
     head_figures,
     in_short,
+    kept_tokens,
     sink_share,
     status,
     verdicts_of,
@@ -105,6 +106,20 @@ def test_alr_and_the_loss_curves_are_the_papers_sums(run, leave_out):
             for got, expected in ((curves.low_norm, low), (curves.high_norm, high), (curves.ideal, ideal)):
                 np.testing.assert_allclose(got, expected, atol=1e-12)
             assert figures[layer, head] == pytest.approx(sum(a - b for a, b in zip(low[1:], ideal[1:], strict=True)))
+
+
+@pytest.mark.parametrize("protected", [0, 7, 40, 99])
+def test_the_loss_curves_end_at_what_the_protected_tokens_let_go(run, protected):
+    for layer, head in np.ndindex(3, 6):
+        curves = attention_loss(run, layer, head, protect_last=protected)
+        free = max(40 - protected, 0)
+        assert all(len(getattr(curves, name)) == free + 1 for name in ("low_norm", "high_norm", "ideal", "chance"))
+        for policy, curve in (("low_norm", curves.low_norm), ("high_norm", curves.high_norm)):
+            for ratio in (0.05, 0.5, 1.0):
+                spec = CompressionSpec(keep_ratio=ratio, policy=policy, protect_last=protected)
+                kept = kept_tokens(run, layer, head, spec)
+                lost = run.probe_attention[layer, head][~kept].sum(dtype=np.float64)
+                assert curve[(~kept).sum()] == pytest.approx(lost, abs=1e-9)
 
 
 @pytest.mark.parametrize("probe", PROBES)

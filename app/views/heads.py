@@ -54,7 +54,7 @@ def page() -> None:
     numbers = state.figures_of(run, leave_out, probe)
     if not is_synthetic(run):
         of_all = state.figures_of(run, 0, probe)
-        answer.markdown(f"##### {markup.plain(answer_of(of_all.verdict, of_all.gamma, n_tokens=run.n_tokens))}")
+        answer.markdown(markup.headline(answer_of(of_all.verdict, of_all.gamma, n_tokens=run.n_tokens)))
     _maps(run, numbers, leave_out, probe)
     layer, head = state.chosen_head(run)
     st.markdown(
