@@ -22,8 +22,8 @@ bench: $(VENV)/app.stamp  ## memory and time of a capture and of a compressed ca
 	$(BIN)/python -m tests.bench_capture
 	$(BIN)/python -m tests.bench_cache
 
-# ARGS=--without-passkey for a model that cannot retrieve. With TEXTS, also what the pages of many texts and of plans show.
-SHOWN := analysis/bundled
+# ARGS=--without-tasks for a model that solves none. With TEXTS, also what the pages of many texts and of plans show.
+SHOWN := analysis/bundled/$(notdir $(MODEL))
 demo: $(VENV)/dev.stamp  ## all that the app opens with again, of MODEL=name or folder, found in TEXTS="files or folders"
 	$(BIN)/python -m analysis demo --model $(MODEL) $(if $(TEXTS),--texts $(TEXTS)) $(ARGS)
 ifneq ($(TEXTS),)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from analysis.measures import VERDICT_OF_SIGNS, WEAK, in_short, signed, verdict_counts
+from analysis.measures import VERDICT_OF_SIGNS, WEAK, by_layer, in_short, signed, verdict_counts
 from analysis.measures import VERDICTS as VERDICTS_ON_ONE_TEXT
 from analysis.study import Study
 
@@ -31,7 +31,7 @@ VERDICTS = {
 } | {
     "no signal": "the interval of Γ spans 0, or Γ > 0 only thanks to the first token",
     "unstable": f"Γ is called (|Γ| ≥ {WEAK}) below 0 and above 0 in more than {UNSTABLE:.0%} of the texts each",
-    "undefined": f"Γ is defined, with and without the first token, in fewer than {MIN_TEXTS} texts",
+    "undefined": f"Γ is defined in fewer than {MIN_TEXTS} texts",
 }
 # By the sign of Γ with and without the first token, "above 0" being that the whole interval is; 0 is neither.
 _VERDICT_OF_SIGNS = {
@@ -152,18 +152,21 @@ def layer_means(study: Study, metric: str = "gamma", *, probe: str = "next token
 def verdicts(with_sink: np.ndarray, without: np.ndarray, *, documents: Sequence[str] = (), seed: int = 0) -> np.ndarray:
     """What each head says of the paper's claim, [L, H], keys of `VERDICTS`, from Γ of N texts, [N, L, H] each.
 
-    In this order, so that they exclude each other: undefined, if too few texts define both; unstable, if Γ with the
-    first token is; else by the two signs. A sign is that of the whole interval, and none where the sign is unstable: as
-    texts grow many an interval leaves 0 behind, however many texts say the opposite.
+    In this order, so that they exclude each other: undefined, if too few texts define Γ; unstable, if Γ with the first
+    token is; else by the two signs. A sign is that of the whole interval, and none where too few texts define that Γ
+    (without the first token next to no attention may be left), nor where the sign is unstable: as texts grow many an
+    interval leaves 0 behind, however many texts say the opposite.
     """
-    both = np.isfinite(with_sink) & np.isfinite(without)
-    gammas = [np.where(both, gamma, np.nan) for gamma in (with_sink, without)]
-    signs = [_sign(means(gamma, documents=documents, seed=seed)) * ~_unstable(gamma) for gamma in gammas]
-    result = np.full(both.shape[1:], "undefined", dtype=object)
+    few = [np.isfinite(gamma).sum(axis=0) < MIN_TEXTS for gamma in (with_sink, without)]
+    signs = [
+        _sign(means(gamma, documents=documents, seed=seed)) * ~_unstable(gamma) * ~too_few
+        for gamma, too_few in zip((with_sink, without), few, strict=True)
+    ]
+    result = np.full(with_sink.shape[1:], "undefined", dtype=object)
     for pair, name in _VERDICT_OF_SIGNS.items():
         result[(signs[0] == pair[0]) & (signs[1] == pair[1])] = name
-    result[_unstable(gammas[0])] = "unstable"
-    result[both.sum(axis=0) < MIN_TEXTS] = "undefined"
+    result[_unstable(with_sink)] = "unstable"
+    result[few[0]] = "undefined"
     return result
 
 
@@ -184,7 +187,7 @@ def median_gamma(study: Study, *, probe: str = "next token", seed: int = 0) -> I
 
 
 def answer(study: Study, *, probe: str = "next token", seed: int = 0) -> str:
-    """Does low norm predict attention in this model? In two or three sentences, as `analysis.measures.answer`."""
+    """Does low norm predict attention in this model? In a few sentences, as `analysis.measures.answer`."""
     verdict, n = head_verdicts(study, probe=probe, seed=seed), len(study.names)
     counts = verdict_counts(verdict, VERDICTS)
     total = verdict.size - counts["undefined"]
@@ -194,11 +197,12 @@ def answer(study: Study, *, probe: str = "next token", seed: int = 0) -> str:
     if not total:
         return f"This study cannot tell: no head has Γ in {MIN_TEXTS} texts or more. {median}"
     follows, mirror = counts["follows the paper"], counts["mirror"]
-    hang = counts["sink only"] + counts["hidden by the sink"]
+    sink = counts["sink only"] + counts["hidden by the sink"]
     return (
         f"{in_short(follows, mirror, total)} In {follows} of {total} heads low-norm keys get the attention, as the "
-        f"paper says; in {mirror} high-norm keys do; in {hang} it hangs on the first token; in {counts['unstable']} "
-        f"the sign changes between texts; in {counts['no signal']} there is no signal. {median}"
+        f"paper says; in {mirror} high-norm keys do; in {sink} it depends on the attention sink (the first token); in "
+        f"{counts['unstable']} the sign changes between texts; in {counts['no signal']} there is no signal. "
+        f"{by_layer(verdict)} {median}"
     )
 
 

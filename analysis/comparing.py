@@ -1,9 +1,7 @@
-"""Two runs, two studies, or one model at many training steps: what differs between them. Knows no model and no plot."""
+"""Two runs or two studies: what differs between them. Knows no model and no plot."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,12 +9,9 @@ import numpy as np
 
 from analysis import across
 from analysis.across import LEVEL, MIN_TEXTS, Means, head_means, misses, resampled_means, resamples
-from analysis.errors import RunFileError
 from analysis.measures import correlation, signed, verdict_counts, verdicts
 from analysis.run import Capture
 from analysis.study import Study
-
-MOST_STEPS = 10_000  # of a training: more is no record that was written here
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,7 +42,7 @@ class RunComparison:
 
 
 def compare_runs(first: Capture, second: Capture, *, names: tuple[str, str] | None = None) -> RunComparison:
-    """Γ of every head in two runs: two models, two texts, or two training steps. `names` are by default the models'."""
+    """Γ of every head in two runs: two models, or two texts. `names` are by default the models'."""
     runs = (first, second)
     gammas = tuple(correlation(run) for run in runs)
     alike = gammas[0].shape == gammas[1].shape
@@ -119,61 +114,6 @@ def compare_studies(
         verdicts=tuple(verdict_counts(across.head_verdicts(study, seed=seed), across.VERDICTS) for study in both),
         difference=difference,
     )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Training:
-    """What the heads of a model did at S steps of its training, as its `training.json` says. NaN is undefined."""
-
-    steps: np.ndarray  # [S] int, rising
-    tokens: np.ndarray  # [S] int, trained on by then
-    bits_per_byte: np.ndarray  # [S]
-    gamma: np.ndarray  # [S, L, H]
-    gamma_without_first: np.ndarray  # [S, L, H]
-    sink_share: np.ndarray  # [S, L, H]
-
-    def __str__(self) -> str:
-        first, last = (
-            f"median Γ {signed(_median(self.gamma[i]))}, sink share {_median(self.sink_share[i]):.1%}" for i in (0, -1)
-        )
-        return (
-            f"From step {self.steps[0]:,} ({first}) to step {self.steps[-1]:,} ({last}), over "
-            f"{self.tokens[-1] - self.tokens[0]:,} tokens."
-        )
-
-
-def read_training(text: str) -> Training:
-    """Read a `training.json`, which may come from anyone. Raises RunFileError, with the reason."""
-    try:
-        records = json.loads(text)["records"]
-        if not isinstance(records, list) or not 1 <= len(records) <= MOST_STEPS:
-            raise ValueError(f"it should hold 1 to {MOST_STEPS} records")
-        whole = {"steps": [record["step"] for record in records], "tokens": [record["tokens"] for record in records]}
-        if not all(type(n) is int and 0 <= n < 2**62 for numbers in whole.values() for n in numbers):
-            raise ValueError("step and tokens should be whole numbers")
-        if whole["steps"] != sorted(set(whole["steps"])):
-            raise ValueError("its steps should rise")
-        heads = ("gamma", "gamma_without_first", "sink_share")
-        figures = {name: _figures([record[name] for record in records]) for name in heads}
-        if empty := [name for name, values in figures.items() if not np.isfinite(values).any()]:
-            raise ValueError(f"it holds no number for {', '.join(empty)}")
-        if {values.shape for values in figures.values()} != {figures["gamma"].shape} or figures["gamma"].ndim != 3:
-            raise ValueError("its heads should be a table of layers and heads, the same at every step")
-        bits = _figures([record["bits_per_byte"] for record in records])
-        return Training(**{name: np.array(n) for name, n in whole.items()}, bits_per_byte=bits, **figures)
-    except KeyError as error:
-        raise RunFileError(f"This is not a training that can be read: it has no {error}.") from error
-    except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise RunFileError(f"This is not a training that can be read: {str(error)[:200]}") from error
-
-
-def _figures(values: list) -> np.ndarray:
-    """Numbers in lists of one shape, null as NaN."""
-    found = np.array(values, dtype=object)
-    plain = [np.nan if value is None else value for value in found.ravel()]
-    if not all(type(value) in (int, float) and not math.isinf(value) for value in plain) or not plain:
-        raise ValueError("its figures should be numbers, in rows of one length")
-    return np.array(plain, dtype=np.float64).reshape(found.shape)
 
 
 def _unpaired(gammas: Sequence[np.ndarray], documents: Sequence[Sequence[str]], seed: int) -> Means:

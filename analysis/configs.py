@@ -25,7 +25,7 @@ _SIZES = (  # by all the names that transformers' configs have for them
     (4_000_000, "vocab_size"),
     (10_000, "num_labels"),
 )
-_BOUNDS = {name: bound for bound, names in _SIZES for name in names.split()}
+BOUNDS = {name: bound for bound, names in _SIZES for name in names.split()}
 
 
 def read_config(path: Path, name: str) -> PretrainedConfig:
@@ -35,9 +35,14 @@ def read_config(path: Path, name: str) -> PretrainedConfig:
 
     with reading(name, path.name):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-        _check_bounds(config, name)
-        _check_kind(config, name)
+        check_config(config, name)
     return config
+
+
+def check_config(config: PretrainedConfig, name: str) -> None:
+    """Refuse sizes out of range by whatever name, and what is not decoder-only or has no keys to look at."""
+    _check_bounds(config, name)
+    _check_kind(config, name)
 
 
 def vet_config(path: Path, name: str) -> None:
@@ -46,7 +51,7 @@ def vet_config(path: Path, name: str) -> None:
         raise ModelError(f"{name} is no model folder: it has no config.json.")
     config = read_json(path, name)
     for part in _parts(config):
-        for key, bound in _BOUNDS.items():
+        for key, bound in BOUNDS.items():
             value = part.get(key)
             if isinstance(value, (int, float)) and not 0 < value <= bound:
                 raise ModelError(f"{name}: config.json says {key} = {value}, which is out of range (1 to {bound}).")
@@ -56,7 +61,10 @@ def vet_config(path: Path, name: str) -> None:
         if "--" in str(part.get("auto_map", "")):
             raise ModelError(f"{name}: config.json asks for code of another repository (auto_map). It is not run.")
         if part.get("quantization_config") is not None:
-            raise ModelError(f"{name} is quantised, which is not supported yet. Give the unquantised model.")
+            raise ModelError(
+                f"{name} is quantised{_method(part)}: such weights need kernels that are not loaded here. Give the "
+                "unquantised model, or a GGUF file, which is dequantised."
+            )
 
 
 @contextmanager
@@ -74,7 +82,10 @@ def reading(name: str, part: str) -> Iterator[None]:
         raise ModelError(f"{name}: {error}") from error
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise ModelError(f"{name} does not fit into memory. Try a smaller model.") from error
-    except Exception as error:
+    except BaseException as error:
+        # A panic in the Rust of tokenizers is no Exception. Nothing else of that kind, such as Ctrl-C, is caught.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ModelError(f"{name}: its {part} cannot be used ({short(error)}).") from error
 
 
@@ -95,21 +106,36 @@ def short(error: BaseException) -> str:
     return (f"no {text}" if isinstance(error, KeyError) else text)[:300]
 
 
+def _method(config: dict) -> str:
+    """How a model is quantised, as its config says: " (gptq)"."""
+    told = config["quantization_config"]
+    method = told.get("quant_method") if isinstance(told, dict) else None
+    return f" ({method:.40})" if isinstance(method, str) else ""
+
+
 def _check_bounds(config: PretrainedConfig, name: str) -> None:
     """Refuse sizes out of range that the file gave under a name that is not known here."""
     text_config = config.get_text_config(decoder=True)
     for key in ("num_hidden_layers", "hidden_size"):
         value = getattr(text_config, key, None)
-        if isinstance(value, int) and not 0 < value <= _BOUNDS[key]:
-            raise ModelError(f"{name}: config.json makes {key} {value}, which is out of range (1 to {_BOUNDS[key]}).")
+        if isinstance(value, int) and not 0 < value <= BOUNDS[key]:
+            raise ModelError(f"{name}: config.json makes {key} {value}, which is out of range (1 to {BOUNDS[key]}).")
 
 
 def _check_kind(config: PretrainedConfig, name: str) -> None:
     """Refuse a model that is not decoder-only, or has no keys to look at."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
     from l2kv import check_compressible
 
     text_config = config.get_text_config(decoder=True)
     check_compressible(text_config)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and text_config is not config:
+        raise ModelError(
+            f"{name} is multimodal ({config.model_type}: a language model and towers for images or sound), and only "
+            "language models are loaded here. From Python, load it with transformers: l2kv's compressible(model) and "
+            "CompressedCache compress its language part."
+        )
     if not getattr(text_config, "num_attention_heads", None):
         raise ModelError(f"{name}: {config.model_type} has no attention heads, so there are no keys to look at.")
 

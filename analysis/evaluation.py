@@ -7,24 +7,25 @@ then after every token.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedTokenizerBase
 
 from analysis.capturing import check_length
 from analysis.errors import TextError
 from analysis.generation import decode_one_token, new_cache, prefill, prepared
-from analysis.memory import memory_errors
 from analysis.models import LoadedModel
 from analysis.presets import PASSKEY_QUESTION, passkey
 from analysis.tokens import Tokens, beginning, check_text, tokenize
-from l2kv import CompressionSpec, cache_nbytes
+from l2kv import CompressedCache, CompressionSpec, cache_nbytes
+from l2kv.policies import POLICIES
 
 Specs = Mapping[str, CompressionSpec | None]
 """What is compared, by name; None is the full cache."""
@@ -36,30 +37,6 @@ they can be cancelled. What it raises cancels the evaluation and passes through.
 
 def ignore(done: int, total: int) -> None:
     """For those who do not ask for progress."""
-
-
-@torch.inference_mode()
-def bits_per_byte(loaded: LoadedModel, text: str, *, context: int | None = None) -> float:
-    """Bits that the model needs for each byte of a text, in windows of `context` tokens that start afresh.
-
-    Args:
-        context: tokens a window, its first special token included; the positions of the model, if not given.
-
-    Raises:
-        TextError: empty, or no valid Unicode.
-    """
-    tokens = tokenize(loaded.tokenizer, text).ids
-    prefix = loaded.tokenizer.bos_token_id
-    ids = torch.from_numpy(tokens[1:] if prefix is not None and tokens[0] == prefix else tokens)
-    start = ids.new_tensor([prefix if prefix is not None else int(ids[0])])
-    size = (context or loaded.config.max_position_embeddings) - 1
-    nats = 0.0
-    with memory_errors():
-        for window in ids.split(size):
-            inputs = torch.cat([start, window])[None].to(loaded.device)
-            logits = loaded.model(inputs[:, :-1], use_cache=False).logits[0].float()
-            nats += torch.nn.functional.cross_entropy(logits, inputs[0, 1:], reduction="sum").item()
-    return nats / math.log(2) / len(text.encode("utf-8"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,15 +222,32 @@ def passkey_prompt(tokenizer: PreTrainedTokenizerBase, key: int, *, n_tokens: in
     return PasskeyPrompt(key, ids[:cut], ids[cut:])
 
 
-def _says_key(loaded: LoadedModel, prompt: PasskeyPrompt, spec: CompressionSpec | None) -> bool:
+def _most_tokens(prompt: PasskeyPrompt) -> int:
+    """Tokens of an answer, more than digits: a space may be one."""
+    return 2 * len(str(prompt.key)) + 1
+
+
+def _caches_after(loaded: LoadedModel, context: Tensor, specs: Iterable[CompressionSpec | None]) -> Iterator[Cache]:
+    """A cache that holds the context [1, C], for each spec. The model runs once for all that can share its pass."""
+    full = new_cache(loaded, None)
+    prefill(loaded.model, context, full)
+    for spec in specs:
+        if spec is None:
+            yield copy.deepcopy(full)
+        elif POLICIES[spec.policy].needs_attention:
+            cache = new_cache(loaded, spec)
+            prefill(loaded.model, context, cache)
+            yield cache
+        else:
+            yield CompressedCache.from_full(full, loaded.config, spec)
+
+
+def _says_key(loaded: LoadedModel, prompt: PasskeyPrompt, cache: Cache) -> bool:
+    """Whether a cache that holds the context answers the question with the key."""
     digits = str(prompt.key)
-    most = 2 * len(digits)  # tokens after the first, more than digits: a space may be one
-    _check(loaded, np.concatenate([prompt.context, prompt.question]), new_tokens=most)
-    cache = new_cache(loaded, spec)
-    prefill(loaded.model, _on_device(loaded, prompt.context), cache)
     token = decode_one_token(loaded.model, _on_device(loaded, prompt.question), cache)
     said = [int(token)]
-    for _ in range(most):
+    for _ in range(_most_tokens(prompt) - 1):
         answer = loaded.tokenizer.decode(said).strip()
         if len(answer) >= len(digits) or not digits.startswith(answer):
             break
@@ -294,7 +288,8 @@ def passkey_grid(
 ) -> tuple[PasskeyScore, ...]:
     """How often the model, asked after compression, says the key exactly, greedily: by spec, length and depth.
 
-    All but the question is run and compressed; the question is run over what is left, and so is every digit.
+    All but the question is run once, and compressed by each spec; the question is run over what is left, and so is
+    every digit, and the caches go on evicting.
 
     Raises:
         TextError, ValueError: as `passkey_text`, or more than the model can take.
@@ -305,31 +300,22 @@ def passkey_grid(
         place: [passkey_prompt(loaded.tokenizer, key, n_tokens=place[0], depth=place[1]) for key in keys]
         for place in places
     }
+    for prompt in chain.from_iterable(prompts.values()):
+        ids = np.concatenate([prompt.context, prompt.question])
+        _check(loaded, ids, new_tokens=_most_tokens(prompt))
     done, total = 0, len(specs) * len(places) * len(keys)
-    scores = []
+    found = {(name, place): 0 for name in specs for place in places}
     with prepared(loaded):
-        for name, spec in specs.items():
-            for length, depth in places:
-                found = 0
-                for prompt in prompts[length, depth]:
-                    found += _says_key(loaded, prompt, spec)
+        for place in places:
+            for prompt in prompts[place]:
+                caches = _caches_after(loaded, _on_device(loaded, prompt.context), specs.values())
+                for name, cache in zip(specs, caches, strict=True):
+                    found[name, place] += _says_key(loaded, prompt, cache)
                     done += 1
                     on_done(done, total)
-                scores.append(PasskeyScore(name, length, depth, found, len(keys)))
-    return tuple(scores)
+    return tuple(PasskeyScore(name, *place, count, len(keys)) for (name, place), count in found.items())
 
 
 def passkeys(count: int, *, seed: int = 0) -> tuple[int, ...]:
     """Keys of five digits to ask for."""
     return tuple(int(key) for key in np.random.default_rng(seed).integers(10_000, 100_000, count))
-
-
-def policy_specs(keep_ratios: Sequence[float], *, protect_last: int) -> dict[str, CompressionSpec]:
-    """The rules that are compared, at each ratio: "keep 0.5, low norm" and so on."""
-    return {
-        f"keep {ratio:g}, {policy.replace('_', ' ')}": CompressionSpec(
-            keep_ratio=ratio, policy=policy, protect_last=protect_last
-        )
-        for ratio in keep_ratios
-        for policy in ("low_norm", "high_norm", "random")
-    }

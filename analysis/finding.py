@@ -1,11 +1,13 @@
 """Presets that show something, found by a search whose criteria are stated, not chosen by eye.
 
-Three are looked for, on one model:
+On a model that solves the tasks of `analysis.questions` those are looked for, and beside them
+- article: the first passage that is long; what half the cache changes in it is told, whatever it is.
+
+On another model two passages are looked for:
 - calm:    a passage on which keeping half the cache, as the app proposes, changes next to nothing: the mean NLL of the
            tokens that follow moves by less than `Criteria.calm`;
 - breaks:  a passage on which keeping half by the paper's own defaults (nothing protected) costs more than
-           `Criteria.breaks`;
-- passkey: a passkey prompt whose key is found with the full cache and at some ratio below 1, and lost at a smaller one.
+           `Criteria.breaks`.
 
 All candidates are measured, the first that meets a criterion is taken, and how many did is written down with it: a text
 that one in fifty candidates gives is another thing than one that every second gives. Where none meets it the search
@@ -15,15 +17,14 @@ fails, and says how near the best came.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice, zip_longest
 
-from analysis.errors import TextError, UserError
-from analysis.evaluation import OnDone, continuation_nll, ignore, passkey_text, passkeys
-from analysis.generation import stream
+from analysis.errors import TextError
+from analysis.evaluation import OnDone, continuation_nll, ignore, nll_changes
 from analysis.models import LoadedModel
 from analysis.presets import FoundPresets, Preset
+from analysis.questions import NotFoundError, find_task_presets
 from analysis.tokens import Passage, passages
 from l2kv import CompressionSpec
 
@@ -48,17 +49,8 @@ class Criteria:
     """Tokens that the passages have at least; at most 100 more, for the sentence to end."""
     most: int = 48
     """Passages tried."""
-    ratios: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
-    """Keep ratios of the passkey, falling."""
-    passkey_tokens: tuple[int, ...] = (250, 450, 700, 950)
-    """Tokens of the passkey prompts, at most."""
-    depths: tuple[float, ...] = (0.25, 0.5, 0.75)
-    keys: int = 2
-    """Keys tried at each length and depth."""
-
-
-class NotFoundError(UserError):
-    """No candidate meets a criterion; the message names it, and the best value there was."""
+    article: int = 900
+    """Tokens that the article has at least."""
 
 
 def find_presets(
@@ -66,28 +58,29 @@ def find_presets(
     texts: Mapping[str, str],
     *,
     criteria: Criteria | None = None,
-    without_passkey: bool = False,
+    tasks: bool = True,
     on_done: OnDone = ignore,
 ) -> FoundPresets:
-    """Search the texts for a calm and a breaking passage, and a grid of passkeys for one that is lost halfway.
+    """Search for presets with a task and an article, or in a model without tasks for a calm and a breaking passage.
 
     Args:
         loaded: the model.
         texts: by name.
         criteria: other than the usual ones.
-        without_passkey: do not look for a passkey: for a model that cannot retrieve any.
-        on_done: called as (candidates measured, candidates), for the passages.
+        tasks: whether the model is to solve those of `analysis.questions`. A small one cannot.
+        on_done: called as (candidates measured, candidates), for each search.
 
     Raises:
         NotFoundError: nothing meets one of the criteria.
         TextError, ModelError, OutOfMemoryError: as `continuation_nll`.
     """
     criteria = criteria or Criteria()
-    measured = _measure(loaded, _candidates(loaded, texts, criteria), criteria, on_done)
-    found = [_calm(loaded.name, measured, criteria), _breaks(loaded.name, measured, criteria)]
-    if not without_passkey:
-        found.append(_passkey(loaded, criteria))
-    return FoundPresets(loaded.name, tuple(found), without_passkey)
+    if tasks:
+        found = (*find_task_presets(loaded, on_done=on_done), _article(loaded, texts, criteria))
+    else:
+        measured = _measure(loaded, _candidates(loaded, texts, criteria), criteria, on_done)
+        found = (_calm(loaded.name, measured, criteria), _breaks(loaded.name, measured, criteria))
+    return FoundPresets(loaded.name, found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +140,26 @@ def _measure(
         measured.append(_Measured(source, passage.prompt, passage.prompt_tokens, full, calm, breaks))
         on_done(len(measured), len(candidates))
     return measured
+
+
+def _article(loaded: LoadedModel, texts: Mapping[str, str], criteria: Criteria) -> Preset:
+    """The first long passage, and what half the cache by three policies changes in it."""
+    one = replace(criteria, lengths=(criteria.article,), most=1)
+    ((source, passage),) = _candidates(loaded, texts, one)
+    changes = nll_changes(
+        loaded,
+        [passage.prompt + passage.following],
+        {policy.replace("_", " "): replace(CALM_SPEC, policy=policy) for policy in ("low_norm", "random", "keydiff")},
+        prompt_tokens=passage.prompt_tokens,
+        new_tokens=criteria.new_tokens,
+    )
+    told = ", ".join(f"{change.mean:+.3f} by {change.spec}" for change in changes)
+    why = (
+        f"A long text: {passage.prompt_tokens} tokens of {source}, the first passage of {criteria.article} tokens or "
+        f"more. The mean NLL of the {criteria.new_tokens} tokens after it changes by {told} (nats/token; half the "
+        f"cache, the last {CALM_SPEC.protect_last} protected), in {loaded.name}. One text is an anecdote."
+    )
+    return Preset("A long article", passage.prompt, why, CALM_SPEC)
 
 
 def _calm(model: str, measured: Sequence[_Measured], criteria: Criteria) -> Preset:
@@ -210,71 +223,3 @@ def _told(model: str, one: _Measured, with_spec: float, spec: CompressionSpec, c
 def _in_words(spec: CompressionSpec) -> str:
     protected = f"the last {spec.protect_last} protected" if spec.protect_last else "nothing protected"
     return f"keep ratio {spec.keep_ratio:g} by {spec.policy.replace('_', ' ')}, {protected}"
-
-
-def _passkey(loaded: LoadedModel, criteria: Criteria) -> Preset:
-    """The first prompt that is lost halfway, by low norm if there is one, else by high norm."""
-    prompts = _passkey_prompts(loaded, criteria)
-    found = [(key, text) for key, text in prompts if _answers(loaded, text, key, None)]
-    if not found:
-        raise NotFoundError(
-            f"None of {len(prompts)} prompts meets the criterion passkey: {loaded.name} finds the key in none of them "
-            "with the full cache. For a model that cannot retrieve, say so: --without-passkey"
-        )
-    for policy in ("low_norm", "high_norm"):
-        for key, text in found:
-            specs = [CompressionSpec(keep_ratio=r, policy=policy, protect_last=32) for r in criteria.ratios]
-            survived = [_answers(loaded, text, key, spec) for spec in specs]
-            last = max((i for i, ok in enumerate(survived) if ok and not all(survived[i:])), default=None)
-            if last is not None:
-                why = _passkey_told(loaded.name, len(found), len(prompts), specs, survived)
-                return Preset(f"Passkey {key}, found and lost (the paper's task)", text, why, specs[last])
-    raise NotFoundError(
-        f"None of {len(prompts)} prompts meets the criterion passkey: found at some keep ratio below 1 and lost at a "
-        f"smaller one of {', '.join(f'{r:g}' for r in criteria.ratios)}, by low norm or high norm. The full cache "
-        f"finds the key in {len(found)}; compressed, each is found at every ratio or lost from the largest on."
-    )
-
-
-def _passkey_prompts(loaded: LoadedModel, criteria: Criteria) -> list[tuple[int, str]]:
-    positions = getattr(loaded.config, "max_position_embeddings", None) or float("inf")
-    lengths = [n for n in criteria.passkey_tokens if n + _ANSWER_TOKENS <= positions]
-    if not lengths:
-        raise NotFoundError(
-            f"No passkey prompt of {min(criteria.passkey_tokens)} tokens fits the {positions} positions of "
-            f"{loaded.name}. Leave it out: --without-passkey"
-        )
-    return [
-        (key, passkey_text(loaded.tokenizer, key, n_tokens=length, depth=depth))
-        for length in lengths
-        for depth in criteria.depths
-        for key in passkeys(criteria.keys)
-    ]
-
-
-_ANSWER_TOKENS = 12
-
-
-def _answers(loaded: LoadedModel, text: str, key: int, spec: CompressionSpec | None) -> bool:
-    """Whether generating after the prompt says the key, as the app does it: compressed with the question in it."""
-    digits, answer = str(key), ""
-    with closing(stream(loaded, text, [spec], max_new_tokens=_ANSWER_TOKENS)) as steps:
-        for (step,) in steps:
-            answer = step.text.strip()
-            if len(answer) >= len(digits) or not digits.startswith(answer):
-                break
-    return answer.startswith(digits)
-
-
-def _passkey_told(
-    model: str, found: int, prompts: int, specs: Sequence[CompressionSpec], survived: Sequence[bool]
-) -> str:
-    def ratios(wanted: bool) -> str:
-        return ", ".join(f"{spec.keep_ratio:g}" for spec, ok in zip(specs, survived, strict=True) if ok is wanted)
-
-    return (
-        f"Keeping by {specs[0].policy.replace('_', ' ')} with the last {specs[0].protect_last} protected, {model} "
-        f"still says the key at the keep ratios {ratios(True)}, and no longer at {ratios(False)}; the full cache finds "
-        f"it in {found} of {prompts} prompts tried. The question is in the prompt when it is compressed, as on the "
-        "page Generate."
-    )

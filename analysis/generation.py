@@ -18,7 +18,8 @@ from analysis.capturing import OnLayer, check_length
 from analysis.errors import ModelError
 from analysis.memory import memory_errors
 from analysis.models import LoadedModel
-from analysis.tokens import Tokens, tokenize
+from analysis.tasks import prompt_tokens
+from analysis.tokens import Tokens
 from l2kv import CompressedCache, CompressionSpec, UnsupportedModelError, attention_seam, cache_nbytes, compressible
 from l2kv.seam import Attention
 
@@ -28,7 +29,7 @@ class Step:
     """A new token, and the cache that it left behind."""
 
     token_ids: tuple[int, ...]  # of all new tokens
-    text: str  # of all new tokens
+    text: str  # of all new tokens, but for special ones such as the one that ends it
     held: tuple[int, ...]  # tokens in the cache, per layer
     nbytes: int  # of the keys and values of those tokens
     slack_nbytes: int  # of storage that waits for more
@@ -42,6 +43,7 @@ def stream(
     specs: Sequence[CompressionSpec | None],
     *,
     max_new_tokens: int,
+    chat: bool = False,
     on_layer: OnLayer | None = None,
 ) -> Iterator[tuple[Step, ...]]:
     """Yield, after each new token, the state of all columns; None among the specs is the full cache.
@@ -50,14 +52,16 @@ def stream(
     stop at once and have the model restored: one that is dropped midway is restored only when it is collected.
 
     Args:
-        on_layer: called as (layers done, layers to do) while the prompt is read; what it raises ends the work.
+        chat: put the prompt to the model as a user's question, through its chat template.
+        on_layer: called as (layers done, layers to do) while the prompt is read, into one cache after the other; what
+            it raises ends the work.
 
     Raises:
         TextError, OutOfMemoryError: as `capture`.
         ModelError: the model cannot be compressed.
         ValueError: a spec does not fit the model.
     """
-    tokens = tokenize(loaded.tokenizer, prompt)
+    tokens = prompt_tokens(loaded.tokenizer, prompt, chat=chat)
     check_length(loaded, tokens, new_tokens=max_new_tokens)
     with prepared(loaded):
         with _watched(loaded, len(specs), on_layer):
@@ -87,14 +91,15 @@ class _Column:
             return self._last
         self._next = decode_one_token(self._loaded.model, self._next, self._cache)
         self._new.append(int(self._next))
-        nbytes = cache_nbytes(self._cache, slack=False)
+        finished, nbytes = self._new[-1] in self._ends, cache_nbytes(self._cache, slack=False)
+        shown = self._new[:-1] if finished else self._new
         self._last = Step(
             token_ids=tuple(self._new),
-            text=_whole_characters(self._loaded.tokenizer.decode(self._new)),
+            text=_whole_characters(self._loaded.tokenizer.decode(shown, skip_special_tokens=True)),
             held=_held(self._cache),
             nbytes=nbytes,
             slack_nbytes=cache_nbytes(self._cache) - nbytes,
-            finished=self._new[-1] in self._ends,
+            finished=finished,
         )
         return self._last
 
@@ -145,8 +150,9 @@ def decode_one_token(model, token: Tensor, cache: Cache) -> Tensor:
 
 
 def _end_tokens(loaded: LoadedModel) -> set[int]:
-    ends = loaded.model.generation_config.eos_token_id
-    return set(ends if isinstance(ends, list) else [ends])
+    """As the model, its config and its tokenizer name them: a chat's turn may end otherwise than a text does."""
+    named = [of.eos_token_id for of in (loaded.model.generation_config, loaded.config, loaded.tokenizer)]
+    return {end for ends in named for end in (ends if isinstance(ends, list) else [ends]) if end is not None}
 
 
 def _whole_characters(text: str) -> str:

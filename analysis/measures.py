@@ -28,6 +28,7 @@ _NORM_SIGN = {"low_norm": -1.0, "high_norm": 1.0}
 TOO_FEW = 16  # tokens of which no order says anything
 WEAK = 0.1  # a |Γ| below this is not called on one text: between texts it changes sign
 CONSTANT = 1e-5  # a relative spread of norms below this is rounding, not order
+LEAST_MASS = 0.01  # of a row's attention: in whatever order less than that is evicted, no more than that is lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,25 +79,33 @@ def correlation(capture: Capture, method: str = "gini", *, leave_out: int = 0) -
 
 
 def status(capture: Capture, *, leave_out: int = 0) -> np.ndarray:
-    """Why a head's figures are undefined, [L, H] of str: "ok", "constant norms", "no attention", "too short", or
-    "sliding window": the probe query sees only the latest tokens there, and the others cannot be ranked by it."""
+    """Why a head's figures are undefined, [L, H] of str: "ok", "constant norms", "no attention", "little attention"
+    (next to none is left, under `LEAST_MASS`, when the first tokens are left out), "too short", or "sliding window":
+    the probe query sees only the latest tokens there, and the others cannot be ranked by it."""
     windows = np.array(capture.windows)
     return status_of(
         capture.key_norm[..., leave_out:],
         capture.probe_attention[..., leave_out:],
+        mass=capture.probe_attention.sum(axis=-1, dtype=np.float64),
         # A window of w holds the query's own key as well, which is no column of its row.
         hidden=(windows > 0) & (windows - 1 < capture.n_tokens - leave_out),
     )
 
 
-def status_of(key_norm: np.ndarray, attention: np.ndarray, *, hidden: np.ndarray) -> np.ndarray:
-    """`status` of any attention [L, H, n] to tokens of norms [L, Hkv, n]; `hidden` [L] bool: some cannot be seen."""
+def status_of(key_norm: np.ndarray, attention: np.ndarray, *, mass: np.ndarray, hidden: np.ndarray) -> np.ndarray:
+    """`status` of any attention [L, H, n] to tokens of norms [L, Hkv, n].
+
+    Args:
+        mass: [L, H], the attention to all tokens, those that are left out included.
+        hidden: [L] bool, some of the tokens cannot be seen.
+    """
     result = np.full(attention.shape[:2], "ok", dtype=object)
     if attention.shape[-1] < 3:
         result[:] = "too short"
         return result
     even = np.ptp(attention, axis=-1) <= 1e-12  # no mass at all, or spread with no difference
     result[even] = "no attention"
+    result[~even & (attention.sum(axis=-1, dtype=np.float64) < LEAST_MASS * mass)] = "little attention"
     norm = key_norm.astype(np.float64)
     constant = np.ptp(norm, axis=-1) <= CONSTANT * norm.mean(axis=-1)
     result[np.repeat(constant, attention.shape[1] // norm.shape[1], axis=1)] = "constant norms"
@@ -112,7 +121,8 @@ def sink_share(capture: Capture, *, n_first: int = 1) -> np.ndarray:
 
 VERDICTS = {
     "follows the paper": "Γ < 0 with and without the first token: low-norm keys get the attention",
-    "sink only": "Γ < 0 thanks to the first token; among the others low norm gets no more attention, or less",
+    "sink only": "Γ < 0 thanks to the first token; among the others low norm gets no more attention, or less, or they "
+    f"get less than {LEAST_MASS:.0%} of it",
     "hidden by the sink": "Γ < 0 without the first token, which hides that low-norm keys get the attention",
     "mirror": "Γ > 0, and not thanks to the first token: HIGH-norm keys get the attention",
     "too weak to call": f"|Γ| < {WEAK}, or Γ > 0 only thanks to the first token: one text cannot tell its sign",
@@ -138,7 +148,11 @@ def verdicts(capture: Capture) -> np.ndarray:
 
 
 def verdicts_of(gamma: np.ndarray, without_first: np.ndarray) -> np.ndarray:
-    """`verdicts` of any Γ with and without the first token, of one shape; NaN is undefined."""
+    """`verdicts` of any Γ with and without the first token, of one shape; NaN is undefined.
+
+    Where only the second is, the other tokens have next to no attention or no order, and cannot bear the first out.
+    """
+    without_first = np.where(np.isnan(without_first), 0.0, without_first)
     signs = [np.sign(value) * (abs(value) >= WEAK) for value in (gamma, without_first)]
     result = np.full(gamma.shape, "undefined", dtype=object)
     for pair, name in VERDICT_OF_SIGNS.items():
@@ -152,7 +166,7 @@ def verdict_counts(verdict: np.ndarray, names: Iterable[str] = tuple(VERDICTS)) 
 
 
 def answer(capture: Capture) -> str:
-    """Does low norm predict attention in this model? In two or three sentences."""
+    """Does low norm predict attention in this model? In a few sentences: in short, by head and by layer."""
     return answer_of(verdicts(capture), correlation(capture), n_tokens=capture.n_tokens)
 
 
@@ -165,25 +179,69 @@ def answer_of(verdict: np.ndarray, gamma: np.ndarray, *, n_tokens: int) -> str:
     if n_tokens < TOO_FEW:
         return f"This run cannot tell: {n_tokens} tokens are too few. Take a text of some hundred."
     follows, mirror = (int((verdict == name).sum()) for name in ("follows the paper", "mirror"))
-    hang = int(np.isin(verdict, ("sink only", "hidden by the sink")).sum())
+    sink = int(np.isin(verdict, ("sink only", "hidden by the sink")).sum())
     return (
         f"{in_short(follows, mirror, total)} In {follows} of {total} heads low-norm keys get the attention, as the "
-        f"paper says; in {mirror} high-norm keys do; in {hang} it hangs on the first token; in "
-        f"{total - follows - mirror - hang} it is too weak to call. Median Γ {signed(np.median(gamma[defined]))}."
+        f"paper says; in {mirror} high-norm keys do; in {sink} it depends on the attention sink (the first token); in "
+        f"{total - follows - mirror - sink} it is too weak to call. {by_layer(verdict)} Median Γ "
+        f"{signed(np.median(gamma[defined]))}."
     )
 
 
+MOSTLY, CLEARLY = 0.5, 0.75  # shares of the heads above which the answer is "Mostly yes" and "Yes", and so for no
+
+
 def in_short(follows: int, mirror: int, total: int) -> str:
-    """The answer in a few words: of `total` heads that tell anything, so many follow the paper, so many mirror it."""
-    if follows > 0.75 * total:
-        return "Yes, in most heads."
-    if mirror > 0.75 * total:
-        return "No, the opposite: in most heads HIGH-norm keys get the attention."
-    if mirror > 0.5 * total and mirror > 3 * follows:
-        return "Mostly no: in most heads HIGH-norm keys get the attention."
-    if max(follows, mirror) < 0.25 * total:
-        return "Hardly: in most heads norm and attention have little to do with each other."
-    return "It depends on the head."
+    """The answer in a word: of `total` heads that tell anything, so many follow the paper, so many do the opposite.
+
+    Symmetric: what would be yes, with low and high norms exchanged is no.
+    """
+    if follows > CLEARLY * total:
+        return "Yes."
+    if follows > MOSTLY * total:
+        return "Mostly yes."
+    if mirror > CLEARLY * total:
+        return "No, the opposite."
+    if mirror > MOSTLY * total:
+        return "Mostly no, rather the opposite."
+    return "Mixed."
+
+
+def by_layer(verdict: np.ndarray) -> str:
+    """What more than half of the heads of each layer say, in a sentence: [L, H] of verdicts on one text or on many."""
+    layers: dict[str, list[int]] = {}
+    for layer, heads in enumerate(verdict):
+        layers.setdefault(_of_a_layer(heads), []).append(layer)
+    told = [f"{_ranges(layers[words])}: {words}" for words in _LAYER_WORDS if words in layers]
+    return f"Layer{'s' * (len(verdict) > 1)} {'; '.join(told)}."
+
+
+# What is said of a layer, the best first, if these verdicts together are those of more than half of its heads.
+_LAYER_WORDS = {
+    "low norm predicts attention": ("follows the paper",),
+    "only through the attention sink": ("sink only",),
+    "partly through the attention sink": ("follows the paper", "sink only"),
+    "only with the attention sink left out": ("hidden by the sink",),
+    "high norm predicts attention": ("mirror",),
+    "neither does": ("too weak to call", "no signal", "unstable"),
+    "mixed": (),
+    "cannot be told": ("undefined",),
+}
+
+
+def _of_a_layer(heads: np.ndarray) -> str:
+    told = heads[heads != "undefined"]
+    if not len(told):
+        return "cannot be told"
+    majority = (words for words, of in _LAYER_WORDS.items() if np.isin(told, of).mean() > MOSTLY)
+    return next(majority, "mixed")
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[1, 2, 3, 7] -> "1-3, 7"."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    return ", ".join(f"{start}-{end}" if end > start else f"{start}" for start, end in zip(starts, ends, strict=True))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

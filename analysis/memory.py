@@ -93,9 +93,14 @@ def free_bytes(device) -> int:
     return psutil.virtual_memory().available
 
 
+def usable_bytes(device) -> int:
+    """Memory that may be asked for on a torch device: the rest of what is free is for others."""
+    return int(free_bytes(device) * _SHARE_OF_FREE)
+
+
 def check_fits(loaded: LoadedModel, n_tokens: int, *, last_queries: int = LAST_QUERIES) -> int:
     """The estimate for a capture of `n_tokens`. Raises OutOfMemoryError, naming the length that would fit."""
-    itemsize, allowed = loaded.model.dtype.itemsize, int(free_bytes(loaded.device) * _SHARE_OF_FREE)
+    itemsize, allowed = loaded.model.dtype.itemsize, usable_bytes(loaded.device)
 
     def needed(n: int) -> int:
         return capture_bytes(loaded.config, n, itemsize=itemsize, last_queries=last_queries)

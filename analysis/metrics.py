@@ -23,7 +23,15 @@ PROBES = {
     "last queries": "each of the text's last queries by itself, over the tokens before it; then their mean",
     "all queries": "the attention that each key receives, the mean over the queries that can see it",
 }
-STATUSES = ("ok", "constant norms", "no attention", "too short", "sliding window", "no queries kept")
+STATUSES = (
+    "ok",
+    "constant norms",
+    "no attention",
+    "too short",
+    "sliding window",
+    "no queries kept",
+    "little attention",
+)
 OVERLAP_RATIO = 0.5
 
 
@@ -33,10 +41,13 @@ class Row:
     What several metrics need is worked out once, when it is first asked for. L layers, H query heads, Hkv kv heads.
     """
 
-    def __init__(self, attention: np.ndarray, norm: np.ndarray, ranks: np.ndarray, seen: np.ndarray) -> None:
+    def __init__(
+        self, attention: np.ndarray, norm: np.ndarray, ranks: np.ndarray, seen: np.ndarray, mass: np.ndarray
+    ) -> None:
         """attention [L, H, n]; norm [L, Hkv, n]; ranks [2, L, Hkv, n], 1..n by ascending norm: of equals the earlier
         has the lower one, as in the cache, and then equals share the mean of theirs; seen [L], how many of the n tokens
-        the probe can see."""
+        the probe can see; mass [L, H], the attention to them and to the first tokens that were left out."""
+        self.mass = mass
         self.given, self.attention = attention, attention.astype(np.float64)
         self.norm, self.ranks = norm, ranks
         self.seen, self.n = seen, attention.shape[-1]
@@ -45,7 +56,7 @@ class Row:
     def without_first(self) -> Row:
         """The same for all tokens but the first, the usual sink."""
         seen = np.minimum(self.seen, self.n - 1)
-        return Row(self.given[..., 1:], self.norm[..., 1:], _without(self.ranks, 0), seen)
+        return Row(self.given[..., 1:], self.norm[..., 1:], _without(self.ranks, 0), seen, self.mass)
 
     @cached_property
     def ascending(self) -> np.ndarray:
@@ -69,7 +80,7 @@ class Row:
     @cached_property
     def status(self) -> np.ndarray:
         """[L, H] uint8, index into `STATUSES`: of metrics that compare orders."""
-        words = status_of(self.norm, self.given, hidden=self.seen < self.n)
+        words = status_of(self.norm, self.given, mass=self.mass, hidden=self.seen < self.n)
         return sum(i * (words == word) for i, word in enumerate(STATUSES)).astype(np.uint8)
 
     @cached_property
@@ -230,7 +241,8 @@ def _rows(capture: Capture, probe: str, leave_out: int) -> Iterator[Row]:
 
     def row(attention: np.ndarray, position: int, seen: np.ndarray | int) -> Row:
         before = slice(leave_out, position)
-        return Row(attention[..., before], norm[..., before], ranks, np.minimum(seen, position - leave_out))
+        mass = attention[..., :position].sum(axis=-1, dtype=np.float64)
+        return Row(attention[..., before], norm[..., before], ranks, np.minimum(seen, position - leave_out), mass)
 
     if probe == "next token":
         yield row(capture.probe_attention, n, windows)

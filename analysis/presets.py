@@ -1,4 +1,4 @@
-"""Texts to start from, and the demo run that the app opens with."""
+"""Texts to start from, and what comes with the program of each model: the demo run, a study, presets, ..."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from analysis.models import BUNDLED
 from analysis.texts import read_text
 from l2kv.spec import CompressionSpec
 
-DEMO_RUN = BUNDLED / "demo.safetensors"
-DEMO_STUDY = BUNDLED / "study.safetensors"
-DEMO_FRONT = BUNDLED / "front.json"
-DEMO_CAUSAL = BUNDLED / "causal.json"
-FOUND_PRESETS = BUNDLED / "presets.json"
+DEMO_MODEL = "books-5m"  # the app opens with a run of it
+RESULT_FILES = {
+    "demo": "demo.safetensors",
+    "study": "study.safetensors",
+    "front": "front.json",
+    "causal": "causal.json",
+    "presets": "presets.json",
+}
 _TEXTS = BUNDLED / "texts"
 
 PASSKEY_TASK = (
@@ -38,6 +41,8 @@ class Preset:
     text: str
     why: str = ""  # what was measured on it, in words
     spec: CompressionSpec | None = None  # the compression to look at it with
+    answer: str = ""  # what should be generated, as `tasks.found` scores it; empty: nothing is right or wrong
+    chat: bool = False  # a question, to be put through the model's chat template
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +51,21 @@ class FoundPresets:
 
     model: str  # its name
     presets: tuple[Preset, ...]
-    without_passkey: bool = False  # no passkey was searched for, as was asked: the model is said not to find any
 
     def to_json(self) -> str:
         """The file's text."""
         content = {
             "l2kv_presets": FOUND_VERSION,
             "model": self.model,
-            "without_passkey": self.without_passkey,
             "presets": [
-                {"name": preset.name, "why": preset.why, "spec": _spec_fields(preset.spec), "text": preset.text}
+                {
+                    "name": preset.name,
+                    "why": preset.why,
+                    "spec": _spec_fields(preset.spec),
+                    "answer": preset.answer,
+                    "chat": preset.chat,
+                    "text": preset.text,
+                }
                 for preset in self.presets
             ],
         }
@@ -69,27 +79,60 @@ class FoundPresets:
             if content["l2kv_presets"] != FOUND_VERSION:
                 raise ValueError(f"version {content['l2kv_presets']!r:.20} is not {FOUND_VERSION}")
             found = [
-                Preset(item["name"], item["text"], item["why"], item["spec"] and CompressionSpec(**item["spec"]))
+                Preset(
+                    item["name"],
+                    item["text"],
+                    item["why"],
+                    item["spec"] and CompressionSpec(**item["spec"]),
+                    item.get("answer", ""),
+                    item.get("chat", False),
+                )
                 for item in content["presets"]
             ]
-            return cls(content["model"], tuple(found), content["without_passkey"])
+            return cls(content["model"], tuple(found))
         except (ValueError, TypeError, KeyError) as error:
             raise RunFileError(
                 f"The presets cannot be read ({error}). Make them again: python -m analysis demo"
             ) from error
 
 
-def presets(found: Path = FOUND_PRESETS) -> tuple[Preset, ...]:
-    """The texts that the app offers; the demo run is of the first. Those found for the model come last, if any were.
+@dataclass(frozen=True, slots=True)
+class BundledResults:
+    """Files of what was measured of one model; None is a result that does not come with the program."""
+
+    demo: Path | None = None  # a run
+    study: Path | None = None
+    front: Path | None = None
+    causal: Path | None = None
+    presets: Path | None = None
+
+
+def bundled_results(model: str) -> BundledResults:
+    """What comes with the program of a model, by the model's name. Any name may be asked for."""
+    if model not in {folder.name for folder in BUNDLED.iterdir()}:
+        return BundledResults()
+    files = {kind: BUNDLED / model / name for kind, name in RESULT_FILES.items()}
+    return BundledResults(**{kind: file for kind, file in files.items() if file.is_file()})
+
+
+def presets(model: str, file: Path | None = None) -> tuple[Preset, ...]:
+    """The texts that the app offers for a model, by its name: plain ones, and those that were found for this model.
+
+    A demo run is of the first. What was found for a model shows something there, and a task is one that its full cache
+    solves; for another model neither need be so.
+
+    Args:
+        file: of those that were found, if not the one that comes with the program.
 
     Raises:
         RunFileError: the file of those that were found is damaged.
     """
     texts = tuple(Preset(name, text) for name, text in bundled_texts().items())
-    extra = FoundPresets.from_json(found.read_text(encoding="utf-8")).presets if found.exists() else ()
-    if not any(PASSKEY_QUESTION in preset.text for preset in extra):
-        extra += (Preset("Passkey hidden in filler (the paper's task)", passkey(48213, before=4, after=6)),)
-    return texts + extra
+    file = file or bundled_results(model).presets
+    if file is None:
+        return texts
+    found = FoundPresets.from_json(file.read_text(encoding="utf-8"))
+    return texts + (found.presets if found.model == model else ())
 
 
 def bundled_texts() -> Mapping[str, str]:
@@ -118,16 +161,16 @@ def passkey_sentence(key: int) -> str:
     return f"The pass key is {key}. Remember it. {key} is the pass key."
 
 
-def make_demo(ref: str, destination: Path = DEMO_RUN) -> Path:
+def make_demo(ref: str, destination: Path) -> Path:
     """Capture the first preset with a model, and save it as the run that the app opens with."""
     from analysis.capturing import capture
     from analysis.models import load_model
     from analysis.run import save_run
 
-    return save_run(capture(load_model(ref, device="cpu"), presets()[0].text), destination)
+    return save_run(capture(load_model(ref, device="cpu"), next(iter(bundled_texts().values()))), destination)
 
 
-def save_found(found: FoundPresets, destination: Path = FOUND_PRESETS) -> Path:
+def save_found(found: FoundPresets, destination: Path) -> Path:
     """Write the presets that `presets()` reads. Raises RunFileError if they cannot be written there."""
     part = destination.with_suffix(".part")
     try:

@@ -2,13 +2,18 @@
 
 A run is one safetensors file, its JSON header in the file's metadata: one file can be renamed into place at once, so a
 run on disk is whole or not there, and it can be handed on in one piece. Reading it runs no code.
+
+In the file large arrays are compressed, and attention is in steps (`analysis.packing`): about a quarter of the bytes.
+What is read back has the very same norms, and attention in the same order, but for new ties. By any probe, and for each
+of the last queries, Γ with and without the first token, ALR over that of a random order and Spearman's then differ from
+those before by less than 0.01.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -17,9 +22,13 @@ from safetensors import SafetensorError
 
 from analysis.errors import RunFileError
 from analysis.files import reading_whole, write_whole
-from analysis.memory import CacheShape
+from analysis.memory import CacheShape, free_bytes, human_bytes
+from analysis.packing import code_type, deflated, inflated, quantised, restored
 
-VERSION = 2
+VERSION = 3
+LARGE = 2**16  # numbers: more of the last queries than this are kept in fewer steps
+ALWAYS_READ = 64 * 2**20  # bytes that any file may unpack to
+MOST_GROWTH = 100  # times its own bytes that a larger one may; runs of models take 4, with windows up to 40
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # arrays have no equality; identity also makes it a key of caches
@@ -128,6 +137,11 @@ class Capture:
 _ARRAYS = tuple(f.name for f in fields(Capture) if f.type == "np.ndarray")
 _HEADER = tuple(f.name for f in fields(Capture) if f.type != "np.ndarray")
 
+# From the third version on:
+_STEPPED = ("attention_received", "probe_attention", "recent_attention")
+_ALONG = {"recent_attention": 0, "pooled_attention": -2}  # rows of neighbouring queries are alike
+_PACKED = ("key_norm", "value_norm", "pooled_attention", *_STEPPED)
+
 
 def save_run(capture: Capture, path: str | Path) -> Path:
     """Write a run to a file; whatever happens meanwhile, `path` is the old file or the whole new one.
@@ -137,11 +151,14 @@ def save_run(capture: Capture, path: str | Path) -> Path:
     """
     path = Path(path)
     header = {name: getattr(capture, name) for name in _HEADER}
-    arrays = {name: getattr(capture, name) for name in _ARRAYS}
     try:
-        write_whole(path, arrays, {"l2kv_run": str(VERSION), "header": json.dumps(header)})
+        arrays, shapes = _packed(capture)
+        metadata = {"l2kv_run": str(VERSION), "header": json.dumps(header), "shapes": json.dumps(shapes)}
+        write_whole(path, arrays, metadata)
     except (SafetensorError, OSError) as error:
         raise RunFileError(f"The run cannot be written to {path}: {error}. Choose another place.") from error
+    except ValueError as error:
+        raise RunFileError(f"The run cannot be written: {error}.") from error
     return path
 
 
@@ -158,11 +175,16 @@ def load_run(path: str | Path) -> Capture:
                 f"{path.name} is of version {version[:20]}, this program reads versions 1 to {VERSION}. "
                 "Use the program that wrote it, or capture the text again."
             )
-        # The first version had no last queries.
-        names = tuple(name for name in _ARRAYS if name != "recent_attention" or version != "1")
         _check_names("header", header, _HEADER)
+        names = _ARRAYS
+        if version == "1":  # which had no last queries
+            names = tuple(name for name in _ARRAYS if name != "recent_attention")
+        elif version != "2":
+            names += tuple(f"{name}_ends" for name in _STEPPED)
         _check_names("arrays", file.keys(), names)
         arrays = {name: file.get_tensor(name) for name in names}
+        if version not in ("1", "2"):
+            arrays = _unpacked(arrays, json.loads(file.metadata().get("shapes", "null")), path)
         tuples = {name: tuple(value) for name, value in header.items() if isinstance(value, list)}
         _check_header(header | tuples)
         _check_arrays(arrays, header["text"])
@@ -174,6 +196,58 @@ def load_run(path: str | Path) -> Capture:
         if any(row[..., at:].any() for at, row in zip(capture.recent_positions, capture.recent_attention, strict=True)):
             raise ValueError("recent_attention holds values where a query sees nothing")
         return capture
+
+
+def _packed(capture: Capture) -> tuple[dict[str, np.ndarray], dict[str, tuple[int, ...]]]:
+    """The arrays of a file, and the shapes of those that are compressed. Raises ValueError: values no run can have."""
+    arrays = {name: getattr(capture, name) for name in _ARRAYS}
+    shapes = {name: arrays[name].shape for name in _PACKED}
+    for name in _STEPPED:
+        arrays[name], arrays[f"{name}_ends"] = quantised(arrays[name], _levels(name, shapes[name]))
+    for name in _PACKED:
+        arrays[name] = deflated(arrays[name], along=_ALONG.get(name))
+    return arrays, shapes
+
+
+def _unpacked(arrays: dict[str, np.ndarray], shapes: object, path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a run from those of its file.
+
+    Raises:
+        RunFileError: they would not fit into free memory.
+        ValueError: they are damaged, or would take more than any run in so many bytes.
+    """
+    if not isinstance(shapes, dict):
+        raise ValueError("its shapes are no JSON object")
+    _check_names("shapes", shapes, _PACKED)
+    for name, shape in shapes.items():
+        if not isinstance(shape, list) or len(shape) > 4 or not all(type(n) is int and 0 <= n < 2**40 for n in shape):
+            raise ValueError(f"the shape of {name} is no list of whole numbers")
+        if arrays[name].dtype != np.uint8 or arrays[name].ndim != 1:
+            raise ValueError(f"{name} is of type {arrays[name].dtype}, not compressed bytes")
+    # Known before anything is unpacked: some bytes may stand for a million times as many.
+    needed, size = sum(4 * math.prod(shape) for shape in shapes.values()), path.stat().st_size
+    allowed = 0.8 * free_bytes("cpu")
+    if needed > max(ALWAYS_READ, MOST_GROWTH * size):
+        raise ValueError(f"unpacked, it would take {human_bytes(needed)}, more than any run in {human_bytes(size)}")
+    if needed > allowed:
+        raise RunFileError(
+            f"{path.name} would take {human_bytes(needed)} of memory, and {human_bytes(allowed)} may be used."
+        )
+    for name, shape in shapes.items():
+        levels = _levels(name, shape)
+        dtype = np.uint8 if name == "pooled_attention" else code_type(levels) if name in _STEPPED else np.float32
+        try:
+            arrays[name] = inflated(arrays[name], shape, dtype, along=_ALONG.get(name))
+            if name in _STEPPED:
+                arrays[name] = restored(arrays[name], arrays.pop(f"{name}_ends"), levels)
+        except ValueError as error:
+            raise ValueError(f"{name} {error}") from error
+    return arrays
+
+
+def _levels(name: str, shape: Sequence[int]) -> int:
+    """How many steps the rows of attention have. The last queries' are most of a file, and are only shown as a mean."""
+    return 140 if name == "recent_attention" and math.prod(shape) > LARGE else 4094
 
 
 def _check_names(what: str, got: Iterable[str], expected: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""What a model takes, from its `config.json`: bytes of weights and the shape of its cache. No weights are read."""
+"""What a model takes, from its `config.json` or GGUF header: bytes of weights, shape of its cache. Reads no weights."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from analysis.configs import read_config, reading, short
 from analysis.errors import ModelError
+from analysis.gguf import is_gguf, read_gguf
 from analysis.memory import CacheShape
-from analysis.models import BUNDLED, BUNDLED_MODELS
+from analysis.models import BUNDLED, BUNDLED_MODELS, gguf_file, model_name
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -39,12 +40,20 @@ class ModelSize:
 
 
 def model_size(ref: str | Path) -> ModelSize:
-    """Of a bundled model, a folder, a bare `config.json` or a hub id, of which only the config is fetched.
+    """Of a bundled model, a folder, a GGUF file, a bare `config.json` or a hub id, of which only the config is fetched.
+
+    A GGUF file does not say in what it is computed: its weights count as stored, and its cache at 2 bytes a number.
 
     Raises:
         ModelError: there is no such config, or it is one that `load_model` would refuse.
     """
     path, name = _config_file(ref)
+    if is_gguf(path):
+        from analysis.gguf_models import gguf_config
+
+        gguf = read_gguf(path)
+        config = gguf_config(gguf)
+        return ModelSize(gguf.name, config, CacheShape.of(config, 2), gguf.nbytes, counted=False)
     config = read_config(path, name)
     import torch
     from transformers import AutoModelForCausalLM
@@ -65,14 +74,17 @@ def weights_bytes(ref: str | Path) -> int | None:
 
     Waits for no torch. Raises ModelError, as `model_size`.
     """
-    return _weighed(_config_file(ref)[0]) or None
+    path, _ = _config_file(ref)
+    return read_gguf(path).nbytes if is_gguf(path) else _weighed(path) or None
 
 
 def _config_file(ref: str | Path) -> tuple[Path, str]:
-    """Where a model's config is, and what to call the model."""
+    """Where a model's config is (its GGUF file has it), and what to call the model."""
     text = str(ref).strip()
     if text in BUNDLED_MODELS:
         return BUNDLED / text / "config.json", text
+    if file := gguf_file(text):
+        return file, model_name(text)
     try:
         path = Path(text).expanduser().resolve()
         if text and path.is_dir():

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from analysis.errors import ModelError
-from analysis.models import BUNDLED_MODELS, load_model, model_folder
+from analysis.models import NAMED_MODELS, load_model, tokenizer_and_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -94,34 +94,36 @@ class Engine:
 
 
 def allowed_models() -> list[str]:
-    """Models that need no hub: the bundled ones, and those in the folders that the operator allowed."""
-    found = [
-        str(folder)
-        for root in _allowed_folders()
-        for folder in sorted([root, *root.iterdir()])
-        if (folder / "config.json").is_file()
-    ]
-    return [*BUNDLED_MODELS, *found]
+    """Models that need no hub: the bundled ones, and those in the folders that the operator allowed.
+
+    A GGUF file may lie two folders deeper: LM Studio has them by maker and model.
+    """
+    found = []
+    for root in _allowed_folders():
+        found += [folder for folder in sorted([root, *root.iterdir()]) if (folder / "config.json").is_file()]
+        files = sorted(file for deep in ("", "*/", "*/*/") for file in root.glob(f"{deep}*.gguf"))
+        found += [file for file in files if file.is_file() and file.resolve().is_relative_to(root)]
+    return [*NAMED_MODELS, *map(str, found)]
 
 
 def check_allowed(ref: str) -> str:
-    """A bundled name, a folder in one that the operator allowed, or a hub id. Raises ModelError for other folders."""
+    """A bundled name, a folder or file in one that the operator allowed, or a hub id. Raises ModelError for others."""
     ref = ref.strip()
-    if ref in BUNDLED_MODELS:
+    if ref in NAMED_MODELS:
         return ref
-    if near := difflib.get_close_matches(ref, BUNDLED_MODELS, 1, cutoff=0.8):
-        raise ModelError(f"There is no model {ref}. Is {near[0]} meant, which is bundled?")
+    if near := difflib.get_close_matches(ref, NAMED_MODELS, 1, cutoff=0.8):
+        raise ModelError(f"There is no model {ref}. Is {near[0]} meant?")
     try:
         path = Path(ref).expanduser()
         is_path = path.is_absolute() or ref.startswith((".", "~")) or ref.count("/") > 1 or path.exists()
         resolved = path.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # too long, an unknown home, a NUL byte
-        raise ModelError(f"{ref[:60]!r} is neither the id of a model nor a folder.") from error
+        raise ModelError(f"{ref[:60]!r} is neither the id of a model nor a folder or file.") from error
     if not is_path:
         return ref
     if not any(resolved.is_relative_to(root) for root in _allowed_folders()):
         raise ModelError(
-            "Local folders must be allowed by whoever runs the app: start it with the environment variable "
+            "Local folders and files must be allowed by whoever runs the app: start it with the environment variable "
             "L2KV_MODEL_DIRS set to the folder that holds your models."
         )
     return str(resolved)
@@ -129,14 +131,7 @@ def check_allowed(ref: str) -> str:
 
 @lru_cache(maxsize=8)
 def _tokenizer_and_config(ref: str) -> tuple[PreTrainedTokenizerBase, PretrainedConfig]:
-    folder = model_folder(ref)
-    from transformers import AutoConfig, AutoTokenizer
-
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config(decoder=True)
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True), config
-    except Exception as error:  # whatever transformers' parsers raise on a broken folder
-        raise ModelError(f"The tokenizer of {Path(folder).name} cannot be read. ({str(error)[:200]})") from error
+    return tokenizer_and_config(ref)
 
 
 def _allowed_folders() -> list[Path]:

@@ -16,7 +16,7 @@ from analysis.measures import HeadFigures, by_kv_head
 from analysis.metrics import by_query, figures_of_probe
 from analysis.plans.curves import LossCurves, loss_curves
 from analysis.plans.skip import Plan
-from analysis.presets import DEMO_RUN, DEMO_STUDY
+from analysis.presets import DEMO_MODEL, bundled_results
 from analysis.run import Capture, load_run
 from analysis.study import Study, load_study
 from l2kv.policies import POLICIES
@@ -68,7 +68,7 @@ def remembered(
 
 @lru_cache(maxsize=1)
 def _demo_run() -> Capture:
-    return load_run(DEMO_RUN)
+    return load_run(bundled_results(DEMO_MODEL).demo)
 
 
 @remembered
@@ -123,14 +123,15 @@ def compare_with(run: Capture | None) -> None:
     st.session_state["other_run"] = run
 
 
-@lru_cache(maxsize=1)
-def _demo_study() -> Study | None:
-    return load_study(DEMO_STUDY) if DEMO_STUDY.exists() else None
+@lru_cache(maxsize=4)
+def _bundled_study(model: str) -> Study | None:
+    file = bundled_results(model).study
+    return load_study(file) if file else None
 
 
 def current_study() -> Study | None:
-    """The study on screen: the session's own, or the bundled one where there is one."""
-    return st.session_state.get("study") or _demo_study()
+    """The study on screen: the session's own, or the bundled one of the model on screen. None where there is none."""
+    return st.session_state.get("study") or _bundled_study(current_run().model)
 
 
 def show_study(study: Study | None) -> None:

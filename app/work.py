@@ -13,7 +13,7 @@ import streamlit as st
 
 from analysis import texts
 from analysis.errors import RunFileError, TextError, UserError
-from analysis.models import model_folder
+from analysis.models import loading_note, model_folder
 from app import markup
 from app.engine import Engine, allowed_models, check_allowed
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from analysis.plans.causal import CausalCheck
     from analysis.plans.front import Front
 
-OTHER = "Another model (hub id or folder)"
+OTHER = "Another model (hub id, folder or GGUF file)"
 Result = TypeVar("Result")
 Record = TypeVar("Record", "CausalCheck", "Front")
 Progress = Callable[[int, int, str], None]
@@ -38,9 +38,9 @@ def model_input() -> str:
     if chosen != OTHER:
         return chosen
     return st.text_input(
-        "Hugging Face id or folder", key="model_ref", persist_state="session", placeholder="Qwen/Qwen3-0.6B",
-        help="Any decoder-only model with safetensors weights. No remote code is run. Folders must be allowed by "
-        "whoever runs the app (L2KV_MODEL_DIRS).",
+        "Hugging Face id, folder or GGUF file", key="model_ref", persist_state="session", placeholder="Qwen/Qwen3-0.6B",
+        help="Any decoder-only model with safetensors or GGUF weights. No remote code is run. Folders must be "
+        "allowed by whoever runs the app (L2KV_MODEL_DIRS).",
     )  # fmt: skip
 
 
@@ -237,7 +237,7 @@ def run(
         with engine.turn(
             ref,
             on_wait=lambda ahead: bar.progress(0.0, f"Waiting: {ahead} ahead of you"),
-            on_load=lambda: bar.progress(0.0, f"Loading {markup.plain(ref)} …"),
+            on_load=lambda: bar.progress(0.0, f"Loading {markup.plain(ref)} … {markup.plain(loading_note(ref))}"),
         ) as loaded:
             bar.progress(0.0, "Running …")
             result = work(loaded, lambda done, total, what: bar.progress(min(done / total, 1.0), markup.plain(what)))

@@ -24,6 +24,8 @@ def attend(
     query: Tensor,
     mask: Tensor | None,
     options: dict[str, object],
+    *,
+    times: int = 1,
 ) -> tuple[Tensor, Tensor | None]:
     """The attention of the latest queries [B, H, q, D] to all that the layer holds.
 
@@ -31,11 +33,14 @@ def attend(
         inner: the model's own attention, of the attention layer `module`.
         mask: of the longest layer [B or 1, 1, q, n], or None where it hides nothing but what causality does.
         options: of the attention call.
+        times: how often the model's own attention expects each kv head repeated.
     """
     if options.get("position_bias") is not None:
         raise UnsupportedModelError(
-            "this model adds a bias to its attention scores that goes by the place in the cache"
+            "This model adds a bias to its attention scores that goes by the place in the cache."
         )
+    if options.get("sliding_window") is not None:
+        raise UnsupportedModelError("This model looks through a window at a layer whose cache holds all tokens.")
     hides_nothing = mask is None and layer.first_real is None
     if query.shape[2] == 1 and hides_nothing and inner is ALL_ATTENTION_FUNCTIONS["sdpa"]:
         return _of_one_token(layer, query, options), None
@@ -44,8 +49,8 @@ def attend(
         output, _ = inner(
             _Heads(module, part.heads, layer.n_heads),
             of_query_heads(query, part.heads, layer.n_heads),
-            part.keys,
-            part.values,
+            part.keys if times == 1 else part.keys.repeat_interleave(times, dim=1),
+            part.values if times == 1 else part.values.repeat_interleave(times, dim=1),
             of_part,
             **options_of_heads(options, part.heads, layer.n_heads),
         )
@@ -102,6 +107,24 @@ def _head_by_head(query: Tensor, parts: Sequence[Part], scale: float | None, dro
     return torch.cat(outputs, dim=1)
 
 
+def check_mask(layer: CompressedLayer, queries: int, mask: Tensor) -> None:
+    """Raise UnsupportedModelError unless a mask [B or 1, 1, q, n] shows all that was held before, but for padding.
+
+    Else it was made of what the cache holds, place by place, and these places are others where tokens are gone.
+    """
+    before = mask[..., :-queries]
+    shown = mask.shape[1] == 1 and (layer.first_real is not None or (_shown(before).all()))
+    if not shown:
+        raise UnsupportedModelError(
+            "This model's attention mask hides more than the future and the padding, or not the same in every head: a "
+            "window, a bias or a choice that goes by the place in the cache."
+        )
+
+
+def _shown(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask == 0
+
+
 def _masks(layer: CompressedLayer, query: Tensor, mask: Tensor | None) -> Iterator[Tensor | None]:
     """The mask of each part. All that was held before precedes all queries, so only the length differs..."""
     if layer.first_real is None:
@@ -109,8 +132,12 @@ def _masks(layer: CompressedLayer, query: Tensor, mask: Tensor | None) -> Iterat
             yield mask if mask is None else mask[..., -part.held :]
         return
     # ... but where rows are padded, each head hides the padding that it still holds.
-    group = query.shape[1] // layer.n_heads
-    for visible in layer.visible(query.shape[2]):  # [B, h or 1, q, n]
+    queries, group = query.shape[2], query.shape[1] // layer.n_heads
+    for visible in layer.visible(queries):  # [B, h or 1, q, n]
+        if (
+            mask is not None
+        ):  # among the new tokens it may show more than the past: the parts of an image see each other
+            visible[..., -queries:] |= _shown(mask[..., -queries:])
         if visible.shape[1] > 1:
             visible = visible.repeat_interleave(group, dim=1)
         if mask is None or mask.dtype == torch.bool:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from l2kv.seam import Repeats
+
 
 def of_kv_heads(x: Tensor, heads: tuple[int, ...]) -> Tensor:
     """[B, Hkv, ...] -> [B, h, ...], a view where the heads are neighbours."""
@@ -27,3 +29,17 @@ def options_of_heads(options: Mapping[str, object], heads: tuple[int, ...], kv_h
     if sinks is None:
         return dict(options)
     return {**options, "s_aux": of_query_heads(sinks[None], heads, kv_heads)[0]}
+
+
+def in_groups(query: Tensor, repeats: Repeats, kv_heads: int) -> Tensor:
+    """Query heads [B, H, ...] as a model orders them -> with those next to each other that share a kv head."""
+    if not repeats.in_turn:
+        return query
+    return query.unflatten(1, (repeats.times, kv_heads, -1)).transpose(1, 2).flatten(1, 3)
+
+
+def in_the_models_order(output: Tensor, repeats: Repeats, kv_heads: int) -> Tensor:
+    """The way back from `in_groups`, of what attention gives: [B, q, H, D]."""
+    if not repeats.in_turn:
+        return output
+    return output.unflatten(2, (kv_heads, repeats.times, -1)).transpose(2, 3).flatten(2, 4)

@@ -92,6 +92,8 @@ class PagedSlots(Storage):
         self._known_pages = None
 
     def append(self, keys: Tensor, values: Tensor) -> None:
+        if self._widen(keys, values):
+            self._known_pages = None
         held = tuple(n + keys.shape[2] for n in self._held)
         if not self._writable() or any(n > room for n, room in zip(held, self._capacities, strict=True)):
             self._move_all(held)

@@ -8,15 +8,18 @@ as soon as its attention is done, which also keeps the peak of a long prompt dow
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from l2kv.attention import attend
+from l2kv.attention import attend, check_mask
 from l2kv.cache import CompressedCache, check_compressible
+from l2kv.heads import in_groups, in_the_models_order
 from l2kv.layer import CompressedLayer
 from l2kv.seam import Attention, UnsupportedModelError, attention_seam
 
@@ -63,30 +66,47 @@ class _Preparation:
 
     def __init__(self, model: PreTrainedModel) -> None:
         check_compressible(model.config.get_text_config(decoder=True))
+        if not getattr(model, "_supports_default_dynamic_cache", lambda: True)():
+            raise UnsupportedModelError(f"{type(model).__name__} takes no cache but its own.")
         self.users = 0
         self._model_name = type(model).__name__
         self._cache: CompressedCache | None = None
+        self._outermost: nn.Module | None = None  # the part of the model that was called with the cache
+        self._mask: Tensor | None = None  # that was found to be as it must
+        self._evict_later: Callable[[], None] | None = None
         with ExitStack() as stack:
-            stack.enter_context(attention_seam(model, self._attend))
-            base = model.base_model  # called by the whole model and by those who want no logits
-            for hook in (
-                base.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-                base.register_forward_hook(self._after_forward, always_call=True),
-            ):
-                stack.callback(hook.remove)
+            self._hooked = stack.enter_context(attention_seam(model, self._attend))
+            # Which of its parts a model calls, and which a user, differs: the outermost that is given a cache counts.
+            for part in model.modules():
+                if isinstance(part, PreTrainedModel):
+                    before = part.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+                    after = part.register_forward_hook(self._after_forward, always_call=True)
+                    stack.callback(before.remove)
+                    stack.callback(after.remove)
             stack.callback(self._let_go)  # an interrupt (no Exception) in a forward pass comes past the hooks
             self.undo = stack.pop_all().close
 
+    def __reduce__(self) -> tuple:
+        return _Nothing, ()  # a copy of the model is not prepared
+
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._let_go()
         cache = next((a for a in (*kwargs.values(), *args) if isinstance(a, CompressedCache)), None)
         if cache is None:
             return
-        half = any(layer.unattended for layer in cache.compressed_layers())
-        if half or len({layer.get_seq_length() for layer in cache.layers}) > 1:
+        if module is self._outermost:  # an interrupt came past its end
+            self._let_go()
+        cache.check_even()
+        if cache.serving:
+            return
+        if not self._hooked():
             raise RuntimeError(
-                "The last forward pass over this cache stopped half way, so its layers have seen different tokens. "
-                "Call cache.reset() and start again."
+                f"Another attention was chosen for {self._model_name} after it was prepared. Choose it first, and call "
+                "compressible(model) then."
+            )
+        if module.training and any(getattr(part, "gradient_checkpointing", False) for part in module.modules()):
+            raise RuntimeError(
+                f"{self._model_name} is in training with gradient checkpointing, and then gives its keys to no cache. "
+                "Call model.eval() first."
             )
         mask = _argument("attention_mask", module, args, kwargs)
         if mask is not None:
@@ -96,21 +116,32 @@ class _Preparation:
             _check_padding(layer, first_real)
         for layer in cache.compressed_layers():
             layer.first_real = first_real
-        self._cache, cache.serving = cache, True
+        self._outermost, self._cache, self._seen_before = module, cache, cache.get_seq_length()
+        cache.serving = True
 
     def _after_forward(self, module: nn.Module, args: tuple, output: object) -> None:
-        cache = self._cache
+        if module is not self._outermost:
+            return
+        cache, before, evict = self._cache, self._seen_before, self._evict_later
         self._let_go()
-        if cache is not None and output is not None and any(layer.unattended for layer in cache.compressed_layers()):
+        if output is None:  # an exception is under way
+            return
+        if evict is not None:
+            evict()
+        layers = cache.compressed_layers()
+        if any(layer.unattended for layer in layers):
             raise UnsupportedModelError(
                 f"{self._model_name} computes its attention past transformers' registry, so its cache cannot be "
                 "compressed. Try another architecture (Llama, Qwen, ...)."
             )
+        if any(layer.seen == before for layer in layers):
+            raise UnsupportedModelError(f"{self._model_name} does not give the keys of all its layers to the cache.")
 
     def _let_go(self) -> None:
         if self._cache is not None:
             self._cache.serving = False
-            self._cache = None
+            self._cache.forget_given()
+        self._cache = self._outermost = self._mask = self._evict_later = None
 
     def _attend(
         self,
@@ -122,17 +153,31 @@ class _Preparation:
         mask: Tensor | None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
-        layer = self._cache.layers[module.layer_idx] if self._cache is not None else None
-        if not isinstance(layer, CompressedLayer):
+        taken = self._cache.take(key, value) if self._cache is not None else None
+        layer = self._cache.layers[taken.source] if taken is not None else None
+        if not isinstance(layer, CompressedLayer):  # a tower's, say, or one with a window
             return inner(module, query, key, value, mask, **kwargs)
-        if not layer.unattended:
-            raise RuntimeError(
-                f"{self._model_name} attends without giving its keys to the cache, as models do in training with "
-                "gradient checkpointing. Call model.eval() first."
-            )
-        result = attend(layer, inner, module, query, mask, kwargs)
-        layer.evict(query, kwargs)
-        return result
+        if mask is not None and mask is not self._mask:
+            check_mask(layer, query.shape[2], mask)
+            self._mask = mask  # the same for all layers
+        query = in_groups(query, taken.repeats, layer.n_heads)
+        output, weights = attend(layer, inner, module, query, mask, kwargs, times=taken.repeats.times)
+        if taken.source == self._cache.lender:  # others have yet to look at what it holds
+            if taken.layer_idx == taken.source:
+                self._evict_later = partial(layer.evict, query, kwargs)
+        elif taken.layer_idx == taken.source:
+            layer.evict(query, kwargs)
+        else:
+            raise UnsupportedModelError(f"{self._model_name} borrows the keys of layer {taken.source}, too early.")
+        return in_the_models_order(output, taken.repeats, layer.n_heads), weights
+
+
+class _Nothing:
+    """What the hooks of a prepared model are in a copy of it."""
+
+    def _before_forward(self, *args: object) -> None: ...
+
+    def _after_forward(self, *args: object) -> None: ...
 
 
 def _argument(name: str, module: nn.Module, args: tuple, kwargs: dict) -> object:

@@ -110,6 +110,14 @@ class Storage(ABC):
         self._buffers, self._owned = [change(buffer).contiguous() for buffer in self._buffers], True
         self._known_firsts = None
 
+    def _widen(self, *arrived: Tensor) -> bool:
+        """Hold keys and values as `cat` would, if others have a wider dtype (a prompt may be read under autocast)."""
+        before = self._buffers[: VALUES + 1]
+        for index, (held, new) in enumerate(zip(before, arrived, strict=True)):
+            if held.dtype != new.dtype:
+                self._buffers[index] = held.to(torch.promote_types(held.dtype, new.dtype))
+        return any(now is not then for now, then in zip(self._buffers, before, strict=False))
+
     def lend(self) -> Storage:
         """The same keys and values, for another to begin with: whoever of both is to write first moves to others."""
         self._owned = False
@@ -164,6 +172,7 @@ class Slots(Storage):
         return [whole]
 
     def append(self, keys: Tensor, values: Tensor) -> None:
+        self._widen(keys, values)
         start, end = self._held, self._held + keys.shape[2]
         if end > self._capacity or not self._writable():
             self._move(with_slack(end))

@@ -569,3 +569,45 @@ def test_each_layers_pairs_live_on_the_device_of_its_keys(ratios):
             assert {part.keys.device.type for part in cache.layers[layer].parts()} == {device}
             assert {positions.device.type for positions in cache.layers[layer].positions()} == {device}
     assert cache.layers[0].held_by_head == cache.layers[1].held_by_head == ((8, 8) if ratios is None else (4, 8))
+
+
+KEYS_ALONE = [name for name, policy in POLICIES.items() if not (policy.needs_attention or policy.needs_calibration)]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"skip_layers": (0,), "protect_last": 5}, {"head_ratios": {(1, 1): 0.2}}], ids=str
+)
+@pytest.mark.parametrize("policy", KEYS_ALONE)
+def test_a_cache_from_a_full_one_is_as_if_the_prompt_had_been_run_into_it(tiny, policy, options):
+    needs = {"directions": ((1, -1),) * 3} if policy == "signed_norm" else {}
+    spec, ids = CompressionSpec(keep_ratio=0.4, policy=policy, **needs, **options), tokens(tiny, 40)
+    full = DynamicCache(config=tiny.config)
+    live = CompressedCache(tiny.config, spec)
+    with torch.no_grad(), compressible(tiny):
+        tiny(ids[:, :20], past_key_values=full)
+        tiny(ids[:, :20], past_key_values=live)
+        made = CompressedCache.from_full(full, tiny.config, spec)
+        before = [layer.keys.clone() for layer in full.layers]
+        for step in range(20, 40):  # it goes on evicting, as the other does
+            one, other = (tiny(ids[:, step : step + 1], past_key_values=cache).logits for cache in (made, live))
+            torch.testing.assert_close(one, other)
+            for layer in range(3):
+                assert all(map(torch.equal, made.kept_positions(layer), live.kept_positions(layer)))
+    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(full.layers, before, strict=True))
+
+
+def test_a_cache_from_a_full_one_takes_windows_along_and_leaves_them():
+    model = MistralForCausalLM(MistralConfig(**{**tiny_shape(), "sliding_window": 8})).eval()
+    full, ids = DynamicCache(config=model.config), tokens(model, 40)
+    with torch.no_grad(), compressible(model):
+        model(ids[:, :30], past_key_values=full)
+        made = CompressedCache.from_full(full, model.config, CompressionSpec(keep_ratio=1.0))
+        one = model(ids[:, 30:], past_key_values=made).logits
+    with torch.no_grad():
+        torch.testing.assert_close(one, model(ids[:, 30:], past_key_values=full).logits)
+
+
+@pytest.mark.parametrize("policy", ["accumulated", "window", "last_query"])
+def test_a_policy_that_needs_queries_cannot_begin_with_a_full_cache(tiny, policy):
+    with pytest.raises(ValueError, match="run the prompt into a CompressedCache"):
+        CompressedCache.from_full(DynamicCache(config=tiny.config), tiny.config, CompressionSpec(policy=policy))

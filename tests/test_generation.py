@@ -10,6 +10,7 @@ from analysis.models import LoadedModel
 from l2kv import CompressionSpec
 from tests.conftest import BUNDLED, build
 from tests.oracle import masked_forward
+from tests.test_tasks import TEMPLATE
 
 PROMPT = "The old man looked at the sea, and the sea looked at the old man. Then he said to his wife: "
 
@@ -26,6 +27,30 @@ def test_the_full_column_is_plain_generate(loaded):
     assert list(steps[-1][0].token_ids) == expected
     assert [len(row[0].token_ids) for row in steps] == list(range(1, 13))
     assert steps[-1][0].text == loaded.tokenizer.decode(expected)
+
+
+def test_a_question_is_put_through_the_template_and_its_end_token_ends_the_answer_unseen(loaded):
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
+    tokenizer.chat_template = TEMPLATE
+    asked = LoadedModel(loaded.model, tokenizer, "books-5m")
+    steps = list(stream(asked, "Who is it?", [None], max_new_tokens=6, chat=True))
+    text = "<s>user\nWho is it?</s>\n<s>assistant\n"
+    ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
+    expected = asked.model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :].tolist()
+    assert list(steps[-1][0].token_ids) == expected
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(expected[3])  # which neither config knows
+    first = expected.index(expected[3])
+    ended = list(stream(asked, "Who is it?", [None], max_new_tokens=6, chat=True))[-1][0]
+    assert ended.finished and list(ended.token_ids) == expected[: first + 1]
+    assert ended.text == tokenizer.decode(expected[:first])
+
+
+def test_special_tokens_are_not_shown(loaded, monkeypatch):
+    monkeypatch.setattr(
+        "analysis.generation.decode_one_token", lambda *_: torch.tensor([[loaded.tokenizer.eos_token_id]])
+    )
+    (step,) = list(stream(loaded, PROMPT, [None], max_new_tokens=3))[-1]
+    assert step.finished and step.text == "" and len(step.token_ids) == 1
 
 
 def test_each_column_is_what_it_would_be_alone_and_its_first_token_is_already_compressed(loaded):

@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 
 from analysis import Plan, alr, attention_loss, correlation, suggest_skip_layers, verdicts
-from analysis.measures import alr_chance, answer, by_kv_head, head_figures, in_short, sink_share, status
+from analysis.measures import (
+    LEAST_MASS,
+    alr_chance,
+    answer,
+    by_kv_head,
+    by_layer,
+    head_figures,
+    in_short,
+    sink_share,
+    status,
+    verdicts_of,
+)
 from analysis.metrics import PROBES, metrics
 from analysis.plans.skip import layer_loss
 from analysis.run import Capture
@@ -182,11 +193,12 @@ def test_what_hangs_on_the_first_token_alone_is_not_said_of_the_others():
 @pytest.mark.parametrize(
     "paper,mirror,weak,begins",
     [
-        (8, 1, 1, "Yes"),
-        (1, 8, 1, "No, the opposite"),
-        (1, 7, 2, "Mostly no"),
-        (4, 4, 2, "It depends"),
-        (1, 1, 8, "Hardly"),
+        (8, 1, 1, "Yes. In 8"),
+        (6, 4, 0, "Mostly yes. In 6"),
+        (4, 4, 2, "Mixed. In 4"),
+        (1, 1, 8, "Mixed. In 1"),
+        (4, 6, 0, "Mostly no, rather the opposite. In 4"),
+        (1, 8, 1, "No, the opposite. In 1"),
         (0, 0, 0, "This run"),
     ],
 )
@@ -205,13 +217,68 @@ def test_the_answer_is_a_sentence_that_counts_heads(paper, mirror, weak, begins)
         )
 
 
+STEPS = ["Yes.", "Mostly yes.", "Mixed.", "Mostly no,", "No,"]
+
+
 def test_more_heads_against_the_paper_never_soften_the_answer():
-    harshness = ["Yes", "It depends", "Mostly no", "No, the opposite"]
     for total in (10, 48):
         for weak in range(total // 4):
             said = [in_short(total - weak - mirror, mirror, total) for mirror in range(total - weak + 1)]
-            steps = [next(i for i, begins in enumerate(harshness) if one.startswith(begins)) for one in said]
+            steps = [next(i for i, begins in enumerate(STEPS) if one.startswith(begins)) for one in said]
             assert steps == sorted(steps)
+
+
+def test_with_low_and_high_norms_exchanged_yes_is_no():
+    for follows in range(21):
+        for mirror in range(21 - follows):
+            said = [in_short(follows, mirror, 20), in_short(mirror, follows, 20)]
+            one, other = (next(i for i, begins in enumerate(STEPS) if words.startswith(begins)) for words in said)
+            assert one == len(STEPS) - 1 - other
+
+
+def test_each_layer_is_told_by_what_more_than_half_of_its_heads_say():
+    follows, sink, mirror, weak, none = "follows the paper", "sink only", "mirror", "too weak to call", "undefined"
+    verdict = [
+        [weak, weak, follows],
+        [follows, follows, mirror],
+        [follows, none, none],
+        [mirror, mirror, follows],
+        [sink, sink, follows],
+        [sink, follows, mirror],
+        [sink, mirror, weak],
+        [follows, follows, follows],
+        [none, none, none],
+    ]
+    assert by_layer(np.array(verdict, dtype=object)) == (
+        "Layers 1-2, 7: low norm predicts attention; 4: only through the attention sink; 5: partly through the "
+        "attention sink; 3: high norm predicts attention; 0: neither does; 6: mixed; 8: cannot be told."
+    )
+    assert by_layer(np.array([["unstable"]], dtype=object)) == "Layer 0: neither does."
+
+
+def test_a_head_with_next_to_no_attention_outside_the_sink_has_no_figure_without_it():
+    rest = 1 / np.arange(1.0, 40.0)
+    norm = np.arange(1.0, 41.0)
+    for mass, known in ((0.9 * LEAST_MASS, False), (1.1 * LEAST_MASS, True), (1e-15, False), (0.0, False)):
+        row = np.concatenate([[1 - mass], mass * rest / rest.sum()])
+        run = run_of([[norm]], [[row]], received=[[row]], recent=[[[row * (np.arange(40) < 39)]]])
+        assert status(run)[0, 0] == "ok" and np.isfinite(correlation(run)).all()
+        assert np.isfinite(correlation(run, leave_out=1)).all() == known
+        assert verdicts(run)[0, 0] == ("follows the paper" if known else "sink only")
+        for probe in PROBES:
+            found = metrics(run, probe=probe)
+            assert (found.status_of("gamma_without_sink")[0, 0] == "ok") == known
+            assert found.status_of("gamma")[0, 0] == "ok"
+        assert (metrics(run, leave_out=1).status_of("gamma")[0, 0] == "ok") == known
+        if not known and mass > 1e-12:
+            assert status(run, leave_out=1)[0, 0] == "little attention"
+
+
+def test_without_the_others_the_first_token_cannot_be_borne_out():
+    gamma = np.array([-0.9, -0.01, 0.9, np.nan])
+    assert verdicts_of(gamma, np.full(4, np.nan)).tolist() == [
+        "sink only", "too weak to call", "too weak to call", "undefined",
+    ]  # fmt: skip
 
 
 def test_a_handful_of_tokens_gets_no_answer():

@@ -402,7 +402,7 @@ def test_a_config_that_would_block_the_reader_is_not_read(folder):
     assert "no config.json" in refusal(folder)
 
 
-@pytest.mark.parametrize("file", ["pytorch_model.bin", "model.pt", "model.ckpt", "model.gguf"])
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "model.pt", "model.ckpt"])
 def test_other_formats_of_weights_are_named_and_not_opened(folder, file):
     class Bomb:
         def __reduce__(self):

@@ -11,10 +11,11 @@ from streamlit.util import calc_hash
 from analysis import Plan, load_study
 from analysis.across import Interval
 from analysis.metrics import METRICS, PROBES
+from analysis.models import BUNDLED_MODELS
 from analysis.plans.causal import CausalCheck
 from analysis.plans.front import Front, FrontPoint
-from analysis.presets import DEMO_CAUSAL, DEMO_FRONT, DEMO_STUDY
-from analysis.run import save_run
+from analysis.presets import BundledResults, FoundPresets, bundled_results
+from analysis.run import load_run, save_run
 from analysis.study import Study, save_study
 from analysis.synthetic import instrument
 from app import state
@@ -101,13 +102,20 @@ def test_every_page_opens_on_a_fresh_session(page):
     assert not app.exception and not app.error and app.header
 
 
-@pytest.mark.parametrize("file", [DEMO_STUDY, DEMO_FRONT, DEMO_CAUSAL])
-def test_what_is_bundled_can_be_read_and_is_of_the_bundled_model(file):
-    if file == DEMO_STUDY:
-        assert load_study(file).complete and load_study(file).model == "books-5m"
-    else:
-        kind = Front if file == DEMO_FRONT else CausalCheck
-        assert kind.from_json(file.read_text(encoding="utf-8")).model == "books-5m"
+@pytest.mark.parametrize("model", BUNDLED_MODELS)
+def test_what_is_bundled_can_be_read_and_is_of_the_model_that_it_is_bundled_with(model):
+    found = bundled_results(model)
+    assert found.demo and load_run(found.demo).model == model
+    if found.study:
+        assert load_study(found.study).complete and load_study(found.study).model == model
+    for file, kind in ((found.front, Front), (found.causal, CausalCheck), (found.presets, FoundPresets)):
+        if file:
+            assert kind.from_json(file.read_text(encoding="utf-8")).model == model
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "texts", "/etc", "Qwen/Qwen3-0.6B", "a" * 5000, "\0"])
+def test_nothing_is_bundled_of_a_model_that_is_not(name):
+    assert bundled_results(name) == BundledResults()
 
 
 # texts

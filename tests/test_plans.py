@@ -1,6 +1,7 @@
 """The commands that plan, measure and compare compressions, as a user types them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from analysis.plans.front import Front
 from analysis.sizes import model_size
 from l2kv import CompressionSpec
 from tests.conftest import BUNDLED, TINY, build
+from tests.test_tasks import TEMPLATE
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -103,6 +105,18 @@ def test_over_a_cache_that_keeps_all_the_texts_are_the_same(tmp_path, capsys):
     assert "no difference; 5 of 5 tokens agree" in said
     full, compressed = said.split("\nno difference")[0].split("\ncompressed, ")
     assert full.removeprefix("full cache, ") == compressed and len(compressed) > 10
+
+
+def test_a_question_is_asked_through_the_template_where_there_is_one(tmp_path, capsys):
+    question = tmp_path / "question.txt"
+    question.write_text("Which colour has the sea?")
+    assert "no chat template" in refused(capsys, "generate", str(question), "--chat")
+    folder = tmp_path / "chatty"
+    shutil.copytree(BUNDLED, folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    said = told(capsys, "generate", str(question), "--chat", "-m", str(folder), "--new-tokens", "4")
+    assert "full cache" in said and "nats a token" in said and "<s>" not in said
+    assert said != told(capsys, "generate", str(question), "-m", str(folder), "--new-tokens", "4")
 
 
 def test_a_causal_check_and_a_front_are_written_as_files(text, tmp_path, capsys):

@@ -13,7 +13,7 @@ from analysis import synthetic as synthetic_module
 from analysis.commands import main
 from analysis.measures import by_kv_head, head_figures, verdict_counts
 from analysis.metrics import METRICS, PROBES, STATUSES, figures_of_probe, metrics
-from analysis.presets import DEMO_RUN
+from analysis.presets import bundled_results
 from analysis.run import Capture, load_run, save_run
 from analysis.synthetic import GAMMA, check, is_synthetic
 from app import figures
@@ -293,7 +293,7 @@ def shown_gamma(app) -> list[float]:
 
 
 def test_the_probe_that_is_chosen_is_that_of_maps_table_and_words(app):
-    run = load_run(DEMO_RUN)
+    run = load_run(bundled_results("books-5m").demo)
     assert "16 queries" in words(app) and "Of ONE query, the next token's." in words(app)
     for probe, told in (
         ("last queries", "each of the last 16 queries by itself"),
@@ -312,7 +312,7 @@ def test_the_probe_that_is_chosen_is_that_of_maps_table_and_words(app):
 
 
 def test_leaving_out_the_first_token_and_choosing_a_probe_go_together(app):
-    run = load_run(DEMO_RUN)
+    run = load_run(bundled_results("books-5m").demo)
     app.session_state["probe"] = "last queries"
     app.session_state["leave_out"] = True
     app.run()
@@ -323,7 +323,7 @@ def test_leaving_out_the_first_token_and_choosing_a_probe_go_together(app):
 
 
 def test_a_run_without_last_queries_offers_none_and_says_why(app):
-    run = load_run(DEMO_RUN)
+    run = load_run(bundled_results("books-5m").demo)
     app.session_state["probe"] = "last queries"
     app.session_state["run"] = replace(run, recent_attention=run.recent_attention[:0])
     app.run()

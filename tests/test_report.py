@@ -10,22 +10,19 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
-from analysis import RunFileError, correlation, load_run, presets, save_run
+from analysis import correlation, load_run, presets, save_run
 from analysis.across import Interval
 from analysis.commands import main
-from analysis.comparing import compare_runs, compare_studies, read_training
+from analysis.comparing import compare_runs, compare_studies
 from analysis.files import content_of
 from analysis.measures import answer, verdicts
 from analysis.metrics import METRICS, PROBES, metrics
 from analysis.plans.causal import CausalCheck
 from analysis.plans.front import Front, FrontPoint
 from analysis.study import Study, save_study
-from analysis.training.loop import RECORD_NAME
-from app import figures
 from app.report import VERSION, report
 from app.report.writing import MOST_ROWS, Drawing, Section, document
 from l2kv import CompressionSpec
-from tests.conftest import BUNDLED
 from tests.test_measures import run_of
 
 HOSTILE = '</script><script>alert(1)</script><img src="http://example.org/x.png" onerror=alert(1)>&lt;\u202e$x$'
@@ -119,11 +116,6 @@ def causal():
     return CausalCheck("made up", CompressionSpec(), (0, 1, 2), change, loss, Interval(0.5, np.nan, np.nan))
 
 
-@pytest.fixture(scope="module")
-def training():
-    return read_training((BUNDLED / RECORD_NAME).read_text())
-
-
 # the page
 
 
@@ -198,16 +190,15 @@ def test_a_browser_draws_a_page_asks_for_nothing_and_follows_light_and_dark(plot
 # the report
 
 
-def test_a_report_answers_first_and_holds_all_that_is_given(studies, front, causal, training):
+def test_a_report_answers_first_and_holds_all_that_is_given(studies, front, causal):
     run = random_run()
-    page = Page(report([run], studies=studies[:1], front=front, causal=causal, training=training))
+    page = Page(report([run], studies=studies[:1], front=front, causal=causal))
     assert page.text.index(answer(run)) < page.text.index("Where it holds")
     headings = ("Where it holds", "The best and the worst head", "Layers to leave whole", "What it saves", "Over many")
     for words in (
         *headings,
         "What each way to spend",
         "Each layer compressed alone",
-        "As it was trained",
         "How to read",
     ):
         assert page.text.count(words) >= 2, words  # in the contents, and where it stands
@@ -307,55 +298,6 @@ def test_a_comparison_of_few_texts_tells_of_no_head_and_of_more_what_chance_give
     assert f"in {above} of 18 heads, lower in {below}," in str(found)
 
 
-# training
-
-
-def test_a_training_is_what_its_records_say(training):
-    records = json.loads((BUNDLED / RECORD_NAME).read_text())["records"]
-    assert training.steps.tolist() == [record["step"] for record in records]
-    assert training.gamma[-1, 2, 3] == records[-1]["gamma"][2][3]
-    assert f"to step {records[-1]['step']:,}" in str(training)
-    line = figures.over_steps(training.steps, training.gamma.reshape(len(records), -1), title="Γ", signed=True).data[-1]
-    middle = sorted(gamma for row in records[0]["gamma"] for gamma in row)[23:25]
-    assert line.y[0] == pytest.approx(sum(middle) / 2)
-
-
-def without_numbers(training):
-    for record in training["records"]:
-        record.update({name: [[None] * 2] for name in ("gamma", "gamma_without_first", "sink_share")})
-
-
-@pytest.mark.parametrize(
-    "change,reason",
-    [
-        (lambda t: t.pop("records"), "no 'records'"),
-        (lambda t: t["records"][0].pop("gamma"), "no 'gamma'"),
-        (lambda t: t["records"][1].update(step=0), "steps should rise"),
-        (lambda t: t["records"][0].update(step=1.5), "whole numbers"),
-        (lambda t: t["records"][0].update(step=10**400), "whole numbers"),
-        (lambda t: t["records"][0].update(bits_per_byte=10**400), "too large"),
-        (without_numbers, "no number for gamma, gamma_without_first, sink_share"),
-        (lambda t: t["records"][0].update(gamma=[[1]]), ""),
-        (lambda t: t["records"][0]["gamma"][0].append(0.1), ""),
-        (lambda t: t["records"][0].update(sink_share="many"), ""),
-        (lambda t: t["records"][0].update(bits_per_byte=[1]), ""),
-        (lambda t: t.update(records=[]), "1 to"),
-        (lambda t: t.update(records=7), "1 to"),
-    ],
-)
-def test_a_broken_training_is_refused_with_a_reason(change, reason):
-    content = json.loads((BUNDLED / RECORD_NAME).read_text())
-    change(content)
-    with pytest.raises(RunFileError, match=f"not a training that can be read.*{reason}"):
-        read_training(json.dumps(content))
-
-
-def test_undefined_heads_of_a_training_are_nan():
-    content = json.loads((BUNDLED / RECORD_NAME).read_text())
-    content["records"][0]["gamma"][0][0] = None
-    assert np.isnan(read_training(json.dumps(content)).gamma[0, 0, 0])
-
-
 # the commands
 
 
@@ -363,20 +305,18 @@ def test_the_report_command_writes_a_page_of_files(tmp_path, capsys, studies, fr
     save_study(studies[0], tmp_path / "study.safetensors")
     (tmp_path / "front.json").write_text(front.to_json())
     (tmp_path / "causal.json").write_text(causal.to_json())
-    shutil.copy(BUNDLED / RECORD_NAME, tmp_path / "training.json")
     run, out = save_run(random_run(), tmp_path / "run.safetensors"), tmp_path / "report.html"
     given = [f"--{name}={tmp_path / file}" for name, file in FILES.items()]
-    assert main(["report", str(run), str(presets.DEMO_RUN), *given, "-o", str(out)]) == 0
+    assert main(["report", str(run), str(presets.bundled_results("books-5m").demo), *given, "-o", str(out)]) == 0
     assert "wrote" in capsys.readouterr().out
     text = Page(out.read_text()).text
-    assert "made up against books-5m" in text and "As it was trained" in text and "Over many texts" in text
+    assert "made up against books-5m" in text and "Over many texts" in text
 
 
 FILES = {
     "study": "study.safetensors",
     "front": "front.json",
     "causal": "causal.json",
-    "training": "training.json",
 }
 
 
@@ -421,5 +361,5 @@ def test_the_figures_command_writes_pages_and_records(tmp_path, capsys):
 
 
 def test_a_saved_run_makes_the_same_report(tmp_path):
-    run = random_run()
+    run = load_run(save_run(random_run(), tmp_path / "run.safetensors"))  # with attention in steps
     assert report([load_run(save_run(run, tmp_path / "run.safetensors"))]) == report([run])

@@ -1,4 +1,4 @@
-"""Runs and plans as files: the exact round trip, and every broken or hostile file ends in a RunFileError."""
+"""Runs and plans as files: the round trip, and every broken or hostile file ends in a RunFileError."""
 
 import dataclasses
 import json
@@ -6,6 +6,8 @@ import math
 import os
 import pickle
 import struct
+import tracemalloc
+import zlib
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from safetensors.numpy import save, save_file
 from analysis import files as files_module
 from analysis import run as run_module
 from analysis.errors import RunFileError
+from analysis.packing import deflated, quantised, restored
 from analysis.plans.skip import Plan
 from analysis.run import Capture, load_run, save_run
 from l2kv import CompressionSpec
@@ -24,7 +27,13 @@ from l2kv import CompressionSpec
 LAYERS, HEADS, KV_HEADS, TOKENS, BINS = 2, 4, 2, 5, 3
 QUERIES = 2
 TEXT = 'a🙂\0<b>"\u202e é'  # T = 5 tokens of it
+STEPPED = run_module._STEPPED
 PATHS = ("../../evil", "/etc/passwd", "<script>alert(1)</script>", "a\0b", "__class__", "{0.__class__}")
+
+
+@pytest.fixture(autouse=True)
+def as_a_large_run(monkeypatch):
+    monkeypatch.setattr(run_module, "LARGE", 0)
 
 
 def make(**changes) -> Capture:
@@ -32,6 +41,10 @@ def make(**changes) -> Capture:
 
     def numbers(*shape: int) -> np.ndarray:
         return random.random(shape, dtype=np.float32)
+
+    def kept(name: str, weights: np.ndarray) -> np.ndarray:  # as a file keeps it, so that it comes back exactly
+        levels = run_module._levels(name, weights.shape)
+        return restored(*quantised(weights, levels), levels)
 
     parts = {
         "model": "tiny",
@@ -51,9 +64,11 @@ def make(**changes) -> Capture:
         "token_spans": np.array([[0, 0], [0, 1], [1, 2], [1, 2], [2, 6]], dtype=np.int32),
         "key_norm": numbers(LAYERS, KV_HEADS, TOKENS),
         "value_norm": numbers(LAYERS, KV_HEADS, TOKENS),
-        "attention_received": numbers(LAYERS, HEADS, TOKENS),
-        "probe_attention": numbers(LAYERS, HEADS, TOKENS),
-        "recent_attention": np.tril(numbers(LAYERS, HEADS, QUERIES, TOKENS), 2).transpose(2, 0, 1, 3),
+        "attention_received": kept("attention_received", numbers(LAYERS, HEADS, TOKENS)),
+        "probe_attention": kept("probe_attention", numbers(LAYERS, HEADS, TOKENS)),
+        "recent_attention": kept(
+            "recent_attention", np.tril(numbers(LAYERS, HEADS, QUERIES, TOKENS), 2).transpose(2, 0, 1, 3)
+        ),
         "pooled_attention": random.integers(0, 256, (LAYERS, HEADS, BINS, BINS), dtype=np.uint8),
         "pooled_scale": numbers(LAYERS, HEADS),
     }
@@ -75,6 +90,22 @@ def saved(tmp_path) -> Path:
     return save_run(make(), tmp_path / "run.safetensors")
 
 
+@pytest.fixture
+def plain(tmp_path) -> Path:
+    """The same run as the second version wrote it, each array as it is."""
+    made = make()
+    arrays = {name: np.ascontiguousarray(getattr(made, name)) for name in run_module._ARRAYS}
+    header = json.dumps({name: getattr(made, name) for name in run_module._HEADER})
+    save_file(arrays, tmp_path / "plain.safetensors", metadata={"l2kv_run": "2", "header": header})
+    return tmp_path / "plain.safetensors"
+
+
+@pytest.fixture(params=["saved", "plain"])
+def written(request) -> Path:
+    """A run in the versions that are read."""
+    return request.getfixturevalue(request.param)
+
+
 def tampered(saved: Path, *, fields=None, arrays=None, **metadata) -> Path:
     """The run with other metadata, header fields or arrays; None takes one away."""
     with safe_open(saved, framework="numpy") as file:
@@ -88,6 +119,22 @@ def tampered(saved: Path, *, fields=None, arrays=None, **metadata) -> Path:
         metadata={k: v for k, v in new.items() if v is not None},
     )
     return saved
+
+
+def repacked(saved: Path, **arrays) -> Path:
+    """The run with other arrays, compressed as its version does it."""
+    with safe_open(saved, framework="numpy") as file:
+        if file.metadata()["l2kv_run"] != "3":
+            return tampered(saved, arrays=arrays)
+        shapes = json.loads(file.metadata()["shapes"])
+    new = dict(arrays)
+    for name, values in arrays.items():
+        if name in shapes:
+            shapes[name] = values.shape
+            if name in STEPPED:
+                values, new[f"{name}_ends"] = quantised(values, run_module._levels(name, values.shape))
+            new[name] = deflated(values, along=run_module._ALONG.get(name))
+    return tampered(saved, arrays=new, shapes=json.dumps(shapes))
 
 
 def refusal(path: Path) -> str:
@@ -256,34 +303,40 @@ def test_a_run_that_may_not_be_written_is_refused_as_that(saved, not_root):
     assert_same(load_run(saved), make())
 
 
-def test_a_run_of_the_first_version_is_read_and_keeps_no_last_queries(saved):
-    old = load_run(tampered(saved, arrays={"recent_attention": None}, l2kv_run="1"))
+def test_a_run_of_the_second_version_is_read_exactly(plain):
+    assert_same(load_run(plain), make())
+
+
+def test_a_run_of_the_first_version_is_read_and_keeps_no_last_queries(plain):
+    old = load_run(tampered(plain, arrays={"recent_attention": None}, l2kv_run="1"))
     none = np.zeros((0, LAYERS, HEADS, TOKENS), np.float32)
     assert_same(old, make(recent_attention=none))
     assert len(old.recent_positions) == 0 and list(make().recent_positions) == [3, 4]
-    assert_same(load_run(save_run(old, saved)), old)
+    assert_same(load_run(save_run(old, plain)), old)
 
 
-def test_a_run_of_the_first_version_has_no_part_of_the_second(saved):
-    assert "hold recent_attention" in refusal(tampered(saved, l2kv_run="1"))
+def test_a_run_of_one_version_has_no_part_of_another(saved, plain):
+    assert "hold recent_attention" in refusal(tampered(plain, l2kv_run="1"))
+    assert "recent_attention_ends" in refusal(tampered(saved, l2kv_run="2"))
+    assert "recent_attention_ends" in refusal(tampered(plain, l2kv_run="3"))
 
 
-def test_attention_of_a_query_to_itself_or_to_what_follows_is_refused(saved):
+def test_attention_of_a_query_to_itself_or_to_what_follows_is_refused(written):
     for query, column in ((0, 3), (0, 4), (1, 4)):
         rows = make().recent_attention.copy()
         rows[query, 1, 2, column] = 0.1
-        assert "where a query sees nothing" in refusal(tampered(saved, arrays={"recent_attention": rows}))
+        assert "where a query sees nothing" in refusal(repacked(written, recent_attention=rows))
 
 
-def test_more_queries_than_tokens_are_refused(saved):
+def test_more_queries_than_tokens_are_refused(written):
     rows = np.zeros((TOKENS + 1, LAYERS, HEADS, TOKENS), np.float32)
-    assert "last queries" in refusal(tampered(saved, arrays={"recent_attention": rows}))
+    assert "last queries" in refusal(repacked(written, recent_attention=rows))
 
 
-@pytest.mark.parametrize("version", ["3", "0", "1.0", "", " 1", "9" * 10_000])
+@pytest.mark.parametrize("version", ["4", "0", "1.0", "", " 1", "9" * 10_000])
 def test_another_version_is_refused_with_both_versions(saved, version):
     message = refusal(tampered(saved, l2kv_run=version))
-    assert f"version {version[:20]}, this program reads versions 1 to 2" in message
+    assert f"version {version[:20]}, this program reads versions 1 to 3" in message
 
 
 # Header
@@ -346,32 +399,33 @@ def test_a_header_field_of_a_wrong_type_or_value_is_refused(saved, name, value):
     "shape", [(), (0,), (1,), (LAYERS, KV_HEADS), (1, 1, 1, 1, 1), (0, 0, 0), (LAYERS, 0, TOKENS)], ids=str
 )
 @pytest.mark.parametrize("name", run_module._ARRAYS)
-def test_an_array_of_the_wrong_shape_is_refused(saved, name, shape):
+def test_an_array_of_the_wrong_shape_is_refused(plain, name, shape):
     dtype = getattr(make(), name).dtype
-    assert "not a run that can be read" in refusal(tampered(saved, arrays={name: np.zeros(shape, dtype)}))
+    assert "not a run that can be read" in refusal(tampered(plain, arrays={name: np.zeros(shape, dtype)}))
 
 
-def test_a_run_of_nothing_is_refused(saved):
+def test_a_run_of_nothing_is_refused(written):
     made = make()
     nothing = {name: getattr(made, name)[..., :0] for name in ("key_norm", "value_norm", "attention_received")}
     nothing |= {"probe_attention": made.probe_attention[..., :0], "token_ids": made.token_ids[:0]}
     nothing |= {"token_spans": made.token_spans[:0], "pooled_attention": made.pooled_attention[..., :0, :0]}
-    refusal(tampered(saved, fields={"labels": []}, arrays=nothing))
+    nothing |= {"recent_attention": made.recent_attention[:0, ..., :0]}
+    refusal(tampered(repacked(written, **nothing), fields={"labels": []}))
 
 
-def test_kv_heads_that_do_not_divide_the_heads_are_refused(saved):
+def test_kv_heads_that_do_not_divide_the_heads_are_refused(written):
     norms = np.ones((LAYERS, 3, TOKENS), dtype=np.float32)
-    assert "3 kv heads" in refusal(tampered(saved, arrays={"key_norm": norms, "value_norm": norms}))
+    assert "3 kv heads" in refusal(repacked(written, key_norm=norms, value_norm=norms))
 
 
 @pytest.mark.parametrize(
     "dtype", [np.float64, np.float16, np.int32, np.uint16, np.bool_], ids=lambda dtype: dtype.__name__
 )
 @pytest.mark.parametrize("name", run_module._ARRAYS)
-def test_an_array_of_the_wrong_type_is_refused_by_name(saved, name, dtype):
+def test_an_array_of_the_wrong_type_is_refused_by_name(written, name, dtype):
     right = getattr(make(), name)
     if right.dtype != dtype:
-        assert name in refusal(tampered(saved, arrays={name: np.zeros(right.shape, dtype)}))
+        assert name in refusal(tampered(written, arrays={name: np.zeros(right.shape, dtype)}))
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F8_E4M3", "C64", "F4", "nonsense"])
@@ -406,10 +460,27 @@ def with_entry(saved: Path, **changes) -> bytes:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1e-30])
 @pytest.mark.parametrize("name", [name for name in run_module._ARRAYS if getattr(make(), name).dtype == np.float32])
-def test_a_value_that_no_run_has_is_refused_by_name(saved, name, value):
+def test_a_value_that_no_run_has_is_refused_by_name(plain, name, value):
     values = getattr(make(), name).copy()
     values.flat[-1] = value
-    assert f"{name} holds values" in refusal(tampered(saved, arrays={name: values}))
+    assert f"{name} holds values" in refusal(tampered(plain, arrays={name: values}))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1e-30])
+@pytest.mark.parametrize("name", ["key_norm", "value_norm", "pooled_scale"])
+def test_a_value_that_no_run_has_is_refused_from_a_compressed_array_too(saved, name, value):
+    values = getattr(make(), name).copy()
+    values.flat[-1] = value
+    assert f"{name} holds values" in refusal(repacked(saved, **{name: values}))
+
+
+def test_a_run_with_values_that_no_run_has_is_not_written(tmp_path):
+    for value in (math.nan, math.inf, -1e-30):
+        rows = make().recent_attention.copy()
+        rows[0, 1, 2, 0] = value
+        with pytest.raises(RunFileError, match="attention holds values that no run can have"):
+            save_run(make(recent_attention=rows), tmp_path / "run")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("span", [(0, len(TEXT) + 1), (2, 1), (-1, 1), (2**31 - 1, 2**31 - 1)])
@@ -421,6 +492,93 @@ def test_a_span_that_is_none_of_the_text_is_refused(saved, span):
 
 def test_a_negative_token_is_refused(saved):
     assert "token_ids" in refusal(tampered(saved, arrays={"token_ids": np.array([0, 1, 2, 3, -1])}))
+
+
+# Compressed arrays
+
+
+def codes_of(name: str) -> tuple[np.ndarray, np.ndarray]:
+    values = getattr(make(), name)
+    return quantised(values, run_module._levels(name, values.shape))
+
+
+@pytest.mark.parametrize("name", STEPPED)
+@pytest.mark.parametrize("end", range(4))
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
+def test_ends_of_rows_that_no_run_has_are_refused_by_name(saved, name, end, value):
+    _, ends = codes_of(name)
+    ends[-1, -1, ..., end] = value
+    assert f"{name} holds values" in refusal(tampered(saved, arrays={f"{name}_ends": ends}))
+
+
+@pytest.mark.parametrize("name", STEPPED)
+def test_ends_of_rows_in_no_order_or_of_another_form_are_refused_by_name(saved, name):
+    _, ends = codes_of(name)
+    for wrong in (ends[..., ::-1], ends[..., [1, 0, 2, 3]], ends[..., [0, 2, 1, 3]], ends[..., [0, 1, 3, 2]]):
+        assert f"{name} has ends in no order" in refusal(tampered(saved, arrays={f"{name}_ends": wrong.copy()}))
+    for wrong in (ends[..., :2], ends[..., None], ends.astype(np.float64), ends[:1], ends.ravel()):
+        assert f"{name} has ends of" in refusal(tampered(saved, arrays={f"{name}_ends": wrong.copy()}))
+
+
+@pytest.mark.parametrize("name", STEPPED)
+def test_a_code_that_stands_for_nothing_is_refused_by_name(saved, name):
+    codes, _ = codes_of(name)
+    codes.flat[0] = run_module._levels(name, codes.shape) + 3
+    stream = deflated(codes, along=run_module._ALONG.get(name))
+    assert f"{name} holds values" in refusal(tampered(saved, arrays={name: stream}))
+
+
+@pytest.mark.parametrize("name", run_module._PACKED)
+def test_a_stream_that_is_damaged_cut_or_followed_by_more_is_refused_by_name(saved, name):
+    with safe_open(saved, framework="numpy") as file:
+        stream = file.get_tensor(name)
+    for wrong in (stream[:0], stream[:-1], np.append(stream, stream[:1]), stream[::-1].copy(), stream ^ np.uint8(255)):
+        assert name in refusal(tampered(saved, arrays={name: wrong}))
+
+
+@pytest.mark.parametrize("name", run_module._PACKED)
+def test_a_stream_that_holds_more_or_less_than_its_shape_says_is_refused_by_name(saved, name):
+    with safe_open(saved, framework="numpy") as file:
+        shapes = json.loads(file.metadata()["shapes"])
+    for factor in (0, 2):
+        shape = [shapes[name][0] * factor, *shapes[name][1:]]
+        assert f"{name} is not of shape" in refusal(tampered(saved, shapes=json.dumps(shapes | {name: shape})))
+
+
+@pytest.mark.parametrize("shapes", [None, "", "null", "[]", "5", "{", "{}", "[" * 100_000], ids=lambda s: repr(s)[:9])
+def test_shapes_that_are_no_json_object_of_all_parts_are_refused(saved, shapes):
+    refusal(tampered(saved, shapes=shapes))
+
+
+@pytest.mark.parametrize(
+    "shape", [None, 5, "abc", {}, [-1, 2, 5], [-2, -2, 5], [2.0, 2, 5], ["2"], [True, 20], [None], [2**40], [1] * 5]
+)
+def test_a_shape_that_is_none_is_refused_by_name(saved, shape):
+    with safe_open(saved, framework="numpy") as file:
+        shapes = json.loads(file.metadata()["shapes"])
+    assert "key_norm" in refusal(tampered(saved, shapes=json.dumps(shapes | {"key_norm": shape})))
+
+
+@pytest.mark.parametrize("shape", [[2**39] * 4, [10**9, 10, 10], [5000, 5000], [2**25]], ids=str)
+def test_a_run_that_would_unpack_to_much_more_than_its_bytes_is_refused_without_unpacking(saved, shape, monkeypatch):
+    with safe_open(saved, framework="numpy") as file:
+        shapes = json.loads(file.metadata()["shapes"])
+    monkeypatch.setattr(run_module, "inflated", lambda *_, **__: pytest.fail("unpacked"))
+    assert "unpacked, it would take" in refusal(tampered(saved, shapes=json.dumps(shapes | {"value_norm": shape})))
+
+
+def test_a_run_that_would_not_fit_into_free_memory_is_refused(saved, monkeypatch):
+    monkeypatch.setattr(run_module, "free_bytes", lambda device: 1000)
+    assert "would take 1.1 KiB of memory, and 800 B may be used" in refusal(saved)
+
+
+def test_of_a_stream_that_goes_on_no_more_is_unpacked_than_its_shape_takes(saved):
+    bomb = np.frombuffer(zlib.compress(bytes(200 * 2**20), 9), np.uint8)  # 200 KiB of it
+    bad = tampered(saved, arrays={"key_norm": bomb})
+    tracemalloc.start()
+    assert "key_norm is not of shape" in refusal(bad)
+    assert tracemalloc.get_traced_memory()[1] < 2 * 2**20
+    tracemalloc.stop()
 
 
 # Plans

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from analysis.commands import costs, pages, plans, runs, studies, training
+from analysis.commands import costs, demo, models, pages, passkeys, plans, runs, studies
 from analysis.commands.shared import any_encoding
 from analysis.errors import UserError
 
@@ -38,6 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m analysis", description="All but looking.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (runs, studies, plans, costs, training, pages):
+    for group in (runs, studies, plans, costs, demo, models, pages, passkeys):
         group.add(commands)
     return parser

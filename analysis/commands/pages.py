@@ -31,7 +31,6 @@ def add(commands) -> None:
     report.add_argument("--study", type=Path, action="append", default=[], help="a study of many texts; or two")
     report.add_argument("--front", type=Path, help="what ways to share out a cache's bytes cost (`front`)")
     report.add_argument("--causal", type=Path, help="each layer compressed alone (`causal`)")
-    report.add_argument("--training", type=Path, help="the training.json beside a model that was trained here")
     report.set_defaults(run=_report)
 
 
@@ -87,7 +86,6 @@ def _heads_of(words: str | None) -> list[tuple[int, int]] | None:
 def _report(arguments: argparse.Namespace) -> None:
     if len(arguments.runs) > 2 or len(arguments.study) > 2:
         raise UserError("A report is of one run or of two, and of two studies at most.")
-    from analysis.comparing import read_training
     from analysis.plans.front import Front
     from analysis.run import load_run
     from analysis.study import load_study
@@ -98,7 +96,6 @@ def _report(arguments: argparse.Namespace) -> None:
         studies=[load_study(file) for file in arguments.study],
         front=_read(arguments.front, Front.from_json),
         causal=_read(arguments.causal, _causal_of),
-        training=_read(arguments.training, read_training),
     )
     print(f"wrote {write_text(page, arguments.out)}")
 

@@ -57,6 +57,7 @@ def add(commands) -> None:
     add_model(generate)
     add_spec(generate)
     generate.add_argument("--new-tokens", type=int, default=64, help="at most (64)")
+    generate.add_argument("--chat", action="store_true", help="ask it as a question, through the model's chat template")
     add_device(generate)
     generate.set_defaults(run=_generate)
 
@@ -226,13 +227,14 @@ def _generate(arguments: argparse.Namespace) -> None:
     from analysis.evaluation import nll_changes
     from analysis.generation import stream
     from analysis.memory import human_bytes
+    from analysis.tasks import chat_text
     from analysis.tokens import tokenize
 
     spec, n = spec_of(arguments, n_layers=loaded.config.num_hidden_layers), arguments.new_tokens
     tell_notes(loaded, [text])
     if n < 1:
         raise UserError(f"--new-tokens must be 1 or more, got {n}")
-    with typed(), closing(stream(loaded, text, [None, spec], max_new_tokens=n)) as steps:
+    with typed(), closing(stream(loaded, text, [None, spec], max_new_tokens=n, chat=arguments.chat)) as steps:
         for i, columns in enumerate(steps):
             count("tokens", i + 1, n)
             full, compressed = columns
@@ -247,8 +249,9 @@ def _generate(arguments: argparse.Namespace) -> None:
         else f"the first difference is at new token {len(pairs) if first is None else first}"
     )
     print(f"{where}; {same} of {longest} tokens agree")
-    prompt = len(tokenize(loaded.tokenizer, text))
-    whole = text + full.text
+    read = chat_text(loaded.tokenizer, text) if arguments.chat else text
+    prompt = len(tokenize(loaded.tokenizer, read))
+    whole = read + full.text
     if (new := len(tokenize(loaded.tokenizer, whole)) - prompt) > 0:
         (change,) = nll_changes(loaded, [whole], {"": spec}, prompt_tokens=prompt, new_tokens=new)
         print(f"the full cache's text over the compressed cache: {change.mean:+.4f} nats a token")

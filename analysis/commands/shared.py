@@ -44,7 +44,9 @@ def _in_other_letters(error: UnicodeError) -> tuple[str | bytes, int]:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """--model."""
-    parser.add_argument("-m", "--model", default="books-5m", help="a bundled name, a folder or a hub id (books-5m)")
+    parser.add_argument(
+        "-m", "--model", default="smollm2", help="a name (see `models`), a folder, a GGUF file or a hub id (smollm2)"
+    )
 
 
 def add_texts(parser: argparse.ArgumentParser) -> None:
@@ -127,5 +129,17 @@ def counter() -> Callable[[str, int, int], None]:
 
     def show(stage: str, done: int, total: int) -> None:
         print(f"\r{stage} {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+    return show
+
+
+def fetching() -> Callable[[str, int, int], None]:
+    """What shows on one line how far a fetch is, in percent; nothing where nobody looks."""
+    if not sys.stderr.isatty():
+        return lambda what, done, total: None
+
+    def show(what: str, done: int, total: int) -> None:
+        line = f"{what}: {done / max(total, 1):4.0%} of {total / 1e6:,.0f} MB\033[K\r"  # the next line replaces it
+        print(line, end="", file=sys.stderr, flush=True)
 
     return show

@@ -7,7 +7,7 @@ transparent and ordinary text has no colour of its own, so light and dark are th
 also draws headings and captions.
 """
 
-from app.figures.comparing import gamma_against, gamma_spread, over_steps, verdict_bars
+from app.figures.comparing import gamma_against, gamma_spread, verdict_bars
 from app.figures.heads import head_map, head_quadrant
 from app.figures.layers import kept_by_layer, layer_alr, layer_costs
 from app.figures.paper import excess_loss, factor_plane, key_dimensions, zeroed_dimensions
@@ -36,7 +36,6 @@ __all__ = [
     "norm_and_attention",
     "norm_attention_scatter",
     "order_agreement",
-    "over_steps",
     "pooled_map",
     "ratio_map",
     "verdict_bars",

@@ -1,4 +1,4 @@
-"""Two runs beside each other (`gamma_against`, `gamma_spread`, `verdict_bars`), and training steps (`over_steps`)."""
+"""Two runs beside each other (`gamma_against`, `gamma_spread`, `verdict_bars`)."""
 
 from __future__ import annotations
 
@@ -76,30 +76,4 @@ def verdict_bars(counts: Mapping[str, Mapping[str, int]]) -> go.Figure:
         xaxis=axis("share of the heads", tickformat=".0%", rangemode="tozero"),
         yaxis=axis("", autorange="reversed", showgrid=False),
     )
-    return figure
-
-
-def over_steps(steps: np.ndarray, values: np.ndarray, *, title: str, signed: bool) -> go.Figure:
-    """A figure of all heads over training steps: [S] steps, [S, K] values. The median, and the middle half and tenths.
-
-    signed: the scale is fixed to [-1, 1]; otherwise it begins at 0. Steps at which no head is defined are left out.
-    """
-    defined = np.isfinite(values).any(axis=1)
-    steps, values = steps[defined], values[defined]
-    low, quarter, median, three, high = np.nanquantile(values, [0.1, 0.25, 0.5, 0.75, 0.9], axis=1)
-    figure = new_figure(height=340, hovermode="x unified")
-    bands = ((low, high, "the middle 80 % of heads", 0.14), (quarter, three, "the middle half", 0.28))
-    for below, above, name, opacity in bands:
-        for heights, filled in ((above, {}), (below, dict(fill="tonexty", fillcolor=f"rgba(108,95,240,{opacity})"))):
-            figure.add_scatter(
-                x=steps, y=heights, mode="lines", line=dict(width=0), name=name, showlegend=bool(filled),
-                hoverinfo="skip", **filled,
-            )  # fmt: skip
-    figure.add_scatter(
-        x=steps, y=median, mode="lines+markers", name="median head", line=dict(color=PRIMARY, width=2.5),
-        hovertemplate="median %{y:.3f}<extra></extra>",
-    )  # fmt: skip
-    scale = _SIGNED if signed else dict(rangemode="tozero", tickformat=".0%")
-    x = axis("training step", tickformat=",d") | dict(unifiedhovertitle=dict(text="step %{x:,}"))
-    figure.update_layout(xaxis=x, yaxis=axis(title, **scale))
     return figure

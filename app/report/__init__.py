@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from analysis.comparing import Training, compare_runs, compare_studies
+from analysis.comparing import compare_runs, compare_studies
 from analysis.files import record
 from analysis.measures import VERDICTS, HeadFigures, answer, attention_loss, head_figures, signed, verdict_counts
 from analysis.memory import human_bytes
@@ -57,14 +57,13 @@ def report(
     studies: Sequence[Study] = (),
     front: Front | None = None,
     causal: CausalCheck | None = None,
-    training: Training | None = None,
 ) -> str:
     """The HTML of a report.
 
     Args:
         runs: one, or two that are compared.
         studies: of many texts; two are compared.
-        front, causal, training: shown where they are given; whichever model they are of is named.
+        front, causal: shown where they are given; whichever model they are of is named.
 
     Raises:
         ValueError: there is no run, or more than two runs or studies.
@@ -86,7 +85,7 @@ def report(
     sections += [chapters.of_study(study, name) for study, name in zip(studies, study_names, strict=True)]
     if len(studies) == 2:
         sections.append(chapters.of_two_studies(compare_studies(*studies, names=study_names)))
-    for given, section in ((front, chapters.of_front), (causal, chapters.of_causal), (training, chapters.of_training)):
+    for given, section in ((front, chapters.of_front), (causal, chapters.of_causal)):
         if given is not None:
             sections.append(section(given))
     table = {"figure": list(_READING), "meaning": list(_READING.values())}

@@ -1,4 +1,4 @@
-"""Sections of a report beyond one run: many texts, the measured front, the causal check, training, two compared."""
+"""Sections of a report beyond one run: many texts, the measured front, the causal check, two compared."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from analysis import across
-from analysis.comparing import RunComparison, StudyComparison, Training
+from analysis.comparing import RunComparison, StudyComparison
 from analysis.measures import VERDICTS, verdict_counts
 from analysis.plans.causal import CausalCheck
 from analysis.plans.front import Front, FrontPoint
@@ -141,31 +141,6 @@ def causal_table(check: CausalCheck) -> dict[str, Sequence]:
         | paper
         | {"NLL change, nats a token": change.mean, "from": change.low, "to": change.high}
     )
-
-
-def of_training(training: Training) -> Section:
-    """How the effect came to be, or did not, as the model was trained."""
-    steps = training.steps
-    drawings = tuple(
-        Drawing(
-            figures.over_steps(steps, values.reshape(len(steps), -1), title=title, signed=signed),
-            alt=f"{title} of the heads over training steps",
-            title=title,
-            caption=caption,
-            table={
-                "step": steps,
-                "tokens": training.tokens,
-                "bits per byte": training.bits_per_byte,
-                "median": [np.median(row[np.isfinite(row)]) if np.isfinite(row).any() else np.nan for row in values],
-            },
-        )
-        for title, values, signed, caption in (
-            ("Γ", training.gamma, True, "Below 0, low norms get the attention, as the paper says."),
-            ("Γ without the first token", training.gamma_without_first, True, "The same, the usual sink left out."),
-            ("Sink share", training.sink_share, False, "The share of the attention that the first token gets."),
-        )
-    )
-    return Section("As it was trained", (str(training),), drawings, columns=2)
 
 
 def of_two_runs(comparison: RunComparison) -> Section:

@@ -10,7 +10,7 @@ import streamlit as st
 from analysis.across import means
 from analysis.files import read_text
 from analysis.plans.causal import POLICIES, CausalCheck, causal_check
-from analysis.presets import DEMO_CAUSAL
+from analysis.presets import bundled_results
 from analysis.run import Capture
 from app import figures, markup, state, work
 from app.charts import show
@@ -22,16 +22,17 @@ if TYPE_CHECKING:
     from analysis.models import LoadedModel
 
 
-@lru_cache(maxsize=1)
-def _demo() -> CausalCheck | None:
-    return CausalCheck.from_json(read_text(DEMO_CAUSAL)) if DEMO_CAUSAL.exists() else None
+@lru_cache(maxsize=4)
+def _bundled(model: str) -> CausalCheck | None:
+    file = bundled_results(model).causal
+    return CausalCheck.from_json(read_text(file)) if file else None
 
 
 def section(engine: Engine, run: Capture) -> None:
     """Draw the check of the model on screen, and the ways to have one measured or to open one."""
     st.subheader("Measured: each layer compressed alone")
     opened = st.session_state.get("causal")
-    check = opened or _demo()
+    check = opened or _bundled(run.model)
     if check is not None and check.model == run.model:
         _draw(check)
     else:

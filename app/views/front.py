@@ -15,7 +15,7 @@ from analysis.files import read_text
 from analysis.plans.front import KEEPS, Front, measure_front, passes
 from analysis.plans.skip import Plan
 from analysis.plans.ways import WAYS
-from analysis.presets import DEMO_FRONT
+from analysis.presets import bundled_results
 from analysis.run import Capture
 from app import figures, markup, state, work
 from app.charts import show
@@ -39,14 +39,15 @@ _FIRST_WAYS = (
 )
 
 
-@lru_cache(maxsize=1)
-def _demo() -> Front | None:
-    return Front.from_json(read_text(DEMO_FRONT)) if DEMO_FRONT.exists() else None
+@lru_cache(maxsize=4)
+def _bundled(model: str) -> Front | None:
+    file = bundled_results(model).front
+    return Front.from_json(read_text(file)) if file else None
 
 
 def _current(run: Capture) -> Front | None:
     """The session's front, or the bundled one if it is of the model on screen."""
-    front = st.session_state.get("front") or _demo()
+    front = st.session_state.get("front") or _bundled(run.model)
     return front if front and front.model == run.model else None
 
 

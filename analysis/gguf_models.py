@@ -1,0 +1,242 @@
+"""A vetted GGUF file as a transformers model: its config, its tokenizer, and its weights, dequantised one by one.
+
+Names and layouts are transformers' own tables (they undo what llama.cpp's converter did, such as the order of a
+Llama's query and key rows). What those tables leave out is added here, because the model would be another one
+without it, and no one would be told: the size of a head, scaled rotary embeddings, the scale and the caps of Gemma's
+attention, the windows of layers, the digits that a tokenizer keeps apart.
+
+What no GGUF file says is taken as absent: the sliding window of Mistral 7B v0.1, the only architecture here in which
+llama.cpp's converter drops one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from analysis.configs import check_config, reading
+from analysis.errors import ModelError
+from analysis.gguf import GgufArray, GgufFile, GgufTensor
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import Tensor
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_MODEL_TYPES = {"gemma3": "gemma3_text"}  # where transformers has another name
+_GPT2_SPLIT = frozenset({"gpt-2", "gpt2", "phi-2", "mpt", "olmo", "jais"})  # llama.cpp's names
+_DIGITS_APART = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
+_ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # 3.1 to 3.3
+
+
+def gguf_config(gguf: GgufFile) -> PretrainedConfig:
+    """The config that a GGUF file describes. Raises ModelError where it asks for what is not reproduced."""
+    from transformers import AutoConfig
+    from transformers.integrations import GGUF_CONFIG_MAPPING
+
+    architecture = gguf.architecture
+    told = {name: gguf.of_architecture(key) for key, name in GGUF_CONFIG_MAPPING[architecture].items() if name}
+    told = {name: value for name, value in told.items() if value is not None}
+    for token in ("bos", "eos", "pad"):
+        key = {"pad": "padding"}.get(token, token)
+        told[f"{token}_token_id"] = gguf.metadata.get(f"tokenizer.ggml.{key}_token_id")
+    told["vocab_size"] = gguf.vocab_size
+    told["tie_word_embeddings"] = "output.weight" not in gguf.tensor_names
+    told["head_dim"] = _head_dim(gguf)
+    told.pop("rope_theta", None)
+    told["rope_parameters"] = _rope(gguf)
+    if architecture.startswith("gemma"):
+        told |= _gemma(gguf)
+    if architecture == "phi3":
+        told["sliding_window"] = gguf.of_architecture("attention.sliding_window") or None
+        if "original_max_position_embeddings" in (rope := told["rope_parameters"]):  # else its default would win
+            told["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
+    with reading(gguf.name, "header"):
+        config = AutoConfig.for_model(_MODEL_TYPES.get(architecture, architecture), **told)
+        check_config(config, gguf.name)
+    return config
+
+
+def gguf_tokenizer(gguf: GgufFile) -> PreTrainedTokenizerBase:
+    """The tokenizer in a GGUF file. Its chat template is the file's: transformers runs such templates in a sandbox."""
+    from tokenizers import pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    split = gguf.metadata.get("tokenizer.ggml.pre")
+    known = {*GGUF_PRE_TOKENIZER_SPLITS, *_GPT2_SPLIT, *_DIGITS_APART}
+    if gguf.metadata["tokenizer.ggml.model"] == "gpt2" and split not in known:
+        raise ModelError(
+            f"{gguf.name}: its tokenizer splits text by the rule {split!r:.80} (tokenizer.ggml.pre), which is not "
+            "known here: its tokens would not be those it was trained on. Give the model in safetensors."
+        )
+    with reading(gguf.name, "tokenizer"):
+        _, content, options = get_gguf_tokenizer(str(gguf.path))
+        backend, _ = convert_gguf_tokenizer(gguf.architecture, content)
+        if split in _DIGITS_APART:
+            backend.pre_tokenizer = pre_tokenizers.Sequence(
+                [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+            )
+        return PreTrainedTokenizerFast(tokenizer_object=backend, **options)
+
+
+def gguf_model(gguf: GgufFile, config: PretrainedConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, dict]:
+    """The model with the weights of a GGUF file, dequantised to `dtype`, on the CPU; and transformers' loading info.
+
+    Raises:
+        ModelError: the file has fewer weights than its header describes, or weights that its model has no place for.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import (
+        TENSOR_PROCESSORS,
+        TensorProcessor,
+        get_gguf_hf_weights_map,
+    )
+
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
+    if (described := sum(p.numel() for p in empty.parameters())) > gguf.n_weights:
+        raise ModelError(
+            f"{gguf.name} is incomplete: its header describes {described:,} weights, and it holds {gguf.n_weights:,}. "
+            "Fetch or convert it again."
+        )
+    processor = TENSOR_PROCESSORS.get(gguf.architecture, TensorProcessor)(config=config.to_dict())
+    places = get_gguf_hf_weights_map(empty, processor)
+    unplaced = sorted(gguf.tensor_names - set(places) - set(_ROPE_TENSORS))
+    if unplaced:
+        raise ModelError(
+            f"{gguf.name}: {len(unplaced)} of its weights have no place in a model of the architecture "
+            f"{gguf.architecture}, the first is {unplaced[0]!r:.80}. Give the model in safetensors."
+        )
+    weights: dict[str, Tensor] = {}
+    for tensor in gguf.tensors:
+        if tensor.name in places:
+            values = processor.process(_dequantised(gguf, tensor), tensor.name).weights
+            weights[places[tensor.name]] = torch.from_numpy(values).to(dtype)
+    return type(empty).from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+
+
+def dequantising_bytes(gguf: GgufFile, itemsize: int) -> int:
+    """About the memory that loading takes at its peak: all weights, and the largest tensor twice more in float32."""
+    largest = max(gguf.tensors, key=lambda tensor: tensor.n_weights)
+    return gguf.n_weights * itemsize + largest.nbytes + 2 * 4 * largest.n_weights
+
+
+def _dequantised(gguf: GgufFile, tensor: GgufTensor) -> np.ndarray:
+    """A tensor in float32, in torch's order of dimensions."""
+    import numpy as np
+    from gguf import GGMLQuantizationType, dequantize
+
+    stored = np.fromfile(gguf.path, np.uint8, tensor.nbytes, offset=tensor.start)
+    rows = stored.reshape(*tensor.shape[:-1], -1)  # raises where the file became shorter
+    return dequantize(rows, GGMLQuantizationType(tensor.type_id)).reshape(tensor.shape)
+
+
+def _head_dim(gguf: GgufFile) -> int:
+    told = gguf.of_architecture
+    heads = told("attention.head_count")
+    keys = told("attention.key_length") or told("embedding_length") // heads
+    if (values := told("attention.value_length") or keys) != keys:
+        raise _not_reproduced(gguf, f"keys are of {keys} numbers, and values of {values}")
+    return keys
+
+
+def _rope(gguf: GgufFile) -> dict:
+    """The rotary embedding in transformers' terms. Raises ModelError for one that is not known here."""
+    told, architecture = gguf.of_architecture, gguf.architecture
+    rope = {"rope_type": "default", "rope_theta": told("rope.freq_base") or 10_000.0}
+    head_dim = _head_dim(gguf)
+    if (rotated := told("rope.dimension_count") or head_dim) != head_dim:
+        if architecture != "phi3":
+            raise _not_reproduced(gguf, f"{rotated} of the {head_dim} numbers of a head are rotated")
+        rope["partial_rotary_factor"] = rotated / head_dim
+    scaling = told("rope.scaling.type") or "none"
+    if scaling in ("linear", "yarn"):
+        rope |= {"rope_type": scaling, "factor": told("rope.scaling.factor")}
+        if scaling == "yarn":
+            rope["original_max_position_embeddings"] = told("rope.scaling.original_context_length")
+        if None in rope.values():
+            raise _not_reproduced(gguf, f"its rotary embedding is scaled ({scaling}), and it does not say how far")
+    elif scaling not in ("none", "longrope"):
+        raise _not_reproduced(gguf, f"its rotary embedding is scaled by {scaling!r:.80}")
+    tensors = {tensor.name: tensor for tensor in gguf.tensors if tensor.name in _ROPE_TENSORS}
+    if "rope_freqs.weight" in tensors:
+        rope |= _llama3(gguf, tensors["rope_freqs.weight"], rope["rope_theta"])
+    elif tensors:
+        rope |= _longrope(gguf, tensors)
+    elif scaling == "longrope":
+        raise _not_reproduced(gguf, "its rotary embedding is scaled (longrope), and the factors are missing")
+    if architecture != "gemma3":
+        return rope
+    local = {"rope_type": "default", "rope_theta": told("rope.freq_base_swa") or 10_000.0}
+    return {"full_attention": rope, "sliding_attention": local}
+
+
+def _llama3(gguf: GgufFile, tensor: GgufTensor, theta: float) -> dict:
+    """Llama 3.1's scaling, from the divisors of all frequencies that a GGUF file has in its place.
+
+    The divisors do not say how they came about. They are taken for Llama 3.1's (the largest is its factor) if its
+    formula gives the same ones.
+    """
+    import numpy as np
+    import torch
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    divisors = _dequantised(gguf, tensor).ravel()
+    rope = {"rope_type": "llama3", "factor": float(divisors.max()), **_LLAMA3}
+    head_dim = 2 * len(divisors)
+    config = LlamaConfig(head_dim=head_dim, rope_parameters={"rope_theta": theta, **rope})
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = theta ** -(np.arange(0, head_dim, 2) / head_dim)
+    if head_dim != _head_dim(gguf) or not np.allclose(plain / scaled.numpy(), divisors, rtol=1e-3):
+        raise _not_reproduced(gguf, f"its rotary embedding is scaled by {tensor.name}, in a way unlike Llama 3.1's")
+    return rope
+
+
+def _longrope(gguf: GgufFile, tensors: dict[str, GgufTensor]) -> dict:
+    """Phi-3's scaling: two lists of divisors, and the length up to which the short one holds."""
+    told = gguf.of_architecture
+    lists = {
+        f"{name}_factor": [float(x) for x in _dequantised(gguf, tensors[key]).ravel()]
+        for name in ("long", "short")
+        if (key := f"rope_factors_{name}.weight") in tensors
+    }
+    original = told("rope.scaling.original_context_length")
+    if gguf.architecture != "phi3" or len(lists) != 2 or type(original) is not int:
+        raise _not_reproduced(gguf, "its rotary embedding is scaled by lists of factors, in a way unlike Phi-3's")
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": original, **lists}
+    if factor := told("rope.scaling.attn_factor"):
+        rope["attention_factor"] = factor
+    return rope
+
+
+def _gemma(gguf: GgufFile) -> dict:
+    """What Gemma 2 and 3 have besides: scale and caps of attention, and which layers have a window."""
+    told, config = gguf.of_architecture, {}
+    # As llama.cpp has it: the files do not say. The 27B models (46 and 62 layers) divide by another number.
+    largest = {"gemma2": 46, "gemma3": 62}[gguf.architecture] == told("block_count")
+    per_head = told("embedding_length") // told("attention.head_count")
+    config["query_pre_attn_scalar"] = per_head if largest else _head_dim(gguf)
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if told(key) is not None:
+            config[key] = told(key)
+    pattern = told("attention.sliding_window_pattern")
+    if isinstance(pattern, GgufArray) and pattern.kind == "bool" and pattern.count == told("block_count"):
+        slides = pattern.items
+    elif type(pattern) is int and pattern > 0:
+        slides = [(i + 1) % pattern for i in range(told("block_count"))]
+    elif pattern is None:
+        return config  # as all Gemmas of the generation
+    else:
+        raise _not_reproduced(gguf, "its pattern of sliding windows is neither a number nor a list of one per layer")
+    return config | {"layer_types": ["sliding_attention" if slide else "full_attention" for slide in slides]}
+
+
+def _not_reproduced(gguf: GgufFile, what: str) -> ModelError:
+    return ModelError(f"{gguf.name}: {what}, which is not reproduced from GGUF. Give the model in safetensors.")
