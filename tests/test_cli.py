@@ -1,9 +1,16 @@
 """The command line, as a user types it."""
 
+import io
+import os
+import subprocess
+import sys
+
 import pytest
 
-from analysis.commands import main
+from analysis.commands import _parser, main
+from analysis.commands.shared import any_encoding
 from analysis.run import load_run
+from tests.conftest import ROOT
 
 TEXT = "The old man looked at the sea, and the sea looked at the old man, and neither of them said a word."
 
@@ -54,3 +61,62 @@ def test_the_demo_run_is_the_one_that_the_command_makes(tmp_path):
     assert shipped.text == next(iter(bundled_texts().values())) and shipped.labels == fresh.labels
     assert abs(shipped.key_norm - fresh.key_norm).max() < 1e-3
     assert abs(shipped.probe_attention - fresh.probe_attention).max() < 1e-4
+
+
+# Any encoding of standard output
+
+ENCODINGS = ["utf-8", "cp1252", "ascii", "latin-1", "cp437", "cp932", "koi8-r"]
+
+
+def printed(encoding: str, arguments: list[str]) -> tuple[int, str]:
+    """What a command prints where standard output and error are of an encoding, and its exit status."""
+    with pytest.MonkeyPatch.context() as patched:
+        streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
+        patched.setattr(sys, "stdout", streams[0])
+        patched.setattr(sys, "stderr", streams[1])
+        try:
+            status = main(arguments)
+        except SystemExit as end:
+            status = end.code
+        for stream in streams:
+            stream.flush()
+        return status, "".join(stream.buffer.getvalue().decode(encoding) for stream in streams)
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory):
+    """A run of a text that no small encoding has, in a file whose name has no characters at all."""
+    folder = tmp_path_factory.mktemp("runs")
+    out = folder / os.fsdecode(b"run\xff.safetensors")
+    (folder / "text.txt").write_text(f"{TEXT} Γ 🙂 日本語, déjà vu.", encoding="utf-8")
+    assert main(["capture", str(folder / "text.txt"), "--out", str(out), "--device", "cpu"]) == 0
+    return out
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_help_of_every_command_is_printed_in_any_encoding(encoding):
+    (commands,) = (action.choices for action in _parser()._actions if action.choices)
+    for words in ([], *([name] for name in commands)):
+        status, told = printed(encoding, [*words, "--help"])
+        assert status == 0 and "usage: " in told
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_results_and_mistakes_are_printed_in_any_encoding(run_file, encoding):
+    status, told = printed(encoding, ["heads", str(run_file)])
+    assert status == 0 and "Does low norm predict attention in books-5m?" in told
+    assert ("Γ" if encoding in ("utf-8", "cp437", "cp932") else "Gamma") in told
+    text = str(run_file.parent / "text.txt")
+    assert printed(encoding, ["generate", text, "--new-tokens", "2"])[0] == 0
+    status, told = printed(encoding, ["capture", os.fsdecode(b"\xff \xce\x93 missing"), "-o", "x"])
+    assert status == 2 and "missing cannot be read" in told and "Traceback" not in told
+
+
+def test_a_process_whose_output_is_not_utf_8_ends_well():
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run([sys.executable, "-m", "analysis", "--help"], env=environment, cwd=ROOT, capture_output=True)
+    assert done.returncode == 0 and not done.stderr and b"Gamma" in done.stdout
+
+
+def test_a_stream_that_is_not_there_or_no_text_stream_is_left_alone():
+    any_encoding(None, io.StringIO())

@@ -12,11 +12,13 @@ import sys
 from collections.abc import Sequence
 
 from analysis.commands import costs, demo, models, pages, passkeys, plans, runs, studies
+from analysis.commands.shared import any_encoding
 from analysis.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; a mistake of the user's is one line on standard error and the exit status 2."""
+    any_encoding(sys.stdout, sys.stderr)
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)

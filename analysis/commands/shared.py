@@ -3,16 +3,43 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from analysis.errors import TextError, UserError
 from analysis.texts import decoded, read_text
 
 if TYPE_CHECKING:
     from analysis.models import LoadedModel
+
+
+# What is printed that not every encoding has, in letters that all have.
+_IN_ASCII = {
+    "Γ": "Gamma", "Δ": "Delta", "ρ": "rho", "σ": "sigma", "α": "alpha", "±": "+-", "≥": ">=", "≤": "<=", "≈": "~",
+    "×": "x", "÷": "/", "√": "sqrt", "→": "->", "−": "-", "–": "-", "—": "-", "…": "...", "“": '"', "”": '"',
+    "‘": "'", "’": "'", "·": "*", "\u00a0": " ", "\u202f": " ",
+}  # fmt: skip
+
+
+def any_encoding(*streams: TextIO | None) -> None:
+    """Let streams print what their encoding lacks in other letters, or as "?", in place of raising.
+
+    Standard output is not UTF-8 where it is redirected on Windows, nor in containers without a locale.
+    """
+    codecs.register_error("l2kv", _in_other_letters)
+    for stream in streams:
+        if hasattr(stream, "reconfigure"):  # None where there is no console, and anything in a test
+            stream.reconfigure(errors="l2kv")
+
+
+def _in_other_letters(error: UnicodeError) -> tuple[str | bytes, int]:
+    """A codec's error handler."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(_IN_ASCII.get(c, "?") for c in error.object[error.start : error.end]), error.end
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
