@@ -19,7 +19,7 @@ from analysis.configs import BOUNDS, short
 from analysis.errors import ModelError
 
 MAGIC = b"GGUF"
-ARCHITECTURES = ("gemma2", "gemma3", "llama", "phi3", "qwen2", "qwen3", "starcoder2")
+ARCHITECTURES = ("gemma2", "gemma3", "llama", "phi3", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "starcoder2")
 """As llama.cpp names them (a Mistral is a `llama`): each is compared with its original in the tests."""
 
 # At most, so that no file takes long or much to refuse. The largest of real ones: 262,144 tokens with 514,906 merges.
@@ -59,6 +59,10 @@ _SIZES = _REQUIRED | {
     "attention.key_length": "head_dim",
     "attention.value_length": "head_dim",
     "rope.dimension_count": "head_dim",
+    "expert_feed_forward_length": "intermediate_size",
+    "expert_shared_feed_forward_length": "intermediate_size",
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts",
     "vocab_size": "vocab_size",
 }
 
@@ -82,6 +86,8 @@ _UNDERSTOOD = {  # and where some of them are reproduced
     "gemma2": {"attn_logit_softcapping", "final_logit_softcapping", "attention.sliding_window"},
     "gemma3": {"attn_logit_softcapping", "final_logit_softcapping", "attention.sliding_window"},
     "phi3": {"attention.sliding_window"},
+    "qwen2moe": {"expert_count"},
+    "qwen3moe": {"expert_count"},
 }
 
 

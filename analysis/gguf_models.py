@@ -5,8 +5,8 @@ Llama's query and key rows). What those tables leave out is added here, because 
 without it, and no one would be told: the size of a head, scaled rotary embeddings, the scale and the caps of Gemma's
 attention, the windows of layers, the digits that a tokenizer keeps apart.
 
-What no GGUF file says is taken as absent: the sliding window of Mistral 7B v0.1, the only architecture here in which
-llama.cpp's converter drops one.
+What no GGUF file says is taken as absent: the sliding windows (of 4096 tokens) of Mistral 7B v0.1 and StarCoder2, which
+llama.cpp's converter drops. Up to that length these models are the same.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_MODEL_TYPES = {"gemma3": "gemma3_text"}  # where transformers has another name
+# Where transformers has another name: of the model, and in its table of GGUF's keys.
+_MODEL_TYPES = {"gemma3": "gemma3_text", "qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}
 _GPT2_SPLIT = frozenset({"gpt-2", "gpt2", "phi-2", "mpt", "olmo", "jais"})  # llama.cpp's names
 _DIGITS_APART = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
 _ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
@@ -33,10 +34,14 @@ _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positi
 def gguf_config(gguf: GgufFile) -> PretrainedConfig:
     """The config that a GGUF file describes. Raises ModelError where it asks for what is not reproduced."""
     from transformers import AutoConfig
-    from transformers.integrations import GGUF_CONFIG_MAPPING
+    from transformers.integrations import GGUF_CONFIG_DEFAULTS_MAPPING, GGUF_CONFIG_MAPPING
 
     architecture = gguf.architecture
-    told = {name: gguf.of_architecture(key) for key, name in GGUF_CONFIG_MAPPING[architecture].items() if name}
+    model_type = _MODEL_TYPES.get(architecture, architecture)
+    names = GGUF_CONFIG_MAPPING.get(architecture) or GGUF_CONFIG_MAPPING[model_type]
+    told = GGUF_CONFIG_DEFAULTS_MAPPING.get(model_type, {}) | {
+        name: gguf.of_architecture(key) for key, name in names.items() if name
+    }
     told = {name: value for name, value in told.items() if value is not None}
     for token in ("bos", "eos", "pad"):
         key = {"pad": "padding"}.get(token, token)
@@ -48,12 +53,14 @@ def gguf_config(gguf: GgufFile) -> PretrainedConfig:
     told["rope_parameters"] = _rope(gguf)
     if architecture.startswith("gemma"):
         told |= _gemma(gguf)
+    if architecture.endswith("moe"):
+        told |= _experts(gguf)
     if architecture == "phi3":
         told["sliding_window"] = gguf.of_architecture("attention.sliding_window") or None
         if "original_max_position_embeddings" in (rope := told["rope_parameters"]):  # else its default would win
             told["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
     with reading(gguf.name, "header"):
-        config = AutoConfig.for_model(_MODEL_TYPES.get(architecture, architecture), **told)
+        config = AutoConfig.for_model(model_type, **told)
         check_config(config, gguf.name)
     return config
 
@@ -104,7 +111,9 @@ def gguf_model(gguf: GgufFile, config: PretrainedConfig, dtype: torch.dtype) -> 
             "Fetch or convert it again."
         )
     processor = TENSOR_PROCESSORS.get(gguf.architecture, TensorProcessor)(config=config.to_dict())
-    places = get_gguf_hf_weights_map(empty, processor)
+    mapping = get_gguf_hf_weights_map(empty, processor)
+    # Experts are one tensor in transformers and no module: their names come without the ".weight" that the file has.
+    places = {n if n.endswith((".weight", ".bias")) else f"{n}.weight": place for n, place in mapping.items()}
     unplaced = sorted(gguf.tensor_names - set(places) - set(_ROPE_TENSORS))
     if unplaced:
         raise ModelError(
@@ -113,18 +122,31 @@ def gguf_model(gguf: GgufFile, config: PretrainedConfig, dtype: torch.dtype) -> 
         )
     weights: dict[str, Tensor] = {}
     for tensor in gguf.tensors:
-        if tensor.name in places:
-            values = processor.process(_dequantised(gguf, tensor), tensor.name).weights
-            weights[places[tensor.name]] = torch.from_numpy(values).to(dtype)
+        if tensor.name not in places:
+            continue
+        # Of experts, gate and up projection are one in transformers: the processor puts them into `weights` itself.
+        result = processor.process(
+            _dequantised(gguf, tensor),
+            tensor.name,
+            tensor_key_mapping=mapping,
+            parsed_parameters={"tensors": weights},
+        )
+        if result.name is not None:
+            weights[places[tensor.name]] = torch.from_numpy(result.weights).to(dtype)
+    for name, weight in weights.items():
+        weights[name] = weight.to(dtype)
     return type(empty).from_pretrained(
         None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
     )
 
 
 def dequantising_bytes(gguf: GgufFile, itemsize: int) -> int:
-    """About the memory that loading takes at its peak: all weights, and the largest tensor twice more in float32."""
-    largest = max(gguf.tensors, key=lambda tensor: tensor.n_weights)
-    return gguf.n_weights * itemsize + largest.nbytes + 2 * 4 * largest.n_weights
+    """About the memory that loading takes at its peak, in numbers of `itemsize` bytes."""
+    done = peak = 0
+    for tensor in gguf.tensors:  # each, on top of those before it: as it is stored, and twice in float32
+        peak = max(peak, done + tensor.nbytes + 2 * 4 * tensor.n_weights)
+        done += tensor.n_weights * (4 if "_exps" in tensor.name else itemsize)  # experts stay in float32 up to the end
+    return max(peak, done)
 
 
 def _dequantised(gguf: GgufFile, tensor: GgufTensor) -> np.ndarray:
@@ -236,6 +258,15 @@ def _gemma(gguf: GgufFile) -> dict:
     else:
         raise _not_reproduced(gguf, "its pattern of sliding windows is neither a number nor a list of one per layer")
     return config | {"layer_types": ["sliding_attention" if slide else "full_attention" for slide in slides]}
+
+
+def _experts(gguf: GgufFile) -> dict:
+    """The width of a mixture's experts, which transformers' table leaves out."""
+    told = {
+        "moe_intermediate_size": gguf.of_architecture("expert_feed_forward_length"),
+        "shared_expert_intermediate_size": gguf.of_architecture("expert_shared_feed_forward_length"),
+    }
+    return {name: value for name, value in told.items() if value is not None}
 
 
 def _not_reproduced(gguf: GgufFile, what: str) -> ModelError:

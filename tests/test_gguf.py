@@ -63,6 +63,12 @@ CONFIGS = {
         rope_parameters=GEMMA3_ROPE,
     ),
     "phi3": transformers.Phi3Config(**SIZES),
+    "qwen2 of experts": transformers.Qwen2MoeConfig(
+        **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=64
+    ),
+    "qwen3 of experts": transformers.Qwen3MoeConfig(
+        **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=32, norm_topk_prob=True
+    ),
     "starcoder2": transformers.Starcoder2Config(**SIZES),
 }  # fmt: skip
 
