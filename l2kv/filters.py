@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from l2kv.seam import attention_seam
+from l2kv.seam import Look, UnsupportedModelError, WatchedCache, watching
 
 
 @torch.no_grad()
@@ -24,14 +24,17 @@ def q_filters(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """
     filters: dict[int, Tensor] = {}
 
-    def look(inner, module, query, key, value, mask, **kwargs):
-        queries = query.transpose(0, 1).flatten(1, 2).float()  # [H, B * T, D]
+    def look(at: Look) -> None:
+        queries = at.query.transpose(0, 1).flatten(1, 2).float()  # [H, B * T, D]
         directions = torch.linalg.svd(queries, full_matrices=False).Vh[:, 0]  # [H, D]
         sign = torch.einsum("htd,hd->h", queries, directions).sign()
-        grouped = (directions * sign[:, None]).unflatten(0, (key.shape[1], -1))
-        filters[module.layer_idx] = grouped.mean(dim=1).cpu()
-        return inner(module, query, key, value, mask, **kwargs)
+        grouped = (directions * sign[:, None]).unflatten(0, (at.key.shape[1], -1))
+        filters[at.layer_idx] = grouped.mean(dim=1).cpu()
 
-    with attention_seam(model, look):
-        model.base_model(input_ids, use_cache=False)
-    return torch.stack([filters[layer] for layer in sorted(filters)])
+    cache = WatchedCache(config=model.config)
+    with watching(model, cache, look):
+        model.base_model(input_ids, past_key_values=cache, use_cache=True)
+    if not filters:
+        raise UnsupportedModelError(f"{type(model).__name__} shows no attention: it bypasses transformers' registry.")
+    none = torch.zeros_like(next(iter(filters.values())))  # of layers that carry a state, not keys
+    return torch.stack([filters.get(layer, none) for layer in range(len(cache.layers))])

@@ -8,7 +8,9 @@ as soon as its attention is done, which also keeps the peak of a long prompt dow
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -64,11 +66,14 @@ class _Preparation:
 
     def __init__(self, model: PreTrainedModel) -> None:
         check_compressible(model.config.get_text_config(decoder=True))
+        if not getattr(model, "_supports_default_dynamic_cache", lambda: True)():
+            raise UnsupportedModelError(f"{type(model).__name__} takes no cache but its own.")
         self.users = 0
         self._model_name = type(model).__name__
         self._cache: CompressedCache | None = None
         self._outermost: nn.Module | None = None  # the part of the model that was called with the cache
         self._mask: Tensor | None = None  # that was found to be as it must
+        self._evict_later: Callable[[], None] | None = None
         with ExitStack() as stack:
             self._hooked = stack.enter_context(attention_seam(model, self._attend))
             # Which of its parts a model calls, and which a user, differs: the outermost that is given a cache counts.
@@ -117,10 +122,12 @@ class _Preparation:
     def _after_forward(self, module: nn.Module, args: tuple, output: object) -> None:
         if module is not self._outermost:
             return
-        cache, before = self._cache, self._seen_before
+        cache, before, evict = self._cache, self._seen_before, self._evict_later
         self._let_go()
         if output is None:  # an exception is under way
             return
+        if evict is not None:
+            evict()
         layers = cache.compressed_layers()
         if any(layer.unattended for layer in layers):
             raise UnsupportedModelError(
@@ -133,7 +140,8 @@ class _Preparation:
     def _let_go(self) -> None:
         if self._cache is not None:
             self._cache.serving = False
-        self._cache = self._outermost = self._mask = None
+            self._cache.forget_given()
+        self._cache = self._outermost = self._mask = self._evict_later = None
 
     def _attend(
         self,
@@ -146,19 +154,22 @@ class _Preparation:
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         taken = self._cache.take(key, value) if self._cache is not None else None
-        if taken is None:  # of a tower, say
-            return inner(module, query, key, value, mask, **kwargs)
-        layer_idx, repeats = taken
-        layer = self._cache.layers[layer_idx]
-        if not isinstance(layer, CompressedLayer):
+        layer = self._cache.layers[taken.source] if taken is not None else None
+        if not isinstance(layer, CompressedLayer):  # a tower's, say, or one with a window
             return inner(module, query, key, value, mask, **kwargs)
         if mask is not None and mask is not self._mask:
             check_mask(layer, query.shape[2], mask)
             self._mask = mask  # the same for all layers
-        query = in_groups(query, repeats, layer.n_heads)
-        output, weights = attend(layer, inner, module, query, mask, kwargs, times=repeats.times)
-        layer.evict(query, kwargs)
-        return in_the_models_order(output, repeats, layer.n_heads), weights
+        query = in_groups(query, taken.repeats, layer.n_heads)
+        output, weights = attend(layer, inner, module, query, mask, kwargs, times=taken.repeats.times)
+        if taken.source == self._cache.lender:  # others have yet to look at what it holds
+            if taken.layer_idx == taken.source:
+                self._evict_later = partial(layer.evict, query, kwargs)
+        elif taken.layer_idx == taken.source:
+            layer.evict(query, kwargs)
+        else:
+            raise UnsupportedModelError(f"{self._model_name} borrows the keys of layer {taken.source}, too early.")
+        return in_the_models_order(output, taken.repeats, layer.n_heads), weights
 
 
 class _Nothing:

@@ -14,6 +14,7 @@ from analysis.memory import human_bytes
 from analysis.plans.skip import Plan
 from analysis.presets import presets
 from analysis.run import Capture
+from analysis.texts import plain_text
 from analysis.tokens import tokenize
 from app import figures, markup, state
 from app.charts import show
@@ -187,7 +188,7 @@ def _prompt_input() -> str:
     chosen = st.selectbox("Start from", list(by_name), key="prompt_preset", persist_state="session", on_change=take)
     if by_name[chosen].why:
         st.caption(markup.plain(by_name[chosen].why))
-    return st.text_area("Prompt", key="prompt", persist_state="session", height=250, max_chars=200_000)
+    return plain_text(st.text_area("Prompt", key="prompt", persist_state="session", height=250, max_chars=200_000))
 
 
 def _positions(place: DeltaGenerator, engine: Engine, ref: str, prompt: str) -> None:
@@ -196,18 +197,20 @@ def _positions(place: DeltaGenerator, engine: Engine, ref: str, prompt: str) -> 
         return
     tokenizer, config = found
     try:
-        n = len(tokenize(tokenizer, prompt))
+        tokens = tokenize(tokenizer, prompt)
     except UserError as error:
         place.warning(markup.plain(str(error)), icon=":material/warning:")
         return
+    n = len(tokens)
     new, limit = int(st.session_state["new_tokens"]), getattr(config, "max_position_embeddings", None)
     of = f" of the {limit:,} positions that the model was trained on" if limit else ""
     if limit and n + new > limit:
         place.warning(
-            f"{n} + {new} new tokens are more than the {limit:,} that the model was trained on: expect it to fail."
+            f"{n} + {new} new tokens are more than the {limit:,} that the model was trained on: expect it to fail. "
+            + " ".join(map(markup.plain, tokens.notes))
         )
     else:
-        place.caption(f"{n} + {new} new tokens{of}.")
+        place.caption(" ".join([f"{n} + {new} new tokens{of}.", *map(markup.plain, tokens.notes)]))
 
 
 def _model_input(engine: Engine) -> str:

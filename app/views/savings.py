@@ -13,6 +13,7 @@ import streamlit as st
 
 from analysis.errors import ModelError
 from analysis.memory import CacheShape, human_bytes
+from analysis.models import model_name
 from analysis.plans.export import LENGTHS, Saving, savings
 from analysis.run import Capture
 from analysis.sizes import weights_bytes
@@ -196,7 +197,7 @@ def _of_run(engine: Engine, run: Capture) -> _Model:
     if loaded is not None and loaded.name == run.model:
         weights = sum(p.numel() * p.itemsize for p in loaded.model.parameters())
         return _Model(run.model, run.cache_shape, weights, "as they are in memory")
-    here = [ref for ref in allowed_models() if Path(ref).name == run.model]
+    here = [ref for ref in allowed_models() if model_name(ref) == run.model]
     return _Model(
         run.model, run.cache_shape, weights_bytes(here[0]) if here else None, "in its files, as they are there"
     )
