@@ -9,7 +9,7 @@ ARGS ?=
 
 .PHONY: app test lint bench demo picture
 app: $(VENV)/app.stamp
-	$(BIN)/python -m streamlit run app/main.py --server.port $(PORT)
+	$(BIN)/python -m app --server.port $(PORT)
 
 test: $(VENV)/dev.stamp lint
 	$(BIN)/python -m pytest -n auto --dist loadgroup
@@ -18,9 +18,10 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(VENV)/app.stamp  ## memory and time of a capture and of a compressed cache, as ratios to the plain ways
+bench: $(VENV)/dev.stamp  ## memory and time of a capture, of a compressed cache and of the app, as ratios to the plain ways
 	$(BIN)/python -m tests.bench_capture
 	$(BIN)/python -m tests.bench_cache
+	$(BIN)/python -m tests.bench_app
 
 # ARGS=--without-tasks for a model that solves none. With TEXTS, also what the pages of many texts and of plans show.
 SHOWN := analysis/bundled/$(notdir $(MODEL))
