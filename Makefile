@@ -14,7 +14,7 @@ FETCH = $(BIN)/python -m analysis models smollm2 || true
 .PHONY: app test lint bench demo picture
 app: $(VENV)/app.stamp  ## MODELS=folder offers the models in it, GGUF files too
 	@$(FETCH)
-	$(if $(MODELS),L2KV_MODEL_DIRS="$(MODELS)") $(BIN)/python -m streamlit run app/main.py --server.port $(PORT)
+	$(if $(MODELS),L2KV_MODEL_DIRS="$(MODELS)") $(BIN)/python -m app --server.port $(PORT)
 
 test: $(VENV)/dev.stamp lint
 	@$(FETCH)
@@ -24,9 +24,10 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(VENV)/app.stamp  ## memory and time of a capture and of a compressed cache, as ratios to the plain ways
+bench: $(VENV)/dev.stamp  ## memory and time of a capture, of a compressed cache and of the app, as ratios to the plain ways
 	$(BIN)/python -m tests.bench_capture
 	$(BIN)/python -m tests.bench_cache
+	$(BIN)/python -m tests.bench_app
 
 # ARGS=--without-tasks for a model that solves none. TEXTS: also the study of many texts; PLANS=1: plans, too (an hour).
 SHOWN := analysis/bundled/$(notdir $(MODEL))

@@ -13,12 +13,10 @@ and ALR = (1 + Γ) * the ALR expected of a random order. Undefined values are Na
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import stats
 
 from analysis.run import Capture
 from analysis.ties import evened, levelled, shared_ranks
@@ -378,7 +376,7 @@ class RankSums:
 def _of_ranks(capture: Capture, leave_out: int) -> np.ndarray:
     """Spearman's."""
     norm = np.repeat(levelled(capture.key_norm, capture.dtype), capture.n_heads // capture.n_kv_heads, axis=1)
-    return _pearson(*(stats.rankdata(x[..., leave_out:], axis=-1) for x in (norm, capture.attention_received)))
+    return _pearson(*(shared_ranks(x[..., leave_out:]).mean(axis=0) for x in (norm, capture.attention_received)))
 
 
 def _of_values(capture: Capture, leave_out: int) -> np.ndarray:
@@ -387,10 +385,13 @@ def _of_values(capture: Capture, leave_out: int) -> np.ndarray:
 
 
 def _pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Along the last axis; NaN of fewer than 3, and where one does not vary. (scipy takes half a second to import.)"""
     if x.shape[-1] < 3:
         return np.full(x.shape[:-1], np.nan)
-    with warnings.catch_warnings(action="ignore", category=stats.ConstantInputWarning):  # `status` tells
-        return stats.pearsonr(x.astype(np.float64), y.astype(np.float64), axis=-1).statistic
+    constant = (np.ptp(x, axis=-1) == 0) | (np.ptp(y, axis=-1) == 0)  # its mean may be rounded
+    x, y = (values - values.mean(axis=-1, keepdims=True) for values in (x.astype(np.float64), y.astype(np.float64)))
+    size = np.sqrt(np.vecdot(x, x)) * np.sqrt(np.vecdot(y, y))
+    return np.where(constant, np.nan, np.clip(np.vecdot(x, y) / np.where(constant, 1, size), -1, 1))
 
 
 _CORRELATIONS: dict[str, Callable[[Capture, int], np.ndarray]] = {

@@ -8,13 +8,12 @@ probe gives to token i of n.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from scipy.special import entr
 
-from analysis.measures import HeadFigures, RankSums, head_figures, status_of, verdicts_of
+from analysis.measures import HeadFigures, RankSums, correlation, status_of, verdicts_of
 from analysis.run import Capture
 from analysis.ties import levelled, shared_ranks
 from l2kv.spec import share
@@ -88,7 +87,8 @@ class Row:
     @cached_property
     def entropy(self) -> np.ndarray:
         """Of the shares of the attention, [L, H] bits."""
-        return entr(self.attention / np.maximum(self.attention.sum(axis=-1, keepdims=True), 1e-300)).sum(-1) / np.log(2)
+        shares = self.attention / np.maximum(self.attention.sum(axis=-1, keepdims=True), 1e-300)
+        return -(shares * np.log2(np.where(shares > 0, shares, 1))).sum(axis=-1)
 
     @cached_property
     def status(self) -> np.ndarray:
@@ -179,22 +179,25 @@ METRICS: dict[str, Metric] = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Figures:
-    """All metrics of one capture by one probe, in the order of `METRICS`: M of them."""
+    """Metrics of one capture by one probe: M of them, all of `METRICS` unless fewer were asked for."""
 
     values: np.ndarray  # [M, L, H] float64; NaN where the status is not "ok"
     status: np.ndarray  # [M, L, H] uint8, index into `STATUSES`
+    names: tuple[str, ...] = tuple(METRICS)
 
     def of(self, metric: str) -> np.ndarray:
         """[L, H] of one metric."""
-        return self.values[tuple(METRICS).index(metric)]
+        return self.values[self.names.index(metric)]
 
     def status_of(self, metric: str) -> np.ndarray:
         """[L, H] of str: "ok", or why the metric is undefined there."""
-        return np.array(STATUSES, dtype=object)[self.status[tuple(METRICS).index(metric)]]
+        return np.array(STATUSES, dtype=object)[self.status[self.names.index(metric)]]
 
 
-def metrics(capture: Capture, *, probe: str = "next token", leave_out: int = 0) -> Figures:
-    """Every metric of every head.
+def metrics(
+    capture: Capture, *, probe: str = "next token", leave_out: int = 0, names: Collection[str] = tuple(METRICS)
+) -> Figures:
+    """Every metric of every head, or those of some names.
 
     "last queries" is the mean over the queries that define a metric, each of which has its own n; where none does, the
     status is that of the last.
@@ -202,18 +205,22 @@ def metrics(capture: Capture, *, probe: str = "next token", leave_out: int = 0) 
     Args:
         probe: whose attention, one of `PROBES`.
         leave_out: as if the text began after so many tokens.
+        names: which of `METRICS`.
 
     Raises:
         ValueError: there is no such probe.
     """
-    rows = [_evaluate(row, METRICS.values()) for row in _rows(capture, probe, leave_out)]
+    wanted = [METRICS[name] for name in names]
+    rows = [_evaluate(row, wanted) for row in _rows(capture, probe, leave_out)]
     if not rows:
-        shape = (len(METRICS), capture.n_layers, capture.n_heads)
-        return Figures(np.full(shape, np.nan), np.full(shape, STATUSES.index("no queries kept"), np.uint8))
+        shape = (len(wanted), capture.n_layers, capture.n_heads)
+        status = np.full(shape, STATUSES.index("no queries kept"), np.uint8)
+        return Figures(np.full(shape, np.nan), status, tuple(names))
     values, status = (np.stack(parts) for parts in zip(*rows, strict=True))  # [queries, M, L, H]
     count = (status == 0).sum(axis=0)
     mean = np.nansum(values, axis=0) / np.maximum(count, 1)
-    return Figures(np.where(count > 0, mean, np.nan), np.where(count > 0, 0, status[0]).astype(np.uint8))
+    status = np.where(count > 0, 0, status[0]).astype(np.uint8)
+    return Figures(np.where(count > 0, mean, np.nan), status, tuple(names))
 
 
 def by_query(capture: Capture, metric: str = "gamma") -> np.ndarray:
@@ -231,14 +238,16 @@ def by_query(capture: Capture, metric: str = "gamma") -> np.ndarray:
 def figures_of_probe(capture: Capture, probe: str, *, leave_out: int = 0) -> HeadFigures:
     """`measures.head_figures` with a probe in the place of the next token. Spearman and Pearson are always of all
     queries, and sink share and verdict, which weigh it, always of all tokens."""
-    whole = metrics(capture, probe=probe)
-    shown = metrics(capture, probe=probe, leave_out=leave_out) if leave_out else whole
-    return replace(
-        head_figures(capture, leave_out=leave_out),
+    names = ("gamma", "gamma_without_sink", "alr", "alr_per_token", "alr_against_chance", "sink_share")
+    whole = metrics(capture, probe=probe, names=names)
+    shown = metrics(capture, probe=probe, leave_out=leave_out, names=names) if leave_out else whole
+    return HeadFigures(
         gamma=shown.of("gamma"),
         alr=shown.of("alr"),
         alr_per_token=shown.of("alr_per_token"),
         alr_against_chance=shown.of("alr_against_chance"),
+        spearman=correlation(capture, "spearman", leave_out=leave_out),
+        pearson=correlation(capture, "pearson", leave_out=leave_out),
         sink_share=whole.of("sink_share"),
         status=shown.status_of("gamma"),
         verdict=verdicts_of(whole.of("gamma"), whole.of("gamma_without_sink")),

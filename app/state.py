@@ -46,18 +46,22 @@ Settings = ParamSpec("Settings")
 Answer = TypeVar("Answer")
 
 
+_OF_THE_DEMO: dict[str, tuple[object, dict]] = {}
+
+
 def remembered(
     work: Callable[Concatenate[Thing, Settings], Answer],
 ) -> Callable[Concatenate[Thing, Settings], Answer]:
     """Have a function of a run or a study, and of settings by position, work each answer out once.
 
-    The session keeps the latest answers on one thing; not the process, which would keep the runs of closed tabs.
+    The session keeps the latest answers on one thing; not the process, which would keep the runs of closed tabs. Only
+    those on the demo run are kept for all.
     """
     name = f"{work.__module__}.{work.__qualname__}"
 
     @wraps(work)
     def ask(thing: Thing, *settings: Settings.args) -> Answer:
-        kept = st.session_state.setdefault("remembered", {})
+        kept = _OF_THE_DEMO if thing is _demo_run() else st.session_state.setdefault("remembered", {})
         of, answers = kept.get(name, (None, None))
         if of is not thing:
             answers = {}
@@ -65,7 +69,7 @@ def remembered(
         if settings not in answers:
             answers[settings] = work(thing, *settings)
             for oldest in list(answers)[:-_MOST_REMEMBERED]:
-                del answers[oldest]
+                answers.pop(oldest, None)  # another session may have been first
         return answers[settings]
 
     return ask

@@ -28,9 +28,7 @@ def address():
     command = [
         sys.executable,
         "-m",
-        "streamlit",
-        "run",
-        "app/main.py",
+        "app",
         "--server.headless=true",
         f"--server.port={port}",
     ]
