@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import streamlit as st
 
 from analysis.errors import UserError
-from analysis.memory import human_bytes
+from analysis.memory import DTYPES, human_bytes
 from analysis.plans.skip import Plan
 from analysis.presets import Preset, presets
 from analysis.run import Capture
@@ -90,7 +90,7 @@ class Preview:
 
     def nbytes(self, n: int) -> str:
         """Bytes that were counted, as they are in the checkpoint's dtype."""
-        return human_bytes(n * state.DTYPES[self.cache_dtype] / state.DTYPES[self.counted_dtype])
+        return human_bytes(n * DTYPES[self.cache_dtype] / DTYPES[self.counted_dtype])
 
     def agreement(self, column: int) -> float:
         """The share of the full cache's new tokens that a column has at the same place."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import streamlit as st
 
 from analysis.errors import ModelError
-from analysis.memory import CacheShape, human_bytes
+from analysis.memory import DTYPES, CacheShape, human_bytes
 from analysis.plans.export import LENGTHS, Saving, savings
 from analysis.run import Capture
 from analysis.sizes import weights_bytes
@@ -183,7 +183,7 @@ def _of_config() -> _Model | None:
             st.error(markup.plain(str(error)), icon=":material/error:")
             return None
     dtype = str(getattr(size.config, "dtype", None)).removeprefix("torch.")
-    known = dtype if dtype in state.DTYPES else None
+    known = dtype if dtype in DTYPES else None
     return _Model(name, size.shape, size.weights_bytes, known, "counted from the config", other=size)
 
 
