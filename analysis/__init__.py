@@ -42,6 +42,7 @@ _HOME = {
     "measure_front": "plans.front",
     "model_size": "sizes",
     "plan": "plans.planning",
+    "read_text": "texts",
     "reproduce": "paper.figures",
     "save_run": "run",
     "savings": "plans.export",

@@ -1,14 +1,15 @@
 """What a study says of a model: means with intervals over texts, verdicts, and how stable the order of layers is.
 
 Tokens of a text, and heads of a group, are not independent, so nothing here counts them as if they were: texts are what
-is resampled. An interval is the 95 % percentile bootstrap of the mean. It is too narrow with few texts (of normal
-values it covers the mean in 86 % of cases with 6 texts, 92 % with 16, 94 % with 32), and with pieces of one book, which
-are more alike than texts are.
+is resampled, and documents are where several texts are excerpts of one. An interval is the 95 % percentile bootstrap of
+the mean. It is too narrow with few texts (of normal values it covers the mean in 86 % of cases with 6 texts, 92 % with
+16, 94 % with 32), and with excerpts of few documents (`told_of_documents`).
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,11 +64,30 @@ class Interval:
         return f"{signed(self.value)} ({ends})"
 
 
-def resamples(n: int, *, count: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """How often each of n texts is drawn in each resample of n texts with replacement, [count, n] float64."""
-    drawn = np.random.default_rng(seed).integers(n, size=(count, n))
-    places = drawn + n * np.arange(count)[:, None]  # each resample counts in a row of its own
-    return np.bincount(places.ravel(), minlength=count * n).reshape(count, n).astype(np.float64)
+def documents_of(n: int, documents: Sequence[str]) -> np.ndarray:
+    """Which document each of n texts is an excerpt of, [n], counted from 0; each is its own where none are given."""
+    numbers = {name: i for i, name in enumerate(dict.fromkeys(documents))}
+    return np.array([numbers[name] for name in documents]) if documents else np.arange(n)
+
+
+def resamples(n: int, *, documents: Sequence[str] = (), count: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+    """How often each of n texts is drawn in each resample with replacement, [count, n] float64.
+
+    Documents are drawn, and of each that is drawn its excerpts: of a single document, these alone. So an interval is as
+    wide as documents differ, and not narrower than excerpts do, where a few documents are alike by chance.
+
+    Args:
+        documents: n, names of what each text is an excerpt of; a document of its own where they are not known.
+    """
+    rng, which = np.random.default_rng(seed), documents_of(n, documents)
+    total = int(which.max(initial=-1)) + 1
+    places = rng.integers(total, size=(count, total)) + total * np.arange(count)[:, None]  # a row for each resample
+    times = np.bincount(places.ravel(), minlength=count * total).reshape(count, total)
+    drawn = times[:, which].astype(np.float64)
+    for document, size in enumerate(np.bincount(which)):
+        if size > 1:
+            drawn[:, which == document] = rng.multinomial(times[:, document] * size, np.full(size, 1 / size))
+    return drawn
 
 
 def resampled_means(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -106,12 +126,12 @@ def misses(n: np.ndarray, *, groups: int = 1) -> np.ndarray:
     return np.where(few, np.nan, 2 * stats.t.sf(half, groups * (n - 1)))
 
 
-def means(values: np.ndarray, *, seed: int = 0) -> Means:
+def means(values: np.ndarray, *, documents: Sequence[str] = (), seed: int = 0) -> Means:
     """The mean over texts, with its interval, of each number in `values` [N, ...]; NaN is undefined.
 
-    A resample counts the texts that define the number, and is left out where it has drawn none of them.
+    A resample (`resamples`) counts the texts that define the number, and is left out where it has drawn none of them.
     """
-    drawn = resampled_means(values, resamples(len(values), seed=seed))
+    drawn = resampled_means(values, resamples(len(values), documents=documents, seed=seed))
     defined = np.isfinite(values).sum(axis=0)
     low, high = _ends(drawn)
     few = defined < 2
@@ -120,16 +140,16 @@ def means(values: np.ndarray, *, seed: int = 0) -> Means:
 
 def head_means(study: Study, metric: str = "gamma", *, probe: str = "next token", seed: int = 0) -> Means:
     """`means` of a metric for each head, [L, H]."""
-    return means(study.of(metric, probe=probe), seed=seed)
+    return means(study.of(metric, probe=probe), documents=study.documents, seed=seed)
 
 
 def layer_means(study: Study, metric: str = "gamma", *, probe: str = "next token", seed: int = 0) -> Means:
     """`means` for each layer, [L], of the mean over its heads that are defined."""
     values = np.moveaxis(study.of(metric, probe=probe), 2, 0)  # [H, N, L]
-    return means(nanmean(values), seed=seed)
+    return means(nanmean(values), documents=study.documents, seed=seed)
 
 
-def verdicts(with_sink: np.ndarray, without: np.ndarray, *, seed: int = 0) -> np.ndarray:
+def verdicts(with_sink: np.ndarray, without: np.ndarray, *, documents: Sequence[str] = (), seed: int = 0) -> np.ndarray:
     """What each head says of the paper's claim, [L, H], keys of `VERDICTS`, from Γ of N texts, [N, L, H] each.
 
     In this order, so that they exclude each other: undefined, if too few texts define Γ; unstable, if Γ with the first
@@ -139,7 +159,7 @@ def verdicts(with_sink: np.ndarray, without: np.ndarray, *, seed: int = 0) -> np
     """
     few = [np.isfinite(gamma).sum(axis=0) < MIN_TEXTS for gamma in (with_sink, without)]
     signs = [
-        _sign(means(gamma, seed=seed)) * ~_unstable(gamma) * ~too_few
+        _sign(means(gamma, documents=documents, seed=seed)) * ~_unstable(gamma) * ~too_few
         for gamma, too_few in zip((with_sink, without), few, strict=True)
     ]
     result = np.full(with_sink.shape[1:], "undefined", dtype=object)
@@ -152,7 +172,8 @@ def verdicts(with_sink: np.ndarray, without: np.ndarray, *, seed: int = 0) -> np
 
 def head_verdicts(study: Study, *, probe: str = "next token", seed: int = 0) -> np.ndarray:
     """`verdicts` of a study, [L, H]."""
-    return verdicts(study.of("gamma", probe=probe), study.of("gamma_without_sink", probe=probe), seed=seed)
+    gammas = (study.of(metric, probe=probe) for metric in ("gamma", "gamma_without_sink"))
+    return verdicts(*gammas, documents=study.documents, seed=seed)
 
 
 def median_gamma(study: Study, *, probe: str = "next token", seed: int = 0) -> Interval:
@@ -160,7 +181,7 @@ def median_gamma(study: Study, *, probe: str = "next token", seed: int = 0) -> I
     values = study.of("gamma", probe=probe)
     if not np.isfinite(values).any():
         return Interval(np.nan, np.nan, np.nan)
-    drawn = resampled_means(values, resamples(len(values), seed=seed))
+    drawn = resampled_means(values, resamples(len(values), documents=study.documents, seed=seed))
     low, high = _ends(_nanmedian(drawn.reshape(len(drawn), -1), axis=1)) if len(values) > 1 else (np.nan, np.nan)
     return Interval(float(_nanmedian(nanmean(values).ravel(), axis=0)), float(low), float(high))
 
@@ -171,6 +192,8 @@ def answer(study: Study, *, probe: str = "next token", seed: int = 0) -> str:
     counts = verdict_counts(verdict, VERDICTS)
     total = verdict.size - counts["undefined"]
     median = f"Median Γ {median_gamma(study, probe=probe, seed=seed)}, over {n} text{'s' * (n != 1)}."
+    if told := told_of_documents(study.documents):
+        median += f" {told}"
     if not total:
         return f"This study cannot tell: no head has Γ in {MIN_TEXTS} texts or more. {median}"
     follows, mirror = counts["follows the paper"], counts["mirror"]
@@ -181,6 +204,15 @@ def answer(study: Study, *, probe: str = "next token", seed: int = 0) -> str:
         f"{counts['unstable']} the sign changes between texts; in {counts['no signal']} there is no signal. "
         f"{by_layer(verdict)} {median}"
     )
+
+
+def told_of_documents(documents: Sequence[str]) -> str:
+    """What is to be said of the intervals where texts are excerpts of few documents; nothing of many, or not known."""
+    n = len(set(documents))
+    if not documents or n == len(documents) or n >= MIN_TEXTS:
+        return ""
+    few = "one document, so the interval is over its excerpts" if n == 1 else f"only {n} documents, so the interval is"
+    return f"All {len(documents)} are excerpts of {few}{' and' * (n == 1)} too narrow for others."
 
 
 def layer_losses(study: Study, *, probe: str = "next token") -> np.ndarray:

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from analysis.errors import ModelError, TextError
 from analysis.memory import (
@@ -30,7 +29,8 @@ from analysis.memory import (
 from analysis.models import LoadedModel
 from analysis.run import Capture
 from analysis.tokens import MIN_TOKENS, Tokens, tokenize
-from l2kv import UnsupportedModelError, attention_seam, probabilities
+from l2kv import UnsupportedModelError, probabilities
+from l2kv.seam import Look, WatchedCache, watching
 
 OnLayer = Callable[[int, int], None]
 """Called as (layers done, layers), after each layer and before each block of queries in it. What it raises cancels the
@@ -59,16 +59,17 @@ def capture(
         raise ValueError(f"last_queries must be 0 or more, got {last_queries}")
     tokens, warnings = readable(loaded, text, last_queries=last_queries)
     config, model, started = loaded.config, loaded.model, time.perf_counter()
-    recorder = _Recorder(len(tokens), config.num_hidden_layers, last_queries, on_layer)
     ids = torch.from_numpy(tokens.ids)[None].to(loaded.device)
-    cache = DynamicCache(config=config)
-    with looking_into(loaded, recorder.attend):
-        logits = _last_logits(model, ids, cache)
+    cache = WatchedCache(config=config)
+    recorder = _Recorder(len(tokens), len(cache.layers), last_queries, on_layer)
+    with looking_into(loaded, cache, recorder.look):
+        logits = last_logits(model, ids, cache)
         check_finite(loaded, logits)
         next_token = logits.argmax(-1, keepdim=True)
         recorder.probing = True
-        _last_logits(model, next_token, cache)
-    check_shown(loaded, min(recorder.recorded, recorder.probed))
+        last_logits(model, next_token, cache)
+    check_shown(loaded, min(recorder.recorded, recorder.probed), len(cache.layers))
+    windows = [getattr(cache.layers[source], "sliding_window", 0) for source in recorder.sources]
     return Capture(
         model=loaded.name,
         architecture=type(model).__name__,
@@ -77,8 +78,8 @@ def capture(
         text=text,
         labels=tokens.labels,
         probe_label=loaded.tokenizer.decode(next_token[0]),
-        layer_kinds=tuple("sliding" if s else "full" for s in cache.is_sliding),
-        windows=tuple(getattr(layer, "sliding_window", 0) for layer in cache.layers),
+        layer_kinds=tuple("sliding" if window else "full" for window in windows),
+        windows=tuple(windows),
         warnings=tuple(warnings),
         seconds=time.perf_counter() - started,
         head_dim=CacheShape.of(config, model.dtype.itemsize).head_dim,
@@ -96,7 +97,7 @@ def readable(loaded: LoadedModel, text: str, *, last_queries: int = 0) -> tuple[
         TextError, OutOfMemoryError, ModelError: as `capture`.
     """
     tokens = tokenize(loaded.tokenizer, text)
-    warnings = check_length(loaded, tokens)
+    warnings = [*tokens.notes, *check_length(loaded, tokens)]
     if unknown := set(layer_kinds(loaded.config)) - {"full_attention", "sliding_attention"}:
         raise ModelError(f"{loaded.name} has layers that are not looked into yet: {', '.join(sorted(unknown))}.")
     heterogeneous = getattr(loaded.config, "is_heterogeneous", False)  # Gemma 4
@@ -107,23 +108,14 @@ def readable(loaded: LoadedModel, text: str, *, last_queries: int = 0) -> tuple[
 
 
 @contextmanager
-def looking_into(loaded: LoadedModel, attend: Callable) -> Iterator[None]:
-    """In the block the model is run without gradients, and each layer's attention passes through `attend`.
-
-    Args:
-        attend: as in `attention_seam`.
+def looking_into(loaded: LoadedModel, cache: WatchedCache, look: Callable[[Look], object]) -> Iterator[None]:
+    """In the block the model is run without gradients, and `look` is called before each layer's attention over `cache`.
 
     Raises:
         OutOfMemoryError, ModelError: as `capture`.
     """
-
-    def checked(inner, module, query, key, value, mask, **options):
-        if options.get("position_bias") is not None:
-            raise UnsupportedModelError("this model adds a bias to its attention scores that is not looked into yet")
-        return attend(inner, module, query, key, value, mask, **options)
-
     try:
-        with memory_errors(), torch.inference_mode(), attention_seam(loaded.model, checked):
+        with memory_errors(), torch.inference_mode(), watching(loaded.model, cache, look):
             yield
     except UnsupportedModelError as error:
         raise ModelError(str(error)) from error
@@ -135,11 +127,11 @@ def check_finite(loaded: LoadedModel, computed: Tensor) -> None:
         raise ModelError(f"{loaded.name} computes NaN or infinity on this text; its weights may be damaged.")
 
 
-def check_shown(loaded: LoadedModel, n_shown: int) -> None:
+def check_shown(loaded: LoadedModel, n_shown: int, n_layers: int) -> None:
     """Raise ModelError unless so many layers, whose attention was seen, are all there are."""
-    if n_shown != loaded.config.num_hidden_layers:
+    if n_shown != n_layers:
         raise ModelError(
-            f"{type(loaded.model).__name__} showed the attention of {n_shown} of its {loaded.config.num_hidden_layers} "
+            f"{type(loaded.model).__name__} showed the attention of {n_shown} of its {n_layers} "
             "layers: the others are of another kind, or bypass transformers' attention registry."
         )
 
@@ -163,14 +155,14 @@ def check_length(loaded: LoadedModel, tokens: Tokens, *, new_tokens: int = 1) ->
     ]
 
 
-def _last_logits(model: nn.Module, ids: Tensor, cache: DynamicCache) -> Tensor:
+def last_logits(model: nn.Module, ids: Tensor, cache: WatchedCache) -> Tensor:
     """Logits [1, V] after the last token; those of the others would take T * V numbers."""
     only_last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     return model(ids, past_key_values=cache, use_cache=True, **only_last).logits[:, -1]
 
 
 class _Recorder:
-    """Stands in the attention seam, looks on, and writes down."""
+    """Looks on, and writes down."""
 
     def __init__(self, n_tokens: int, n_layers: int, last_queries: int, on_layer: OnLayer | None) -> None:
         self.n_tokens, self.n_layers, self.on_layer = n_tokens, n_layers, on_layer
@@ -178,17 +170,18 @@ class _Recorder:
         self.bin_width = -(-n_tokens // MAX_BINS)
         self.results: dict[str, np.ndarray] = {}  # fields of `Capture`
         self.recorded = self.probed = 0  # layers
+        self.sources: list[int] = []  # of each layer, that which caches its keys
         self.probing = False
 
-    def attend(self, inner, module, query, key, value, mask, **kwargs):
+    def look(self, at: Look) -> None:
         if not self.results:
-            self._allocate(query.shape[1], key.shape[1])
-        attention = _Attention(query, key, kwargs)
+            self._allocate(at.query.shape[1], at.key.shape[1])
+        attention = _Attention(at)
         if self.probing:
-            self._record_probe(attention)
+            self._record_probe(attention, at.layer_idx)
         else:
-            self._record_prompt(attention, key[0], value[0])
-        return inner(module, query, key, value, mask, **kwargs)
+            self.sources.append(at.source)
+            self._record_prompt(attention, at.key[0], at.value[0], at.layer_idx)
 
     def _allocate(self, heads: int, kv_heads: int) -> None:
         # All at once, before the first layer: small arrays that stay, between large ones that go, fragment the heap.
@@ -204,7 +197,7 @@ class _Recorder:
             "pooled_scale": np.empty((layers, heads), np.float32),
         }
 
-    def _record_prompt(self, attention: _Attention, key: Tensor, value: Tensor) -> None:
+    def _record_prompt(self, attention: _Attention, key: Tensor, value: Tensor, layer: int) -> None:
         received, pooled = _summarise(attention, self.bin_width, on_block=self._report)
         scale = pooled.amax(dim=(1, 2)).clamp_min(1e-12)
         root = (pooled / scale[:, None, None]).sqrt()  # square root: small shares keep some of the 256 steps
@@ -215,11 +208,11 @@ class _Recorder:
             "pooled_attention": (root * 255).round().to(torch.uint8),
             "pooled_scale": scale,
         }.items():
-            self.results[name][self.recorded] = values.cpu().numpy()
+            self.results[name][layer] = values.cpu().numpy()
         if self.last_queries:
             first = self.n_tokens - self.last_queries
             rows = attention.probabilities(first, self.n_tokens).tril(first - 1)  # own columns are dropped
-            self.results["recent_attention"][:, self.recorded] = rows.transpose(0, 1).cpu().numpy()
+            self.results["recent_attention"][:, layer] = rows.transpose(0, 1).cpu().numpy()
         self.recorded += 1
         self._report()
 
@@ -227,42 +220,48 @@ class _Recorder:
         if self.on_layer is not None:
             self.on_layer(self.recorded, self.n_layers)
 
-    def _record_probe(self, attention: _Attention) -> None:
+    def _record_probe(self, attention: _Attention, layer: int) -> None:
         row = attention.probabilities(0, 1)[:, 0, :-1]  # its own column is dropped; the row is not renormalised
         # A sliding window holds the latest tokens only: to the others it pays nothing.
-        self.results["probe_attention"][self.probed][:, self.n_tokens - row.shape[1] :] = row.cpu().numpy()
+        self.results["probe_attention"][layer][:, self.n_tokens - row.shape[1] :] = row.cpu().numpy()
         self.probed += 1
 
 
 class _Attention:
-    """The attention probabilities of one layer, block by block. One text, so nothing but causality is masked."""
+    """The attention probabilities of one layer over one text, block by block."""
 
-    def __init__(self, query: Tensor, key: Tensor, options: dict) -> None:
-        self.query, self.key, self.options = query, key, options  # [1, H, q, D], [1, Hkv, n, D]
-        self.n_heads, self.n_queries = query.shape[1:3]
-        self.n_keys = key.shape[2]
-        self.window = options.get("sliding_window")
+    def __init__(self, at: Look) -> None:
+        self.query, self.key, self.options = at.query, at.key, at.options  # [1, H, q, D], [1, Hkv, n, D]
+        self.n_heads, self.n_queries = at.query.shape[1:3]
+        self.n_keys = at.key.shape[2]
+        self.mask = at.mask
 
     def probabilities(self, start: int, end: int) -> Tensor:
         """Of the queries start..end: float32 [H, end - start, n], n the keys that any of them can see."""
         before = self.n_keys - self.n_queries  # keys that precede the first query
         query, key = self.query[:, :, start:end], self.key[:, :, : before + end]
-        return probabilities(query, key, lambda scores: self._hide(scores, before + start), self.options)[0]
+        return probabilities(query, key, lambda scores: self._hide(scores, start), self.options)[0]
 
-    def _hide(self, scores: Tensor, first_query: int) -> None:
+    def _hide(self, scores: Tensor, start: int) -> None:
         rows, seen = scores.shape[2:]
-        # All keys before the block precede all its queries: only its own square is masked.
-        square = torch.ones(rows, rows, dtype=torch.bool, device=scores.device).triu_(1)
-        scores[..., seen - rows :].masked_fill_(square, -torch.inf)
-        if self.window is not None and seen > self.window:
-            query = torch.arange(first_query, seen, device=scores.device)[:, None]
-            gone = torch.arange(seen, device=scores.device) <= query - self.window
-            scores.masked_fill_(gone, -torch.inf)
+        if self.mask is None:
+            # All keys before the block precede all its queries: only its own square is masked.
+            square = torch.ones(rows, rows, dtype=torch.bool, device=scores.device).triu_(1)
+            scores[..., seen - rows :].masked_fill_(square, -torch.inf)
+            return
+        mask = self.mask[..., start : start + rows, :seen]
+        if mask.dtype == torch.bool:
+            scores.masked_fill_(~mask, -torch.inf)
+        else:
+            scores += mask
 
     def visible(self) -> Tensor:
-        """How many of the queries can see each key, [n]."""
-        counts = torch.arange(self.n_keys, 0, -1, device=self.key.device)
-        return counts if self.window is None else counts.clamp_max(self.window)
+        """How many of the queries can see each key, [1 or H, n]."""
+        if self.mask is None:
+            return torch.arange(self.n_keys, 0, -1, device=self.key.device)[None]
+        mask = self.mask[0]
+        shown = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        return shown.sum(dim=1)
 
 
 def _summarise(attention: _Attention, width: int, on_block: Callable[[], None]) -> tuple[Tensor, Tensor]:
@@ -282,7 +281,7 @@ def _summarise(attention: _Attention, width: int, on_block: Callable[[], None]) 
         pooled[:, first : first + rows.shape[1], : columns.shape[2]] = columns
     in_bin = torch.full((bins, 1), float(width), device=total.device)
     in_bin[-1] = n - (bins - 1) * width
-    return total / attention.visible(), pooled / in_bin
+    return total / attention.visible().clamp_min(1), pooled / in_bin
 
 
 def _sum_bins(x: Tensor, *, dim: int, width: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,7 +102,11 @@ def compare_studies(
     paired = first.digests == second.digests
     difference = None
     if gammas[0].shape[1:] == gammas[1].shape[1:]:
-        difference = across.means(gammas[1] - gammas[0], seed=seed) if paired else _unpaired(*gammas, seed)
+        documents = [study.documents for study in both]
+        if paired:
+            difference = across.means(gammas[1] - gammas[0], documents=documents[0] or documents[1], seed=seed)
+        else:
+            difference = _unpaired(gammas, documents, seed)
     return StudyComparison(
         names=names or (first.model, second.model),
         paired=paired,
@@ -112,10 +116,13 @@ def compare_studies(
     )
 
 
-def _unpaired(first: np.ndarray, second: np.ndarray, seed: int) -> Means:
+def _unpaired(gammas: Sequence[np.ndarray], documents: Sequence[Sequence[str]], seed: int) -> Means:
     """The difference of means over other texts, [N, ...] and [M, ...]: each is resampled by itself."""
-    drawn = [resampled_means(values, resamples(len(values), seed=seed + i)) for i, values in enumerate((first, second))]
-    both = [across.means(values, seed=seed) for values in (first, second)]
+    drawn = [
+        resampled_means(values, resamples(len(values), documents=names, seed=seed + i))
+        for i, (values, names) in enumerate(zip(gammas, documents, strict=True))
+    ]
+    both = [across.means(values, seed=seed) for values in gammas]
     defined = np.minimum(both[0].defined, both[1].defined)
     ends = np.full((2, *defined.shape), np.nan)
     told = defined >= 2

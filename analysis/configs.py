@@ -82,7 +82,10 @@ def reading(name: str, part: str) -> Iterator[None]:
         raise ModelError(f"{name}: {error}") from error
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise ModelError(f"{name} does not fit into memory. Try a smaller model.") from error
-    except Exception as error:
+    except BaseException as error:
+        # A panic in the Rust of tokenizers is no Exception. Nothing else of that kind, such as Ctrl-C, is caught.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ModelError(f"{name}: its {part} cannot be used ({short(error)}).") from error
 
 
@@ -121,10 +124,18 @@ def _check_bounds(config: PretrainedConfig, name: str) -> None:
 
 def _check_kind(config: PretrainedConfig, name: str) -> None:
     """Refuse a model that is not decoder-only, or has no keys to look at."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
     from l2kv import check_compressible
 
     text_config = config.get_text_config(decoder=True)
     check_compressible(text_config)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and text_config is not config:
+        raise ModelError(
+            f"{name} is multimodal ({config.model_type}: a language model and towers for images or sound), and only "
+            "language models are loaded here. From Python, load it with transformers: l2kv's compressible(model) and "
+            "CompressedCache compress its language part."
+        )
     if not getattr(text_config, "num_attention_heads", None):
         raise ModelError(f"{name}: {config.model_type} has no attention heads, so there are no keys to look at.")
 

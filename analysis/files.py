@@ -17,7 +17,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from analysis.errors import RunFileError
+from analysis import texts
+from analysis.errors import RunFileError, TextError
 
 
 def write_whole(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
@@ -70,11 +71,11 @@ def write_text(text: str, path: str | Path) -> Path:
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a file. Raises RunFileError, with the reason."""
+    """The text of a record's file. Raises RunFileError, with the reason."""
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RunFileError(f"{path} cannot be read: {error}") from error
+        return texts.read_text(path)
+    except TextError as error:
+        raise RunFileError(str(error)) from error
 
 
 def record(kind: str, version: int, content: Mapping[str, Any]) -> str:

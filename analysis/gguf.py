@@ -22,10 +22,12 @@ MAGIC = b"GGUF"
 ARCHITECTURES = ("gemma2", "gemma3", "llama", "phi3", "qwen2", "qwen3", "starcoder2")
 """As llama.cpp names them (a Mistral is a `llama`): each is compared with its original in the tests."""
 
-_HEADER = 128 * 2**20  # bytes; that of 262,144 tokens with merges has 10 MiB
-_KEYS, _TENSORS, _ITEMS = 4096, 65_536, 16_000_000  # at most
-_NAME, _STRING = 1024, 2**20  # bytes at most, of a key or a tensor's name and of any other string
-_KEPT = 4096  # numbers of an array at most, for it to be kept and not skipped
+# At most, so that no file takes long or much to refuse. The largest of real ones: 262,144 tokens with 514,906 merges.
+_KEYS, _TENSORS, _STRINGS = 1024, 16_384, 2_000_000  # strings: in arrays, where they are counted and not kept
+_STRING = 2**20  # bytes of one
+_SKIPPED = 64 * 2**20  # bytes of all strings in arrays; those of real ones are 10 MiB
+_NUMBERS = 4096  # in an array that is kept; longer ones are counted
+_KEPT = 4 * 2**20  # bytes of text, and 32 for a number in an array
 _AGAIN = "The file is damaged or incomplete: fetch or convert it again"
 _CONVERT = "Convert the model with a current llama.cpp, or give it in safetensors"
 
@@ -190,7 +192,9 @@ def read_gguf(path: Path) -> GgufFile:
             metadata, n_tensors = _read_metadata(reader)
             tensors = _read_tensors(reader, n_tensors, _alignment(reader, metadata))
     except OSError as error:
-        raise ModelError(f"{name} cannot be read ({short(error)}).") from error
+        raise ModelError(f"{name} cannot be read ({short(error)}). Check the path and the right to read it.") from error
+    except struct.error as error:
+        raise ModelError(f"{name} became shorter while it was read. {_AGAIN}.") from error
     gguf = GgufFile(path, name, metadata, tensors)
     _check_model(gguf)
     _check_tokenizer(gguf)
@@ -201,32 +205,36 @@ class _Reader:
     """Reads a file's header in order, and never beyond what is there."""
 
     def __init__(self, file: BinaryIO, size: int, name: str) -> None:
-        self.file, self.size, self.name, self.at = file, size, name, 0
-        self.end = min(size, _HEADER)
+        self.file, self.size, self.name = file, size, name
+        self.at = self.kept = self.strings = 0
+        self.left = _SKIPPED
 
     def error(self, wrong: str, todo: str = _AGAIN) -> ModelError:
         return ModelError(f"{self.name}: {wrong}. {todo}.")
 
     def room(self, n: int, what: str) -> None:
         """Raise unless `n` bytes are left."""
-        if n > self.end - self.at:
-            if self.end < self.size:
-                raise self.error(f"its header goes on beyond {_HEADER:,} bytes, in {what}")
+        if n > self.size - self.at:
             raise self.error(f"{what} takes {n:,} bytes at byte {self.at:,}, and {self.size - self.at:,} are left")
 
     def take(self, n: int, what: str) -> bytes:
         self.room(n, what)
         self.at += n
-        if len(data := self.file.read(n)) < n:
-            raise self.error(f"it became shorter while it was read, in {what}")
-        return data
+        return self.file.read(n)
 
     def number(self, form: str, what: str) -> int | float:
         return struct.unpack(form, self.take(struct.calcsize(form), what))[0]
 
-    def string(self, what: str, at_most: int = _STRING) -> str:
-        if (n := self.number("<Q", f"the length of {what}")) > at_most:
-            raise self.error(f"{what} is a string of {n:,} bytes at byte {self.at:,}, and at most {at_most:,} are read")
+    def keep(self, n: int, what: str) -> None:
+        """Raise if with `n` bytes more too much would be kept."""
+        self.kept += n
+        if self.kept > _KEPT:
+            raise self.error(f"its names, texts and lists up to {what} are of more than {_KEPT:,} bytes")
+
+    def string(self, what: str) -> str:
+        if (n := self.number("<Q", f"the length of {what}")) > _STRING:
+            raise self.error(f"{what} is a string of {n:,} bytes at byte {self.at:,}, and at most {_STRING:,} are read")
+        self.keep(n, what)
         try:
             return self.take(n, what).decode()
         except UnicodeDecodeError:
@@ -251,25 +259,28 @@ class _Reader:
             raise self.error(f"{what} is an array of arrays, which is not read", _CONVERT)
         if kind not in _KINDS:
             raise self.error(f"{what} is an array of the type {kind}, which GGUF does not have")
-        if count > _ITEMS:
-            raise self.error(f"{what} is an array of {count:,} items, and at most {_ITEMS:,} are read")
         if kind == _STR:
+            self.strings += count
+            if self.strings > _STRINGS:
+                raise self.error(f"{what} is an array of {count:,} strings, and at most {_STRINGS:,} are read in all")
             self.room(8 * count, what)
             self.skip_strings(count, what)
             return GgufArray("string", count)
         form = _SCALARS[kind]
         width = struct.calcsize(form)
         self.room(width * count, what)
-        if count > _KEPT:
+        if count > _NUMBERS:
             self.at += width * count
             self.file.seek(self.at)
             return GgufArray(_KINDS[kind], count)
+        self.keep(32 * count, what)
         items = struct.unpack(f"<{count}{form[1]}", self.take(width * count, what))
         return GgufArray(_KINDS[kind], count, items)
 
     def skip_strings(self, count: int, what: str) -> None:
         """Go past `count` strings. A vocabulary has hundreds of thousands: nothing is kept, nothing called twice."""
-        read, unpack, at, end = self.file.read, struct.Struct("<Q").unpack, self.at, self.end
+        read, unpack, at, begin = self.file.read, struct.Struct("<Q").unpack, self.at, self.at
+        end = min(self.size, begin + self.left)
         for i in range(count):
             at += 8
             if at > end:
@@ -282,8 +293,10 @@ class _Reader:
                 break
             read(n)
         if at > end:
-            self.at = end
-            self.room(1, f"item {i} of {what}")
+            if end < self.size:
+                raise self.error(f"the strings up to item {i} of {what} are of more than {_SKIPPED:,} bytes")
+            raise self.error(f"item {i} of {what} ends beyond the {self.size:,} bytes of the file")
+        self.left -= at - begin
         self.at = at
 
 
@@ -302,7 +315,7 @@ def _read_metadata(reader: _Reader) -> tuple[dict[str, Value], int]:
             raise reader.error(f"it announces {n:,} {what}, which is out of range (at most {bound:,})")
     metadata: dict[str, Value] = {}
     for i in range(n_keys):
-        key = reader.string(f"the name of key {i}", _NAME)
+        key = reader.string(f"the name of key {i}")
         if key in metadata:
             raise reader.error(f"the key {key!r:.80} is there twice")
         metadata[key] = reader.value(f"{key!r:.80}")
@@ -322,7 +335,7 @@ def _read_tensors(reader: _Reader, n_tensors: int, alignment: int) -> tuple[Gguf
         raise reader.error("it has no tensors: it is a vocabulary or metadata only", "Give the file with the weights")
     table = []
     for i in range(n_tensors):
-        name = reader.string(f"the name of tensor {i}", _NAME)
+        name = reader.string(f"the name of tensor {i}")
         what = f"the tensor {name!r:.80}"
         if not 1 <= (n_dims := reader.number("<I", what)) <= 4:
             raise reader.error(f"{what} has {n_dims} dimensions, which is out of range (1 to 4)")

@@ -16,6 +16,7 @@ from scipy.special import entr
 
 from analysis.measures import HeadFigures, RankSums, head_figures, status_of, verdicts_of
 from analysis.run import Capture
+from analysis.ties import levelled, shared_ranks
 from l2kv.spec import share
 
 PROBES = {
@@ -42,21 +43,33 @@ class Row:
     """
 
     def __init__(
-        self, attention: np.ndarray, norm: np.ndarray, ranks: np.ndarray, seen: np.ndarray, mass: np.ndarray
+        self,
+        attention: np.ndarray,
+        norm: np.ndarray,
+        levels: np.ndarray,
+        ranks: np.ndarray,
+        seen: np.ndarray,
+        mass: np.ndarray,
     ) -> None:
-        """attention [L, H, n]; norm [L, Hkv, n]; ranks [2, L, Hkv, n], 1..n by ascending norm: of equals the earlier
-        has the lower one, as in the cache, and then equals share the mean of theirs; seen [L], how many of the n tokens
-        the probe can see; mass [L, H], the attention to them and to the first tokens that were left out."""
+        """attention [L, H, n]; norm [L, Hkv, n]; levels, the same levelled; ranks [2, L, Hkv, n], the lowest and the
+        highest of each one's equals (see `ties`); seen [L], how many of the n tokens the probe can see; mass [L, H],
+        the attention to them and to the first tokens that were left out."""
         self.mass = mass
         self.given, self.attention = attention, attention.astype(np.float64)
-        self.norm, self.ranks = norm, ranks
+        self.norm, self.levels, self.ranks = norm, levels, ranks
         self.seen, self.n = seen, attention.shape[-1]
 
     @cached_property
     def without_first(self) -> Row:
         """The same for all tokens but the first, the usual sink."""
         seen = np.minimum(self.seen, self.n - 1)
-        return Row(self.given[..., 1:], self.norm[..., 1:], _without(self.ranks, 0), seen, self.mass)
+        levels, ranks = self.levels[..., 1:], _without(self.ranks, 0)
+        return Row(self.given[..., 1:], self.norm[..., 1:], levels, ranks, seen, self.mass)
+
+    @cached_property
+    def rank(self) -> np.ndarray:
+        """By ascending norm, [L, Hkv, n]: 1..n, equals share the mean of theirs."""
+        return self.ranks.mean(axis=0)
 
     @cached_property
     def ascending(self) -> np.ndarray:
@@ -67,7 +80,7 @@ class Row:
     def sums(self) -> RankSums:
         """What Γ and ALR are made of, [L, H] each."""
         return RankSums(
-            by_norm=_products(self.ranks[0], self.attention),
+            by_norm=_products(self.rank, self.attention),
             by_attention=self.ascending @ np.arange(1.0, self.n + 1),
             by_chance=self.attention.sum(axis=-1) * (self.n + 1) / 2,
         )
@@ -80,7 +93,7 @@ class Row:
     @cached_property
     def status(self) -> np.ndarray:
         """[L, H] uint8, index into `STATUSES`: of metrics that compare orders."""
-        words = status_of(self.norm, self.given, mass=self.mass, hidden=self.seen < self.n)
+        words = status_of(self.levels, self.given, mass=self.mass, hidden=self.seen < self.n)
         return sum(i * (words == word) for i, word in enumerate(STATUSES)).astype(np.uint8)
 
     @cached_property
@@ -102,7 +115,8 @@ class Metric:
 def overlap(row: Row, ratio: float = OVERLAP_RATIO) -> np.ndarray:
     """|kept by lowest norm ∩ kept by highest attention| / k with k = ceil(ratio * n), [L, H] in [0, 1].
 
-    1 is the ideal order, k / n is expected of a random one. Of equal tokens the earlier is kept, by norm and ideally.
+    1 is the ideal order, k / n is expected of a random one. Of equal tokens the earlier is kept, by norm (see
+    `ties`) and ideally.
     """
     k = share(ratio, row.n)
     bar = row.ascending[
@@ -110,7 +124,10 @@ def overlap(row: Row, ratio: float = OVERLAP_RATIO) -> np.ndarray:
     ]  # of the last that is ideally kept, and maybe of some that are not
     ideal, equal = row.given > bar, row.given == bar
     ideal |= equal & (equal.cumsum(axis=-1) <= k - ideal.sum(axis=-1, keepdims=True))
-    return _products(row.ranks[0] <= k, ideal.astype(np.float64)) / max(k, 1)
+    first, last = row.ranks
+    kept, cut = last <= k, (first <= k) & (last > k)  # cut: of equals that are kept in part
+    kept |= cut & (cut.cumsum(axis=-1) <= k + 1 - first)
+    return _products(kept, ideal.astype(np.float64)) / max(k, 1)
 
 
 def entropy(row: Row) -> np.ndarray:
@@ -130,7 +147,7 @@ def sink_share(row: Row) -> np.ndarray:
 
 def spearman(row: Row) -> np.ndarray:
     """Pearson's correlation of the ranks, [L, H] in [-1, 1]."""
-    return _correlation(row.ranks[1], _mean_ranks(row.ascending, np.argsort(row.given, axis=-1)))
+    return _correlation(row.rank, shared_ranks(row.given).mean(axis=0))
 
 
 def pearson(row: Row) -> np.ndarray:
@@ -233,16 +250,16 @@ def _rows(capture: Capture, probe: str, leave_out: int) -> Iterator[Row]:
     if probe not in PROBES:
         raise ValueError(f"probe must be one of {', '.join(PROBES)}, got {probe!r}")
     n, norm = capture.n_tokens, capture.key_norm
-    ranks = _ranks(norm)
-    for _ in range(leave_out):
-        ranks = _without(ranks, 0)
+    levels = levelled(norm, capture.dtype)
+    ranks = shared_ranks(levels[..., leave_out:])
     # A window of w holds the query's own key as well, which is no column of its row.
     windows = np.array([window - 1 if window else n for window in capture.windows])
 
     def row(attention: np.ndarray, position: int, seen: np.ndarray | int) -> Row:
         before = slice(leave_out, position)
+        seen = np.minimum(seen, position - leave_out)
         mass = attention[..., :position].sum(axis=-1, dtype=np.float64)
-        return Row(attention[..., before], norm[..., before], ranks, np.minimum(seen, position - leave_out), mass)
+        return Row(attention[..., before], norm[..., before], levels[..., before], ranks, seen, mass)
 
     if probe == "next token":
         yield row(capture.probe_attention, n, windows)
@@ -270,36 +287,14 @@ def _evaluate(row: Row, wanted: Collection[Metric]) -> tuple[np.ndarray, np.ndar
     return np.where(np.stack(status) == 0, values, np.nan), np.stack(status)
 
 
-def _ranks(norm: np.ndarray) -> np.ndarray:
-    """The two ranks [2, L, Hkv, n] of a `Row`."""
-    order = np.argsort(norm, axis=-1, kind="stable")
-    ordinal = np.empty(norm.shape)
-    np.put_along_axis(ordinal, order, np.arange(1.0, norm.shape[-1] + 1), axis=-1)
-    return np.stack([ordinal, _mean_ranks(np.take_along_axis(norm, order, axis=-1), order)])
-
-
 def _without(ranks: np.ndarray, place: int) -> np.ndarray:
-    """Ranks when the first (0) or the last (-1) token has gone: those above it move down by one, its equals by half.
-
-    So one sort does for all the queries of a text.
+    """Ranks as `shared_ranks` when the first (0) or the last (-1) token has gone: one sort does for all the queries of
+    a text.
     """
     gone, others = ranks[..., [place]], ranks[..., 1:] if place == 0 else ranks[..., :-1]
-    return others - np.heaviside(others - gone, 0.5)
-
-
-def _mean_ranks(ascending: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Ranks 1..n along the last axis of values given in order, and that order; equals share the mean of theirs."""
-    place = np.broadcast_to(np.arange(1.0, ascending.shape[-1] + 1), ascending.shape)
-    same = ascending[..., 1:] == ascending[..., :-1]  # as the one before
-    if same.any():
-        first, last = place.copy(), place.copy()
-        first[..., 1:][same] = 0
-        last[..., :-1][same] = np.inf
-        place = np.maximum.accumulate(first, axis=-1) + np.minimum.accumulate(last[..., ::-1], axis=-1)[..., ::-1]
-        place /= 2
-    ranks = np.empty(order.shape)
-    np.put_along_axis(ranks, order, place, axis=-1)
-    return ranks
+    below = others > gone  # of [0] those above the one that has gone, of [1] its equals too
+    below[1] |= others[1] == gone[1]
+    return others - below
 
 
 def _correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:

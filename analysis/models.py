@@ -55,7 +55,7 @@ class LoadedModel:
     @property
     def dtype(self) -> str:
         """What it computes in, and what its caches hold, such as "float32"."""
-        return str(self.model.dtype).removeprefix("torch.")
+        return dtype_name(self.model.dtype)
 
     @property
     def config(self):
@@ -111,9 +111,9 @@ def tokenizer_and_config(ref: str | Path) -> tuple[PreTrainedTokenizerBase, Pret
 
 
 def loading_note(ref: str | Path, *, device: str | None = None, dtype: torch.dtype | None = None) -> str:
-    """What loading a GGUF file takes, in a sentence; nothing for other models. Raises as `load_model`."""
+    """What loading a GGUF file takes, in a sentence; nothing for other models. Raises ModelError, as `load_model`."""
     path = model_folder(ref)
-    return _gguf_note(read_gguf(path), *_device_and_dtype(device, dtype)) if path.is_file() else ""
+    return _gguf_note(read_gguf(path), _device_and_dtype(device, dtype)[1]) if path.is_file() else ""
 
 
 def model_folder(ref: str | Path, *, on_fetch: OnFetch | None = None) -> Path:
@@ -138,6 +138,11 @@ def model_folder(ref: str | Path, *, on_fetch: OnFetch | None = None) -> Path:
             "exists, or a Hugging Face id such as Qwen/Qwen3-0.6B."
         )
     return _fetch(ORIGINALS.get(text, text))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Such as "float32"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def model_name(ref: str | Path) -> str:
@@ -177,54 +182,44 @@ def _load_gguf(
 
     gguf = read_gguf(path)
     config, tokenizer = gguf_config(gguf), gguf_tokenizer(gguf)
-    logging.getLogger(__name__).warning("%s", _gguf_note(gguf, device, dtype))
+    _check_room(gguf, dtype, device)
+    logging.getLogger(__name__).warning("%s", _gguf_note(gguf, dtype))
     with reading(name, "weights"):
         model, info = gguf_model(gguf, config, dtype)
         _check_whole(info, name, "its header")
     return model, tokenizer, gguf.stored
 
 
-def _gguf_note(gguf: GgufFile, device: torch.device, dtype: torch.dtype) -> str:
-    """What dequantising takes. Raises OutOfMemoryError where that is more than may be used."""
+def _gguf_note(gguf: GgufFile, dtype: torch.dtype) -> str:
+    """What dequantising takes, in a sentence."""
+    from analysis.gguf_models import dequantising_bytes
+
+    return (
+        f"{gguf.name} is stored as {gguf.stored} ({human_bytes(gguf.nbytes)}) and dequantised to {dtype_name(dtype)}: "
+        f"loading takes about {human_bytes(dequantising_bytes(gguf, dtype.itemsize))} of memory."
+    )
+
+
+def _check_room(gguf: GgufFile, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise OutOfMemoryError where dequantising takes more than may be used, with what would fit."""
     import torch
 
     from analysis.gguf_models import dequantising_bytes
 
-    def needs(dtype: torch.dtype) -> int:
-        return dequantising_bytes(gguf, dtype.itemsize)
+    def share(dtype: torch.dtype) -> float:
+        """Of what is needed, what may be used: 1 or more if it fits."""
+        on_cpu = usable_bytes("cpu") / dequantising_bytes(gguf, dtype.itemsize)
+        return on_cpu if device.type == "cpu" else min(on_cpu, usable_bytes(device) / (gguf.n_weights * dtype.itemsize))
 
-    def fits(dtype: torch.dtype) -> bool:
-        on_device = device.type == "cpu" or gguf.n_weights * dtype.itemsize <= usable_bytes(device)
-        return on_device and needs(dtype) <= usable_bytes("cpu")
-
-    as_what = str(dtype).removeprefix("torch.")
-    if fits(dtype):
-        return (
-            f"{gguf.name} is stored as {gguf.stored} ({human_bytes(gguf.nbytes)}) and dequantised to {as_what}: "
-            f"loading takes about {human_bytes(needs(dtype))} of memory."
-        )
-    half = torch.bfloat16
-    smaller = (
-        f"In bfloat16 (dtype=torch.bfloat16) it would take {human_bytes(needs(half))}, which fits."
-        if dtype.itemsize > half.itemsize and fits(half)
-        else f"A model of about {_fitting_weights(gguf, device, dtype):,} weights would fit."
-    )
-    raise OutOfMemoryError(
-        f"{gguf.name} is stored as {gguf.stored}, and dequantised to {as_what} it would take about "
-        f"{human_bytes(needs(dtype))}; {human_bytes(usable_bytes('cpu'))} may be used"
-        + (f", and {human_bytes(usable_bytes(device))} on {device}" if device.type != "cpu" else "")
-        + f". {smaller}"
-    )
-
-
-def _fitting_weights(gguf: GgufFile, device: torch.device, dtype: torch.dtype) -> int:
-    """Weights of a like model that would fit, to two digits."""
-    from analysis.gguf_models import dequantising_bytes
-
-    share = usable_bytes("cpu") / dequantising_bytes(gguf, dtype.itemsize)
+    if (fits := share(dtype)) >= 1:
+        return
+    smaller = f"A model of about {float(f'{gguf.n_weights * fits:.1e}'):,.0f} weights would fit."
+    if dtype.itemsize > 2 and share(torch.bfloat16) >= 1:
+        smaller = "In half the precision it would fit: load_model(..., dtype=torch.bfloat16)."
+    room = f"{human_bytes(usable_bytes('cpu'))} may be used"
     if device.type != "cpu":
-        share = min(share, usable_bytes(device) / (gguf.n_weights * dtype.itemsize))
-    return int(float(f"{gguf.n_weights * share:.1e}"))
+        room += f", and {human_bytes(usable_bytes(device))} on {device}"
+    raise OutOfMemoryError(f"{_gguf_note(gguf, dtype)[:-1]}, and {room}. {smaller}")
 
 
 def _device_and_dtype(device: str | None, dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype]:

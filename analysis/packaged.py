@@ -246,7 +246,7 @@ def _converted(model: PackagedModel, gguf: Path, work: Path, report: OnFetch) ->
     shutil.rmtree(made, ignore_errors=True)
     report("Converting to safetensors", 0, model.kept_bytes)
     loaded = load_model(gguf, device="cpu", dtype=torch.bfloat16)
-    report("Converting to safetensors", model.gguf_bytes, model.kept_bytes)
+    report("Converting to safetensors", model.kept_bytes // 2, model.kept_bytes)
     loaded.model.save_pretrained(made)
     loaded.tokenizer.save_pretrained(made)
     report("Converting to safetensors", model.kept_bytes, model.kept_bytes)

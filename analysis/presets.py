@@ -9,6 +9,7 @@ from pathlib import Path
 
 from analysis.errors import RunFileError
 from analysis.models import BUNDLED
+from analysis.texts import read_text
 from l2kv.spec import CompressionSpec
 
 DEMO_MODEL = "books-5m"  # the app opens with a run of it
@@ -189,4 +190,4 @@ def _spec_fields(spec: CompressionSpec | None) -> dict[str, object] | None:
 
 
 def _read(name: str) -> str:
-    return (_TEXTS / name).read_text(encoding="utf-8").strip()
+    return read_text(_TEXTS / name).strip()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -55,6 +55,11 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tokens:
     added = np.array([name == "▁" for name in names[:-1]], dtype=bool) & (spans[1:, 0] == spans[:-1, 0])
     spans[:-1][added, 1] = spans[:-1][added, 0]
     return Tokens(ids, spans, _labels(text, names, spans), notes)
+
+
+def notes_of(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> tuple[str, ...]:
+    """The notes of the tokens of all texts, each once. Raises TextError as `tokenize`."""
+    return tuple(dict.fromkeys(note for text in texts for note in tokenize(tokenizer, text).notes))
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...]]:

@@ -37,8 +37,10 @@ def _status(place: DeltaGenerator) -> None:
     if loaded is None:
         model = "no model in memory (the first run loads one)"
     else:
-        dtype = str(loaded.model.dtype).removeprefix("torch.")
-        model = f"{markup.plain(loaded.name)} in memory, {dtype} on {loaded.device}"
+        stored = (
+            f"stored as {loaded.stored}, computed and cached in " if loaded.stored not in ("", loaded.dtype) else ""
+        )
+        model = f"{markup.plain(loaded.name)} in memory, {stored}{loaded.dtype} on {loaded.device}"
     device = loaded.device if loaded else "cpu"
     busy = f" · {engine().waiting} at work or waiting" if engine().waiting else ""
     place.caption(f":material/memory: {model} · {human_bytes(free_bytes(device))} free{busy}")

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 import streamlit as st
 
+from analysis import texts
 from analysis.errors import ModelError, RunFileError, TextError, UserError
-from analysis.models import model_folder, model_name
+from analysis.models import loading_note, model_folder, model_name
 from analysis.synthetic import is_synthetic
 from app import markup, state
 from app.engine import Engine, allowed_models, check_allowed
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from analysis.plans.causal import CausalCheck
     from analysis.plans.front import Front
 
-OTHER = "Another model (hub id or folder)"
+OTHER = "Another model (hub id, folder or GGUF file)"
 Result = TypeVar("Result")
 Record = TypeVar("Record", "CausalCheck", "Front")
 Progress = Callable[[int, int, str], None]
@@ -59,9 +60,9 @@ def model_input() -> str:
     if chosen != OTHER:
         return chosen
     return st.text_input(
-        "Hugging Face id or folder", key="model_ref", persist_state="session", placeholder="Qwen/Qwen3-0.6B",
-        help="Any decoder-only model with safetensors weights. No remote code is run. Folders must be allowed by "
-        "whoever runs the app (L2KV_MODEL_DIRS).",
+        "Hugging Face id, folder or GGUF file", key="model_ref", persist_state="session", placeholder="Qwen/Qwen3-0.6B",
+        help="Any decoder-only model with safetensors or GGUF weights. No remote code is run. Folders must be "
+        "allowed by whoever runs the app (L2KV_MODEL_DIRS).",
     )  # fmt: skip
 
 
@@ -96,17 +97,17 @@ def texts_input() -> Mapping[str, str]:
         "And, or, a long text", key="pasted", persist_state="session", height=120, max_chars=4_000_000,
         placeholder="Paste a text of some thousand words.",
     )  # fmt: skip
-    texts = dict(st.session_state.get("sources", {}))
+    given = dict(st.session_state.get("sources", {}))
     if pasted.strip():
-        texts["pasted"] = pasted
-    if texts:
-        names = ", ".join(markup.plain(name) for name in list(texts)[:6]) + (", …" if len(texts) > 6 else "")
+        given["pasted"] = texts.plain_text(pasted)
+    if given:
+        names = ", ".join(markup.plain(name) for name in list(given)[:6]) + (", …" if len(given) > 6 else "")
         with st.container(horizontal=True, vertical_alignment="center"):
             st.caption(
-                f"{len(texts)} text{'s' * (len(texts) != 1)}, {sum(map(len, texts.values())):,} characters: {names}"
+                f"{len(given)} text{'s' * (len(given) != 1)}, {sum(map(len, given.values())):,} characters: {names}"
             )
             st.button("Clear", icon=":material/close:", type="tertiary", on_click=clear)
-    return texts
+    return given
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +122,7 @@ class Continued:
         """As many excerpts as are asked for, if the texts hold as many. Raises TextError where there are none."""
         from analysis.excerpts import excerpts
 
-        return excerpts(loaded.tokenizer, texts, n_tokens=self._size(loaded), at_most=self.texts)
+        return told(loaded, excerpts(loaded.tokenizer, texts, n_tokens=self._size(loaded), at_most=self.texts))
 
     def planning_and_measuring(
         self, loaded: LoadedModel, texts: Mapping[str, str]
@@ -129,7 +130,9 @@ class Continued:
         """As many excerpts to plan on, and as many others to measure on. Raises TextError where there are none."""
         from analysis.excerpts import planning_and_measuring
 
-        return planning_and_measuring(loaded.tokenizer, texts, n_tokens=self._size(loaded), each=self.texts)
+        both = planning_and_measuring(loaded.tokenizer, texts, n_tokens=self._size(loaded), each=self.texts)
+        told(loaded, (*both[0], *both[1]))
+        return both
 
     def _size(self, loaded: LoadedModel) -> int:
         """Tokens to ask of an excerpt."""
@@ -153,18 +156,17 @@ def continued_input(label: str, help_text: str) -> Continued:
     return Continued(int(texts), int(prompt), int(new))
 
 
+def told(loaded: LoadedModel, given: tuple[Excerpt, ...]) -> tuple[Excerpt, ...]:
+    """The excerpts; what the user should know of their special tokens is said beside the result, by `run`."""
+    from analysis.tokens import notes_of
+
+    st.session_state["notes"] = notes_of(loaded.tokenizer, (excerpt.text for excerpt in given))
+    return given
+
+
 def decoded(file: UploadedFile) -> str:
-    """The text of an uploaded file. Raises TextError unless it is UTF-8, or UTF-16 that says so."""
-    data = file.getvalue()
-    try:
-        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise TextError(
-            f"{file.name} is not text in UTF-8. Save it as UTF-8 in an editor, and upload it again."
-        ) from error
-    if "\0" in text:
-        raise TextError(f"{file.name} holds NUL characters: it is no text file.")
-    return text
+    """The text of an uploaded file. Raises TextError, as `analysis.texts.decoded`."""
+    return texts.decoded(file.getvalue(), file.name)
 
 
 def text_of(file: UploadedFile | None) -> str:
@@ -252,6 +254,8 @@ def run(
             st.info(f"Cancelled. {cancelled}", icon=":material/cancel:")
         if done and st.session_state.pop(f"{key}_done", False):
             st.toast(done, icon=":material/check:")  # wherever the reader has scrolled to
+            for note in st.session_state.pop("notes", ()):
+                st.info(markup.plain(note), icon=":material/info:")
         return None
     if missing or not ref:
         st.error(missing or "Give the id or the folder of a model first.", icon=":material/error:")
@@ -267,7 +271,7 @@ def run(
         with engine.turn(
             ref,
             on_wait=lambda ahead: bar.progress(0.0, f"Waiting: {ahead} ahead of you"),
-            on_load=lambda: bar.progress(0.0, f"Loading {markup.plain(ref)} …"),
+            on_load=lambda: bar.progress(0.0, f"Loading {markup.plain(ref)} … {markup.plain(loading_note(ref))}"),
         ) as loaded:
             bar.progress(0.0, "Running …")
             result = work(loaded, lambda done, total, what: bar.progress(min(done / total, 1.0), markup.plain(what)))

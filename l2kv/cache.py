@@ -8,10 +8,19 @@ from collections.abc import Sequence
 
 from torch import Tensor
 from transformers import Cache, DynamicCache, PretrainedConfig
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from l2kv.layer import CompressedLayer
+from l2kv.layer import CompressedHybridLayer, CompressedLayer
+from l2kv.padding import check_padding, first_real
 from l2kv.policies import POLICIES
 from l2kv.seam import Giving, UnsupportedModelError
 from l2kv.spec import CompressionSpec
@@ -21,9 +30,9 @@ class CompressedCache(Giving, Cache):
     """A transformers cache that keeps a share of the tokens, in real memory, at every step.
 
     Use it inside `compressible(model)`, as `past_key_values` of a forward pass or of `generate()`. Sliding-window
-    layers, which are bounded already, are left whole. Rows of a batch keep their own tokens, as many each; they may be
-    padded on the left, with the attention_mask of all tokens at every pass. Padding goes first, but counts as seen.
-    Taking tokens back is refused (`crop`: assisted decoding). For inference: no gradient passes through it.
+    layers and running states, which are bounded already, are left whole. Rows of a batch keep their own tokens, as many
+    each; they may be padded on the left, with the attention_mask of all tokens at every pass. Padding goes first, but
+    counts as seen. Taking tokens back is refused (`crop`: assisted decoding). For inference: no gradient passes.
 
     Args:
         config: the model's config.
@@ -41,13 +50,24 @@ class CompressedCache(Giving, Cache):
         self.serving = False  # inside a forward pass of a model prepared with `compressible`
 
     @classmethod
-    def from_full(cls, full: DynamicCache, config: PretrainedConfig, spec: CompressionSpec) -> CompressedCache:
+    def from_full(
+        cls,
+        full: DynamicCache,
+        config: PretrainedConfig,
+        spec: CompressionSpec,
+        *,
+        attention_mask: Tensor | None = None,
+    ) -> CompressedCache:
         """A cache that is as if the tokens of a full one had been run into it: compressed now, and live from here on.
 
         So one forward pass over a prompt serves many specs. The full cache is left as it was, and shares nothing.
 
+        Args:
+            attention_mask: [B, tokens seen], as the model was given it: needed where rows are padded.
+
         Raises:
-            ValueError: the policy needs the queries, which a full cache does not hold, or as the constructor.
+            ValueError: the policy needs the queries, which a full cache does not hold, the mask hides anything but
+                padding on the left, or as the constructor.
         """
         if POLICIES[spec.policy].needs_attention or POLICIES[spec.policy].needs_calibration:
             raise ValueError(
@@ -56,17 +76,16 @@ class CompressedCache(Giving, Cache):
         cache = cls(config, spec)
         for i, (layer, source) in enumerate(zip(cache.layers, full.layers, strict=True)):
             if isinstance(layer, CompressedLayer):
-                layer.append(source.keys, source.values)
-                layer.seen = source.get_seq_length()
+                _fill(_with_states_of(source, layer), source, attention_mask)
                 layer.evict_now()
             else:
-                cache.layers[i] = copy.copy(source)  # it replaces its tensors, and never writes into them
+                cache.layers[i] = _left(source)
         return cache
 
     @classmethod
     def _holding(cls, layers: list[CacheLayerMixin], spec: CompressionSpec) -> CompressedCache:
         cache = cls.__new__(cls)
-        Cache.__init__(cache, layers=layers)
+        Giving.__init__(cache, layers=layers)
         cache.spec, cache.serving = spec, False
         return cache
 
@@ -83,7 +102,7 @@ class CompressedCache(Giving, Cache):
     def check_even(self) -> None:
         """Raise RuntimeError if a forward pass over it stopped before its end."""
         half = any(layer.unattended for layer in self.compressed_layers())
-        if half or len({layer.get_seq_length() for layer in self.layers}) > 1:
+        if half or len({n for layer in self.layers if (n := _seen(layer)) is not None}) > 1:
             raise RuntimeError(
                 "The last forward pass over this cache stopped half way, so its layers have seen different tokens. "
                 "Call cache.reset() and start again."
@@ -91,6 +110,8 @@ class CompressedCache(Giving, Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Sizes for the mask that all compressed layers share: that of the longest, cropped by the others."""
+        if not isinstance(self.layers[layer_idx], CacheLayerMixin):  # it has none: that of the others is meant
+            layer_idx = next(i for i, layer in enumerate(self.layers) if isinstance(layer, CacheLayerMixin))
         if not isinstance(self.layers[layer_idx], CompressedLayer):
             return super().get_mask_sizes(query_length, layer_idx)
         return max(self.compressed_layers(), key=lambda layer: layer.held).get_mask_sizes(query_length)
@@ -108,8 +129,16 @@ class CompressedCache(Giving, Cache):
         """Per kv head the true positions held, ascending: Hkv int64 tensors [B, held] (none before the first token)."""
         layer = self.layers[layer_idx]
         if not isinstance(layer, CompressedLayer):
-            raise ValueError(f"Layer {layer_idx} has a sliding window: it is left to transformers, and never evicts.")
+            what = LEFT.get(type(layer), "something else")
+            raise ValueError(f"Layer {layer_idx} has {what}: it is left to transformers, and never evicts.")
         return layer.kept_positions()
+
+    @property
+    def lender(self) -> int | None:
+        """The layer whose keys others borrow (Gemma 3n): the last that evicts before the first without a cache."""
+        kinds = [type(layer) for layer in self.layers]
+        before = kinds.index(DummyLayer) if DummyLayer in kinds else 0
+        return max((i for i in range(before) if isinstance(self.layers[i], CompressedLayer)), default=None)
 
     @property
     def held(self) -> tuple[int, ...]:
@@ -140,13 +169,14 @@ def cache_nbytes(cache: Cache, *, slack: bool = True) -> int:
 def _layer_nbytes(layer: CacheLayerMixin, slack: bool) -> int:
     if isinstance(layer, CompressedLayer):
         return layer.nbytes if slack else layer.used_nbytes
-    held = [t for t in (layer.keys, layer.values) if t is not None]
+    held = [t for name in ("keys", "values") if (t := getattr(layer, name, None)) is not None]
     return sum(t.untyped_storage().nbytes() if slack else t.nbytes for t in held)
 
 
 def l2_compress(
     past_key_values: Cache,
     *,
+    attention_mask: Tensor | None = None,
     keep_ratio: float = 0.5,
     prune_after: int = 0,
     skip_layers: Sequence[int] = (),
@@ -161,11 +191,14 @@ def l2_compress(
     cache given is left as it was: drop it (and the model's outputs that hold it) to have its memory back.
 
     Args:
-        past_key_values: a `DynamicCache` after a forward pass, or the result of an earlier `l2_compress`.
+        past_key_values: a `DynamicCache` after a forward pass, or a compressed cache.
+        attention_mask: [B, tokens seen], as the model was given it: needed where rows are padded, on the left. Padding
+            goes first, but counts. A later forward pass whose mask hides what this did not is refused.
 
     Raises:
         TypeError: no cache, or one whose pairs cannot be read (quantised, static, offloaded).
-        ValueError: as `CompressionSpec`.
+        ValueError: as `CompressionSpec`, or the mask is of another shape, hides anything but padding on the left, or
+            says otherwise than what the compressed cache was told before.
     """
     spec = CompressionSpec(
         keep_ratio=keep_ratio,
@@ -187,28 +220,70 @@ def l2_compress(
     if past_key_values.offloading:
         raise TypeError("l2_compress cannot read an offloaded cache: make it with offloading=False")
     _check_layers(spec, len(past_key_values.layers))
-    layers = [_compressed_once(spec, i, layer) for i, layer in enumerate(past_key_values.layers)]
+    layers = [_compressed_once(spec, i, layer, attention_mask) for i, layer in enumerate(past_key_values.layers)]
     return CompressedCache._holding(layers, CompressionSpec(keep_ratio=1.0))
 
 
-def _compressed_once(spec: CompressionSpec, layer_idx: int, source: CacheLayerMixin) -> CacheLayerMixin:
-    if type(source) is DynamicSlidingWindowLayer:
-        return copy.copy(source)  # it replaces its tensors, and never writes into them
-    if type(source) not in (DynamicLayer, CompressedLayer) or not source.is_initialized:  # subclasses hold more
+def _compressed_once(
+    spec: CompressionSpec, layer_idx: int, source: CacheLayerMixin, attention_mask: Tensor | None
+) -> CacheLayerMixin:
+    if type(source) in LEFT:
+        return _left(source)
+    if type(source) not in (*_EVICTING, *_EVICTING.values()) or not source.is_initialized:  # subclasses hold more
         raise TypeError(f"layer {layer_idx} of the cache holds no keys that can be read ({type(source).__name__})")
-    layer = CompressedLayer(spec, layer_idx)
-    if isinstance(source, CompressedLayer):
-        layer.load(source)
-    else:
-        layer.append(source.keys, source.values)
-        layer.seen = source.get_seq_length()
+    kind = _EVICTING.get(type(source), type(source))
+    layer = _with_states_of(source, kind(spec, layer_idx))
+    _fill(layer, source, attention_mask)
     layer.evict_now()
     layer.evict_no_more()
     return layer
 
 
-# Left to transformers, they would be as exact as it is, which in pieces of a text not all such models are.
-_INSTEAD = {"LinearAttentionLayer": "carry a running state", "DummyLayer": "borrow the keys of another layer"}
+def _fill(layer: CompressedLayer, source: CacheLayerMixin, attention_mask: Tensor | None) -> None:
+    """Put what another layer holds into an empty one, which the mask of all tokens seen tells where rows begin."""
+    if isinstance(source, CompressedLayer):
+        layer.load(source)
+    else:
+        layer.append(source.keys, source.values)
+        layer.seen = source.get_seq_length()
+    if attention_mask is None:
+        return
+    shape = (layer.parts()[0].keys.shape[0], layer.seen)
+    if getattr(attention_mask, "shape", None) != shape:
+        raise ValueError(
+            f"attention_mask must be of shape {list(shape)}, of all tokens that the cache has seen, evicted or not; "
+            f"got {list(getattr(attention_mask, 'shape', ())) or type(attention_mask).__name__}"
+        )
+    begins = first_real(attention_mask)
+    if isinstance(source, CompressedLayer):
+        check_padding(source.first_real, begins, layer.seen)
+    layer.first_real = begins
+
+
+def _left(source: CacheLayerMixin) -> CacheLayerMixin:
+    """A copy of a layer that is left to transformers: it replaces its keys, and never writes into them."""
+    return _with_states_of(source, copy.copy(source))
+
+
+def _with_states_of(source: CacheLayerMixin, layer: CacheLayerMixin) -> CacheLayerMixin:
+    """A layer with a copy of another's running states, which are written into."""
+    if isinstance(source, LinearAttentionLayer):
+        states = {name: value for name, value in vars(source).items() if isinstance(value, dict)}
+        vars(layer).update(copy.deepcopy(states), number_of_states=source.number_of_states)
+    return layer
+
+
+LEFT: dict[type, str] = {
+    DynamicSlidingWindowLayer: "a sliding window",
+    LinearAttentionLayer: "a running state",
+    LinearAttentionAndSlidingWindowAttentionLayer: "a running state and a sliding window",
+    DummyLayer: "no cache of its own",
+}
+"""Layers that are left to transformers, and what they have."""
+_EVICTING: dict[type, type[CompressedLayer]] = {
+    DynamicLayer: CompressedLayer,
+    LinearAttentionAndFullAttentionLayer: CompressedHybridLayer,
+}
 
 
 def _layers_for(config: PretrainedConfig, spec: CompressionSpec, filters: Tensor | None) -> list[CacheLayerMixin]:
@@ -217,19 +292,23 @@ def _layers_for(config: PretrainedConfig, spec: CompressionSpec, filters: Tensor
         layers = DynamicCache(config=config).layers  # transformers knows which layer of which model caches how
     except (AttributeError, KeyError, ValueError) as error:  # models with a cache class of their own
         raise UnsupportedModelError(f"{config.model_type} has no cache of plain layers: {error}") from error
-    plain = (DynamicLayer, DynamicSlidingWindowLayer)
-    others = Counter(type(layer).__name__ for layer in layers if type(layer) not in plain)
-    if others or not layers:
-        which = ", ".join(f"{n} {_INSTEAD.get(kind, f'are a {kind}')}" for kind, n in others.items())
-        raise UnsupportedModelError(
-            f"{config.model_type} has layers without a key/value cache of their own: {which or 'all of them'}."
-        )
+    others = Counter(type(layer).__name__ for layer in layers if type(layer) not in (*LEFT, *_EVICTING))
+    if others:
+        which = ", ".join(f"{n} are a {kind}" for kind, n in others.items())
+        raise UnsupportedModelError(f"{config.model_type} has layers that cache more than keys and values: {which}.")
+    if not any(isinstance(layer, DynamicLayer) for layer in layers):
+        raise UnsupportedModelError(f"{config.model_type} is without a key/value cache: no layer holds keys to rank.")
     _check_layers(spec, len(layers))
     _check_heads(spec, filters, _kv_heads(config, len(layers)))
     return [
-        CompressedLayer(spec, i, None if filters is None else filters[i]) if type(layer) is DynamicLayer else layer
+        _evicting(layer, spec, i, None if filters is None else filters[i]) if type(layer) in _EVICTING else layer
         for i, layer in enumerate(layers)
     ]
+
+
+def _evicting(layer: DynamicLayer, spec: CompressionSpec, layer_idx: int, filters: Tensor | None) -> CompressedLayer:
+    states = {"number_of_states": layer.number_of_states} if isinstance(layer, LinearAttentionLayer) else {}
+    return _EVICTING[type(layer)](spec, layer_idx, filters, **states)
 
 
 def _kv_heads(config: PretrainedConfig, n_layers: int) -> list[int]:
@@ -300,4 +379,10 @@ def _check_heads(spec: CompressionSpec, filters: Tensor | None, kv_heads: list[i
 def _held_by_head(layer: CacheLayerMixin) -> tuple[int, ...]:
     if isinstance(layer, CompressedLayer):
         return layer.held_by_head
-    return (layer.keys.shape[-2],) * layer.keys.shape[1] if layer.is_initialized and layer.keys.numel() else ()
+    keys = getattr(layer, "keys", None)
+    return (keys.shape[-2],) * keys.shape[1] if keys is not None and keys.numel() else ()
+
+
+def _seen(layer: CacheLayerMixin) -> int | None:
+    """Tokens seen by a layer that counts them."""
+    return layer.get_seq_length() if isinstance(layer, CacheLayerMixin) else None

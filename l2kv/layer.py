@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
 from l2kv import ranks
 from l2kv.heads import of_query_heads, options_of_heads
@@ -48,8 +48,8 @@ class CompressedLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, spec: CompressionSpec, layer_idx: int, filters: Tensor | None = None) -> None:
-        super().__init__()
+    def __init__(self, spec: CompressionSpec, layer_idx: int, filters: Tensor | None = None, **kwargs) -> None:
+        super().__init__(**kwargs)
         self.spec, self._layer_idx, self._filters = spec, layer_idx, filters
         self.reset()
 
@@ -337,3 +337,23 @@ class CompressedLayer(CacheLayerMixin):
     def _show(self) -> None:
         ragged = self.ragged
         self.keys, self.values = (None if ragged else self._slots.whole(index) for index in (KEYS, VALUES))
+
+
+class CompressedHybridLayer(CompressedLayer, LinearAttentionAndFullAttentionLayer):
+    """A layer that carries a running state beside its attention (Falcon-H1): the pairs are ours, the state is not."""
+
+    is_croppable = False
+
+    def lazy_initialization(self, *pairs: Tensor, **states) -> None:
+        if pairs:
+            CompressedLayer.lazy_initialization(self, *pairs)
+        else:
+            LinearAttentionLayer.lazy_initialization(self, **states)
+
+    def reset(self) -> None:
+        CompressedLayer.reset(self)
+        LinearAttentionLayer.reset(self)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        CompressedLayer.reorder_cache(self, beam_idx)
+        LinearAttentionLayer.reorder_cache(self, beam_idx)

@@ -8,10 +8,11 @@ as soon as its attention is done, which also keeps the peak of a long prompt dow
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -19,6 +20,7 @@ from l2kv.attention import attend, check_mask
 from l2kv.cache import CompressedCache, check_compressible
 from l2kv.heads import in_groups, in_the_models_order
 from l2kv.layer import CompressedLayer
+from l2kv.padding import check_padding, first_real
 from l2kv.seam import Attention, UnsupportedModelError, attention_seam
 
 
@@ -64,11 +66,14 @@ class _Preparation:
 
     def __init__(self, model: PreTrainedModel) -> None:
         check_compressible(model.config.get_text_config(decoder=True))
+        if not getattr(model, "_supports_default_dynamic_cache", lambda: True)():
+            raise UnsupportedModelError(f"{type(model).__name__} takes no cache but its own.")
         self.users = 0
         self._model_name = type(model).__name__
         self._cache: CompressedCache | None = None
         self._outermost: nn.Module | None = None  # the part of the model that was called with the cache
         self._mask: Tensor | None = None  # that was found to be as it must
+        self._evict_later: Callable[[], None] | None = None
         with ExitStack() as stack:
             self._hooked = stack.enter_context(attention_seam(model, self._attend))
             # Which of its parts a model calls, and which a user, differs: the outermost that is given a cache counts.
@@ -106,21 +111,23 @@ class _Preparation:
         mask = _argument("attention_mask", module, args, kwargs)
         if mask is not None:
             _check_columns(mask, cache.get_seq_length(), _new_tokens(module, args, kwargs))
-        first_real = _first_real(mask)
+        begins = first_real(mask)
         for layer in cache.compressed_layers()[:1]:  # what holds for one holds for all
-            _check_padding(layer, first_real)
+            check_padding(layer.first_real, begins, layer.seen)
         for layer in cache.compressed_layers():
-            layer.first_real = first_real
+            layer.first_real = begins
         self._outermost, self._cache, self._seen_before = module, cache, cache.get_seq_length()
         cache.serving = True
 
     def _after_forward(self, module: nn.Module, args: tuple, output: object) -> None:
         if module is not self._outermost:
             return
-        cache, before = self._cache, self._seen_before
+        cache, before, evict = self._cache, self._seen_before, self._evict_later
         self._let_go()
         if output is None:  # an exception is under way
             return
+        if evict is not None:
+            evict()
         layers = cache.compressed_layers()
         if any(layer.unattended for layer in layers):
             raise UnsupportedModelError(
@@ -133,7 +140,8 @@ class _Preparation:
     def _let_go(self) -> None:
         if self._cache is not None:
             self._cache.serving = False
-        self._cache = self._outermost = self._mask = None
+            self._cache.forget_given()
+        self._cache = self._outermost = self._mask = self._evict_later = None
 
     def _attend(
         self,
@@ -146,19 +154,22 @@ class _Preparation:
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         taken = self._cache.take(key, value) if self._cache is not None else None
-        if taken is None:  # of a tower, say
-            return inner(module, query, key, value, mask, **kwargs)
-        layer_idx, repeats = taken
-        layer = self._cache.layers[layer_idx]
-        if not isinstance(layer, CompressedLayer):
+        layer = self._cache.layers[taken.source] if taken is not None else None
+        if not isinstance(layer, CompressedLayer):  # a tower's, say, or one with a window
             return inner(module, query, key, value, mask, **kwargs)
         if mask is not None and mask is not self._mask:
             check_mask(layer, query.shape[2], mask)
             self._mask = mask  # the same for all layers
-        query = in_groups(query, repeats, layer.n_heads)
-        output, weights = attend(layer, inner, module, query, mask, kwargs, times=repeats.times)
-        layer.evict(query, kwargs)
-        return in_the_models_order(output, repeats, layer.n_heads), weights
+        query = in_groups(query, taken.repeats, layer.n_heads)
+        output, weights = attend(layer, inner, module, query, mask, kwargs, times=taken.repeats.times)
+        if taken.source == self._cache.lender:  # others have yet to look at what it holds
+            if taken.layer_idx == taken.source:
+                self._evict_later = partial(layer.evict, query, kwargs)
+        elif taken.layer_idx == taken.source:
+            layer.evict(query, kwargs)
+        else:
+            raise UnsupportedModelError(f"{self._model_name} borrows the keys of layer {taken.source}, too early.")
+        return in_the_models_order(output, taken.repeats, layer.n_heads), weights
 
 
 class _Nothing:
@@ -188,34 +199,6 @@ def _check_columns(mask: object, seen: int, new: int | None) -> None:
         raise ValueError(
             f"attention_mask has {mask.shape[1]} columns, but the cache has seen {seen} tokens and {new} are new: "
             f"it needs {seen + new} columns, for all tokens from the first on, evicted or not."
-        )
-
-
-def _first_real(mask: Tensor | None) -> Tensor | None:
-    """Where each row begins, [B], from an attention mask [B, T]; None where no row is padded.
-
-    A row that is all padding has not begun yet: its text may come with a later chunk of the prompt.
-    """
-    if not isinstance(mask, Tensor) or (mask.dim() == 2 and mask.all()):
-        return None
-    if mask.dim() != 2 or not (mask[:, 1:] >= mask[:, :-1]).all():
-        raise ValueError(
-            "A compressed cache takes rows that are padded on the left, or not at all, and no attention mask but that: "
-            "tokenizer.padding_side = 'left', and attention_mask of shape [batch, tokens]."
-        )
-    return (mask == 0).sum(dim=1)
-
-
-def _check_padding(layer: CompressedLayer, first_real: Tensor | None) -> None:
-    """What was padding stays padding: else a mask left out would bring it back, where it was not evicted."""
-    if layer.first_real is None:
-        return
-    known = layer.first_real
-    now = torch.zeros_like(known) if first_real is None else first_real.to(known.device)
-    if now.shape != known.shape or ((now != known) & (known < layer.seen)).any():
-        raise ValueError(
-            "The rows of this cache are padded on the left, and this attention_mask says otherwise (or there is none). "
-            "Give the attention_mask of all tokens with every forward pass."
         )
 
 

@@ -3,7 +3,7 @@
 transformers lets anyone register an attention function under a name, and a mask function with it. `attention_seam`
 puts such a name into the configs that the model's attention reads, for as long as a `with` block lasts, and hands our
 function the model's own attention to delegate to, so that nothing a model adds to attention (soft caps, sinks) is lost.
-`Giving` tells whose pairs such a call is about. Knows no statistics.
+`Giving` tells whose pairs such a call is about, and `watching` shows them. Knows no statistics.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DummyLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -165,20 +166,23 @@ _passing: weakref.WeakKeyDictionary[nn.Module, list[Attention]] = weakref.WeakKe
 """What the attention calls of each module of a hooked model pass through, the innermost first."""
 
 
-class Given(NamedTuple):
-    """The pairs of one layer, as a cache gave them to the model for attention."""
-
-    layer_idx: int
-    keys: Tensor  # [B, Hkv, n, D]
-    values: Tensor
-
-
 class Repeats(NamedTuple):
     """How a model repeats the kv heads of its cache for its attention, which may repeat them again."""
 
-    times: int
-    in_turn: bool
+    times: int = 1
+    in_turn: bool = False
     """k0 k1 k0 k1 (JetMoE), not k0 k0 k1 k1."""
+
+
+class Taken(NamedTuple):
+    """Whose pairs an attention call is given."""
+
+    layer_idx: int
+    source: int
+    """The layer that caches them: another one where layers borrow (Gemma 3n)."""
+    keys: Tensor  # [B, Hkv, n, D], as the cache gave them out
+    values: Tensor
+    repeats: Repeats
 
 
 class Giving:
@@ -188,42 +192,57 @@ class Giving:
     cache's pairs (of a tower, say) is told from one that is given what the cache does not hold.
     """
 
-    _given: Given | None = None
-    _taken: weakref.ref | None = None
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.forget_given()
+
+    def forget_given(self) -> None:
+        """A forward pass is over, or begins: no attention is waited for."""
+        self._given: tuple[int, Tensor, Tensor] | None = None
+        self._lent: dict[int, tuple[weakref.ref, weakref.ref]] = {}
+        self._latest = -1  # layer whose attention came by
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        self._given = Given(layer_idx, keys, values)
+        self._given = layer_idx, keys, values
         return keys, values
 
-    def take(self, key: Tensor, value: Tensor) -> tuple[int, Repeats] | None:
-        """Which layer's pairs a call of attention is given, and how repeated; None where the call is none of ours.
+    def take(self, key: Tensor, value: Tensor) -> Taken | None:
+        """Whose pairs a call of attention is given; None where they are none of ours.
 
         Raises:
             UnsupportedModelError: it is given others than the cache holds, so that norms of cached keys say nothing.
         """
-        given, self._given = self._given, None
-        if given is None:
-            if self._taken is not None and self._taken() is key:
-                raise UnsupportedModelError("This model attends several times to the keys of one layer.")
-            return None
-        repeats = _repeats(given, key, value)
+        if self._given is None:
+            return self._borrowed(key, value)
+        (layer_idx, keys, values), self._given = self._given, None
+        repeats = _repeats(key, keys, value, values)
         if repeats is None:
             raise UnsupportedModelError(
                 "This model gives its attention other keys or values than its cache holds, so a rule for what the "
                 "cache holds says nothing about its attention."
             )
-        self._taken = weakref.ref(given.keys)
-        return given.layer_idx, repeats
+        self._lent[layer_idx] = weakref.ref(keys), weakref.ref(values)
+        self._latest = layer_idx
+        return Taken(layer_idx, layer_idx, keys, values, repeats)
+
+    def _borrowed(self, key: Tensor, value: Tensor) -> Taken | None:
+        source = next((i for i, (keys, values) in self._lent.items() if keys() is key and values() is value), None)
+        if source is None:
+            return None
+        self._latest += 1
+        if self._latest >= len(self.layers) or not isinstance(self.layers[self._latest], DummyLayer):
+            raise UnsupportedModelError("This model attends several times to the keys of one layer.")
+        return Taken(self._latest, source, key, value, Repeats())
 
 
-def _repeats(given: Given, key: Tensor, value: Tensor) -> Repeats | None:
-    """How the keys and values of a call repeat the heads of those given; None if they are something else."""
-    if key is given.keys and value is given.values:
-        return Repeats(1, False)
-    times = key.shape[1] // given.keys.shape[1]
-    for way in (Repeats(times, False), Repeats(times, True)):
-        if _is_repeated(key, given.keys, way) and _is_repeated(value, given.values, way):
+def _repeats(key: Tensor, keys: Tensor, value: Tensor, values: Tensor) -> Repeats | None:
+    """How the key and value of a call repeat the heads of those given; None if they are something else."""
+    if key is keys and value is values:
+        return Repeats()
+    times = key.shape[1] // keys.shape[1]
+    for way in (Repeats(times), Repeats(times, in_turn=True)):
+        if _is_repeated(key, keys, way) and _is_repeated(value, values, way):
             return way
     return None
 
@@ -231,3 +250,50 @@ def _repeats(given: Given, key: Tensor, value: Tensor) -> Repeats | None:
 def _is_repeated(used: Tensor, held: Tensor, way: Repeats) -> bool:
     again = held.repeat(1, way.times, 1, 1) if way.in_turn else held.repeat_interleave(way.times, dim=1)
     return used.shape == again.shape and torch.equal(used, again.to(used.dtype))
+
+
+class WatchedCache(Giving, DynamicCache):
+    """A plain cache, for `watching`."""
+
+
+class Look(NamedTuple):
+    """One attention call over a layer of a cache. Query heads h*G to h*G + G - 1 share kv head h."""
+
+    layer_idx: int
+    source: int
+    """The layer that caches the keys: another one where layers borrow (Gemma 3n)."""
+    query: Tensor  # [B, H, q, D]
+    key: Tensor  # [B, Hkv, n, D]: as cached, after rotary embedding and any q/k norm
+    value: Tensor  # [B, Hkv, n, D]
+    mask: Tensor | None
+    """[B or 1, H or 1, q, n] bool (True is shown) or to be added to the scores; None hides the future alone."""
+    options: Mapping[str, object]
+    """Of the call: scaling, softcap, s_aux, ..."""
+
+
+@contextmanager
+def watching(model: PreTrainedModel, cache: WatchedCache, look: Callable[[Look], object]) -> Iterator[None]:
+    """Within the block, `look` is called before each attention of a forward pass over `cache`.
+
+    Raises:
+        UnsupportedModelError: the model's attention cannot be reached, or is of a kind that cannot be worked out again.
+    """
+    cache.forget_given()
+
+    def attend(inner, module, query, key, value, mask, **options):
+        taken = cache.take(key, value)
+        if taken is not None:
+            if taken.repeats.in_turn:
+                raise UnsupportedModelError(
+                    "In this model query heads share keys in another order than as groups of neighbours, which is not "
+                    "looked into yet."
+                )
+            if options.get("position_bias") is not None:
+                raise UnsupportedModelError(
+                    "This model adds a bias to its attention scores that is not looked into yet."
+                )
+            look(Look(taken.layer_idx, taken.source, query, taken.keys, taken.values, mask, options))
+        return inner(module, query, key, value, mask, **options)
+
+    with attention_seam(model, attend):
+        yield

@@ -13,6 +13,7 @@ from analysis.across import (
     RESAMPLES,
     VERDICTS,
     answer,
+    head_means,
     head_verdicts,
     kendall,
     layer_means,
@@ -22,14 +23,16 @@ from analysis.across import (
     resamples,
     spearman,
     stability,
+    told_of_documents,
     verdicts,
 )
 from analysis.comparing import compare_studies
 from analysis.metrics import METRICS, PROBES
+from analysis.plans.simultaneous import simultaneous
 from analysis.study import Study
 
 
-def study_of(gamma, without=None, **metric) -> Study:
+def study_of(gamma, without=None, *, documents=(), **metric) -> Study:
     """A study of [N, L, H] numbers for Γ, and for other metrics; all others are 0."""
     gamma = np.asarray(gamma, dtype=float)
     n, layers, heads = gamma.shape
@@ -47,6 +50,7 @@ def study_of(gamma, without=None, **metric) -> Study:
         n_tokens=np.full(n, 9),
         values=values,
         status=np.where(np.isfinite(values), 0, 1).astype(np.uint8),
+        documents=tuple(documents),
     )
 
 
@@ -135,7 +139,98 @@ def test_layers_are_means_over_the_heads_that_are_defined():
     assert got.mean == pytest.approx([(0.3 + 0.6) / 2]) and got.defined.tolist() == [2]
 
 
+# Documents
+
+
+def clustered(rng, *, documents: int, each: int, between: float, within: float, studies: int) -> np.ndarray:
+    """[documents * each, studies] normal values about 0: excerpts of one document have something in common."""
+    shared = rng.normal(scale=between, size=(documents, 1, studies))
+    return (shared + rng.normal(scale=within, size=(documents, each, studies))).reshape(-1, studies)
+
+
+def names(documents: int, each: int) -> list[str]:
+    return [f"d{i}" for i in range(documents) for _ in range(each)]
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 30])
+def test_documents_of_one_text_each_are_resampled_as_texts_are(n):
+    apart = [f"d{i}" for i in range(n)][::-1]
+    assert (resamples(n, documents=apart, count=99, seed=4) == resamples(n, count=99, seed=4)).all()
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 30])
+def test_of_one_document_its_excerpts_are_resampled(n):
+    drawn = resamples(n, documents=["x"] * n, count=4000)
+    assert (drawn.sum(axis=1) == n).all() and (drawn == drawn.astype(int)).all()
+    assert drawn.mean(axis=0) == pytest.approx(np.ones(n), abs=0.08)
+    assert drawn.var(axis=0) == pytest.approx(np.full(n, 1 - 1 / n), abs=0.12)
+
+
+def test_a_document_that_is_not_drawn_gives_no_excerpt_and_one_drawn_twice_gives_two_of_each():
+    which = np.array([0, 1, 0, 2, 1, 0])
+    drawn = resamples(6, documents=[f"d{i}" for i in which], count=5000)
+    by_document = np.stack([drawn[:, which == i].sum(axis=1) / (which == i).sum() for i in range(3)], axis=1)
+    assert (by_document == by_document.astype(int)).all() and (by_document.sum(axis=1) == 3).all()
+    assert {tuple(row) for row in by_document.tolist()} == {(a, b, 3 - a - b) for a in range(4) for b in range(4 - a)}
+
+
+@pytest.mark.parametrize("between", [0.0, 1.0])
+@pytest.mark.parametrize(("documents", "each"), [(6, 4), (8, 1), (12, 2), (32, 3)])
+def test_intervals_cover_where_excerpts_of_one_document_are_alike(documents, each, between):
+    """0, the mean of all that could be drawn, as often as intervals over so many single texts do, or oftener."""
+    values = clustered(np.random.default_rng(1), documents=documents, each=each, between=between, within=1, studies=900)
+    got = means(values, documents=names(documents, each))
+    missed = float(((got.low > 0) | (got.high < 0)).mean())
+    assert missed <= float(misses(np.array(documents))) + 0.03
+    if between and each > 1:  # which an interval over the texts does not
+        got = means(values)
+        assert ((got.low > 0) | (got.high < 0)).mean() > 1.3 * missed
+
+
+@pytest.mark.parametrize(("documents", "each"), [(2, 12), (3, 8), (5, 4)])
+def test_with_few_documents_that_do_not_differ_an_interval_is_no_narrower_than_over_their_excerpts(documents, each):
+    values = clustered(np.random.default_rng(2), documents=documents, each=each, between=0, within=1, studies=300)
+    over_documents, over_texts = (means(values, documents=of) for of in (names(documents, each), ()))
+    widths = [(of.high - of.low).mean() for of in (over_documents, over_texts)]
+    assert 0.95 * widths[1] < widths[0] < 1.5 * widths[1]
+
+
+def test_everything_said_of_a_study_resamples_its_documents():
+    """Twelve excerpts of each of eight documents, that differ much: by texts one sign, by documents none."""
+    rng = np.random.default_rng(0)
+    gamma = (
+        np.array([0.5, 0.4, 0.3, -0.1, 0.2, -0.2, 0.3, -0.1])[:, None] + rng.normal(scale=0.01, size=(8, 12))
+    ).reshape(-1, 1, 1)
+    known, unknown = study_of(gamma, documents=names(8, 12)), study_of(gamma)
+    for of in (head_means, layer_means, median_gamma):
+        assert np.all(of(known).low < 0) and np.all(of(unknown).low > 0)
+    assert head_verdicts(known)[0, 0] != head_verdicts(unknown)[0, 0]
+    both = [compare_studies(study_of(0 * gamma, documents=d.documents), d) for d in (known, unknown)]
+    assert both[0].paired and both[0].difference.low[0, 0] < 0 < both[1].difference.low[0, 0]
+
+
+def test_simultaneous_intervals_take_the_excerpts_of_a_document_as_one():
+    """The mean of a document's excerpts has the interval that the excerpts have."""
+    rng = np.random.default_rng(3)
+    values = clustered(rng, documents=9, each=4, between=1, within=1, studies=5)
+    by_mean = simultaneous(values.reshape(9, 4, 5).mean(axis=1))
+    for got, expected in zip(simultaneous(values, documents=names(9, 4)), by_mean, strict=True):
+        assert (got.value, got.low, got.high) == pytest.approx((expected.value, expected.low, expected.high))
+    assert simultaneous(values, documents=names(4, 9)) == simultaneous(values)  # of so few, coins say nothing
+
+
+def test_that_there_are_few_documents_is_said_and_of_many_or_unknown_ones_nothing():
+    assert told_of_documents(()) == told_of_documents(names(8, 3)) == told_of_documents(names(3, 1)) == ""
+    assert told_of_documents(names(1, 8)) == (
+        "All 8 are excerpts of one document, so the interval is over its excerpts and too narrow for others."
+    )
+    assert "only 2 documents" in told_of_documents(names(2, 8))
+    study = study_of(np.full((8, 1, 1), -0.5), documents=names(1, 8))
+    assert answer(study).endswith(told_of_documents(study.documents))
+
+
 # Verdicts
+
 
 ABOVE, BELOW, NEITHER, SPLIT = [0.5] * 8, [-0.5] * 8, [0.05, -0.05] * 4, [0.5, -0.5] * 4
 

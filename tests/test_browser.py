@@ -199,7 +199,7 @@ def test_texts_and_models_that_cannot_be_run_get_an_answer(page):
     enter(page, box, OWN_TEXT, "Control+Enter")
     page.get_by_label("Model", exact=True).click()
     page.get_by_role("option", name=re.compile("Another model")).click()
-    reference = page.get_by_role("textbox", name="Hugging Face id or folder")
+    reference = page.get_by_role("textbox", name="Hugging Face id, folder or GGUF file")
     for ref, reason in (("no such model!", "No such model"), ("/etc", "must be allowed")):
         enter(page, reference, ref)
         refused(page, reason)

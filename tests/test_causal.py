@@ -114,6 +114,8 @@ def made_check() -> CausalCheck:
         ({"nll_change": [[1.0], [2.0, 3.0], [4.0]]}, "not a causal check"),
         ({"spec": {"policy": "worst"}}, "policy must be one of"),
         ({"l2kv_causal": 2}, "version 1"),
+        ({"documents": ["x", "y"]}, "documents must be 1 names"),
+        ({"documents": [3]}, "documents must be 1 names"),
     ],
 )
 def test_a_strangers_check_is_refused_with_the_reason(change, reason):
@@ -161,6 +163,19 @@ def test_the_agreement_is_that_of_a_plain_loop_over_resamples():
     for texts in np.random.default_rng(4).integers(8, size=(RESAMPLES, 8)):
         rhos.append(stats.spearmanr(change[:, texts].mean(axis=1), loss[:, texts].mean(axis=1)).statistic)
     assert (got.low, got.high) == pytest.approx(np.quantile(rhos, [0.025, 0.975]), abs=1e-9)
+
+
+def test_the_agreement_resamples_documents_and_a_check_keeps_them(loaded, texts):
+    """Where all excerpts of a document are one text, as the documents alone would have it."""
+    rng = np.random.default_rng(1)
+    loss = rng.normal(size=(5, 7))
+    change = 0.5 * loss + rng.normal(size=(5, 7))
+    alone, names = agreement(change, loss), [f"d{i}" for i in range(7) for _ in range(3)]
+    each = agreement(change.repeat(3, axis=1), loss.repeat(3, axis=1), documents=names)
+    assert (each.value, each.low, each.high) == pytest.approx((alone.value, alone.low, alone.high), abs=0.06)
+    check = causal_check(loaded, texts, replace(SPEC, skip_layers=(0, 4, 5)), documents=["x", "x"], **LENGTHS)
+    assert check.documents == CausalCheck.from_json(check.to_json()).documents == ("x", "x")
+    assert "excerpts of one document" in str(check)
 
 
 def test_layers_that_cost_what_alr_says_agree_fully_and_the_reverse_not_at_all():

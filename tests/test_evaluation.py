@@ -1,5 +1,6 @@
 """Evaluations against slow loops and the masked forward pass; passkeys on a model that only reads; presets found."""
 
+import json
 import math
 import re
 from contextlib import nullcontext
@@ -10,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from analysis import TextError, evaluation, finding, presets
+from analysis import TextError, evaluation, finding, presets, questions
 from analysis.commands import main
 from analysis.errors import RunFileError
 from analysis.evaluation import (
@@ -22,10 +23,11 @@ from analysis.evaluation import (
     passkey_text,
     passkeys,
 )
-from analysis.finding import BREAKS_SPEC, CALM_SPEC, Criteria, NotFoundError, find_presets
+from analysis.finding import BREAKS_SPEC, CALM_SPEC, Criteria, find_presets
 from analysis.generation import Step, prepared
 from analysis.models import BUNDLED_MODELS, LoadedModel
 from analysis.presets import FoundPresets, Preset
+from analysis.questions import SEARCHES, NotFoundError, Question, Search, find_task_presets
 from analysis.tokens import passages, tokenize
 from l2kv import CompressionSpec
 from tests.conftest import BUNDLED, build
@@ -300,9 +302,9 @@ TEXTS = {"anne": presets.bundled_texts()["Anne of Avonlea (L. M. Montgomery, 190
 def test_presets_are_the_first_passages_that_meet_the_criteria_with_the_figures_measured(loaded):
     seen = []
     found = find_presets(
-        loaded, TEXTS, criteria=EASY, without_passkey=True, on_done=lambda done, total: seen.append((done, total))
+        loaded, TEXTS, criteria=EASY, tasks=False, on_done=lambda done, total: seen.append((done, total))
     )
-    assert seen == [(i, 5) for i in range(1, 6)] and found.without_passkey and found.model == "books-5m"
+    assert seen == [(i, 5) for i in range(1, 6)] and found.model == "books-5m"
     calm, breaks = found.presets
     assert TEXTS["anne"].startswith(calm.text) and calm.text == breaks.text
     assert (calm.spec, breaks.spec) == (CALM_SPEC, BREAKS_SPEC)
@@ -332,55 +334,66 @@ def test_where_nothing_meets_a_criterion_it_fails_and_says_how_near_the_best_cam
         changes.append(nll[1] - nll[0])
     nearest = best(map(abs, changes)) if name == "calm" else best(changes)
     with pytest.raises(NotFoundError, match=rf"None of 5 passages meets the criterion {name}: ") as error:
-        find_presets(loaded, TEXTS, criteria=criteria, without_passkey=True)
+        find_presets(loaded, TEXTS, criteria=criteria, tasks=False)
     assert f"{nearest:.3f} nats a token" in str(error.value)
 
 
 def test_texts_too_short_for_any_passage_are_refused(loaded):
     with pytest.raises(TextError, match="Give longer texts"):
-        find_presets(loaded, {"short": "A word. Another word."}, without_passkey=True)
+        find_presets(loaded, {"short": "A word. Another word."}, tasks=False)
 
 
 @pytest.fixture
-def survives(monkeypatch):
-    """A stand-in for `stream`: the full cache says the key if `full`, a compressed one if `keeps` says so."""
+def says(monkeypatch):
+    """A stand-in for `stream`: a cache says the answer where `knows(prompt, spec)`, and something else elsewhere."""
 
-    def install(keeps, *, full=True):
-        def stream(loaded, prompt, specs, *, max_new_tokens):
+    def install(knows):
+        def stream(loaded, prompt, specs, *, max_new_tokens, chat):
             (spec,) = specs
-            key = re.search(r"(\d{5}) is the pass key", prompt)[1]
-            good = full if spec is None else keeps(spec)
-            for n in range(1, 7):
-                yield (Step(tuple(range(n)), f" {key if good else 'lost it'}"[:n], (0,), 0, 0, False),)
+            text = " it is 48213." if knows(prompt, spec) else " it is 99999."
+            for n in range(1, max_new_tokens + 1):
+                yield (Step(tuple(range(n)), text[: 3 * n], (0,), 0, 0, False),)
 
-        monkeypatch.setattr(finding, "stream", stream)
+        monkeypatch.setattr(questions, "stream", stream)
 
     return install
 
 
-PASSKEYS = Criteria(calm=1e6, breaks=-1e6, new_tokens=2, lengths=(40,), most=1, passkey_tokens=(150,), keys=1)
+def search(prompts, **changes):
+    low, random = CompressionSpec(protect_last=8), CompressionSpec(protect_last=8, policy="random")
+    asked = [Question(prompt, "48213") for prompt in prompts]
+    whole = {"the full cache": None, "low norm": low}
+    return replace(Search("Key", "It shows.", low, lambda loaded: asked, whole, {"random": random}), **changes)
 
 
-def test_the_passkey_preset_is_found_at_one_ratio_and_lost_at_a_smaller_one(loaded, survives):
-    survives(lambda spec: spec.policy == "low_norm" and spec.keep_ratio >= 0.6)
-    preset = find_presets(loaded, TEXTS, criteria=PASSKEYS).presets[2]
-    assert preset.spec == CompressionSpec(keep_ratio=0.6, protect_last=32)
-    assert f"{preset.answer} is the pass key" in preset.text and not preset.chat
-    assert "at the keep ratios 0.9, 0.8, 0.7, 0.6, and no longer at 0.5, 0.4, 0.3, 0.2, 0.1, 0.05" in preset.why
-    assert "3 of 3 prompts tried" in preset.why and presets.PASSKEY_QUESTION in preset.text
-    survives(lambda spec: spec.policy == "high_norm" and spec.keep_ratio >= 0.9)
-    preset = find_presets(loaded, TEXTS, criteria=PASSKEYS).presets[2]
-    assert preset.spec == CompressionSpec(keep_ratio=0.9, policy="high_norm", protect_last=32)
+def test_a_task_preset_is_the_first_prompt_on_which_each_cache_does_as_the_search_says(loaded, says):
+    says(lambda prompt, spec: spec is None or spec.policy == "low_norm" or prompt == "easy")
+    seen = []
+    (preset,) = find_task_presets(loaded, [search(["easy", "one", "two"])], on_done=lambda *done: seen.append(done))
+    assert (preset.text, preset.answer, preset.chat) == ("one", "48213", False)
+    assert preset.spec == CompressionSpec(protect_last=8) and seen == [(1, 3), (2, 3), (3, 3)]
+    assert "2 of 3 prompts tried show this" in preset.why and "the last 8 tokens protected" in preset.why
 
 
-def test_a_passkey_that_is_never_found_or_never_lost_is_no_preset(loaded, survives):
-    survives(lambda spec: True, full=False)
-    with pytest.raises(NotFoundError, match=r"finds the key in none of them.*--without-passkey"):
-        find_presets(loaded, TEXTS, criteria=PASSKEYS)
-    for keeps in (lambda spec: True, lambda spec: False, lambda spec: spec.keep_ratio < 0.1):
-        survives(keeps)
-        with pytest.raises(NotFoundError, match="criterion passkey: found at some keep ratio below 1 and lost"):
-            find_presets(loaded, TEXTS, criteria=PASSKEYS)
+def test_where_no_prompt_meets_a_search_it_says_what_each_cache_did(loaded, says):
+    says(lambda prompt, spec: spec is None or prompt == "easy")
+    with pytest.raises(NotFoundError) as error:
+        find_task_presets(loaded, [search(["easy", "one", "two"])])
+    told = "the full cache finds it in 3 of 3; low norm finds it in 1 of 3; random loses it in 2 of 3"
+    assert told in str(error.value) and "--without-tasks" in str(error.value)
+
+
+def test_questions_through_a_template_are_left_out_where_there_is_none(loaded, says):
+    says(lambda prompt, spec: True)
+    chat = search([], candidates=lambda _: [Question("Which?", "48213", chat=True)])
+    assert find_task_presets(loaded, [chat]) == ()
+
+
+def test_all_caches_of_a_search_protect_the_same_tokens_and_skip_the_same_layers():
+    for one in SEARCHES:
+        specs = [spec for spec in (one.spec, *one.found_by.values(), *one.lost_by.values()) if spec is not None]
+        assert len({(spec.protect_first, spec.protect_last, spec.skip_layers, spec.keep_ratio) for spec in specs}) == 1
+        assert None in one.found_by.values()  # a preset is offered only where the full cache finds the answer
 
 
 def test_found_presets_are_read_back_as_they_were_and_offered_after_the_texts(tmp_path):
@@ -392,10 +405,6 @@ def test_found_presets_are_read_back_as_they_were_and_offered_after_the_texts(tm
     assert FoundPresets.from_json(path.read_text(encoding="utf-8")) == found
     offered = presets.presets("a model", path)
     assert [p.name for p in offered] == [*presets.bundled_texts(), "Calm", "Asked", "Key"] and offered[-1].spec == spec
-    presets.save_found(FoundPresets("a model", found.presets[:1], without_passkey=True), path)
-    without = presets.presets("a model", path)
-    assert FoundPresets.from_json(path.read_text(encoding="utf-8")).without_passkey
-    assert [p.name for p in without[2:]] == ["Calm"]
 
 
 def test_what_was_found_for_one_model_is_not_offered_for_another(tmp_path):
@@ -420,16 +429,36 @@ def test_the_presets_that_are_shipped_can_be_read():
         assert len(names) == len(set(names)) >= 3
 
 
-def test_the_demo_command_writes_presets_and_the_run_or_nothing(tmp_path, capsys, monkeypatch):
+def test_the_demo_command_writes_presets_and_the_run_or_nothing(tmp_path, capsys, monkeypatch, says):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "anne.txt").write_text(TEXTS["anne"], encoding="utf-8")
-    options = ["demo", "--texts", str(tmp_path / "texts"), "-o", str(tmp_path)]
-    monkeypatch.setattr(finding, "Criteria", lambda: PASSKEYS)
+    options = ["demo", "-m", "books-5m", "--texts", str(tmp_path / "texts"), "-o", str(tmp_path)]
+    monkeypatch.setattr(finding, "Criteria", lambda: EASY)
+    says(lambda prompt, spec: False)
     assert main(options) == 2
-    assert "--without-passkey" in capsys.readouterr().err
+    assert "--without-tasks" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["texts"]
-    assert main([*options, "--without-passkey"]) == 0
+    assert main([*options, "--without-tasks"]) == 0
     assert "Calm: half the cache will do: Half the cache, hardly a change." in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.safetensors", "presets.json", "texts"]
     assert main(["demo", "--texts", str(tmp_path / "nowhere.txt")]) == 2
     assert "nowhere.txt cannot be read" in capsys.readouterr().err
+
+
+def test_the_passkey_command_prints_what_was_found_of_what_was_asked(capsys, tmp_path):
+    sizes = ["--lengths", "120", "160", "--depths", "0.5", "--keys", "2", "--keeps", "0.5", "--policies", "low_norm"]
+    out = tmp_path / "passkeys.json"
+    assert main(["passkey", "-m", "books-5m", *sizes, "--skip-layers", "0", "-o", str(out)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "| cache | 120 tokens | 160 tokens |"
+    scores = json.loads(out.read_text())["scores"]
+    for line, name in zip(printed[2:4], ("full cache", "keep 0.5, low norm"), strict=True):
+        found = [score["found"] for score in scores if score["spec"] == name]
+        assert re.findall(r"(\d) of 2", line) == list(map(str, found))
+    low = 1 - 1 / (1 + 1.96**2 / 2)  # of none of two, Wilson's upper end by hand: z^2 / (n + z^2)
+    assert f"(0% to {low:.0%})" in printed[2]
+    assert main(["passkey", "-m", "books-5m", "--lengths", "10"]) == 2
+    assert main(["passkey", "-m", "books-5m", "--keeps", "2"]) == 2
+    assert main(["passkey", "-m", "books-5m", "--policies", "none"]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 3 and all(line.startswith("error: ") for line in errors)

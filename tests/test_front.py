@@ -338,6 +338,8 @@ def test_a_front_is_read_back_as_it_was_written(front):
         ({"full_nbytes": 10**400}, "whole number"),
         ({"measured_on": [], "full_nll": []}, "0 texts"),
         ({"measured_on": [], "full_nll": [], "points": []}, "0 texts"),
+        ({"documents": ["x"]}, "documents are not of its 8 texts"),
+        ({"documents": [1] * 8}, "must be text"),
     ],
 )
 def test_a_strangers_file_is_refused_with_the_reason(change, reason):
@@ -348,6 +350,15 @@ def test_a_strangers_file_is_refused_with_the_reason(change, reason):
         content["points"][0] |= change
     with pytest.raises(RunFileError, match=reason):
         Front.from_json(json.dumps(content))
+
+
+def test_a_front_keeps_its_documents_and_its_intervals_resample_them():
+    by_texts = made_up(**{LOW: (0.3, 0.4), PLAN: (0.1, 0.2)})
+    by_documents = Front.from_json(replace(by_texts, documents=tuple("xxxxyyyy")).to_json())
+    assert by_documents.documents == tuple("xxxxyyyy") and by_texts.documents == ()
+    wide, narrow = (front.interval(front.points[0]) for front in (by_documents, by_texts))
+    assert wide.value == narrow.value and wide.high - wide.low > 1.2 * (narrow.high - narrow.low)
+    assert "only 2 documents" in by_documents.answer() and "document" not in by_texts.answer()
 
 
 def test_reading_a_front_or_a_check_does_not_wait_for_torch():

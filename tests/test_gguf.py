@@ -462,7 +462,10 @@ def test_what_it_takes_is_told_first(tiny, caplog):
 
 @pytest.mark.parametrize(
     ("free", "advice"),
-    [(0.9, "In bfloat16 (dtype=torch.bfloat16) it would take"), (0.1, "A model of about 7,800 weights would fit.")],
+    [
+        (0.9, "In half the precision it would fit: load_model(..., dtype=torch.bfloat16)."),
+        (0.1, "A model of about 7,800 weights would fit."),
+    ],
 )
 def test_a_file_that_would_not_fit_is_refused_before_its_weights_are_read(tiny, monkeypatch, free, advice):
     file = read_gguf(tiny)
@@ -479,13 +482,13 @@ def test_a_file_that_would_not_fit_is_refused_before_its_weights_are_read(tiny, 
 def test_a_gpu_must_hold_the_weights_too(tiny, monkeypatch):
     monkeypatch.setattr(models, "usable_bytes", lambda device: 2**40 if str(device) == "cpu" else 1000)
     with pytest.raises(OutOfMemoryError, match="1000 B on cuda"):
-        loading_note(tiny, device="cuda")
+        load_model(tiny, device="cuda")
 
 
 def test_a_file_that_changes_while_it_is_loaded_is_refused(tiny, tmp_path, monkeypatch):
     path = tmp_path / "x.gguf"
     path.write_bytes(tiny.read_bytes())
-    monkeypatch.setattr(models, "_gguf_note", lambda *_: path.write_bytes(tiny.read_bytes()[:-5000]))
+    monkeypatch.setattr(models, "_check_room", lambda *_: path.write_bytes(tiny.read_bytes()[:-5000]))
     assert "x: its weights cannot be used" in refusal(path)
 
 

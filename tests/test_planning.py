@@ -22,7 +22,7 @@ from analysis.plans.planning import METHODS, plan
 from analysis.plans.skip import suggest_skip_layers
 from l2kv import CompressionSpec
 from tests.conftest import BUNDLED, ROOT
-from tests.test_measures import run_of
+from tests.test_measures import expected_losses, run_of
 from tests.test_tasks import TEMPLATE
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -71,11 +71,9 @@ def least_loss(units, sizes, budget, least=0):
 
 def slow_loss(norms, attention, kept, protect_last, sign):
     """What is lost when `kept` tokens stay: the latest, then those of lowest (1) or highest (-1) norm."""
-    n = len(norms)
-    latest = list(range(max(n - protect_last, 0), n))
-    others = sorted((i for i in range(n) if i not in latest), key=lambda i: (sign * norms[i], i))
-    stay = latest + others[: max(kept - len(latest), 0)]
-    return sum(attention[i] for i in range(n) if i not in stay)
+    before = max(len(norms) - protect_last, 0)
+    dropped = min(len(norms) - kept, before)
+    return expected_losses(attention[:before], [sign * x for x in norms[:before]])[dropped]
 
 
 @pytest.mark.parametrize("ties", [False, True])

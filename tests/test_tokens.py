@@ -1,15 +1,16 @@
 """Which characters each token covers, on texts that were written to break that."""
 
 import time
+import unicodedata
 from itertools import pairwise
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from analysis.errors import TextError
-from analysis.tokens import check_text, tokenize
+from analysis.tokens import check_text, notes_of, tokenize
 from tests.conftest import BUNDLED, STORIES
 
 FAMILY = "👩\u200d👩\u200d👧"
@@ -126,6 +127,105 @@ def test_a_hundred_thousand_newlines_take_seconds_not_minutes(tokenizer):
     assert time.perf_counter() - started < 10
     assert tokens.spans[-1].tolist() == [100_000, 100_001]
     assert (np.diff(tokens.spans[-100_000:], axis=0) == 1).all()
+
+
+# Special tokens
+
+
+def with_template(single: str) -> PreTrainedTokenizerFast:
+    """books-5m's tokenizer, which puts around a text what `single` says."""
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
+    specials = [(name, i) for i, name in enumerate(("<s>", "</s>")) if name in single]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=specials)
+    return tokenizer
+
+
+@pytest.mark.parametrize("single", ["$A", "<s> $A", "$A </s>", "<s> $A </s>", "<s> </s> $A", "<s> <s> $A </s> </s>"])
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_what_a_tokenizer_puts_before_a_text_stays_and_what_it_puts_after_it_is_left_out(single, text):
+    tokenizer, before = with_template(single), single.split("$A")[0].split()
+    tokens, bare = tokenize(tokenizer, text), tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokens.ids.tolist() == tokenizer.convert_tokens_to_ids(before) + bare
+    assert tokens.labels[: len(before)] == tuple(before) and not tokens.spans[: len(before)].any()
+    assert len(tokens.spans) == len(tokens.labels) == len(tokens)
+    if single.endswith("$A"):
+        assert tokens.notes == ()
+    else:
+        (note,) = tokens.notes
+        assert note.startswith("The tokenizer's end token, </s>") and "is left out" in note
+
+
+@pytest.mark.parametrize("single", ["<s> $A", "<s> $A </s>", "<s> </s> $A"])
+def test_a_text_that_begins_with_the_start_token_gets_no_other(single):
+    tokenizer = with_template(single)
+    start = "".join(single.split("$A")[0].split())
+    tokens, own = tokenize(tokenizer, start + "The sea."), tokenize(tokenizer, "The sea.")
+    assert tokens.ids.tolist() == own.ids.tolist()
+    assert any("begins with the start token" in note for note in tokens.notes)
+    assert tokens.spans[-1].tolist() == [len(start) + 7, len(start) + 8]
+    assert not any("begins with" in note for note in tokenize(tokenizer, f"The {start}sea.").notes)
+
+
+@pytest.mark.parametrize("text", ["Der Bär", "a", "déjà 🙂"])
+def test_a_tokenizer_without_offsets_leaves_its_end_token_out_too(text):
+    tokens = tokenize(ByT5Tokenizer(), text)
+    assert len(tokens) == len(text.encode()) == len(tokens.labels) and "</s>, is left out" in tokens.notes[0]
+
+
+def test_notes_of_many_texts_are_told_once():
+    tokenizer = with_template("<s> $A </s>")
+    assert len(notes_of(tokenizer, ["One.", "Two.", "<s>Three.", "<s>Four."])) == 2
+    assert notes_of(AutoTokenizer.from_pretrained(BUNDLED), ["One.", "Two."]) == ()
+
+
+# Normalisers
+
+NORMALISERS = {
+    "NFC": normalizers.NFC(), "NFD": normalizers.NFD(), "NFKC": normalizers.NFKC(), "NFKD": normalizers.NFKD(),
+    "accents stripped": normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]),
+    "lower case": normalizers.Lowercase(), "BERT": normalizers.BertNormalizer(),
+    "marks dropped": normalizers.Replace("\u0301", ""),
+}  # fmt: skip
+WRITTEN = {
+    "composed": "Déjà vu, ça va? Ångström ở đây",
+    "by two characters": unicodedata.normalize("NFD", "Déjà vu, ça va? Ångström ở đây"),
+    "first and last": "e\u0301 a\u0300",
+    "several on one": "Z\u0351\u036b\u0343a\u0316\u0301b",
+    "Hangul by its letters": unicodedata.normalize("NFD", "한국어 텍스트"),
+    "ligatures": "ﬁn ½ ① ａｂ",
+    "emoji": f"a🙂e\u0301🙂 {FAMILY}",
+    "control": "a\x07b \x07 c",
+}
+
+
+@pytest.mark.parametrize("normaliser", NORMALISERS.values(), ids=NORMALISERS)
+@pytest.mark.parametrize("text", WRITTEN.values(), ids=WRITTEN)
+@pytest.mark.parametrize("words", [False, True], ids=["bytes", "words"])
+def test_spans_of_a_tokenizer_that_normalises_cover_all_that_they_stand_for(normaliser, text, words):
+    tokenizer = word_tokenizer(text, normaliser) if words else bytes_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normaliser
+    tokens = tokenize(tokenizer, text)
+    covered = {i for start, end in tokens.spans.tolist() for i in range(start, end)}
+    assert covered >= {i for i, character in enumerate(text) if not character.isspace()}
+    starts, ends = tokens.spans.T
+    assert (np.diff(starts) >= 0).all() and (np.diff(ends) >= 0).all()
+    for label, (start, end) in zip(tokens.labels, tokens.spans.tolist(), strict=True):
+        assert label.startswith(text[start:end])
+        # No accent is cut off, unless it is another token.
+        assert end == len(text) or not unicodedata.combining(text[end]) or end in starts
+
+
+def word_tokenizer(text: str, normaliser) -> PreTrainedTokenizerFast:
+    """A token a word, white space dropped, as BERT's."""
+    split = pre_tokenizers.WhitespaceSplit()
+    words = {word for word, _ in split.pre_tokenize_str(normaliser.normalize_str(text))}
+    vocabulary = {word: i for i, word in enumerate(["?", *sorted(words)])}
+    made = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="?"))
+    made.pre_tokenizer = split
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+# What is refused
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n\n\t ", "\u3000\u2003", "\r\n" * 1000])

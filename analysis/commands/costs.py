@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from analysis.commands.shared import counter, texts_of
+from analysis.commands.shared import counter, tell_notes, texts_of
 from analysis.commands.specs import add_excerpts, add_out, add_spec, loaded_model, spec_of, typed
 
 
@@ -38,6 +38,7 @@ def _causal(arguments: argparse.Namespace) -> None:
     spec = spec_of(arguments, n_layers=loaded.config.num_hidden_layers)
     tokens = arguments.prompt_tokens + arguments.new_tokens + SPARE
     given = excerpts(loaded.tokenizer, texts, n_tokens=tokens, at_most=arguments.excerpts)
+    tell_notes(loaded, (excerpt.text for excerpt in given))
     with typed():
         check = causal_check(
             loaded,
@@ -45,6 +46,7 @@ def _causal(arguments: argparse.Namespace) -> None:
             spec,
             prompt_tokens=arguments.prompt_tokens,
             new_tokens=arguments.new_tokens,
+            documents=[excerpt.document for excerpt in given],
             on_done=lambda done, total: count("passes", done, total),
         )
     write_text(check.to_json(), arguments.out)
@@ -69,6 +71,7 @@ def _front(arguments: argparse.Namespace) -> None:
     else:
         planning, measuring = planning_and_measuring(loaded.tokenizer, texts, n_tokens=tokens, each=n)
         print(SPLIT)
+    tell_notes(loaded, (excerpt.text for excerpt in (*planning, *measuring)))
     with typed():
         front = measure_front(
             loaded,
@@ -86,7 +89,7 @@ def _front(arguments: argparse.Namespace) -> None:
     )
     for name, points in front.lines.items():
         for point in points:
-            at, change = f"{point.keep:4.2f}  {point.nbytes / 2**20:7.2f}", point.interval()
+            at, change = f"{point.keep:4.2f}  {point.nbytes / 2**20:7.2f}", front.interval(point)
             losses = f"{point.planned_loss:.3f}, {point.measured_loss:.3f}" if point.planned_loss >= 0 else ""
             print(f"{name:31}  {at}  {change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}]  {losses}")
     for words in front.left_out:

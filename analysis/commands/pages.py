@@ -7,7 +7,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from analysis.commands.shared import add_device, add_model, counter, no_progress_bars, texts_of
+from analysis.commands.shared import add_device, add_model, counter, no_progress_bars, tell_notes, texts_of
 from analysis.errors import RunFileError, UserError
 from analysis.files import read_text, write_text
 
@@ -52,6 +52,7 @@ def _figures(arguments: argparse.Namespace) -> None:
     loaded = load_model(arguments.model, device=arguments.device)
     n_tokens = min(arguments.tokens, loaded.positions - 1)  # one for the next token
     given = excerpts(loaded.tokenizer, texts, n_tokens=n_tokens, at_most=arguments.excerpts)
+    tell_notes(loaded, (excerpt.text for excerpt in given))
     names = [excerpt.name for excerpt in given]
     lead = f"{loaded.name}, on excerpts of {n_tokens} tokens; the first is “{names[0]}”."
     about = {"model": loaded.name, "texts": names, "tokens_per_chunk": n_tokens}

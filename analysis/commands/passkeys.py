@@ -59,8 +59,8 @@ def _passkey(arguments: argparse.Namespace) -> None:
         print(line)
     print(
         f"{loaded.name}: passkeys found, with 95 % Wilson intervals; {len(arguments.depths)} depths, "
-        f"{arguments.keys} keys each. The question comes after compression. In every row layers "
-        f"{arguments.skip_layers or 'none'} are not compressed and the last {arguments.protect_last} tokens are protected."
+        f"{arguments.keys} keys each. The question comes after compression. Skipped layers: "
+        f"{arguments.skip_layers or 'none'}; protected in every row: the last {arguments.protect_last} tokens."
     )
     if arguments.out:
         print(f"wrote {_write(arguments, loaded.name, specs, scores)}")

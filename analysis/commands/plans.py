@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from analysis.commands.shared import add_device, add_model, counter, text_of, texts_of
+from analysis.commands.shared import add_device, add_model, counter, tell_notes, text_of, texts_of
 from analysis.commands.specs import add_excerpts, add_out, add_spec, loaded_model, spec_of, typed
 from analysis.errors import RunFileError, UserError
 
@@ -144,6 +144,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     runs, prompt = [], arguments.prompt_tokens
     tokens = prompt + (arguments.new_tokens + SPARE) * arguments.weighed
     given = excerpts(loaded.tokenizer, texts, n_tokens=tokens, at_most=arguments.excerpts)
+    tell_notes(loaded, (excerpt.text for excerpt in given))
     for i, (_, text, _) in enumerate(given):
         text = prompt_of(loaded, text, prompt) if arguments.weighed else text
         runs.append(slim(capture(loaded, text, last_queries=0)))
@@ -260,6 +261,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     from analysis.tokens import tokenize
 
     spec, n = spec_of(arguments, n_layers=loaded.config.num_hidden_layers), arguments.new_tokens
+    tell_notes(loaded, [text])
     if n < 1:
         raise UserError(f"--new-tokens must be 1 or more, got {n}")
     with typed(), closing(stream(loaded, text, [None, spec], max_new_tokens=n, chat=arguments.chat)) as steps:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from analysis.errors import TextError, UserError
+from analysis.texts import decoded, read_text
+
+if TYPE_CHECKING:
+    from analysis.models import LoadedModel
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """--model."""
     parser.add_argument(
-        "-m", "--model", default="smollm2", help="a name (`models` lists them), a folder or a hub id (smollm2)"
+        "-m", "--model", default="smollm2", help="a name (see `models`), a folder, a GGUF file or a hub id (smollm2)"
     )
 
 
@@ -65,10 +70,15 @@ def no_progress_bars() -> None:
 
 def text_of(source: str) -> str:
     """The text of a file, or of standard input for "-". Raises TextError."""
-    try:
-        return sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TextError(f"{source} cannot be read as UTF-8 text: {error}") from error
+    return decoded(sys.stdin.buffer.read(), "Standard input") if source == "-" else read_text(source)
+
+
+def tell_notes(loaded: LoadedModel, texts: Iterable[str]) -> None:
+    """Print what a user should know of the special tokens of texts, beside the results."""
+    from analysis.tokens import notes_of
+
+    for note in notes_of(loaded.tokenizer, texts):
+        print(f"note: {note}", file=sys.stderr)
 
 
 def texts_of(sources: Sequence[Path]) -> Mapping[str, str]:

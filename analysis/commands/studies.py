@@ -15,6 +15,7 @@ from analysis.commands.shared import (
     metric_of,
     no_progress_bars,
     probe_of,
+    tell_notes,
     texts_of,
 )
 
@@ -50,6 +51,7 @@ def _study(arguments: argparse.Namespace) -> None:
     if arguments.tokens > most:
         print(f"{loaded.name} was trained on {most + 1} positions: excerpts are of {most} tokens", file=sys.stderr)
     given = excerpts(loaded.tokenizer, texts, n_tokens=min(arguments.tokens, most), at_most=arguments.excerpts)
+    tell_notes(loaded, (excerpt.text for excerpt in given))
     count = counter()
     try:
         done = study(loaded, given, arguments.out, on_text=lambda now: count("texts", len(now.names), now.texts))
@@ -68,8 +70,10 @@ def _print_study(study: Study, probe: str) -> None:
 
     losses, verdict = layer_losses(study, probe=probe), head_verdicts(study, probe=probe)
     columns = (
-        layer_means(study, probe=probe), layer_means(study, "gamma_without_sink", probe=probe), means(losses),
-    )  # fmt: skip
+        layer_means(study, probe=probe),
+        layer_means(study, "gamma_without_sink", probe=probe),
+        means(losses, documents=study.documents),
+    )
     print(f"{study.model}, {len(study.names)} texts of {study.n_tokens.min()} to {study.n_tokens.max()} tokens")
     print("means over heads and texts; 95 % intervals over texts; layers count from 0")
     print(f"{probe}: {PROBES[probe]}")

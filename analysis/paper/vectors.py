@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.capturing import OnLayer, check_finite, check_shown, looking_into, readable
+from analysis.capturing import OnLayer, check_finite, check_shown, last_logits, looking_into, readable
 from analysis.memory import BLOCK, MAX_BINS
 from analysis.models import LoadedModel
-from l2kv import probabilities
+from l2kv import UnsupportedModelError, probabilities
+from l2kv.seam import Look, WatchedCache
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,6 +31,7 @@ class HeadVectors:
     softcap: float | None  # Gemma 2: scores s become cap * tanh(s / cap)
     sinks: np.ndarray | None  # [H], gpt-oss: a logit per head that takes attention and gives nothing
     window: int  # keys that a query sees, its own included; 0 is all
+    dtype: str = "float32"  # in which the model had them
 
     @property
     def n_heads(self) -> int:
@@ -72,21 +74,21 @@ def each_layer(
     `on_layer` is called as (layers done, layers); what it or `visit` raises cancels. Raises as `capture`.
     """
     tokens, _ = readable(loaded, text)
-    done, n_layers = 0, loaded.config.num_hidden_layers
+    cache = WatchedCache(config=loaded.config)
+    done, n_layers = 0, len(cache.layers)
 
-    def attend(inner, module, query, key, value, mask, **options):
+    def look(at: Look) -> None:
         nonlocal done
-        if only in (None, done):
-            visit(_vectors_of(done, query, key, options))
+        if only in (None, at.layer_idx):
+            visit(_vectors_of(at, getattr(cache.layers[at.source], "sliding_window", 0)))
         done += 1
         if on_layer is not None:
             on_layer(done, n_layers)
-        return inner(module, query, key, value, mask, **options)
 
     ids = torch.from_numpy(tokens.ids)[None].to(loaded.device)
-    with looking_into(loaded, attend):
-        check_finite(loaded, loaded.model.get_decoder()(ids, use_cache=False).last_hidden_state)
-    check_shown(loaded, done)
+    with looking_into(loaded, cache, look):
+        check_finite(loaded, last_logits(loaded.model, ids, cache))
+    check_shown(loaded, done, n_layers)
 
 
 def attention_rows(
@@ -126,16 +128,24 @@ def last_rows(vectors: HeadVectors, keys: np.ndarray) -> np.ndarray:
     return row[0, :, 0].numpy()
 
 
-def _vectors_of(layer: int, query: Tensor, key: Tensor, options: dict) -> HeadVectors:
-    scaling, sinks = options.get("scaling"), options.get("s_aux")
+def _vectors_of(at: Look, window: int) -> HeadVectors:
+    """Raises UnsupportedModelError where attention is masked in another way than by the future and a window."""
+    scaling, sinks, n = at.options.get("scaling"), at.options.get("s_aux"), at.key.shape[2]
+    if at.mask is not None:
+        shown = at.mask if at.mask.dtype == torch.bool else at.mask == 0
+        scores = torch.zeros(1, 1, n, n, device=shown.device)
+        _hider(0, window)(scores)
+        if not torch.equal(shown, (scores == 0).expand_as(shown)):
+            raise UnsupportedModelError("This model masks its attention in a way that is not looked into yet.")
     return HeadVectors(
-        layer=layer,
-        queries=query[0].float().cpu().numpy(),
-        keys=key[0].float().cpu().numpy(),
-        scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
-        softcap=options.get("softcap"),
+        layer=at.layer_idx,
+        queries=at.query[0].float().cpu().numpy(),
+        keys=at.key[0].float().cpu().numpy(),
+        scaling=at.query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        softcap=at.options.get("softcap"),
         sinks=None if sinks is None else sinks.float().reshape(-1).cpu().numpy(),
-        window=options.get("sliding_window") or 0,
+        window=window,
+        dtype=str(at.key.dtype).removeprefix("torch."),
     )
 
 
@@ -147,8 +157,8 @@ def _options(vectors: HeadVectors, head: int | None = None) -> dict[str, object]
 
 def _hider(first_query: int, window: int) -> Callable[[Tensor], None]:
     def hide(scores: Tensor) -> None:
-        query = torch.arange(first_query, first_query + scores.shape[2])[:, None]
-        key = torch.arange(scores.shape[3])
+        query = torch.arange(first_query, first_query + scores.shape[2], device=scores.device)[:, None]
+        key = torch.arange(scores.shape[3], device=scores.device)
         gone = key > query
         scores.masked_fill_(gone | (key <= query - window) if window else gone, -torch.inf)
 

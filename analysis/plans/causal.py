@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.across import MIN_TEXTS, Interval, means, resamples, spearman
+from analysis.across import MIN_TEXTS, Interval, means, resamples, spearman, told_of_documents
 from analysis.errors import ModelError, RunFileError, TextError
 from analysis.files import content_of, record
 from analysis.memory import CacheShape
@@ -42,19 +42,20 @@ class CausalCheck:
     loss: np.ndarray  # [K, N] ALR / chance of the layer on the prompt, by the policy of the spec; NaN is undefined
     agreement: Interval  # Spearman over layers of the means over texts, of cost and `loss`
     paper: np.ndarray | None = None  # [K, N] the paper's ALR, as `loss`; None of files older than this field
+    documents: tuple[str, ...] = ()  # N, names of what the texts are excerpts of; none of older files: not known
 
     @property
     def paper_agreement(self) -> Interval | None:
         """As `agreement`, of cost and the paper's ALR; None where that was not kept."""
-        return None if self.paper is None else agreement(self.nll_change, self.paper)
+        return None if self.paper is None else agreement(self.nll_change, self.paper, documents=self.documents)
 
     def __str__(self) -> str:
         n = self.loss.shape[1]
         by_paper = "" if self.paper is None else f"; of the paper's ALR and that cost: {self.paper_agreement}"
         return (
             f"Spearman of ALR / chance and of the cost of compressing one layer alone, over {len(self.layers)} layers "
-            f"and {n} text{'s' * (n != 1)}: {self.agreement}{by_paper}."
-        )
+            f"and {n} text{'s' * (n != 1)}: {self.agreement}{by_paper}. {told_of_documents(self.documents)}"
+        ).strip()
 
     def to_json(self) -> str:
         """The file's text."""
@@ -74,7 +75,11 @@ class CausalCheck:
             shapes = {nll_change.shape, loss.shape, loss.shape if paper is None else paper.shape}
             if len(shapes) > 1 or loss.ndim != 2 or len(loss) != len(layers) or not loss.size:
                 raise ValueError(f"nll_change, loss and paper must be of a row for each of {len(layers)} layers")
-            return cls(model, spec, layers, nll_change, loss, agreement(nll_change, loss), paper)
+            documents = tuple(content.get("documents", ()))
+            if len(documents) not in (0, loss.shape[1]) or not all(isinstance(name, str) for name in documents):
+                raise ValueError(f"documents must be {loss.shape[1]} names")
+            agreed = agreement(nll_change, loss, documents=documents)
+            return cls(model, spec, layers, nll_change, loss, agreed, paper, documents)
         except KeyError as error:
             raise RunFileError(f"This is not a causal check that can be read: it has no {error}.") from error
         except (ValueError, TypeError, AttributeError, RecursionError, ArithmeticError) as error:
@@ -88,6 +93,7 @@ def causal_check(
     *,
     prompt_tokens: int,
     new_tokens: int,
+    documents: Sequence[str] = (),
     on_done: OnDone | None = None,
 ) -> CausalCheck:
     """Compress each layer alone by `spec`, all others whole, and measure the change of `continuation_nll`.
@@ -96,6 +102,7 @@ def causal_check(
 
     Args:
         spec: how; its `skip_layers` are left out of the comparison. Its policy is one of `POLICIES`.
+        documents: names of what the texts are excerpts of, if that is known: intervals resample them.
         on_done: for progress and cancelling, as `analysis.evaluation.OnDone`: after each capture and continuation, and
             with the same numbers in the middle of one.
 
@@ -136,7 +143,9 @@ def causal_check(
         np.stack(by_text, axis=1)[list(layers)]
         for by_text in zip(*((one.by_layer, one.paper) for one in losses), strict=True)
     )
-    return CausalCheck(loaded.name, spec, layers, nll_change, loss, agreement(nll_change, loss), paper)
+    documents = tuple(documents)
+    agreed = agreement(nll_change, loss, documents=documents)
+    return CausalCheck(loaded.name, spec, layers, nll_change, loss, agreed, paper, documents)
 
 
 COSTLY = 0.01  # nats a token: a layer that costs this or more, alone, raises the perplexity by one percent
@@ -159,7 +168,7 @@ def suggest_by_cost(
     """
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
-    cost, n = means(check.nll_change.T), check.nll_change.shape[1]
+    cost, n = means(check.nll_change.T, documents=check.documents), check.nll_change.shape[1]
     costliest_first = np.argsort(-cost.mean, kind="stable")
     if rule == "threshold":
         chosen = [i for i in costliest_first if cost.mean[i] >= threshold and not cost.low[i] <= 0]
@@ -237,7 +246,7 @@ def weighed_by_cost(
     return curves.weighed(costs.mean(axis=0), keep)
 
 
-def agreement(nll_change: np.ndarray, loss: np.ndarray, *, seed: int = 0) -> Interval:
+def agreement(nll_change: np.ndarray, loss: np.ndarray, *, documents: Sequence[str] = (), seed: int = 0) -> Interval:
     """Spearman over layers of the two means over texts, [K, N] each; the interval resamples the texts of both at once.
 
     Layers that a text leaves undefined are left out; undefined with fewer than 3 layers, or where all are equal. There
@@ -249,7 +258,8 @@ def agreement(nll_change: np.ndarray, loss: np.ndarray, *, seed: int = 0) -> Int
     value = float(spearman(nll_change.mean(axis=1), loss.mean(axis=1)))
     if n < MIN_TEXTS or np.isnan(value):
         return Interval(value, np.nan, np.nan)
-    counts = resamples(n, seed=seed) / n
+    counts = resamples(n, documents=documents, seed=seed)
+    counts /= counts.sum(axis=1, keepdims=True)
     drawn = spearman(counts @ nll_change.T, counts @ loss.T)
     low, high = np.nanquantile(drawn, [0.025, 0.975])
     return Interval(value, float(low), float(high))

@@ -153,6 +153,7 @@ def measure_front(
             for (way, keep), spec in made.items()
         ),
         left_out=tuple(left_out),
+        documents=tuple(one.document or one.name for one in test_texts),
     )
 
 

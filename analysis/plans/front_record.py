@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from analysis.across import MIN_TEXTS, Interval, means, spearman
+from analysis.across import MIN_TEXTS, Interval, means, spearman, told_of_documents
 from analysis.errors import RunFileError
 from analysis.files import content_of, record
 from analysis.memory import human_bytes
@@ -35,10 +35,6 @@ class FrontPoint:
     nll_change: tuple[float, ...]  # N, nats a token against the full cache
     planned_loss: float = np.nan  # attention expected to be lost (`LossCurves.loss_of`) on the planning texts
     measured_loss: float = np.nan  # the same of the measured texts' prompts; NaN of ways that read no norms
-
-    def interval(self) -> Interval:
-        """The mean over texts and its 95 % interval, by resampling them."""
-        return _interval(np.array(self.nll_change))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +64,7 @@ class Front:
     full_nll: tuple[float, ...]  # N, nats a token of the full cache
     points: tuple[FrontPoint, ...]
     left_out: tuple[str, ...] = ()  # ways that a budget is too small for: "plan by head, keep 0.1: ..."
+    documents: tuple[str, ...] = ()  # N, names of what the measured texts are excerpts of; none of older files: unknown
 
     @property
     def lines(self) -> dict[str, tuple[FrontPoint, ...]]:
@@ -76,6 +73,11 @@ class Front:
         return {
             name: tuple(sorted((p for p in self.points if p.line == name), key=lambda p: p.nbytes)) for name in names
         }
+
+    def interval(self, point: FrontPoint) -> Interval:
+        """The mean of a point's NLL change over texts and its 95 % interval, by resampling them."""
+        over = means(np.array(point.nll_change)[:, None], documents=self.documents)
+        return Interval(float(over.mean[0]), float(over.low[0]), float(over.high[0]))
 
     def best(self, kind: str) -> dict[float, FrontPoint]:
         """At each budget the point of least mean NLL among the ways of a kind (`analysis.plans.ways.KINDS`)."""
@@ -114,7 +116,7 @@ class Front:
         best = self.best("uniform")
         return [
             Comparison(plan, way, interval)
-            for (plan, way), interval in zip(pairs, simultaneous(less.T), strict=True)
+            for (plan, way), interval in zip(pairs, simultaneous(less.T, documents=self.documents), strict=True)
             if way is best.get(way.keep) and np.isfinite(interval.value)
         ]
 
@@ -139,7 +141,8 @@ class Front:
             told = "Not shown: no plan beats the best uniform rule by norm at equal bytes by more than texts differ; "
             told += f"nearest comes, {best}."
         told += f" By intervals over {n} texts that hold for all comparisons at once, {len(won)} of {len(compared)} are"
-        return f"{told} won and {lost} lost.{self._told_of_yardsticks()}"
+        of_few = told_of_documents(self.documents)
+        return f"{told} won and {lost} lost.{f' {of_few}' if of_few else ''}{self._told_of_yardsticks()}"
 
     def _told_of_yardsticks(self) -> str:
         """Where what reads no norms is as good as all that do, which a front of norms must not hide."""
@@ -176,6 +179,7 @@ class Front:
                 full_nll=tuple(map(_number, content["full_nll"])),
                 points=tuple(map(_point, content["points"])),
                 left_out=tuple(map(_text, content.get("left_out", ()))),
+                documents=tuple(map(_text, content.get("documents", ()))),
             )
         except KeyError as error:
             raise RunFileError(f"This is not a front that can be read: it has no {error}.") from error
@@ -184,6 +188,8 @@ class Front:
         n = len(front.measured_on)
         if not n or {n} != {len(front.full_nll), *(len(point.nll_change) for point in front.points)}:
             raise RunFileError(f"This is not a front that can be read: not all its points are of its {n} texts.")
+        if len(front.documents) not in (0, n):
+            raise RunFileError(f"This is not a front that can be read: its documents are not of its {n} texts.")
         return front
 
 
@@ -202,11 +208,6 @@ def _signed(nats: float) -> str:
 
 def _nats(interval: Interval) -> str:
     return f"{_signed(interval.value)} (95 % {_signed(interval.low)} to {_signed(interval.high)})"
-
-
-def _interval(by_text: np.ndarray) -> Interval:
-    over = means(by_text[:, None])
-    return Interval(float(over.mean[0]), float(over.low[0]), float(over.high[0]))
 
 
 def _point(given: dict) -> FrontPoint:

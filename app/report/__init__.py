@@ -238,9 +238,9 @@ def _savings(run: Capture, advice: _Advice, after: str) -> Section:
         "saved": [f"{1 - kept / full:.0%}" for kept, full in zip(plan, whole, strict=True)],
     }
     words = [
-        f"Keys and values of one sequence in {dtype or f'{run.dtype}, as it was run'}, by arithmetic, at keep ratio {KEEP:g} with the last "
-        f"{PROTECTED} tokens protected; skipped: {_listed(spec.skip_layers)}. The model need not work at all of these "
-        "lengths."
+        f"Keys and values of one sequence in {dtype or f'{run.dtype}, as it was run'}, by arithmetic, at keep ratio "
+        f"{KEEP:g} with the last {PROTECTED} tokens protected; skipped: {_listed(spec.skip_layers)}. The model need "
+        "not work at all of these lengths."
     ]
     code = [("With this library", library_code(spec, run.model))]
     if spec.policy == "low_norm":

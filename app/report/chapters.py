@@ -22,7 +22,7 @@ _MIB = 2**20
 def of_study(study: Study, name: str) -> Section:
     """What the heads do over many texts, with intervals."""
     gamma, verdict = across.head_means(study), across.head_verdicts(study)
-    loss = across.means(across.layer_losses(study))
+    loss = across.means(across.layer_losses(study), documents=study.documents)
     stability = across.stability(across.layer_losses(study))
     layer, head = np.indices(gamma.mean.shape).reshape(2, -1)
     n = len(study.names)
@@ -83,7 +83,7 @@ def of_front(front: Front) -> Section:
     """What each way to share out the cache's bytes costs in prediction."""
     n = len(front.measured_on)
     points = [point for line in front.lines.values() for point in line]
-    intervals = [point.interval() for point in points]
+    intervals = [front.interval(point) for point in points]
     too_small = "; ".join(each.split(":")[0] for each in front.left_out)
     left_out = (f"Left out, since the budget is too small for them: {too_small}.",) if too_small else ()
     drawing = Drawing(
@@ -106,12 +106,12 @@ def of_front(front: Front) -> Section:
 
 def front_lines(front: Front) -> dict[str, figures.Line]:
     """What the figure of a front draws, for each way."""
-    return {name: _line(name, points) for name, points in front.lines.items()}
+    return {name: _line(front, name, points) for name, points in front.lines.items()}
 
 
 def of_causal(check: CausalCheck) -> Section:
     """Each layer compressed alone, beside its ALR."""
-    change, loss = across.means(check.nll_change.T), across.means(check.loss.T)
+    change, loss = (across.means(of.T, documents=check.documents) for of in (check.nll_change, check.loss))
     drawing = Drawing(
         figures.layer_costs(check.layers, loss.mean, (loss.low, loss.high), change.mean, (change.low, change.high)),
         alt="What compressing one layer alone costs against its ALR, a point for each layer",
@@ -134,7 +134,7 @@ def of_causal(check: CausalCheck) -> Section:
 
 def causal_table(check: CausalCheck) -> dict[str, Sequence]:
     """The numbers of a check, a row for each layer; the paper's ALR where the file keeps it."""
-    change = across.means(check.nll_change.T)
+    change = across.means(check.nll_change.T, documents=check.documents)
     paper = {} if check.paper is None else {"the paper's ALR": across.means(check.paper.T).mean}
     return (
         {"layer": check.layers, "ALR / chance": across.means(check.loss.T).mean}
@@ -229,8 +229,8 @@ def verdict_table(counts: Mapping[str, Mapping[str, int]], meanings: Mapping[str
     return {"verdict": list(meanings)} | of_runs | {"meaning": list(meanings.values())}
 
 
-def _line(name: str, points: Sequence[FrontPoint]) -> figures.Line:
-    intervals = [point.interval() for point in points]
+def _line(front: Front, name: str, points: Sequence[FrontPoint]) -> figures.Line:
+    intervals = [front.interval(point) for point in points]
     return figures.Line(
         mib=np.array([point.nbytes / _MIB for point in points]),
         change=np.array([interval.value for interval in intervals]),

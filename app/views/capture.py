@@ -11,6 +11,7 @@ from analysis.memory import capture_bytes, human_bytes
 from analysis.presets import presets
 from analysis.run import Capture, load_run, save_run
 from analysis.synthetic import instrument
+from analysis.texts import plain_text
 from analysis.tokens import tokenize
 from app import markup, state, work
 from app.engine import Engine
@@ -61,7 +62,7 @@ def _text_input(ref: str) -> str:
     with st.expander("Or upload a .txt file", icon=":material/upload_file:"):
         st.file_uploader("Text file", type="txt", key="text_file", on_change=upload, label_visibility="collapsed")
     work.refused()
-    return st.text_area(
+    typed = st.text_area(
         "Text",
         key="text",
         persist_state="session",
@@ -69,6 +70,7 @@ def _text_input(ref: str) -> str:
         max_chars=2_000_000,
         on_change=lambda: st.session_state.update(preset=OWN),
     )
+    return plain_text(typed)
 
 
 def _count(engine: Engine, ref: str, text: str) -> None:
@@ -83,16 +85,19 @@ def _count(engine: Engine, ref: str, text: str) -> None:
     tokenizer, config = found
     try:
         sample = text[:_COUNTED_CHARACTERS]
-        counted = len(tokenize(tokenizer, sample))
+        tokens = tokenize(tokenizer, sample)
     except UserError as error:
         st.warning(markup.plain(str(error)), icon=":material/warning:")
         return
+    counted = len(tokens)
     n = counted * len(text) // len(sample)
     resident = engine.loaded if engine.ref == ref else None
     needed = capture_bytes(config, n, itemsize=resident.model.dtype.itemsize if resident else 4)
     limit = getattr(config, "max_position_embeddings", None)
     about = "about " if n > counted else ""
     st.markdown(f"{about}**{n:,} tokens**, about **{human_bytes(needed)}** of memory beyond the model.")
+    for note in tokens.notes:
+        st.caption(markup.plain(note))
     if limit and n >= limit:
         st.warning(
             f"The model was trained on up to {limit:,} tokens; beyond them expect it to fail. Time grows with the "

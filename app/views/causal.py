@@ -56,7 +56,7 @@ def section(engine: Engine, run: Capture) -> None:
 
 
 def _draw(check: CausalCheck) -> None:
-    change, loss = means(check.nll_change.T), means(check.loss.T)
+    change, loss = (means(of.T, documents=check.documents) for of in (check.nll_change, check.loss))
     n = check.loss.shape[1]
     st.markdown(f"**{markup.plain(str(check))}**")
     show(
@@ -83,12 +83,14 @@ def _measure(engine: Engine) -> None:
         missing = "ALR says nothing of random eviction: choose low or high norm above."
 
     def measure(loaded: LoadedModel, progress: work.Progress) -> CausalCheck:
+        given = continued.excerpts(loaded, texts)
         return causal_check(
             loaded,
-            [excerpt.text for excerpt in continued.excerpts(loaded, texts)],
+            [excerpt.text for excerpt in given],
             spec,
             prompt_tokens=continued.prompt_tokens,
             new_tokens=continued.new_tokens,
+            documents=[excerpt.document for excerpt in given],
             on_done=lambda done, total: progress(done, total, f"{done} of {total} runs"),
         )
 

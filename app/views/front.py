@@ -88,7 +88,7 @@ def _draw(front: Front) -> None:
         help="\n".join(f"- **{markup.plain(name)}**: {WAYS[name].about}" for name in front.lines if name in WAYS),
     )  # fmt: skip
     points = [point for name in shown for point in front.lines[name]]
-    intervals = [point.interval() for point in points]
+    intervals = [front.interval(point) for point in points]
     show(
         figures.front(
             front_lines(front),
@@ -161,7 +161,7 @@ def _pick(front: Front, generate_page: StreamlitPage) -> None:
             note = f"{name}, keep {keep:g}, of the measured front"
             state.use_plan(Plan(front.model, by_keep[keep].spec, note=note))
             st.switch_page(generate_page)
-    st.caption(f"{state.in_words(by_keep[keep].spec)}: NLL {_nats(by_keep[keep].interval().value)} nats a token.")
+    st.caption(f"{state.in_words(by_keep[keep].spec)}: NLL {_nats(front.interval(by_keep[keep]).value)} nats a token.")
 
 
 def _measure(engine: Engine, run: Capture) -> None:

@@ -19,6 +19,7 @@ from analysis.presets import Preset, presets
 from analysis.run import Capture
 from analysis.synthetic import is_synthetic
 from analysis.tasks import can_chat, decided, found, prompt_tokens
+from analysis.texts import plain_text
 from app import figures, markup, state, work
 from app.charts import show
 from app.engine import Engine, allowed_models, check_allowed
@@ -229,7 +230,7 @@ def _prompt_input(ref: str) -> tuple[str, Preset | None]:
         "Prompt", key="prompt", persist_state="session", height=250, max_chars=200_000,
         on_change=lambda: st.session_state.update(prompt_preset=OWN),
     )  # fmt: skip
-    return prompt, preset
+    return plain_text(prompt), preset
 
 
 def _chat_input(engine: Engine, ref: str) -> bool:
@@ -250,20 +251,20 @@ def _positions(place: DeltaGenerator, engine: Engine, ref: str, prompt: str, *, 
         return
     tokenizer, config = found
     try:
-        n = len(prompt_tokens(tokenizer, prompt, chat=chat))
+        tokens = prompt_tokens(tokenizer, prompt, chat=chat)
     except UserError as error:
         place.warning(markup.plain(str(error)), icon=":material/warning:")
         return
+    n = len(tokens)
     new, limit = int(st.session_state["new_tokens"]), getattr(config, "max_position_embeddings", None)
     of = f" of the {limit:,} positions that the model was trained on" if limit else ""
     if limit and n + new > limit:
-        place.warning(
-            f"{n} tokens and {new} new ones are more than the {limit:,} that the model was trained on: expect it to "
-            "fail."
-        )
+        trained = f"more than the {limit:,} that the model was trained on: expect it to fail."
+        place.warning(" ".join([f"{n} tokens and {new} new ones are {trained}", *map(markup.plain, tokens.notes)]))
     else:
         template = " with the chat template" if chat else ""
-        place.caption(f"{markup.counted(n, 'token')}{template}, and up to {new} new{of}.")
+        length = f"{markup.counted(len(tokens), 'token')}{template}, and up to {new} new{of}."
+        place.caption(" ".join([length, *map(markup.plain, tokens.notes)]))
 
 
 def _model_input(engine: Engine, run: Capture) -> str:

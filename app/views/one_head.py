@@ -148,8 +148,8 @@ def _numbers(run: Capture, numbers: HeadFigures, layer: int, head: int, leave_ou
         "Γ": (signed(numbers.gamma[layer, head]), "−1 the paper's claim, 0 chance, +1 the opposite"),
         "Γ without the first": (
             signed(without),
-            "the same, with the first token left out; undefined where the others get less than 1 % of the attention, or have "
-            "no order",
+            "the same, with the first token left out; undefined where the others get less than 1 % of the attention, "
+            "or have no order",
         ),
         "ALR": (f"{numbers.alr[layer, head]:z.1f}", f"the paper's sum, of n = {ranked} tokens"),
         "ALR of its kv head": (

@@ -73,6 +73,7 @@ def _study(loaded: LoadedModel, task: _Task, progress: work.Progress) -> Study:
 
     most = loaded.positions - 1  # one for the next token
     texts = excerpts(loaded.tokenizer, dict(task.sources), n_tokens=min(task.n_tokens, most), at_most=task.at_most)
+    work.told(loaded, texts)
     unfinished = st.session_state.setdefault("unfinished_studies", set())
     so_far = len(load_study(task.path).names) if task.path.exists() else 0
 

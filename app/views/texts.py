@@ -76,7 +76,7 @@ def _numbers(study: Study, probe: str) -> _Numbers:
         head_means(study, probe=probe),
         head_means(study, "gamma_without_sink", probe=probe),
         head_verdicts(study, probe=probe),
-        means(losses),
+        means(losses, documents=study.documents),
         stability(losses),
     )
 
@@ -146,8 +146,10 @@ def _about(study: Study) -> None:
     tokens = f"{least}" if least == most else f"{least} to {most}"
     names = ", ".join(markup.plain(name) for name in study.names[:4]) + (", …" if len(study.names) > 4 else "")
     st.caption(
-        f"{source}: {len(study.names)} texts of {tokens} tokens ({names}). Intervals come from resampling the texts, "
-        "since tokens of one text are not independent; they are too narrow where the texts are pieces of one book."
+        f"{source}: {len(study.names)} texts of {tokens} tokens ({names}). Intervals come from resampling "
+        + ("documents and the texts of each" if study.documents else "the texts")
+        + ", since tokens of one text are not independent."
+        + " They are too narrow if the texts are excerpts of few documents, which is not known." * (not study.documents)
     )
     if not study.complete:
         st.warning(

@@ -1,0 +1,151 @@
+"""How long the app's first chart takes beside that of a bare Streamlit page, in Chromium, and how much is sent for it.
+
+    python -m tests.bench_app [RUN.safetensors] [--times 3]
+
+The bare page is one Plotly chart, a metric and a table. Each visit begins with an empty browser; "cold" is the first to
+a server that has just come up, "warm" the second. A chart counts when it is drawn and a frame has been shown since.
+RUN, a saved run, takes the place of the demo run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from playwright.sync_api import Browser, sync_playwright
+
+ROOT = Path(__file__).parents[1]
+BARE = """
+import numpy as np
+import plotly.graph_objects as go
+import streamlit as st
+
+st.set_page_config(layout="wide")
+values = np.random.default_rng(0).uniform(-1, 1, (30, 9))
+st.metric("A metric", 1)
+st.plotly_chart(go.Figure(go.Heatmap(z=values)))
+st.dataframe({"layer": np.arange(30), "value": values[:, 0]})
+"""
+OTHER_RUN = """
+import runpy
+import sys
+from pathlib import Path
+
+sys.path.insert(0, {root!r})
+import analysis.presets
+
+analysis.presets.DEMO_RUN = Path({run!r})
+runpy.run_path({main!r}, run_name="__main__")
+"""
+DRAWN = """() => {
+    if (!document.querySelector('.js-plotly-plot .main-svg image')) return false;
+    window.drawnAt ??= performance.now();
+    return performance.now() > window.drawnAt;  // a frame later
+}"""
+DONE = "[data-test-script-state=notRunning]"
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """One visitor's first sight of a page."""
+
+    chart: float  # seconds from the request to the first chart
+    script: float  # and until the script has ended
+    session: int  # bytes that the page's script sent until then
+    files: int  # bytes of the page itself, compressed as they were sent
+
+
+@contextmanager
+def served(script: Path) -> Iterator[str]:
+    """The address of a fresh server of a script, once it is up."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ("--server.headless=true", f"--server.port={port}", "--server.fileWatcherType=none")
+    server = subprocess.Popen(
+        [sys.executable, "-m", "streamlit", "run", str(script), *options], cwd=ROOT, stdout=subprocess.DEVNULL
+    )
+    try:
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health", timeout=1)
+                break
+            except OSError:
+                assert server.poll() is None, "the server did not come up"
+                time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def visit(browser: Browser, address: str) -> Visit:
+    """Open the page in an empty browser, and wait for its first chart."""
+    context = browser.new_context(viewport={"width": 1400, "height": 900})
+    page = context.new_page()
+    page.set_default_timeout(60_000)
+    session, files = [], []
+    network = context.new_cdp_session(page)
+    network.send("Network.enable")
+    network.on("Network.loadingFinished", lambda event: files.append(event["encodedDataLength"]))
+    page.on("websocket", lambda socket: socket.on("framereceived", lambda frame: session.append(len(frame))))
+    began = time.perf_counter()
+    page.goto(address, wait_until="commit")
+    page.wait_for_function(DRAWN, polling="raf")
+    chart = time.perf_counter() - began
+    page.wait_for_selector(DONE)
+    script = time.perf_counter() - began
+    context.close()
+    return Visit(chart, script, sum(session), int(sum(files)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="?", type=Path)
+    parser.add_argument("--times", type=int, default=3)
+    arguments = parser.parse_args()
+    entry = ROOT / "app" / "main.py"
+    visits: dict[tuple[str, str], list[Visit]] = {}
+    with sync_playwright() as playwright, tempfile.TemporaryDirectory() as folder:
+        bare, ours = Path(folder) / "bare.py", entry
+        bare.write_text(BARE, encoding="utf-8")
+        if arguments.run:
+            ours = Path(folder) / "ours.py"
+            told = {"root": str(ROOT), "run": str(arguments.run.resolve()), "main": str(entry)}
+            ours.write_text(OTHER_RUN.format(**told), encoding="utf-8")
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        visit_nothing = browser.new_context()  # the browser itself is warm before anything is timed
+        visit_nothing.new_page().goto("about:blank")
+        for _ in range(arguments.times):
+            for name, script in (("bare", bare), ("ours", ours)):  # in turn: a busy machine slows both
+                with served(script) as address:
+                    for state in ("cold", "warm"):
+                        visits.setdefault((state, name), []).append(visit(browser, address))
+        browser.close()
+    print(f"medians of {arguments.times}")
+    print("       page   first chart  script done     session       files")
+    for state in ("cold", "warm"):
+        for name in ("bare", "ours"):
+            seen = visits[state, name]
+            chart, script = (statistics.median(getattr(v, what) for v in seen) for what in ("chart", "script"))
+            print(
+                f"{state:5}  {name:5}  {chart:9.2f} s  {script:9.2f} s  {seen[-1].session / 1e3:7.0f} kB  "
+                f"{seen[-1].files / 1e3:7.0f} kB"
+            )
+        ratios = [o.chart / b.chart for o, b in zip(visits[state, "ours"], visits[state, "bare"], strict=True)]
+        print(f"{state:5}  ratio  {statistics.median(ratios):9.2f} times (from {min(ratios):.2f} to {max(ratios):.2f})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""One reading of a text, by whichever door it comes in."""
+
+import io
+import shutil
+import sys
+from types import SimpleNamespace
+
+import pytest
+from tokenizers import processors
+from transformers import AutoTokenizer
+
+from analysis import RunFileError, capture, files, load_model, read_text, texts
+from analysis.commands import main
+from analysis.commands.shared import text_of, texts_of
+from analysis.errors import TextError
+from analysis.evaluation import continuation_nll
+from analysis.generation import stream
+from analysis.models import LoadedModel
+from analysis.plans.skip import Plan
+from app import work
+from l2kv import CompressionSpec
+from tests.conftest import BUNDLED
+
+BODY = "The sea, déjà vu 😀.\nHe looked.\n\nSo did it.\n"
+LINE_ENDS = {"\\n": "\n", "\\r\\n": "\r\n", "\\r": "\r"}
+ENCODINGS = {
+    "utf-8": b"", "utf-8-sig": b"", "utf-16": b"", "utf-16-le": b"\xff\xfe", "utf-16-be": b"\xfe\xff", "utf-32": b"",
+    "utf-32-be": b"\x00\x00\xfe\xff",
+}  # fmt: skip
+
+
+def by_upload(data, path):
+    return work.decoded(SimpleNamespace(name=path.name, getvalue=lambda: data))
+
+
+def by_file(data, path):
+    path.write_bytes(data)
+    return text_of(str(path))
+
+
+def by_folder(data, path):
+    path.write_bytes(data)
+    (text,) = texts_of([path.parent]).values()
+    return text
+
+
+def by_library(data, path):
+    path.write_bytes(data)
+    return read_text(path)
+
+
+def by_standard_input(data, path):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))
+        return text_of("-")
+
+
+def by_record(data, path):
+    path.write_bytes(data)
+    return files.read_text(path)
+
+
+DOORS = (by_upload, by_file, by_folder, by_library, by_standard_input, by_record)
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("end", LINE_ENDS.values(), ids=LINE_ENDS)
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_text_is_the_same_whatever_its_encoding_its_line_ends_and_its_door(tmp_path, door, end, encoding):
+    data = ENCODINGS[encoding] + BODY.replace("\n", end).encode(encoding)
+    assert door(data, tmp_path / "notes.txt") == BODY
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize(
+    "data",
+    ["déjà".encode("latin-1"), bytes(range(256)), b"a\0b", b"\xff\xfea", "ab".encode("utf-16-le"), b"\xed\xa0\xbd"],
+)
+def test_what_is_no_text_is_refused_by_every_door_with_the_same_reason(tmp_path, door, data):
+    with pytest.raises((TextError, RunFileError), match=r"UTF-8|NUL") as refused:
+        door(data, tmp_path / "notes.txt")
+    assert str(refused.value).startswith(("notes.txt", str(tmp_path), "Standard input"))
+    assert "UnicodeDecodeError" not in str(refused.value)
+
+
+def test_marks_within_a_text_are_left_by_files_that_were_put_together():
+    joined = b"".join(part.encode("utf-8-sig") for part in ("One.\r\n", "Two.\r", "Three.\n"))
+    assert texts.decoded(joined, "x") == "One.\nTwo.\nThree.\n"
+
+
+def test_what_was_pasted_is_read_as_a_file_is():
+    for end in LINE_ENDS.values():
+        assert texts.plain_text("\ufeff" + BODY.replace("\n", end)) == BODY
+
+
+@pytest.mark.parametrize("name", ["missing.txt", ".", "a\0b"])
+def test_what_cannot_be_read_is_named(tmp_path, name):
+    with pytest.raises(TextError, match="cannot be read"):
+        read_text(f"{tmp_path}/{name}")
+
+
+def test_a_file_without_end_is_refused_and_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(texts, "MOST_BYTES", 2**20)
+    (tmp_path / "big.txt").write_bytes(b"a" * (2**20 + 1))
+    for path in (tmp_path / "big.txt", "/dev/zero"):
+        with pytest.raises(TextError, match="more than 1 MiB"):
+            read_text(path)
+
+
+def test_a_record_that_an_editor_has_saved_opens(tmp_path):
+    plan = Plan("m", CompressionSpec(keep_ratio=0.5), note="déjà vu")
+    path = tmp_path / "plan.json"
+    path.write_bytes(plan.to_json().replace("\n", "\r\n").encode("utf-8-sig"))
+    assert Plan.from_json(files.read_text(path)) == plan
+
+
+# What a tokenizer puts around a text, by every door to a model
+
+TEXT = "The old man looked at the sea, and the sea looked at the old man. He had nothing to say to it, and so he"
+END, START = "</s>, is left out", "begins with the start token, <s>, already"
+
+
+@pytest.fixture(scope="module")
+def closing(tmp_path_factory) -> LoadedModel:
+    """books-5m, with a tokenizer that closes every text with its end token."""
+    folder = tmp_path_factory.mktemp("closes") / "closes"
+    shutil.copytree(BUNDLED, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    tokenizer.save_pretrained(folder)
+    return load_model(folder, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def usual() -> LoadedModel:
+    return load_model("books-5m", device="cpu")
+
+
+def test_heads_are_measured_on_the_same_tokens_and_it_is_told_what_was_left_out(usual, closing):
+    plain = capture(usual, TEXT)
+    assert plain.warnings == () and plain.labels[:2] == ("<s>", "The")
+    for loaded, text, note in ((closing, TEXT, END), (usual, f"<s>{TEXT}", START)):
+        run = capture(loaded, text)
+        assert (run.token_ids == plain.token_ids).all() and (run.probe_attention == plain.probe_attention).all()
+        assert note in run.warnings[0]
+
+
+def test_a_text_goes_on_over_a_tokenizer_that_closes_texts(usual, closing):
+    def said(loaded, text):
+        return list(stream(loaded, text, [None], max_new_tokens=8))[-1][0].text
+
+    assert said(closing, TEXT) == said(usual, TEXT) == said(usual, f"<s>{TEXT}")
+    lengths = {"prompt_tokens": 16, "new_tokens": 8}
+    nll = continuation_nll(usual, TEXT, None, **lengths)
+    assert (
+        continuation_nll(closing, TEXT, None, **lengths)
+        == nll
+        == continuation_nll(usual, f"<s>{TEXT}", None, **lengths)
+    )
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["capture", "FILE", "-o", "run.safetensors"],
+        ["generate", "FILE", "--new-tokens", "1"],
+        ["study", "FILE", "-o", "study.safetensors", "--tokens", "16", "--excerpts", "1"],
+        ["plan", "FILE", "--excerpts", "1", "--prompt-tokens", "20", "--protect-last", "4"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_the_command_line_tells_it(closing, tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(f"<s>{TEXT}")
+    arguments = [word.replace("FILE", "text.txt") for word in command]
+    assert main([*arguments, "--model", closing.model.name_or_path, "--device", "cpu"]) == 0
+    told = capsys.readouterr().err
+    assert END in told and START in told
