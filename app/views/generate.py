@@ -410,7 +410,8 @@ def _summary(preview: Preview) -> None:
 def _scores(preview: Preview) -> None:
     """In a sentence each: whether the compressed caches give the expected answer, and from how many bytes."""
     answer, full = markup.plain(preview.answer), preview.full
-    if not found(preview.answer, full.text):
+    solved = found(preview.answer, full.text)
+    if not solved and preview.done:
         st.markdown(
             f"The full cache does not give the answer **{answer}**, so this says nothing of compression: take a task "
             "that the model solves."
@@ -420,7 +421,7 @@ def _scores(preview: Preview) -> None:
         bytes_told = f"{preview.nbytes(step.nbytes)} ({step.nbytes / full.nbytes:.0%} of the full cache)"
         if found(preview.answer, step.text):
             st.success(f"{which}**{answer} found** from {bytes_told}.", icon=":material/check_circle:")
-        elif preview.done:
+        elif solved and preview.done:
             st.error(f"{which}**{answer} not found** from {bytes_told}.", icon=":material/cancel:")
 
 
