@@ -354,7 +354,24 @@ def test_the_figures_command_writes_pages_and_records(tmp_path, capsys):
         (["--heads", "1"], "layer.head"),
         (["--heads", "9.0"], "6 layers"),
     ):
-        assert main(["figures", str(text), "-o", str(tmp_path / "no"), "--tokens", "60", "--device", "cpu", *bad]) == 2
+        assert (
+            main(
+                [
+                    "figures",
+                    str(text),
+                    "-o",
+                    str(tmp_path / "no"),
+                    "--tokens",
+                    "60",
+                    "--device",
+                    "cpu",
+                    "-m",
+                    "books-5m",
+                    *bad,
+                ]
+            )
+            == 2
+        )
         error = capsys.readouterr().err
         assert error.startswith("error: ") and reason in error and error.count("\n") == 1
     assert not (tmp_path / "no").exists()

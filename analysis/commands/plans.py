@@ -136,7 +136,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     from analysis.capturing import capture
     from analysis.evaluation import prompt_of
     from analysis.excerpts import SPARE, excerpts
-    from analysis.memory import human_bytes
+    from analysis.memory import DTYPES, human_bytes
     from analysis.plans.causal import weighed_by_cost
     from analysis.plans.curves import loss_curves, slim
     from analysis.plans.planning import plan
@@ -169,7 +169,7 @@ def _plan(arguments: argparse.Namespace) -> None:
             whole_without_signal=arguments.whole_without_signal,
             weighed=arguments.weighed,
         )
-    spec, shape = made.to_spec(), runs[0].cache_shape
+    spec, shape = made.to_spec(), replace(runs[0].cache_shape, itemsize=DTYPES.get(loaded.stored, 2))
     how = f"{made.method} by {arguments.by}" + ", weighed by cost" * arguments.weighed
     note = f"{how}, keep {made.keep:g}, planned on {len(runs)} texts"
     print(f"{loaded.name}: {note} of {min(r.n_tokens for r in runs)} to {max(r.n_tokens for r in runs)} tokens")
