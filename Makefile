@@ -3,32 +3,41 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 8501
-MODEL ?= books-5m
+MODEL ?= smollm2
+MODELS ?=
 TEXTS ?=
 ARGS ?=
 
+# Where the model cannot be had it says why in a line, and goes on: the app has its runs, and tests of it are skipped.
+FETCH = $(BIN)/python -m analysis models smollm2 || true
+
 .PHONY: app test lint bench demo picture
-app: $(VENV)/app.stamp
-	$(BIN)/python -m streamlit run app/main.py --server.port $(PORT)
+app: $(VENV)/app.stamp  ## MODELS=folder offers the models in it, GGUF files too
+	@$(FETCH)
+	$(if $(MODELS),L2KV_MODEL_DIRS="$(MODELS)") $(BIN)/python -m app --server.port $(PORT)
 
 test: $(VENV)/dev.stamp lint
+	@$(FETCH)
 	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(VENV)/app.stamp  ## memory and time of a capture and of a compressed cache, as ratios to the plain ways
+bench: $(VENV)/dev.stamp  ## memory and time of a capture, of a compressed cache and of the app, as ratios to the plain ways
 	$(BIN)/python -m tests.bench_capture
 	$(BIN)/python -m tests.bench_cache
+	$(BIN)/python -m tests.bench_app
 
-# ARGS=--without-tasks for a model that solves none. With TEXTS, also what the pages of many texts and of plans show.
+# ARGS=--without-tasks for a model that solves none. TEXTS: also the study of many texts; PLANS=1: plans, too (an hour).
 SHOWN := analysis/bundled/$(notdir $(MODEL))
 demo: $(VENV)/dev.stamp  ## all that the app opens with again, of MODEL=name or folder, found in TEXTS="files or folders"
 	$(BIN)/python -m analysis demo --model $(MODEL) $(if $(TEXTS),--texts $(TEXTS)) $(ARGS)
 ifneq ($(TEXTS),)
 	rm -f $(SHOWN)/study.safetensors
 	$(BIN)/python -m analysis study $(TEXTS) --model $(MODEL) --excerpts 24 -o $(SHOWN)/study.safetensors
+endif
+ifneq ($(PLANS),)
 	$(BIN)/python -m analysis causal $(TEXTS) --model $(MODEL) --excerpts 32 -o $(SHOWN)/causal.json
 	$(BIN)/python -m analysis front $(TEXTS) --model $(MODEL) --excerpts 32 -o $(SHOWN)/front.json
 endif

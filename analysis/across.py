@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 from analysis.measures import VERDICT_OF_SIGNS, WEAK, by_layer, in_short, signed, verdict_counts
 from analysis.measures import VERDICTS as VERDICTS_ON_ONE_TEXT
 from analysis.study import Study
+from analysis.ties import shared_ranks
 
 MIN_TEXTS = 6  # with fewer, one sign in all of them is no rarer by chance than 5 % (2 / 2^5): no verdict
 UNSTABLE = 0.25  # more texts than this on either side: the sign depends on the text
@@ -120,6 +120,8 @@ def misses(n: np.ndarray, *, groups: int = 1) -> np.ndarray:
         n: texts, [...]; NaN is returned for fewer than 2.
         groups: 2 for the difference of two means over n texts each.
     """
+    from scipy import stats  # half a second, which a page without intervals need not wait for
+
     few = n < 2
     n = np.where(few, 2, n)
     half = stats.norm.isf((1 - LEVEL) / 2) * np.sqrt((n - 1) / n)
@@ -273,7 +275,7 @@ def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Rank correlation along the last axis, [..., L] -> [...]; NaN where one is constant or shorter than 3."""
     if x.shape[-1] < 3:
         return np.full(np.broadcast_shapes(x.shape, y.shape)[:-1], np.nan)
-    ranks = [stats.rankdata(values, axis=-1) for values in (x, y)]
+    ranks = [shared_ranks(values).mean(axis=0) for values in (x, y)]
     return _cosine(*(rank - rank.mean(axis=-1, keepdims=True) for rank in ranks))
 
 

@@ -22,6 +22,7 @@ _SIZES = (  # by all the names that transformers' configs have for them
     (65_536, "hidden_size d_model n_embd embed_dim emb_dim hidden_dim"),
     (1_048_576, "intermediate_size"),
     (4096, "head_dim"),
+    (1024, "num_experts num_local_experts n_routed_experts num_experts_per_tok"),
     (4_000_000, "vocab_size"),
     (10_000, "num_labels"),
 )

@@ -19,7 +19,7 @@ from analysis.configs import BOUNDS, short
 from analysis.errors import ModelError
 
 MAGIC = b"GGUF"
-ARCHITECTURES = ("gemma2", "gemma3", "llama", "phi3", "qwen2", "qwen3", "starcoder2")
+ARCHITECTURES = ("gemma2", "gemma3", "llama", "phi3", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "starcoder2")
 """As llama.cpp names them (a Mistral is a `llama`): each is compared with its original in the tests."""
 
 # At most, so that no file takes long or much to refuse. The largest of real ones: 262,144 tokens with 514,906 merges.
@@ -49,6 +49,7 @@ _TYPES = {
 
 # What sizes a model has by GGUF's names, and by the names under which configs.py bounds them.
 _REQUIRED = {
+    "context_length": "positions",
     "block_count": "num_hidden_layers",
     "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size",
@@ -59,8 +60,14 @@ _SIZES = _REQUIRED | {
     "attention.key_length": "head_dim",
     "attention.value_length": "head_dim",
     "rope.dimension_count": "head_dim",
+    "expert_feed_forward_length": "intermediate_size",
+    "expert_shared_feed_forward_length": "intermediate_size",
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts",
     "vocab_size": "vocab_size",
 }
+
+_SIZE_BOUNDS = BOUNDS | {"positions": 2**31}
 
 # Keys under the architecture's name that change what a model computes, in ways that are not reproduced here: these
 # files would load without a word, and be another model. Value: what the key must be for it to change nothing.
@@ -82,6 +89,8 @@ _UNDERSTOOD = {  # and where some of them are reproduced
     "gemma2": {"attn_logit_softcapping", "final_logit_softcapping", "attention.sliding_window"},
     "gemma3": {"attn_logit_softcapping", "final_logit_softcapping", "attention.sliding_window"},
     "phi3": {"attention.sliding_window"},
+    "qwen2moe": {"expert_count"},
+    "qwen3moe": {"expert_count"},
 }
 
 
@@ -184,10 +193,10 @@ def read_gguf(path: Path) -> GgufFile:
     """
     name = gguf_name(path)
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait
+            raise ModelError(f"{name} is no regular file. Give the GGUF file itself.")
         with path.open("rb") as file:
-            status = path.stat()
-            if not stat.S_ISREG(status.st_mode):
-                raise ModelError(f"{name} is no regular file. Give the GGUF file itself.")
             reader = _Reader(file, status.st_size, name)
             metadata, n_tensors = _read_metadata(reader)
             tensors = _read_tensors(reader, n_tensors, _alignment(reader, metadata))
@@ -384,11 +393,17 @@ def _check_model(gguf: GgufFile) -> None:
         value = gguf.of_architecture(key)
         if value is None and key not in _REQUIRED:
             continue
-        if type(value) is not int or not 0 < value <= BOUNDS[as_config]:
+        if type(value) is not int or not 0 < value <= _SIZE_BOUNDS[as_config]:
             raise ModelError(
                 f"{gguf.name}: {architecture}.{key} is {_shown(value)}, and must be a whole number from 1 to "
-                f"{BOUNDS[as_config]}. {_AGAIN}."
+                f"{_SIZE_BOUNDS[as_config]}. {_AGAIN}."
             )
+    heads = gguf.of_architecture("attention.head_count")
+    if heads % (kv_heads := gguf.of_architecture("attention.head_count_kv") or heads):
+        raise ModelError(f"{gguf.name}: it has {heads} query heads, no multiple of its {kv_heads} kv heads. {_AGAIN}.")
+    epsilons = [gguf.of_architecture(f"attention.layer_norm_{kind}epsilon") for kind in ("rms_", "")]
+    if not any(isinstance(epsilon, float) and 0 < epsilon < 1 for epsilon in epsilons):
+        raise ModelError(f"{gguf.name}: the epsilon of its norms is {_shown(epsilons[0])}. {_AGAIN}.")
     for key, neutral in _NEUTRAL.items():
         value = gguf.of_architecture(key)
         if key not in _UNDERSTOOD.get(architecture, ()) and value is not None and value != neutral:

@@ -5,12 +5,13 @@ Llama's query and key rows). What those tables leave out is added here, because 
 without it, and no one would be told: the size of a head, scaled rotary embeddings, the scale and the caps of Gemma's
 attention, the windows of layers, the digits that a tokenizer keeps apart.
 
-What no GGUF file says is taken as absent: the sliding window of Mistral 7B v0.1, the only architecture here in which
-llama.cpp's converter drops one.
+What no GGUF file says is taken as absent: the sliding windows (of 4096 tokens) of Mistral 7B v0.1 and StarCoder2, which
+llama.cpp's converter drops. Up to that length these models are the same.
 """
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 from analysis.configs import check_config, reading
@@ -20,27 +21,42 @@ from analysis.gguf import GgufArray, GgufFile, GgufTensor
 if TYPE_CHECKING:
     import numpy as np
     import torch
+    from tokenizers import Tokenizer
     from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_MODEL_TYPES = {"gemma3": "gemma3_text"}  # where transformers has another name
+# Where transformers has another name: of the model, and in its table of GGUF's keys.
+_MODEL_TYPES = {"gemma3": "gemma3_text", "qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}
 _GPT2_SPLIT = frozenset({"gpt-2", "gpt2", "phi-2", "mpt", "olmo", "jais"})  # llama.cpp's names
 _DIGITS_APART = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
+_SPECIAL = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
 _ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+_CONTROL, _USER_DEFINED = 3, 4  # types of tokens that are matched whole in a text
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # 3.1 to 3.3
 
 
 def gguf_config(gguf: GgufFile) -> PretrainedConfig:
     """The config that a GGUF file describes. Raises ModelError where it asks for what is not reproduced."""
+    with reading(gguf.name, "header"):
+        config = _config(gguf)
+        check_config(config, gguf.name)
+    return config
+
+
+def _config(gguf: GgufFile) -> PretrainedConfig:
     from transformers import AutoConfig
-    from transformers.integrations import GGUF_CONFIG_MAPPING
+    from transformers.integrations import GGUF_CONFIG_DEFAULTS_MAPPING, GGUF_CONFIG_MAPPING
 
     architecture = gguf.architecture
-    told = {name: gguf.of_architecture(key) for key, name in GGUF_CONFIG_MAPPING[architecture].items() if name}
+    model_type = _MODEL_TYPES.get(architecture, architecture)
+    names = GGUF_CONFIG_MAPPING.get(architecture) or GGUF_CONFIG_MAPPING[model_type]
+    told = GGUF_CONFIG_DEFAULTS_MAPPING.get(model_type, {}) | {
+        name: gguf.of_architecture(key) for key, name in names.items() if name
+    }
     told = {name: value for name, value in told.items() if value is not None}
-    for token in ("bos", "eos", "pad"):
-        key = {"pad": "padding"}.get(token, token)
-        told[f"{token}_token_id"] = gguf.metadata.get(f"tokenizer.ggml.{key}_token_id")
+    told.setdefault("num_key_value_heads", told["num_attention_heads"])
+    for name, key in _SPECIAL.items():
+        told[name] = gguf.metadata.get(f"tokenizer.ggml.{key}")
     told["vocab_size"] = gguf.vocab_size
     told["tie_word_embeddings"] = "output.weight" not in gguf.tensor_names
     told["head_dim"] = _head_dim(gguf)
@@ -48,14 +64,13 @@ def gguf_config(gguf: GgufFile) -> PretrainedConfig:
     told["rope_parameters"] = _rope(gguf)
     if architecture.startswith("gemma"):
         told |= _gemma(gguf)
+    if architecture.endswith("moe"):
+        told |= _experts(gguf)
     if architecture == "phi3":
         told["sliding_window"] = gguf.of_architecture("attention.sliding_window") or None
         if "original_max_position_embeddings" in (rope := told["rope_parameters"]):  # else its default would win
             told["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
-    with reading(gguf.name, "header"):
-        config = AutoConfig.for_model(_MODEL_TYPES.get(architecture, architecture), **told)
-        check_config(config, gguf.name)
-    return config
+    return AutoConfig.for_model(model_type, **told)
 
 
 def gguf_tokenizer(gguf: GgufFile) -> PreTrainedTokenizerBase:
@@ -74,12 +89,54 @@ def gguf_tokenizer(gguf: GgufFile) -> PreTrainedTokenizerBase:
         )
     with reading(gguf.name, "tokenizer"):
         _, content, options = get_gguf_tokenizer(str(gguf.path))
-        backend, _ = convert_gguf_tokenizer(gguf.architecture, content)
+        backend = _with_special_tokens(convert_gguf_tokenizer(gguf.architecture, content)[0], content)
         if split in _DIGITS_APART:
             backend.pre_tokenizer = pre_tokenizers.Sequence(
                 [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
             )
-        return PreTrainedTokenizerFast(tokenizer_object=backend, **options)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **options)
+    if len(tokenizer) > gguf.vocab_size or any(
+        key in content and getattr(tokenizer, key) != content[key] for key in (*_SPECIAL, "unk_token_id")
+    ):
+        raise ModelError(
+            f"{gguf.name}: its special tokens are not in its vocabulary of {len(content['tokens']):,} tokens. "
+            "Give the model in safetensors."
+        )
+    return tokenizer
+
+
+def _with_special_tokens(backend: Tokenizer, content: dict) -> Tokenizer:
+    """The tokenizer with the special tokens that the file has, as it spells them, and no others.
+
+    transformers adds those of the class that it builds (GPT-2's `<|endoftext|>`), beyond the vocabulary. And in a
+    byte-level vocabulary it spells all anew that are not in the alphabet of bytes: DeepSeek's `<｜begin▁of▁sentence｜>`
+    too, which would then be cut up in a text, or become a new token.
+
+    Args:
+        content: as `get_gguf_tokenizer` has it.
+    """
+    from tokenizers import AddedToken, Tokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    tokens, types = content["tokens"], content.get("token_type", ())
+    alphabet = set(bytes_to_unicode().values())
+    special = {
+        i: (token, kind)
+        for i, (token, kind) in enumerate(zip(tokens, types, strict=False))
+        if kind in (_CONTROL, _USER_DEFINED) and content["tokenizer_type"] == "gpt2" and not set(token) <= alphabet
+    }
+    if not special and backend.get_vocab_size() <= len(tokens):
+        return backend
+    state = json.loads(backend.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < len(tokens)]
+    if special:
+        spelled = {i: token for token, i in state["model"]["vocab"].items()} | {i: t for i, (t, _) in special.items()}
+        state["model"]["vocab"] = {token: i for i, token in spelled.items()}
+    backend = Tokenizer.from_str(json.dumps(state))
+    for token, kind in special.values():
+        add = backend.add_special_tokens if kind == _CONTROL else backend.add_tokens
+        add([AddedToken(token, normalized=False, special=kind == _CONTROL)])
+    return backend
 
 
 def gguf_model(gguf: GgufFile, config: PretrainedConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, dict]:
@@ -104,7 +161,9 @@ def gguf_model(gguf: GgufFile, config: PretrainedConfig, dtype: torch.dtype) -> 
             "Fetch or convert it again."
         )
     processor = TENSOR_PROCESSORS.get(gguf.architecture, TensorProcessor)(config=config.to_dict())
-    places = get_gguf_hf_weights_map(empty, processor)
+    mapping = get_gguf_hf_weights_map(empty, processor)
+    # Experts are one tensor in transformers and no module: their names come without the ".weight" that the file has.
+    places = {n if n.endswith((".weight", ".bias")) else f"{n}.weight": place for n, place in mapping.items()}
     unplaced = sorted(gguf.tensor_names - set(places) - set(_ROPE_TENSORS))
     if unplaced:
         raise ModelError(
@@ -113,18 +172,31 @@ def gguf_model(gguf: GgufFile, config: PretrainedConfig, dtype: torch.dtype) -> 
         )
     weights: dict[str, Tensor] = {}
     for tensor in gguf.tensors:
-        if tensor.name in places:
-            values = processor.process(_dequantised(gguf, tensor), tensor.name).weights
-            weights[places[tensor.name]] = torch.from_numpy(values).to(dtype)
+        if tensor.name not in places:
+            continue
+        # Of experts, gate and up projection are one in transformers: the processor puts them into `weights` itself.
+        result = processor.process(
+            _dequantised(gguf, tensor),
+            tensor.name,
+            tensor_key_mapping=mapping,
+            parsed_parameters={"tensors": weights},
+        )
+        if result.name is not None:
+            weights[places[tensor.name]] = torch.from_numpy(result.weights).to(dtype)
+    for name, weight in weights.items():
+        weights[name] = weight.to(dtype)
     return type(empty).from_pretrained(
         None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
     )
 
 
 def dequantising_bytes(gguf: GgufFile, itemsize: int) -> int:
-    """About the memory that loading takes at its peak: all weights, and the largest tensor twice more in float32."""
-    largest = max(gguf.tensors, key=lambda tensor: tensor.n_weights)
-    return gguf.n_weights * itemsize + largest.nbytes + 2 * 4 * largest.n_weights
+    """About the memory that loading takes at its peak, in numbers of `itemsize` bytes."""
+    done = peak = 0
+    for tensor in gguf.tensors:  # each, on top of those before it: as it is stored, and twice in float32
+        peak = max(peak, done + tensor.nbytes + 2 * 4 * tensor.n_weights)
+        done += tensor.n_weights * (4 if "_exps" in tensor.name else itemsize)  # experts stay in float32 up to the end
+    return max(peak, done)
 
 
 def _dequantised(gguf: GgufFile, tensor: GgufTensor) -> np.ndarray:
@@ -219,6 +291,8 @@ def _longrope(gguf: GgufFile, tensors: dict[str, GgufTensor]) -> dict:
 def _gemma(gguf: GgufFile) -> dict:
     """What Gemma 2 and 3 have besides: scale and caps of attention, and which layers have a window."""
     told, config = gguf.of_architecture, {}
+    if told("attention.sliding_window") is None:
+        raise _not_reproduced(gguf, "its layers have windows, and it does not say how long")
     # As llama.cpp has it: the files do not say. The 27B models (46 and 62 layers) divide by another number.
     largest = {"gemma2": 46, "gemma3": 62}[gguf.architecture] == told("block_count")
     per_head = told("embedding_length") // told("attention.head_count")
@@ -236,6 +310,16 @@ def _gemma(gguf: GgufFile) -> dict:
     else:
         raise _not_reproduced(gguf, "its pattern of sliding windows is neither a number nor a list of one per layer")
     return config | {"layer_types": ["sliding_attention" if slide else "full_attention" for slide in slides]}
+
+
+def _experts(gguf: GgufFile) -> dict:
+    """The width of a mixture's experts, which transformers' table leaves out."""
+    if None in map(gguf.of_architecture, ("expert_count", "expert_used_count", "expert_feed_forward_length")):
+        raise _not_reproduced(gguf, "it has experts, and does not say how many or how wide")
+    told = {"moe_intermediate_size": gguf.of_architecture("expert_feed_forward_length")}
+    if gguf.architecture == "qwen2moe":
+        told["shared_expert_intermediate_size"] = gguf.of_architecture("expert_shared_feed_forward_length")
+    return told
 
 
 def _not_reproduced(gguf: GgufFile, what: str) -> ModelError:

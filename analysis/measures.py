@@ -1,9 +1,9 @@
 """Does key norm order tokens as attention does? The paper's ALR, its normal form Γ, and rank correlations.
 
 All from a `Capture`, in float64; no model, no plot. For one query head, with `a` the attention that the probe query
-gives to the n tokens and ranks ascending (ties: the earlier token first, as the cache ranks them):
+gives to the n tokens and ranks ascending (norms that rounding alone tells apart share theirs, see `ties`):
 
-    L^m     = attention of the m tokens of highest key norm         dropping them, as low_norm does
+    L^m     = attention of the m tokens of highest key norm         dropping them, as low_norm does; of equals the mean
     L^m,ref = attention of the m tokens of lowest attention         the ideal order
     ALR     = sum over m = 1..n of (L^m - L^m,ref)                  Eq. 5-7 of the paper; 0 is ideal
     Γ       = cov(a, rank(norm)) / cov(a, rank(a))                  -1 ideal, 0 chance, +1 the reverse
@@ -13,27 +13,27 @@ and ALR = (1 + Γ) * the ALR expected of a random order. Undefined values are Na
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import stats
 
 from analysis.run import Capture
+from analysis.ties import evened, levelled, shared_ranks
 from l2kv.spec import CompressionSpec
 
 _NORM_SIGN = {"low_norm": -1.0, "high_norm": 1.0}
 
 TOO_FEW = 16  # tokens of which no order says anything
 WEAK = 0.1  # a |Γ| below this is not called on one text: between texts it changes sign
-CONSTANT = 1e-5  # a relative spread of norms below this is rounding, not order
+CONSTANT = 1e-5  # a relative spread of a head's norms below this is no order, of float32 keys either
 LEAST_MASS = 0.01  # of a row's attention: in whatever order less than that is evicted, no more than that is lost
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionLoss:
-    """What one head loses when m = 0..n tokens are dropped, as shares of the probe's attention. Each [n + 1]."""
+    """What one head loses when m = 0..n tokens are dropped, as shares of the probe's attention. Each [n + 1], or
+    [n + 1 - w] where the last w are protected and cannot be dropped."""
 
     low_norm: np.ndarray  # low norms kept: the highest dropped first
     high_norm: np.ndarray  # the mirror
@@ -41,15 +41,25 @@ class AttentionLoss:
     chance: np.ndarray  # expected of a random order
 
 
-def attention_loss(capture: Capture, layer: int, head: int, *, leave_out: int = 0) -> AttentionLoss:
-    """The loss curves of a head, for the probe query. `leave_out` drops the first tokens (the sink) from all of it."""
-    attention = capture.probe_attention[layer, head, leave_out:].astype(np.float64)
-    norm = capture.key_norm[layer, capture.kv_head(head), leave_out:]
-    order = np.argsort(norm, kind="stable")
+def attention_loss(
+    capture: Capture, layer: int, head: int, *, leave_out: int = 0, protect_last: int = 0
+) -> AttentionLoss:
+    """The loss curves of a head, for the probe query.
+
+    Of tokens of equal norm (see `ties`) any may be dropped first: there a curve is the one expected, a straight line.
+
+    Args:
+        leave_out: the first tokens (the sink) are left out of all of it.
+        protect_last: the latest tokens cannot be dropped; 0 in the paper.
+    """
+    free = slice(leave_out, max(capture.n_tokens - protect_last, leave_out))
+    attention = capture.probe_attention[layer, head, free].astype(np.float64)
+    norm = levelled(capture.key_norm[layer, capture.kv_head(head)], capture.dtype)[free]
+    by_norm = evened(attention, norm)
     n = len(attention)
     return AttentionLoss(
-        low_norm=_cumulative(attention[order[::-1]]),
-        high_norm=_cumulative(attention[np.argsort(-norm, kind="stable")[::-1]]),
+        low_norm=_cumulative(by_norm[::-1]),
+        high_norm=_cumulative(by_norm),
         ideal=_cumulative(np.sort(attention)),
         chance=np.arange(n + 1) / max(n, 1) * attention.sum(),
     )
@@ -79,12 +89,13 @@ def correlation(capture: Capture, method: str = "gini", *, leave_out: int = 0) -
 
 
 def status(capture: Capture, *, leave_out: int = 0) -> np.ndarray:
-    """Why a head's figures are undefined, [L, H] of str: "ok", "constant norms", "no attention", "little attention"
-    (next to none is left, under `LEAST_MASS`, when the first tokens are left out), "too short", or "sliding window":
-    the probe query sees only the latest tokens there, and the others cannot be ranked by it."""
+    """Why a head's figures are undefined, [L, H] of str: "ok", "constant norms" (all equal, or within 1e-5), "no
+    attention", "little attention" (next to none is left, under `LEAST_MASS`, when the first tokens are left out), "too
+    short", or "sliding window": the probe query sees only the latest tokens there, and the others cannot be ranked by
+    it."""
     windows = np.array(capture.windows)
     return status_of(
-        capture.key_norm[..., leave_out:],
+        levelled(capture.key_norm, capture.dtype)[..., leave_out:],
         capture.probe_attention[..., leave_out:],
         mass=capture.probe_attention.sum(axis=-1, dtype=np.float64),
         # A window of w holds the query's own key as well, which is no column of its row.
@@ -92,8 +103,8 @@ def status(capture: Capture, *, leave_out: int = 0) -> np.ndarray:
     )
 
 
-def status_of(key_norm: np.ndarray, attention: np.ndarray, *, mass: np.ndarray, hidden: np.ndarray) -> np.ndarray:
-    """`status` of any attention [L, H, n] to tokens of norms [L, Hkv, n].
+def status_of(norm: np.ndarray, attention: np.ndarray, *, mass: np.ndarray, hidden: np.ndarray) -> np.ndarray:
+    """`status` of any attention [L, H, n] to tokens of levelled norms [L, Hkv, n] (see `ties`).
 
     Args:
         mass: [L, H], the attention to all tokens, those that are left out included.
@@ -106,7 +117,6 @@ def status_of(key_norm: np.ndarray, attention: np.ndarray, *, mass: np.ndarray, 
     even = np.ptp(attention, axis=-1) <= 1e-12  # no mass at all, or spread with no difference
     result[even] = "no attention"
     result[~even & (attention.sum(axis=-1, dtype=np.float64) < LEAST_MASS * mass)] = "little attention"
-    norm = key_norm.astype(np.float64)
     constant = np.ptp(norm, axis=-1) <= CONSTANT * norm.mean(axis=-1)
     result[np.repeat(constant, attention.shape[1] // norm.shape[1], axis=1)] = "constant norms"
     result[hidden] = "sliding window"
@@ -213,7 +223,8 @@ def by_layer(verdict: np.ndarray) -> str:
     for layer, heads in enumerate(verdict):
         layers.setdefault(_of_a_layer(heads), []).append(layer)
     told = [f"{_ranges(layers[words])}: {words}" for words in _LAYER_WORDS if words in layers]
-    return f"Layer{'s' * (len(verdict) > 1)} {'; '.join(told)}."
+    several = not told[0].partition(":")[0].isdecimal()
+    return f"Layer{'s' * several} {'; '.join(told)}."
 
 
 # What is said of a layer, the best first, if these verdicts together are those of more than half of its heads.
@@ -325,7 +336,8 @@ class RankSums:
     """Sums over the n tokens of attention * rank, [L, H] each. Ranks ascend from 1, so their mean is (n + 1) / 2.
 
     The m-th token dropped counts in the n - m + 1 losses that follow: a token's attention is summed as often as its
-    rank says, in the order of norms, and as its rank from the other end says, in the ideal order.
+    rank says, in the order of norms, and as its rank from the other end says, in the ideal order. Of equals each is
+    dropped first as often as last: on average as often as the rank that they share says.
     """
 
     by_norm: np.ndarray
@@ -336,7 +348,8 @@ class RankSums:
     def of(cls, capture: Capture, leave_out: int) -> RankSums:
         """Of the probe row of a capture."""
         attention = capture.probe_attention[..., leave_out:].astype(np.float64)
-        ranks = np.repeat(_ordinal(capture.key_norm[..., leave_out:]), capture.n_heads // capture.n_kv_heads, axis=1)
+        ranks = shared_ranks(levelled(capture.key_norm, capture.dtype)[..., leave_out:]).mean(axis=0)
+        ranks = np.repeat(ranks, capture.n_heads // capture.n_kv_heads, axis=1)
         return cls(
             by_norm=(attention * ranks).sum(axis=-1),
             by_attention=np.sort(attention, axis=-1) @ np.arange(1.0, attention.shape[-1] + 1),
@@ -360,37 +373,31 @@ class RankSums:
             return (self.by_norm - self.by_chance) / self.chance
 
 
-def _ordinal(values: np.ndarray) -> np.ndarray:
-    """Ranks 1..n along the last axis; of equal values the earlier gets the lower rank."""
-    order = np.argsort(values, axis=-1, kind="stable")
-    ranks = np.empty_like(order)
-    np.put_along_axis(ranks, order, np.arange(1, values.shape[-1] + 1), axis=-1)
-    return ranks
+def _of_ranks(capture: Capture, leave_out: int) -> np.ndarray:
+    """Spearman's."""
+    norm = np.repeat(levelled(capture.key_norm, capture.dtype), capture.n_heads // capture.n_kv_heads, axis=1)
+    return _pearson(*(shared_ranks(x[..., leave_out:]).mean(axis=0) for x in (norm, capture.attention_received)))
 
 
-def _row_by_row(statistic: Callable) -> Callable[[Capture, int], np.ndarray]:
-    def compute(capture: Capture, leave_out: int) -> np.ndarray:
-        norm, attention = capture.key_norm_by_head()[..., leave_out:], capture.attention_received[..., leave_out:]
-        if norm.shape[-1] < 3:
-            return np.full(norm.shape[:2], np.nan)
-        with warnings.catch_warnings(action="ignore", category=stats.ConstantInputWarning):  # `status` tells
-            return statistic(norm.astype(np.float64), attention.astype(np.float64))
-
-    return compute
+def _of_values(capture: Capture, leave_out: int) -> np.ndarray:
+    """Pearson's."""
+    return _pearson(*(x[..., leave_out:] for x in (capture.key_norm_by_head(), capture.attention_received)))
 
 
 def _pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return stats.pearsonr(x, y, axis=-1).statistic
-
-
-def _spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return _pearson(stats.rankdata(x, axis=-1), stats.rankdata(y, axis=-1))
+    """Along the last axis; NaN of fewer than 3, and where one does not vary. (scipy takes half a second to import.)"""
+    if x.shape[-1] < 3:
+        return np.full(x.shape[:-1], np.nan)
+    constant = (np.ptp(x, axis=-1) == 0) | (np.ptp(y, axis=-1) == 0)  # its mean may be rounded
+    x, y = (values - values.mean(axis=-1, keepdims=True) for values in (x.astype(np.float64), y.astype(np.float64)))
+    size = np.sqrt(np.vecdot(x, x)) * np.sqrt(np.vecdot(y, y))
+    return np.where(constant, np.nan, np.clip(np.vecdot(x, y) / np.where(constant, 1, size), -1, 1))
 
 
 _CORRELATIONS: dict[str, Callable[[Capture, int], np.ndarray]] = {
     "gini": lambda capture, leave_out: RankSums.of(capture, leave_out).gamma,
-    "spearman": _row_by_row(_spearman),
-    "pearson": _row_by_row(_pearson),
+    "spearman": _of_ranks,
+    "pearson": _of_values,
 }
 
 

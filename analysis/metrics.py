@@ -8,14 +8,14 @@ probe gives to token i of n.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from scipy.special import entr
 
-from analysis.measures import HeadFigures, RankSums, head_figures, status_of, verdicts_of
+from analysis.measures import HeadFigures, RankSums, correlation, status_of, verdicts_of
 from analysis.run import Capture
+from analysis.ties import levelled, shared_ranks
 from l2kv.spec import share
 
 PROBES = {
@@ -42,21 +42,33 @@ class Row:
     """
 
     def __init__(
-        self, attention: np.ndarray, norm: np.ndarray, ranks: np.ndarray, seen: np.ndarray, mass: np.ndarray
+        self,
+        attention: np.ndarray,
+        norm: np.ndarray,
+        levels: np.ndarray,
+        ranks: np.ndarray,
+        seen: np.ndarray,
+        mass: np.ndarray,
     ) -> None:
-        """attention [L, H, n]; norm [L, Hkv, n]; ranks [2, L, Hkv, n], 1..n by ascending norm: of equals the earlier
-        has the lower one, as in the cache, and then equals share the mean of theirs; seen [L], how many of the n tokens
-        the probe can see; mass [L, H], the attention to them and to the first tokens that were left out."""
+        """attention [L, H, n]; norm [L, Hkv, n]; levels, the same levelled; ranks [2, L, Hkv, n], the lowest and the
+        highest of each one's equals (see `ties`); seen [L], how many of the n tokens the probe can see; mass [L, H],
+        the attention to them and to the first tokens that were left out."""
         self.mass = mass
         self.given, self.attention = attention, attention.astype(np.float64)
-        self.norm, self.ranks = norm, ranks
+        self.norm, self.levels, self.ranks = norm, levels, ranks
         self.seen, self.n = seen, attention.shape[-1]
 
     @cached_property
     def without_first(self) -> Row:
         """The same for all tokens but the first, the usual sink."""
         seen = np.minimum(self.seen, self.n - 1)
-        return Row(self.given[..., 1:], self.norm[..., 1:], _without(self.ranks, 0), seen, self.mass)
+        levels, ranks = self.levels[..., 1:], _without(self.ranks, 0)
+        return Row(self.given[..., 1:], self.norm[..., 1:], levels, ranks, seen, self.mass)
+
+    @cached_property
+    def rank(self) -> np.ndarray:
+        """By ascending norm, [L, Hkv, n]: 1..n, equals share the mean of theirs."""
+        return self.ranks.mean(axis=0)
 
     @cached_property
     def ascending(self) -> np.ndarray:
@@ -67,7 +79,7 @@ class Row:
     def sums(self) -> RankSums:
         """What Γ and ALR are made of, [L, H] each."""
         return RankSums(
-            by_norm=_products(self.ranks[0], self.attention),
+            by_norm=_products(self.rank, self.attention),
             by_attention=self.ascending @ np.arange(1.0, self.n + 1),
             by_chance=self.attention.sum(axis=-1) * (self.n + 1) / 2,
         )
@@ -75,12 +87,13 @@ class Row:
     @cached_property
     def entropy(self) -> np.ndarray:
         """Of the shares of the attention, [L, H] bits."""
-        return entr(self.attention / np.maximum(self.attention.sum(axis=-1, keepdims=True), 1e-300)).sum(-1) / np.log(2)
+        shares = self.attention / np.maximum(self.attention.sum(axis=-1, keepdims=True), 1e-300)
+        return -(shares * np.log2(np.where(shares > 0, shares, 1))).sum(axis=-1)
 
     @cached_property
     def status(self) -> np.ndarray:
         """[L, H] uint8, index into `STATUSES`: of metrics that compare orders."""
-        words = status_of(self.norm, self.given, mass=self.mass, hidden=self.seen < self.n)
+        words = status_of(self.levels, self.given, mass=self.mass, hidden=self.seen < self.n)
         return sum(i * (words == word) for i, word in enumerate(STATUSES)).astype(np.uint8)
 
     @cached_property
@@ -102,7 +115,8 @@ class Metric:
 def overlap(row: Row, ratio: float = OVERLAP_RATIO) -> np.ndarray:
     """|kept by lowest norm ∩ kept by highest attention| / k with k = ceil(ratio * n), [L, H] in [0, 1].
 
-    1 is the ideal order, k / n is expected of a random one. Of equal tokens the earlier is kept, by norm and ideally.
+    1 is the ideal order, k / n is expected of a random one. Of equal tokens the earlier is kept, by norm (see
+    `ties`) and ideally.
     """
     k = share(ratio, row.n)
     bar = row.ascending[
@@ -110,7 +124,10 @@ def overlap(row: Row, ratio: float = OVERLAP_RATIO) -> np.ndarray:
     ]  # of the last that is ideally kept, and maybe of some that are not
     ideal, equal = row.given > bar, row.given == bar
     ideal |= equal & (equal.cumsum(axis=-1) <= k - ideal.sum(axis=-1, keepdims=True))
-    return _products(row.ranks[0] <= k, ideal.astype(np.float64)) / max(k, 1)
+    first, last = row.ranks
+    kept, cut = last <= k, (first <= k) & (last > k)  # cut: of equals that are kept in part
+    kept |= cut & (cut.cumsum(axis=-1) <= k + 1 - first)
+    return _products(kept, ideal.astype(np.float64)) / max(k, 1)
 
 
 def entropy(row: Row) -> np.ndarray:
@@ -130,7 +147,7 @@ def sink_share(row: Row) -> np.ndarray:
 
 def spearman(row: Row) -> np.ndarray:
     """Pearson's correlation of the ranks, [L, H] in [-1, 1]."""
-    return _correlation(row.ranks[1], _mean_ranks(row.ascending, np.argsort(row.given, axis=-1)))
+    return _correlation(row.rank, shared_ranks(row.given).mean(axis=0))
 
 
 def pearson(row: Row) -> np.ndarray:
@@ -162,22 +179,25 @@ METRICS: dict[str, Metric] = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Figures:
-    """All metrics of one capture by one probe, in the order of `METRICS`: M of them."""
+    """Metrics of one capture by one probe: M of them, all of `METRICS` unless fewer were asked for."""
 
     values: np.ndarray  # [M, L, H] float64; NaN where the status is not "ok"
     status: np.ndarray  # [M, L, H] uint8, index into `STATUSES`
+    names: tuple[str, ...] = tuple(METRICS)
 
     def of(self, metric: str) -> np.ndarray:
         """[L, H] of one metric."""
-        return self.values[tuple(METRICS).index(metric)]
+        return self.values[self.names.index(metric)]
 
     def status_of(self, metric: str) -> np.ndarray:
         """[L, H] of str: "ok", or why the metric is undefined there."""
-        return np.array(STATUSES, dtype=object)[self.status[tuple(METRICS).index(metric)]]
+        return np.array(STATUSES, dtype=object)[self.status[self.names.index(metric)]]
 
 
-def metrics(capture: Capture, *, probe: str = "next token", leave_out: int = 0) -> Figures:
-    """Every metric of every head.
+def metrics(
+    capture: Capture, *, probe: str = "next token", leave_out: int = 0, names: Collection[str] = tuple(METRICS)
+) -> Figures:
+    """Every metric of every head, or those of some names.
 
     "last queries" is the mean over the queries that define a metric, each of which has its own n; where none does, the
     status is that of the last.
@@ -185,18 +205,22 @@ def metrics(capture: Capture, *, probe: str = "next token", leave_out: int = 0) 
     Args:
         probe: whose attention, one of `PROBES`.
         leave_out: as if the text began after so many tokens.
+        names: which of `METRICS`.
 
     Raises:
         ValueError: there is no such probe.
     """
-    rows = [_evaluate(row, METRICS.values()) for row in _rows(capture, probe, leave_out)]
+    wanted = [METRICS[name] for name in names]
+    rows = [_evaluate(row, wanted) for row in _rows(capture, probe, leave_out)]
     if not rows:
-        shape = (len(METRICS), capture.n_layers, capture.n_heads)
-        return Figures(np.full(shape, np.nan), np.full(shape, STATUSES.index("no queries kept"), np.uint8))
+        shape = (len(wanted), capture.n_layers, capture.n_heads)
+        status = np.full(shape, STATUSES.index("no queries kept"), np.uint8)
+        return Figures(np.full(shape, np.nan), status, tuple(names))
     values, status = (np.stack(parts) for parts in zip(*rows, strict=True))  # [queries, M, L, H]
     count = (status == 0).sum(axis=0)
     mean = np.nansum(values, axis=0) / np.maximum(count, 1)
-    return Figures(np.where(count > 0, mean, np.nan), np.where(count > 0, 0, status[0]).astype(np.uint8))
+    status = np.where(count > 0, 0, status[0]).astype(np.uint8)
+    return Figures(np.where(count > 0, mean, np.nan), status, tuple(names))
 
 
 def by_query(capture: Capture, metric: str = "gamma") -> np.ndarray:
@@ -214,14 +238,16 @@ def by_query(capture: Capture, metric: str = "gamma") -> np.ndarray:
 def figures_of_probe(capture: Capture, probe: str, *, leave_out: int = 0) -> HeadFigures:
     """`measures.head_figures` with a probe in the place of the next token. Spearman and Pearson are always of all
     queries, and sink share and verdict, which weigh it, always of all tokens."""
-    whole = metrics(capture, probe=probe)
-    shown = metrics(capture, probe=probe, leave_out=leave_out) if leave_out else whole
-    return replace(
-        head_figures(capture, leave_out=leave_out),
+    names = ("gamma", "gamma_without_sink", "alr", "alr_per_token", "alr_against_chance", "sink_share")
+    whole = metrics(capture, probe=probe, names=names)
+    shown = metrics(capture, probe=probe, leave_out=leave_out, names=names) if leave_out else whole
+    return HeadFigures(
         gamma=shown.of("gamma"),
         alr=shown.of("alr"),
         alr_per_token=shown.of("alr_per_token"),
         alr_against_chance=shown.of("alr_against_chance"),
+        spearman=correlation(capture, "spearman", leave_out=leave_out),
+        pearson=correlation(capture, "pearson", leave_out=leave_out),
         sink_share=whole.of("sink_share"),
         status=shown.status_of("gamma"),
         verdict=verdicts_of(whole.of("gamma"), whole.of("gamma_without_sink")),
@@ -233,16 +259,16 @@ def _rows(capture: Capture, probe: str, leave_out: int) -> Iterator[Row]:
     if probe not in PROBES:
         raise ValueError(f"probe must be one of {', '.join(PROBES)}, got {probe!r}")
     n, norm = capture.n_tokens, capture.key_norm
-    ranks = _ranks(norm)
-    for _ in range(leave_out):
-        ranks = _without(ranks, 0)
+    levels = levelled(norm, capture.dtype)
+    ranks = shared_ranks(levels[..., leave_out:])
     # A window of w holds the query's own key as well, which is no column of its row.
     windows = np.array([window - 1 if window else n for window in capture.windows])
 
     def row(attention: np.ndarray, position: int, seen: np.ndarray | int) -> Row:
         before = slice(leave_out, position)
+        seen = np.minimum(seen, position - leave_out)
         mass = attention[..., :position].sum(axis=-1, dtype=np.float64)
-        return Row(attention[..., before], norm[..., before], ranks, np.minimum(seen, position - leave_out), mass)
+        return Row(attention[..., before], norm[..., before], levels[..., before], ranks, seen, mass)
 
     if probe == "next token":
         yield row(capture.probe_attention, n, windows)
@@ -270,36 +296,14 @@ def _evaluate(row: Row, wanted: Collection[Metric]) -> tuple[np.ndarray, np.ndar
     return np.where(np.stack(status) == 0, values, np.nan), np.stack(status)
 
 
-def _ranks(norm: np.ndarray) -> np.ndarray:
-    """The two ranks [2, L, Hkv, n] of a `Row`."""
-    order = np.argsort(norm, axis=-1, kind="stable")
-    ordinal = np.empty(norm.shape)
-    np.put_along_axis(ordinal, order, np.arange(1.0, norm.shape[-1] + 1), axis=-1)
-    return np.stack([ordinal, _mean_ranks(np.take_along_axis(norm, order, axis=-1), order)])
-
-
 def _without(ranks: np.ndarray, place: int) -> np.ndarray:
-    """Ranks when the first (0) or the last (-1) token has gone: those above it move down by one, its equals by half.
-
-    So one sort does for all the queries of a text.
+    """Ranks as `shared_ranks` when the first (0) or the last (-1) token has gone: one sort does for all the queries of
+    a text.
     """
     gone, others = ranks[..., [place]], ranks[..., 1:] if place == 0 else ranks[..., :-1]
-    return others - np.heaviside(others - gone, 0.5)
-
-
-def _mean_ranks(ascending: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Ranks 1..n along the last axis of values given in order, and that order; equals share the mean of theirs."""
-    place = np.broadcast_to(np.arange(1.0, ascending.shape[-1] + 1), ascending.shape)
-    same = ascending[..., 1:] == ascending[..., :-1]  # as the one before
-    if same.any():
-        first, last = place.copy(), place.copy()
-        first[..., 1:][same] = 0
-        last[..., :-1][same] = np.inf
-        place = np.maximum.accumulate(first, axis=-1) + np.minimum.accumulate(last[..., ::-1], axis=-1)[..., ::-1]
-        place /= 2
-    ranks = np.empty(order.shape)
-    np.put_along_axis(ranks, order, place, axis=-1)
-    return ranks
+    below = others > gone  # of [0] those above the one that has gone, of [1] its equals too
+    below[1] |= others[1] == gone[1]
+    return others - below
 
 
 def _correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:

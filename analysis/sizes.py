@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from analysis.configs import read_config, reading, short
+from analysis.configs import read_config, read_json, reading, short
 from analysis.errors import ModelError
 from analysis.gguf import is_gguf, read_gguf
 from analysis.memory import CacheShape
 from analysis.models import BUNDLED, BUNDLED_MODELS, gguf_file, model_name
+from analysis.packaged import PACKAGED, folder_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -78,11 +79,28 @@ def weights_bytes(ref: str | Path) -> int | None:
     return read_gguf(path).nbytes if is_gguf(path) else _weighed(path) or None
 
 
+def checkpoint_dtype(ref: str | Path) -> str | None:
+    """The dtype of a checkpoint's weights, such as "bfloat16", as its config names it; None where it does not.
+
+    Waits for no torch. Raises ModelError, as `model_size`.
+    """
+    path, name = _config_file(ref)
+    if is_gguf(path):  # of several, to save space: what its cache is in is for who loads it to say
+        return None
+    config = read_json(path, name)
+    for part in (config, config.get("text_config")):  # of models that have parts, the language one may name it
+        if isinstance(part, dict) and isinstance(dtype := part.get("dtype", part.get("torch_dtype")), str):
+            return dtype.removeprefix("torch.")
+    return None
+
+
 def _config_file(ref: str | Path) -> tuple[Path, str]:
     """Where a model's config is (its GGUF file has it), and what to call the model."""
     text = str(ref).strip()
     if text in BUNDLED_MODELS:
         return BUNDLED / text / "config.json", text
+    if packaged := PACKAGED.get(text):
+        return folder_of(packaged) / "config.json", text
     if file := gguf_file(text):
         return file, model_name(text)
     try:

@@ -1,4 +1,4 @@
-"""A figure on a page: its caption, its text for those who cannot see it, and its numbers."""
+"""A figure on a page: its caption, its text for those who cannot see it, and its numbers. And which is drawn first."""
 
 from __future__ import annotations
 
@@ -7,6 +7,39 @@ from typing import Any
 
 import plotly.graph_objects as go
 import streamlit as st
+
+_FIRST_CHART = st.components.v2.component(
+    "first_chart",
+    html="<span></span>",
+    js="""
+export default function ({ setTriggerValue }) {
+  const began = performance.now()
+  let timer
+  const look = () => {
+    const drawn = document.querySelector(".js-plotly-plot .main-svg")
+    if (drawn || performance.now() - began > 10000) {
+      requestAnimationFrame(() => setTimeout(() => setTriggerValue("drawn", true)))  // it has been seen by then
+    } else {
+      timer = setTimeout(look, 20)
+    }
+  }
+  look()
+  return () => clearTimeout(timer)
+}
+""",
+)
+
+
+def first_is_drawn() -> bool:
+    """Whether the browser has drawn a chart in this session. If not, the page is run again as soon as it has.
+
+    The library of charts takes a browser a second or more to load, and then it draws all charts it was sent before any
+    is seen: so the first one is sent alone. Without a browser there is nothing to wait for.
+    """
+    if "chart_drawn" in st.session_state or "User-Agent" not in st.context.headers:
+        return True
+    _FIRST_CHART(key="first_chart", on_drawn_change=lambda: st.session_state.update(chart_drawn=True))
+    return False
 
 
 def show(

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from analysis.errors import ModelError
 from analysis.models import NAMED_MODELS, load_model, tokenizer_and_config
+from analysis.packaged import PACKAGED, is_fetched
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -53,7 +54,9 @@ class Engine:
         """Of the resident model, or of one on this machine; None where it would have to be fetched first."""
         if self._loaded is not None and self._ref == ref:
             return self._loaded.tokenizer, self._loaded.config
-        return _tokenizer_and_config(ref) if ref in allowed_models() else None
+        packaged = PACKAGED.get(ref)
+        here = is_fetched(packaged) if packaged else ref in allowed_models()
+        return _tokenizer_and_config(ref) if here else None
 
     @contextmanager
     def turn(self, ref: str, *, on_wait: Callable[[int], None], on_load: Callable[[], None]) -> Iterator[LoadedModel]:

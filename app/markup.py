@@ -12,7 +12,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from app.figures.style import CONTRAST, PRIMARY
+from app.figures.style import PRIMARY
 
 MOST_TOKENS = 3000  # of a strip: more is unreadable, and slow to lay out
 
@@ -34,8 +34,19 @@ _STYLE = f"""<style>
 .l2kv-text {{ white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.6; min-height: 8rem;
   unicode-bidi: isolate; }}
 .l2kv-prompt {{ opacity: .6; }}
-.l2kv-differs {{ border-bottom: 2px solid {CONTRAST}; background: {CONTRAST}22; }}
+.l2kv-differs {{ border-bottom: 2px solid #8A8F98; }}
 </style>"""
+
+
+def counted(n: int, noun: str) -> str:
+    """1 -> "1 token", 2 -> "2 tokens"."""
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
+def headline(answer: str) -> str:
+    """Markdown: the first sentence of an answer as its heading, and below it the others."""
+    short, _, rest = answer.partition(". ")
+    return f"##### {plain(short)}{'.' * bool(rest)}" + (f"\n\n{plain(rest)}" if rest else "")
 
 
 def visible(text: str) -> str:

@@ -12,12 +12,14 @@ from typing import Concatenate, ParamSpec, TypeVar
 import numpy as np
 import streamlit as st
 
+from analysis.errors import ModelError
 from analysis.measures import HeadFigures, by_kv_head
 from analysis.metrics import by_query, figures_of_probe
 from analysis.plans.curves import LossCurves, loss_curves
 from analysis.plans.skip import Plan
 from analysis.presets import DEMO_MODEL, bundled_results
 from analysis.run import Capture, load_run
+from analysis.sizes import checkpoint_dtype
 from analysis.study import Study, load_study
 from l2kv.policies import POLICIES
 from l2kv.spec import CompressionSpec
@@ -35,10 +37,16 @@ POLICY_NAMES = {
 BY_NORM = ("low_norm", "high_norm", "random")  # what a run can tell the loss of
 BY_HEAD = "Low or high norm by head"  # signed_norm: only a plan can say which
 
+DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4, "float8": 1}
+"""Bytes of a number in a cache, by its dtype."""
+
 _MOST_REMEMBERED = 16  # answers of one function
 Thing = TypeVar("Thing")
 Settings = ParamSpec("Settings")
 Answer = TypeVar("Answer")
+
+
+_OF_THE_DEMO: dict[str, tuple[object, dict]] = {}
 
 
 def remembered(
@@ -46,13 +54,14 @@ def remembered(
 ) -> Callable[Concatenate[Thing, Settings], Answer]:
     """Have a function of a run or a study, and of settings by position, work each answer out once.
 
-    The session keeps the latest answers on one thing; not the process, which would keep the runs of closed tabs.
+    The session keeps the latest answers on one thing; not the process, which would keep the runs of closed tabs. Only
+    those on the demo run are kept for all.
     """
     name = f"{work.__module__}.{work.__qualname__}"
 
     @wraps(work)
     def ask(thing: Thing, *settings: Settings.args) -> Answer:
-        kept = st.session_state.setdefault("remembered", {})
+        kept = _OF_THE_DEMO if thing is _demo_run() else st.session_state.setdefault("remembered", {})
         of, answers = kept.get(name, (None, None))
         if of is not thing:
             answers = {}
@@ -60,7 +69,7 @@ def remembered(
         if settings not in answers:
             answers[settings] = work(thing, *settings)
             for oldest in list(answers)[:-_MOST_REMEMBERED]:
-                del answers[oldest]
+                answers.pop(oldest, None)  # another session may have been first
         return answers[settings]
 
     return ask
@@ -106,9 +115,11 @@ def is_demo() -> bool:
 
 
 def show_run(run: Capture | None) -> None:
-    """Put a run on screen; None is the demo. The chosen head and the skip list were of the old one."""
+    """Put a run on screen; None is the demo. What was chosen for the old one, its model among it, goes with it."""
     st.session_state["run"] = run
-    for key in ("layer", "head", "skip_layers", "skip_count", "generated", "remembered"):
+    of_the_old = ("layer", "head", "skip_layers", "skip_count", "generated", "remembered", "cache_dtype")
+    models = ("model_choice", "model_ref", "generate_model", "study_anyway")
+    for key in (*of_the_old, *models):
         st.session_state.pop(key, None)
 
 
@@ -130,13 +141,26 @@ def _bundled_study(model: str) -> Study | None:
 
 
 def current_study() -> Study | None:
-    """The study on screen: the session's own, or the bundled one of the model on screen. None where there is none."""
-    return st.session_state.get("study") or _bundled_study(current_run().model)
+    """The study on screen: the session's own, or the bundled one of the model on screen. None where there is none.
+
+    One of another model than the run's is shown for as long as the user wants it, and not as that model's answer.
+    """
+    own, model = st.session_state.get("study"), current_run().model
+    if own is not None and (own.model == model or st.session_state.get("study_anyway")):
+        return own
+    return _bundled_study(model)
+
+
+def study_of_another() -> Study | None:
+    """The session's own study, where it is of another model than the run on screen."""
+    own = st.session_state.get("study")
+    return own if own is not None and own.model != current_run().model else None
 
 
 def show_study(study: Study | None) -> None:
     """Put a study on screen; None is the bundled one. The head that was chosen was of the old one."""
     st.session_state["study"] = study
+    st.session_state["study_anyway"] = study is not None  # whatever the run on screen is of
     for key in ("study_layer", "study_head", "remembered"):
         st.session_state.pop(key, None)
 
@@ -228,6 +252,30 @@ def prune_after_input() -> None:
         "Compress from", 0, 1_000_000, step=64, key="prune_after", persist_state="session",
         help="In tokens. A cache of fewer is left alone (prune_after in the paper).",
     )  # fmt: skip
+
+
+def dtype_of(ref: str) -> str | None:
+    """The dtype that a model's checkpoint is in, where it is at hand and says so."""
+    try:
+        named = checkpoint_dtype(ref)
+    except ModelError:
+        return None
+    return named if named in DTYPES else None
+
+
+def dtype_input(dtype: str | None, *, key: str = "cache_dtype") -> int:
+    """What a cache is to be in: bytes of a number. At first the checkpoint's dtype, where it is known."""
+    _begin_with(key, dtype or "bfloat16")
+    chosen = st.selectbox(
+        "Cache in", list(DTYPES), key=key, persist_state="session", width=150,
+        help=(
+            f"The checkpoint is in {dtype}, and so is its cache, unless it is loaded otherwise: on a CPU this app "
+            "computes in float32."
+            if dtype
+            else "The checkpoint's own dtype is not known here; most are in bfloat16."
+        ),
+    )  # fmt: skip
+    return DTYPES[chosen]
 
 
 def take_spec(spec: CompressionSpec) -> None:

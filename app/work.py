@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, TypeVar
 import streamlit as st
 
 from analysis import texts
-from analysis.errors import RunFileError, TextError, UserError
-from analysis.models import loading_note, model_folder
-from app import markup
+from analysis.errors import ModelError, RunFileError, TextError, UserError
+from analysis.models import loading_note, model_folder, model_name
+from analysis.synthetic import is_synthetic
+from app import markup, state
 from app.engine import Engine, allowed_models, check_allowed
 
 if TYPE_CHECKING:
@@ -32,8 +33,29 @@ Progress = Callable[[int, int, str], None]
 """Called as (done, total, what is done); raises what ends the work when the user has clicked."""
 
 
+def ref_of(model: str, engine: Engine | None = None) -> str | None:
+    """What a model is asked for by, given its name, if it is at hand: by name, in an allowed folder, or in memory."""
+    here = next((ref for ref in allowed_models() if name_of(ref) == model), None)
+    resident = engine.loaded if engine else None
+    return engine.ref if here is None and resident is not None and resident.name == model else here
+
+
+def name_of(ref: str) -> str:
+    """What a model is called that is asked for by `ref`."""
+    try:
+        return model_name(ref)
+    except ModelError:  # a folder of several, which is refused when it is loaded
+        return ref
+
+
 def model_input() -> str:
-    """Which model; the choice is one with the page Capture's. Empty if none was named."""
+    """Which model, at first that of the run on screen; one choice on all pages. Empty if none was named."""
+    if "model_choice" not in st.session_state:
+        run = state.current_run()
+        ref = allowed_models()[0] if is_synthetic(run) else ref_of(run.model)
+        st.session_state["model_choice"] = ref or OTHER
+        if ref is None and "/" in run.model:
+            st.session_state["model_ref"] = run.model  # of the hub
     chosen = st.selectbox("Model", [*allowed_models(), OTHER], key="model_choice", persist_state="session")
     if chosen != OTHER:
         return chosen
@@ -42,6 +64,11 @@ def model_input() -> str:
         help="Any decoder-only model with safetensors or GGUF weights. No remote code is run. Folders must be "
         "allowed by whoever runs the app (L2KV_MODEL_DIRS).",
     )  # fmt: skip
+
+
+def label(verb: str, ref: str) -> str:
+    """What a button says that does something with a model: "Measure it for smollm2"."""
+    return f"{verb} for {markup.plain(name_of(ref))}" if ref else verb
 
 
 def texts_input() -> Mapping[str, str]:
@@ -169,6 +196,13 @@ def saved(thing: Result, save: Callable[[Result, Path], Path]) -> bytes:
     """What to download, by what writes such a thing to disk."""
     with tempfile.TemporaryDirectory() as folder:
         return save(thing, Path(folder) / "saved.safetensors").read_bytes()
+
+
+def of_another(shown: str, key: str, model: str) -> None:
+    """Say so where what the session holds under `key` is of another model than the run on screen, and not shown."""
+    own = st.session_state.get(key)
+    if own is not None and own.model != model:
+        st.caption(f"{shown} that you have is of {markup.plain(own.model)}: it is shown beside a run of that model.")
 
 
 def record_files(shown: Record | None, what: str, key: str, read: Callable[[str], Record]) -> None:

@@ -20,6 +20,7 @@ from transformers.cache_utils import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from l2kv.layer import CompressedHybridLayer, CompressedLayer
+from l2kv.padding import check_padding, first_real
 from l2kv.policies import POLICIES
 from l2kv.seam import Giving, UnsupportedModelError
 from l2kv.spec import CompressionSpec
@@ -49,13 +50,24 @@ class CompressedCache(Giving, Cache):
         self.serving = False  # inside a forward pass of a model prepared with `compressible`
 
     @classmethod
-    def from_full(cls, full: DynamicCache, config: PretrainedConfig, spec: CompressionSpec) -> CompressedCache:
+    def from_full(
+        cls,
+        full: DynamicCache,
+        config: PretrainedConfig,
+        spec: CompressionSpec,
+        *,
+        attention_mask: Tensor | None = None,
+    ) -> CompressedCache:
         """A cache that is as if the tokens of a full one had been run into it: compressed now, and live from here on.
 
         So one forward pass over a prompt serves many specs. The full cache is left as it was, and shares nothing.
 
+        Args:
+            attention_mask: [B, tokens seen], as the model was given it: needed where rows are padded.
+
         Raises:
-            ValueError: the policy needs the queries, which a full cache does not hold, or as the constructor.
+            ValueError: the policy needs the queries, which a full cache does not hold, the mask hides anything but
+                padding on the left, or as the constructor.
         """
         if POLICIES[spec.policy].needs_attention or POLICIES[spec.policy].needs_calibration:
             raise ValueError(
@@ -64,11 +76,10 @@ class CompressedCache(Giving, Cache):
         cache = cls(config, spec)
         for i, (layer, source) in enumerate(zip(cache.layers, full.layers, strict=True)):
             if isinstance(layer, CompressedLayer):
-                layer.append(source.keys, source.values)
-                layer.seen = source.get_seq_length()
+                _fill(_with_states_of(source, layer), source, attention_mask)
                 layer.evict_now()
             else:
-                cache.layers[i] = copy.copy(source)  # it replaces its tensors, and never writes into them
+                cache.layers[i] = _left(source)
         return cache
 
     @classmethod
@@ -165,6 +176,7 @@ def _layer_nbytes(layer: CacheLayerMixin, slack: bool) -> int:
 def l2_compress(
     past_key_values: Cache,
     *,
+    attention_mask: Tensor | None = None,
     keep_ratio: float = 0.5,
     prune_after: int = 0,
     skip_layers: Sequence[int] = (),
@@ -179,11 +191,14 @@ def l2_compress(
     cache given is left as it was: drop it (and the model's outputs that hold it) to have its memory back.
 
     Args:
-        past_key_values: a `DynamicCache` after a forward pass, or the result of an earlier `l2_compress`.
+        past_key_values: a `DynamicCache` after a forward pass, or a compressed cache.
+        attention_mask: [B, tokens seen], as the model was given it: needed where rows are padded, on the left. Padding
+            goes first, but counts. A later forward pass whose mask hides what this did not is refused.
 
     Raises:
         TypeError: no cache, or one whose pairs cannot be read (quantised, static, offloaded).
-        ValueError: as `CompressionSpec`.
+        ValueError: as `CompressionSpec`, or the mask is of another shape, hides anything but padding on the left, or
+            says otherwise than what the compressed cache was told before.
     """
     spec = CompressionSpec(
         keep_ratio=keep_ratio,
@@ -205,25 +220,49 @@ def l2_compress(
     if past_key_values.offloading:
         raise TypeError("l2_compress cannot read an offloaded cache: make it with offloading=False")
     _check_layers(spec, len(past_key_values.layers))
-    layers = [_compressed_once(spec, i, layer) for i, layer in enumerate(past_key_values.layers)]
+    layers = [_compressed_once(spec, i, layer, attention_mask) for i, layer in enumerate(past_key_values.layers)]
     return CompressedCache._holding(layers, CompressionSpec(keep_ratio=1.0))
 
 
-def _compressed_once(spec: CompressionSpec, layer_idx: int, source: CacheLayerMixin) -> CacheLayerMixin:
+def _compressed_once(
+    spec: CompressionSpec, layer_idx: int, source: CacheLayerMixin, attention_mask: Tensor | None
+) -> CacheLayerMixin:
     if type(source) in LEFT:
-        return _with_states_of(source, copy.copy(source))  # it replaces its keys, and never writes into them
+        return _left(source)
     if type(source) not in (*_EVICTING, *_EVICTING.values()) or not source.is_initialized:  # subclasses hold more
         raise TypeError(f"layer {layer_idx} of the cache holds no keys that can be read ({type(source).__name__})")
     kind = _EVICTING.get(type(source), type(source))
     layer = _with_states_of(source, kind(spec, layer_idx))
+    _fill(layer, source, attention_mask)
+    layer.evict_now()
+    layer.evict_no_more()
+    return layer
+
+
+def _fill(layer: CompressedLayer, source: CacheLayerMixin, attention_mask: Tensor | None) -> None:
+    """Put what another layer holds into an empty one, which the mask of all tokens seen tells where rows begin."""
     if isinstance(source, CompressedLayer):
         layer.load(source)
     else:
         layer.append(source.keys, source.values)
         layer.seen = source.get_seq_length()
-    layer.evict_now()
-    layer.evict_no_more()
-    return layer
+    if attention_mask is None:
+        return
+    shape = (layer.parts()[0].keys.shape[0], layer.seen)
+    if getattr(attention_mask, "shape", None) != shape:
+        raise ValueError(
+            f"attention_mask must be of shape {list(shape)}, of all tokens that the cache has seen, evicted or not; "
+            f"got {list(getattr(attention_mask, 'shape', ())) or type(attention_mask).__name__}"
+        )
+    begins = first_real(attention_mask)
+    if isinstance(source, CompressedLayer):
+        check_padding(source.first_real, begins, layer.seen)
+    layer.first_real = begins
+
+
+def _left(source: CacheLayerMixin) -> CacheLayerMixin:
+    """A copy of a layer that is left to transformers: it replaces its keys, and never writes into them."""
+    return _with_states_of(source, copy.copy(source))
 
 
 def _with_states_of(source: CacheLayerMixin, layer: CacheLayerMixin) -> CacheLayerMixin:

@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from functools import partial
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -21,6 +20,7 @@ from l2kv.attention import attend, check_mask
 from l2kv.cache import CompressedCache, check_compressible
 from l2kv.heads import in_groups, in_the_models_order
 from l2kv.layer import CompressedLayer
+from l2kv.padding import check_padding, first_real
 from l2kv.seam import Attention, UnsupportedModelError, attention_seam
 
 
@@ -111,11 +111,11 @@ class _Preparation:
         mask = _argument("attention_mask", module, args, kwargs)
         if mask is not None:
             _check_columns(mask, cache.get_seq_length(), _new_tokens(module, args, kwargs))
-        first_real = _first_real(mask)
+        begins = first_real(mask)
         for layer in cache.compressed_layers()[:1]:  # what holds for one holds for all
-            _check_padding(layer, first_real)
+            check_padding(layer.first_real, begins, layer.seen)
         for layer in cache.compressed_layers():
-            layer.first_real = first_real
+            layer.first_real = begins
         self._outermost, self._cache, self._seen_before = module, cache, cache.get_seq_length()
         cache.serving = True
 
@@ -199,34 +199,6 @@ def _check_columns(mask: object, seen: int, new: int | None) -> None:
         raise ValueError(
             f"attention_mask has {mask.shape[1]} columns, but the cache has seen {seen} tokens and {new} are new: "
             f"it needs {seen + new} columns, for all tokens from the first on, evicted or not."
-        )
-
-
-def _first_real(mask: Tensor | None) -> Tensor | None:
-    """Where each row begins, [B], from an attention mask [B, T]; None where no row is padded.
-
-    A row that is all padding has not begun yet: its text may come with a later chunk of the prompt.
-    """
-    if not isinstance(mask, Tensor) or (mask.dim() == 2 and mask.all()):
-        return None
-    if mask.dim() != 2 or not (mask[:, 1:] >= mask[:, :-1]).all():
-        raise ValueError(
-            "A compressed cache takes rows that are padded on the left, or not at all, and no attention mask but that: "
-            "tokenizer.padding_side = 'left', and attention_mask of shape [batch, tokens]."
-        )
-    return (mask == 0).sum(dim=1)
-
-
-def _check_padding(layer: CompressedLayer, first_real: Tensor | None) -> None:
-    """What was padding stays padding: else a mask left out would bring it back, where it was not evicted."""
-    if layer.first_real is None:
-        return
-    known = layer.first_real
-    now = torch.zeros_like(known) if first_real is None else first_real.to(known.device)
-    if now.shape != known.shape or ((now != known) & (known < layer.seen)).any():
-        raise ValueError(
-            "The rows of this cache are padded on the left, and this attention_mask says otherwise (or there is none). "
-            "Give the attention_mask of all tokens with every forward pass."
         )
 
 

@@ -38,15 +38,17 @@ st.plotly_chart(go.Figure(go.Heatmap(z=values)))
 st.dataframe({"layer": np.arange(30), "value": values[:, 0]})
 """
 OTHER_RUN = """
-import runpy
+import dataclasses
 import sys
 from pathlib import Path
 
-sys.path.insert(0, {root!r})
-import analysis.presets
+from analysis import presets
 
-analysis.presets.DEMO_RUN = Path({run!r})
-runpy.run_path({main!r}, run_name="__main__")
+demo, bundled = Path(sys.argv[1]), presets.bundled_results
+presets.bundled_results = lambda model: dataclasses.replace(bundled(model), demo=demo)
+from app.__main__ import main
+
+main(sys.argv[2:])
 """
 DRAWN = """() => {
     if (!document.querySelector('.js-plotly-plot .main-svg image')) return false;
@@ -67,15 +69,13 @@ class Visit:
 
 
 @contextmanager
-def served(script: Path) -> Iterator[str]:
-    """The address of a fresh server of a script, once it is up."""
+def served(*command: str) -> Iterator[str]:
+    """The address of a fresh server that Python starts with a command, once it is up."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = ("--server.headless=true", f"--server.port={port}", "--server.fileWatcherType=none")
-    server = subprocess.Popen(
-        [sys.executable, "-m", "streamlit", "run", str(script), *options], cwd=ROOT, stdout=subprocess.DEVNULL
-    )
+    server = subprocess.Popen([sys.executable, *command, *options], cwd=ROOT, stdout=subprocess.DEVNULL)
     try:
         while True:
             try:
@@ -115,21 +115,18 @@ def main() -> None:
     parser.add_argument("run", nargs="?", type=Path)
     parser.add_argument("--times", type=int, default=3)
     arguments = parser.parse_args()
-    entry = ROOT / "app" / "main.py"
     visits: dict[tuple[str, str], list[Visit]] = {}
     with sync_playwright() as playwright, tempfile.TemporaryDirectory() as folder:
-        bare, ours = Path(folder) / "bare.py", entry
-        bare.write_text(BARE, encoding="utf-8")
-        if arguments.run:
-            ours = Path(folder) / "ours.py"
-            told = {"root": str(ROOT), "run": str(arguments.run.resolve()), "main": str(entry)}
-            ours.write_text(OTHER_RUN.format(**told), encoding="utf-8")
+        page = Path(folder) / "bare.py"
+        page.write_text(BARE, encoding="utf-8")
+        bare = ("-m", "streamlit", "run", str(page))
+        ours = ("-c", OTHER_RUN, str(arguments.run.resolve())) if arguments.run else ("-m", "app")
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         visit_nothing = browser.new_context()  # the browser itself is warm before anything is timed
         visit_nothing.new_page().goto("about:blank")
         for _ in range(arguments.times):
-            for name, script in (("bare", bare), ("ours", ours)):  # in turn: a busy machine slows both
-                with served(script) as address:
+            for name, command in (("bare", bare), ("ours", ours)):  # in turn: a busy machine slows both
+                with served(*command) as address:
                     for state in ("cold", "warm"):
                         visits.setdefault((state, name), []).append(visit(browser, address))
         browser.close()

@@ -29,6 +29,10 @@ _NAMES = (  # longest first where one holds another
     (r"self_attn\.q_norm", "attn_q_norm"),
     (r"self_attn\.k_norm", "attn_k_norm"),
     (r"mlp\.gate_up_proj", "ffn_up"),
+    (r"mlp\.experts\.down_proj", "ffn_down_exps.weight"),
+    (r"mlp\.shared_expert_gate", "ffn_gate_inp_shexp"),
+    (r"mlp\.shared_expert\.(gate|up|down)_proj", r"ffn_\1_shexp"),
+    (r"mlp\.gate\.", "ffn_gate_inp."),
     (r"mlp\.(gate|up|down)_proj", r"ffn_\1"),
     (r"mlp\.c_fc", "ffn_up"),
     (r"mlp\.c_proj", "ffn_down"),
@@ -43,12 +47,13 @@ _OTHERS = ((r"post_attention_layernorm", "ffn_norm"),)
 
 
 def gguf_architecture(model: PreTrainedModel) -> str:
-    return {"gemma3_text": "gemma3", "mistral": "llama"}.get(model.config.model_type, model.config.model_type)
+    others = {"gemma3_text": "gemma3", "mistral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
+    return others.get(model.config.model_type, model.config.model_type)
 
 
 def stored_weight(model: PreTrainedModel, name: str, weight: torch.Tensor, kind: GGMLQuantizationType) -> torch.Tensor:
     """What is left of a weight that is stored as `kind`: matrices only, by gguf's own dequantisation."""
-    if weight.dim() > 1:
+    if weight.dim() > 1 and "shared_expert_gate" not in name:  # which is a vector there
         return torch.from_numpy(gguf.dequantize(gguf.quantize(weight.numpy(), kind), kind)).reshape(weight.shape)
     if gguf_architecture(model).startswith("gemma") and name.endswith("norm.weight"):
         return (weight + 1) - 1  # stored as w + 1 in float32
@@ -88,12 +93,18 @@ def write_gguf(
         told[".attention.layer_norm_rms_epsilon"] = float(config.rms_norm_eps)
     else:
         told[".attention.layer_norm_epsilon"] = float(config.norm_epsilon)
-    if architecture in ("gemma2", "gemma3", "llama", "qwen3"):
+    if architecture in ("gemma2", "gemma3", "llama", "qwen3", "qwen3moe"):
         told |= {".attention.key_length": config.head_dim, ".attention.value_length": config.head_dim}
     if architecture in ("llama", "phi3"):
         told[".rope.dimension_count"] = config.head_dim if architecture == "llama" else _rotated(config)
     if architecture.startswith("gemma"):
         told[".attention.sliding_window"] = config.sliding_window
+    if architecture.endswith("moe"):
+        told[".expert_count"] = config.num_experts
+        told[".expert_used_count"] = config.num_experts_per_tok
+        told[".expert_feed_forward_length"] = config.moe_intermediate_size
+        if architecture == "qwen2moe":
+            told[".expert_shared_feed_forward_length"] = config.shared_expert_intermediate_size
     if architecture == "gemma2":
         told[".attn_logit_softcapping"] = config.attn_logit_softcapping
         told[".final_logit_softcapping"] = config.final_logit_softcapping
@@ -124,6 +135,13 @@ def _tensors(model: PreTrainedModel):
         for pattern, replacement in (*_NAMES, *(_GEMMA if architecture.startswith("gemma") else _OTHERS)):
             renamed = re.sub(pattern, replacement, renamed)
         values = weight.numpy().astype(np.float32)
+        if "shared_expert_gate" in name:
+            values = values[0]
+        if "mlp.experts.gate_up_proj" in name:  # [experts, gate then up, hidden]: two tensors in GGUF
+            stem = renamed.split("mlp.")[0]
+            yield f"{stem}ffn_gate_exps.weight", np.ascontiguousarray(values[:, : values.shape[1] // 2])
+            yield f"{stem}ffn_up_exps.weight", np.ascontiguousarray(values[:, values.shape[1] // 2 :])
+            continue
         if architecture == "llama" and (".attn_q." in renamed or ".attn_k." in renamed):
             values = _interleaved(values, model.config.head_dim)
         if architecture.startswith("gemma") and renamed.endswith("norm.weight"):
@@ -149,7 +167,7 @@ def _write_metadata(writer: gguf.GGUFWriter, told: dict[str, object]) -> None:
             case bool():
                 writer.add_bool(key, value)
             case int():
-                writer.add_uint32(key, value)
+                (writer.add_uint32 if value >= 0 else writer.add_int32)(key, value)
             case float():
                 writer.add_float32(key, value)
             case str():

@@ -197,6 +197,34 @@ def test_each_column_of_a_preview_is_compared_with_the_full_cache_by_itself():
     assert both.agreement(0) == both.agreement(1) == 2 / 3  # token by token, also after they parted
 
 
+def test_a_task_is_decided_once_every_cache_has_answered_and_a_chat_is_read_to_its_end():
+    for chat in (False, True):
+        asked = Preview("p", (Column("compressed", state.current_spec()),), answer="48213", chat=chat)
+        asked.add(step([1], " 48"), step([1], " 7"))
+        assert not asked.decided
+        asked.add(step([1, 2], " 48213"), step([1, 2], " 77"))
+        assert asked.decided is not chat
+    plain = preview()
+    plain.add(step([1], " 48213"), step([1], " 48213"))
+    assert not plain.decided  # nothing is right or wrong
+
+
+def test_bytes_are_told_in_the_dtype_of_the_checkpoint():
+    shown = preview()
+    shown.cache_dtype, shown.counted_dtype = "bfloat16", "float32"
+    assert shown.nbytes(4096) == "2.0 KiB"
+
+
+def test_nouns_are_counted_as_people_do():
+    assert [markup.counted(n, "token") for n in (0, 1, 2, 4096)] == ["0 tokens", "1 token", "2 tokens", "4,096 tokens"]
+
+
+def test_the_first_sentence_of_an_answer_is_its_headline():
+    told = markup.headline("Mostly yes. In 3 of 4 heads so; Γ +0.13. Layer 0: so.")
+    assert told.splitlines()[0] == "##### Mostly yes." and "In 3 of 4" in told.splitlines()[2]
+    assert markup.headline("It cannot tell.") == "##### It cannot tell\\."
+
+
 @pytest.fixture
 def app():
     return AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=60).run()

@@ -28,9 +28,7 @@ def address():
     command = [
         sys.executable,
         "-m",
-        "streamlit",
-        "run",
-        "app/main.py",
+        "app",
         "--server.headless=true",
         f"--server.port={port}",
     ]
@@ -228,7 +226,7 @@ def test_both_columns_stream_and_cancel_stops_them(page):
     enter(page, tokens, "8")
     page.get_by_role("button", name="Generate", exact=True).click()
     settled(page)
-    page.get_by_text(re.compile("The same 8 tokens|new tokens agree, then")).wait_for()
+    page.get_by_text(re.compile("The same 8 tokens|The texts differ from new token")).wait_for()
     counters = page.get_by_text(re.compile(r"\d+ of \d+ tokens held per layer"))
     assert counters.count() == 2 and re.search(r"5\d% of the full cache", counters.last.inner_text())
 
@@ -248,7 +246,7 @@ def test_a_skip_list_is_suggested_edited_exported_and_taken_over(page):
     tokens = page.get_by_label("New tokens")
     enter(page, tokens, "2")
     page.get_by_role("button", name="Generate", exact=True).click()
-    page.get_by_text(re.compile("The same 2 tokens|new tokens agree, then")).wait_for()
+    page.get_by_text(re.compile("The same 2 tokens|The texts differ from new token")).wait_for()
     counter = page.get_by_text(re.compile(r"\d+ to \d+ of \d+ tokens held per layer")).inner_text()
     half, whole, seen = map(int, re.match(r"(\d+) to (\d+) of (\d+)", counter).groups())
     assert whole == seen and half == -(-seen // 2)  # layers 0 and 1 hold all, the others half
@@ -277,7 +275,7 @@ def test_texts_are_studied_cancelled_and_gone_on_with(page, tmp_path):
     page.get_by_text(re.compile("^2 texts, ")).wait_for()
     settled(page)
     enter(page, page.get_by_role("spinbutton", name="Tokens an excerpt"), "128")
-    page.get_by_role("button", name="Run", exact=True).click()
+    page.get_by_role("button", name="Measure it for books-5m", exact=True).click()
     page.get_by_text(re.compile(r"^[2-9] of 24 texts$")).wait_for()
     page.get_by_role("button", name="Cancel", exact=True).click()
     page.get_by_text("Cancelled. What was done is kept").wait_for()

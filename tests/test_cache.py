@@ -8,14 +8,17 @@ import pytest
 import torch
 from transformers import (
     AttentionInterface,
+    AutoModelForCausalLM,
     BertConfig,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
     DynamicCache,
     FalconConfig,
     FalconForCausalLM,
+    FalconH1Config,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Lfm2Config,
     MambaConfig,
     MistralConfig,
     MistralForCausalLM,
@@ -605,6 +608,28 @@ def test_a_cache_from_a_full_one_takes_windows_along_and_leaves_them():
         one = model(ids[:, 30:], past_key_values=made).logits
     with torch.no_grad():
         torch.testing.assert_close(one, model(ids[:, 30:], past_key_values=full).logits)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Lfm2Config(**TINY, layer_types=["conv", "full_attention", "conv"]),
+        FalconH1Config(**TINY, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_chunk_size=4),
+    ],
+    ids=["beside layers of attention", "within them"],
+)
+def test_a_cache_from_a_full_one_takes_running_states_along_and_shares_none(config):
+    torch.manual_seed(0)
+    model, spec = AutoModelForCausalLM.from_config(config).eval(), CompressionSpec(keep_ratio=0.5)
+    ids, full, live = tokens(model, 30), DynamicCache(config=config), CompressedCache(config, spec)
+    with torch.no_grad(), compressible(model):
+        model(ids[:, :20], past_key_values=full)
+        model(ids[:, :20], past_key_values=live)
+        made = [CompressedCache.from_full(full, config, spec) for _ in range(2)]
+        for start, end in ((20, 21), (21, 22), (22, 30)):
+            expected = model(ids[:, start:end], past_key_values=live).logits
+            for cache in made:
+                torch.testing.assert_close(model(ids[:, start:end], past_key_values=cache).logits, expected)
 
 
 @pytest.mark.parametrize("policy", ["accumulated", "window", "last_query"])

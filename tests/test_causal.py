@@ -16,7 +16,7 @@ from analysis.excerpts import excerpts
 from analysis.measures import alr
 from analysis.models import LoadedModel
 from analysis.plans import causal
-from analysis.plans.causal import CausalCheck, agreement, causal_check, head_costs
+from analysis.plans.causal import CausalCheck, agreement, causal_check, head_costs, suggest_by_cost
 from analysis.plans.skip import layer_loss
 from analysis.tokens import tokenize
 from l2kv import CompressionSpec
@@ -195,3 +195,43 @@ def test_too_little_to_compare_is_undefined():
     holed[2, 3] = np.nan
     rest = np.delete(loss, 2, axis=0)
     assert agreement(loss, holed) == agreement(rest, rest)
+
+
+# Suggestions by cost
+
+
+def check_of(cost, spec=SPEC, layers=None):
+    """A check of layers with these costs, [K, N] nats a token."""
+    cost = np.asarray(cost, float)
+    layers = tuple(range(len(cost))) if layers is None else layers
+    return CausalCheck("made up", spec, layers, cost, np.ones_like(cost), agreement(cost, np.ones_like(cost)))
+
+
+def test_the_costliest_layers_are_skipped_by_what_was_measured():
+    cost = np.array([0.004, 0.122, 0.033, -0.01])[:, None] + np.array([-0.001, 0, 0.001])
+    check = check_of(cost, layers=(0, 20, 15, 3))
+    assert suggest_by_cost(check).layers == (15, 20)
+    assert suggest_by_cost(check, threshold=0.05).layers == (20,)
+    assert suggest_by_cost(check, threshold=1.0).layers == ()
+    for count, layers in enumerate([(), (20,), (15, 20), (0, 15, 20)]):
+        assert suggest_by_cost(check, rule="count", count=count).layers == layers
+    assert suggest_by_cost(check, rule="gap").layers == (20,)
+    words = suggest_by_cost(check).rule
+    assert "layer 20 +0.122, layer 15 +0.033" in words and "3 texts. So few only give a hint." in words
+    assert "30% kept by low norm" in words
+
+
+def test_a_layer_whose_cost_may_as_well_be_none_is_not_suggested_by_threshold():
+    check = check_of([[0.5, -0.3, 0.4, -0.2, 0.5, -0.1], [0.125] * 6])
+    assert check.nll_change.mean(axis=1).min() > 0.1 - 1e-9
+    assert suggest_by_cost(check, threshold=0.1).layers == (1,)
+    assert suggest_by_cost(check_of([[0.2]])).layers == (0,)  # of one text there is no interval
+    assert "hint" not in suggest_by_cost(check).rule
+
+
+def test_bad_requests_for_a_suggestion_are_refused():
+    with pytest.raises(ValueError, match="rule must be one of"):
+        suggest_by_cost(check_of([[0.1]]), rule="median")
+    for wrong in (-1, 2):
+        with pytest.raises(ValueError, match="count must be from 0 to 1"):
+            suggest_by_cost(check_of([[0.1]]), rule="count", count=wrong)

@@ -244,7 +244,7 @@ def test_the_sink_has_a_marker_of_its_own():
 
 def test_loss_curves_are_thinned_but_keep_their_ends():
     fraction = np.linspace(0, 1, 32769)
-    names = ("low norm kept", "high norm kept", "ideal", "chance")
+    names = ("keep low norm", "keep high norm", "ideal order", "random order")
     figure = loss_curves(fraction, dict.fromkeys(names, fraction**2))
     for curve in figure.data:
         assert len(curve.x) <= 500
@@ -255,15 +255,22 @@ def test_loss_curves_are_thinned_but_keep_their_ends():
 def test_the_loss_at_a_ratio_counts_the_tokens_the_method_evicts():
     """keep_ratio 0.55 of n = 10 keeps ceil(5.5) = 6 and evicts 4: the 5th point, not an interpolation."""
     lost = np.array([0, 1, 2, 3, 44, 55, 66, 77, 88, 99, 100]) / 100
-    figure = loss_curves(np.arange(11) / 10, {"low norm kept": lost}, keep_ratio=0.55)
-    assert figure.data[0].name == "low norm kept 44.0%"
+    figure = loss_curves(np.arange(11) / 10, {"keep low norm": lost}, keep_ratio=0.55)
+    assert figure.data[0].name == "keep low norm: 44.0% lost"
+    assert "40 % of the tokens evicted" in figure.layout.legend.title.text
     assert figure.layout.shapes[0].x0 == pytest.approx(45)
 
 
 @pytest.mark.parametrize("evicted", range(1, 101))
 def test_the_loss_at_a_round_ratio_is_not_off_by_one(evicted):
-    figure = loss_curves(np.arange(101) / 100, {"ideal": np.arange(101) / 100}, keep_ratio=1 - evicted / 100)
-    assert figure.data[0].name == f"ideal {evicted}.0%"
+    figure = loss_curves(np.arange(101) / 100, {"ideal order": np.arange(101) / 100}, keep_ratio=1 - evicted / 100)
+    assert figure.data[0].name == f"ideal order: {evicted}.0% lost"
+
+
+def test_where_the_rest_is_protected_the_loss_is_that_of_all_that_may_be_evicted():
+    figure = loss_curves(np.arange(7) / 10, {"keep low norm": np.arange(7) / 20}, keep_ratio=0.1)
+    assert figure.data[0].name == "keep low norm: 30.0% lost" and figure.data[0].x[-1] == pytest.approx(60)
+    assert "60 % of the tokens evicted" in figure.layout.legend.title.text
 
 
 def test_the_pooled_map_hides_the_future_and_tells_ranges_and_shares():
@@ -323,8 +330,8 @@ EXTREMES = {
     "one token, scatter": lambda: norm_attention_scatter(ONE, ONE, ["a"], rho=None, n=1),
     "no attention, scatter": lambda: norm_attention_scatter(ONE, np.zeros(1), ["a"], rho=None, n=1),
     "a long text undefined": lambda: norm_and_attention(np.full(5000, np.nan), np.zeros(5000), ["a"] * 5000),
-    "no loss": lambda: loss_curves(np.linspace(0, 1, 2), {"ideal": np.zeros(2)}, keep_ratio=1.0),
-    "undefined loss": lambda: loss_curves(np.arange(2), {"ideal": np.full(2, np.nan)}, keep_ratio=0.5),
+    "no loss": lambda: loss_curves(np.linspace(0, 1, 2), {"ideal order": np.zeros(2)}, keep_ratio=1.0),
+    "undefined loss": lambda: loss_curves(np.arange(2), {"ideal order": np.full(2, np.nan)}, keep_ratio=0.5),
     "no curves": lambda: loss_curves(np.zeros(1), {}),
     "one bin": lambda: pooled_map(np.ones((1, 1)), tokens_per_bin=1, n_tokens=1),
     "empty bins": lambda: pooled_map(np.zeros((2, 2)), tokens_per_bin=2, n_tokens=3),

@@ -63,6 +63,12 @@ CONFIGS = {
         rope_parameters=GEMMA3_ROPE,
     ),
     "phi3": transformers.Phi3Config(**SIZES),
+    "qwen2 of experts": transformers.Qwen2MoeConfig(
+        **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=64
+    ),
+    "qwen3 of experts": transformers.Qwen3MoeConfig(
+        **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=32, norm_topk_prob=True
+    ),
     "starcoder2": transformers.Starcoder2Config(**SIZES),
 }  # fmt: skip
 
@@ -271,6 +277,7 @@ def test_phi_4_minis_partly_rotated_heads_are_taken_over(tmp_path):
         {".rope.dimension_count": 8},
         {".attention.value_length": 8},
         {".attention.scale": 0.5},
+        {".rope.scaling.type": 5},
         {".expert_count": 8},
         {".attention.sliding_window": 8},
         {".final_logit_softcapping": 30.0},
@@ -293,6 +300,24 @@ def test_a_window_of_phi_3_and_a_pattern_of_windows_are_taken_over(tmp_path):
     path = write_gguf(tmp_path / "gemma.gguf", gemma, metadata={".attention.sliding_window_pattern": told})
     loaded = load_model(path, device="cpu")
     assert loaded.config.layer_types == kinds and torch.equal(logits(loaded.model), logits(gemma))
+
+
+@pytest.mark.parametrize("value", ["x", -1, [1, 2], ["a"], True], ids=repr)
+@pytest.mark.parametrize(
+    "key",
+    [
+        "rope.freq_base", "rope.scaling.type", "rope.scaling.factor", "attention.sliding_window",
+        "attention.key_length", "attention.sliding_window_pattern", "rope.freq_base_swa", "attn_logit_softcapping",
+        "context_length",
+        "attention.layer_norm_rms_epsilon", "rope.scaling.original_context_length",
+    ],
+)  # fmt: skip
+def test_a_value_of_the_wrong_kind_is_refused_or_has_no_effect(tmp_path, key, value):
+    path = write_gguf(tmp_path / "x.gguf", random_model(CONFIGS["gemma3"]), metadata={f".{key}": value})
+    try:
+        tokenizer_and_config(path)
+    except ModelError as error:
+        assert str(error).startswith("x: ") and "\n" not in str(error)
 
 
 # Weights that are missing, of the wrong shape, or have no place
@@ -383,6 +408,25 @@ def test_a_rule_of_splitting_that_is_not_known_is_refused(tmp_path, pre):
     path = write_gguf(tmp_path / "x.gguf", random_model(CONFIGS["llama"]), tokenizer={"pre": pre})
     message = refusal(path)
     assert repr(pre) in message and "tokenizer.ggml.pre" in message
+
+
+@pytest.mark.parametrize("kind", [3, 4], ids=["control", "user-defined"])
+def test_special_tokens_outside_the_alphabet_of_bytes_keep_their_places(tmp_path, kind):
+    """DeepSeek's: transformers' own way adds them anew, behind the vocabulary."""
+    told = {
+        "tokens": [*TOKENS[:1], "<｜begin▁of｜>", *TOKENS[2:]],
+        "token_type": [3, kind, 3, *[1] * (len(TOKENS) - 3)],
+    }
+    path = write_gguf(tmp_path / "x.gguf", random_model(CONFIGS["llama"]), tokenizer=told)
+    tokenizer, _ = tokenizer_and_config(path)
+    assert len(tokenizer) == len(TOKENS) and tokenizer.bos_token_id == 1
+    assert tokenizer("the<｜begin▁of｜>the")["input_ids"] == [TOKENS.index("the"), 1, TOKENS.index("the")]
+
+
+def test_special_tokens_that_are_no_tokens_are_refused(tmp_path):
+    told = {"tokens": [*TOKENS[:1], "日<s>", *TOKENS[2:]], "token_type": [1] * len(TOKENS)}
+    path = write_gguf(tmp_path / "x.gguf", random_model(CONFIGS["llama"]), tokenizer=told)
+    assert "its special tokens are not in its vocabulary" in refusal(path)
 
 
 def test_a_chat_template_is_data_and_runs_in_a_sandbox(tmp_path):

@@ -1,5 +1,6 @@
 """Each figure against a slow loop over its definition, and against examples worked out by hand."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,7 @@ from analysis.measures import (
     by_layer,
     head_figures,
     in_short,
+    kept_tokens,
     sink_share,
     status,
     verdicts_of,
@@ -64,19 +66,34 @@ def run(request) -> Capture:
     return run_of(norm, probe / probe.sum(-1, keepdims=True) * 0.9)
 
 
+def expected_losses(attention, dropped_by):
+    """L^m, m = 0..n, straight from the paper, dropping first what is highest by `dropped_by`: expected, where some are
+    equal and any of them may be next."""
+    curve = [0.0]
+    for value in sorted(set(dropped_by), reverse=True):
+        equals = [a for a, of_token in zip(attention, dropped_by, strict=True) if of_token == value]
+        curve += [curve[-1] + sum(equals) * m / len(equals) for m in range(1, len(equals) + 1)]
+    return curve
+
+
 def slow_losses(run, layer, head, leave_out):
-    """L^m of keeping low norms, of keeping high norms, and of the ideal order, m = 0..n, straight from the paper."""
+    """L^m of keeping low norms, of keeping high norms, and of the ideal order, m = 0..n."""
     attention = run.probe_attention[layer, head].astype(float).tolist()[leave_out:]
     norms = run.key_norm[layer, head // 3].tolist()[leave_out:]
-    n = len(norms)
+    return (
+        expected_losses(attention, norms),
+        expected_losses(attention, [-x for x in norms]),
+        expected_losses(attention, [-a for a in attention]),
+    )
 
-    def curve(order):
-        return [sum(attention[i] for i in order[:m]) for m in range(n + 1)]
 
-    high_first = sorted(range(n), key=lambda i: (-norms[i], -i))  # of equals the earlier is kept
-    low_first = sorted(range(n), key=lambda i: (norms[i], -i))
-    ideal = sorted(range(n), key=lambda i: attention[i])
-    return curve(high_first), curve(low_first), curve(ideal)
+def test_expected_losses_are_the_mean_over_all_orders_of_equals():
+    """The oracle itself, by all 12 orders of two and of three equals."""
+    norms, attention = [2.0, 1.0, 2.0, 3.0, 1.0, 2.0], [0.1, 0.3, 0.05, 0.2, 0.15, 0.12]
+    orders = [order for order in itertools.permutations(range(6)) if [norms[i] for i in order] == sorted(norms)[::-1]]
+    assert len(orders) == 12
+    mean = [sum(attention[i] for order in orders for i in order[:m]) / 12 for m in range(7)]
+    assert expected_losses(attention, norms) == pytest.approx(mean)
 
 
 @pytest.mark.parametrize("leave_out", [0, 1, 3])
@@ -91,6 +108,20 @@ def test_alr_and_the_loss_curves_are_the_papers_sums(run, leave_out):
             assert figures[layer, head] == pytest.approx(sum(a - b for a, b in zip(low[1:], ideal[1:], strict=True)))
 
 
+@pytest.mark.parametrize("protected", [0, 7, 40, 99])
+def test_the_loss_curves_end_at_what_the_protected_tokens_let_go(run, protected):
+    for layer, head in np.ndindex(3, 6):
+        curves = attention_loss(run, layer, head, protect_last=protected)
+        free = max(40 - protected, 0)
+        assert all(len(getattr(curves, name)) == free + 1 for name in ("low_norm", "high_norm", "ideal", "chance"))
+        for policy, curve in (("low_norm", curves.low_norm), ("high_norm", curves.high_norm)):
+            for ratio in (0.05, 0.5, 1.0):
+                spec = CompressionSpec(keep_ratio=ratio, policy=policy, protect_last=protected)
+                kept = kept_tokens(run, layer, head, spec)
+                lost = run.probe_attention[layer, head][~kept].sum(dtype=np.float64)
+                assert curve[(~kept).sum()] == pytest.approx(lost, abs=1e-9)
+
+
 @pytest.mark.parametrize("probe", PROBES)
 def test_the_alr_of_a_kv_head_is_that_of_the_mean_attention_of_its_query_heads(run, probe):
     rng = np.random.default_rng(3)
@@ -99,7 +130,7 @@ def test_the_alr_of_a_kv_head_is_that_of_the_mean_attention_of_its_query_heads(r
     found = metrics(by_kv_head(run), probe=probe).of("alr")
     assert found.shape == (3, 2)
     for layer, kv_head in np.ndindex(3, 2):
-        losses = []
+        alrs = []
         for given, n in {
             "next token": [(run.probe_attention, 40)],
             "all queries": [(run.attention_received, 40)],
@@ -108,12 +139,8 @@ def test_the_alr_of_a_kv_head_is_that_of_the_mean_attention_of_its_query_heads(r
             heads = [given[layer, head, :n].astype(float).tolist() for head in range(3 * kv_head, 3 * kv_head + 3)]
             mean = [sum(three) / 3 for three in zip(*heads, strict=True)]
             norms = run.key_norm[layer, kv_head, :n].tolist()
-            dropped = sorted(range(n), key=lambda i: (-norms[i], -i))
-            ideal = sorted(range(n), key=lambda i: mean[i])
-            losses.append(
-                sum(sum(mean[i] for i in dropped[:m]) - sum(mean[i] for i in ideal[:m]) for m in range(1, n + 1))
-            )
-        assert found[layer, kv_head] == pytest.approx(sum(losses) / len(losses))
+            alrs.append(sum(expected_losses(mean, norms)) - sum(expected_losses(mean, [-a for a in mean])))
+        assert found[layer, kv_head] == pytest.approx(sum(alrs) / len(alrs))
 
 
 def test_the_alr_of_a_kv_head_is_not_the_mean_of_those_of_its_query_heads():

@@ -1,13 +1,22 @@
 """Batches of rows that differ in length, padded on the left: each row must go on as if it were alone."""
 
 import copy
+import itertools
 import math
 
 import pytest
 import torch
 from transformers import DynamicCache
 
-from l2kv import POLICIES, CompressedCache, CompressionSpec, compressible
+from l2kv import (
+    POLICIES,
+    CompressedCache,
+    CompressionSpec,
+    attention_seam,
+    compressible,
+    l2_compress,
+    q_filters,
+)
 from tests.architectures import ARCHITECTURES
 from tests.oracle import _attention, target
 from tests.test_cache import IN_CHUNKS, ONE_BY_ONE
@@ -358,3 +367,181 @@ def test_a_mask_given_by_its_place_counts_as_well(llama):
         llama.model(ids, mask, None, by_place)
     for one, other in zip(by_name.kept_positions(1), by_place.kept_positions(1), strict=True):
         assert torch.equal(one, other)
+
+
+# Entry points that are given a cache, or a text, and must be told of the padding
+
+
+ONCE = [name for name, policy in POLICIES.items() if not policy.needs_attention and not policy.needs_calibration]
+
+
+def full_cache(model, ids, mask):
+    """A plain cache after the padded rows, and for each row one after its text alone."""
+    whole, alone = DynamicCache(config=model.config), []
+    with torch.no_grad():
+        model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0), past_key_values=whole)
+        for row, shown in zip(ids, mask.bool(), strict=True):
+            alone.append(DynamicCache(config=model.config))
+            model(row[None, shown], past_key_values=alone[-1])
+    return whole, alone
+
+
+@pytest.mark.parametrize("policy", ONCE)
+def test_compressing_once_keeps_of_a_padded_row_what_it_keeps_of_the_row_alone(model, policy):
+    (ids, mask), count = padded(model, total=24), 5
+    whole, alone = full_cache(model, ids, mask)
+    options = {"policy": policy, "protect_first": 1, "protect_last": 2}
+    together = l2_compress(whole, attention_mask=mask, keep_ratio=(count - 0.5) / 24, **options)
+    for row, padding in enumerate(PADDED):
+        one = l2_compress(alone[row], keep_ratio=(count - 0.5) / (24 - padding), **options)
+        for layer in range(3):
+            for head, expected in zip(together.kept_positions(layer), one.kept_positions(layer), strict=True):
+                assert (head[row] - padding).tolist() == expected[0].tolist() and len(expected[0]) == count
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.5, 0.8, 1.0])
+def test_padding_is_the_first_to_go_when_a_cache_is_compressed_once(llama, keep):
+    """By a sort of the norms; and what is left of it is hidden from the tokens that come."""
+    ids, mask = padded(llama, total=24)
+    whole, alone = full_cache(llama, ids, mask)
+    once, count = l2_compress(whole, attention_mask=mask, keep_ratio=keep), math.ceil(round(keep * 24, 9))
+    for layer, row in itertools.product(range(3), range(4)):
+        for head, kept in enumerate(once.kept_positions(layer)):
+            norms = alone[row].layers[layer].keys[0, head].pow(2).sum(-1).sqrt().tolist()
+            best = sorted(range(len(norms)), key=lambda i: norms[i])[:count]
+            assert len(kept[row]) == count
+            assert real(kept[row].tolist(), PADDED[row]) == {PADDED[row] + i for i in best}
+    logits, (more_ids, more_mask) = [], padded(llama, total=27)
+    live = CompressedCache(llama.config, CompressionSpec(keep_ratio=keep, evict_every=24))
+    decode(llama, more_ids, more_mask, [24], live)
+    for cache in (once, live):
+        for layer in cache.compressed_layers():
+            layer.evict_no_more()
+        logits.append(decode(llama, more_ids, more_mask, [1, 2], cache))
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
+
+
+def test_a_full_cache_that_goes_on_live_knows_its_padding(llama):
+    (ids, mask), spec = padded(llama), CompressionSpec(keep_ratio=0.4, protect_last=3)
+    whole, _ = full_cache(llama, ids[:, :20], mask[:, :20])
+    made = CompressedCache.from_full(whole, llama.config, spec, attention_mask=mask[:, :20])
+    live = CompressedCache(llama.config, spec)
+    decode(llama, ids, mask, [20], live)
+    logits = [decode(llama, ids, mask, [1, 4, 1], cache) for cache in (made, live)]
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
+    for one, other in zip(made.kept_positions(1), live.kept_positions(1), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_compressed_cache_that_is_compressed_once_more_remembers_its_padding(llama):
+    ids, mask = padded(llama, total=24)
+    live = CompressedCache(llama.config, CompressionSpec(keep_ratio=0.9))
+    decode(llama, ids, mask, [24], live)
+    told, remembered = l2_compress(live, keep_ratio=0.3, attention_mask=mask), l2_compress(live, keep_ratio=0.3)
+    for one, other in zip(told.kept_positions(1), remembered.kept_positions(1), strict=True):
+        assert torch.equal(one, other)
+        for row, padding in enumerate(PADDED):
+            assert len(real(one[row].tolist(), padding)) == min(7, 24 - padding)  # ceil of .3 * ceil of .9 * 24
+    more_ids, more_mask = padded(llama, total=25)
+    decode(llama, more_ids, more_mask, [1], remembered)
+    with pytest.raises(ValueError, match="attention_mask of all tokens"):
+        l2_compress(live, attention_mask=torch.ones_like(mask))
+
+
+def compressed_once(llama, ids, mask):
+    return l2_compress(full_cache(llama, ids, mask)[0], keep_ratio=0.5)
+
+
+def live_without_a_mask(llama, ids, mask):
+    cache = CompressedCache(llama.config, CompressionSpec(keep_ratio=0.5))
+    decode(llama, ids, torch.ones_like(mask), [20], cache)
+    return cache
+
+
+def from_full_without_a_mask(llama, ids, mask):
+    spec = CompressionSpec(keep_ratio=0.5)
+    return CompressedCache.from_full(full_cache(llama, ids, mask)[0], llama.config, spec)
+
+
+@pytest.mark.parametrize("make", [compressed_once, live_without_a_mask, from_full_without_a_mask])
+def test_a_mask_that_hides_what_was_taken_for_text_is_refused(llama, make):
+    ids, mask = padded(llama)
+    cache = make(llama, ids[:, :20], mask[:, :20])
+    with pytest.raises(ValueError, match="attention_mask of all tokens"):
+        decode(llama, ids, mask, [2], cache)
+    with pytest.raises(ValueError, match="attention_mask of all tokens"):
+        l2_compress(cache, attention_mask=mask[:, :20])
+    logits = decode(llama, ids, torch.ones_like(mask), [2], cache)  # the refusals did no harm
+    assert logits.isfinite().all() and cache.get_seq_length() == 22
+
+
+def test_padding_that_becomes_text_is_refused_also_before_the_text_began(llama):
+    ids, mask = padded(llama)
+    cache = CompressedCache(llama.config, CompressionSpec())
+    decode(llama, ids[3:], mask[3:], [9], cache)  # all padding so far, as 10 more are
+    other = mask[3:].clone()
+    other[:, 4:] = 1
+    with pytest.raises(ValueError, match="attention_mask of all tokens"):
+        decode(llama, ids[3:], other, [2], cache)
+    decode(llama, ids[3:], mask[3:], [2], cache)
+
+
+@pytest.mark.parametrize(
+    "wrong,message",
+    [
+        (lambda mask: mask[:, :23], r"of shape \[4, 24\].*got \[4, 23\]"),
+        (lambda mask: mask[:2], r"of shape \[4, 24\].*got \[2, 24\]"),
+        (lambda mask: mask[:, None, None], r"of shape \[4, 24\].*got \[4, 1, 1, 24\]"),
+        (lambda mask: mask.tolist(), r"of shape \[4, 24\].*got list"),
+        (lambda mask: mask.flip(1), "padded on the left"),
+        (lambda mask: 1 - mask, "padded on the left"),
+    ],
+)
+def test_a_mask_that_does_not_fit_the_cache_is_refused(llama, wrong, message):
+    ids, mask = padded(llama, total=24)
+    whole, _ = full_cache(llama, ids, mask)
+    with pytest.raises(ValueError, match=message):
+        l2_compress(whole, attention_mask=wrong(mask))
+    with pytest.raises(ValueError, match=message):
+        CompressedCache.from_full(whole, llama.config, CompressionSpec(), attention_mask=wrong(mask))
+
+
+def test_masks_that_tell_of_no_padding_are_refused(llama):
+    """A model takes masks of its own making, too, by which a cache cannot tell where rows begin."""
+    ids, _ = padded(llama)
+    masks = {"full_attention": torch.zeros(4, 1, 20, 20)}
+    with pytest.raises(ValueError, match="no attention mask but that"), compressible(llama), torch.no_grad():
+        llama.model(ids[:, :20], attention_mask=masks, past_key_values=CompressedCache(llama.config, CompressionSpec()))
+
+
+@pytest.mark.parametrize("padding", [(13,), PADDED], ids=["a row", "rows"])
+def test_filters_of_padded_texts_are_those_of_the_texts_alone(model, padding):
+    """By an eigendecomposition of the second moments of the queries of each text, run alone, in float64."""
+    ids, mask = padded(model, padding)
+    queries = {}
+
+    def look(inner, module, query, key, value, mask, **options):
+        queries.setdefault(module.layer_idx, []).append(query[0].double())
+        return inner(module, query, key, value, mask, **options)
+
+    with attention_seam(model, look), torch.no_grad():
+        for row, shown in zip(ids, mask.bool(), strict=True):
+            model(row[None, shown])
+    found = q_filters(model, ids, attention_mask=mask)
+    kv_heads = found.shape[1]
+    for layer, of_texts in queries.items():
+        directions = []
+        for of_head in torch.cat(of_texts, dim=1):
+            top = torch.linalg.eigh(of_head.T @ of_head).eigenvectors[:, -1]
+            directions.append(top * (of_head @ top).sum().sign())
+        expected = torch.stack(directions).unflatten(0, (kv_heads, -1)).mean(dim=1)
+        torch.testing.assert_close(found[layer].double(), expected, atol=1e-3, rtol=0)
+    assert not torch.allclose(found, q_filters(model, ids), atol=0.05)  # which takes padding for text
+    torch.testing.assert_close(q_filters(model, ids, attention_mask=torch.ones_like(ids)), q_filters(model, ids))
+
+
+def test_a_mask_that_does_not_fit_the_calibration_text_or_shows_none_of_it_is_refused(llama):
+    ids, mask = padded(llama)
+    for wrong in (mask[:, 1:], mask[:2], torch.zeros_like(mask)):
+        with pytest.raises(ValueError, match=r"of the shape of input_ids, \[4, "):
+            q_filters(llama, ids, attention_mask=wrong)

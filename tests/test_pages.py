@@ -1,6 +1,7 @@
 """The pages Texts, Plan, Skip layers and Generate as Streamlit runs them, without a browser."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -14,15 +15,17 @@ from analysis.metrics import METRICS, PROBES
 from analysis.models import BUNDLED_MODELS
 from analysis.plans.causal import CausalCheck
 from analysis.plans.front import Front, FrontPoint
-from analysis.presets import BundledResults, FoundPresets, bundled_results
+from analysis.presets import BundledResults, FoundPresets, Preset, bundled_results
 from analysis.run import load_run, save_run
 from analysis.study import Study, save_study
 from analysis.synthetic import instrument
-from app import state
+from app import state, work
+from app.views import generate
 from app.views.generate import Column
 from app.views.texts import MAPS
 from l2kv import CompressionSpec
-from tests.conftest import ROOT
+from tests.conftest import BUNDLED, ROOT
+from tests.test_tasks import TEMPLATE
 
 N_LAYERS, N_HEADS = 6, 8  # as the demo run
 
@@ -152,6 +155,32 @@ def test_few_texts_and_unfinished_studies_are_said_to_be_such():
     app = opened(study=a_study(n=3, texts=10))
     told = words(app)
     assert not app.exception and "3 of 10 texts are done" in told and "fewer than 6 texts" in told
+
+
+def test_a_study_of_another_model_is_not_the_answer_for_the_one_on_screen():
+    run = of_a_model_that_nothing_was_measured_of()
+    app = opened(run=run)
+    assert "in elsewhere?" in app.header[0].value and "No study of elsewhere yet" in words(app) and not charts(app)
+    app = opened(run=run, study=a_study())
+    assert "No study of elsewhere yet" in words(app) and not charts(app)
+    button(app, "Show the study of books\\-5m").click().run()
+    assert "in books-5m?" in app.header[0].value.replace("\\", "") and charts(app) == 4
+    assert "the run on screen is of elsewhere" in words(app)
+
+
+def test_what_is_measured_is_measured_of_the_model_on_screen_unless_another_is_chosen(tmp_path, monkeypatch):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    monkeypatch.setenv("L2KV_MODEL_DIRS", str(tmp_path))
+    at_hand = replace(state._demo_run(), model="other")
+    for page in ("texts", "skip", "plan"):
+        app = opened(page, run=at_hand)
+        assert app.selectbox(key="model_choice").value == str(tmp_path / "other")
+        assert any(box.label == "Measure it for other" for box in app.button)
+        app = opened(page, run=of_a_model_that_nothing_was_measured_of())
+        assert app.selectbox(key="model_choice").value == work.OTHER and not app.text_input(key="model_ref").value
+        app = opened(page, run=replace(at_hand, model="Qwen/Qwen3-0.6B"))
+        assert app.text_input(key="model_ref").value == "Qwen/Qwen3-0.6B"
 
 
 def test_a_study_of_one_text_opens():
@@ -329,8 +358,9 @@ def test_another_front_may_have_other_ways():
 
 
 def test_a_front_of_another_model_is_not_shown():
-    app = opened("plan", front=a_front("other"))
-    assert charts(app) == 2 and "The one that you have is of other" in words(app)
+    app = opened("plan", front=a_front("other"), run=of_a_model_that_nothing_was_measured_of())
+    assert charts(app) == 2 and "The front that you have is of other" in words(app)
+    assert "Nothing was measured for elsewhere yet" in words(app) and "#####" not in words(app)
 
 
 def test_a_bad_front_is_refused_in_one_sentence():
@@ -343,8 +373,10 @@ def test_a_bad_front_is_refused_in_one_sentence():
 def test_what_is_saved_is_told_for_the_gpu_and_the_batch():
     app = opened("plan", saved_batch=4)
     table = app.dataframe[-1].value
-    # 6 layers, 4 kv heads of 32, keys and values of 4 bytes: 6144 bytes a token
-    assert table["full cache"][0] == f"{4 * 4096 * 6144 / 2**20:.1f} MiB" and table["saved"][0] == "50%"
+    # 6 layers, 4 kv heads of 32, keys and values of 2 bytes, as the checkpoint has them: 3072 bytes a token
+    assert table["full cache"][0] == f"{4 * 4096 * 3072 / 2**20:.1f} MiB" and table["saved"][0] == "50%"
+    app.selectbox(key="cache_dtype").set_value("float32").run()
+    assert app.dataframe[-1].value["full cache"][0] == f"{4 * 4096 * 6144 / 2**20:.1f} MiB"
 
 
 def test_a_config_alone_tells_what_is_saved_and_a_bad_one_is_refused():
@@ -423,17 +455,39 @@ def test_what_does_not_fit_the_model_is_a_message_and_not_a_traceback():
 # skip layers
 
 
-def test_layers_are_suggested_by_threshold_by_number_and_by_gap():
-    app = opened("skip")
-    assert "Suggestion" in words(app)
-    for rule, said in (("count", "Skip the 2 layers"), ("gap", "gap"), ("threshold", "ALR / chance")):
+RULES_SAY = (("count", "Skip the 2 layers"), ("gap", "gap"), ("threshold", "Skip every layer"))
+
+
+def of_a_model_that_nothing_was_measured_of(**changes):
+    return replace(state._demo_run(), model="elsewhere", **changes)
+
+
+def test_layers_are_suggested_by_what_was_measured_where_it_was():
+    app = opened("skip", causal=a_check())
+    for rule, said in RULES_SAY:
         app.session_state["skip_rule"] = rule
         app.run()
         assert not app.exception and said in words(app)
+        assert "Suggestion, as measured" in words(app) and "Measured by prediction" in words(app)
+    assert "Suggestion, as measured: 1, 2, 3, 4, 5." in words(app)  # 0.01 nats and more
+    button(app, "Take the suggestion").click().run()
+    assert app.session_state["skip_layers"] == [1, 2, 3, 4, 5] and "controls say otherwise" not in words(app)
+    app.slider(key="keep_ratio").set_value(0.25).run()
+    assert "controls say otherwise" in words(app)
+
+
+def test_elsewhere_layers_are_suggested_by_a_proxy_that_is_called_one():
+    app = opened("skip", run=of_a_model_that_nothing_was_measured_of())
+    for rule, said in RULES_SAY:
+        app.session_state["skip_rule"] = rule
+        app.run()
+        assert not app.exception and said in words(app) and "Suggestion by a proxy, ALR" in words(app)
+    app = opened("skip", policy="high_norm")  # a check of low norm says nothing of it
+    assert "Suggestion by a proxy, ALR" in words(app)
 
 
 def test_layers_are_suggested_from_the_study_of_the_same_model():
-    app = opened("skip", study=a_study(), judged_by="study")
+    app = opened("skip", policy="high_norm", study=a_study(), judged_by="study")
     assert not app.exception and "Measured on 8 texts" in words(app)
 
 
@@ -448,8 +502,9 @@ def test_a_skip_list_is_opened_on_its_page_and_a_bad_one_refused():
 def test_what_each_layer_costs_alone_is_shown_for_the_model_that_it_is_of():
     app = opened("skip", causal=a_check())
     assert not app.exception and charts(app) == 2 and "Spearman of ALR / chance" in words(app)
-    app = opened("skip", causal=a_check("other"))
-    assert charts(app) == 1 and "What you opened is of other" in words(app)
+    app = opened("skip", causal=a_check("other"), run=of_a_model_that_nothing_was_measured_of())
+    assert charts(app) == 1 and "The check that you have is of other" in words(app)
+    assert "Nothing was measured for elsewhere yet" in words(app) and "Spearman of ALR" not in words(app)
 
 
 def test_a_check_that_keeps_the_papers_alr_tells_of_both():
@@ -479,6 +534,93 @@ def test_two_compressions_are_decoded_beside_the_full_cache():
     assert len(preview.compressed) == 2 and preview.compressed[1].token_ids == preview.full.token_ids
     assert preview.agreement(1) == 1.0 and charts(app) == 1
     assert "Nothing was evicted" in words(app)
+
+
+SEA = "The old man looked at the sea, and the sea looked at the old man. Then he said to his wife: "
+
+
+@pytest.fixture
+def offered(monkeypatch):
+    """A task that the full cache solves, one that it does not, and a question, for books-5m."""
+    from analysis.generation import stream
+    from analysis.models import load_model
+
+    *_, (full,) = stream(load_model("books-5m"), SEA, [None], max_new_tokens=6)
+    everything, little = CompressionSpec(keep_ratio=1.0), CompressionSpec(keep_ratio=0.05)
+    offered = (
+        Preset("Solved", SEA, spec=everything, answer=full.text.strip()),
+        Preset("Solved, but not from little", SEA, spec=little, answer=full.text.strip()),
+        Preset("Not solved", SEA, spec=everything, answer="xylophone"),
+        Preset("No task", SEA, spec=little),
+        Preset("A question", "Who is it?", answer="x", chat=True),
+    )
+    monkeypatch.setattr(generate, "presets", lambda model: offered if model == "books-5m" else offered[3:4])
+    return offered
+
+
+def generated(name, **changes):
+    app = opened("generate", new_tokens=8, **changes)
+    app.selectbox(key="prompt_preset").set_value("A question").run()
+    app.selectbox(key="prompt_preset").set_value(name).run()
+    button(app, "Generate").click().run()
+    assert not app.exception and app.session_state["generated"].done
+    return app
+
+
+def test_colour_is_for_the_task_and_not_for_the_same_tokens(offered):
+    app = generated("Solved")
+    assert len(app.success) == 1 and "found" in app.success[0].value and not (app.error or app.warning)
+    assert words(app).count(":green-badge") == 2 and ":red-badge" not in words(app)
+    assert len(app.session_state["generated"].full.token_ids) < 8  # decided, and stopped
+    app = generated("Solved, but not from little")
+    assert len(app.error) == 1 and "not found" in app.error[0].value and not (app.success or app.warning)
+    assert words(app).count(":green-badge") == words(app).count(":red-badge") == 1
+    app = generated("Not solved")
+    assert "The full cache does not give the answer" in words(app) and not (app.success or app.warning)
+    app = generated("No task")
+    assert not (app.success or app.error or app.warning) and "badge" not in words(app)
+    assert "The texts differ from new token" in "".join(caption.value for caption in app.caption)
+
+
+def test_text_that_was_edited_is_no_task_any_more(offered):
+    app = opened("generate", new_tokens=2)
+    app.selectbox(key="prompt_preset").set_value("Not solved").run()
+    app.text_area(key="prompt").set_value(SEA + "No").run()
+    assert app.selectbox(key="prompt_preset").value == generate.OWN
+    button(app, "Generate").click().run()
+    assert app.session_state["generated"].answer == "" and not app.error
+
+
+def test_presets_are_those_of_the_model_that_is_chosen(offered, tmp_path, monkeypatch):
+    shutil.copytree(BUNDLED, tmp_path / "other")
+    monkeypatch.setenv("L2KV_MODEL_DIRS", str(tmp_path))
+    app = opened("generate")
+    app.selectbox(key="prompt_preset").set_value("Solved").run()
+    app.selectbox(key="generate_model").set_value(str(tmp_path / "other")).run()
+    assert not app.exception and app.selectbox(key="prompt_preset").options == ["No task", generate.OWN]
+    assert not [toggle for toggle in app.toggle if toggle.key == "chat"]  # it has no template
+
+
+def test_a_question_is_asked_through_the_chat_template_of_a_model_that_has_one(offered, tmp_path, monkeypatch):
+    shutil.copytree(BUNDLED, tmp_path / "books-5m")
+    (tmp_path / "books-5m" / "chat_template.jinja").write_text(TEMPLATE)
+    monkeypatch.setenv("L2KV_MODEL_DIRS", str(tmp_path))
+    app = opened("generate", generate_model=str(tmp_path / "books-5m"), new_tokens=3)
+    assert app.toggle(key="chat").value is False
+    app.selectbox(key="prompt_preset").set_value("A question").run()
+    assert app.toggle(key="chat").value is True and "with the chat template" in words(app)
+    button(app, "Generate").click().run()
+    assert not app.exception and app.session_state["generated"].chat
+    app.selectbox(key="prompt_preset").set_value("No task").run()
+    assert app.toggle(key="chat").value is False
+
+
+def test_generation_is_with_the_model_on_screen_unless_another_is_chosen():
+    app = opened("generate", run=of_a_model_that_nothing_was_measured_of())
+    assert app.selectbox(key="generate_model").value is None
+    button(app, "Generate").click().run()
+    assert not app.exception and [error.value for error in app.error] == ["Choose a model first."]
+    assert opened("generate").selectbox(key="generate_model").value == state._demo_run().model
 
 
 def test_the_plan_is_decoded_with_and_the_controls_beside_it():

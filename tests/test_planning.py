@@ -3,6 +3,8 @@
 import ast
 import itertools
 import math
+import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,8 +21,11 @@ from analysis.plans.export import kvpress_code, library_code, savings
 from analysis.plans.planning import METHODS, plan
 from analysis.plans.skip import suggest_skip_layers
 from l2kv import CompressionSpec
-from tests.conftest import ROOT
-from tests.test_measures import run_of
+from tests.conftest import BUNDLED, ROOT
+from tests.test_measures import expected_losses, run_of
+from tests.test_tasks import TEMPLATE
+
+OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 def random_run(seed=0, n=40, layers=3, kv_heads=2, group=3, ties=False):
@@ -66,11 +71,9 @@ def least_loss(units, sizes, budget, least=0):
 
 def slow_loss(norms, attention, kept, protect_last, sign):
     """What is lost when `kept` tokens stay: the latest, then those of lowest (1) or highest (-1) norm."""
-    n = len(norms)
-    latest = list(range(max(n - protect_last, 0), n))
-    others = sorted((i for i in range(n) if i not in latest), key=lambda i: (sign * norms[i], i))
-    stay = latest + others[: max(kept - len(latest), 0)]
-    return sum(attention[i] for i in range(n) if i not in stay)
+    before = max(len(norms) - protect_last, 0)
+    dropped = min(len(norms) - kept, before)
+    return expected_losses(attention[:before], [sign * x for x in norms[:before]])[dropped]
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -480,27 +483,58 @@ def test_savings_by_hand():
     ],
 )
 def test_the_code_of_this_library_makes_the_same_spec(spec):
-    code = library_code(spec)
-    names: dict = {}
-    exec(code[: code.index("with compressible")], names)
-    assert names["spec"] == spec and "seed" not in code
+    code = library_code(spec, "a/model")
+    made = code[code.index("spec = ") : code.index("prompt = ")]
+    names = {"CompressionSpec": CompressionSpec}
+    exec(made, names)
+    assert names["spec"] == spec and "seed" not in made
+    for chosen in ("keep_ratio", "policy", "skip_layers", "protect_last", "prune_after"):  # as by default or not
+        assert f"    {chosen}=" in made
     ast.parse(code)
 
 
+def test_the_code_of_this_library_runs_as_it_is_pasted(tmp_path):
+    chatty = tmp_path / "chatty"
+    shutil.copytree(BUNDLED, chatty)
+    (chatty / "chat_template.jinja").write_text(TEMPLATE)
+    answers = []
+    for ref in ("books-5m", str(BUNDLED), str(chatty)):
+        code = library_code(CompressionSpec(keep_ratio=0.5, skip_layers=(0,), protect_last=4), ref)
+        ran = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ | OFFLINE
+        )
+        assert ran.returncode == 0, ran.stderr
+        answers.append(ran.stdout)
+    assert len(answers[0]) > 20 and answers[0] != answers[2]
+
+
+def kvpress_call(code, name="KnormPress"):
+    (call,) = (n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == name)
+    return call
+
+
 def compression_ratio(code):
-    (call,) = (n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Call) and n.func.id == "KnormPress")
-    return call.keywords[0].value
+    return kvpress_call(code).keywords[0].value
+
+
+def layer_ratios(code):
+    press, ratios = kvpress_call(code, "PerLayerCompressionPress").args
+    assert press.func.id == "KnormPress" and not press.args and not press.keywords
+    return eval(compile(ast.Expression(ratios), "", "eval"), {"n_tokens": 1024, "max": max})
 
 
 def test_the_code_for_kvpress_drops_as_much_and_says_what_it_cannot():
     shape = CacheShape((0, 1), 4, 2, 8, 2)
-    plain = kvpress_code(CompressionSpec(keep_ratio=0.3), shape)
-    assert ast.literal_eval(compression_ratio(plain)) == 0.7 and plain.count("# ") == 2
+    plain = kvpress_code(CompressionSpec(keep_ratio=0.3), shape, "a/model")
+    assert ast.literal_eval(compression_ratio(plain)) == 0.7 and plain.count("# ") == 3
+    assert 'model="a/model"' in plain and "PerLayer" not in plain and plain.startswith("# pip install kvpress\n")
     spec = CompressionSpec(keep_ratio=0.25, skip_layers=(0,), protect_last=32, head_ratios={(1, 0): 0.75})
-    code = kvpress_code(spec, shape)  # 1 and 1 of the layer skipped, .75 and .25: a mean of .75
-    assert ast.literal_eval(compression_ratio(code)) == 0.25
-    for words in ("per kv head", "Skipped layers (0)", "last 32 tokens"):
+    code = kvpress_code(spec, shape, "a/model", n_layers=3)  # all of the layer skipped; .75 and .25: a mean of .5
+    assert layer_ratios(code) == [0.0, 0.5, 0.0]
+    for words in ("per kv head", "last 32 tokens", "flash attention"):
         assert words in code
+    by_layer = CompressionSpec(keep_ratio=0.3, layer_ratios={1: 0.9})
+    assert layer_ratios(kvpress_code(by_layer, shape, "a/model")) == [0.7, 0.1]
     everything = CompressionSpec(
         policy="signed_norm",
         directions=(("low", "high"),) * 2,
@@ -509,15 +543,18 @@ def test_the_code_for_kvpress_drops_as_much_and_says_what_it_cannot():
         prune_after=9,
         layer_ratios={1: 0.5},
     )
-    for words in ("spec's signed_norm", "pairs held", "first 4 tokens", "under 9 tokens", "per layer"):
-        assert words in kvpress_code(everything, shape)
-    assert 0.99 < ast.literal_eval(compression_ratio(kvpress_code(CompressionSpec(keep_ratio=0), shape))) < 1
-    budget = kvpress_code(CompressionSpec(budget=256), shape)
+    for words in ("spec's signed_norm", "pairs held", "first 4 tokens", "under 9 tokens"):
+        assert words in kvpress_code(everything, shape, "a/model")
+    nothing = kvpress_code(CompressionSpec(keep_ratio=0), shape, "a/model")
+    assert 0.99 < ast.literal_eval(compression_ratio(nothing)) < 1
+    assert layer_ratios(kvpress_code(CompressionSpec(budget=256, skip_layers=(1,)), shape, "a/model")) == [0.75, 0]
+    assert f'model="analysis/bundled/{BUNDLED.name}"' in kvpress_code(CompressionSpec(), shape, "books-5m")
+    budget = kvpress_code(CompressionSpec(budget=256), shape, "a/model")
     assert eval(compile(ast.Expression(compression_ratio(budget)), "", "eval"), {"n_tokens": 1024}) == 0.75
     with pytest.raises(ValueError, match="key norms"):
-        kvpress_code(CompressionSpec(policy="keydiff"), shape)
+        kvpress_code(CompressionSpec(policy="keydiff"), shape, "a/model")
     with pytest.raises(ValueError, match="no layer"):
-        kvpress_code(CompressionSpec(), replace(shape, layers=()))
+        kvpress_code(CompressionSpec(), replace(shape, layers=()), "a/model")
 
 
 def test_a_plan_does_not_wait_for_torch():

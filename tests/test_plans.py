@@ -44,20 +44,26 @@ def run(text, tmp_path_factory):
     """A saved run."""
     short, out = tmp_path_factory.mktemp("run") / "short.txt", tmp_path_factory.mktemp("run") / "run.safetensors"
     short.write_text(Path(text).read_text()[:300])
-    assert main(["capture", str(short), "-o", str(out), "--device", "cpu"]) == 0
+    assert main(small(["capture", str(short), "-o", str(out), "--device", "cpu"])) == 0
     return str(out)
+
+
+def small(arguments) -> list[str]:
+    """Arguments with the small bundled model, where the command takes one and none is given."""
+    takes = arguments[0] in ("capture", "study", "plan", "causal", "front", "generate")
+    return [*arguments, *["-m", "books-5m"] * (takes and "-m" not in arguments)]
 
 
 def told(capsys, *arguments) -> str:
     """What a command prints that goes well."""
-    assert main([*arguments]) == 0
+    assert main(small(arguments)) == 0
     return capsys.readouterr().out
 
 
 def refused(capsys, *arguments) -> str:
     """The one line that a command ends with that does not."""
     capsys.readouterr()
-    assert main([*arguments]) == 2
+    assert main(small(arguments)) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     return error
@@ -67,6 +73,7 @@ def test_a_skip_list_of_a_run_or_several_is_written_as_a_plan(run, tmp_path, cap
     out = tmp_path / "plan.json"
     said = told(capsys, "skip", run, "--count", "2", "--keep", "0.3", "-o", str(out))
     spec = Plan.from_json(out.read_text()).spec
+    assert "By a proxy, ALR. Skip the 2 layers" in said
     assert len(spec.skip_layers) == 2 and spec.keep_ratio == 0.3 and spec.protect_last == 32
     assert f"books-5m: leave whole {spec.skip_layers[0]}, {spec.skip_layers[1]}\n" in said
     assert "no layer" in told(capsys, "skip", run, run, "--threshold", "2.1") and "2 texts" in told(
@@ -110,7 +117,7 @@ def test_over_a_cache_that_keeps_all_the_texts_are_the_same(tmp_path, capsys):
 def test_a_question_is_asked_through_the_template_where_there_is_one(tmp_path, capsys):
     question = tmp_path / "question.txt"
     question.write_text("Which colour has the sea?")
-    assert "no chat template" in refused(capsys, "generate", str(question), "--chat")
+    assert "no chat template" in refused(capsys, "generate", str(question), "--chat", "-m", "books-5m")
     folder = tmp_path / "chatty"
     shutil.copytree(BUNDLED, folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
@@ -126,6 +133,12 @@ def test_a_causal_check_and_a_front_are_written_as_files(text, tmp_path, capsys)
     check = CausalCheck.from_json(causal.read_text())
     assert check.layers == (3, 4, 5) and str(check) in said and check.spec.protect_last == 4
     assert f"{check.paper[0].mean():11.2f}" in said
+    plan = tmp_path / "plan.json"
+    worst = check.layers[int(check.nll_change.mean(axis=1).argmax())]
+    assert "Measured by prediction" in told(capsys, "skip", str(causal), "--count", "1", "-o", str(plan))
+    spec = Plan.from_json(plan.read_text()).spec  # as it was measured, and with the layers that were left out then
+    assert spec.skip_layers == (0, 1, 2, worst) and spec.protect_last == 4
+    assert "the one file" in refused(capsys, "skip", str(causal), str(causal))
     said = told(capsys, "front", text, "--excerpts", "2", *lengths, "--keeps", "0.5", "-o", str(front))
     read = Front.from_json(front.read_text())
     assert read.answer() in said and not set(read.planned_on) & set(read.measured_on) and SPLIT in said

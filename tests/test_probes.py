@@ -19,7 +19,7 @@ from analysis.synthetic import GAMMA, check, is_synthetic
 from app import figures
 from app.figures.style import PRIMARY
 from tests.conftest import ROOT
-from tests.test_measures import run_of
+from tests.test_measures import expected_losses, run_of
 
 LAYERS, HEADS, KV_HEADS, TOKENS, QUERIES = 3, 4, 2, 24, 6
 WINDOW = 9
@@ -49,16 +49,10 @@ def slow_metrics(norms: list[float], attention: list[float], visible: int) -> di
     """Every metric of one head and one query, from its definition."""
     n, total = len(norms), sum(attention)
 
-    def lost(order):
-        return [sum(attention[i] for i in order[:m]) for m in range(1, n + 1)]
-
     def alr(tokens):
         """The ALR of some of the tokens, and the one expected of a random order."""
-        by_norm = sorted(tokens, key=lambda i: (norms[i], i))[::-1]
-        ideal = sorted(tokens, key=lambda i: attention[i])
-        mass, size = sum(attention[i] for i in tokens), len(tokens)
-        found = [sum(attention[i] for i in by_norm[:m]) for m in range(1, size + 1)]
-        least = [sum(attention[i] for i in ideal[:m]) for m in range(1, size + 1)]
+        of, mass, size = [attention[i] for i in tokens], sum(attention[i] for i in tokens), len(tokens)
+        found, least = expected_losses(of, [norms[i] for i in tokens]), expected_losses(of, [-a for a in of])
         even = [m / size * mass for m in range(1, size + 1)]
         return sum(found) - sum(least), sum(even) - sum(least)
 

@@ -43,14 +43,14 @@ def test_by_gap_the_layers_above_the_widest_gap_of_the_worse_half_are_skipped():
     #                     sorted: 1.9 1.8 | 1.0 0.9 0.8 0.2; the gap at 0.8 is wider than those of 0.1, but not worst
     suggestion = suggest_skip_layers(made_study([[0.9, 1.9, 0.2, 1.8, 1.0, 0.8]]), rule="gap")
     assert suggestion.layers == (1, 3)
-    assert "0.80 of ALR / chance wide, the median gap 0.10" in suggestion.rule
+    assert "0.800 of ALR / chance wide, the median gap 0.100" in suggestion.rule
 
 
 @pytest.mark.parametrize(
     "losses,why",
     [
-        ([0.9, 0.8, 0.7, 0.6, 0.5], "the widest is 0.10"),  # even steps
-        ([1.0, 0.9, 0.8, 0.7, 0.6, 0.1], "the widest is 0.10"),  # the one that stands out parts the best layer
+        ([0.9, 0.8, 0.7, 0.6, 0.5], "the widest is 0.100"),  # even steps
+        ([1.0, 0.9, 0.8, 0.7, 0.6, 0.1], "the widest is 0.100"),  # the one that stands out parts the best layer
         ([1.0, 1.0, 1.0, 1.0], "no gap stands out"),
         ([1.5, 0.1], "three layers"),
     ],

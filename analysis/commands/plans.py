@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,15 +15,18 @@ from analysis.errors import RunFileError, UserError
 
 if TYPE_CHECKING:
     from analysis.plans.planning import AllocationPlan
+    from analysis.plans.skip import SkipSuggestion
     from l2kv.spec import CompressionSpec
 
 
 def add(commands) -> None:
     """Add the commands."""
-    skip = commands.add_parser("skip", help="which layers to leave whole, from runs or a study")
-    skip.add_argument("files", nargs="+", type=Path, help="saved runs of one model, or one study")
+    skip = commands.add_parser("skip", help="which layers to leave whole: as measured by `causal`, or by a proxy")
+    skip.add_argument(
+        "files", nargs="+", type=Path, help="what `causal` wrote (.json); or, for ALR, runs of one model, or one study"
+    )
     rules = skip.add_mutually_exclusive_group()
-    rules.add_argument("--threshold", type=float, default=1.0, help="skip layers of this ALR / chance or more (1)")
+    rules.add_argument("--threshold", type=float, help="skip layers of this cost (0.01) or ALR / chance (1) or more")
     rules.add_argument("--count", type=int, help="skip so many, the worst")
     rules.add_argument("--gap", action="store_true", help="skip those above the widest gap, if one stands out")
     add_spec(skip, skip_layers=False)
@@ -71,10 +75,48 @@ def _write_plan(arguments: argparse.Namespace, model: str, spec: CompressionSpec
 
 
 def _skip(arguments: argparse.Namespace) -> None:
+    from l2kv.spec import CompressionSpec
+
+    rule = "gap" if arguments.gap else "threshold" if arguments.count is None else "count"
+    options = {} if arguments.threshold is None else {"threshold": arguments.threshold}
+    options |= {"rule": rule, "count": arguments.count or 0}
+    measured = [file for file in arguments.files if file.suffix == ".json"]
+    if measured:
+        if len(arguments.files) > 1:
+            raise UserError("Give the one file that `causal` wrote.")
+        model, spec, words = _skip_by_cost(measured[0], options)
+    else:
+        model, suggestion = _skip_by_alr(arguments, options)
+        words = f"By a proxy, ALR. {suggestion.rule}"
+        with typed():
+            spec = CompressionSpec(
+                keep_ratio=arguments.keep,
+                policy=arguments.policy,
+                skip_layers=suggestion.layers,
+                protect_last=arguments.protect_last,
+            )
+    print(f"{model}: leave whole {', '.join(map(str, spec.skip_layers)) or 'no layer'}")
+    print(words)
+    _write_plan(arguments, model, spec, words)
+
+
+def _skip_by_cost(file: Path, options: dict) -> tuple[str, CompressionSpec, str]:
+    """The model, the spec that was measured with its costliest layers skipped, and why."""
+    from analysis.files import read_text
+    from analysis.plans.causal import CausalCheck, suggest_by_cost
+
+    check = CausalCheck.from_json(read_text(file))
+    with typed():
+        suggestion = suggest_by_cost(check, **options)
+    skipped = (*check.spec.skip_layers, *suggestion.layers)
+    return check.model, replace(check.spec, skip_layers=skipped), suggestion.rule
+
+
+def _skip_by_alr(arguments: argparse.Namespace, options: dict) -> tuple[str, SkipSuggestion]:
+    """The model, and the layers of most ALR / chance in runs or in a study of it."""
     from analysis.plans.skip import suggest_skip_layers
     from analysis.run import load_run
     from analysis.study import load_study
-    from l2kv.spec import CompressionSpec
 
     try:
         measured = load_study(arguments.files[0]) if len(arguments.files) == 1 else None
@@ -84,20 +126,8 @@ def _skip(arguments: argparse.Namespace) -> None:
     model = measured[0].model if isinstance(measured, list) else measured.model
     if arguments.policy not in ("low_norm", "high_norm"):
         raise UserError(f"--policy must be low_norm or high_norm: ALR speaks of these; got {arguments.policy!r}")
-    rule = "gap" if arguments.gap else "threshold" if arguments.count is None else "count"
     with typed():
-        suggestion = suggest_skip_layers(
-            measured, arguments.policy, rule=rule, threshold=arguments.threshold, count=arguments.count or 0
-        )
-        spec = CompressionSpec(
-            keep_ratio=arguments.keep,
-            policy=arguments.policy,
-            skip_layers=suggestion.layers,
-            protect_last=arguments.protect_last,
-        )
-    print(f"{model}: leave whole {', '.join(map(str, suggestion.layers)) or 'no layer'}")
-    print(suggestion.rule)
-    _write_plan(arguments, model, spec, suggestion.rule)
+        return model, suggest_skip_layers(measured, arguments.policy, **options)
 
 
 def _plan(arguments: argparse.Namespace) -> None:

@@ -31,6 +31,7 @@ class HeadVectors:
     softcap: float | None  # Gemma 2: scores s become cap * tanh(s / cap)
     sinks: np.ndarray | None  # [H], gpt-oss: a logit per head that takes attention and gives nothing
     window: int  # keys that a query sees, its own included; 0 is all
+    dtype: str = "float32"  # in which the model had them
 
     @property
     def n_heads(self) -> int:
@@ -144,6 +145,7 @@ def _vectors_of(at: Look, window: int) -> HeadVectors:
         softcap=at.options.get("softcap"),
         sinks=None if sinks is None else sinks.float().reshape(-1).cpu().numpy(),
         window=window,
+        dtype=str(at.key.dtype).removeprefix("torch."),
     )
 
 

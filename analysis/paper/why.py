@@ -17,6 +17,7 @@ from analysis.errors import TextError
 from analysis.measures import CONSTANT, sink_share, status
 from analysis.paper.vectors import HeadVectors, attention_rows, last_rows, pooled_attention
 from analysis.run import Capture
+from analysis.ties import levelled
 
 DRAWS = 20
 HARDLY = 0.1  # a share of the attention below which a first token is hardly a sink
@@ -47,7 +48,7 @@ def sink_head(capture: Capture) -> SinkHead:
         TextError: no head can tell (see `measures.status`).
     """
     share = np.where(status(capture) == "ok", sink_share(capture), -1.0)
-    shortest = capture.key_norm_by_head().argmin(axis=-1) == 0
+    shortest = levelled(capture.key_norm_by_head(), capture.dtype).argmin(axis=-1) == 0  # of equals it comes first
     if (share < 0).all():
         raise TextError("In no head of this model do norms and attention of this text give an order to compare.")
     low_norm = bool((shortest & (share >= 0)).any())
@@ -202,7 +203,7 @@ def factors(vectors: HeadVectors) -> Factors:
     row = last_rows(vectors, keys)
     alike_in_length = keys / np.maximum(length, 1e-30) * length.mean(axis=1, keepdims=True)
     alike_in_direction = length * cosine.mean(axis=1, keepdims=True) * towards
-    length, cosine = (x[..., 0].astype(np.float64) for x in (length, cosine))
+    length, cosine = levelled(length[..., 0], vectors.dtype), cosine[..., 0].astype(np.float64)
     by_length = spearman(length, row)
     by_length[np.ptp(length, axis=-1) <= CONSTANT * length.mean(axis=-1)] = np.nan  # rounding would rank them
     return Factors(

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.across import MIN_TEXTS, Interval, resamples, spearman, told_of_documents
+from analysis.across import MIN_TEXTS, Interval, means, resamples, spearman, told_of_documents
 from analysis.errors import ModelError, RunFileError, TextError
 from analysis.files import content_of, record
 from analysis.memory import CacheShape
 from analysis.plans.planning import plan
-from analysis.plans.skip import layer_loss, spec_of
+from analysis.plans.skip import RULES, SkipSuggestion, layer_loss, spec_of, widest_gap
 from l2kv.spec import CompressionSpec
 
 if TYPE_CHECKING:
@@ -146,6 +146,55 @@ def causal_check(
     documents = tuple(documents)
     agreed = agreement(nll_change, loss, documents=documents)
     return CausalCheck(loaded.name, spec, layers, nll_change, loss, agreed, paper, documents)
+
+
+COSTLY = 0.01  # nats a token: a layer that costs this or more, alone, raises the perplexity by one percent
+
+
+def suggest_by_cost(
+    check: CausalCheck, *, rule: str = "threshold", threshold: float = COSTLY, count: int = 2
+) -> SkipSuggestion:
+    """Which layers to keep whole, by what was measured: the costliest to compress alone, mean over the texts.
+
+    Every layer takes the same bytes, so the order of the nats saved is that of the nats saved for a byte.
+
+    Args:
+        rule: one of `skip.RULES`, of the cost in the place of ALR / chance.
+        threshold: of the rule "threshold", nats a token. Layers whose interval holds 0 are not suggested.
+        count: of the rule "count".
+
+    Raises:
+        ValueError: the rule is unknown, or `count` out of range.
+    """
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+    cost, n = means(check.nll_change.T), check.nll_change.shape[1]
+    costliest_first = np.argsort(-cost.mean, kind="stable")
+    if rule == "threshold":
+        chosen = [i for i in costliest_first if cost.mean[i] >= threshold and not cost.low[i] <= 0]
+        words = f"Skip every layer that costs {threshold:g} nats a token or more when it is compressed alone."
+    elif rule == "count":
+        if not 0 <= count <= len(check.layers):
+            raise ValueError(f"count must be from 0 to {len(check.layers)} layers, got {count}")
+        chosen = costliest_first[:count].tolist()
+        words = f"Skip the {count} layers that cost most when each is compressed alone."
+    else:
+        widest, words = widest_gap(
+            cost.mean[costliest_first], "in what each costs when it is compressed alone", "nats a token"
+        )
+        chosen = costliest_first[:widest].tolist()
+    if chosen:
+        told = ", ".join(f"layer {check.layers[i]} {cost.mean[i]:+.3f}" for i in chosen[:6])
+        words += f" In nats a token, {told}{', …' * (len(chosen) > 6)}."
+    words += f" Measured by prediction, {_told(check.spec)}, on {n} text{'s' * (n != 1)}."
+    if n < MIN_TEXTS:
+        words += " So few only give a hint."
+    return SkipSuggestion(tuple(sorted(check.layers[i] for i in chosen)), words)
+
+
+def _told(spec: CompressionSpec) -> str:
+    kept = f"{spec.keep_ratio:.0%}" if spec.budget is None else f"{spec.budget} tokens"
+    return f"{kept} kept by {spec.policy.replace('_', ' ')} with the last {spec.protect_last} protected"
 
 
 def head_costs(

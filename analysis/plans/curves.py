@@ -10,6 +10,7 @@ import numpy as np
 from analysis.across import MIN_TEXTS, means
 from analysis.measures import WEAK, by_kv_head, correlation, status
 from analysis.run import Capture
+from analysis.ties import evened, levelled
 from l2kv.spec import CompressionSpec, share
 
 BY_NORM = ("signed_norm", "low_norm", "high_norm")
@@ -126,8 +127,9 @@ def loss_curves(
     """Loss curves of one text or of several in the same model.
 
     A kv head is judged by the mean attention of the query heads that read it. At keep ratio r of n tokens it keeps
-    `ceil(r n)`, as the cache does, the latest `protect_last` among them. Where norms give no order (constant norms,
-    even attention, under 3 tokens), the loss is the one expected of a random order.
+    `ceil(r n)`, as the cache does, the latest `protect_last` among them. Of tokens of equal norm (see `ties`) each is
+    kept as likely as another. Where norms give no order (constant norms, even attention, under 3 tokens), the loss is
+    the one expected of a random order.
 
     Args:
         captures: one or more; of one model, of any lengths.
@@ -184,11 +186,9 @@ def slim(capture: Capture) -> Capture:
 def _curves(run: Capture, state: np.ndarray, sign: int, bins: int, protect_last: int) -> np.ndarray:
     """[L, Hkv, B + 1] of a run by kv head; `sign` 1 keeps low norms, -1 high ones."""
     n, last = run.n_tokens, min(protect_last, run.n_tokens)
-    rank_by = sign * run.key_norm.astype(np.float64)
+    rank_by = sign * levelled(run.key_norm, run.dtype)
     rank_by[..., n - last :] = -np.inf
-    order = np.argsort(rank_by, axis=-1, kind="stable")  # kept first; of equals the earlier is kept, as in the cache
-    attention = run.probe_attention.astype(np.float64)
-    first_kept = np.take_along_axis(attention, order, axis=-1)
+    first_kept = evened(run.probe_attention, rank_by)
     others = n - last
     even = first_kept[..., last:].mean(axis=-1, keepdims=True) if others else 0.0
     first_kept[..., last:] = np.where((state == "ok")[..., None], first_kept[..., last:], even)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from analysis.memory import CacheShape
+from analysis.models import NAMED_MODELS
+from analysis.packaged import PACKAGED
 from analysis.plans.curves import BY_NORM
-from l2kv.spec import CompressionSpec
+from l2kv.spec import CompressionSpec, Target
 
 LENGTHS = (4096, 32_768, 131_072)  # tokens, that savings are told at
 
@@ -67,62 +70,128 @@ def savings(
     return tuple(rows)
 
 
-def library_code(spec: CompressionSpec) -> str:
-    """Python that decodes with a spec by this library; `model` and `inputs` are the reader's. Defaults are left out."""
-    return (
-        "from l2kv import CompressedCache, CompressionSpec, compressible\n\n"
-        f"spec = CompressionSpec({', '.join(_arguments(spec))})\n"
-        "with compressible(model):\n"
-        "    model.generate(**inputs, past_key_values=CompressedCache(model.config, spec))\n"
-    )
+_CHOSEN = ("keep_ratio", "policy", "skip_layers", "protect_last", "prune_after")  # written down even as by default
+
+
+def library_code(spec: CompressionSpec, ref: str) -> str:
+    """A Python script that generates with a spec by this library, to be pasted as it is.
+
+    Args:
+        ref: the model: a name that `load_model` knows, a folder or a hub id.
+    """
+    if ref in NAMED_MODELS:
+        imports = "from analysis import load_model\nfrom l2kv import CompressedCache, CompressionSpec, compressible\n"
+        load = f"loaded = load_model({_quoted(ref)})\nmodel, tokenizer = loaded.model, loaded.tokenizer\n"
+    else:
+        imports = (
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            "from l2kv import CompressedCache, CompressionSpec, compressible\n"
+        )
+        load = (
+            f'model = AutoModelForCausalLM.from_pretrained({_quoted(ref)}, dtype="auto")\n'
+            f"tokenizer = AutoTokenizer.from_pretrained({_quoted(ref)})\n"
+        )
+    arguments = "".join(f"    {argument},\n" for argument in _arguments(spec))
+    return f"""# In this project's folder: pip install -r requirements.txt
+# Run it there too, or with that folder on PYTHONPATH: l2kv is not on the package index.
+{imports}
+{load}
+spec = CompressionSpec(
+{arguments})
+
+prompt = "The old man looked at the sea. What did he see?"
+if tokenizer.chat_template:
+    messages = [{{"role": "user", "content": prompt}}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not tokenizer.chat_template).to(model.device)
+with compressible(model):
+    cache = CompressedCache(model.config, spec)
+    output = model.generate(**inputs, past_key_values=cache, max_new_tokens=48, do_sample=False)
+print(tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))
+"""
 
 
 def _arguments(spec: CompressionSpec) -> list[str]:
+    """What has to be said of a spec, a line each: what a user chooses, and whatever is not as by default."""
     return [
-        f"{field.name}={dict(value) if field.name in ('layer_ratios', 'head_ratios') else value!r}"
+        f"{field.name}={_written(dict(value) if field.name in ('layer_ratios', 'head_ratios') else value)}"
         for field in fields(spec)
-        if (value := getattr(spec, field.name)) != field.default
+        if (value := getattr(spec, field.name)) is not None and (field.name in _CHOSEN or value != field.default)
     ]
 
 
-def kvpress_code(spec: CompressionSpec, shape: CacheShape) -> str:
-    """Python for NVIDIA's kvpress that comes nearest to a spec: the same share of pairs in all, by key norm.
+def _written(value: object) -> str:
+    return _quoted(value) if isinstance(value, str) else repr(value)
 
-    Comments in it say what of the spec kvpress's press of key norms cannot express.
+
+def _quoted(text: str) -> str:
+    return json.dumps(text)  # double quotes; and what JSON writes of a text Python reads as the same
+
+
+def kvpress_code(spec: CompressionSpec, shape: CacheShape, ref: str, *, n_layers: int | None = None) -> str:
+    """Python for NVIDIA's kvpress that comes nearest to a spec: the same share of pairs in each layer, by key norm.
+
+    Comments in it say what of the spec kvpress's presses cannot express.
+
+    Args:
+        ref: the model, as in `library_code`.
+        n_layers: of the model, where layers with a sliding window come after those of the shape.
 
     Raises:
         ValueError: the spec is not by key norm, or the shape has no layer that can be compressed.
     """
     if spec.policy not in BY_NORM:
         raise ValueError(f"kvpress_code is for key norms ({', '.join(BY_NORM)}), got {spec.policy!r}")
-    targets = [spec.target_of(layer, head) for layer in shape.layers for head in range(shape.n_kv_heads)]
-    if not targets:
+    if not shape.layers:
         raise ValueError("no layer of this model can be compressed")
+    lost = ["0.0"] * (n_layers or max(shape.layers) + 1)
+    for layer in shape.layers:
+        lost[layer] = _lost([spec.target_of(layer, head) for head in range(shape.n_kv_heads)])
+    uniform = len({lost[layer] for layer in shape.layers}) == 1
+    if uniform:
+        imports, press = "KnormPress", f"KnormPress(compression_ratio={lost[shape.layers[0]]})"
+        load = 'device_map="auto")'
+    else:
+        imports = "KnormPress, PerLayerCompressionPress"
+        press = f"PerLayerCompressionPress(KnormPress(), [{', '.join(lost)}])"
+        load = 'device_map="auto", model_kwargs={"attn_implementation": "flash_attention_2"})'
+    notes = [note for note, holds in _kvpress_cannot(spec) if holds]
+    if not uniform:
+        notes.insert(0, "Layers of different lengths: PerLayerCompressionPress works with flash attention, on a GPU.")
+    return (
+        "# pip install kvpress\n"
+        + "".join(f"# {note}\n" for note in ["The nearest in kvpress; it rounds pairs down, l2kv up.", *notes])
+        + f"from kvpress import {imports}\nfrom transformers import pipeline\n\n"
+        + ("n_tokens = 4096  # of your context\n" * any("n_tokens" in each for each in lost))
+        + f"press = {press}\n"
+        + f'pipe = pipeline("kv-press-text-generation", model={_quoted(_files_of(ref))}, {load}\n'
+        + 'context = "The old man looked at the sea. He saw a sail."\nquestion = "What did the old man see?"\n'
+        + 'print(pipe(context, question=question, press=press)["answer"])\n'
+    )
+
+
+def _files_of(ref: str) -> str:
+    """What other programs than this one load a model from."""
+    if packaged := PACKAGED.get(ref):
+        return packaged.original
+    return f"analysis/bundled/{ref}" if ref in NAMED_MODELS else ref
+
+
+def _lost(targets: Sequence[Target]) -> str:
+    """The share of its pairs that a layer of these kv heads loses, as an expression."""
     ratio = sum(target.ratio for target in targets if target.budget is None) / len(targets)
     tokens = sum(target.budget or 0 for target in targets) / len(targets)
-    lost = f"{min(1 - ratio, 0.9999):.4g}"  # kvpress refuses 1
     if tokens:
-        lost = f"max(0.0, {1 - ratio:.4g} - {tokens:g} / n_tokens)"
-    notes = [note for note, holds in _kvpress_cannot(spec) if holds]
-    return (
-        "".join(f"# {note}\n" for note in ["The nearest in kvpress; it rounds pairs down, l2kv up.", *notes])
-        + "from kvpress import KnormPress\nfrom transformers import pipeline\n\n"
-        + ("n_tokens = 4096  # of your context\n" if tokens else "")
-        + f"press = KnormPress(compression_ratio={lost})\n"
-        + 'pipe = pipeline("kv-press-text-generation", model="your/model", device_map="auto")\n'
-        + "print(pipe(context, question=question, press=press)['answer'])\n"
-    )
+        return f"max(0.0, {1 - ratio:.4g} - {tokens:g} / n_tokens)"
+    return f"{min(1 - ratio, 0.9999):.4g}"  # kvpress refuses 1
 
 
 def _kvpress_cannot(spec: CompressionSpec) -> list[tuple[str, bool]]:
     """What is lost in kvpress, and whether the spec has it."""
-    skipped = ", ".join(map(str, spec.skip_layers))
     return [
         ("It compresses once, after the prompt: what is generated is kept. l2kv evicts as tokens come.", True),
         (f"KnormPress keeps low norms everywhere; the spec's {spec.policy} keeps others.", spec.policy != "low_norm"),
-        ("Ratios per kv head become one, of the same total.", spec.head_ratios is not None),
-        ("Ratios per layer become one (PerLayerCompressionPress could tell).", spec.layer_ratios is not None),
-        (f"Skipped layers ({skipped}) are compressed, the others less.", bool(spec.skip_layers)),
+        ("Ratios per kv head become one for each layer, of the same total.", spec.head_ratios is not None),
         (f"The first {spec.protect_first} tokens are not protected.", spec.protect_first > 0),
         (f"The last {spec.protect_last} tokens are not protected.", spec.protect_last > 0),
         (f"Caches under {spec.prune_after} tokens are not left alone.", spec.prune_after > 0),

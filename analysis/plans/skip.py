@@ -65,8 +65,9 @@ def suggest_skip_layers(
 ) -> SkipSuggestion:
     """Which layers to keep whole, from one text, from captures of several, or from a study: the worst by ALR / chance.
 
-    Layers are judged by their mean over the texts. Those without a defined loss give no order to compress by, and are
-    skipped by every rule; layers with a sliding window are never compressed, and never suggested.
+    A proxy: what compressing a layer costs is measured by a single-layer ablation (`causal.suggest_by_cost`). Layers
+    are judged by their mean over the texts. Those without a defined loss give no order to compress by, and are skipped
+    by every rule; layers with a sliding window are never compressed, and never suggested.
 
     Args:
         rule: one of `RULES`.
@@ -99,7 +100,9 @@ def suggest_skip_layers(
         chosen = worst_first[: n - int(undefined.sum())]
         words = f"Skip the {n} layers in which keeping by {kept} loses most beyond the ideal order (ALR / chance)."
     else:
-        n, words = _widest_gap(loss[worst_first], kept)
+        n, words = widest_gap(
+            loss[worst_first], f"in what keeping by {kept} loses beyond the ideal order", "of ALR / chance"
+        )
         chosen = worst_first[:n]
     words += f" Measured on {of.on}, for the next token."
     if n := int(undefined.sum()):
@@ -115,19 +118,18 @@ RULES = {
 STANDS_OUT = 2.0  # times the median gap: a gap as wide divides the layers in two
 
 
-def _widest_gap(loss: np.ndarray, kept: str) -> tuple[int, str]:
+def widest_gap(loss: np.ndarray, of: str, unit: str) -> tuple[int, str]:
     """How many of the worst layers a gap divides from the others, and why; `loss` falls."""
     gaps = loss[:-1] - loss[1:]
     worse_half = gaps[: len(loss) // 2]
     if len(gaps) < 2:
         return 0, "Skip none: a gap takes three layers to stand out among."
     widest, median = float(worse_half.max()), float(np.median(gaps))
-    by = f"{widest:.2f} of ALR / chance wide, the median gap {median:.2f}"
+    by = f"{widest:.3f} {unit} wide, the median gap {median:.3f}"
     if widest <= 0 or widest < STANDS_OUT * median:
-        return 0, f"Skip none: by {kept} no gap stands out among the worse half of the layers; the widest is {by}."
+        return 0, f"Skip none: {of}, no gap stands out among the worse half of the layers; the widest is {by}."
     return int(worse_half.argmax()) + 1, (
-        f"Skip the layers above the widest gap among the worse half, in what keeping by {kept} loses beyond the ideal "
-        f"order: it is {by}."
+        f"Skip the layers above the widest gap among the worse half, {of}: it is {by}."
     )
 
 

@@ -172,14 +172,15 @@ def loss_curves(
 ) -> go.Figure:
     """Attention lost against tokens evicted.
 
-    fraction_dropped [n + 1] from 0 to 1; each curve [n + 1], a share of mass (0..1), under one of the names
-    "low norm kept", "high norm kept", "ideal", "chance". keep_ratio draws a line and states each loss there.
+    fraction_dropped [n + 1] rises from 0, to 1 or to what may be evicted; each curve [n + 1], a share of mass (0..1),
+    under one of the names "keep low norm", "keep high norm", "ideal order", "random order". keep_ratio draws a line and
+    states what is lost there, or where nothing more may be evicted.
     """
     styles = {
-        "low norm kept": dict(color=PRIMARY, width=3),
-        "high norm kept": dict(color=CONTRAST, width=2.5),
-        "ideal": dict(color=FULL_GREY, width=1.5, dash="dash"),
-        "chance": dict(color=FULL_GREY, width=1.5, dash="dot"),
+        "keep low norm": dict(color=PRIMARY, width=3),
+        "keep high norm": dict(color=CONTRAST, width=2.5),
+        "ideal order": dict(color=FULL_GREY, width=1.5, dash="dash"),
+        "random order": dict(color=FULL_GREY, width=1.5, dash="dot"),
     }
     n_points = len(fraction_dropped)
     sampled = np.unique(np.linspace(0, n_points - 1, min(n_points, MOST_SAMPLES)).round().astype(int))
@@ -190,13 +191,13 @@ def loss_curves(
         # The last point not beyond the line: m = n - ceil(keep_ratio * n) tokens, what the method evicts.
         at = max(int(np.searchsorted(evicted, 100 * (1 - keep_ratio) + 1e-9, side="right")) - 1, 0)
         figure.add_vline(x=100 * (1 - keep_ratio), line=dict(color=FULL_GREY, width=1.5, dash="dot"))
-        figure.update_layout(legend_title_text=f"lost at {100 * (1 - keep_ratio):.3g} % evicted: ")
+        figure.update_layout(legend_title_text=f"with {evicted[at]:.3g} % of the tokens evicted ")
     for name in (name for name in styles if name in curves):
         lost = np.asarray(curves[name], dtype=float)
-        stated = "" if keep_ratio is None else f" {lost[at]:.1%}"
+        stated = "" if keep_ratio is None else f": {lost[at]:.1%} lost"
         figure.add_scatter(
             x=evicted[sampled].astype(np.float32), y=lost[sampled].astype(np.float32), mode="lines",
-            line=styles[name], name=name + stated, hovertemplate=f"{name}: %{{y:.1%}}<extra></extra>",
+            line=styles[name], name=name + stated, hovertemplate=f"{name}: %{{y:.1%}} lost<extra></extra>",
         )  # fmt: skip
         if keep_ratio is not None:
             dot = dict(color=styles[name]["color"], size=9)

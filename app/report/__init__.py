@@ -174,10 +174,10 @@ def _extremes(run: Capture, numbers: HeadFigures, after: str) -> Section:
         loss = attention_loss(run, layer, head)
         dropped = np.linspace(0, 1, len(loss.ideal))
         curves = {
-            "low norm kept": loss.low_norm,
-            "high norm kept": loss.high_norm,
-            "ideal": loss.ideal,
-            "chance": loss.chance,
+            "keep low norm": loss.low_norm,
+            "keep high norm": loss.high_norm,
+            "ideal order": loss.ideal,
+            "random order": loss.chance,
         }
         drawings.append(
             Drawing(
@@ -185,8 +185,9 @@ def _extremes(run: Capture, numbers: HeadFigures, after: str) -> Section:
                 alt=f"Attention lost by share of tokens evicted, layer {layer}, head {head}",
                 title=f"{which}: layer {layer}, head {head}, Γ {signed(numbers.gamma[layer, head])}, "
                 f"ALR {numbers.alr[layer, head]:.1f}",
-                caption="The area between low norm kept and ideal is the ALR. Above chance is worse than dice.",
-                table={"evicted": dropped, **curves},
+                caption="The area between keep low norm and ideal order is the ALR. Above random order is worse than "
+                "chance.",
+                table={"evicted": dropped} | {f"lost, {name}": lost for name, lost in curves.items()},
             )
         )
     words = (
@@ -237,9 +238,11 @@ def _savings(run: Capture, advice: _Advice, after: str) -> Section:
         f"{PROTECTED} tokens protected; skipped: {_listed(spec.skip_layers)}. The model need not work at all of these "
         "lengths."
     ]
-    code = [("With this library", library_code(spec))]
+    code = [("With this library", library_code(spec, run.model))]
     if spec.policy == "low_norm":
-        code.append(("The nearest that NVIDIA's kvpress can do", kvpress_code(spec, shape)))
+        code.append(
+            ("The nearest that NVIDIA's kvpress can do", kvpress_code(spec, shape, run.model, n_layers=run.n_layers))
+        )
     else:
         words.append("NVIDIA's kvpress has no press that keeps high norms: its KnormPress does the opposite.")
     return Section(heading, tuple(words), table=table, code=tuple(code))

@@ -33,18 +33,19 @@ def page(engine: Engine, heads_page: StreamlitPage) -> None:
         "page *Heads* answers whether low norm predicts attention **in this model**."
     )
     left, right = st.columns([2, 3], gap="large")
-    with right:
-        text = _text_input()
     with left:
         ref = work.model_input()
+    with right:
+        text = _text_input(ref)
+    with left:
         _count(engine, ref, text)
         _run(engine, ref, text, heads_page)
     st.divider()
     _files(heads_page)
 
 
-def _text_input() -> str:
-    texts = {preset.name: preset.text for preset in presets()}
+def _text_input(ref: str) -> str:
+    texts = {preset.name: preset.text for preset in presets(work.name_of(ref))}
 
     def take() -> None:
         if (name := st.session_state["preset"]) in texts:
@@ -55,6 +56,8 @@ def _text_input() -> str:
             st.session_state.update(text=text, preset=OWN)
 
     st.session_state.setdefault("text", next(iter(texts.values())))
+    if st.session_state.get("preset") not in (None, *texts, OWN):  # one of another model
+        st.session_state["preset"] = OWN
     st.selectbox("Start from", [*texts, OWN], key="preset", persist_state="session", on_change=take)
     with st.expander("Or upload a .txt file", icon=":material/upload_file:"):
         st.file_uploader("Text file", type="txt", key="text_file", on_change=upload, label_visibility="collapsed")

@@ -28,21 +28,26 @@ def _bundled(model: str) -> CausalCheck | None:
     return CausalCheck.from_json(read_text(file)) if file else None
 
 
+def current(run: Capture) -> CausalCheck | None:
+    """What was measured of the model on screen: the session's own, or what is bundled. None where nothing was."""
+    own = st.session_state.get("causal")
+    return own if own is not None and own.model == run.model else _bundled(run.model)
+
+
 def section(engine: Engine, run: Capture) -> None:
     """Draw the check of the model on screen, and the ways to have one measured or to open one."""
     st.subheader("Measured: each layer compressed alone")
-    opened = st.session_state.get("causal")
-    check = opened or _bundled(run.model)
-    if check is not None and check.model == run.model:
+    check = current(run)
+    if check is not None:
         _draw(check)
     else:
-        check = None
         st.info(
-            "ALR is read off attention. What counts is prediction: compress one layer at a time, and see whether the "
-            f"layers that ALR calls costly are. Nothing was measured for {markup.plain(run.model)} yet."
-            + (f" What you opened is of {markup.plain(opened.model)}." if opened else ""),
+            "ALR is read off attention. What counts is prediction: compress one layer at a time, and see which are "
+            f"costly. Nothing was measured for {markup.plain(run.model)} yet: give texts below and press *Measure it "
+            f"for {markup.plain(run.model)}*.",
             icon=":material/info:",
         )
+    work.of_another("The check", "causal", run.model)
     left, right = st.columns([3, 2], gap="large")
     with left, st.expander("Measure it here", icon=":material/speed:", expanded=check is None, key="measure_causal"):
         _measure(engine)
@@ -90,7 +95,13 @@ def _measure(engine: Engine) -> None:
         )
 
     check = work.run(
-        engine, ref, "Measure", measure, key="run_causal", cancelled="What was measured is gone.", missing=missing
+        engine,
+        ref,
+        work.label("Measure it", ref),
+        measure,
+        key="run_causal",
+        cancelled="What was measured is gone.",
+        missing=missing,
     )
     if check is not None:
         st.session_state["causal"] = check

@@ -6,12 +6,11 @@ from dataclasses import replace
 
 import streamlit as st
 
-from analysis.memory import CacheShape
 from analysis.plans.curves import BY_NORM
 from analysis.plans.export import kvpress_code, library_code
 from analysis.plans.skip import Plan, skip_list
 from analysis.run import Capture
-from app import state
+from app import state, work
 
 
 def download(plan: Plan) -> None:
@@ -26,14 +25,18 @@ def download(plan: Plan) -> None:
     )
 
 
-def as_code(plan: Plan, shape: CacheShape) -> None:
+def as_code(plan: Plan, run: Capture) -> None:
     """The plan's text, and what decodes by it in this library and in kvpress, to look at and to copy."""
+    ref = work.ref_of(plan.model) or plan.model
     with st.expander("The plan as JSON and as code", icon=":material/code:"):
         st.code(plan.to_json(), language="json", height=min(420, 30 + 22 * plan.to_json().count("\n")))
-        st.code(library_code(plan.spec), language="python", wrap_lines=True)
+        st.markdown("A script that runs as it is pasted:")
+        st.code(library_code(plan.spec, ref), language="python", wrap_lines=True)
         if plan.spec.policy in BY_NORM:
             st.markdown("The nearest that NVIDIA's kvpress can do:")
-            st.code(kvpress_code(plan.spec, shape), language="python", wrap_lines=True)
+            code = kvpress_code(plan.spec, run.cache_shape, ref, n_layers=run.n_layers)
+            st.code(code, language="python", wrap_lines=True)
+        st.caption("Both are for Hugging Face transformers. Servers such as vLLM keep caches of their own.")
 
 
 def plan_from(text: str, run: Capture) -> Plan:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -46,9 +45,9 @@ def _bundled(model: str) -> Front | None:
 
 
 def _current(run: Capture) -> Front | None:
-    """The session's front, or the bundled one if it is of the model on screen."""
-    front = st.session_state.get("front") or _bundled(run.model)
-    return front if front and front.model == run.model else None
+    """What was measured of the model on screen: the session's own, or what is bundled. None where nothing was."""
+    own = st.session_state.get("front")
+    return own if own is not None and own.model == run.model else _bundled(run.model)
 
 
 def answer(run: Capture) -> None:
@@ -62,15 +61,9 @@ def section(engine: Engine, run: Capture, generate_page: StreamlitPage) -> None:
     st.subheader("Measured: what each way costs")
     front = _current(run)
     if front is None:
-        other = st.session_state.get("front")
         st.info(
-            f"Nothing was measured for {markup.plain(run.model)} yet: measure it below, or open a front that "
-            "`python -m analysis front` has written."
-            + (
-                f" The one that you have is of {markup.plain(other.model)}: it is shown beside a run of that model."
-                if other
-                else ""
-            ),
+            f"Nothing was measured for {markup.plain(run.model)} yet: give texts below and press *Measure it for "
+            f"{markup.plain(run.model)}*, or open a front that `python -m analysis front` has written.",
             icon=":material/info:",
         )
     elif not front.points:
@@ -78,6 +71,7 @@ def section(engine: Engine, run: Capture, generate_page: StreamlitPage) -> None:
     else:
         _draw(front)
         _pick(front, generate_page)
+    work.of_another("The front", "front", run.model)
     left, right = st.columns([3, 2], gap="large")
     with left, st.expander("Measure it here", icon=":material/speed:", expanded=front is None, key="measure_front"):
         _measure(engine, run)
@@ -185,7 +179,7 @@ def _measure(engine: Engine, run: Capture) -> None:
     )
     protect_last = state.current_spec().protect_last
     costly = any(WAYS[way].needs_costs for way in ways)
-    known = Path(ref).name == run.model  # else nobody knows yet how many kv heads it has
+    known = work.name_of(ref) == run.model  # else nobody knows yet how many kv heads it has
     runs = passes(
         continued.texts,
         continued.texts,
@@ -215,7 +209,13 @@ def _measure(engine: Engine, run: Capture) -> None:
         )
 
     front = work.run(
-        engine, ref, "Measure", measure, key="run_front", cancelled="What was measured is gone.", missing=missing
+        engine,
+        ref,
+        work.label("Measure it", ref),
+        measure,
+        key="run_front",
+        cancelled="What was measured is gone.",
+        missing=missing,
     )
     if front is not None:
         st.session_state["front"] = front

@@ -1,10 +1,13 @@
-"""Generate: the full cache and up to two compressed ones, side by side, token by token."""
+"""Generate: the full cache and up to two compressed ones, side by side, token by token.
+
+Colour is for a preset's task, found or not found. Whether texts agree token by token is a footnote: a wrong answer may
+agree, and a right one need not.
+"""
 
 from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import streamlit as st
@@ -12,11 +15,12 @@ import streamlit as st
 from analysis.errors import UserError
 from analysis.memory import human_bytes
 from analysis.plans.skip import Plan
-from analysis.presets import presets
+from analysis.presets import Preset, presets
 from analysis.run import Capture
+from analysis.synthetic import is_synthetic
+from analysis.tasks import can_chat, decided, found, prompt_tokens
 from analysis.texts import plain_text
-from analysis.tokens import tokenize
-from app import figures, markup, state
+from app import figures, markup, state, work
 from app.charts import show
 from app.engine import Engine, allowed_models, check_allowed
 from l2kv.spec import CompressionSpec
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
 
     from analysis.generation import Step
 
+OWN = "My own text"
 _PLAN, _CONTROLS = "the plan", "the controls"
 _PROMPT_TAIL = 160  # characters of the prompt shown before what was generated
 
@@ -52,6 +57,11 @@ class Preview:
 
     prompt: str
     columns: tuple[Column, ...]
+    ref: str = ""  # the model
+    answer: str = ""  # that is expected; empty: nothing is right or wrong
+    chat: bool = False
+    cache_dtype: str = ""  # that bytes are told in: the checkpoint's
+    counted_dtype: str = ""  # that they were counted in
     full: Step | None = None
     compressed: tuple[Step, ...] = ()
     partings: list[Parting | None] = field(default_factory=list)  # of each column
@@ -68,6 +78,21 @@ class Preview:
             if self.partings[i] is None and full.token_ids != step.token_ids[: len(full.token_ids)]:
                 self.partings[i] = Parting(len(before.token_ids), len(before.text)) if before else Parting(0, 0)
 
+    @property
+    def settings(self) -> tuple:
+        """What it is of."""
+        return self.prompt, self.columns, self.ref, self.chat
+
+    @property
+    def decided(self) -> bool:
+        """Whether no more tokens are needed to score the task: of a chat the whole answer is worth reading."""
+        texts = [step.text for step in (self.full, *self.compressed)]
+        return bool(self.answer) and not self.chat and all(decided(self.answer, text) for text in texts)
+
+    def nbytes(self, n: int) -> str:
+        """Bytes that were counted, as they are in the checkpoint's dtype."""
+        return human_bytes(n * state.DTYPES[self.cache_dtype] / state.DTYPES[self.counted_dtype])
+
     def agreement(self, column: int) -> float:
         """The share of the full cache's new tokens that a column has at the same place."""
         pairs = zip(self.full.token_ids, self.compressed[column].token_ids, strict=False)
@@ -83,24 +108,30 @@ def page(engine: Engine) -> None:
         "before its last token is read, so the first new token already pays the price."
     )
     left, right = st.columns([3, 2], gap="large")
+    with right:
+        ref = _model_input(engine, run)
     with left:
-        prompt = _prompt_input()
+        prompt, preset = _prompt_input(ref)
+        chat = _chat_input(engine, ref)
         length = st.empty()
     with right:
-        ref = _model_input(engine)
         columns = _columns_input(run, ref)
         st.number_input("New tokens", 1, 1024, 48, 16, key="new_tokens", persist_state="session")
 
-    _positions(length, engine, ref, prompt)
+    if ref:
+        _positions(length, engine, ref, prompt, chat=chat)
+    wanted = Preview(prompt, columns, ref, preset.answer if preset else "", chat)
     buttons = st.container(horizontal=True, vertical_alignment="center")
     started = buttons.button("Generate", type="primary", icon=":material/play_arrow:")
     boxes = st.container()
-    if started:
+    if started and not ref:
+        boxes.error("Choose a model first.", icon=":material/error:")
+    elif started:
         cancel = buttons.empty()
         # A click ends this script at its next st.* call: after a layer of the prompt, or a token.
         cancel.button("Cancel", icon=":material/cancel:",
                       on_click=lambda: st.session_state.update(generate_cancelled=True))  # fmt: skip
-        _generate(engine, ref, Preview(prompt, columns), boxes)
+        _generate(engine, wanted, boxes)
         cancel.empty()
         return
     cancelled, preview = st.session_state.pop("generate_cancelled", False), st.session_state.get("generated")
@@ -112,7 +143,7 @@ def page(engine: Engine) -> None:
         if not preview:
             st.info("Press *Generate*. The texts appear here, token by token.", icon=":material/info:")
             return
-        if (preview.prompt, preview.columns) != (prompt, columns):
+        if preview.settings != wanted.settings:
             st.info("This is of earlier settings. Press *Generate* to see the new ones.", icon=":material/history:")
         _draw(_places(preview), preview)
         _summary(preview)
@@ -163,20 +194,23 @@ def _plan_note(plan: Plan, ref: str) -> None:
         note = f" ({markup.plain(plan.note)})" if plan.note else ""
         st.markdown(f"**Plan in use**: {state.in_words(plan.spec)}{note}. Made for {markup.plain(plan.model)}.")
         st.button("Drop it", icon=":material/close:", on_click=state.use_plan, args=(None,))
-    if Path(ref).name != plan.model:
+    if work.name_of(ref) != plan.model:
         st.warning(
-            f"The plan was made for {markup.plain(plan.model)}, and {markup.plain(Path(ref).name)} is chosen: its "
+            f"The plan was made for {markup.plain(plan.model)}, and {markup.plain(work.name_of(ref))} is chosen: its "
             "layers and heads are others.",
             icon=":material/warning:",
         )
 
 
-def _prompt_input() -> str:
-    by_name = {preset.name: preset for preset in presets()}
+def _prompt_input(ref: str) -> tuple[str, Preset | None]:
+    """The prompt, and the preset that it is, if it is one as it came: those that hold for the model are offered."""
+    by_name = {preset.name: preset for preset in presets(work.name_of(ref))}
 
     def take() -> None:
-        preset = by_name[st.session_state["prompt_preset"]]
-        st.session_state["prompt"] = preset.text
+        if (name := st.session_state["prompt_preset"]) == OWN:
+            return
+        preset = by_name[name]
+        st.session_state.update(prompt=preset.text, chat=preset.chat)
         if preset.spec is not None:
             st.session_state.setdefault("before_preset", state.current_spec())
             state.take_spec(preset.spec)
@@ -185,19 +219,39 @@ def _prompt_input() -> str:
             state.take_spec(before)  # a preset's compression leaves with it
 
     st.session_state.setdefault("prompt", next(iter(by_name.values())).text)
-    chosen = st.selectbox("Start from", list(by_name), key="prompt_preset", persist_state="session", on_change=take)
-    if by_name[chosen].why:
-        st.caption(markup.plain(by_name[chosen].why))
-    return plain_text(st.text_area("Prompt", key="prompt", persist_state="session", height=250, max_chars=200_000))
+    named = next((name for name, preset in by_name.items() if preset.text == st.session_state["prompt"]), OWN)
+    if st.session_state.get("prompt_preset", OWN) not in by_name:  # one of another model, or text of one's own
+        st.session_state["prompt_preset"] = named
+    chosen = st.selectbox("Start from", [*by_name, OWN], key="prompt_preset", persist_state="session", on_change=take)
+    preset = by_name.get(chosen)
+    if preset and preset.why:
+        st.caption(markup.plain(preset.why))
+    prompt = st.text_area(
+        "Prompt", key="prompt", persist_state="session", height=250, max_chars=200_000,
+        on_change=lambda: st.session_state.update(prompt_preset=OWN),
+    )  # fmt: skip
+    return plain_text(prompt), preset
 
 
-def _positions(place: DeltaGenerator, engine: Engine, ref: str, prompt: str) -> None:
+def _chat_input(engine: Engine, ref: str) -> bool:
+    """Whether to ask through the chat template, where the model has one."""
+    if not ref or not (found := engine.tokenizer_and_config(ref)) or not can_chat(found[0]):
+        return False
+    st.session_state["chat"] = st.session_state.get("chat", False)  # as `state._begin_with`
+    return st.toggle(
+        "Chat: ask it as a question", key="chat", persist_state="session",
+        help="The prompt is put to the model as a user's message, through its own chat template, and the answer ends "
+        "where the model ends its turn. Off: the model goes on with the text as it stands.",
+    )  # fmt: skip
+
+
+def _positions(place: DeltaGenerator, engine: Engine, ref: str, prompt: str, *, chat: bool) -> None:
     """How long it will get, and whether the model was trained for that."""
     if not prompt.strip() or not (found := engine.tokenizer_and_config(ref)):
         return
     tokenizer, config = found
     try:
-        tokens = tokenize(tokenizer, prompt)
+        tokens = prompt_tokens(tokenizer, prompt, chat=chat)
     except UserError as error:
         place.warning(markup.plain(str(error)), icon=":material/warning:")
         return
@@ -206,53 +260,74 @@ def _positions(place: DeltaGenerator, engine: Engine, ref: str, prompt: str) -> 
     of = f" of the {limit:,} positions that the model was trained on" if limit else ""
     if limit and n + new > limit:
         place.warning(
-            f"{n} + {new} new tokens are more than the {limit:,} that the model was trained on: expect it to fail. "
-            + " ".join(map(markup.plain, tokens.notes))
+            f"{n} tokens and {new} new ones are more than the {limit:,} that the model was trained on: expect it to "
+            "fail. " + " ".join(map(markup.plain, tokens.notes))
         )
     else:
-        place.caption(" ".join([f"{n} + {new} new tokens{of}.", *map(markup.plain, tokens.notes)]))
+        template = " with the chat template" if chat else ""
+        told = f"{markup.counted(n, 'token')}{template}, and up to {new} new{of}."
+        place.caption(" ".join([told, *map(markup.plain, tokens.notes)]))
 
 
-def _model_input(engine: Engine) -> str:
-    """The models at hand, and the one in memory, which may be from the hub."""
+def _model_input(engine: Engine, run: Capture) -> str:
+    """The models at hand, and the one in memory, which may be from the hub; at first that of the run on screen.
+
+    Empty if that is not at hand, and no other was chosen.
+    """
     resident = [engine.ref] if engine.ref else []
-    return st.selectbox(
+    models = list(dict.fromkeys([*resident, *allowed_models()]))
+    ref = models[0] if is_synthetic(run) else work.ref_of(run.model, engine)
+    if st.session_state.get("generate_model") not in models:
+        st.session_state["generate_model"] = ref
+    chosen = st.selectbox(
         "Model",
-        list(dict.fromkeys([*resident, *allowed_models()])),
+        models,
         key="generate_model",
         persist_state="session",
+        placeholder=f"{run.model} is not at hand: choose another",
         help="Another model can be loaded on the page *Capture*.",
     )
+    return chosen or ""
 
 
-def _generate(engine: Engine, ref: str, preview: Preview, boxes: DeltaGenerator) -> None:
+def _generate(engine: Engine, preview: Preview, boxes: DeltaGenerator) -> None:
     from analysis.generation import stream
 
     with boxes:
         note = st.empty()
         try:
             with engine.turn(
-                check_allowed(ref),
+                check_allowed(preview.ref),
                 on_wait=lambda ahead: note.info(f"Waiting: {ahead} ahead of you"),
-                on_load=lambda: note.info(f"Loading {markup.plain(ref)} …"),
+                on_load=lambda: note.info(f"Loading {markup.plain(preview.ref)} …"),
             ) as loaded:
                 note.empty()
+                preview.counted_dtype = str(loaded.model.dtype).removeprefix("torch.")
+                preview.cache_dtype = state.dtype_of(preview.ref) or preview.counted_dtype
                 n_new, places = int(st.session_state["new_tokens"]), None
                 specs = [None, *(column.spec for column in preview.columns)]
                 # Closed before the turn ends: the next session must find the model as it was.
                 bar = st.progress(0.0, "Reading the prompt …")
 
                 def on_layer(done: int, total: int) -> None:
-                    bar.progress(done / total, f"Reading the prompt: layer {done} of {total}")
+                    layers = total // len(specs)
+                    cache, layer = divmod(done - 1, layers)
+                    whose = "the full cache" if cache == 0 else f"the {preview.columns[cache - 1].name} one"
+                    bar.progress(done / total, f"Reading the prompt into {whose}: layer {layer + 1} of {layers}")
 
-                with closing(stream(loaded, preview.prompt, specs, max_new_tokens=n_new, on_layer=on_layer)) as rows:
+                rows = stream(loaded, preview.prompt, specs, max_new_tokens=n_new, chat=preview.chat, on_layer=on_layer)
+                with closing(rows):
                     for row in rows:
                         bar.empty()
                         preview.add(*row)
                         st.session_state["generated"] = preview  # at every token: a click may end this here
                         places = places or _places(preview)
                         _draw(places, preview)
+                        if preview.decided:
+                            break
                 preview.done = True
+                if places:
+                    _draw(places, preview)  # again: a task that was not decided now is
         except UserError as error:
             note.error(markup.plain(str(error)), icon=":material/error:")
             return
@@ -281,48 +356,88 @@ def _draw(places: list[tuple[DeltaGenerator, DeltaGenerator]], preview: Preview)
     tail = preview.prompt[-_PROMPT_TAIL:]
     if len(preview.prompt) > _PROMPT_TAIL:
         tail = "… " + tail.partition(" ")[2]
+    if preview.chat:
+        tail += "\n"  # the answer does not go on with the question
     seen, full = max(preview.full.held), preview.full.nbytes
     steps, partings = (preview.full, *preview.compressed), (None, *preview.partings)
+    if preview.answer:  # which is scored: where the texts part is no mark of quality
+        partings = (None,) * len(steps)
     for (text, counters), step, parting in zip(places, steps, partings, strict=True):
         text.html(markup.generated(tail, step.text, parting.characters if parting else None))
         span = f"{min(step.held)} to {max(step.held)}" if min(step.held) != max(step.held) else f"{max(step.held)}"
         counters.markdown(
-            f"**{span}** of {seen} tokens held per layer · **{human_bytes(step.nbytes)}** "
+            _badge(preview, step)
+            + f"**{span}** of {seen} tokens held per layer · **{preview.nbytes(step.nbytes)}** "
             + (f"({step.nbytes / full:.0%} of the full cache)" if step is not preview.full else "")
-            + (f", and {human_bytes(step.slack_nbytes)} of slack for what comes" if step.slack_nbytes else "")
+            + (f", and {preview.nbytes(step.slack_nbytes)} of slack for what comes" if step.slack_nbytes else "")
+            + (" · ended at once, without a word" if step.finished and not step.text else "")
         )
+
+
+def _badge(preview: Preview, step: Step) -> str:
+    """Markdown: whether a cache has given the answer, in colour, once that is decided."""
+    if not preview.answer:
+        return ""
+    if found(preview.answer, step.text):
+        return ":green-badge[:material/check: found] "
+    if preview.done or step.finished or decided(preview.answer, step.text):
+        return ":red-badge[:material/close: not found] "
+    return ""
 
 
 def _summary(preview: Preview) -> None:
     if preview.full is None:
         return
+    if preview.answer:
+        _scores(preview)
     for i in range(len(preview.columns)):
         _agreement(preview, i)
+    if preview.full.finished and not preview.full.text and not preview.chat:
+        st.caption("The model ended its text at once. If it is one that answers questions, turn *Chat* on.")
     held = {"full cache": preview.full.held}
     held |= {column.name: step.held for column, step in zip(preview.columns, preview.compressed, strict=True)}
+    as_counted = "" if preview.cache_dtype == preview.counted_dtype else f", here in {preview.counted_dtype}"
     show(
         figures.kept_by_layer({name: list(counts) for name, counts in held.items()}, seen=max(preview.full.held)),
         key="kept_by_layer",
         alt="Tokens held per layer",
         caption="Tokens held in each layer at the end, counted in the caches; where the heads of a layer differ, by "
-        "the one that holds most. Bytes are those of the keys and values held; slack is told apart. No tokens per "
-        "second here: caches decoded in turn give no fair time.",
+        f"the one that holds most. Bytes are those of the keys and values held, counted{as_counted}, and told in "
+        f"{preview.cache_dtype}, the checkpoint's dtype; slack is told apart. No tokens per second here: caches "
+        "decoded in turn give no fair time.",
         table={"layer": list(range(len(preview.full.held))), **held},
     )
 
 
+def _scores(preview: Preview) -> None:
+    """In a sentence each: whether the compressed caches give the expected answer, and from how many bytes."""
+    answer, full = markup.plain(preview.answer), preview.full
+    if not found(preview.answer, full.text):
+        st.markdown(
+            f"The full cache does not give the answer **{answer}**, so this says nothing of compression: take a task "
+            "that the model solves."
+        )
+    for column, step in zip(preview.columns, preview.compressed, strict=True):
+        which = "" if len(preview.columns) == 1 else f"**{column.name.capitalize()}**: "
+        bytes_told = f"{preview.nbytes(step.nbytes)} ({step.nbytes / full.nbytes:.0%} of the full cache)"
+        if found(preview.answer, step.text):
+            st.success(f"{which}**{answer} found** from {bytes_told}.", icon=":material/check_circle:")
+        elif preview.done:
+            st.error(f"{which}**{answer} not found** from {bytes_told}.", icon=":material/cancel:")
+
+
 def _agreement(preview: Preview, i: int) -> None:
-    """In a sentence: whether a column's text is that of the full cache."""
+    """In a footnote: how far a column's text is that of the full cache. No colour: it is no measure of quality."""
     full, step, parting, n = preview.full, preview.compressed[i], preview.partings[i], len(preview.full.token_ids)
     which = "" if len(preview.columns) == 1 else f"**{preview.columns[i].name.capitalize()}**: "
     if step.nbytes == full.nbytes:
-        st.info(f"{which}Nothing was evicted: with these settings the cache holds every token.")
+        st.caption(f"{which}Nothing was evicted: with these settings the cache holds every token.")
     elif parting is None:
-        st.success(f"{which}The same {n} tokens from {human_bytes(step.nbytes)} as from {human_bytes(full.nbytes)}.")
+        st.caption(f"{which}The same {markup.counted(n, 'token')} as with the full cache.")
     else:
-        st.warning(
-            f"{which}The first {parting.tokens} new tokens agree, then the texts differ (underlined); "
-            f"{preview.agreement(i):.0%} of all {n} are the same at the same place. Greedy texts that part seldom meet "
-            "again: read whether what follows is as good, not whether it is the same.",
-            icon=":material/difference:",
+        same = round(preview.agreement(i) * n)
+        st.caption(
+            f"{which}The texts differ from new token {parting.tokens + 1} on; {same} of {markup.counted(n, 'token')} "
+            f"{'is' if same == 1 else 'are'} the same at the same place. Texts that part seldom meet again: read "
+            "whether what follows is as good, not whether it is the same."
         )

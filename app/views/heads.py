@@ -10,7 +10,7 @@ from analysis.metrics import PROBES
 from analysis.run import Capture
 from analysis.synthetic import check, is_synthetic
 from app import figures, markup, state
-from app.charts import show
+from app.charts import first_is_drawn, show
 from app.views import two_runs
 from app.views.one_head import one_head
 
@@ -54,8 +54,9 @@ def page() -> None:
     numbers = state.figures_of(run, leave_out, probe)
     if not is_synthetic(run):
         of_all = state.figures_of(run, 0, probe)
-        answer.markdown(f"##### {markup.plain(answer_of(of_all.verdict, of_all.gamma, n_tokens=run.n_tokens))}")
-    _maps(run, numbers, leave_out, probe)
+        answer.markdown(markup.headline(answer_of(of_all.verdict, of_all.gamma, n_tokens=run.n_tokens)))
+    if not _maps(run, numbers, leave_out, probe):
+        return
     layer, head = state.chosen_head(run)
     st.markdown(
         f"Open below: **layer {layer}, head {head}**, {numbers.verdict[layer, head]}, "
@@ -109,7 +110,8 @@ def _about(run: Capture) -> None:
         st.warning(markup.plain(warning), icon=":material/warning:")
 
 
-def _maps(run: Capture, numbers: HeadFigures, leave_out: int, probe: str) -> None:
+def _maps(run: Capture, numbers: HeadFigures, leave_out: int, probe: str) -> bool:
+    """Draw them. False where so far it is the first one only, and nothing should follow."""
     whose = WHOSE[probe].format(w=len(run.recent_positions))
     left, right = st.columns([3, 2], gap="large")
     with left:
@@ -131,6 +133,9 @@ def _maps(run: Capture, numbers: HeadFigures, leave_out: int, probe: str) -> Non
             "Click a cell to open that head.",
             on_head=state.choose_head,
         )
+    if not first_is_drawn():
+        return False
+    with left:
         _all_heads(run, numbers, probe)
     with right:
         st.markdown("**With and without the first token**")
@@ -143,6 +148,7 @@ def _maps(run: Capture, numbers: HeadFigures, leave_out: int, probe: str) -> Non
             f"share of the attention. Lower left follows the paper. {whose} Click a head to open it.",
             on_head=state.choose_head,
         )
+    return True
 
 
 def _all_heads(run: Capture, numbers: HeadFigures, probe: str) -> None:

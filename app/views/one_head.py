@@ -97,7 +97,7 @@ def one_head(run: Capture, numbers: HeadFigures, leave_out: int, probe: str) -> 
             caption="Each token by key norm and by the attention it receives, the mean over all queries that see it "
             "(log scale). A slope down to the right is the paper's claim. No p-value: tokens are not independent.",
         )
-        _losses(run, layer, head, leave_out, spec.keep_ratio)
+        _losses(run, layer, head, leave_out, spec)
     with right:
         _pooled(run, layer, head, leave_out)
 
@@ -154,7 +154,7 @@ def _numbers(run: Capture, numbers: HeadFigures, layer: int, head: int, leave_ou
             "evicted for all of them at once; not the mean of their ALRs",
         ),
         "ALR / n": (f"{numbers.alr_per_token[layer, head]:z.3f}", "comparable between texts, 0 to 1"),
-        "ALR / chance": (f"{numbers.alr_against_chance[layer, head]:z.2f}", "0 ideal, 1 as dice, 2 the worst order"),
+        "ALR / chance": (f"{numbers.alr_against_chance[layer, head]:z.2f}", "0 ideal, 1 random, 2 the worst order"),
         "Spearman ρ": (signed(numbers.spearman[layer, head]), "norm against attention received, all queries"),
         "Pearson r": (signed(numbers.pearson[layer, head]), "the same, linear"),
         "Share of the first": (f"{numbers.sink_share[layer, head]:.0%}", "of that attention"),
@@ -162,6 +162,10 @@ def _numbers(run: Capture, numbers: HeadFigures, layer: int, head: int, leave_ou
     with st.container(horizontal=True):
         for name, (value, help_text) in shown.items():
             st.metric(name, value.replace("nan", "undefined"), help=help_text, width="content")
+    st.caption(
+        "Of all tokens: nothing is protected in these figures and in the verdict, as in the paper. What is lost with "
+        "the latest tokens protected is told below."
+    )
 
 
 def _queries(run: Capture, layer: int, head: int, leave_out: int) -> None:
@@ -189,23 +193,29 @@ def _queries(run: Capture, layer: int, head: int, leave_out: int) -> None:
     )  # fmt: skip
 
 
-def _losses(run: Capture, layer: int, head: int, leave_out: int, keep_ratio: float) -> None:
-    loss = attention_loss(run, layer, head, leave_out=leave_out)
+def _losses(run: Capture, layer: int, head: int, leave_out: int, spec: CompressionSpec) -> None:
+    """With the tokens protected that are protected above, so that one number is told of one thing."""
+    loss = attention_loss(run, layer, head, leave_out=leave_out, protect_last=spec.protect_last)
     curves = {
-        "low norm kept": loss.low_norm,
-        "high norm kept": loss.high_norm,
-        "ideal": loss.ideal,
-        "chance": loss.chance,
+        "keep low norm": loss.low_norm,
+        "keep high norm": loss.high_norm,
+        "ideal order": loss.ideal,
+        "random order": loss.chance,
     }
-    dropped = np.linspace(0, 1, len(loss.ideal))
+    dropped = np.arange(len(loss.ideal)) / max(run.n_tokens - leave_out, 1)
+    protected = (
+        f"the last {spec.protect_last} are protected, as set above, and are never evicted. With nothing protected the "
+        "area between *keep low norm* and *ideal order* is the ALR."
+        if spec.protect_last
+        else "nothing is protected, as in the paper. The area between *keep low norm* and *ideal order* is the ALR."
+    )
     show(
-        figures.loss_curves(dropped, curves, keep_ratio=keep_ratio),
+        figures.loss_curves(dropped, curves, keep_ratio=spec.keep_ratio),
         key="losses",
         alt="Attention lost by share of tokens evicted",
         caption="The share of the next token's attention that is lost when tokens are evicted, in three orders and at "
-        "random; nothing protected. The area between *low norm kept* and *ideal* is the ALR. A curve above *chance* is "
-        "worse than dice.",
-        table={"evicted": dropped, **curves},
+        f"random; {protected} A curve above *random order* is worse than chance.",
+        table={"evicted": dropped} | {f"lost, {name}": lost for name, lost in curves.items()},
     )
 
 

@@ -156,7 +156,7 @@ def _take_along(run: Capture, plan: Plan, generate_page: StreamlitPage) -> None:
             state.use_plan(plan)
             st.switch_page(generate_page)
         export.download(plan)
-    export.as_code(plan, run.cache_shape)
+    export.as_code(plan, run)
     with st.expander("Open a plan, or a skip list", icon=":material/upload_file:"):
         _import(run)
 

@@ -13,12 +13,11 @@ import streamlit as st
 
 from analysis.errors import ModelError
 from analysis.memory import CacheShape, human_bytes
-from analysis.models import model_name
 from analysis.plans.export import LENGTHS, Saving, savings
 from analysis.run import Capture
 from analysis.sizes import weights_bytes
 from app import markup, state, work
-from app.engine import Engine, allowed_models
+from app.engine import Engine
 from l2kv.spec import CompressionSpec
 
 if TYPE_CHECKING:
@@ -55,7 +54,8 @@ class _Model:
     name: str
     shape: CacheShape
     weights_bytes: int | None  # None: not known
-    source: str = ""  # where they are from
+    dtype: str | None  # of its checkpoint; None: not known
+    source: str = ""  # where the weights are from
     other: ModelSize | None = None  # what is known of one that is not on screen
 
 
@@ -77,7 +77,8 @@ def section(engine: Engine, run: Capture) -> None:
             icon=":material/info:",
         )
         return
-    gpu, batch = _gpu()
+    gpu, batch, itemsize = _gpu(model)
+    shape = replace(model.shape, itemsize=itemsize)
     lengths = st.multiselect(
         "Tokens of each sequence", _CHOICES, default=LENGTHS, key="saved_lengths",
         format_func=lambda n: f"{n:,}", persist_state="session", accept_new_options=False,
@@ -86,7 +87,7 @@ def section(engine: Engine, run: Capture) -> None:
         st.info("Choose a length.", icon=":material/info:")
         return
     rows = savings(
-        model.shape,
+        shape,
         spec,
         weights_bytes=model.weights_bytes or 0,
         gpu_bytes=int(gpu.gib * _GIB),
@@ -107,7 +108,7 @@ def section(engine: Engine, run: Capture) -> None:
     )
     st.caption(
         f"Arithmetic, for a batch of {batch} of {markup.plain(model.name)} with {state.in_words(spec)}, caches of "
-        f"{model.shape.itemsize} bytes a number. {told} The model need not work at all these lengths."
+        f"{markup.counted(itemsize, 'byte')} a number. {told} The model need not work at all these lengths."
     )
 
 
@@ -144,7 +145,8 @@ def _spec(model: _Model) -> CompressionSpec:
     return plan.spec if by == "the plan in use" else controls
 
 
-def _gpu() -> tuple[_Gpu, int]:
+def _gpu(model: _Model) -> tuple[_Gpu, int, int]:
+    """The GPU, how many sequences at once, and bytes of a number in the cache."""
     with st.container(horizontal=True, vertical_alignment="bottom"):
         name = st.selectbox(
             "GPU", [*_GPUS, _OWN], index=1, key="gpu", persist_state="session",
@@ -159,7 +161,9 @@ def _gpu() -> tuple[_Gpu, int]:
         else:
             gpu = _GPUS[name]
         batch = st.number_input("Sequences at once", 1, 4096, 1, key="saved_batch", persist_state="session")
-    return gpu, int(batch)
+        key = "cache_dtype" if model.other is None else f"cache_dtype_{model.name}_{model.weights_bytes}"
+        itemsize = state.dtype_input(model.dtype, key=key)
+    return gpu, int(batch), itemsize
 
 
 def _of_config() -> _Model | None:
@@ -178,7 +182,9 @@ def _of_config() -> _Model | None:
         except ModelError as error:
             st.error(markup.plain(str(error)), icon=":material/error:")
             return None
-    return _Model(name, size.shape, size.weights_bytes, "counted from the config", other=size)
+    dtype = str(getattr(size.config, "dtype", None)).removeprefix("torch.")
+    known = dtype if dtype in state.DTYPES else None
+    return _Model(name, size.shape, size.weights_bytes, known, "counted from the config", other=size)
 
 
 @lru_cache(maxsize=32)
@@ -193,14 +199,15 @@ def _size_of(config: str) -> ModelSize:
 
 
 def _of_run(engine: Engine, run: Capture) -> _Model:
+    """The model of the run on screen, as its checkpoint has it: on a CPU what is in memory is twice as large."""
+    ref = work.ref_of(run.model)
+    if ref is not None and (weights := weights_bytes(ref)):
+        return _Model(run.model, run.cache_shape, weights, state.dtype_of(ref), "in its files, as they are there")
     loaded = engine.loaded
-    if loaded is not None and loaded.name == run.model:
+    if loaded is not None and loaded.name == run.model:  # from the hub
         weights = sum(p.numel() * p.itemsize for p in loaded.model.parameters())
-        return _Model(run.model, run.cache_shape, weights, "as they are in memory")
-    here = [ref for ref in allowed_models() if model_name(ref) == run.model]
-    return _Model(
-        run.model, run.cache_shape, weights_bytes(here[0]) if here else None, "in its files, as they are there"
-    )
+        return _Model(run.model, run.cache_shape, weights, state.dtype_of(engine.ref), "as they are in memory")
+    return _Model(run.model, run.cache_shape, None, None)
 
 
 def _count(fits: int | None) -> str:

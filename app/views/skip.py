@@ -10,6 +10,7 @@ import streamlit as st
 
 from analysis.errors import RunFileError
 from analysis.memory import human_bytes
+from analysis.plans.causal import COSTLY, CausalCheck, suggest_by_cost
 from analysis.plans.export import LENGTHS
 from analysis.plans.skip import RULES, Plan, SkipSuggestion, layer_loss, skip_list, suggest_skip_layers
 from analysis.run import Capture
@@ -45,8 +46,13 @@ def page(engine: Engine, generate_page: StreamlitPage) -> None:
         state.policy_input(state.BY_NORM)
         state.ratio_input()
     spec = state.current_spec()
-    suggestion, threshold = _suggestion(run, spec.policy)
-    _suggest(run, spec.policy, suggestion)
+    check = causal.current(run)
+    if check is not None and check.spec.policy == spec.policy:
+        suggestion, threshold = _by_cost(check), None
+        _suggest(run, spec, suggestion, check)
+    else:
+        suggestion, threshold = _by_alr(run, spec.policy)
+        _suggest(run, spec, suggestion, None)
     _import(run)
     state.skip_layers_input(run)
     spec = state.current_spec()
@@ -58,7 +64,7 @@ def page(engine: Engine, generate_page: StreamlitPage) -> None:
         alt="ALR against chance, by layer",
         caption=f"What *{markup.plain(state.POLICY_NAMES[spec.policy])}* loses beyond the ideal order, as a share "
         "of what a random order loses: small points are heads, large ones the layer as a whole (heads count by what "
-        "they have to lose). Below 1 the policy is better than dice. Shaded layers are skipped. One text, one query: "
+        "they have to lose). Below 1 the policy is better than chance. Shaded layers are skipped. One text, one query: "
         "the page *Texts* has the same over many, with intervals.",
         table={
             "layer": np.arange(run.n_layers),
@@ -74,16 +80,39 @@ def page(engine: Engine, generate_page: StreamlitPage) -> None:
     causal.section(engine, run)
 
 
-def _suggestion(run: Capture, policy: str) -> tuple[SkipSuggestion, float | None]:
-    """The layers that a rule suggests, and its threshold if it goes by one."""
+def _rule(of: str, key: str) -> str:
+    """By which rule layers are suggested."""
+    about = "\n".join(f"- **{_RULES[name]}**: {about.replace('ALR / chance', of)}" for name, about in RULES.items())
+    return st.segmented_control(
+        "Suggest", list(RULES), default="threshold", required=True, format_func=_RULES.get, key=key,
+        persist_state="session", help=about,
+    )  # fmt: skip
+
+
+def _by_cost(check: CausalCheck) -> SkipSuggestion:
+    """The layers that a rule suggests by what compressing each alone was measured to cost."""
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        rule, options = _rule("the measured cost", "skip_rule"), {}
+        if rule == "threshold":
+            options["threshold"] = st.slider(
+                "Threshold (nats a token)", 0.0, 0.2, COSTLY, 0.005, key="cost_threshold", persist_state="session",
+                format="%.3f", help="Layers that cost this or more when each is compressed alone are suggested.",
+            )  # fmt: skip
+        if rule == "count":
+            most = len(check.layers)
+            options["count"] = st.number_input(
+                "Layers", 0, most, min(2, most), key="skip_count", persist_state="session", width=130
+            )
+    return suggest_by_cost(check, rule=rule, **options)
+
+
+def _by_alr(run: Capture, policy: str) -> tuple[SkipSuggestion, float | None]:
+    """The layers that a rule suggests by ALR, a proxy, and its threshold if it goes by one."""
     study = state.current_study()
     if study is not None and (study.model, study.layer_kinds) != (run.model, run.layer_kinds):
         study = None
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        rule = st.segmented_control(
-            "Suggest", list(RULES), default="threshold", required=True, format_func=_RULES.get, key="skip_rule",
-            persist_state="session", help="\n".join(f"- **{_RULES[name]}**: {about}" for name, about in RULES.items()),
-        )  # fmt: skip
+        rule = _rule("ALR / chance", "skip_rule")
         measured: Capture | Study = run
         if study is not None:
             names = {"text": "this text", "study": f"the study of {len(study.names)} texts"}
@@ -108,22 +137,34 @@ def _suggestion(run: Capture, policy: str) -> tuple[SkipSuggestion, float | None
     return suggest_skip_layers(measured, policy, rule=rule, **options), options.get("threshold")
 
 
-def _suggest(run: Capture, policy: str, suggestion: SkipSuggestion) -> None:
+def _suggest(run: Capture, spec: CompressionSpec, suggestion: SkipSuggestion, check: CausalCheck | None) -> None:
+    """Say which layers are suggested, and by what: `check` where they were measured, else ALR."""
     full = [i for i, kind in enumerate(run.layer_kinds) if kind == "full"]
-    chosen, rule = list(suggestion.layers), markup.plain(suggestion.rule)
-    if policy == "random":
-        st.info("Random eviction is the yardstick: its ALR / chance is 1 in every layer.", icon=":material/casino:")
+    chosen, rule, policy = list(suggestion.layers), markup.plain(suggestion.rule), spec.policy
+    names = ", ".join(map(str, chosen)) or "none"
+    if check is not None:
+        st.info(f"**Suggestion, as measured: {names}.** {rule}", icon=":material/lightbulb:")
+        if (check.spec.keep_ratio, check.spec.protect_last) != (spec.keep_ratio, spec.protect_last):
+            st.caption(
+                f"The controls say otherwise: {state.in_words(replace(spec, skip_layers=()))}. Measure it again below "
+                "for them; layers that are costly at one ratio need not be at another."
+            )
+    elif policy == "random":
+        st.info("Random eviction is the baseline: its ALR / chance is 1 in every layer.", icon=":material/casino:")
     elif len(chosen) < len(full):
-        names = ", ".join(map(str, chosen)) or "none"
-        st.info(f"**Suggestion: {names}.** {rule}", icon=":material/lightbulb:")
+        st.info(
+            f"**Suggestion by a proxy, ALR: {names}.** {rule} It goes by attention, whatever the keep ratio; what a "
+            "layer costs in prediction can be measured below, and the suggestion then goes by that.",
+            icon=":material/lightbulb:",
+        )
     else:
         st.warning(
-            f"**Suggestion: all layers.** {rule} With all of them whole nothing is compressed. Where this policy is "
-            "nowhere better than dice, try the mirror policy rather than a skip list.",
+            f"**Suggestion by a proxy, ALR: all layers.** {rule} With all of them whole nothing is compressed. Where "
+            "this policy is nowhere better than chance, try the other direction of norms rather than a skip list.",
             icon=":material/warning:",
         )
     with st.container(horizontal=True):
-        if policy != "random":
+        if check is not None or policy != "random":
             st.button("Take the suggestion", icon=":material/check:", type="primary", on_click=_take, args=(chosen,))
         paper = [i for i in (0, 1) if i in full]
         st.button("The paper's: 0 and 1", on_click=_take, args=(paper,))
@@ -166,7 +207,8 @@ def _opened(run: Capture, text: str) -> None:
 
 def _bytes(run: Capture, spec: CompressionSpec) -> None:
     st.subheader("What it saves")
-    shape = run.cache_shape
+    ref = work.ref_of(run.model)
+    shape = replace(run.cache_shape, itemsize=state.dtype_input(state.dtype_of(ref) if ref else None))
     uniform_spec = replace(spec, skip_layers=())
     rows = {"tokens": [], "full cache": [], "no layer skipped": [], "with the skip list": [], "saved": []}
     for n in (run.n_tokens, *LENGTHS):
@@ -177,7 +219,8 @@ def _bytes(run: Capture, spec: CompressionSpec) -> None:
             rows[key].append(value)
     st.dataframe(rows, hide_index=True)
     st.caption(
-        f"Keys and values of one sequence in {markup.plain(run.dtype)}, after that many tokens, by arithmetic: "
+        f"Keys and values of one sequence, {markup.counted(shape.itemsize, 'byte')} a number, after that many tokens, "
+        "by arithmetic: "
         f"{run.n_kv_heads} kv heads of {run.head_dim}, keep ratio {spec.keep_ratio:g}, the last {spec.protect_last} "
         "protected. The page *Generate* counts the real bytes; the page *Plan* has GPUs and batches. (This model need "
         "not work at all of these lengths.)"
@@ -193,4 +236,4 @@ def _export(run: Capture, spec: CompressionSpec, generate_page: StreamlitPage) -
         if st.button("Try it in Generate", icon=":material/compare:", type="primary"):
             state.use_plan(None)  # Generate would begin with it, and not with this list
             st.switch_page(generate_page)
-    export.as_code(plan, run.cache_shape)
+    export.as_code(plan, run)

@@ -56,7 +56,7 @@ def run(engine: Engine) -> None:
     done = work.run(
         engine,
         ref,
-        "Go on" if begun else "Run",
+        "Go on" if begun else work.label("Measure it", ref),
         lambda loaded, progress: _study(loaded, task, progress),
         key="run_study",
         cancelled="What was done is kept: press *Go on* to do the rest." if begun else "Nothing was done yet.",

@@ -88,23 +88,37 @@ def _means_of(study: Study, metric: str, probe: str) -> Means:
 
 def page(engine: Engine) -> None:
     """Draw the page."""
-    study = state.current_study()
-    of = f" in {markup.plain(study.model)}" if study else ""
-    st.header(f"Does it hold over many texts{of}?")
+    study, model = state.current_study(), state.current_run().model
+    st.header(f"Does it hold over many texts in {markup.plain(study.model if study else model)}?")
     if study is None:
-        st.info(
-            "One text is an anecdote. Give some below, or open a saved study: then each head's Γ comes with an "
-            "interval, and you see whether the layers come in the same order in every text.",
-            icon=":material/info:",
-        )
+        _nothing_yet(model)
     else:
         _results(study)
+        if study.model != model:
+            st.caption(f"This study is of {markup.plain(study.model)}; the run on screen is of {markup.plain(model)}.")
     st.divider()
     left, right = st.columns([3, 2], gap="large")
     with left:
         studies.run(engine)
     with right:
         studies.files(study)
+
+
+def _nothing_yet(model: str) -> None:
+    """What to do where there is no study of the model on screen; another model's answer is not its."""
+    with st.container(border=True):
+        st.markdown(
+            f"**No study of {markup.plain(model)} yet.** One text is an anecdote: over many, each head's Γ comes with "
+            "an interval, and you see whether the layers come in the same order in every text. Give texts below and "
+            f"press *Measure it for {markup.plain(model)}*, or open a saved study."
+        )
+        if other := state.study_of_another():
+            st.button(
+                f"Show the study of {markup.plain(other.model)}",
+                icon=":material/library_books:",
+                on_click=state.show_study,
+                args=(other,),
+            )
 
 
 def _results(study: Study) -> None:
@@ -115,7 +129,7 @@ def _results(study: Study) -> None:
     )  # fmt: skip
     numbers = _numbers(study, probe)
     with place.container():
-        st.markdown(f"##### {markup.plain(numbers.answer)}")
+        st.markdown(markup.headline(numbers.answer))
         _about(study)
     _heads(study, numbers, probe)
     left, right = st.columns(2, gap="large")
