@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from analysis.errors import ModelError, TextError
+from analysis.errors import ModelError, OutOfMemoryError, TextError
 from analysis.memory import (
     BLOCK,
     LAST_QUERIES,
@@ -28,7 +28,7 @@ from analysis.memory import (
 )
 from analysis.models import LoadedModel
 from analysis.run import Capture
-from analysis.tokens import MIN_TOKENS, Tokens, tokenize
+from analysis.tokens import LONG, MIN_TOKENS, Tokens, about_tokens, tokenize
 from l2kv import UnsupportedModelError, probabilities
 from l2kv.seam import Look, WatchedCache, watching
 
@@ -96,6 +96,7 @@ def readable(loaded: LoadedModel, text: str, *, last_queries: int = 0) -> tuple[
     Raises:
         TextError, OutOfMemoryError, ModelError: as `capture`.
     """
+    check_estimate(loaded, text, last_queries=last_queries)
     tokens = tokenize(loaded.tokenizer, text)
     warnings = [*tokens.notes, *check_length(loaded, tokens)]
     if unknown := set(layer_kinds(loaded.config)) - {"full_attention", "sliding_attention"}:
@@ -134,6 +135,27 @@ def check_shown(loaded: LoadedModel, n_shown: int, n_layers: int) -> None:
             f"{type(loaded.model).__name__} showed the attention of {n_shown} of its {n_layers} "
             "layers: the others are of another kind, or bypass transformers' attention registry."
         )
+
+
+def check_estimate(loaded: LoadedModel, text: str, *, last_queries: int = 0) -> None:
+    """Refuse a text that is far too long before it is tokenised, which takes long, too.
+
+    Raises:
+        TextError, OutOfMemoryError: as `capture`, with about how many tokens the text has.
+    """
+    if len(text) < LONG:
+        return
+    about, limit = about_tokens(loaded.tokenizer, text), getattr(loaded.config, "max_position_embeddings", None)
+    surely = about // 2  # stretches of a text may have twice the tokens of the rest
+    if limit is not None and surely > limit and getattr(loaded.config, "rope_parameters", None) is None:
+        raise TextError(
+            f"The text has about {about:,} tokens; {loaded.name} has positions for {limit:,}. Shorten it to some "
+            f"{len(text) * limit // about:,} characters."
+        )
+    try:
+        check_fits(loaded, surely, last_queries=last_queries)
+    except OutOfMemoryError:
+        check_fits(loaded, about, last_queries=last_queries)
 
 
 def check_length(loaded: LoadedModel, tokens: Tokens, *, new_tokens: int = 1) -> list[str]:

@@ -28,6 +28,14 @@ _SIZES = (  # by all the names that transformers' configs have for them
 )
 BOUNDS = {name: bound for bound, names in _SIZES for name in names.split()}
 
+# Bytes of a file that is parsed: many times the largest there is, and few enough that a million keys, each of which
+# transformers looks at for a while, are refused before they are parsed.
+_MOST_BYTES = {
+    **dict.fromkeys(("config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json"), 2**20),
+    "tokenizer_config.json": 4 * 2**20,
+}
+_MOST_BYTES_OF_OTHERS = 256 * 2**20  # vocabularies, and which weight is in which file
+
 
 def read_config(path: Path, name: str) -> PretrainedConfig:
     """The config in a file, of a decoder-only model with keys to look at. Raises ModelError, with the reason."""
@@ -50,6 +58,7 @@ def vet_config(path: Path, name: str) -> None:
     """Refuse a config that is out of bounds, or asks for code or weights of a kind that is not loaded."""
     if not path.is_file():
         raise ModelError(f"{name} is no model folder: it has no config.json.")
+    check_length(path, name, called="config.json")
     config = read_json(path, name)
     for part in _parts(config):
         for key, bound in BOUNDS.items():
@@ -88,6 +97,16 @@ def reading(name: str, part: str) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise ModelError(f"{name}: its {part} cannot be used ({short(error)}).") from error
+
+
+def check_length(path: Path, name: str, *, called: str = "") -> None:
+    """Refuse a file of more bytes than any of its kind has, before it is parsed: `called` names the kind."""
+    most = _MOST_BYTES.get(called or path.name, _MOST_BYTES_OF_OTHERS)
+    if (size := path.stat().st_size) > most:
+        raise ModelError(
+            f"{name}: its {path.name} has {size:,} bytes, and {most:,} at most are read: those of models are far "
+            "smaller, so this is not one that was saved with a model."
+        )
 
 
 def read_json(path: Path, name: str) -> dict:

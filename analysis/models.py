@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from analysis.configs import read_config, read_json, reading, short, vet_config
+from analysis.configs import check_length, read_config, read_json, reading, short, vet_config
 from analysis.errors import ModelError, OutOfMemoryError
 from analysis.gguf import gguf_name, is_gguf, read_gguf
 from analysis.memory import human_bytes, usable_bytes
 from analysis.packaged import ORIGINALS, PACKAGED, OnFetch, fetch, stored_before
+from analysis.tokens import check_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -93,6 +94,7 @@ def load_model(
     with reading(name, "weights"):
         device, dtype = _device_and_dtype(device, dtype)
     model, tokenizer, stored = (_load_gguf if path.is_file() else _load_folder)(path, name, dtype, device)
+    check_tokenizer(tokenizer, name)
     with reading(name, "weights"):
         model = model.eval().to(device)
     return LoadedModel(model, tokenizer, name, stored)
@@ -105,9 +107,12 @@ def tokenizer_and_config(ref: str | Path) -> tuple[PreTrainedTokenizerBase, Pret
         from analysis.gguf_models import gguf_config, gguf_tokenizer
 
         gguf = read_gguf(path)
-        return gguf_tokenizer(gguf), gguf_config(gguf).get_text_config(decoder=True)
-    config = read_config(path / "config.json", name)
-    return _tokenizer(path, name), config.get_text_config(decoder=True)
+        tokenizer, config = gguf_tokenizer(gguf), gguf_config(gguf)
+    else:
+        config = read_config(path / "config.json", name)
+        tokenizer = _tokenizer(path, name)
+    check_tokenizer(tokenizer, name)
+    return tokenizer, config.get_text_config(decoder=True)
 
 
 def loading_note(ref: str | Path, *, device: str | None = None, dtype: torch.dtype | None = None) -> str:
@@ -309,6 +314,9 @@ def _vet(folder: Path, name: str) -> None:
     except OSError as error:
         raise ModelError(f"{name} cannot be read ({short(error)}).") from error
     vet_config(folder / "config.json", name)
+    for file in files:
+        if file.endswith((".json", ".txt", ".jinja")):  # what transformers parses, whole
+            check_length(folder / file, name)
     if "adapter_config.json" in files:  # transformers would load the base model that it names, from anywhere
         raise ModelError(f"{name} is an adapter. Merge it into its base model, and give that one.")
     if not any(file.endswith(".safetensors") for file in files):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import queue
 import re
+import threading
+import time
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.errors import TextError
+from analysis.configs import short
+from analysis.errors import ModelError, TextError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,6 +25,11 @@ MIN_TOKENS = 4  # fewer cannot be ranked in any way that means something
 SENTENCE_END = re.compile(r"""(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)(?<!\b[A-Z])[.!?]["'”’)\]]*(?=\s|$)""")
 _LONGEST = 12  # characters a token, more than prose ever takes
 _USUAL = 6  # characters a token, more than most prose takes
+MOST_SECONDS = 60.0  # that a text is waited for
+LONG = 20_000  # characters; fewer take no time, however a tokenizer goes about them
+_TELLING = 0.3  # seconds, enough to tell how the time grows
+_WORD = re.compile(r"\S+")
+_SAMPLES, _SAMPLE = 20, 500  # of a longer text, how many stretches of how many characters are counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +74,12 @@ def notes_of(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> tuple[
 def _encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...]]:
     """Ids and spans of `Tokens`, no spans where the tokenizer does not tell them, and notes."""
     if tokenizer.is_fast:
-        encoded = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False)
+        encoded = _called(tokenizer, text, return_offsets_mapping=True, return_special_tokens_mask=True)
         spans = np.asarray(encoded["offset_mapping"], dtype=np.int32).reshape(-1, 2)
         added = np.asarray(encoded["special_tokens_mask"], dtype=bool)
     else:
-        encoded, spans = tokenizer(text, verbose=False), None
-        added = _added(encoded["input_ids"], tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        encoded, spans = _called(tokenizer, text), None
+        added = _added(encoded["input_ids"], _called(tokenizer, text, add_special_tokens=False)["input_ids"])
     ids, own = np.asarray(encoded["input_ids"], dtype=np.int64), np.flatnonzero(~added)
     if not len(own):
         return ids, spans, ()
@@ -88,6 +97,67 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[np.ndarray,
     else:
         start = 0
     return ids[start:end], None if spans is None else _covering(text, spans[start:end]), tuple(notes)
+
+
+def _called(tokenizer: PreTrainedTokenizerBase, text: str, **options) -> Mapping[str, list]:
+    """What the tokenizer makes of a text. Raises TextError where it cannot, or not within `MOST_SECONDS`.
+
+    A long text is left to a thread, for what a tokenizer has begun cannot be ended: it dies with the program. So what
+    can be known before to take too long is not begun.
+    """
+    outcome: queue.SimpleQueue[Mapping[str, list] | BaseException] = queue.SimpleQueue()
+
+    def call() -> None:
+        try:
+            if len(text) >= LONG:
+                _check_longest_word(tokenizer, text)
+            outcome.put(tokenizer(text, verbose=False, **options))
+        except BaseException as error:  # what its Rust raises in a panic is no Exception
+            outcome.put(error)
+
+    if len(text) < LONG:
+        call()
+    else:
+        threading.Thread(target=call, daemon=True).start()
+    try:
+        result = outcome.get(timeout=MOST_SECONDS)
+    except queue.Empty:
+        raise TextError(
+            f"The tokenizer has not done with these {len(text):,} characters in {MOST_SECONDS:g} seconds. Shorten the "
+            "text, above all words without spaces: for those some tokenizers take very long."
+        ) from None
+    if isinstance(result, BaseException):
+        if isinstance(result, TextError) or (not isinstance(result, Exception) and not _panicked(result)):
+            raise result  # too long a word, or Ctrl-C
+        raise TextError(
+            f"The tokenizer cannot read this text ({short(result)}): it may be damaged, or not belong to the model."
+        ) from result
+    return result
+
+
+def _panicked(error: BaseException) -> bool:
+    return type(error).__name__ == "PanicException"
+
+
+def _check_longest_word(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    """Raise TextError if the longest run without a space will take too long, as more and more of it takes.
+
+    The time of some tokenizers grows with the square of a word's length, or its cube.
+    """
+    word, size, before = max(_WORD.findall(text), key=len, default=""), 1000, np.inf
+    while size < len(word):
+        started = time.perf_counter()
+        tokenizer(word[:size], verbose=False)
+        took = time.perf_counter() - started
+        if took > _TELLING:
+            growth = max(1.0, np.log2(took / before))
+            if (needed := took * (len(word) / size) ** growth) > MOST_SECONDS:
+                raise TextError(
+                    f"The text holds a word of {len(word):,} characters, {word[:20]!r} and so on, for which this "
+                    f"tokenizer would take about {needed:,.0f} seconds. Shorten it, or put spaces into it."
+                )
+            return
+        size, before = 2 * size, took
 
 
 def _added(ids: list[int], bare: list[int]) -> np.ndarray:
@@ -149,6 +219,17 @@ def beginning(tokenizer: PreTrainedTokenizerBase, text: str, n_tokens: int, *, s
     return window[: ends[cut - 1]], True
 
 
+def about_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    """About how many tokens a text has, counted in stretches of it if it is `LONG`. Raises TextError as `tokenize`."""
+    check_text(text)
+    if len(text) < LONG:
+        return len(_encoded(tokenizer, text)[0])
+    starts = range(0, len(text), len(text) // _SAMPLES)
+    samples = [text[start : start + _SAMPLE] for start in starts]
+    counted = sum(len(_encoded(tokenizer, sample)[0]) for sample in samples)
+    return counted * len(text) // sum(map(len, samples))
+
+
 @dataclass(frozen=True, slots=True)
 class Passage:
     """Whole sentences of a text, and how it goes on."""
@@ -178,6 +259,19 @@ def passages(
         n = len(ids)
         if at_least <= n <= at_most and len(whole) >= n + following and (whole[:n] == ids).all():
             yield Passage(prompt, rest, n)
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raise ModelError unless this makes tokens of a text."""
+    try:
+        ids = _called(tokenizer, "The sea, 1.", add_special_tokens=False)["input_ids"]
+    except TextError as error:
+        raise ModelError(f"{name}: {error}") from error
+    if not ids:
+        raise ModelError(
+            f"{name}: its tokenizer has no vocabulary, so it makes no tokens of a text. Look for the files that are "
+            "missing beside the weights, such as tokenizer.json."
+        )
 
 
 def check_text(text: str) -> None:

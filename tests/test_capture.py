@@ -18,7 +18,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from analysis import ModelError, OutOfMemoryError, TextError, capture, correlation, suggest_skip_layers
+from analysis import ModelError, OutOfMemoryError, TextError, capture, capturing, correlation, suggest_skip_layers
 from analysis import memory as memory_module
 from analysis.measures import kept_tokens, status
 from analysis.memory import BLOCK, MAX_BINS, CacheShape, capture_bytes, human_bytes, layer_kinds
@@ -297,3 +297,15 @@ def test_bytes_are_said_in_binary_units():
         "300 MiB",
         "3.0 TiB",
     ]
+
+
+@pytest.mark.parametrize(
+    "text", ["The sea looked at him. " * 90_000, "🙂" * 500_000, "a" * 2_000_000], ids=lambda t: t[:5]
+)
+def test_a_text_that_is_far_too_long_is_refused_before_it_is_tokenised(load, monkeypatch, text):
+    monkeypatch.setattr(capturing, "tokenize", lambda *_: pytest.fail("it was tokenised"))
+    with pytest.raises(TextError, match=r"about [\d,]+ tokens; .* has positions for 64. Shorten it to some \d+ char"):
+        capture(LoadedModel(gpt2_of_64(), load("books-5m").tokenizer, "gpt2"), text)
+    monkeypatch.setattr(memory_module, "free_bytes", lambda device: 2**28)
+    with pytest.raises(OutOfMemoryError, match="Shorten it to about"):
+        capture(load("books-5m"), text)

@@ -18,7 +18,7 @@ TEXT = "The old man looked at the sea, and the sea looked at the old man, and ne
 def test_a_text_file_becomes_a_run_that_can_be_read_and_told(tmp_path, capsys):
     text, out = tmp_path / "text.txt", tmp_path / "run.safetensors"
     text.write_text(TEXT)
-    assert main(["capture", str(text), "--out", str(out), "--device", "cpu"]) == 0
+    assert main(["capture", str(text), "--out", str(out), "--model", "books-5m", "--device", "cpu"]) == 0
     assert "6 layers" in capsys.readouterr().out
     assert load_run(out).text == TEXT
     assert main(["heads", str(out)]) == 0
@@ -89,7 +89,7 @@ def run_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     out = folder / os.fsdecode(b"run\xff.safetensors")
     (folder / "text.txt").write_text(f"{TEXT} Γ 🙂 日本語, déjà vu.", encoding="utf-8")
-    assert main(["capture", str(folder / "text.txt"), "--out", str(out), "--device", "cpu"]) == 0
+    assert main(["capture", str(folder / "text.txt"), "--out", str(out), "-m", "books-5m", "--device", "cpu"]) == 0
     return out
 
 
@@ -107,7 +107,7 @@ def test_results_and_mistakes_are_printed_in_any_encoding(run_file, encoding):
     assert status == 0 and "Does low norm predict attention in books-5m?" in told
     assert ("Γ" if encoding in ("utf-8", "cp437", "cp932") else "Gamma") in told
     text = str(run_file.parent / "text.txt")
-    assert printed(encoding, ["generate", text, "--new-tokens", "2"])[0] == 0
+    assert printed(encoding, ["generate", text, "-m", "books-5m", "--new-tokens", "2"])[0] == 0
     status, told = printed(encoding, ["capture", os.fsdecode(b"\xff \xce\x93 missing"), "-o", "x"])
     assert status == 2 and "missing cannot be read" in told and "Traceback" not in told
 

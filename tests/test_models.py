@@ -3,8 +3,10 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +16,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from analysis.errors import ModelError
-from analysis.models import BUNDLED_MODELS, LoadedModel, load_model, model_folder
+from analysis.models import BUNDLED_MODELS, LoadedModel, load_model, model_folder, tokenizer_and_config
 from tests.conftest import BUNDLED, STORIES, build
 
 WEIGHTS = "model.safetensors"
@@ -507,3 +509,64 @@ def test_code_named_by_the_tokenizer_is_not_run(folder):
     rewrite(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", None]})
     (folder / "evil.py").write_text("raise SystemExit('remote code was run')")
     assert len(load_model(folder, device="cpu").tokenizer) == 4096
+
+
+# Files that would take forever to parse, and a tokenizer of nothing
+
+PARSED = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+]
+
+
+@pytest.mark.parametrize("name", PARSED)
+def test_very_many_keys_are_refused_by_their_bytes_before_they_are_parsed(folder, name):
+    file = folder / name
+    content = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(content | {f"key {i}": i for i in range(300_000)}))
+    started = time.perf_counter()
+    assert re.search(rf"its {name} has [\d,]+ bytes, and [14],[\d,]+ at most are read", refusal(folder))
+    assert time.perf_counter() - started < 2
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", INDEX, "merges.txt", "chat_template.jinja"])
+def test_a_file_of_more_bytes_than_any_vocabulary_is_refused_and_not_read(folder, name):
+    with (folder / name).open("wb") as file:
+        file.truncate(2**28 + 1)  # which takes no room on the disk
+    assert f"its {name} has 268,435,457 bytes" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", PARSED[:2])
+def test_what_real_models_have_of_keys_loads_soon(folder, name):
+    labels = {str(i): f"LABEL_{i}" for i in range(9999)}
+    rewrite(folder / name, id2label=labels, label2id={label: int(i) for i, label in labels.items()})
+    started = time.perf_counter()
+    load_model(folder, device="cpu")
+    assert time.perf_counter() - started < 20
+
+
+def without_vocabulary(content: dict, model: dict) -> dict:
+    return content | {"model": model, "added_tokens": [], "post_processor": None}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"type": "BPE", "vocab": {}, "merges": []},
+        {"type": "WordLevel", "vocab": {}, "unk_token": "?"},
+        {"type": "WordPiece", "vocab": {}, "unk_token": "?", "continuing_subword_prefix": "#",
+         "max_input_chars_per_word": 9},
+        {"type": "Unigram", "vocab": [["x", 0.0]], "unk_id": None},
+    ],
+    ids=lambda model: model["type"],
+)  # fmt: skip
+def test_a_tokenizer_without_a_vocabulary_is_refused_as_that(folder, model):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(without_vocabulary(content, model)))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    assert "tokenizer" in refusal(folder)
+    with pytest.raises(ModelError, match="tokenizer"):
+        tokenizer_and_config(folder)

@@ -368,6 +368,14 @@ def test_with_texts_enough_a_signal_is_an_interval_that_beats_dice_at_the_ratio(
     assert few.has_signal(0.5).tolist() == [[True, False, True]]
 
 
+def test_a_signal_that_only_one_of_two_documents_has_is_none():
+    ranks = np.arange(1.0, 21.0)
+    runs = [run_of([[ranks]], [[row / row.sum()]]) for row in [1 / ranks] * 15 + [ranks] * 3]
+    assert loss_curves(*runs, bins=20).has_signal(0.5, "low_norm").all()
+    by_document = loss_curves(*runs, bins=20, documents=["a"] * 15 + ["b"] * 3)
+    assert not by_document.has_signal(0.5, "low_norm").any()
+
+
 @pytest.mark.parametrize("policy", ["low_norm", "high_norm", "signed_norm"])
 def test_the_loss_of_any_spec_is_what_its_tokens_left_out_held(policy):
     run = random_run(4, group=1)

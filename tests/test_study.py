@@ -410,7 +410,7 @@ def test_a_cut_file_does_not_pass_for_a_study(tmp_path):
 def test_the_command_prints_a_row_per_layer_and_the_answer_and_goes_on(tmp_path, capsys):
     text, out = tmp_path / "keats.txt", tmp_path / "study.safetensors"
     text.write_text("\n".join(TEXTS.values()))
-    command = ["study", str(text), "-o", str(out), "--tokens", "40", "--device", "cpu", "--excerpts"]
+    command = ["study", str(text), "-o", str(out), "-m", "books-5m", "--tokens", "40", "--device", "cpu", "--excerpts"]
     assert main([*command, "2"]) == 0
     assert "This study cannot tell" in capsys.readouterr().out
     assert main([*command, "7"]) == 0
@@ -433,7 +433,21 @@ def test_the_command_prints_a_row_per_layer_and_the_answer_and_goes_on(tmp_path,
 def test_the_command_prints_a_metric_of_each_layer(tmp_path, capsys):
     text, out = tmp_path / "keats.txt", tmp_path / "study.safetensors"
     text.write_text(KEATS)
-    command = ["study", str(text), "-o", str(out), "--tokens", "40", "--device", "cpu", "--excerpts", "2", "--metric"]
+    command = [
+        "study",
+        str(text),
+        "-o",
+        str(out),
+        "-m",
+        "books-5m",
+        "--tokens",
+        "40",
+        "--device",
+        "cpu",
+        "--excerpts",
+        "2",
+        "--metric",
+    ]
     assert main([*command, "entropy-normalised"]) == 0
     told = capsys.readouterr().out.splitlines()
     start = told.index(f"entropy_normalised, next token: {METRICS['entropy_normalised'].text}")
@@ -460,5 +474,5 @@ def test_an_interrupted_command_keeps_what_was_done(tmp_path, capsys, monkeypatc
             raise KeyboardInterrupt
 
     monkeypatch.setattr(command, "counter", lambda: interrupt)
-    assert main(["study", str(text), "-o", str(out), "--tokens", "40", "--excerpts", "4", "--device", "cpu"]) == 130
+    assert main(["study", str(text), "-o", str(out), "-m", "books-5m", "--tokens", "40", "--excerpts", "4"]) == 130
     assert "goes on" in capsys.readouterr().out and len(load_study(out).names) == 2

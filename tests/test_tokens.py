@@ -1,5 +1,6 @@
 """Which characters each token covers, on texts that were written to break that."""
 
+import threading
 import time
 import unicodedata
 from itertools import pairwise
@@ -9,8 +10,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from analysis.errors import TextError
-from analysis.tokens import check_text, notes_of, tokenize
+from analysis import tokens as module
+from analysis.errors import ModelError, TextError
+from analysis.tokens import about_tokens, check_text, check_tokenizer, notes_of, tokenize
 from tests.conftest import BUNDLED, STORIES
 
 FAMILY = "👩\u200d👩\u200d👧"
@@ -244,3 +246,75 @@ def test_half_a_character_is_refused_with_its_place(tokenizer, text, at):
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 def test_every_valid_text_passes_the_check(text):
     check_text(text)
+
+
+# What takes too long, or cannot be read
+
+
+def word_piece(most: int) -> PreTrainedTokenizerFast:
+    """Of words of up to so many characters: the time that it takes for one grows with the square of its length."""
+    made = Tokenizer(models.WordPiece(vocab={"?": 0, "a": 1, "##a": 2}, unk_token="?", max_input_chars_per_word=most))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+@pytest.mark.parametrize("text", ["a" * 100_000, "It is. " * 5000 + "a" * 400_000 + " And so on." * 5000])
+def test_a_word_that_would_take_too_long_is_refused_before_it_is_begun(text):
+    started, threads = time.perf_counter(), set(threading.enumerate())
+    with pytest.raises(
+        TextError, match=r"a word of \d00,000 characters, 'a+' and so on.* about [\d,]+ seconds. Shorten it"
+    ):
+        tokenize(word_piece(10**6), text)
+    assert time.perf_counter() - started < 10
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(2)
+        assert not thread.is_alive()  # none is left at work
+    assert len(tokenize(word_piece(10**6), "aa " * 100)) == 200
+
+
+def test_a_text_that_is_not_done_in_time_is_not_waited_for(monkeypatch):
+    class Slow:
+        is_fast = False
+
+        def __call__(self, text, **_):
+            time.sleep(1)
+
+    monkeypatch.setattr(module, "MOST_SECONDS", 0.1)
+    with pytest.raises(TextError, match=r"has not done with these 80,000 characters in 0\.1 seconds\. Shorten"):
+        tokenize(Slow(), "The sea." * 10_000)
+
+
+@pytest.mark.parametrize(
+    "text", ["The sea.", "The sea. " * 10_000, "sea" * 30_000], ids=["short", "long", "a long word"]
+)
+@pytest.mark.parametrize(
+    "error", [RuntimeError("no [UNK] in the vocabulary"), KeyError("x"), KeyboardInterrupt()], ids=repr
+)
+def test_what_a_tokenizer_raises_is_told_whether_the_text_is_short_or_long(error, text):
+    class Broken:
+        is_fast = False
+
+        def __call__(self, text, **_):
+            raise error
+
+    with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else TextError) as raised:
+        tokenize(Broken(), text)
+    if not isinstance(error, KeyboardInterrupt):
+        assert "The tokenizer cannot read this text (no " in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "made", [models.WordLevel(vocab={"b": 0}), models.Unigram([("b", -1.0)]), models.BPE()], ids=repr
+)
+def test_a_tokenizer_that_knows_no_word_is_refused_with_its_name(made):
+    with pytest.raises(ModelError, match=r"^my model: .*tokenizer (cannot read|has no vocabulary)"):
+        check_tokenizer(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(made)), "my model")
+
+
+@pytest.mark.parametrize("text", ["word " * 20_000, "a" * 100_000, "🙂" * 30_000, "Plain. " * 30_000 + "🙂" * 30_000])
+def test_tokens_are_estimated_at_once_and_within_a_tenth(tokenizer, text):
+    started = time.perf_counter()
+    about = about_tokens(tokenizer, text)
+    assert time.perf_counter() - started < 0.5
+    assert about == pytest.approx(len(tokenize(tokenizer, text)), rel=0.1)
+    assert about_tokens(tokenizer, text[:999]) == len(tokenize(tokenizer, text[:999]))

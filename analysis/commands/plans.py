@@ -150,7 +150,8 @@ def _plan(arguments: argparse.Namespace) -> None:
         runs.append(slim(capture(loaded, text, last_queries=0)))
         count("texts", i + 1, len(given))
     with typed():
-        curves = loss_curves(*runs, protect_last=arguments.protect_last)
+        documents = [excerpt.document for excerpt in given]
+        curves = loss_curves(*runs, protect_last=arguments.protect_last, documents=documents)
         if arguments.weighed:
             curves = weighed_by_cost(
                 curves,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -39,6 +39,7 @@ class LossCurves:
     least_bin: int = 0  # below it the protected tokens alone hold more: nothing is saved there
     over_chance: np.ndarray | None = None  # [2, texts, L, Hkv, B + 1] loss of low and of high less that of dice
     captures: tuple[Capture, ...] = ()  # what they are of, `slim`; the methods that look at single tokens need it
+    documents: tuple[str, ...] = ()  # texts, names of what each is an excerpt of; none where it is not known
     weights: np.ndarray | None = None  # [L, Hkv] what lost attention costs in a head, of 1 in the mean: see `weighed`
 
     @property
@@ -69,7 +70,7 @@ class LossCurves:
             better = np.stack([self._leans(sign) for sign in (-1, 1)])
         else:
             b = min(int(np.ceil(keep * self.bins - TINY)), self.bins)
-            better = np.stack([means(texts[..., b]).high < 0 for texts in self.over_chance])
+            better = np.stack([means(texts[..., b], documents=self.documents).high < 0 for texts in self.over_chance])
         return (self.status == "ok") & better[directions].any(axis=0)
 
     def _leans(self, sign: int) -> np.ndarray:
@@ -120,7 +121,9 @@ class LossCurves:
         return self.of(spec.policy) if spec.policy in BY_NORM else None
 
 
-def loss_curves(*captures: Capture, bins: int = 100, protect_last: int = 0) -> LossCurves:
+def loss_curves(
+    *captures: Capture, bins: int = 100, protect_last: int = 0, documents: Sequence[str] = ()
+) -> LossCurves:
     """Loss curves of one text or of several in the same model.
 
     A kv head is judged by the mean attention of the query heads that read it. At keep ratio r of n tokens it keeps
@@ -132,6 +135,7 @@ def loss_curves(*captures: Capture, bins: int = 100, protect_last: int = 0) -> L
         captures: one or more; of one model, of any lengths.
         bins: steps of the keep ratio from 0 to 1. With 100, every percent is met exactly.
         protect_last: as in the spec that will be used.
+        documents: names of what the texts are excerpts of, if that is known: intervals resample them.
 
     Raises:
         ValueError: no capture, captures of different models, or a number out of range.
@@ -162,6 +166,7 @@ def loss_curves(*captures: Capture, bins: int = 100, protect_last: int = 0) -> L
         gammas=np.stack([correlation(run) for run in runs]),
         protect_last=protect_last,
         least_bin=int(np.ceil(protected * bins - TINY)),
+        documents=tuple(documents),
         over_chance=np.stack([low, high]) - dice,
         captures=captures,
     )

@@ -99,7 +99,8 @@ def measure_front(
         return run
 
     runs = [captured(one.text, i) for i, one in enumerate(plan_texts)]
-    curves = loss_curves(*runs, protect_last=protect_last)
+    documents = [one.document or one.name for one in plan_texts]
+    curves = loss_curves(*runs, protect_last=protect_last, documents=documents)
     if any(WAYS[way].needs_costs for way in ways):
         curves = weighed_by_cost(
             curves,
