@@ -47,17 +47,23 @@ class Noted(DynamicCache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
-def plain_cache(model, ids):
+def plain_cache(model, ids, **inputs):
     """After a forward pass over all tokens."""
     cache = Noted(model.config)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, past_key_values=cache, **inputs)
     return cache
 
 
-def masked_forward(model, ids, spec, chunks, evicting):
-    """Logits [1, T, V] of one pass over all tokens that sees none of the evicted, and kept[layer][kv head]."""
-    plain, total = plain_cache(model, ids), ids.shape[1]
+def masked_forward(model, ids, spec, chunks, evicting, *, put_in=_attention, **inputs):
+    """Logits [1, T, V] of one pass over all tokens that sees none of the evicted, and kept[layer][kv head].
+
+    Args:
+        put_in: `put_in(model, attention)` is a context in which the language model attends so.
+        inputs: of the forward pass beside the tokens: of an image, say, all of whose tokens are in the first chunk.
+    """
+    plain, total = plain_cache(model, ids, **inputs), ids.shape[1]
+    causal = torch.ones(total, total).tril().bool()
     calls, kept, keys_of = iter(plain.order), {}, {}
 
     def layer_of(key):
@@ -77,23 +83,25 @@ def masked_forward(model, ids, spec, chunks, evicting):
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
         if layer in evicting:
-            assert attention_mask is None or torch.equal(attention_mask[0, 0], torch.ones(total, total).tril().bool())
             replayed = [
                 replay(ranking(spec, key[0, used_by[held_by.index(h)]]), chunks, keep_ratio=ratio(spec, layer, h))
                 for h in range(held)
             ]
             kept[layer] = [positions for _, positions in replayed]
             shown = torch.tensor([visible for visible, _ in replayed])[held_by]
+            if attention_mask is not None:  # the tokens of an image may see those of it that follow
+                assert attention_mask[0, 0][causal].all()
+                shown = shown | (attention_mask[0] & ~causal)
         else:  # transformers' own mask of its windows
-            shown = torch.ones(total, total).tril().bool() if attention_mask is None else attention_mask[0]
+            shown = causal if attention_mask is None else attention_mask[0]
         scores = scores[0].masked_fill(~shown, -torch.inf)
         if s_aux is not None:
             scores = torch.cat([scores, s_aux.view(-1, 1, 1).expand(-1, total, 1)], dim=-1)
         weights = scores.softmax(-1)[..., :total]
         return (weights @ value[0, used_by]).transpose(0, 1)[None].contiguous(), None
 
-    with _attention(model, attention), torch.no_grad():
-        logits = model(ids, use_cache=False).logits
+    with put_in(model, attention), torch.no_grad():
+        logits = model(ids, use_cache=False, **inputs).logits
     return logits, kept
 
 
