@@ -183,16 +183,20 @@ def test_a_capture_is_what_the_class_caches_and_what_its_eager_attention_shows(m
         return
     for query, row in zip(run.recent_positions, run.recent_attention, strict=True):
         np.testing.assert_allclose(row[..., :query], attention[:, :, query, :query], atol=1e-4)
-    seen_by = [np.minimum(np.arange(n, 0, -1), window or n) for window in run.windows]
+    distance = np.arange(n)[:, None] - np.arange(n)
+    windows = [  # Moshi's are of the cache alone
+        n if not window or of_layer[:, distance >= window].any() else window
+        for window, of_layer in zip(run.windows, attention, strict=True)
+    ]
+    seen_by = [np.minimum(np.arange(n, 0, -1), window) for window in windows]
     received = attention.sum(axis=2) / np.array(seen_by)[:, None]
     np.testing.assert_allclose(run.attention_received, received, atol=1e-4)
 
 
 def state(model):
     """What preparing a model could leave behind."""
-    configs = [
-        module.config for module in model.modules() if isinstance(getattr(module, "config", None), PretrainedConfig)
-    ]
+    configs = (getattr(module, "config", None) for module in model.modules())
+    chosen = [config._attn_implementation for config in configs if isinstance(config, PretrainedConfig)]
     hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
     registered = set(AttentionInterface._global_mapping), set(AttentionMaskInterface._global_mapping)
     return chosen, hooks, registered
