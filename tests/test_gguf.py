@@ -30,7 +30,8 @@ from app import engine
 from tests.conftest import BUNDLED, tokens
 from tests.gguf_files import TOKENS, gguf_architecture, stored_weight, write_gguf
 
-F32, F16, BF16, Q8_0 = (getattr(GGMLQuantizationType, name) for name in ("F32", "F16", "BF16", "Q8_0"))
+F32, F16, BF16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16
+Q8_0, Q4_K, Q6_K = GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_K, GGMLQuantizationType.Q6_K
 SIZES = {
     "vocab_size": 128,
     "hidden_size": 64,
@@ -134,6 +135,33 @@ def test_the_shape_of_its_cache_is_the_originals(tmp_path):
     for config in CONFIGS.values():
         path = write_gguf(tmp_path / "x.gguf", random_model(config), F16)
         assert model_size(path).shape == CacheShape.of(config, 2)
+
+
+def random_blocks(rows: int, kind: GGMLQuantizationType, scale_at: int) -> np.ndarray:
+    """Rows of one block each, [rows, bytes]: any bytes are weights, if the scale is a small number."""
+    content = np.random.default_rng(0).integers(0, 256, (rows, GGML_QUANT_SIZES[kind][1]), np.uint8)
+    content[:, scale_at : scale_at + 2] = np.array([0.01], np.float16).view(np.uint8)
+    if kind == Q4_K:
+        content[:, 2:4] = content[:, :2]  # the scale of its minima
+    return content
+
+
+def test_a_mix_of_types_is_dequantised_and_named_by_the_one_of_most_bytes(tmp_path):
+    """As in a Q4_K_M: most in Q4_K, some in Q6_K."""
+    model = random_model(transformers.LlamaConfig(**SIZES | {"hidden_size": 256, "num_hidden_layers": 1}))
+    sixth = random_blocks(128, Q6_K, 208), Q6_K
+    fourth = {f"blk.0.ffn_{name}.weight": (random_blocks(96, Q4_K, 0), Q4_K) for name in ("gate", "up")}
+    fourth |= {"token_embd.weight": (random_blocks(128, Q4_K, 0), Q4_K)}
+    path = write_gguf(tmp_path / "x.gguf", model, Q8_0, blocks=fourth | {"output.weight": sixth})
+    gguf_file = read_gguf(path)
+    nbytes = {kind: sum(t.nbytes for t in gguf_file.tensors if t.type == kind) for kind in ("Q8_0", "Q4_K", "Q6_K")}
+    assert gguf_file.stored == max(nbytes, key=nbytes.get) == "Q8_0"
+    weights = load_model(path, device="cpu").model.state_dict()
+    for name, (content, kind) in {
+        "lm_head": sixth,
+        "model.layers.0.mlp.up_proj": fourth["blk.0.ffn_up.weight"],
+    }.items():
+        assert torch.equal(weights[f"{name}.weight"], torch.from_numpy(gguf.dequantize(content, kind)))
 
 
 def test_a_dtype_may_be_asked_for(tiny, tmp_path):
@@ -243,17 +271,20 @@ def test_linear_and_yarn_scaling_are_taken_over(tmp_path, rope, told):
     assert torch.equal(logits(loaded.model), logits(model))
 
 
-def test_phi_3s_long_and_short_factors_are_taken_over(tmp_path):
+@pytest.mark.parametrize("attention_factor", [None, 1.25])
+def test_phi_3s_long_and_short_factors_are_taken_over(tmp_path, attention_factor):
     factors = {"long": np.linspace(1, 30, 8).astype(np.float32), "short": np.linspace(1, 2, 8).astype(np.float32)}
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16}
     rope |= {f"{name}_factor": [float(x) for x in values] for name, values in factors.items()}
+    if attention_factor:
+        rope["attention_factor"] = attention_factor
     config = transformers.Phi3Config(**SIZES, rope_parameters=rope, original_max_position_embeddings=16)
     model = random_model(config)
     path = write_gguf(
         tmp_path / "x.gguf",
         model,
         weights={f"rope_factors_{name}.weight": values for name, values in factors.items()},
-        metadata={".rope.scaling.original_context_length": 16, ".rope.scaling.type": "longrope"},
+        metadata={".rope.scaling.original_context_length": 16, ".rope.scaling.attn_factor": attention_factor},
     )
     loaded = load_model(path, device="cpu")
     for n in (12, 40):  # shorter than the original context, and longer
@@ -443,8 +474,17 @@ def test_a_chat_template_is_data_and_runs_in_a_sandbox(tmp_path):
         tokenizer.apply_chat_template(messages, tokenize=False)
 
 
-def test_a_tokenizer_that_transformers_cannot_build_is_refused_as_that(tmp_path):
-    path = write_gguf(tmp_path / "x.gguf", random_model(CONFIGS["llama"]), tokenizer={"merges": ["t h", "no pair"]})
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"merges": ["t h", "no pair"]},
+        {"merges": ["th"]},
+        {"tokens": ["<unk>", "<s>", "</s>", "t", "h"], "merges": ["t h"], "token_type": [1] * 5},  # Rust panics
+    ],
+    ids=str,
+)
+def test_a_tokenizer_that_transformers_cannot_build_is_refused_as_that(tmp_path, told):
+    path = write_gguf(tmp_path / "x.gguf", random_model(CONFIGS["llama"]), tokenizer=told)
     assert "x: its tokenizer cannot be used" in refusal(path)
 
 
