@@ -18,6 +18,8 @@ import pytest
 import torch
 import transformers
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from streamlit.testing.v1 import AppTest
+from streamlit.util import calc_hash
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from analysis import gguf_models, models
@@ -27,7 +29,7 @@ from analysis.memory import CacheShape
 from analysis.models import load_model, loading_note, model_folder, tokenizer_and_config
 from analysis.sizes import model_size, weights_bytes
 from app import engine
-from tests.conftest import BUNDLED, tokens
+from tests.conftest import BUNDLED, ROOT, tokens
 from tests.gguf_files import TOKENS, gguf_architecture, stored_weight, write_gguf
 
 F32, F16, BF16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16
@@ -603,6 +605,20 @@ def test_files_in_allowed_folders_are_offered_by_the_app(tiny, tmp_path, monkeyp
         engine.check_allowed(str(tmp_path / "models" / "out.gguf"))
     tokenizer, config = engine.Engine().tokenizer_and_config(str(tmp_path / "models" / "a.gguf"))
     assert config.num_hidden_layers == 2 and tokenizer("the")["input_ids"] == [TOKENS.index("the")]
+
+
+def test_the_app_runs_a_file_and_names_how_it_is_stored_computed_and_cached(tiny, monkeypatch):
+    monkeypatch.setenv("L2KV_MODEL_DIRS", str(tiny.parent))
+    app = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=60)
+    app.session_state["model_choice"] = str(tiny)
+    app._page_hash = calc_hash("capture")  # switch_page knows only pages that are files
+    app.run()
+    app.text_area(key="text").set_value("the end of the thing").run()
+    assert any("tokens**, about" in element.value for element in app.markdown)  # counted before the model is loaded
+    app.button(key="run_capture").click().run()
+    assert not app.exception and not app.error
+    status = [element.value.replace("\\", "") for element in app.caption]
+    assert any("tiny in memory, stored as float16, computed and cached in float32 on cpu" in line for line in status)
 
 
 def test_types_and_their_blocks_are_those_of_gguf_itself():
