@@ -48,7 +48,9 @@ def add(commands) -> None:
     plan.set_defaults(run=_plan)
 
     savings = commands.add_parser("savings", help="what a compression saves in a model, which need not be there")
-    savings.add_argument("model", help="a bundled name, a folder, a config.json or a hub id: only its config is read")
+    savings.add_argument(
+        "model", help="a bundled name, a folder, a GGUF file, a config.json or a hub id: weights are not read"
+    )
     add_spec(savings)
     savings.add_argument("--gpu-gib", type=float, default=80, help="memory of the GPU (80)")
     savings.add_argument("--bandwidth-gb", type=float, default=3350, help="its memory's GB a second (3350)")
