@@ -6,6 +6,7 @@ The compression lives in the widgets themselves (`persist_state="session"`), und
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import lru_cache, wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -64,11 +65,12 @@ def remembered(
         if of is not thing:
             answers = {}
             kept[name] = thing, answers
-        if settings not in answers:
-            answers[settings] = work(thing, *settings)
-            for oldest in list(answers)[:-_MOST_REMEMBERED]:
-                answers.pop(oldest, None)  # another session may have been first
-        return answers[settings]
+        with suppress(KeyError):
+            return answers[settings]
+        answer = answers[settings] = work(thing, *settings)
+        for oldest in list(answers)[:-_MOST_REMEMBERED]:
+            answers.pop(oldest, None)  # another session may have been first
+        return answer
 
     return ask
 
