@@ -7,6 +7,7 @@ worked out again in blocks of queries, summed up, and forgotten: memory grows wi
 from __future__ import annotations
 
 import inspect
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -163,9 +164,9 @@ def check_length(loaded: LoadedModel, tokens: Tokens, *, new_tokens: int = 1) ->
     n, limit = len(tokens), getattr(loaded.config, "max_position_embeddings", None)
     if n < MIN_TOKENS:
         raise TextError(f"The text has {n} token{'s' * (n != 1)}; at least {MIN_TOKENS} are needed to rank them.")
-    if tokens.ids.max() >= loaded.model.get_input_embeddings().num_embeddings:
+    if tokens.ids.max() >= getattr(loaded.model.get_input_embeddings(), "num_embeddings", sys.maxsize):
         raise TextError("The tokenizer gives tokens that the model does not have: the two do not belong together.")
-    if limit is None or n + new_tokens <= limit:
+    if limit is None or limit < 1 or n + new_tokens <= limit:  # XLNet: -1
         return []
     if getattr(loaded.config, "rope_parameters", None) is None:
         raise TextError(
@@ -198,6 +199,8 @@ class _Recorder:
     def look(self, at: Look) -> None:
         if not self.results:
             self._allocate(at.query.shape[1], at.key.shape[1])
+        if at.key.shape[1] != self.results["key_norm"].shape[1]:
+            raise UnsupportedModelError("This model has layers of different numbers of kv heads, not looked into yet.")
         attention = _Attention(at)
         if self.probing:
             self._record_probe(attention, at.layer_idx)

@@ -32,6 +32,7 @@ CALM_SPEC = CompressionSpec(keep_ratio=0.5, protect_last=32)
 """What the app proposes."""
 BREAKS_SPEC = CompressionSpec(keep_ratio=0.5)
 """The paper's defaults."""
+ARTICLE = "A long article"
 _SLACK = 100  # tokens
 
 
@@ -159,7 +160,7 @@ def _article(loaded: LoadedModel, texts: Mapping[str, str], criteria: Criteria) 
         f"more. The mean NLL of the {criteria.new_tokens} tokens after it changes by {told} (nats/token; half the "
         f"cache, the last {CALM_SPEC.protect_last} protected), in {loaded.name}. One text is an anecdote."
     )
-    return Preset("A long article", passage.prompt, why, CALM_SPEC)
+    return Preset(ARTICLE, passage.prompt, why, CALM_SPEC)
 
 
 def _calm(model: str, measured: Sequence[_Measured], criteria: Criteria) -> Preset:

@@ -17,6 +17,9 @@ from l2kv.spec import CompressionSpec
 if TYPE_CHECKING:
     from analysis.models import LoadedModel
 
+DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4, "float8": 1}
+"""Bytes of a number, by what caches may be in."""
+
 BLOCK = 128  # queries whose attention a capture holds at a time
 MAX_BINS = 128  # of its pooled attention map, a side
 LAST_QUERIES = 16  # whose rows it keeps

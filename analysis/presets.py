@@ -12,7 +12,7 @@ from analysis.models import BUNDLED
 from analysis.texts import read_text
 from l2kv.spec import CompressionSpec
 
-DEMO_MODEL = "books-5m"  # the app opens with a run of it
+DEMO_MODEL = "smollm2"  # the app opens with a run of it
 RESULT_FILES = {
     "demo": "demo.safetensors",
     "study": "study.safetensors",
@@ -159,15 +159,6 @@ def passkey(key: int, *, before: int, after: int) -> str:
 def passkey_sentence(key: int) -> str:
     """What is hidden in the filler."""
     return f"The pass key is {key}. Remember it. {key} is the pass key."
-
-
-def make_demo(ref: str, destination: Path) -> Path:
-    """Capture the first preset with a model, and save it as the run that the app opens with."""
-    from analysis.capturing import capture
-    from analysis.models import load_model
-    from analysis.run import save_run
-
-    return save_run(capture(load_model(ref, device="cpu"), next(iter(bundled_texts().values()))), destination)
 
 
 def save_found(found: FoundPresets, destination: Path) -> Path:

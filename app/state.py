@@ -6,6 +6,7 @@ The compression lives in the widgets themselves (`persist_state="session"`), und
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import lru_cache, wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -14,6 +15,7 @@ import streamlit as st
 
 from analysis.errors import ModelError
 from analysis.measures import HeadFigures, by_kv_head
+from analysis.memory import DTYPES
 from analysis.metrics import by_query, figures_of_probe
 from analysis.plans.curves import LossCurves, loss_curves
 from analysis.plans.skip import Plan
@@ -36,9 +38,6 @@ POLICY_NAMES = {
 }
 BY_NORM = ("low_norm", "high_norm", "random")  # what a run can tell the loss of
 BY_HEAD = "Low or high norm by head"  # signed_norm: only a plan can say which
-
-DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4, "float8": 1}
-"""Bytes of a number in a cache, by its dtype."""
 
 _MOST_REMEMBERED = 16  # answers of one function
 Thing = TypeVar("Thing")
@@ -66,11 +65,12 @@ def remembered(
         if of is not thing:
             answers = {}
             kept[name] = thing, answers
-        if settings not in answers:
-            answers[settings] = work(thing, *settings)
-            for oldest in list(answers)[:-_MOST_REMEMBERED]:
-                answers.pop(oldest, None)  # another session may have been first
-        return answers[settings]
+        with suppress(KeyError):
+            return answers[settings]
+        answer = answers[settings] = work(thing, *settings)
+        for oldest in list(answers)[:-_MOST_REMEMBERED]:
+            answers.pop(oldest, None)  # another session may have been first
+        return answer
 
     return ask
 
@@ -185,11 +185,16 @@ def choose_head(layer: int, head: int) -> None:
 
 
 def chosen_head(run: Capture) -> tuple[int, int]:
-    """The open head; at first the one that follows the paper most, or errs least against it."""
+    """The open head; at first the one that follows the paper most, or errs least against it.
+
+    Of those that there is something to see in, if there are any: not one that looks at nothing but the first token.
+    """
     if "layer" not in st.session_state or "head" not in st.session_state:
-        gamma = figures_of(run, 0).gamma
-        best = max(range(gamma.size), key=lambda i: -gamma.flat[i] if gamma.flat[i] == gamma.flat[i] else -9)
-        choose_head(*divmod(best, run.n_heads))
+        numbers = figures_of(run, 0)
+        gamma = np.where(np.isnan(numbers.gamma), 9.0, numbers.gamma)
+        looks_about = (numbers.sink_share < 0.5) & (gamma < 9)
+        best = np.where(looks_about, gamma, 9.0).argmin() if looks_about.any() else gamma.argmin()
+        choose_head(*divmod(int(best), run.n_heads))
     return st.session_state["layer"], st.session_state["head"]
 
 

@@ -42,4 +42,4 @@ def in_the_models_order(output: Tensor, repeats: Repeats, kv_heads: int) -> Tens
     """The way back from `in_groups`, of what attention gives: [B, q, H, D]."""
     if not repeats.in_turn:
         return output
-    return output.unflatten(2, (kv_heads, repeats.times, -1)).transpose(2, 3).flatten(2, 4)
+    return output.unflatten(2, (kv_heads, repeats.times, -1)).transpose(2, 3).flatten(2, 4).contiguous()

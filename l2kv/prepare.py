@@ -64,16 +64,18 @@ class compressible:
 class _Preparation:
     """The hooks on one model, and the compressed cache of the forward pass that is under way."""
 
+    _hooked: Callable[[], bool] | None = None
+    _cache: CompressedCache | None = None
+    _outermost: nn.Module | None = None  # the part of the model that was called with the cache
+    _mask: Tensor | None = None  # that was found to be as it must
+    _evict_later: Callable[[], None] | None = None
+
     def __init__(self, model: PreTrainedModel) -> None:
         check_compressible(model.config.get_text_config(decoder=True))
         if not getattr(model, "_supports_default_dynamic_cache", lambda: True)():
             raise UnsupportedModelError(f"{type(model).__name__} takes no cache but its own.")
         self.users = 0
         self._model_name = type(model).__name__
-        self._cache: CompressedCache | None = None
-        self._outermost: nn.Module | None = None  # the part of the model that was called with the cache
-        self._mask: Tensor | None = None  # that was found to be as it must
-        self._evict_later: Callable[[], None] | None = None
         with ExitStack() as stack:
             self._hooked = stack.enter_context(attention_seam(model, self._attend))
             # Which of its parts a model calls, and which a user, differs: the outermost that is given a cache counts.
@@ -87,11 +89,11 @@ class _Preparation:
             self.undo = stack.pop_all().close
 
     def __reduce__(self) -> tuple:
-        return _Nothing, ()  # a copy of the model is not prepared
+        return object.__new__, (_Preparation,)  # in a copy of the model, which is not prepared, the hooks do nothing
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         cache = next((a for a in (*kwargs.values(), *args) if isinstance(a, CompressedCache)), None)
-        if cache is None:
+        if cache is None or self._hooked is None:
             return
         if module is self._outermost:  # an interrupt came past its end
             self._let_go()
@@ -116,7 +118,9 @@ class _Preparation:
             check_padding(layer.first_real, begins, layer.seen)
         for layer in cache.compressed_layers():
             layer.first_real = begins
+        self._let_go()  # of another cache, where an interrupt came past the end of its pass
         self._outermost, self._cache, self._seen_before = module, cache, cache.get_seq_length()
+        self._lender = cache.lender
         cache.serving = True
 
     def _after_forward(self, module: nn.Module, args: tuple, output: object) -> None:
@@ -162,7 +166,7 @@ class _Preparation:
             self._mask = mask  # the same for all layers
         query = in_groups(query, taken.repeats, layer.n_heads)
         output, weights = attend(layer, inner, module, query, mask, kwargs, times=taken.repeats.times)
-        if taken.source == self._cache.lender:  # others have yet to look at what it holds
+        if taken.source == self._lender:  # others have yet to look at what it holds
             if taken.layer_idx == taken.source:
                 self._evict_later = partial(layer.evict, query, kwargs)
         elif taken.layer_idx == taken.source:
@@ -170,14 +174,6 @@ class _Preparation:
         else:
             raise UnsupportedModelError(f"{self._model_name} borrows the keys of layer {taken.source}, too early.")
         return in_the_models_order(output, taken.repeats, layer.n_heads), weights
-
-
-class _Nothing:
-    """What the hooks of a prepared model are in a copy of it."""
-
-    def _before_forward(self, *args: object) -> None: ...
-
-    def _after_forward(self, *args: object) -> None: ...
 
 
 def _argument(name: str, module: nn.Module, args: tuple, kwargs: dict) -> object:

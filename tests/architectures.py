@@ -7,7 +7,6 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +14,7 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
 from l2kv import CompressedCache, CompressionSpec, UnsupportedModelError, compressible
+from tests.causal_models import about, reason
 from tests.conftest import TINY
 
 WINDOW = 8  # of sliding layers: less than the texts of the tests
@@ -106,10 +106,10 @@ ARCHITECTURES: dict[str, Architecture] = {
         global_head_dim=16,
         hidden_size_per_layer_input=0,
     ),
-    "Gemma 3n (text)": _refused(
+    "Gemma 3n (text)": _modern(
         "Gemma3nTextConfig",
-        "borrow the keys of another layer",
-        **(TINY | _HYBRID),
+        left=3,  # two of them borrow the keys of the others
+        **_HYBRID,
         num_kv_shared_layers=2,
         hidden_size_per_layer_input=8,
         vocab_size_per_layer_input=160,
@@ -129,8 +129,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Granite": _modern("GraniteConfig", attention_multiplier=0.5),
     "SmolLM3": _modern("SmolLM3Config", no_rope_layers=[1, 0, 1], pad_token_id=0),
     "gpt-oss": _modern("GptOssConfig", left=2, **_HYBRID, num_local_experts=2, num_experts_per_tok=1),
-    "LFM2": _refused("Lfm2Config", "without a key/value cache", **TINY, layer_types=["conv", "full_attention", "conv"]),
-    "Qwen3-Next": _refused("Qwen3NextConfig", "without a key/value cache", **(TINY | _LINEAR)),
+    "LFM2": _modern("Lfm2Config", left=2, layer_types=["conv", "full_attention", "conv"]),
+    "Qwen3-Next": _modern("Qwen3NextConfig", left=2, **_LINEAR),
     "DeepSeek-V3": _refused("DeepseekV3Config", "latents", **(TINY | _LATENT)),
     "Falcon": _refused(
         "FalconConfig",
@@ -168,18 +168,12 @@ def compress(model: PreTrainedModel) -> CompressedCache:
     return cache
 
 
-_LEFT = {"DynamicSlidingWindowLayer": "sliding-window"}
-
-
 def _row(name: str, architecture: Architecture) -> str:
     try:
-        cache = compress(architecture.model())
+        compressed, left = about(compress(architecture.model()))
     except UnsupportedModelError as error:
-        return f"| {name} | no | {str(error).split('. ')[0].removesuffix('.')} |"
-    layers, evicting = cache.layers, cache.compressed_layers()
-    left = Counter(_LEFT[type(layer).__name__] for layer in layers if layer not in evicting)
-    about_left = ", ".join(f"{n} {kind}" for kind, n in left.items())
-    return f"| {name} | {len(evicting)} of {len(layers)} layers | {about_left} |"
+        compressed, left = "no", reason(error)
+    return f"| {name} | {compressed} | {left} |"
 
 
 def table() -> str:

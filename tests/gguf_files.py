@@ -67,6 +67,7 @@ def write_gguf(
     *,
     drop: tuple[str, ...] = (),
     weights: dict[str, np.ndarray] | None = None,
+    blocks: dict[str, tuple[np.ndarray, GGMLQuantizationType]] | None = None,
     metadata: dict[str, object] | None = None,
     tokenizer: dict[str, object] | None = None,
 ) -> Path:
@@ -75,6 +76,7 @@ def write_gguf(
     Args:
         drop: tensors to leave out, by GGUF's names; metadata keys too.
         weights: tensors to add or to put in place, by GGUF's names.
+        blocks: tensors to put in place that are quantised already: their bytes [rows, bytes] and type.
         metadata: keys to add or to put in place; None leaves one out. Below the architecture's name: ".block_count".
         tokenizer: keys below tokenizer.ggml. in place of a small byte-level one.
     """
@@ -114,7 +116,10 @@ def write_gguf(
     for name, weight in (tensors | (weights or {})).items():
         if name in drop:
             continue
-        if weight.ndim > 1:
+        if name in (blocks or {}):
+            content, of_kind = blocks[name]
+            writer.add_tensor(name, content, raw_dtype=of_kind)
+        elif weight.ndim > 1:
             writer.add_tensor(name, gguf.quantize(weight, kind), raw_dtype=kind)
         else:
             writer.add_tensor(name, weight)

@@ -296,3 +296,17 @@ def test_what_was_worked_out_of_a_run_is_kept_until_another_is_asked_of(monkeypa
     for times in range(3, 30):
         double(other, times)
     assert sum(len(answers) for _, answers in state.st.session_state["remembered"].values()) == 16
+
+
+def test_what_was_worked_out_of_the_demo_run_is_kept_for_all_sessions(monkeypatch):
+    asked = []
+
+    @state.remembered
+    def tokens(run, times):
+        asked.append(times)
+        return times * run.n_tokens
+
+    for session in ({}, {}):
+        monkeypatch.setattr(state.st, "session_state", session)
+        assert tokens(state._demo_run(), 2) == 2 * state._demo_run().n_tokens
+        assert asked == [2] and not session

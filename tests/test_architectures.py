@@ -46,7 +46,7 @@ def masked_forward(model, ids, chunks, spec):
     with a soft cap (Gemma 2), with sinks (gpt-oss), and with windows, where nothing is evicted and all that is further
     away is hidden.
     """
-    evicting, kept = evicting_layers(model), {}
+    evicting, kept, keys_of = evicting_layers(model), {}, {}
 
     def attention(module, query, key, value, mask, scaling=None, softcap=None, s_aux=None, sliding_window=None, **_):
         kv_heads, total, width = key.shape[1:]
@@ -59,16 +59,16 @@ def masked_forward(model, ids, chunks, spec):
         sinks = torch.zeros(kv_heads, group) if s_aux is None else s_aux.exp().view(kv_heads, group)
         distance = torch.arange(total)[:, None] - torch.arange(total)
         seen = [(distance >= 0) & (distance < (sliding_window or total))] * kv_heads
-        if module.layer_idx in evicting:
+        layer = next((i for i, keys in keys_of.items() if torch.equal(keys, key)), module.layer_idx)  # it may borrow
+        keys_of[layer] = key
+        if layer in evicting:
             assert sliding_window is None
             ranked = (-key[0].pow(2).sum(-1).sqrt()).tolist()
             if spec.policy == "accumulated":
                 ranked = [received(odds[h], sinks[h]) for h in range(kv_heads)]
-            replayed = [
-                replay(ranked[h], chunks, keep_ratio=target(spec, module.layer_idx, h)[0]) for h in range(kv_heads)
-            ]
+            replayed = [replay(ranked[h], chunks, keep_ratio=target(spec, layer, h)[0]) for h in range(kv_heads)]
             seen = [torch.tensor(visible) for visible, _ in replayed]
-            kept[module.layer_idx] = [held for _, held in replayed]
+            kept[layer] = [held for _, held in replayed]
         odds = odds * torch.stack(seen)[:, None]
         weights = odds / (odds.sum(-1, keepdim=True) + sinks[..., None, None])
         return (weights @ value[0, :, None]).flatten(0, 1).transpose(0, 1)[None], None

@@ -18,6 +18,8 @@ import pytest
 import torch
 import transformers
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from streamlit.testing.v1 import AppTest
+from streamlit.util import calc_hash
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from analysis import gguf_models, models
@@ -27,10 +29,11 @@ from analysis.memory import CacheShape
 from analysis.models import load_model, loading_note, model_folder, tokenizer_and_config
 from analysis.sizes import model_size, weights_bytes
 from app import engine
-from tests.conftest import BUNDLED, tokens
+from tests.conftest import BUNDLED, ROOT, tokens
 from tests.gguf_files import TOKENS, gguf_architecture, stored_weight, write_gguf
 
-F32, F16, BF16, Q8_0 = (getattr(GGMLQuantizationType, name) for name in ("F32", "F16", "BF16", "Q8_0"))
+F32, F16, BF16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16
+Q8_0, Q4_K, Q6_K = GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_K, GGMLQuantizationType.Q6_K
 SIZES = {
     "vocab_size": 128,
     "hidden_size": 64,
@@ -134,6 +137,33 @@ def test_the_shape_of_its_cache_is_the_originals(tmp_path):
     for config in CONFIGS.values():
         path = write_gguf(tmp_path / "x.gguf", random_model(config), F16)
         assert model_size(path).shape == CacheShape.of(config, 2)
+
+
+def random_blocks(rows: int, kind: GGMLQuantizationType, scale_at: int) -> np.ndarray:
+    """Rows of one block each, [rows, bytes]: any bytes are weights, if the scale is a small number."""
+    content = np.random.default_rng(0).integers(0, 256, (rows, GGML_QUANT_SIZES[kind][1]), np.uint8)
+    content[:, scale_at : scale_at + 2] = np.array([0.01], np.float16).view(np.uint8)
+    if kind == Q4_K:
+        content[:, 2:4] = content[:, :2]  # the scale of its minima
+    return content
+
+
+def test_a_mix_of_types_is_dequantised_and_named_by_the_one_of_most_bytes(tmp_path):
+    """As in a Q4_K_M: most in Q4_K, some in Q6_K."""
+    model = random_model(transformers.LlamaConfig(**SIZES | {"hidden_size": 256, "num_hidden_layers": 1}))
+    sixth = random_blocks(128, Q6_K, 208), Q6_K
+    fourth = {f"blk.0.ffn_{name}.weight": (random_blocks(96, Q4_K, 0), Q4_K) for name in ("gate", "up")}
+    fourth |= {"token_embd.weight": (random_blocks(128, Q4_K, 0), Q4_K)}
+    path = write_gguf(tmp_path / "x.gguf", model, Q8_0, blocks=fourth | {"output.weight": sixth})
+    gguf_file = read_gguf(path)
+    nbytes = {kind: sum(t.nbytes for t in gguf_file.tensors if t.type == kind) for kind in ("Q8_0", "Q4_K", "Q6_K")}
+    assert gguf_file.stored == max(nbytes, key=nbytes.get) == "Q8_0"
+    weights = load_model(path, device="cpu").model.state_dict()
+    for name, (content, kind) in {
+        "lm_head": sixth,
+        "model.layers.0.mlp.up_proj": fourth["blk.0.ffn_up.weight"],
+    }.items():
+        assert torch.equal(weights[f"{name}.weight"], torch.from_numpy(gguf.dequantize(content, kind)))
 
 
 def test_a_dtype_may_be_asked_for(tiny, tmp_path):
@@ -243,17 +273,20 @@ def test_linear_and_yarn_scaling_are_taken_over(tmp_path, rope, told):
     assert torch.equal(logits(loaded.model), logits(model))
 
 
-def test_phi_3s_long_and_short_factors_are_taken_over(tmp_path):
+@pytest.mark.parametrize("attention_factor", [None, 1.25])
+def test_phi_3s_long_and_short_factors_are_taken_over(tmp_path, attention_factor):
     factors = {"long": np.linspace(1, 30, 8).astype(np.float32), "short": np.linspace(1, 2, 8).astype(np.float32)}
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16}
     rope |= {f"{name}_factor": [float(x) for x in values] for name, values in factors.items()}
+    if attention_factor:
+        rope["attention_factor"] = attention_factor
     config = transformers.Phi3Config(**SIZES, rope_parameters=rope, original_max_position_embeddings=16)
     model = random_model(config)
     path = write_gguf(
         tmp_path / "x.gguf",
         model,
         weights={f"rope_factors_{name}.weight": values for name, values in factors.items()},
-        metadata={".rope.scaling.original_context_length": 16, ".rope.scaling.type": "longrope"},
+        metadata={".rope.scaling.original_context_length": 16, ".rope.scaling.attn_factor": attention_factor},
     )
     loaded = load_model(path, device="cpu")
     for n in (12, 40):  # shorter than the original context, and longer
@@ -443,8 +476,17 @@ def test_a_chat_template_is_data_and_runs_in_a_sandbox(tmp_path):
         tokenizer.apply_chat_template(messages, tokenize=False)
 
 
-def test_a_tokenizer_that_transformers_cannot_build_is_refused_as_that(tmp_path):
-    path = write_gguf(tmp_path / "x.gguf", random_model(CONFIGS["llama"]), tokenizer={"merges": ["t h", "no pair"]})
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"merges": ["t h", "no pair"]},
+        {"merges": ["th"]},
+        {"tokens": ["<unk>", "<s>", "</s>", "t", "h"], "merges": ["t h"], "token_type": [1] * 5},  # Rust panics
+    ],
+    ids=str,
+)
+def test_a_tokenizer_that_transformers_cannot_build_is_refused_as_that(tmp_path, told):
+    path = write_gguf(tmp_path / "x.gguf", random_model(CONFIGS["llama"]), tokenizer=told)
     assert "x: its tokenizer cannot be used" in refusal(path)
 
 
@@ -563,6 +605,20 @@ def test_files_in_allowed_folders_are_offered_by_the_app(tiny, tmp_path, monkeyp
         engine.check_allowed(str(tmp_path / "models" / "out.gguf"))
     tokenizer, config = engine.Engine().tokenizer_and_config(str(tmp_path / "models" / "a.gguf"))
     assert config.num_hidden_layers == 2 and tokenizer("the")["input_ids"] == [TOKENS.index("the")]
+
+
+def test_the_app_runs_a_file_and_names_how_it_is_stored_computed_and_cached(tiny, monkeypatch):
+    monkeypatch.setenv("L2KV_MODEL_DIRS", str(tiny.parent))
+    app = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=60)
+    app.session_state["model_choice"] = str(tiny)
+    app._page_hash = calc_hash("capture")  # switch_page knows only pages that are files
+    app.run()
+    app.text_area(key="text").set_value("the end of the thing").run()
+    assert any("tokens**, about" in element.value for element in app.markdown)  # counted before the model is loaded
+    app.button(key="run_capture").click().run()
+    assert not app.exception and not app.error
+    status = [element.value.replace("\\", "") for element in app.caption]
+    assert any("tiny in memory, stored as float16, computed and cached in float32 on cpu" in line for line in status)
 
 
 def test_types_and_their_blocks_are_those_of_gguf_itself():

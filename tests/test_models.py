@@ -337,7 +337,10 @@ def test_code_of_another_repository_is_refused(folder, auto_map, nested):
 )
 def test_a_quantised_model_is_refused(folder, config):
     rewrite(folder / "config.json", quantization_config=config)
-    assert "quantised" in refusal(folder)
+    message = refusal(folder)
+    assert "quantised" in message and "need kernels that are not loaded here" in message
+    if isinstance(config, dict) and config:
+        assert f"({config['quant_method']})" in message
 
 
 def test_an_adapter_is_refused(folder):

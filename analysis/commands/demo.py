@@ -30,19 +30,24 @@ def add(commands) -> None:
 def _demo(arguments: argparse.Namespace) -> None:
     texts = texts_of(arguments.texts)
     no_progress_bars()
-    from analysis.finding import find_presets
+    from analysis.capturing import capture
+    from analysis.finding import ARTICLE, find_presets
     from analysis.models import load_model
-    from analysis.presets import RESULT_FILES, make_demo, save_found
+    from analysis.presets import RESULT_FILES, bundled_texts, save_found
+    from analysis.run import save_run
 
     count = counter()
+    loaded = load_model(arguments.model, device="cpu")
     found = find_presets(
-        load_model(arguments.model, device="cpu"),
+        loaded,
         texts,
         tasks=not arguments.without_tasks,
         on_done=lambda done, total: count("prompts", done, total),
     )
     out = arguments.out or BUNDLED / found.model
-    print(f"wrote {make_demo(arguments.model, out / RESULT_FILES['demo'])}")
+    first = next(iter(bundled_texts().values()))
+    text = next((preset.text for preset in found.presets if preset.name == ARTICLE), first)
+    print(f"wrote {save_run(capture(loaded, text), out / RESULT_FILES['demo'])}")
     print(f"wrote {save_found(found, out / RESULT_FILES['presets'])}")
     for preset in found.presets:
         print(f"{preset.name}: {preset.why}")

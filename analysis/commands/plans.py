@@ -48,7 +48,9 @@ def add(commands) -> None:
     plan.set_defaults(run=_plan)
 
     savings = commands.add_parser("savings", help="what a compression saves in a model, which need not be there")
-    savings.add_argument("model", help="a bundled name, a folder, a config.json or a hub id: only its config is read")
+    savings.add_argument(
+        "model", help="a bundled name, a folder, a GGUF file, a config.json or a hub id: weights are not read"
+    )
     add_spec(savings)
     savings.add_argument("--gpu-gib", type=float, default=80, help="memory of the GPU (80)")
     savings.add_argument("--bandwidth-gb", type=float, default=3350, help="its memory's GB a second (3350)")
@@ -136,7 +138,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     from analysis.capturing import capture
     from analysis.evaluation import prompt_of
     from analysis.excerpts import SPARE, excerpts
-    from analysis.memory import human_bytes
+    from analysis.memory import DTYPES, human_bytes
     from analysis.plans.causal import weighed_by_cost
     from analysis.plans.curves import loss_curves, slim
     from analysis.plans.planning import plan
@@ -170,7 +172,7 @@ def _plan(arguments: argparse.Namespace) -> None:
             whole_without_signal=arguments.whole_without_signal,
             weighed=arguments.weighed,
         )
-    spec, shape = made.to_spec(), runs[0].cache_shape
+    spec, shape = made.to_spec(), replace(runs[0].cache_shape, itemsize=DTYPES.get(loaded.stored, 2))
     how = f"{made.method} by {arguments.by}" + ", weighed by cost" * arguments.weighed
     note = f"{how}, keep {made.keep:g}, planned on {len(runs)} texts"
     print(f"{loaded.name}: {note} of {min(r.n_tokens for r in runs)} to {max(r.n_tokens for r in runs)} tokens")

@@ -168,7 +168,7 @@ def suggest_by_cost(
     """
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
-    cost, n = means(check.nll_change.T), check.nll_change.shape[1]
+    cost, n = means(check.nll_change.T, documents=check.documents), check.nll_change.shape[1]
     costliest_first = np.argsort(-cost.mean, kind="stable")
     if rule == "threshold":
         chosen = [i for i in costliest_first if cost.mean[i] >= threshold and not cost.low[i] <= 0]

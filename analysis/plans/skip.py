@@ -157,7 +157,8 @@ class _Measured:
         compressed = np.array([kind == "full" for kind in kinds[0]])
         if len(n_tokens) == 1:
             return cls(by_text[0], compressed, f"this text of {n_tokens[0]} tokens")
-        lengths = f"{n_tokens.min()} to {n_tokens.max()} tokens"
+        least, most = n_tokens.min(), n_tokens.max()
+        lengths = f"{least} tokens" if least == most else f"{least} to {most} tokens"
         return cls(means(by_text).mean, compressed, f"{len(n_tokens)} texts of {lengths}")
 
 

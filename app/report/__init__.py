@@ -14,12 +14,14 @@ import numpy as np
 from analysis.comparing import compare_runs, compare_studies
 from analysis.files import record
 from analysis.measures import VERDICTS, HeadFigures, answer, attention_loss, head_figures, signed, verdict_counts
-from analysis.memory import human_bytes
+from analysis.memory import DTYPES, human_bytes
+from analysis.models import BUNDLED_MODELS
 from analysis.plans.causal import CausalCheck
 from analysis.plans.export import LENGTHS, kvpress_code, library_code
 from analysis.plans.front import Front
 from analysis.plans.skip import layer_loss, suggest_skip_layers
 from analysis.run import Capture
+from analysis.sizes import checkpoint_dtype
 from analysis.study import Study
 from app import figures
 from app.report import chapters
@@ -220,7 +222,9 @@ def _layers(run: Capture, advice: _Advice, after: str) -> Section:
 
 
 def _savings(run: Capture, advice: _Advice, after: str) -> Section:
-    heading, shape, spec = f"What it saves, and the code{after}", run.cache_shape, advice.spec
+    heading, spec = f"What it saves, and the code{after}", advice.spec
+    dtype = checkpoint_dtype(run.model) if run.model in BUNDLED_MODELS else None  # of others only the run is here
+    shape = replace(run.cache_shape, itemsize=DTYPES[dtype]) if dtype in DTYPES else run.cache_shape
     if set(spec.skip_layers) >= set(shape.layers):
         return Section(heading, ("No layer of this run is worth compressing by norm: the suggestion skips them all.",))
     whole, uniform, plan = (
@@ -234,9 +238,9 @@ def _savings(run: Capture, advice: _Advice, after: str) -> Section:
         "saved": [f"{1 - kept / full:.0%}" for kept, full in zip(plan, whole, strict=True)],
     }
     words = [
-        f"Keys and values of one sequence in {run.dtype}, by arithmetic, at keep ratio {KEEP:g} with the last "
-        f"{PROTECTED} tokens protected; skipped: {_listed(spec.skip_layers)}. The model need not work at all of these "
-        "lengths."
+        f"Keys and values of one sequence in {dtype or f'{run.dtype}, as it was run'}, by arithmetic, at keep ratio "
+        f"{KEEP:g} with the last {PROTECTED} tokens protected; skipped: {_listed(spec.skip_layers)}. The model need "
+        "not work at all of these lengths."
     ]
     code = [("With this library", library_code(spec, run.model))]
     if spec.policy == "low_norm":

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import streamlit as st
 
 from analysis.errors import UserError
-from analysis.memory import human_bytes
+from analysis.memory import DTYPES, human_bytes
 from analysis.plans.skip import Plan
 from analysis.presets import Preset, presets
 from analysis.run import Capture
@@ -91,7 +91,7 @@ class Preview:
 
     def nbytes(self, n: int) -> str:
         """Bytes that were counted, as they are in the checkpoint's dtype."""
-        return human_bytes(n * state.DTYPES[self.cache_dtype] / state.DTYPES[self.counted_dtype])
+        return human_bytes(n * DTYPES[self.cache_dtype] / DTYPES[self.counted_dtype])
 
     def agreement(self, column: int) -> float:
         """The share of the full cache's new tokens that a column has at the same place."""
@@ -259,14 +259,12 @@ def _positions(place: DeltaGenerator, engine: Engine, ref: str, prompt: str, *, 
     new, limit = int(st.session_state["new_tokens"]), getattr(config, "max_position_embeddings", None)
     of = f" of the {limit:,} positions that the model was trained on" if limit else ""
     if limit and n + new > limit:
-        place.warning(
-            f"{n} tokens and {new} new ones are more than the {limit:,} that the model was trained on: expect it to "
-            "fail. " + " ".join(map(markup.plain, tokens.notes))
-        )
+        trained = f"more than the {limit:,} that the model was trained on: expect it to fail."
+        place.warning(" ".join([f"{n} tokens and {new} new ones are {trained}", *map(markup.plain, tokens.notes)]))
     else:
         template = " with the chat template" if chat else ""
-        told = f"{markup.counted(n, 'token')}{template}, and up to {new} new{of}."
-        place.caption(" ".join([told, *map(markup.plain, tokens.notes)]))
+        length = f"{markup.counted(len(tokens), 'token')}{template}, and up to {new} new{of}."
+        place.caption(" ".join([length, *map(markup.plain, tokens.notes)]))
 
 
 def _model_input(engine: Engine, run: Capture) -> str:
@@ -412,7 +410,8 @@ def _summary(preview: Preview) -> None:
 def _scores(preview: Preview) -> None:
     """In a sentence each: whether the compressed caches give the expected answer, and from how many bytes."""
     answer, full = markup.plain(preview.answer), preview.full
-    if not found(preview.answer, full.text):
+    solved = found(preview.answer, full.text)
+    if not solved and preview.done:
         st.markdown(
             f"The full cache does not give the answer **{answer}**, so this says nothing of compression: take a task "
             "that the model solves."
@@ -422,7 +421,7 @@ def _scores(preview: Preview) -> None:
         bytes_told = f"{preview.nbytes(step.nbytes)} ({step.nbytes / full.nbytes:.0%} of the full cache)"
         if found(preview.answer, step.text):
             st.success(f"{which}**{answer} found** from {bytes_told}.", icon=":material/check_circle:")
-        elif preview.done:
+        elif solved and preview.done:
             st.error(f"{which}**{answer} not found** from {bytes_told}.", icon=":material/cancel:")
 
 

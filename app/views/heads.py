@@ -145,7 +145,8 @@ def _maps(run: Capture, numbers: HeadFigures, leave_out: int, probe: str) -> boo
             key=f"quadrant_{probe}",
             alt="All heads by Γ with the first token and without it",
             caption="Every head by Γ with the first token (across) and without it (up); size is the first token's "
-            f"share of the attention. Lower left follows the paper. {whose} Click a head to open it.",
+            f"share of the attention. Heads in which the others get next to none are not drawn. Lower left follows the "
+            f"paper. {whose} Click a head to open it.",
             on_head=state.choose_head,
         )
     return True

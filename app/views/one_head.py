@@ -47,7 +47,7 @@ def one_head(run: Capture, numbers: HeadFigures, leave_out: int, probe: str) -> 
     st.markdown(
         f"Of {run.n_tokens} tokens this head would keep **{kept.sum()}**"
         + (f" (more than the ratio: the last {spec.protect_last} are protected)" if more else "")
-        + f", and lose **{row[~kept].sum():.1%}** of the next token's attention. {1 - row.sum():.1%} of it goes to "
+        + f", and lose **{row[~kept].sum():.1%}** of the next token's attention. {1 - row.sum():z.1%} of it goes to "
         "that token itself."
     )
     st.html(markup.token_strip(run.labels, kept))
@@ -146,7 +146,11 @@ def _numbers(run: Capture, numbers: HeadFigures, layer: int, head: int, leave_ou
     ranked = f"{n - len(run.recent_positions)} to {n - 1}" if probe == "last queries" else n
     shown = {
         "Γ": (signed(numbers.gamma[layer, head]), "−1 the paper's claim, 0 chance, +1 the opposite"),
-        "Γ without the first": (signed(without), "the same, with the first token left out"),
+        "Γ without the first": (
+            signed(without),
+            "the same, with the first token left out; undefined where the others get less than 1 % of the attention, "
+            "or have no order",
+        ),
         "ALR": (f"{numbers.alr[layer, head]:z.1f}", f"the paper's sum, of n = {ranked} tokens"),
         "ALR of its kv head": (
             f"{group_alr:z.1f}",

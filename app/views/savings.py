@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import streamlit as st
 
 from analysis.errors import ModelError
-from analysis.memory import CacheShape, human_bytes
+from analysis.memory import DTYPES, CacheShape, human_bytes
 from analysis.plans.export import LENGTHS, Saving, savings
 from analysis.run import Capture
 from analysis.sizes import weights_bytes
@@ -62,9 +62,9 @@ class _Model:
 def section(engine: Engine, run: Capture) -> None:
     """Draw the section."""
     st.subheader("What it saves")
-    model = _of_config() or _of_run(engine, run)
-    spec = _spec(model)
     try:
+        model = _of_config() or _of_run(engine, run)
+        spec = _spec(model)
         if model.other is not None:
             model.other.check(spec)
     except ModelError as error:
@@ -167,7 +167,7 @@ def _gpu(model: _Model) -> tuple[_Gpu, int, int]:
 
 
 def _of_config() -> _Model | None:
-    """Another model, by its config alone; None where none is given, or it is refused."""
+    """Another model, by its config alone; None where none is given. Raises ModelError where it is refused."""
     with st.expander("For another model, by its config.json (no weights)", icon=":material/deployed_code:"):
         file = st.file_uploader("config.json", type="json", key="config_file")
         pasted = st.text_area("Or its text", key="config_text", persist_state="session", height=120, max_chars=200_000)
@@ -176,14 +176,10 @@ def _of_config() -> _Model | None:
         if not text.strip():
             return None
         name = file.name if file is not None and Path(file.name).stem != "config" else "the config given"
-        try:
-            with st.spinner("Reading the config …"):
-                size = replace(_size_of(text), name=name)
-        except ModelError as error:
-            st.error(markup.plain(str(error)), icon=":material/error:")
-            return None
+        with st.spinner("Reading the config …"):
+            size = replace(_size_of(text), name=name)
     dtype = str(getattr(size.config, "dtype", None)).removeprefix("torch.")
-    known = dtype if dtype in state.DTYPES else None
+    known = dtype if dtype in DTYPES else None
     return _Model(name, size.shape, size.weights_bytes, known, "counted from the config", other=size)
 
 
