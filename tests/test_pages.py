@@ -358,8 +358,11 @@ QWEN3_NEXT = {
 def test_a_config_of_a_model_whose_cache_cannot_be_compressed_gets_a_reason_and_no_table():
     app = opened("plan")
     tables = len(app.dataframe)
-    app.text_area(key="config_text").set_value(json.dumps(QWEN3_NEXT)).run()
-    assert not app.exception and len(app.error) == 1 and "running state" in app.error[0].value
+    app.text_area(key="config_text").set_value(json.dumps(QWEN3_NEXT)).run()  # one layer in four caches keys
+    assert not app.exception and not app.error and len(app.dataframe) == tables
+    indexed = QWEN3_NEXT | {"model_type": "minimax", "layer_types": ["full_attention", "indexed_attention"] * 2}
+    app.text_area(key="config_text").set_value(json.dumps(indexed)).run()
+    assert not app.exception and len(app.error) == 1 and "cache more than keys" in app.error[0].value
     assert len(app.dataframe) == tables - 1
 
 
