@@ -201,10 +201,10 @@ def answer(study: Study, *, probe: str = "next token", seed: int = 0) -> str:
     follows, mirror = counts["follows the paper"], counts["mirror"]
     sink = counts["sink only"] + counts["hidden by the sink"]
     return (
-        f"{in_short(follows, mirror, total)} In {follows} of {total} heads low-norm keys get the attention, as the "
-        f"paper says; in {mirror} high-norm keys do; in {sink} it depends on the attention sink (the first token); in "
-        f"{counts['unstable']} the sign changes between texts; in {counts['no signal']} there is no signal. "
-        f"{by_layer(verdict)} {median}"
+        f"{in_short(follows, mirror, total)} {by_layer(verdict)} In {follows} of {total} heads low-norm keys get the "
+        f"attention, as the paper says; in {mirror} high-norm keys do; in {sink} it depends on the attention sink (the "
+        f"first token); in {counts['unstable']} the sign changes between texts; in {counts['no signal']} there is no "
+        f"signal. {median}"
     )
 
 

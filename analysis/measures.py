@@ -176,7 +176,7 @@ def verdict_counts(verdict: np.ndarray, names: Iterable[str] = tuple(VERDICTS)) 
 
 
 def answer(capture: Capture) -> str:
-    """Does low norm predict attention in this model? In a few sentences: in short, by head and by layer."""
+    """Does low norm predict attention in this model? In a few sentences: in short, by layer and by head."""
     return answer_of(verdicts(capture), correlation(capture), n_tokens=capture.n_tokens)
 
 
@@ -191,9 +191,9 @@ def answer_of(verdict: np.ndarray, gamma: np.ndarray, *, n_tokens: int) -> str:
     follows, mirror = (int((verdict == name).sum()) for name in ("follows the paper", "mirror"))
     sink = int(np.isin(verdict, ("sink only", "hidden by the sink")).sum())
     return (
-        f"{in_short(follows, mirror, total)} In {follows} of {total} heads low-norm keys get the attention, as the "
-        f"paper says; in {mirror} high-norm keys do; in {sink} it depends on the attention sink (the first token); in "
-        f"{total - follows - mirror - sink} it is too weak to call. {by_layer(verdict)} Median Γ "
+        f"{in_short(follows, mirror, total)} {by_layer(verdict)} In {follows} of {total} heads low-norm keys get the "
+        f"attention, as the paper says; in {mirror} high-norm keys do; in {sink} it depends on the attention sink (the "
+        f"first token); in {total - follows - mirror - sink} it is too weak to call. Median Γ "
         f"{signed(np.median(gamma[defined]))}."
     )
 

@@ -271,7 +271,7 @@ def test_each_head_has_one_verdict_and_the_answer_counts_them():
     made = study_of(gamma)
     assert head_verdicts(made)[0].tolist() == ["follows the paper"] * 8 + ["mirror", "unstable", "undefined"]
     text = answer(made)
-    assert text.startswith("Yes. In 8 of 10 heads low-norm")
+    assert text.startswith("Yes. Layer 0: low norm predicts attention. In 8 of 10 heads low-norm")
     assert "in 1 high-norm" in text and "in 1 the sign changes between texts" in text and "over 8 texts" in text
     assert answer(study_of(-gamma)).startswith("No, the opposite")
     assert answer(study_of(gamma[:3])).startswith("This study cannot tell") and "over 3 texts" in answer(

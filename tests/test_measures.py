@@ -227,12 +227,12 @@ def test_what_hangs_on_the_first_token_alone_is_not_said_of_the_others():
 @pytest.mark.parametrize(
     "paper,mirror,weak,begins",
     [
-        (8, 1, 1, "Yes. In 8"),
-        (6, 4, 0, "Mostly yes. In 6"),
-        (4, 4, 2, "Mixed. In 4"),
-        (1, 1, 8, "Mixed. In 1"),
-        (4, 6, 0, "Mostly no, rather the opposite. In 4"),
-        (1, 8, 1, "No, the opposite. In 1"),
+        (8, 1, 1, "Yes. Layer"),
+        (6, 4, 0, "Mostly yes. Layer"),
+        (4, 4, 2, "Mixed. Layer"),
+        (1, 1, 8, "Mixed. Layer"),
+        (4, 6, 0, "Mostly no, rather the opposite. Layer"),
+        (1, 8, 1, "No, the opposite. Layer"),
         (0, 0, 0, "This run"),
     ],
 )

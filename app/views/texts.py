@@ -219,9 +219,9 @@ def _layers(numbers: _Numbers) -> None:
         figures.means_by_layer(losses.mean, losses.low, losses.high),
         key="study_layers",
         alt="ALR against chance by layer, with intervals",
-        caption="What keeping low norms loses beyond the ideal order, as a share of what dice lose: 0 is ideal, 1 "
-        "chance, 2 the worst order. Heads count by what they have to lose. Layers whose interval lies above 1 are "
-        "candidates for the page *Skip layers*.",
+        caption="What keeping low norms loses beyond the ideal order, as a share of what a random order loses: 0 is "
+        "ideal, 1 chance, 2 the worst order. Heads count by what they have to lose. Layers whose interval lies above "
+        "1 are candidates for the page *Skip layers*.",
         table={
             "layer": np.arange(len(losses.mean)),
             "ALR / chance": losses.mean,
@@ -299,9 +299,11 @@ def _choose(layer: int, head: int) -> None:
 
 
 def _chosen(numbers: _Numbers) -> tuple[int, int]:
-    """The open head; at first the one that follows the paper most."""
+    """The open head; at first the one that follows the paper most, and so is no pure sink."""
     if "study_layer" not in st.session_state or "study_head" not in st.session_state:
-        gamma = np.where(np.isfinite(numbers.gamma.mean), numbers.gamma.mean, np.inf)
+        follows = numbers.verdict == "follows the paper"
+        shown = np.isfinite(numbers.gamma.mean) & (follows if follows.any() else True)
+        gamma = np.where(shown, numbers.gamma.mean, np.inf)
         _choose(*(int(i) for i in np.unravel_index(gamma.argmin(), gamma.shape)))
     return st.session_state["study_layer"], st.session_state["study_head"]
 
