@@ -28,9 +28,9 @@ SPLIT = (
 """`planning_and_measuring` in words."""
 
 _NOT_SPACE = re.compile(r"\S")
-_SPACE = re.compile(r"\s")
-_BORDER = re.compile(rf"\n|{SENTENCE_END.pattern}")
-_NEAR = 400  # characters within which a sentence is waited for to end, and after that a word
+# Where an excerpt may begin, the better first: after a sentence or a paragraph, after a line, after a word.
+_BORDERS = (re.compile(rf"\n\s*\n|{SENTENCE_END.pattern}"), re.compile(r"\n"), re.compile(r"\s"))
+_NEAR = 400  # characters within which each of these is looked for
 _SEEN_AS_ONE = regex.compile(r"\X")  # a letter and its accents, or an emoji of several
 _CLUSTER = 64  # characters, more than what a reader sees as one ever takes
 
@@ -122,8 +122,6 @@ def _cut(tokenizer: PreTrainedTokenizerBase, text: str, *, n_tokens: int, at_mos
     spread: dict[int, str] = {}
     fine = 4 << (at_most - 1).bit_length()  # places, for some will be within an excerpt that is there
     for i in _spread_order(fine):
-        if len(spread) == at_most:
-            return spread
         start = _first_word(text, _begins(text, i * len(text) // fine) if i else 0)
         before = max((begin for begin in spread if begin <= start), default=-1)
         if start == len(text) or (before >= 0 and before + len(spread[before]) > start):
@@ -131,6 +129,8 @@ def _cut(tokenizer: PreTrainedTokenizerBase, text: str, *, n_tokens: int, at_mos
         excerpt = _excerpt(tokenizer, text, start, n_tokens)
         if excerpt and not any(start <= begin < start + len(excerpt) for begin in spread):
             spread[start] = excerpt
+            if len(spread) == at_most:
+                return spread
     packed: dict[int, str] = {}
     start = _first_word(text, 0)
     while len(packed) < at_most and (excerpt := _excerpt(tokenizer, text, start, n_tokens)):
@@ -152,8 +152,8 @@ def _first_word(text: str, start: int) -> int:
 
 
 def _begins(text: str, place: int) -> int:
-    """Where an excerpt from about `place` on begins: after a sentence's end, or a word's, or where there is neither."""
-    for border in (_BORDER, _SPACE):
+    """Where an excerpt from about `place` on begins: after the best border that is near, or where there is none."""
+    for border in _BORDERS:
         if near := border.search(text, place, place + _NEAR):
             return near.end()
     return _whole(text, place, after=0)

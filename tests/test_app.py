@@ -333,3 +333,18 @@ def test_what_was_worked_out_of_the_demo_run_is_kept_for_all_sessions(monkeypatc
         monkeypatch.setattr(state.st, "session_state", session)
         assert tokens(state._demo_run(), 2) == 2 * state._demo_run().n_tokens
         assert asked == [2] and not session
+
+
+def test_what_is_to_be_known_of_special_tokens_is_said_beside_the_result():
+    def page():
+        import streamlit as st
+
+        from app import work
+
+        if "told" not in st.session_state:
+            st.session_state.update(told=True, work_done=True, notes=("The end token, </s>, is left out.",))
+        work.run(None, "any", "Run", None, key="work", cancelled="")
+
+    app = AppTest.from_function(page, default_timeout=60).run()
+    assert not app.exception and [info.value for info in app.info] == [r"The end token, \</s\>, is left out\."]
+    assert not app.run().info  # once

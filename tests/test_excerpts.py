@@ -67,6 +67,20 @@ def test_an_excerpt_has_the_tokens_asked_for_or_a_few_less_and_begins_a_sentence
         assert excerpt.text[0].isdigit()  # as all sentences do
 
 
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("It goes\non and\non, and ends. " * 400, "It goes"),  # lines that end within a sentence
+        ("No sentence ends here\n\nand no word " * 300, "and no word"),
+        ("a line\nof verse\n" * 500, ("a line", "of verse")),
+        ("word word " * 600, "word"),
+    ],
+)
+def test_an_excerpt_begins_at_the_best_border_that_is_near(books, text, first):
+    found = excerpts(books, {"x": text}, n_tokens=20, at_most=8)
+    assert len(found) == 8 and all(excerpt.text.startswith(first) for excerpt in found[1:])
+
+
 def test_asking_for_more_adds_to_those_there_were(books):
     texts = {name: prose(800, of=name) for name in "abcde"}
     many = excerpts(books, texts, n_tokens=40, at_most=40)

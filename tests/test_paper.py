@@ -315,7 +315,7 @@ def test_equal_lengths_leave_no_order_and_directions_that_agree_leave_the_attent
 def reproduced(load):
     stages = []
     made = dict(reproduce(load("llama"), [TEXT, TEXT * 2], on_stage=lambda *stage: stages.append(stage)))
-    assert ("chunks", 2, 2) in stages and ("factors", 3, 3) in stages
+    assert ("excerpts", 2, 2) in stages and ("factors", 3, 3) in stages
     return made
 
 

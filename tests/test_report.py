@@ -339,7 +339,7 @@ def test_three_runs_are_refused(tmp_path, capsys):
 def test_the_figures_command_writes_pages_and_records(tmp_path, capsys):
     text = tmp_path / "keats.txt"
     text.write_text(presets.bundled_texts()["The Tomb of Keats (Oscar Wilde, 1877)"])
-    options = ["--only", "fig1,fig7", "--heads", "2.1", "--tokens", "60", "--excerpts", "2", "--device", "cpu"]
+    options = ["-m", "books-5m", "--only", "fig1,fig7", "--heads", "2.1", "--tokens", "60", "--excerpts", "2"]
     assert main(["figures", str(text), "-o", str(tmp_path / "out"), *options]) == 0
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
         "fig1.html", "fig1.json", "fig7.html", "fig7.json", "index.html",
@@ -354,24 +354,7 @@ def test_the_figures_command_writes_pages_and_records(tmp_path, capsys):
         (["--heads", "1"], "layer.head"),
         (["--heads", "9.0"], "6 layers"),
     ):
-        assert (
-            main(
-                [
-                    "figures",
-                    str(text),
-                    "-o",
-                    str(tmp_path / "no"),
-                    "--tokens",
-                    "60",
-                    "--device",
-                    "cpu",
-                    "-m",
-                    "books-5m",
-                    *bad,
-                ]
-            )
-            == 2
-        )
+        assert main(["figures", str(text), "-o", str(tmp_path / "no"), "-m", "books-5m", "--tokens", "60", *bad]) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and reason in error and error.count("\n") == 1
     assert not (tmp_path / "no").exists()

@@ -55,7 +55,7 @@ def _figures(arguments: argparse.Namespace) -> None:
     tell_notes(loaded, (excerpt.text for excerpt in given))
     names = [excerpt.name for excerpt in given]
     lead = f"{loaded.name}, on excerpts of {n_tokens} tokens; the first is “{names[0]}”."
-    about = {"model": loaded.name, "texts": names, "tokens_per_chunk": n_tokens}
+    about = {"model": loaded.name, "texts": names, "tokens_per_excerpt": n_tokens}
     made = []
     try:
         figures = reproduce(loaded, [excerpt.text for excerpt in given], only=only, heads=heads, on_stage=counter())

@@ -41,7 +41,7 @@ _PICTURE = "A picture, without numbers (Llama-2-7b)."
 FIGURES = {
     "fig1": Figure("Key norm and attention of four heads", _PICTURE),
     "fig2": Figure(
-        "ALR of every head, over chunks of text",
+        "ALR of every head, over excerpts of text",
         "Llama-2-7b: 0 to 600 over chunks of 1024 tokens; layers 0, 1 and some near 12 high, the rest low.",
     ),
     "fig7": Figure(
@@ -166,7 +166,7 @@ def reproduce(
     """(name, numbers) of each figure of `FIGURES` that is asked for, as it is done.
 
     Args:
-        texts: chunks of text. Figures 2 and 7 are means over them; the others are of the first.
+        texts: excerpts of text. Figures 2 and 7 are means over them; the others are of the first.
         heads: of Figure 1, in the place of its choice.
 
     Raises:
@@ -180,8 +180,8 @@ def reproduce(
     from analysis.capturing import capture
 
     def run_of(i: int) -> Capture:
-        run = capture(loaded, texts[i], on_layer=lambda *_: on_stage("chunks", i, len(texts)))
-        on_stage("chunks", i + 1, len(texts))
+        run = capture(loaded, texts[i], on_layer=lambda *_: on_stage("excerpts", i, len(texts)))
+        on_stage("excerpts", i + 1, len(texts))
         return run
 
     def chunks() -> Iterator[Capture]:

@@ -59,7 +59,7 @@ def _fig2(numbers: OverChunks) -> Section:
             caption=caption,
         )
         for title, values, top, caption in (
-            ("ALR", numbers.alr, None, "The paper's figure: a sum over the tokens, so it grows with the chunk."),
+            ("ALR", numbers.alr, None, "The paper's figure: a sum over the tokens, so it grows with the excerpt."),
             ("ALR / n", numbers.alr_per_token, None, "From 0 to 1: what texts of other lengths may be compared by."),
             ("ALR / chance", numbers.alr_against_chance, 2.0, "0 the ideal order, 1 a random one, 2 the worst."),
         )
@@ -71,17 +71,17 @@ def _fig2(numbers: OverChunks) -> Section:
     worse = int((numbers.alr_against_chance > 1).sum())
     return _section(
         "fig2",
-        f"{spread}, the mean over {_chunks(numbers.n_tokens)}; in {worse} of {numbers.alr.size} heads norm order is "
+        f"{spread}, the mean over {_excerpts(numbers.n_tokens)}; in {worse} of {numbers.alr.size} heads norm order is "
         "worse than a random one.",
         "ALR is the attention lost by evicting high norms first, less what the ideal order loses, summed over how much "
-        "is evicted: low is good. It is of one query for each chunk, the next token's. Rows are layers, columns heads.",
+        "is evicted: low is good. It is of one query an excerpt, the next token's. Rows are layers, columns heads.",
         drawings=drawings,
         columns=2,
     )
 
 
 _COLUMNS = {
-    "ALR": "alr", "ALR / n": "alr_per_token", "ALR / chance": "alr_against_chance", "chunks that define it": "defined",
+    "ALR": "alr", "ALR / n": "alr_per_token", "ALR / chance": "alr_against_chance", "excerpts it is of": "defined",
 }  # fmt: skip
 
 
@@ -94,7 +94,7 @@ def _fig7(numbers: BestAndWorst) -> Section:
     return _section(
         "fig7",
         f"At most {numbers.most[0]:.3f} of the attention is lost beyond the ideal in the best head, and up to "
-        f"{numbers.most[1]:.3f} in the worst: the mean over {_chunks(numbers.n_tokens)}.",
+        f"{numbers.most[1]:.3f} in the worst: the mean over {_excerpts(numbers.n_tokens)}.",
         "Best and worst are the heads of lowest and highest ALR, which is the area under these curves, in tokens.",
         drawings=[
             Drawing(
@@ -232,7 +232,7 @@ def _section(name: str, *words: str, drawings, columns: int = 1) -> Section:
     return Section(f"{number}{figure.title}", words, tuple(drawings), columns)
 
 
-def _chunks(n_tokens: np.ndarray) -> str:
+def _excerpts(n_tokens: np.ndarray) -> str:
     n, least, most = len(n_tokens), n_tokens.min(), n_tokens.max()
     length = f"{least}" if least == most else f"{least} to {most}"
-    return f"{n} chunk{'s' * (n != 1)} of {length} tokens"
+    return f"{n} excerpt{'s' * (n != 1)} of {length} tokens"
