@@ -136,7 +136,10 @@ def new_cache(loaded: LoadedModel, spec: CompressionSpec | None) -> Cache:
 
 
 def _held(cache: Cache) -> tuple[int, ...]:
-    return cache.held if isinstance(cache, CompressedCache) else tuple(layer.keys.shape[-2] for layer in cache.layers)
+    if isinstance(cache, CompressedCache):
+        return cache.held
+    keys = (getattr(layer, "keys", None) for layer in cache.layers)  # a layer may carry a state, and none
+    return tuple(0 if of_layer is None else of_layer.shape[-2] for of_layer in keys)
 
 
 def prefill(model, ids: Tensor, cache: Cache) -> None:

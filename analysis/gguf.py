@@ -224,7 +224,8 @@ class _Reader:
     def room(self, n: int, what: str) -> None:
         """Raise unless `n` bytes are left."""
         if n > self.size - self.at:
-            raise self.error(f"{what} takes {n:,} bytes at byte {self.at:,}, and {self.size - self.at:,} are left")
+            left = self.size - self.at
+            raise self.error(f"it is cut off in {what}: {n:,} bytes are needed at byte {self.at:,}, {left:,} are left")
 
     def take(self, n: int, what: str) -> bytes:
         self.room(n, what)
@@ -238,7 +239,7 @@ class _Reader:
         """Raise if with `n` bytes more too much would be kept."""
         self.kept += n
         if self.kept > _KEPT:
-            raise self.error(f"its names, texts and lists up to {what} are of more than {_KEPT:,} bytes")
+            raise self.error(f"its metadata up to {what} takes more than {_KEPT:,} bytes")
 
     def string(self, what: str) -> str:
         if (n := self.number("<Q", f"the length of {what}")) > _STRING:
@@ -256,7 +257,7 @@ class _Reader:
         if kind == _ARRAY:
             return self.array(what)
         if kind not in _SCALARS:
-            raise self.error(f"{what} is of the type {kind}, which GGUF does not have")
+            raise self.error(f"{what} has type {kind}, which GGUF does not have")
         number = self.number(_SCALARS[kind], what)
         if kind == _BOOL and number > 1:
             raise self.error(f"{what} is {number}, which is neither true nor false")
@@ -265,9 +266,9 @@ class _Reader:
     def array(self, what: str) -> GgufArray:
         kind, count = self.number("<I", f"the type of {what}"), self.number("<Q", f"the length of {what}")
         if kind == _ARRAY:
-            raise self.error(f"{what} is an array of arrays, which is not read", _CONVERT)
+            raise self.error(f"{what} is an array of arrays, which is not supported", _CONVERT)
         if kind not in _KINDS:
-            raise self.error(f"{what} is an array of the type {kind}, which GGUF does not have")
+            raise self.error(f"{what} is an array of type {kind}, which GGUF does not have")
         if kind == _STR:
             self.strings += count
             if self.strings > _STRINGS:
@@ -303,7 +304,7 @@ class _Reader:
             read(n)
         if at > end:
             if end < self.size:
-                raise self.error(f"the strings up to item {i} of {what} are of more than {_SKIPPED:,} bytes")
+                raise self.error(f"its lists of strings up to item {i} of {what} take more than {_SKIPPED:,} bytes")
             raise self.error(f"item {i} of {what} ends beyond the {self.size:,} bytes of the file")
         self.left -= at - begin
         self.at = at
@@ -312,12 +313,12 @@ class _Reader:
 def _read_metadata(reader: _Reader) -> tuple[dict[str, Value], int]:
     """All keys and values, and the number of tensors."""
     if (magic := reader.take(4, "the magic")) != MAGIC:
-        raise reader.error(f"it begins with {magic!r}, not with {MAGIC!r}: it is no GGUF file", "Give one that is")
+        raise reader.error(f"it is not a GGUF file: it begins with {magic!r}, not with {MAGIC!r}", "Give a GGUF file")
     version = reader.number("<I", "the version")
     if version in (0x02000000, 0x03000000):
-        raise reader.error("it is a big-endian file, which is not read", _CONVERT)
+        raise reader.error("it is big-endian, which is not supported", _CONVERT)
     if version not in (2, 3):
-        raise reader.error(f"it is GGUF of version {version}, and versions 2 and 3 are read", _CONVERT)
+        raise reader.error(f"it is GGUF version {version}; versions 2 and 3 are supported", _CONVERT)
     n_tensors, n_keys = reader.number("<Q", "the number of tensors"), reader.number("<Q", "the number of keys")
     for what, n, bound in (("tensors", n_tensors, _TENSORS), ("keys", n_keys, _KEYS)):
         if n > bound:
@@ -326,7 +327,7 @@ def _read_metadata(reader: _Reader) -> tuple[dict[str, Value], int]:
     for i in range(n_keys):
         key = reader.string(f"the name of key {i}")
         if key in metadata:
-            raise reader.error(f"the key {key!r:.80} is there twice")
+            raise reader.error(f"the key {key!r:.80} appears twice")
         metadata[key] = reader.value(f"{key!r:.80}")
     return metadata, n_tensors
 
@@ -351,12 +352,12 @@ def _read_tensors(reader: _Reader, n_tensors: int, alignment: int) -> tuple[Gguf
         dims = struct.unpack(f"<{n_dims}Q", reader.take(8 * n_dims, what))
         type_id, offset = reader.number("<I", what), reader.number("<Q", what)
         if type_id not in _TYPES:
-            raise reader.error(f"{what} is of the type {type_id}, which cannot be dequantised here", _CONVERT)
+            raise reader.error(f"{what} has type {type_id}, which cannot be dequantised", _CONVERT)
         type_name, block, block_bytes = _TYPES[type_id]
         if not all(dims) or dims[0] % block:
-            raise reader.error(f"{what} is of {list(dims)} weights, and {type_name} stores rows in blocks of {block}")
+            raise reader.error(f"{what} has dimensions {list(dims)}, but {type_name} stores rows in blocks of {block}")
         if offset % alignment:
-            raise reader.error(f"{what} begins at {offset:,}, which is no multiple of the alignment {alignment}")
+            raise reader.error(f"{what} begins at {offset:,}, which is not a multiple of the alignment, {alignment}")
         table.append((name, dims[::-1], type_name, type_id, offset, math.prod(dims) // block * block_bytes))
     begin = -(-reader.at // alignment) * alignment
     tensors = tuple(GgufTensor(*rest, begin + offset, nbytes) for *rest, offset, nbytes in table)
@@ -370,7 +371,7 @@ def _read_tensors(reader: _Reader, n_tensors: int, alignment: int) -> tuple[Gguf
             raise reader.error(f"the tensors {tensor.name!r:.80} and {after.name!r:.80} overlap")
     name, times = Counter(tensor.name for tensor in tensors).most_common(1)[0]
     if times > 1:
-        raise reader.error(f"the tensor {name!r:.80} is there {times} times")
+        raise reader.error(f"the tensor {name!r:.80} appears {times} times")
     return tensors
 
 
@@ -379,11 +380,11 @@ def _check_model(gguf: GgufFile) -> None:
     architecture, metadata = gguf.metadata.get("general.architecture"), gguf.metadata
     if architecture not in ARCHITECTURES:
         raise ModelError(
-            f"{gguf.name}: its architecture is {_shown(architecture)}, and from GGUF files {', '.join(ARCHITECTURES)} "
-            "are read. Give the model in safetensors."
+            f"{gguf.name}: its architecture is {_shown(architecture)}; from GGUF files, these can be loaded: "
+            f"{', '.join(ARCHITECTURES)}. Give the model in safetensors."
         )
     if (kind := metadata.get("general.type", "model")) != "model":
-        raise ModelError(f"{gguf.name}: it is of the type {_shown(kind)}, not a model. Give the model's own file.")
+        raise ModelError(f"{gguf.name}: its type is {_shown(kind)}, not 'model'. Give the file of the model itself.")
     if (parts := metadata.get("split.count", 0)) not in (0, 1):
         raise ModelError(
             f"{gguf.name}: it is one of {_shown(parts)} parts of a model. Join them with `llama-gguf-split --merge`, "
@@ -393,6 +394,11 @@ def _check_model(gguf: GgufFile) -> None:
         value = gguf.of_architecture(key)
         if key not in _REQUIRED and (value is None or (value == 0 and key.startswith("expert_"))):
             continue
+        if isinstance(value, GgufArray):
+            raise ModelError(
+                f"{gguf.name}: {architecture}.{key} is a list of {value.count:,}; layers that differ in it are not "
+                "supported. Give the model in safetensors."
+            )
         if type(value) is not int or not 0 < value <= _SIZE_BOUNDS[as_config]:
             raise ModelError(
                 f"{gguf.name}: {architecture}.{key} is {_shown(value)}, and must be a whole number from 1 to "
@@ -400,7 +406,9 @@ def _check_model(gguf: GgufFile) -> None:
             )
     heads = gguf.of_architecture("attention.head_count")
     if heads % (kv_heads := gguf.of_architecture("attention.head_count_kv") or heads):
-        raise ModelError(f"{gguf.name}: it has {heads} query heads, no multiple of its {kv_heads} kv heads. {_AGAIN}.")
+        raise ModelError(
+            f"{gguf.name}: its {heads} query heads are not a multiple of its {kv_heads} kv heads. {_AGAIN}."
+        )
     epsilons = [gguf.of_architecture(f"attention.layer_norm_{kind}epsilon") for kind in ("rms_", "")]
     if not any(isinstance(epsilon, float) and 0 < epsilon < 1 for epsilon in epsilons):
         raise ModelError(f"{gguf.name}: the epsilon of its norms is {_shown(epsilons[0])}. {_AGAIN}.")
@@ -413,7 +421,7 @@ def _check_model(gguf: GgufFile) -> None:
             )
     for key, value in metadata.items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise ModelError(f"{gguf.name}: {key!r:.80} is {value}, which is no number. {_AGAIN}.")
+            raise ModelError(f"{gguf.name}: {key!r:.80} is {value}, not a finite number. {_AGAIN}.")
     embedding = next((tensor for tensor in gguf.tensors if tensor.name == "token_embd.weight"), None)
     if embedding is None or len(embedding.shape) != 2:
         got = "missing" if embedding is None else f"of shape {list(embedding.shape)}"
@@ -439,24 +447,24 @@ def _check_tokenizer(gguf: GgufFile) -> None:
             return False
         value = told[key]
         if not isinstance(value, GgufArray) or value.kind != kind:
-            raise refuse(f"tokenizer.ggml.{key} is {_shown(value)}, not an array of the kind {kind}")
+            raise refuse(f"tokenizer.ggml.{key} is {_shown(value)}, not an array of {kind}s")
         return True
 
     if "tokens" not in told:
         raise refuse("it has no tokenizer (tokenizer.ggml.tokens)")
     if kind not in ("gpt2", "llama"):
-        raise refuse(f"its tokenizer is of the kind {_shown(kind)}, and gpt2 and llama are rebuilt")
+        raise refuse(f"its tokenizer is {_shown(kind)} (tokenizer.ggml.model); gpt2 and llama are supported")
     counted("tokens", "string")
     if not 0 < tokens.count <= gguf.vocab_size:
-        raise refuse(f"its tokenizer has {tokens.count:,} tokens, and its embedding {gguf.vocab_size:,} rows")
+        raise refuse(f"its tokenizer has {tokens.count:,} tokens, but its embedding has {gguf.vocab_size:,} rows")
     if not counted("merges", "string") and not (kind == "llama" and counted("scores", "number")):
         raise refuse("its tokenizer has no merges" + (" or scores" if kind == "llama" else ""))
     for key in ("scores", "token_type"):
         if counted(key, "number") and told[key].count != tokens.count:
-            raise refuse(f"tokenizer.ggml.{key} is of {told[key].count:,} items, and there are {tokens.count:,} tokens")
+            raise refuse(f"tokenizer.ggml.{key} has {told[key].count:,} items, but there are {tokens.count:,} tokens")
     for key in ("bos_token_id", "eos_token_id", "unknown_token_id", "padding_token_id"):
         if key in told and not (type(told[key]) is int and 0 <= told[key] < tokens.count):
-            raise refuse(f"{start}{key} is {_shown(told[key])}, and there are {tokens.count:,} tokens")
+            raise refuse(f"{start}{key} is {_shown(told[key])}, but there are {tokens.count:,} tokens")
     for key, value in told.items():
         if key.startswith("add_") and not isinstance(value, bool):
             raise refuse(f"{start}{key} is {_shown(value)}, and must be true or false")

@@ -31,6 +31,7 @@ _GPT2_SPLIT = frozenset({"gpt-2", "gpt2", "phi-2", "mpt", "olmo", "jais"})  # ll
 _DIGITS_APART = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
 _SPECIAL = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
 _ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+_SLICE = 2**22  # weights that are dequantised at a time
 _CONTROL, _USER_DEFINED = 3, 4  # types of tokens that are matched whole in a text
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # 3.1 to 3.3
 
@@ -193,10 +194,10 @@ def gguf_model(gguf: GgufFile, config: PretrainedConfig, dtype: torch.dtype) -> 
 def dequantising_bytes(gguf: GgufFile, itemsize: int) -> int:
     """About the memory that loading takes at its peak, in numbers of `itemsize` bytes."""
     done = peak = 0
-    for tensor in gguf.tensors:  # each, on top of those before it: as it is stored, and twice in float32
-        peak = max(peak, done + tensor.nbytes + 2 * 4 * tensor.n_weights)
+    for tensor in gguf.tensors:  # each in float32, on top of those before it, and then in its own dtype
+        peak = max(peak, done + tensor.n_weights * (4 if itemsize == 4 else 4 + itemsize))
         done += tensor.n_weights * (4 if "_exps" in tensor.name else itemsize)  # experts stay in float32 up to the end
-    return max(peak, done)
+    return max(peak, done) + 2 * 4 * min(_SLICE, gguf.n_weights)
 
 
 def _dequantised(gguf: GgufFile, tensor: GgufTensor) -> np.ndarray:
@@ -204,9 +205,15 @@ def _dequantised(gguf: GgufFile, tensor: GgufTensor) -> np.ndarray:
     import numpy as np
     from gguf import GGMLQuantizationType, dequantize
 
-    stored = np.fromfile(gguf.path, np.uint8, tensor.nbytes, offset=tensor.start)
-    rows = stored.reshape(*tensor.shape[:-1], -1)  # raises where the file became shorter
-    return dequantize(rows, GGMLQuantizationType(tensor.type_id)).reshape(tensor.shape)
+    weights = np.empty(tensor.shape, np.float32)
+    rows = weights.reshape(-1, tensor.shape[-1])
+    row_bytes, step = tensor.nbytes // len(rows), max(1, _SLICE // tensor.shape[-1])
+    for begin in range(0, len(rows), step):  # in slices: gguf takes twice the memory of what it dequantises
+        part = rows[begin : begin + step]
+        stored = np.fromfile(gguf.path, np.uint8, len(part) * row_bytes, offset=tensor.start + begin * row_bytes)
+        # The shape does not fit where the file became shorter meanwhile: that raises.
+        part[:] = dequantize(stored.reshape(len(part), row_bytes), GGMLQuantizationType(tensor.type_id))
+    return weights
 
 
 def _head_dim(gguf: GgufFile) -> int:

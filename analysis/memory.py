@@ -40,7 +40,9 @@ class CacheShape:
     @classmethod
     def of(cls, config, itemsize: int) -> CacheShape:
         """Of a decoder's config (the language part of it)."""
-        layers = tuple(i for i, kind in enumerate(layer_kinds(config)) if kind == "full_attention")
+        borrow = [mode == "reuse" for mode in getattr(config, "kv_sharing_modes", None) or ()]  # Gemma 3n
+        keep_all = [kind in ("full_attention", "hybrid") for kind in layer_kinds(config)]
+        layers = tuple(i for i, keeps in enumerate(keep_all) if keeps and not any(borrow[i : i + 1]))
         if getattr(config, "is_heterogeneous", False):  # Gemma 4: its full layers have heads of another size
             config = config.per_layer_config[layers[0] if layers else 0]
         heads = config.num_attention_heads

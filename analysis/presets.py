@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,7 +13,8 @@ from analysis.models import BUNDLED
 from analysis.texts import read_text
 from l2kv.spec import CompressionSpec
 
-DEMO_MODEL = "smollm2"  # the app opens with a run of it
+BUNDLED_RUNS = ("smollm2", "books-5m")
+"""Models of which a run comes with the program: a real one, and a small one in which the opposite holds."""
 RESULT_FILES = {
     "demo": "demo.safetensors",
     "study": "study.safetensors",
@@ -113,6 +115,12 @@ def bundled_results(model: str) -> BundledResults:
         return BundledResults()
     files = {kind: BUNDLED / model / name for kind, name in RESULT_FILES.items()}
     return BundledResults(**{kind: file for kind, file in files.items() if file.is_file()})
+
+
+def demo_model() -> str:
+    """The model whose run the app opens with: `L2KV_DEMO`, one of `BUNDLED_RUNS`, or the first of them."""
+    named = os.environ.get("L2KV_DEMO", "")
+    return named if named in BUNDLED_RUNS else BUNDLED_RUNS[0]
 
 
 def presets(model: str, file: Path | None = None) -> tuple[Preset, ...]:

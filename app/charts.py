@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import plotly.graph_objects as go
 import streamlit as st
 
+LONGEST_WAIT = 10.0  # seconds, for a browser to draw its first chart
 _FIRST_CHART = st.components.v2.component(
     "first_chart",
     html="<span></span>",
-    js="""
-export default function ({ setTriggerValue }) {
+    js=f"""
+export default function ({{ setTriggerValue }}) {{
   const began = performance.now()
   let timer
-  const look = () => {
+  const look = () => {{
     const drawn = document.querySelector(".js-plotly-plot .main-svg")
-    if (drawn || performance.now() - began > 10000) {
+    if (drawn || performance.now() - began > {1000 * LONGEST_WAIT}) {{
       requestAnimationFrame(() => setTimeout(() => setTriggerValue("drawn", true)))  // it has been seen by then
-    } else {
+    }} else {{
       timer = setTimeout(look, 20)
-    }
-  }
+    }}
+  }}
   look()
   return () => clearTimeout(timer)
-}
+}}
 """,
 )
 
@@ -34,12 +36,17 @@ def first_is_drawn() -> bool:
     """Whether the browser has drawn a chart in this session. If not, the page is run again as soon as it has.
 
     The library of charts takes a browser a second or more to load, and then it draws all charts it was sent before any
-    is seen: so the first one is sent alone. Without a browser there is nothing to wait for.
+    is seen: so the first one is sent alone. Without a browser there is nothing to wait for, and no page waits for long.
     """
-    if "chart_drawn" in st.session_state or "User-Agent" not in st.context.headers:
+    waiting_since = st.session_state.setdefault("first_chart_sent", time.monotonic())
+    if "chart_drawn" in st.session_state or not _in_a_browser() or time.monotonic() - waiting_since > LONGEST_WAIT:
         return True
     _FIRST_CHART(key="first_chart", on_drawn_change=lambda: st.session_state.update(chart_drawn=True))
     return False
+
+
+def _in_a_browser() -> bool:
+    return "User-Agent" in st.context.headers
 
 
 def show(

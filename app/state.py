@@ -19,7 +19,7 @@ from analysis.memory import DTYPES
 from analysis.metrics import by_query, figures_of_probe
 from analysis.plans.curves import LossCurves, loss_curves
 from analysis.plans.skip import Plan
-from analysis.presets import DEMO_MODEL, bundled_results
+from analysis.presets import BUNDLED_RUNS, bundled_results, demo_model
 from analysis.run import Capture, load_run
 from analysis.sizes import checkpoint_dtype
 from analysis.study import Study, load_study
@@ -75,9 +75,14 @@ def remembered(
     return ask
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
+def bundled_run(model: str) -> Capture:
+    """The run of a model that comes with the program, one of `BUNDLED_RUNS`."""
+    return load_run(bundled_results(model).demo)
+
+
 def _demo_run() -> Capture:
-    return load_run(bundled_results(DEMO_MODEL).demo)
+    return bundled_run(demo_model())
 
 
 @remembered
@@ -107,6 +112,11 @@ def curves_of(run: Capture, protect_last: int) -> LossCurves:
 def current_run() -> Capture:
     """The run on screen: the session's own, or the demo."""
     return st.session_state.get("run") or _demo_run()
+
+
+def is_bundled() -> bool:
+    """Whether a run that comes with the program is on screen."""
+    return is_demo() or any(current_run() is bundled_run(model) for model in BUNDLED_RUNS)
 
 
 def is_demo() -> bool:

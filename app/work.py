@@ -267,7 +267,8 @@ def run(
     bar = st.progress(0.0, "Looking for the model …")
     try:
         ref = check_allowed(ref)
-        model_folder(ref)  # fetched, or refused, before anyone has to wait for it
+        # Fetched, or refused, before anyone has to wait for it.
+        model_folder(ref, on_fetch=lambda what, done, total: bar.progress(min(done / total, 1.0), f"{what} …"))
         with engine.turn(
             ref,
             on_wait=lambda ahead: bar.progress(0.0, f"Waiting: {ahead} ahead of you"),

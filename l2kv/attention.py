@@ -108,13 +108,13 @@ def _head_by_head(query: Tensor, parts: Sequence[Part], scale: float | None, dro
 
 
 def check_mask(layer: CompressedLayer, queries: int, mask: Tensor) -> None:
-    """Raise UnsupportedModelError unless a mask [B or 1, 1, q, n] shows all that was held before, but for padding.
+    """Raise UnsupportedModelError unless a mask [B or 1, 1, q, n] shows each query all that precedes it, but padding.
 
     Else it was made of what the cache holds, place by place, and these places are others where tokens are gone.
     """
-    before = mask[..., :-queries]
-    shown = mask.shape[1] == 1 and (layer.first_real is not None or (_shown(before).all()))
-    if not shown:
+    past = _shown(mask).tril(mask.shape[-1] - queries)
+    expected = torch.ones_like(past).tril(mask.shape[-1] - queries)
+    if mask.shape[1] > 1 or (layer.first_real is None and not torch.equal(past, expected)):
         raise UnsupportedModelError(
             "This model's attention mask hides more than the future and the padding, or not the same in every head: a "
             "window, a bias or a choice that goes by the place in the cache."

@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("L2KV_DEMO", "books-5m")  # small, so that pages are drawn fast; test_smollm2 opens on the other
 
 from pathlib import Path
 

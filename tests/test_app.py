@@ -298,6 +298,29 @@ def test_what_was_worked_out_of_a_run_is_kept_until_another_is_asked_of(monkeypa
     assert sum(len(answers) for _, answers in state.st.session_state["remembered"].values()) == 16
 
 
+def test_a_browser_gets_the_first_chart_alone_until_it_has_drawn_it_or_for_long_enough(monkeypatch):
+    from app import charts
+
+    def page():
+        import streamlit as st
+
+        from app import charts
+
+        st.write("all" if charts.first_is_drawn() else "the first")
+
+    def told(app):
+        assert not app.run().exception
+        return app.markdown[0].value
+
+    assert told(AppTest.from_function(page)) == "all"  # no browser: nothing to wait for
+    monkeypatch.setattr(charts, "_in_a_browser", lambda: True)
+    app, slow = AppTest.from_function(page), AppTest.from_function(page)
+    assert told(app) == told(app) == told(slow) == "the first"
+    app.session_state["chart_drawn"] = True
+    monkeypatch.setattr(charts, "LONGEST_WAIT", 0)
+    assert told(app) == told(slow) == "all"
+
+
 def test_what_was_worked_out_of_the_demo_run_is_kept_for_all_sessions(monkeypatch):
     asked = []
 

@@ -152,6 +152,16 @@ def click_cell(page, layer, head, n_layers=6, n_heads=8):
             return
 
 
+def test_the_map_is_seen_before_any_other_chart_is_there(browser, address):
+    page = browser.new_page(viewport={"width": 1400, "height": 1000})
+    page.goto(address)
+    page.wait_for_selector(".js-plotly-plot .main-svg")
+    at_first = page.locator(".js-plotly-plot").count()
+    page.locator(".js-plotly-plot").nth(5).wait_for()
+    page.close()
+    assert at_first == 1
+
+
 def test_the_first_thing_seen_is_the_answer_for_the_demo_run(page):
     assert page.get_by_role("heading", name=re.compile("Does low norm predict attention in books-5m")).is_visible()
     assert page.get_by_text(re.compile(r"In \d+ of 48 heads low-norm keys get the attention")).is_visible()

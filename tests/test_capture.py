@@ -17,6 +17,7 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
 )
+from transformers.cache_utils import CacheLayerMixin
 
 from analysis import ModelError, OutOfMemoryError, TextError, capture, capturing, correlation, suggest_skip_layers
 from analysis import memory as memory_module
@@ -275,7 +276,8 @@ def test_layers_of_a_cache_that_keep_every_token_are_those_that_transformers_giv
     model, n = architecture.model(), 3 * WINDOW
     config = model.config.get_text_config(decoder=True)
     shape, cache = CacheShape.of(config, itemsize=4), DynamicCache(config=model.config)
-    assert shape.layers == tuple(i for i, sliding in enumerate(cache.is_sliding) if not sliding)
+    keep = [isinstance(layer, CacheLayerMixin) and not layer.is_sliding for layer in cache.layers]
+    assert shape.layers == tuple(i for i, keeps in enumerate(keep) if keeps)
     assert len(layer_kinds(config)) - len(shape.layers) == architecture.left
     with torch.no_grad():
         model(torch.arange(2, 2 + n)[None], past_key_values=cache)

@@ -18,8 +18,12 @@ from transformers import (
     OPTForCausalLM,
 )
 
+from analysis import ModelError
+from analysis.generation import stream
+from analysis.models import LoadedModel
+from analysis.paper.vectors import attention_rows, head_vectors
 from l2kv import CompressedCache, CompressionSpec, UnsupportedModelError, attention_seam, compressible, l2_compress
-from tests.causal_models import compress, model_of
+from tests.causal_models import TEXT, compress, model_of, tokenizer
 from tests.conftest import TINY, build, tokens
 from tests.test_causal_models import text_for
 
@@ -296,3 +300,58 @@ def test_two_models_may_share_a_config_of_a_prepared_one_made_meanwhile():
     with compressible(model):
         other = AutoModelForCausalLM.from_config(LlamaConfig(**model.config.to_dict()))
     assert other.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("model_type", ["opt", "lfm2", "falcon_h1", "gemma3n_text", "hrm_text"])
+def test_text_is_streamed_from_models_of_every_kind(model_type):
+    loaded = LoadedModel(model_of(model_type), tokenizer(), model_type)
+    whole, kept, half = list(stream(loaded, TEXT, [None, CompressionSpec(keep_ratio=1.0), HALF], max_new_tokens=3))[-1]
+    assert whole.token_ids == kept.token_ids and whole.held == kept.held and whole.nbytes == kept.nbytes
+    assert half.nbytes < whole.nbytes
+
+
+@pytest.mark.parametrize("model_type", ["modernbert-decoder", "opt", "afmoe", "gpt_oss", "gemma3n_text"])
+def test_vectors_are_those_of_the_models_own_attention(model_type):
+    model = model_of(model_type)
+    model.set_attn_implementation("eager")
+    loaded = LoadedModel(model, tokenizer(), model_type)
+    for layer in range(4):
+        vectors = head_vectors(loaded, TEXT, layer)
+        ids = torch.tensor(tokenizer()(TEXT)["input_ids"])[None]
+        with torch.no_grad():
+            shown = model(ids, output_attentions=True, use_cache=False).attentions[layer][0]
+        rows = torch.from_numpy(next(attention_rows(vectors, 1)))
+        torch.testing.assert_close(rows, shown[1][..., : rows.shape[-1]], atol=1e-4, rtol=0)
+
+
+def test_vectors_of_a_model_that_masks_otherwise_are_refused():
+    with pytest.raises(ModelError, match="masks its attention"):
+        head_vectors(LoadedModel(model_of("doge"), tokenizer(), "doge"), TEXT, 0)
+
+
+PADDED = ["lfm2", "falcon_h1", "qwen3_next", "gemma3n_text", "jetmoe", "gpt_oss", "afmoe"]
+
+
+@pytest.mark.parametrize("eager", [False, True], ids=["own", "eager"])
+@pytest.mark.parametrize("model_type", PADDED)
+def test_rows_padded_on_the_left_are_as_with_a_plain_cache(model_type, eager):
+    model = model_of(model_type)
+    if eager:
+        model.set_attn_implementation("eager")
+    ids, mask = text_for(model, 20).repeat(2, 1), torch.ones(2, 22, dtype=torch.long)
+    mask[1, :4] = 0
+
+    def logits(cache):
+        with torch.no_grad():
+            parts = [model(ids, attention_mask=mask[:, :20], past_key_values=cache)]
+            for t in (21, 22):
+                parts.append(model(ids[:, t - 20 : t - 19], attention_mask=mask[:, :t], past_key_values=cache))
+        row, padded = torch.cat([part.logits for part in parts], dim=1)
+        return torch.cat([row, padded[4:]])
+
+    with compressible(model):
+        expected = logits(DynamicCache(config=model.config))
+        given = logits(CompressedCache(model.config, CompressionSpec(keep_ratio=1.0)))
+        torch.testing.assert_close(given, expected, atol=1e-4, rtol=0)
+        cache = CompressedCache(model.config, CompressionSpec(keep_ratio=0.5, head_ratios={(1, 0): 0.2}))
+        assert logits(cache).isfinite().all() and max(cache.held) == 11

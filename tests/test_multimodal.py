@@ -13,6 +13,8 @@ from transformers import (
 )
 from transformers.masking_utils import sdpa_mask
 
+from analysis import ModelError
+from analysis.configs import read_config
 from l2kv import CompressedCache, CompressionSpec, compressible
 from l2kv.layer import CompressedLayer
 from tests.causal_models import WINDOW
@@ -208,3 +210,10 @@ def test_rows_of_text_and_image_may_be_padded_on_the_left(name):
             torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
         half = CompressedCache(model.config, HALF)
         assert all(given.isfinite().all() for given in logits(half)) and max(half.held) <= 18
+
+
+def test_a_folder_of_a_multimodal_model_is_said_to_be_one(tmp_path):
+    model, *_ = build("qwen2_5_vl")
+    model.config.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="the model is multimodal \\(qwen2_5_vl"):
+        read_config(tmp_path / "config.json", "the model")

@@ -8,7 +8,7 @@ import streamlit as st
 
 from analysis.errors import RunFileError, UserError
 from analysis.memory import capture_bytes, human_bytes
-from analysis.presets import presets
+from analysis.presets import BUNDLED_RUNS, demo_model, presets
 from analysis.run import Capture, load_run, save_run
 from analysis.synthetic import instrument
 from analysis.texts import plain_text
@@ -134,8 +134,11 @@ def _files(heads_page: StreamlitPage) -> None:
                 icon=":material/download:",
                 on_click="ignore",
             )
-            if not state.is_demo():
-                st.button("Back to the demo run", icon=":material/home:", on_click=state.show_run, args=(None,))
+            for model in BUNDLED_RUNS:
+                demo = None if model == demo_model() else state.bundled_run(model)
+                if (demo is None and state.is_demo()) or demo is run:
+                    continue
+                st.button(f"Open the run of {model}", icon=":material/home:", on_click=state.show_run, args=(demo,))
         st.caption("The file holds the text. `python -m analysis capture` writes the same kind.")
         if st.button("Open the synthetic check", icon=":material/science:"):
             state.show_run(instrument())

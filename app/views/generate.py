@@ -14,6 +14,7 @@ import streamlit as st
 
 from analysis.errors import UserError
 from analysis.memory import DTYPES, human_bytes
+from analysis.models import model_folder
 from analysis.plans.skip import Plan
 from analysis.presets import Preset, presets
 from analysis.run import Capture
@@ -294,8 +295,10 @@ def _generate(engine: Engine, preview: Preview, boxes: DeltaGenerator) -> None:
     with boxes:
         note = st.empty()
         try:
+            ref = check_allowed(preview.ref)
+            model_folder(ref, on_fetch=lambda what, done, total: note.info(f"{what}: {done / total:.0%}"))
             with engine.turn(
-                check_allowed(preview.ref),
+                ref,
                 on_wait=lambda ahead: note.info(f"Waiting: {ahead} ahead of you"),
                 on_load=lambda: note.info(f"Loading {markup.plain(preview.ref)} …"),
             ) as loaded:

@@ -96,7 +96,7 @@ def _probe(run: Capture) -> str:
 
 
 def _about(run: Capture) -> None:
-    source = "The bundled demo run" if state.is_demo() else "Your run"
+    source = "A run that comes with the app" if state.is_bundled() else "Your run"
     beginning = markup.plain(run.text[:80]) + (" …" if len(run.text) > 80 else "")
     st.caption(
         f"{source}: {run.n_tokens} tokens of “{beginning}” in {markup.plain(run.architecture)}, {run.n_layers} layers, "
