@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import re
 import threading
@@ -144,13 +145,13 @@ def _check_longest_word(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
 
     The time of some tokenizers grows with the square of a word's length, or its cube.
     """
-    word, size, before = max(_WORD.findall(text), key=len, default=""), 1000, np.inf
+    word, size, before = max(_WORD.findall(text), key=len, default=""), 1000, 0.0
     while size < len(word):
         started = time.perf_counter()
         tokenizer(word[:size], verbose=False)
         took = time.perf_counter() - started
         if took > _TELLING:
-            growth = max(1.0, np.log2(took / before))
+            growth = max(1.0, math.log2(took / before)) if before else 2.0
             if (needed := took * (len(word) / size) ** growth) > MOST_SECONDS:
                 raise TextError(
                     f"The text holds a word of {len(word):,} characters, {word[:20]!r} and so on, for which this "

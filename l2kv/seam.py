@@ -56,7 +56,7 @@ def attention_seam(
         _passing.setdefault(module, []).append(attend)
     names = [(config, config._attn_implementation) for config, _ in hooked]
     try:
-        yield lambda: all(config._attn_implementation is name for config, name in names)
+        yield lambda: all(config._attn_implementation == name for config, name in names)
     finally:
         for module in modules:
             _passing[module].remove(attend)
@@ -89,7 +89,8 @@ def _none() -> None:
 def _put_name(config: PretrainedConfig, supports_sdpa: bool) -> None:
     own = config._attn_implementation
     if not isinstance(own, _Name):
-        base = "eager" if own is None else own
+        own = own and own.removeprefix(_PREFIX)  # a model built of a hooked config writes the bare name there
+        base = own or "eager"
         if base not in ("eager", "sdpa"):
             # A flash-attention package is found by its name, which ours replaces; sdpa has the same kernels.
             base = "sdpa" if supports_sdpa else "eager"

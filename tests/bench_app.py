@@ -56,7 +56,8 @@ DRAWN = """() => {
     return performance.now() > window.drawnAt;  // a frame later
 }"""
 SETTLED = """() => {
-    if (!document.querySelector('[data-test-script-state=notRunning]')) window.busyAt = performance.now();
+    const done = document.querySelector('[data-test-script-state=notRunning]');
+    if (!done || document.querySelector('.st-key-first_chart')) window.busyAt = performance.now();
     return performance.now() - (window.busyAt ??= performance.now()) > 1000;
 }"""
 
@@ -118,6 +119,8 @@ def main() -> None:
     parser.add_argument("run", nargs="?", type=Path)
     parser.add_argument("--times", type=int, default=3)
     arguments = parser.parse_args()
+    if shutil.which("chromium") is None:
+        sys.exit("There is no chromium on this machine: apt install chromium.")
     visits: dict[tuple[str, str], list[Visit]] = {}
     with sync_playwright() as playwright, tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "bare.py"

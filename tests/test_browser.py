@@ -84,7 +84,8 @@ def settled(page):
         """() => {
             const connected = document.querySelector('[data-test-connection-state=CONNECTED]');
             const done = document.querySelector('[data-test-script-state=notRunning]');
-            if (!connected || !done) window.busyAt = performance.now();
+            const more = document.querySelector('.st-key-first_chart');  // to come, once the first chart is drawn
+            if (!connected || !done || more) window.busyAt = performance.now();
             return performance.now() - window.busyAt > 500;
         }""",
         polling=50,
@@ -129,7 +130,7 @@ HEADERS = {
 }
 
 
-def click_cell(page, layer, head, n_layers=6, n_heads=8):
+def click_cell(page, layer, head, n_layers=30, n_heads=9):
     """Click a cell of the first map, by where it is on the screen."""
     plot = page.locator(".js-plotly-plot").first
     cells = plot.locator(".nsewdrag").first

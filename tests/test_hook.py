@@ -295,11 +295,22 @@ def test_hybrids_generate_with_beams_and_can_be_reset(model_type):
     torch.testing.assert_close(*logits)
 
 
-def test_two_models_may_share_a_config_of_a_prepared_one_made_meanwhile():
-    model = build("llama")
-    with compressible(model):
-        other = AutoModelForCausalLM.from_config(LlamaConfig(**model.config.to_dict()))
-    assert other.config._attn_implementation == "sdpa"
+@pytest.mark.parametrize("last", [0, 1])
+def test_a_model_built_of_a_prepared_ones_config_disturbs_nobody(last):
+    first = build("llama")
+    ids, handles = tokens(first, 20), [compressible(first)]
+    second = type(first)(first.config).eval()
+    copied = AutoModelForCausalLM.from_config(LlamaConfig(**first.config.to_dict())).eval()
+    assert copied.config._attn_implementation == "sdpa"
+    handles.append(compressible(second))
+    for model in (first, second):
+        cache = CompressedCache(model.config, HALF)
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+        assert cache.held == (10, 10, 10)
+    handles[1 - last].restore()
+    handles[last].restore()
+    assert first.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("model_type", ["opt", "lfm2", "falcon_h1", "gemma3n_text", "hrm_text"])
