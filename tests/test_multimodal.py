@@ -183,6 +183,19 @@ def test_an_image_in_a_prepared_model_changes_nothing_for_a_plain_cache_nor_for_
             torch.testing.assert_close(decode(name, model, ids, cache, inputs), expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_text_is_generated_about_an_image(name):
+    model, inputs, n = build(name)
+    ids = words(16, image=n)
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, **inputs, **kinds(name, ids)}
+    expected = model.generate(input_ids=ids, **settings)
+    with compressible(model):
+        whole, half = (CompressedCache(model.config, spec) for spec in (CompressionSpec(keep_ratio=1.0), HALF))
+        assert torch.equal(model.generate(input_ids=ids, past_key_values=whole, **settings), expected)
+        model.generate(input_ids=ids, past_key_values=half, **settings)
+    assert half.held[1:] == (10, 10)
+
+
 @pytest.mark.parametrize("name", ["llava, CLIP", "gemma3"])
 def test_rows_of_text_and_image_may_be_padded_on_the_left(name):
     model, inputs, n = build(name)
