@@ -236,6 +236,28 @@ def test_the_app_opens_on_the_demo_run_with_every_figure(app):
     assert len(app.get("plotly_chart")) == 7
 
 
+def test_without_a_word_the_app_opens_on_the_real_model_and_books_5m_is_a_click_away(monkeypatch):
+    monkeypatch.delenv("L2KV_DEMO")
+    opened = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=60).run()
+    assert not opened.exception and not opened.error
+    assert opened.header[0].value.endswith("in smollm2?") and len(opened.get("plotly_chart")) == 7
+
+    def page():
+        from types import SimpleNamespace
+
+        from app import state
+        from app.views.capture import _files
+
+        _files(SimpleNamespace())
+        state.st.markdown(f"{state.current_run().model}, bundled: {state.is_bundled()}")
+
+    files = AppTest.from_function(page).run()
+    next(button for button in files.button if button.label == "Open the run of books-5m").click().run()
+    assert not files.exception and files.markdown[-1].value == "books-5m, bundled: True"
+    next(button for button in files.button if button.label == "Open the run of smollm2").click().run()
+    assert files.markdown[-1].value == "smollm2, bundled: True"
+
+
 def test_the_head_opened_is_the_one_that_state_says(app):
     app.session_state["layer"], app.session_state["head"] = 3, 5
     app.run()

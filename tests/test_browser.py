@@ -130,7 +130,7 @@ HEADERS = {
 }
 
 
-def click_cell(page, layer, head, n_layers=30, n_heads=9):
+def click_cell(page, layer, head, n_layers=6, n_heads=8):
     """Click a cell of the first map, by where it is on the screen."""
     plot = page.locator(".js-plotly-plot").first
     cells = plot.locator(".nsewdrag").first
