@@ -83,8 +83,11 @@ def texts_input() -> Mapping[str, str]:
             while name in sources:  # files of several folders may have one name
                 number += 1
                 name = f"{file.name} ({number})"
-            if text := text_of(file):
-                sources[name] = text
+            try:
+                sources |= texts.documents(file.getvalue(), file.name, name)
+            except TextError as error:
+                st.session_state.setdefault("refused", []).append(str(error))
+        sources = {name: text for name, text in sources.items() if text.strip()}
         st.session_state["sources"] = sources
 
     def clear() -> None:

@@ -178,3 +178,21 @@ def test_the_command_line_tells_it(closing, tmp_path, monkeypatch, capsys, comma
     assert main([*arguments, "--model", closing.model.name_or_path, "--device", "cpu"]) == 0
     told = capsys.readouterr().err
     assert END in told and START in told
+
+
+CORPUS = "\0".join(
+    f"Book {i}. " + "The sea was calm that day, and so were the old man and his cat. " * 3 for i in (1, 2, 3)
+)
+
+
+def test_a_corpus_is_its_documents_for_whoever_takes_many_and_refused_by_whoever_takes_one(tmp_path):
+    (tmp_path / "books.txt").write_bytes(CORPUS.encode())
+    (tmp_path / "note.txt").write_text("One only.")
+    found = texts_of([tmp_path])
+    assert list(found) == ["books 1", "books 2", "books 3", "note"]
+    assert "\0".join(found[name] for name in list(found)[:3]) == CORPUS and found["note"] == "One only."
+    assert texts.documents(CORPUS.encode("utf-16"), "x", "books") == {k: v for k, v in found.items() if k != "note"}
+    with pytest.raises(TextError, match=r"books\.txt holds 3 documents, separated by NUL characters"):
+        read_text(tmp_path / "books.txt")
+    assert texts.documents(b"", "x", "nothing") == {"nothing": ""}
+    assert list(texts.documents(CORPUS.encode() + b"\0", "x", "closed")) == ["closed 1", "closed 2", "closed 3"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from analysis.errors import TextError, UserError
-from analysis.texts import decoded, read_text
+from analysis.texts import decoded, read_documents, read_text
 
 if TYPE_CHECKING:
     from analysis.models import LoadedModel
@@ -109,7 +109,7 @@ def tell_notes(loaded: LoadedModel, texts: Iterable[str]) -> None:
 
 
 def texts_of(sources: Sequence[Path]) -> Mapping[str, str]:
-    """Text files, and those of folders, by name; the bundled ones if none are given."""
+    """The documents of text files, and of those in folders, by name; the bundled texts if none are given."""
     if not sources:
         from analysis.presets import bundled_texts
 
@@ -119,7 +119,11 @@ def texts_of(sources: Sequence[Path]) -> Mapping[str, str]:
         raise TextError(f"There are no .txt files in {', '.join(map(str, sources))}.")
     stems = [file.stem for file in files]
     names = [str(file) if stems.count(file.stem) > 1 else file.stem for file in files]  # no text may hide another
-    return {name: text_of(str(file)) for name, file in zip(names, files, strict=True)}
+    return {
+        document: text
+        for name, file in zip(names, files, strict=True)
+        for document, text in read_documents(file, name).items()
+    }
 
 
 def counter() -> Callable[[str, int, int], None]:
