@@ -41,7 +41,7 @@ class Capture:
     model: str  # its name
     architecture: str
     device: str
-    dtype: str
+    dtype: str  # that it was computed in, and cached
     text: str
     labels: tuple[str, ...]  # T, what to call each token
     probe_label: str  # of the token whose attention row `probe_attention` is
@@ -61,6 +61,7 @@ class Capture:
     recent_attention: np.ndarray  # [W, L, H, T] float32: the rows of the last W queries, see `recent_positions`
     pooled_attention: np.ndarray  # [L, H, P, P] uint8: 255 * sqrt(share / scale), see `pooled`
     pooled_scale: np.ndarray  # [L, H] float32
+    stored: str = ""  # how most of its weights are stored in the model's files, "Q4_1" say; empty: not known
 
     def __post_init__(self) -> None:
         (layers, heads, length), (_, kv_heads, _) = self.probe_attention.shape, self.key_norm.shape
@@ -175,6 +176,7 @@ def load_run(path: str | Path) -> Capture:
                 f"{path.name} is of version {version[:20]}, this program reads versions 1 to {VERSION}. "
                 "Use the program that wrote it, or capture the text again."
             )
+        header = {"stored": ""} | header  # not told by the first files
         _check_names("header", header, _HEADER)
         names = _ARRAYS
         if version == "1":  # which had no last queries
@@ -258,7 +260,7 @@ def _check_names(what: str, got: Iterable[str], expected: tuple[str, ...]) -> No
 
 
 def _check_header(header: dict[str, object]) -> None:
-    for name in ("model", "architecture", "device", "dtype", "text", "probe_label"):
+    for name in ("model", "architecture", "device", "dtype", "stored", "text", "probe_label"):
         _check_text(name, header[name])
     for name in ("labels", "layer_kinds", "warnings"):
         if not isinstance(header[name], tuple):

@@ -347,9 +347,16 @@ def test_a_header_that_is_no_json_object_is_refused(saved, header):
     assert "not a run that can be read" in refusal(tampered(saved, header=header))
 
 
-@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Capture)])
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Capture) if f.name != "stored"])
 def test_a_part_that_is_missing_is_named(saved, name):
     assert f"lack {name}" in refusal(tampered(saved, fields={name: None}, arrays={name: None}))
+
+
+def test_a_run_names_how_its_weights_are_stored_and_one_that_does_not_opens(saved, tmp_path):
+    assert load_run(tampered(saved, fields={"stored": None})).stored == ""
+    told = dataclasses.replace(load_run(saved), stored="Q4_1")
+    assert load_run(save_run(told, tmp_path / "told.safetensors")).stored == "Q4_1"
+    assert "stored" in refusal(tampered(saved, fields={"stored": 4}))
 
 
 @pytest.mark.parametrize("name", ["extra", "self", "__class__", "token_ids", "n_layers"])

@@ -100,7 +100,7 @@ def _about(run: Capture) -> None:
     beginning = markup.plain(run.text[:80]) + (" …" if len(run.text) > 80 else "")
     st.caption(
         f"{source}: {run.n_tokens} tokens of “{beginning}” in {markup.plain(run.architecture)}, {run.n_layers} layers, "
-        f"{run.n_heads} query heads on {run.n_kv_heads} kv heads, {markup.plain(run.dtype)}. The answer is of the "
+        f"{run.n_heads} query heads on {run.n_kv_heads} kv heads, {_dtypes(run)}. The answer is of the "
         f"attention chosen below; the next token is “{markup.plain(markup.visible(run.probe_label))}”. One query is an "
         "anecdote, and so is one text: capture your own on the page *Capture*, take many on *Texts*."
     )
@@ -108,6 +108,12 @@ def _about(run: Capture) -> None:
         st.warning(f"{run.n_tokens} tokens say little: take a text of some hundred.", icon=":material/warning:")
     for warning in run.warnings:
         st.warning(markup.plain(warning), icon=":material/warning:")
+
+
+def _dtypes(run: Capture) -> str:
+    """What the run was computed in, and how the weights are stored where that is another type."""
+    other = f" (weights stored as {markup.plain(run.stored)})" if run.stored not in ("", run.dtype) else ""
+    return f"{markup.plain(run.dtype)}{other}"
 
 
 def _maps(run: Capture, numbers: HeadFigures, leave_out: int, probe: str) -> bool:
