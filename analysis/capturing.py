@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from analysis.errors import ModelError, OutOfMemoryError, TextError
+from analysis.errors import ModelError, OutOfMemoryError, SettingsError, TextError
 from analysis.memory import (
     BLOCK,
     LAST_QUERIES,
@@ -52,12 +52,12 @@ def capture(
 
     Raises:
         TextError: empty, too short, or longer than the model's learned positions.
-        ValueError: `last_queries` is below 0.
+        SettingsError: `last_queries` is below 0.
         OutOfMemoryError: it would not fit into free memory; says what would.
         ModelError: NaN in the weights, or an architecture that cannot be looked into.
     """
     if last_queries < 0:
-        raise ValueError(f"last_queries must be 0 or more, got {last_queries}")
+        raise SettingsError(f"last_queries must be 0 or more, got {last_queries}")
     tokens, warnings = readable(loaded, text, last_queries=last_queries)
     config, model, started = loaded.config, loaded.model, time.perf_counter()
     ids = torch.from_numpy(tokens.ids)[None].to(loaded.device)

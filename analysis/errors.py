@@ -5,6 +5,10 @@ class UserError(ValueError):
     """Base of the errors below."""
 
 
+class SettingsError(UserError):
+    """A setting that is out of range, unknown, or does not fit what it is for."""
+
+
 class ModelError(UserError):
     """A model that cannot be loaded or looked into."""
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedTokenizerBase
 
 from analysis.capturing import check_length
-from analysis.errors import TextError
+from analysis.errors import SettingsError, TextError
 from analysis.generation import decode_one_token, new_cache, prefill, prepared
 from analysis.models import LoadedModel
 from analysis.presets import PASSKEY_QUESTION, passkey
@@ -82,10 +82,12 @@ def continuations(
     Raises:
         TextError: empty, shorter than `prompt_tokens + new_tokens`, or more than the model can take.
         ModelError, OutOfMemoryError: as `stream`.
-        ValueError: a spec does not fit the model, or a number is out of range.
+        SettingsError: a spec does not fit the model, or a number is out of range.
     """
     if prompt_tokens < 2 or new_tokens < 1:
-        raise ValueError(f"prompt_tokens must be 2 or more and new_tokens 1 or more, got {prompt_tokens}, {new_tokens}")
+        raise SettingsError(
+            f"prompt_tokens must be 2 or more and new_tokens 1 or more, got {prompt_tokens}, {new_tokens}"
+        )
     length = prompt_tokens + new_tokens
     ids = [_first_tokens(loaded, text, prompt_tokens, new_tokens) for text in texts]
     rows = max(1, _TOKENS_AT_ONCE // length)
@@ -190,10 +192,10 @@ def passkey_text(tokenizer: PreTrainedTokenizerBase, key: int, *, n_tokens: int,
 
     Raises:
         TextError: `n_tokens` are too few for the prompt without any filler.
-        ValueError: the depth is not from 0 to 1.
+        SettingsError: the depth is not from 0 to 1.
     """
     if not 0 <= depth <= 1:
-        raise ValueError(f"depth must be from 0 to 1, got {depth}")
+        raise SettingsError(f"depth must be from 0 to 1, got {depth}")
 
     def prompt(repeats: int) -> str:
         before = round(depth * repeats)
@@ -292,7 +294,7 @@ def passkey_grid(
     every digit, and the caches go on evicting.
 
     Raises:
-        TextError, ValueError: as `passkey_text`, or more than the model can take.
+        TextError, SettingsError: as `passkey_text`, or more than the model can take.
         ModelError, OutOfMemoryError: as `stream`.
     """
     places = [(length, depth) for length in lengths for depth in depths]
@@ -317,5 +319,7 @@ def passkey_grid(
 
 
 def passkeys(count: int, *, seed: int = 0) -> tuple[int, ...]:
-    """Keys of five digits to ask for."""
+    """Keys of five digits to ask for. Raises SettingsError unless there is one at least."""
+    if count < 1:
+        raise SettingsError(f"at least one key is needed, got {count}")
     return tuple(int(key) for key in np.random.default_rng(seed).integers(10_000, 100_000, count))

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from analysis.errors import SettingsError
 from analysis.run import Capture
 from analysis.ties import evened, levelled, shared_ranks
 from l2kv.spec import CompressionSpec
@@ -84,7 +85,7 @@ def correlation(capture: Capture, method: str = "gini", *, leave_out: int = 0) -
         leave_out: the first tokens are left out: 1 leaves out the usual sink.
     """
     if method not in _CORRELATIONS:
-        raise ValueError(f"method must be one of {', '.join(_CORRELATIONS)}, got {method!r}")
+        raise SettingsError(f"method must be one of {', '.join(_CORRELATIONS)}, got {method!r}")
     return _where_defined(capture, leave_out, _CORRELATIONS[method](capture, leave_out))
 
 
@@ -311,7 +312,7 @@ def by_kv_head(capture: Capture) -> Capture:
 def kept_tokens(capture: Capture, layer: int, head: int, spec: CompressionSpec) -> np.ndarray:
     """Which tokens the kv head of `head` keeps when the whole text is compressed at once by norm, [T] bool."""
     if spec.policy not in _NORM_SIGN:
-        raise ValueError(f"kept_tokens goes by norm: {', '.join(_NORM_SIGN)}; got {spec.policy!r}")
+        raise SettingsError(f"kept_tokens goes by norm: {', '.join(_NORM_SIGN)}; got {spec.policy!r}")
     n = capture.n_tokens
     kept = np.ones(n, dtype=bool)
     if layer in spec.skip_layers or capture.layer_kinds[layer] != "full":

@@ -13,6 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
+from analysis.errors import SettingsError
 from analysis.measures import HeadFigures, RankSums, correlation, status_of, verdicts_of
 from analysis.run import Capture
 from analysis.ties import levelled, shared_ranks
@@ -208,7 +209,7 @@ def metrics(
         names: which of `METRICS`.
 
     Raises:
-        ValueError: there is no such probe.
+        SettingsError: there is no such probe.
     """
     wanted = [METRICS[name] for name in names]
     rows = [_evaluate(row, wanted) for row in _rows(capture, probe, leave_out)]
@@ -227,10 +228,10 @@ def by_query(capture: Capture, metric: str = "gamma") -> np.ndarray:
     """One metric for each of the last queries, [W, L, H]; NaN where it is undefined. Their spread is what one hides.
 
     Raises:
-        ValueError: there is no such metric.
+        SettingsError: there is no such metric.
     """
     if metric not in METRICS:
-        raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
+        raise SettingsError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
     found = [_evaluate(row, [METRICS[metric]])[0][0] for row in _rows(capture, "last queries", 0)]
     return np.array(found[::-1]).reshape(-1, capture.n_layers, capture.n_heads)
 
@@ -257,7 +258,7 @@ def figures_of_probe(capture: Capture, probe: str, *, leave_out: int = 0) -> Hea
 def _rows(capture: Capture, probe: str, leave_out: int) -> Iterator[Row]:
     """The row of each query that a probe is made of, the last first."""
     if probe not in PROBES:
-        raise ValueError(f"probe must be one of {', '.join(PROBES)}, got {probe!r}")
+        raise SettingsError(f"probe must be one of {', '.join(PROBES)}, got {probe!r}")
     n, norm = capture.n_tokens, capture.key_norm
     levels = levelled(norm, capture.dtype)
     ranks = shared_ranks(levels[..., leave_out:])

@@ -32,11 +32,11 @@ class ModelSize:
 
     def check(self, spec: CompressionSpec) -> None:
         """Raise ModelError unless a cache of this model can be compressed by the spec."""
-        from l2kv import CompressedCache, UnsupportedModelError
+        from l2kv import CompressedCache, SpecError, UnsupportedModelError
 
         try:
             CompressedCache(self.config, spec)
-        except (UnsupportedModelError, ValueError) as error:
+        except (UnsupportedModelError, SpecError) as error:
             raise ModelError(f"{self.name}: {error}") from error
 
 

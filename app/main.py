@@ -17,6 +17,7 @@ from analysis.memory import free_bytes, human_bytes
 from app import markup
 from app.engine import Engine
 from app.views import capture, generate, heads, plan, skip, texts
+from l2kv.spec import SpecError
 
 if TYPE_CHECKING:
     from streamlit.delta_generator import DeltaGenerator
@@ -70,7 +71,7 @@ def main() -> None:
     _status(status)
     try:
         page.run()
-    except UserError as error:
+    except (UserError, SpecError) as error:
         st.error(markup.plain(str(error)), icon=":material/error:")
     except Exception:
         logging.getLogger(__name__).exception("page %s", page.title)

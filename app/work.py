@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from analysis.models import loading_note, model_folder, model_name
 from analysis.synthetic import is_synthetic
 from app import markup, state
 from app.engine import Engine, allowed_models, check_allowed
+from l2kv.spec import SpecError
 
 if TYPE_CHECKING:
     from streamlit.runtime.uploaded_file_manager import UploadedFile
@@ -279,9 +279,7 @@ def run(
         ) as loaded:
             bar.progress(0.0, "Running …")
             result = work(loaded, lambda done, total, what: bar.progress(min(done / total, 1.0), markup.plain(what)))
-    except (UserError, ValueError) as error:  # a ValueError: settings that do not fit this model
-        if not isinstance(error, UserError):
-            logging.getLogger(__name__).warning("%s", label, exc_info=error)
+    except (UserError, SpecError) as error:  # a SpecError: settings that do not fit this model
         st.error(markup.plain(str(error)), icon=":material/error:")
         result = None
     bar.empty()

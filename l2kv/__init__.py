@@ -10,6 +10,7 @@ _HOME = {
     "CompressionSpec": "spec",
     "Pairs": "policies",
     "Policy": "policies",
+    "SpecError": "spec",
     "UnsupportedModelError": "seam",
     "attention_seam": "seam",
     "cache_nbytes": "cache",

@@ -23,7 +23,7 @@ from l2kv.layer import CompressedHybridLayer, CompressedLayer
 from l2kv.padding import check_padding, first_real
 from l2kv.policies import POLICIES
 from l2kv.seam import Giving, UnsupportedModelError
-from l2kv.spec import CompressionSpec
+from l2kv.spec import CompressionSpec, SpecError
 
 
 class CompressedCache(Giving, Cache):
@@ -41,7 +41,7 @@ class CompressedCache(Giving, Cache):
 
     Raises:
         UnsupportedModelError: the model has no keys to compress (encoders, recurrent models, latent attention).
-        ValueError: the spec names a layer or a head that the model does not have, or the policy needs filters.
+        SpecError: the spec names a layer or a head that the model does not have, or the policy needs filters.
     """
 
     def __init__(self, config: PretrainedConfig, spec: CompressionSpec, *, filters: Tensor | None = None) -> None:
@@ -66,13 +66,12 @@ class CompressedCache(Giving, Cache):
             attention_mask: [B, tokens seen], as the model was given it: needed where rows are padded.
 
         Raises:
-            ValueError: the policy needs the queries, which a full cache does not hold, the mask hides anything but
-                padding on the left, or as the constructor.
+            SpecError: the policy needs the queries, which a full cache does not hold, or as the constructor.
+        ValueError: the mask hides anything but
+                padding on the left.
         """
         if POLICIES[spec.policy].needs_attention or POLICIES[spec.policy].needs_calibration:
-            raise ValueError(
-                f"The policy {spec.policy} needs more than a cache: run the prompt into a CompressedCache."
-            )
+            raise SpecError(f"The policy {spec.policy} needs more than a cache: run the prompt into a CompressedCache.")
         cache = cls(config, spec)
         for i, (layer, source) in enumerate(zip(cache.layers, full.layers, strict=True)):
             if isinstance(layer, CompressedLayer):
@@ -211,7 +210,7 @@ def l2_compress(
         schedule="reference",  # of what is held
     )
     if POLICIES[policy].needs_attention or POLICIES[policy].needs_calibration:
-        raise ValueError(f"The policy {policy} needs more than a cache: use a CompressedCache from the start.")
+        raise SpecError(f"The policy {policy} needs more than a cache: use a CompressedCache from the start.")
     if not isinstance(past_key_values, (DynamicCache, CompressedCache)):
         raise TypeError(
             "l2_compress needs the past_key_values of a model called with use_cache=True (a DynamicCache), "
@@ -250,7 +249,7 @@ def _fill(layer: CompressedLayer, source: CacheLayerMixin, attention_mask: Tenso
         return
     shape = (layer.parts()[0].keys.shape[0], layer.seen)
     if getattr(attention_mask, "shape", None) != shape:
-        raise ValueError(
+        raise SpecError(
             f"attention_mask must be of shape {list(shape)}, of all tokens that the cache has seen, evicted or not; "
             f"got {list(getattr(attention_mask, 'shape', ())) or type(attention_mask).__name__}"
         )
@@ -347,30 +346,30 @@ def _check_layers(spec: CompressionSpec, n_layers: int) -> None:
         ("head_ratios", [layer for (layer, _), _ in spec.head_ratios or ()]),
     ):
         if layers and max(layers) >= n_layers:
-            raise ValueError(f"{name} names layer {max(layers)}, but the layers are 0 to {n_layers - 1}")
+            raise SpecError(f"{name} names layer {max(layers)}, but the layers are 0 to {n_layers - 1}")
 
 
 def _check_heads(spec: CompressionSpec, filters: Tensor | None, kv_heads: list[int]) -> None:
     """`kv_heads`: of each layer."""
     for (layer, head), _ in spec.head_ratios or ():
         if head >= kv_heads[layer]:
-            raise ValueError(
+            raise SpecError(
                 f"head_ratios names kv head {head} of layer {layer}, but its kv heads are 0 to {kv_heads[layer] - 1}"
             )
     n_layers, alike = len(kv_heads), len(set(kv_heads)) == 1
     if spec.directions is not None and [len(row) for row in spec.directions] != kv_heads:
         heads = kv_heads[0] if alike else kv_heads
-        raise ValueError(f"directions must be {n_layers} rows (layers) of {heads} (kv heads)")
+        raise SpecError(f"directions must be {n_layers} rows (layers) of {heads} (kv heads)")
     policy = POLICIES[spec.policy]
     for layer, n in enumerate(kv_heads):
         if policy.ranks_whole_layer and len({spec.target_of(layer, head) for head in range(n)}) > 1:
-            raise ValueError(
+            raise SpecError(
                 f"The policy {spec.policy} ranks all heads of a layer together, so they cannot keep different numbers "
                 f"of tokens; head_ratios does so in layer {layer}."
             )
     if policy.needs_filters and (filters is None or filters.shape[:-1] != (n_layers, max(kv_heads))):
         got = "none" if filters is None else f"some of shape {list(filters.shape)}"
-        raise ValueError(
+        raise SpecError(
             f"The policy {spec.policy} needs filters of shape [{n_layers}, {max(kv_heads)}, head_dim], got {got}: "
             "CompressedCache(config, spec, filters=q_filters(model, input_ids))."
         )

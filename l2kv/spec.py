@@ -15,6 +15,10 @@ DIRECTIONS = ("low", "high")
 _COUNTS = ("prune_after", "protect_first", "protect_last", "seed")
 
 
+class SpecError(ValueError):
+    """A compression that cannot be: a field is out of range or does not fit the model; the message says which."""
+
+
 @dataclass(frozen=True, slots=True)
 class CompressionSpec:
     """How a cache is compressed; immutable, hashable, and checked when it is made.
@@ -26,7 +30,7 @@ class CompressionSpec:
     Source: Devoto et al., "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression", EMNLP 2024.
 
     Raises:
-        ValueError, TypeError: a field is out of range; the message says which, what was got and what is allowed.
+        SpecError, TypeError: a field is out of range; the message says which, what was got and what is allowed.
     """
 
     keep_ratio: float = 0.5
@@ -81,7 +85,7 @@ class CompressionSpec:
         }.items():
             object.__setattr__(self, name, value)
         if POLICIES[self.policy].needs_directions and self.directions is None:
-            raise ValueError(
+            raise SpecError(
                 f"The policy {self.policy} needs directions: for each layer a row that says, for each kv head, "
                 "whether 'low' or 'high' norms stay."
             )
@@ -186,16 +190,16 @@ def _check_ratio(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number from 0 to 1, got {value!r}")
     if not 0.0 <= value <= 1.0:  # also refuses NaN
-        raise ValueError(f"{name} must be from 0 to 1, got {value!r}")
+        raise SpecError(f"{name} must be from 0 to 1, got {value!r}")
 
 
 def _check_count(name: str, value: object, least: int = 0) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be a whole number, got {value!r}")
     if value < least:
-        raise ValueError(f"{name} must {f'be {least} or more' if least else 'not be negative'}, got {value}")
+        raise SpecError(f"{name} must {f'be {least} or more' if least else 'not be negative'}, got {value}")
 
 
 def _check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     if value not in tuple(choices):  # in a dict, a list would be refused as unhashable
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        raise SpecError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -119,3 +119,29 @@ def test_a_process_whose_output_is_not_utf_8_ends_well():
 
 def test_a_stream_that_is_not_there_or_no_text_stream_is_left_alone():
     any_encoding(None, io.StringIO())
+
+
+def test_a_mistake_of_ours_is_not_dressed_up_as_the_users(monkeypatch):
+    """It is raised, so that Python prints where it came from and ends with status 1; a user's is one line and 2."""
+    from analysis.commands import runs
+
+    for ours in (ValueError("shapes do not match"), TypeError("no"), ZeroDivisionError("by zero")):
+        monkeypatch.setattr(runs, "_heads", lambda arguments, ours=ours: (_ for _ in ()).throw(ours))
+        with pytest.raises(type(ours)):
+            main(["heads", "run.safetensors"])
+
+
+@pytest.mark.parametrize(
+    "options,reason",
+    [
+        (["--keys", "0"], "at least one key"),
+        (["--depths", "2"], "depth must be from 0 to 1"),
+        (["--keeps", "1.5"], "keep_ratio must be from 0 to 1"),
+        (["--skip-layers", "77"], "layers are 0 to 5"),
+        (["--policies", "luck"], "policy must be one of"),
+    ],
+)
+def test_settings_that_do_not_fit_are_one_line_and_status_2(capsys, options, reason):
+    assert main(["passkey", "-m", "books-5m", "--lengths", "120", "--depths", "0.5", "--keys", "1", *options]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and reason in error

@@ -14,16 +14,20 @@ from collections.abc import Sequence
 from analysis.commands import costs, demo, models, pages, passkeys, plans, runs, studies
 from analysis.commands.shared import any_encoding
 from analysis.errors import UserError
+from l2kv.spec import SpecError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; a mistake of the user's is one line on standard error and the exit status 2."""
+    """Run a command; a mistake of the user's is one line on standard error and the exit status 2.
+
+    A mistake of ours is not caught: a traceback, and Python's exit status 1.
+    """
     any_encoding(sys.stdout, sys.stderr)
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
         sys.stdout.flush()
-    except UserError as error:
+    except (UserError, SpecError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `| head` has read enough; what Python flushes at its end must not complain again

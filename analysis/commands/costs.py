@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from analysis.commands.shared import counter, tell_notes, texts_of
-from analysis.commands.specs import add_excerpts, add_out, add_spec, loaded_model, spec_of, typed
+from analysis.commands.specs import add_excerpts, add_out, add_spec, loaded_model, spec_of
 
 
 def add(commands) -> None:
@@ -39,16 +39,15 @@ def _causal(arguments: argparse.Namespace) -> None:
     tokens = arguments.prompt_tokens + arguments.new_tokens + SPARE
     given = excerpts(loaded.tokenizer, texts, n_tokens=tokens, at_most=arguments.excerpts)
     tell_notes(loaded, (excerpt.text for excerpt in given))
-    with typed():
-        check = causal_check(
-            loaded,
-            [excerpt.text for excerpt in given],
-            spec,
-            prompt_tokens=arguments.prompt_tokens,
-            new_tokens=arguments.new_tokens,
-            documents=[excerpt.document for excerpt in given],
-            on_done=lambda done, total: count("passes", done, total),
-        )
+    check = causal_check(
+        loaded,
+        [excerpt.text for excerpt in given],
+        spec,
+        prompt_tokens=arguments.prompt_tokens,
+        new_tokens=arguments.new_tokens,
+        documents=[excerpt.document for excerpt in given],
+        on_done=lambda done, total: count("passes", done, total),
+    )
     write_text(check.to_json(), arguments.out)
     print("layer  ALR/chance  paper's ALR  NLL change, nats a token, of compressing it alone")
     for layer, loss, paper, change in zip(check.layers, check.loss, check.paper, check.nll_change, strict=True):
@@ -72,17 +71,16 @@ def _front(arguments: argparse.Namespace) -> None:
         planning, measuring = planning_and_measuring(loaded.tokenizer, texts, n_tokens=tokens, each=n)
         print(SPLIT)
     tell_notes(loaded, (excerpt.text for excerpt in (*planning, *measuring)))
-    with typed():
-        front = measure_front(
-            loaded,
-            planning,
-            measuring,
-            keeps=arguments.keeps or KEEPS,
-            prompt_tokens=arguments.prompt_tokens,
-            new_tokens=arguments.new_tokens,
-            protect_last=arguments.protect_last,
-            on_done=lambda done, total: count("passes", done, total),
-        )
+    front = measure_front(
+        loaded,
+        planning,
+        measuring,
+        keeps=arguments.keeps or KEEPS,
+        prompt_tokens=arguments.prompt_tokens,
+        new_tokens=arguments.new_tokens,
+        protect_last=arguments.protect_last,
+        on_done=lambda done, total: count("passes", done, total),
+    )
     write_text(front.to_json(), arguments.out)
     print(
         "way                              keep      MiB  NLL change (95 % interval)  attention lost: planned, measured"

@@ -57,20 +57,15 @@ def _figures(arguments: argparse.Namespace) -> None:
     lead = f"{loaded.name}, on excerpts of {n_tokens} tokens; the first is “{names[0]}”."
     about = {"model": loaded.name, "texts": names, "tokens_per_excerpt": n_tokens}
     made = []
-    try:
-        figures = reproduce(loaded, [excerpt.text for excerpt in given], only=only, heads=heads, on_stage=counter())
-        for name, numbers in figures:
-            shown, data = section(name, numbers), to_json(name, numbers, about)
-            write_text(
-                document(shown.heading, lead, [replace(shown, heading="")], data=data), arguments.out / f"{name}.html"
-            )
-            print(f"wrote {write_text(data, arguments.out / f'{name}.json')} and .html")
-            links = (("The figure", f"{name}.html"), ("Its numbers, as JSON", f"{name}.json"))
-            made.append(Section(shown.heading, (shown.words[0], shown.words[-1]), links=links))
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(str(error)) from error
+    figures = reproduce(loaded, [excerpt.text for excerpt in given], only=only, heads=heads, on_stage=counter())
+    for name, numbers in figures:
+        shown, data = section(name, numbers), to_json(name, numbers, about)
+        write_text(
+            document(shown.heading, lead, [replace(shown, heading="")], data=data), arguments.out / f"{name}.html"
+        )
+        print(f"wrote {write_text(data, arguments.out / f'{name}.json')} and .html")
+        links = (("The figure", f"{name}.html"), ("Its numbers, as JSON", f"{name}.json"))
+        made.append(Section(shown.heading, (shown.words[0], shown.words[-1]), links=links))
     title = f"The paper's figures, for {loaded.name}"
     print(f"wrote {write_text(document(title, lead, made), arguments.out / 'index.html')}")
 

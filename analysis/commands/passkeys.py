@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from analysis.commands.shared import add_device, add_model, counter
-from analysis.commands.specs import loaded_model, typed
+from analysis.commands.specs import loaded_model
 
 
 def add(commands) -> None:
@@ -35,22 +35,21 @@ def _passkey(arguments: argparse.Namespace) -> None:
     from analysis.evaluation import passkey_grid, passkeys
     from l2kv import CompressionSpec
 
-    with typed():
-        skipped = skip_list(arguments.skip_layers, n_layers=loaded.config.num_hidden_layers)
-        specs: dict[str, CompressionSpec | None] = {"full cache": None}
-        for keep in arguments.keeps:
-            for policy in arguments.policies:
-                specs[f"keep {keep:g}, {policy.replace('_', ' ')}"] = CompressionSpec(
-                    keep_ratio=keep, policy=policy, skip_layers=skipped, protect_last=arguments.protect_last
-                )
-        scores = passkey_grid(
-            loaded,
-            specs,
-            lengths=arguments.lengths,
-            depths=arguments.depths,
-            keys=passkeys(arguments.keys),
-            on_done=lambda done, total: count("answers", done, total),
-        )
+    skipped = skip_list(arguments.skip_layers, n_layers=loaded.config.num_hidden_layers)
+    specs: dict[str, CompressionSpec | None] = {"full cache": None}
+    for keep in arguments.keeps:
+        for policy in arguments.policies:
+            specs[f"keep {keep:g}, {policy.replace('_', ' ')}"] = CompressionSpec(
+                keep_ratio=keep, policy=policy, skip_layers=skipped, protect_last=arguments.protect_last
+            )
+    scores = passkey_grid(
+        loaded,
+        specs,
+        lengths=arguments.lengths,
+        depths=arguments.depths,
+        keys=passkeys(arguments.keys),
+        on_done=lambda done, total: count("answers", done, total),
+    )
     found = {(name, length): [0, 0] for name in specs for length in arguments.lengths}
     for score in scores:
         found[score.spec, score.n_tokens][0] += score.found

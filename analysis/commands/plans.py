@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from analysis.commands.shared import add_device, add_model, counter, tell_notes, text_of, texts_of
-from analysis.commands.specs import add_excerpts, add_out, add_spec, loaded_model, spec_of, typed
+from analysis.commands.specs import add_excerpts, add_out, add_spec, loaded_model, spec_of
 from analysis.errors import RunFileError, UserError
 
 if TYPE_CHECKING:
@@ -90,13 +90,12 @@ def _skip(arguments: argparse.Namespace) -> None:
     else:
         model, suggestion = _skip_by_alr(arguments, options)
         words = f"By a proxy, ALR. {suggestion.rule}"
-        with typed():
-            spec = CompressionSpec(
-                keep_ratio=arguments.keep,
-                policy=arguments.policy,
-                skip_layers=suggestion.layers,
-                protect_last=arguments.protect_last,
-            )
+        spec = CompressionSpec(
+            keep_ratio=arguments.keep,
+            policy=arguments.policy,
+            skip_layers=suggestion.layers,
+            protect_last=arguments.protect_last,
+        )
     print(f"{model}: leave whole {', '.join(map(str, spec.skip_layers)) or 'no layer'}")
     print(words)
     _write_plan(arguments, model, spec, words)
@@ -108,8 +107,7 @@ def _skip_by_cost(file: Path, options: dict) -> tuple[str, CompressionSpec, str]
     from analysis.plans.causal import CausalCheck, suggest_by_cost
 
     check = CausalCheck.from_json(read_text(file))
-    with typed():
-        suggestion = suggest_by_cost(check, **options)
+    suggestion = suggest_by_cost(check, **options)
     skipped = (*check.spec.skip_layers, *suggestion.layers)
     return check.model, replace(check.spec, skip_layers=skipped), suggestion.rule
 
@@ -128,8 +126,7 @@ def _skip_by_alr(arguments: argparse.Namespace, options: dict) -> tuple[str, Ski
     model = measured[0].model if isinstance(measured, list) else measured.model
     if arguments.policy not in ("low_norm", "high_norm"):
         raise UserError(f"--policy must be low_norm or high_norm: ALR speaks of these; got {arguments.policy!r}")
-    with typed():
-        return model, suggest_skip_layers(measured, arguments.policy, **options)
+    return model, suggest_skip_layers(measured, arguments.policy, **options)
 
 
 def _plan(arguments: argparse.Namespace) -> None:
@@ -151,27 +148,26 @@ def _plan(arguments: argparse.Namespace) -> None:
         text = prompt_of(loaded, text, prompt) if arguments.weighed else text
         runs.append(slim(capture(loaded, text, last_queries=0)))
         count("texts", i + 1, len(given))
-    with typed():
-        documents = [excerpt.document for excerpt in given]
-        curves = loss_curves(*runs, protect_last=arguments.protect_last, documents=documents)
-        if arguments.weighed:
-            curves = weighed_by_cost(
-                curves,
-                loaded,
-                [excerpt.text for excerpt in given],
-                prompt_tokens=prompt,
-                new_tokens=arguments.new_tokens,
-                on_done=lambda done, total: count("passes", done, total),
-            )
-        made = plan(
+    documents = [excerpt.document for excerpt in given]
+    curves = loss_curves(*runs, protect_last=arguments.protect_last, documents=documents)
+    if arguments.weighed:
+        curves = weighed_by_cost(
             curves,
-            arguments.keep,
-            by=arguments.by,
-            method=arguments.method,
-            policy=arguments.policy,
-            whole_without_signal=arguments.whole_without_signal,
-            weighed=arguments.weighed,
+            loaded,
+            [excerpt.text for excerpt in given],
+            prompt_tokens=prompt,
+            new_tokens=arguments.new_tokens,
+            on_done=lambda done, total: count("passes", done, total),
         )
+    made = plan(
+        curves,
+        arguments.keep,
+        by=arguments.by,
+        method=arguments.method,
+        policy=arguments.policy,
+        whole_without_signal=arguments.whole_without_signal,
+        weighed=arguments.weighed,
+    )
     spec, shape = made.to_spec(), replace(runs[0].cache_shape, itemsize=DTYPES.get(loaded.stored, 2))
     how = f"{made.method} by {arguments.by}" + ", weighed by cost" * arguments.weighed
     note = f"{how}, keep {made.keep:g}, planned on {len(runs)} texts"
@@ -215,16 +211,15 @@ def _savings(arguments: argparse.Namespace) -> None:
     size = model_size(arguments.model)
     spec = spec_of(arguments, n_layers=size.config.num_hidden_layers)
     size.check(spec)
-    with typed():
-        rows = savings(
-            size.shape,
-            spec,
-            weights_bytes=size.weights_bytes,
-            gpu_bytes=int(arguments.gpu_gib * 2**30),
-            bandwidth=arguments.bandwidth_gb * 1e9,
-            lengths=arguments.lengths or LENGTHS,
-            batch=arguments.batch,
-        )
+    rows = savings(
+        size.shape,
+        spec,
+        weights_bytes=size.weights_bytes,
+        gpu_bytes=int(arguments.gpu_gib * 2**30),
+        bandwidth=arguments.bandwidth_gb * 1e9,
+        lengths=arguments.lengths or LENGTHS,
+        batch=arguments.batch,
+    )
     how = "counted from the config" if size.counted else "of the files"
     print(
         f"{size.name}: weights {human_bytes(size.weights_bytes)} ({how}), {len(size.shape.layers)} layers that can be"
@@ -267,7 +262,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     tell_notes(loaded, [text])
     if n < 1:
         raise UserError(f"--new-tokens must be 1 or more, got {n}")
-    with typed(), closing(stream(loaded, text, [None, spec], max_new_tokens=n, chat=arguments.chat)) as steps:
+    with closing(stream(loaded, text, [None, spec], max_new_tokens=n, chat=arguments.chat)) as steps:
         for i, columns in enumerate(steps):
             count("tokens", i + 1, n)
             full, compressed = columns

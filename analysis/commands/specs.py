@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from analysis.commands.shared import add_device, add_model, no_progress_bars
-from analysis.errors import UserError
 
 if TYPE_CHECKING:
     from analysis.models import LoadedModel
@@ -41,17 +38,6 @@ def add_out(parser: argparse.ArgumentParser, name: str = "plan.json", *, require
     parser.add_argument("-o", "--out", type=Path, required=required, help=f"the file to write, such as {name}")
 
 
-@contextmanager
-def typed() -> Iterator[None]:
-    """In the block a ValueError, TypeError or ArithmeticError is about something that the user has typed."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (ValueError, TypeError, ArithmeticError) as error:
-        raise UserError(str(error)) from error
-
-
 def spec_of(arguments: argparse.Namespace, *, n_layers: int) -> CompressionSpec:
     """What `add_spec` asked for, in a model of so many layers. Raises UserError."""
     from analysis.files import read_text
@@ -60,13 +46,12 @@ def spec_of(arguments: argparse.Namespace, *, n_layers: int) -> CompressionSpec:
 
     if arguments.plan:
         return Plan.from_json(read_text(arguments.plan)).spec
-    with typed():
-        return CompressionSpec(
-            keep_ratio=arguments.keep,
-            policy=arguments.policy,
-            skip_layers=skip_list(arguments.skip_layers, n_layers=n_layers),
-            protect_last=arguments.protect_last,
-        )
+    return CompressionSpec(
+        keep_ratio=arguments.keep,
+        policy=arguments.policy,
+        skip_layers=skip_list(arguments.skip_layers, n_layers=n_layers),
+        protect_last=arguments.protect_last,
+    )
 
 
 def loaded_model(arguments: argparse.Namespace) -> LoadedModel:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from analysis.across import nanmean
-from analysis.errors import TextError
+from analysis.errors import SettingsError, TextError
 from analysis.files import record
 from analysis.measures import alr, alr_chance, attention_loss, correlation
 from analysis.models import LoadedModel
@@ -71,7 +71,7 @@ def four_heads(capture: Capture, heads: Sequence[tuple[int, int]] | None = None)
 
     Raises:
         TextError: Γ is defined in no head.
-        ValueError: the run has no such head.
+        SettingsError: the run has no such head.
     """
     gamma, rho = correlation(capture), correlation(capture, "spearman")
     if heads is None:
@@ -83,7 +83,7 @@ def four_heads(capture: Capture, heads: Sequence[tuple[int, int]] | None = None)
         heads = [tuple(map(int, defined[i])) for i in dict.fromkeys(nearest)]
     heads = tuple(heads)
     if not all(0 <= layer < capture.n_layers and 0 <= head < capture.n_heads for layer, head in heads):
-        raise ValueError(f"there are {capture.n_layers} layers of {capture.n_heads} heads, got {heads}")
+        raise SettingsError(f"there are {capture.n_layers} layers of {capture.n_heads} heads, got {heads}")
     layer, head = np.array(heads).T
     return FourHeads(
         heads=heads,
@@ -121,7 +121,7 @@ def over_chunks(captures: Iterable[Capture], *, points: int = POINTS) -> OverChu
         n_tokens.append(run.n_tokens)
         rows.append((loss, loss / run.n_tokens, loss / np.where(alr_chance(run) > 0, alr_chance(run), np.nan), curves))
     if not rows:
-        raise ValueError("over_chunks needs at least one capture")
+        raise SettingsError("over_chunks needs at least one capture")
     columns = [np.stack(column) for column in zip(*rows, strict=True)]
     defined = np.isfinite(columns[0]).sum(axis=0)
     loss, per_token, against_chance, excess = map(nanmean, columns)
@@ -171,12 +171,12 @@ def reproduce(
 
     Raises:
         TextError, OutOfMemoryError, ModelError: as `capture`.
-        ValueError: there is no such figure, no text, or no such head.
+        SettingsError: there is no such figure, no text, or no such head.
     """
     if unknown := set(only) - set(FIGURES):
-        raise ValueError(f"figures are {', '.join(FIGURES)}, got {', '.join(sorted(unknown))}")
+        raise SettingsError(f"figures are {', '.join(FIGURES)}, got {', '.join(sorted(unknown))}")
     if not texts:
-        raise ValueError("reproduce needs at least one text")
+        raise SettingsError("reproduce needs at least one text")
     from analysis.capturing import capture
 
     def run_of(i: int) -> Capture:

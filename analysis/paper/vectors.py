@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from analysis.capturing import OnLayer, check_finite, check_shown, last_logits, looking_into, readable
+from analysis.errors import SettingsError
 from analysis.memory import BLOCK, MAX_BINS
 from analysis.models import LoadedModel
 from l2kv import UnsupportedModelError, probabilities
@@ -50,12 +51,12 @@ def head_vectors(loaded: LoadedModel, text: str, layer: int, *, on_layer: OnLaye
     """Queries and keys of one layer, from one pass over a text.
 
     Raises:
-        ValueError: the model has no such layer.
+        SettingsError: the model has no such layer.
         TextError, OutOfMemoryError, ModelError: as `capture`.
     """
     n_layers = loaded.config.num_hidden_layers
     if not 0 <= layer < n_layers:
-        raise ValueError(f"layer must be 0 to {n_layers - 1}, got {layer}")
+        raise SettingsError(f"layer must be 0 to {n_layers - 1}, got {layer}")
     found: list[HeadVectors] = []
     each_layer(loaded, text, found.append, only=layer, on_layer=on_layer)
     return found[0]

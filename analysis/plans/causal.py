@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from analysis.across import MIN_TEXTS, Interval, means, resamples, spearman, told_of_documents
-from analysis.errors import ModelError, RunFileError, TextError
+from analysis.errors import ModelError, RunFileError, SettingsError, TextError
 from analysis.files import content_of, record
 from analysis.memory import CacheShape
 from analysis.plans.planning import plan
@@ -109,14 +109,14 @@ def causal_check(
     Raises:
         TextError: there are no texts, or one is empty or too short.
         ModelError: no layer can be compressed, or as `capture`.
-        ValueError: the policy is none of `POLICIES`, or as `continuation_nll`.
+        SettingsError: the policy is none of `POLICIES`, or as `continuation_nll`.
     """
     from analysis.capturing import capture
     from analysis.evaluation import ignore, nll_changes, prompt_of  # waits for torch, which reading a check need not
 
     on_done = on_done or ignore
     if spec.policy not in POLICIES:
-        raise ValueError(f"the policy must be one of {', '.join(POLICIES)}, got {spec.policy!r}")
+        raise SettingsError(f"the policy must be one of {', '.join(POLICIES)}, got {spec.policy!r}")
     if not texts:
         raise TextError("There are no texts to measure on.")
     shape, n_layers = CacheShape.of(loaded.config, loaded.model.dtype.itemsize), loaded.config.num_hidden_layers
@@ -164,10 +164,10 @@ def suggest_by_cost(
         count: of the rule "count".
 
     Raises:
-        ValueError: the rule is unknown, or `count` out of range.
+        SettingsError: the rule is unknown, or `count` out of range.
     """
     if rule not in RULES:
-        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+        raise SettingsError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
     cost, n = means(check.nll_change.T, documents=check.documents), check.nll_change.shape[1]
     costliest_first = np.argsort(-cost.mean, kind="stable")
     if rule == "threshold":
@@ -175,7 +175,7 @@ def suggest_by_cost(
         words = f"Skip every layer that costs {threshold:g} nats a token or more when it is compressed alone."
     elif rule == "count":
         if not 0 <= count <= len(check.layers):
-            raise ValueError(f"count must be from 0 to {len(check.layers)} layers, got {count}")
+            raise SettingsError(f"count must be from 0 to {len(check.layers)} layers, got {count}")
         chosen = costliest_first[:count].tolist()
         words = f"Skip the {count} layers that cost most when each is compressed alone."
     else:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from analysis.across import MIN_TEXTS, means
+from analysis.errors import SettingsError
 from analysis.measures import WEAK, by_kv_head, correlation, status
 from analysis.run import Capture
 from analysis.ties import evened, levelled
@@ -138,14 +139,14 @@ def loss_curves(
         documents: names of what the texts are excerpts of, if that is known: intervals resample them.
 
     Raises:
-        ValueError: no capture, captures of different models, or a number out of range.
+        SettingsError: no capture, captures of different models, or a number out of range.
     """
     if not captures:
-        raise ValueError("loss_curves needs at least one capture")
+        raise SettingsError("loss_curves needs at least one capture")
     if len({(c.model, c.layer_kinds, c.n_heads, c.n_kv_heads) for c in captures}) > 1:
-        raise ValueError(f"all captures must be of one model, got {', '.join(sorted({c.model for c in captures}))}")
+        raise SettingsError(f"all captures must be of one model, got {', '.join(sorted({c.model for c in captures}))}")
     if bins < 1 or protect_last < 0:
-        raise ValueError(f"bins must be 1 or more and protect_last 0 or more, got {bins} and {protect_last}")
+        raise SettingsError(f"bins must be 1 or more and protect_last 0 or more, got {bins} and {protect_last}")
     captures = tuple(map(slim, captures))
     runs = [by_kv_head(capture) for capture in captures]
     states = np.stack([status(run) for run in runs])
@@ -199,6 +200,6 @@ def _curves(run: Capture, state: np.ndarray, sign: int, bins: int, protect_last:
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
-    """Raise ValueError unless `value` is one of the choices."""
+    """Raise SettingsError unless `value` is one of the choices."""
     if value not in tuple(choices):
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        raise SettingsError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+from analysis.errors import SettingsError
 from analysis.memory import CacheShape
 from analysis.models import NAMED_MODELS
 from analysis.packaged import PACKAGED
@@ -51,15 +52,17 @@ def savings(
         batch: sequences that are decoded at once.
 
     Raises:
-        ValueError: a number is not positive, or infinite, or no layer keeps every token.
+        SettingsError: a number is not positive, or infinite, or no layer keeps every token.
     """
     if not shape.layers:
-        raise ValueError("there is nothing to save: each layer has a sliding window, so its cache is bounded already")
+        raise SettingsError(
+            "there is nothing to save: each layer has a sliding window, so its cache is bounded already"
+        )
     for name, value in (("gpu_bytes", gpu_bytes), ("bandwidth", bandwidth), ("batch", batch)):
         if not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {value!r}")
+            raise SettingsError(f"{name} must be positive and finite, got {value!r}")
     if weights_bytes < 0 or any(n < 1 for n in lengths):
-        raise ValueError(f"weights_bytes and lengths must be positive, got {weights_bytes!r} and {tuple(lengths)!r}")
+        raise SettingsError(f"weights_bytes and lengths must be positive, got {weights_bytes!r} and {tuple(lengths)!r}")
     room = max(gpu_bytes - weights_bytes, 0)
     rows = []
     for n in lengths:
@@ -138,12 +141,12 @@ def kvpress_code(spec: CompressionSpec, shape: CacheShape, ref: str, *, n_layers
         n_layers: of the model, where layers with a sliding window come after those of the shape.
 
     Raises:
-        ValueError: the spec is not by key norm, or the shape has no layer that can be compressed.
+        SettingsError: the spec is not by key norm, or the shape has no layer that can be compressed.
     """
     if spec.policy not in BY_NORM:
-        raise ValueError(f"kvpress_code is for key norms ({', '.join(BY_NORM)}), got {spec.policy!r}")
+        raise SettingsError(f"kvpress_code is for key norms ({', '.join(BY_NORM)}), got {spec.policy!r}")
     if not shape.layers:
-        raise ValueError("no layer of this model can be compressed")
+        raise SettingsError("no layer of this model can be compressed")
     lost = ["0.0"] * (n_layers or max(shape.layers) + 1)
     for layer in shape.layers:
         lost[layer] = _lost([spec.target_of(layer, head) for head in range(shape.n_kv_heads)])

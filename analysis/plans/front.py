@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.errors import ModelError, TextError
+from analysis.errors import ModelError, SettingsError, TextError
 from analysis.excerpts import Excerpt
 from analysis.memory import CacheShape
 from analysis.plans.curves import loss_curves, slim
@@ -69,7 +69,7 @@ def measure_front(
         TextError: there are no texts, one is in both, empty or too short.
         ModelError: no layer can be compressed, or as `capture`.
         OutOfMemoryError: as `capture`.
-        ValueError: a way is unknown, a keep is not from 0 to 1, or as `continuations`.
+        SettingsError: a way is unknown, a keep is not from 0 to 1, or as `continuations`.
     """
     from analysis.capturing import capture
     from analysis.evaluation import continuations, ignore, prompt_of  # waits for torch
@@ -78,9 +78,9 @@ def measure_front(
     on_done, ways = on_done or ignore, tuple(ways)
     plan_texts, test_texts = ([Excerpt(*text) for text in texts] for texts in (plan_texts, test_texts))
     if wrong := [keep for keep in keeps if isinstance(keep, bool) or not 0 <= keep <= 1]:
-        raise ValueError(f"keeps must be from 0 to 1, got {', '.join(map(str, wrong))}")
+        raise SettingsError(f"keeps must be from 0 to 1, got {', '.join(map(str, wrong))}")
     if unknown := [way for way in ways if way not in WAYS]:
-        raise ValueError(f"ways must be of {', '.join(WAYS)}; got {', '.join(map(repr, unknown))}")
+        raise SettingsError(f"ways must be of {', '.join(WAYS)}; got {', '.join(map(repr, unknown))}")
     if not plan_texts or not test_texts:
         raise TextError("A front takes texts to plan on, and others to measure on.")
     if both := {one.text for one in plan_texts} & {one.text for one in test_texts}:

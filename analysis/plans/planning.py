@@ -14,6 +14,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from analysis.errors import SettingsError
 from analysis.measures import by_kv_head
 from analysis.plans.curves import TINY, LossCurves, check_choice
 from analysis.plans.skip import layer_loss, suggest_skip_layers
@@ -24,7 +25,7 @@ ADAKV_FLOOR = 0.2  # of its even share, that AdaKV leaves to every head
 _UNITS = ("head", "layer")
 
 
-class BudgetError(ValueError):
+class BudgetError(SettingsError):
     """A budget that is too small for what must stay; the message says what that is."""
 
 
@@ -97,16 +98,16 @@ def plan(
         weighed: attention counts by what losing it costs in each head (`LossCurves.weighed`); so do the plan's losses.
 
     Raises:
-        ValueError: a name is unknown, there is nothing to compress, the method looks at tokens and the curves came
+        SettingsError: a name is unknown, there is nothing to compress, the method looks at tokens and the curves came
             without captures, or there are no weights.
         BudgetError: the budget is too small for what must stay; the message names the least one.
     """
     check_choice("by", by, _UNITS)
     check_choice("method", method, METHODS)
     if isinstance(keep, bool) or not 0 <= keep <= 1:
-        raise ValueError(f"keep must be from 0 to 1, got {keep!r}")
+        raise SettingsError(f"keep must be from 0 to 1, got {keep!r}")
     if weighed and curves.weights is None:
-        raise ValueError("these curves have no weights: measure what each head costs first (LossCurves.weighed)")
+        raise SettingsError("these curves have no weights: measure what each head costs first (LossCurves.weighed)")
     task = _Task.of(curves, keep, policy, whole_without_signal, curves.weights if weighed else None)
     chosen, bound = _ALLOCATE[method](task, by)
     loss = task.mean_loss(chosen)
@@ -160,7 +161,7 @@ class _Task:
             losses = losses * weights[curves.compressible][..., None]
         layers, kv_heads, _ = losses.shape
         if not layers:
-            raise ValueError("no layer of this model can be compressed: all have a sliding window")
+            raise SettingsError("no layer of this model can be compressed: all have a sliding window")
         free = np.ones(layers * kv_heads, dtype=bool)
         if whole_without_signal:
             free = curves.has_signal(keep, policy)[curves.compressible].ravel()
@@ -188,7 +189,7 @@ class _Task:
     @property
     def captures(self) -> tuple[Capture, ...]:
         if not self.curves.captures:
-            raise ValueError("this method looks at single tokens, and these curves came without captures")
+            raise SettingsError("this method looks at single tokens, and these curves came without captures")
         return self.curves.captures
 
     def on_bins(self, wanted: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from analysis.across import layer_losses, means
-from analysis.errors import RunFileError
+from analysis.errors import RunFileError, SettingsError
 from analysis.files import content_of, record
 from analysis.measures import alr, alr_chance
 from analysis.run import Capture
@@ -77,10 +77,10 @@ def suggest_skip_layers(
         leave_out: the first tokens are left out (not of a study, which keeps no tokens).
 
     Raises:
-        ValueError: the rule is unknown, a number is out of range, there is no capture, or captures of several models.
+        SettingsError: the rule is unknown, a number out of range, there is no capture, or captures of several models.
     """
     if rule not in RULES:
-        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+        raise SettingsError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
     of = _Measured.of(measured, policy, leave_out)
     loss = np.where(of.compressed, of.loss, -np.inf)
     undefined = np.isnan(loss)
@@ -95,7 +95,7 @@ def suggest_skip_layers(
         )
     elif rule == "count":
         if not 0 <= count <= int(of.compressed.sum()):
-            raise ValueError(f"count must be from 0 to {int(of.compressed.sum())} layers, got {count}")
+            raise SettingsError(f"count must be from 0 to {int(of.compressed.sum())} layers, got {count}")
         n = max(count, int(undefined.sum()))
         chosen = worst_first[: n - int(undefined.sum())]
         words = f"Skip the {n} layers in which keeping by {kept} loses most beyond the ideal order (ALR / chance)."
@@ -145,14 +145,14 @@ class _Measured:
     def of(cls, measured: Capture | Sequence[Capture] | Study, policy: str, leave_out: int) -> _Measured:
         if isinstance(measured, Study):
             if leave_out:
-                raise ValueError("a study keeps no tokens to leave out: suggest from captures")
+                raise SettingsError("a study keeps no tokens to leave out: suggest from captures")
             kinds, n_tokens = [measured.layer_kinds], measured.n_tokens
             by_text = _AGAINST_CHANCE[policy](layer_losses(measured))
         else:
             captures = [measured] if isinstance(measured, Capture) else list(measured)
             kinds, n_tokens = [c.layer_kinds for c in captures], np.array([c.n_tokens for c in captures])
             if len({(c.model, c.layer_kinds) for c in captures}) != 1:
-                raise ValueError("layers are suggested from captures of one model, and there must be one at least")
+                raise SettingsError("layers are suggested from captures of one model, and there must be one at least")
             by_text = np.array([layer_loss(c, policy, leave_out=leave_out).by_layer for c in captures])
         compressed = np.array([kind == "full" for kind in kinds[0]])
         if len(n_tokens) == 1:

@@ -24,7 +24,7 @@ from analysis.texts import plain_text
 from app import figures, markup, state, work
 from app.charts import show
 from app.engine import Engine, allowed_models, check_allowed
-from l2kv.spec import CompressionSpec
+from l2kv.spec import CompressionSpec, SpecError
 
 if TYPE_CHECKING:
     from streamlit.delta_generator import DeltaGenerator
@@ -329,10 +329,7 @@ def _generate(engine: Engine, preview: Preview, boxes: DeltaGenerator) -> None:
                 preview.done = True
                 if places:
                     _draw(places, preview)  # again: a task that was not decided now is
-        except UserError as error:
-            note.error(markup.plain(str(error)), icon=":material/error:")
-            return
-        except ValueError as error:  # a skip list or a plan that was made for another model
+        except (UserError, SpecError) as error:  # a SpecError: a skip list or a plan that was made for another model
             note.error(markup.plain(str(error)), icon=":material/error:")
             return
         _summary(preview)

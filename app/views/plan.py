@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import streamlit as st
 
-from analysis.errors import RunFileError
+from analysis.errors import RunFileError, SettingsError
 from analysis.plans import planning
 from analysis.plans.curves import BY_NORM
 from analysis.plans.planning import METHODS, AllocationPlan
@@ -90,7 +90,7 @@ def _make(run: Capture) -> Plan | None:
     spec = state.current_spec()
     try:
         plan = _plan(run, spec.protect_last, spec.keep_ratio, by, method, policy, whole)
-    except ValueError as error:
+    except SettingsError as error:
         st.warning(f"There is no such plan: {markup.plain(str(error))}.", icon=":material/warning:")
         return None
     _expected(run, plan)
