@@ -8,6 +8,7 @@ little of a long text: of a newspaper the first twelve excerpts, one after the o
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping
 from itertools import cycle, islice, zip_longest
 from typing import TYPE_CHECKING, NamedTuple
@@ -146,9 +147,12 @@ def _excerpt(tokenizer: PreTrainedTokenizerBase, text: str, start: int, n_tokens
 
 
 def _first_word(text: str, start: int) -> int:
-    """Where the white space from there on ends."""
+    """Where the white space from there on ends, and accents that follow it, which are of no letter after it."""
     found = _NOT_SPACE.search(text, start)
-    return found.start() if found else len(text)
+    first = found.start() if found else len(text)
+    while first < len(text) and unicodedata.category(text[first]).startswith("M"):
+        first += 1
+    return first
 
 
 def _begins(text: str, place: int) -> int:

@@ -6,6 +6,7 @@ says of its tokenizer, the chat template among it, is data too: transformers run
 
 from __future__ import annotations
 
+import difflib
 import logging
 import math
 import re
@@ -137,12 +138,19 @@ def model_folder(ref: str | Path, *, on_fetch: OnFetch | None = None) -> Path:
     if folder := _folder(text):
         _vet(folder, text)
         return folder
+    check_spelling(text)
     if not _HUB_ID.fullmatch(text) or text.endswith(".gguf"):
         raise ModelError(
             f"No such model: {text!r:.100}. Give a name ({', '.join(NAMED_MODELS)}), a folder or GGUF file that "
             "exists, or a Hugging Face id such as Qwen/Qwen3-0.6B."
         )
     return _fetch(ORIGINALS.get(text, text))
+
+
+def check_spelling(text: str) -> None:
+    """Raise ModelError for what is nearly a name: the hub, which would be asked next, does not know ours."""
+    if near := difflib.get_close_matches(text, NAMED_MODELS, 1, cutoff=0.8):
+        raise ModelError(f"There is no model {text}. Is {near[0]} meant?")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

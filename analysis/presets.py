@@ -45,6 +45,7 @@ class Preset:
     spec: CompressionSpec | None = None  # the compression to look at it with
     answer: str = ""  # what should be generated, as `tasks.found` scores it; empty: nothing is right or wrong
     chat: bool = False  # a question, to be put through the model's chat template
+    beside: CompressionSpec | None = None  # another one of the same protection, in which the task ends otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ class FoundPresets:
                     "name": preset.name,
                     "why": preset.why,
                     "spec": _spec_fields(preset.spec),
+                    "beside": _spec_fields(preset.beside),
                     "answer": preset.answer,
                     "chat": preset.chat,
                     "text": preset.text,
@@ -88,6 +90,7 @@ class FoundPresets:
                     item["spec"] and CompressionSpec(**item["spec"]),
                     item.get("answer", ""),
                     item.get("chat", False),
+                    CompressionSpec(**item["beside"]) if item.get("beside") else None,
                 )
                 for item in content["presets"]
             ]

@@ -47,6 +47,12 @@ class Search:
     lost_by: Mapping[str, CompressionSpec]
     new_tokens: int = 12  # in which the answer must come
 
+    @property
+    def contrast(self) -> CompressionSpec | None:
+        """A compression that ends otherwise than `spec` does."""
+        others = self.lost_by if self.spec in self.found_by.values() else self.found_by
+        return next((spec for spec in others.values() if spec is not None), None)
+
 
 class NotFoundError(UserError):
     """No candidate meets a criterion; the message names it, and the best value there was."""
@@ -111,7 +117,7 @@ def _first(loaded: LoadedModel, search: Search, questions: Sequence[Question], o
         f"{search.spec.protect_last} tokens protected in every cache. In {loaded.name} {len(meeting)} of "
         f"{len(questions)} prompts tried show this; it is the first."
     )
-    return Preset(search.name, chosen.prompt, why, search.spec, answer=chosen.answer, chat=chosen.chat)
+    return Preset(search.name, chosen.prompt, why, search.spec, chosen.answer, chosen.chat, search.contrast)
 
 
 def _passkeys(loaded: LoadedModel) -> list[Question]:

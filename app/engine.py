@@ -5,7 +5,6 @@ torch and transformers are imported when a model is first asked for, not before.
 
 from __future__ import annotations
 
-import difflib
 import gc
 import os
 import threading
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from analysis.errors import ModelError
-from analysis.models import NAMED_MODELS, load_model, tokenizer_and_config
+from analysis.models import NAMED_MODELS, check_spelling, load_model, tokenizer_and_config
 from analysis.packaged import PACKAGED, is_fetched
 
 if TYPE_CHECKING:
@@ -114,8 +113,7 @@ def check_allowed(ref: str) -> str:
     ref = ref.strip()
     if ref in NAMED_MODELS:
         return ref
-    if near := difflib.get_close_matches(ref, NAMED_MODELS, 1, cutoff=0.8):
-        raise ModelError(f"There is no model {ref}. Is {near[0]} meant?")
+    check_spelling(ref)
     try:
         path = Path(ref).expanduser()
         is_path = path.is_absolute() or ref.startswith((".", "~")) or ref.count("/") > 1 or path.exists()

@@ -293,11 +293,14 @@ def dtype_input(dtype: str | None, *, key: str = "cache_dtype") -> int:
     return DTYPES[chosen]
 
 
-def take_spec(spec: CompressionSpec) -> None:
-    """Set the controls to a compression. What they do not show stays out of it."""
+def take_spec(spec: CompressionSpec, *, beside: CompressionSpec | None = None) -> None:
+    """Set the controls to a compression, and to a second one beside it, or none. What they do not show stays out."""
     for name in ("keep_ratio", "policy", "protect_last", "prune_after"):
         st.session_state[name] = getattr(spec, name)
     st.session_state["skip_layers"] = list(spec.skip_layers)
+    st.session_state["beside"] = beside is not None
+    if beside is not None:
+        st.session_state.update(second_keep_ratio=beside.keep_ratio, second_policy=beside.policy)
 
 
 def current_spec(*, second: bool = False) -> CompressionSpec:

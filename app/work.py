@@ -49,13 +49,15 @@ def name_of(ref: str) -> str:
 
 
 def model_input() -> str:
-    """Which model, at first that of the run on screen; one choice on all pages. Empty if none was named."""
-    if "model_choice" not in st.session_state:
-        run = state.current_run()
+    """Which model: that of the run on screen, until another is chosen; one choice on all pages. Empty if none was
+    named."""
+    run = state.current_run()
+    if "model_choice" not in st.session_state or st.session_state.get("model_choice_of", run.model) != run.model:
         ref = allowed_models()[0] if is_synthetic(run) else ref_of(run.model)
         st.session_state["model_choice"] = ref or OTHER
         if ref is None and "/" in run.model:
             st.session_state["model_ref"] = run.model  # of the hub
+    st.session_state["model_choice_of"] = run.model
     chosen = st.selectbox("Model", [*allowed_models(), OTHER], key="model_choice", persist_state="session")
     if chosen != OTHER:
         return chosen

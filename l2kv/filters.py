@@ -27,10 +27,10 @@ def q_filters(model: PreTrainedModel, input_ids: Tensor, *, attention_mask: Tens
         UnsupportedModelError: the model's attention cannot be reached.
     """
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    if mask.shape != input_ids.shape or not mask.any():
+    if not isinstance(mask, Tensor) or mask.shape != input_ids.shape or not (mask == 1).any():
         raise ValueError(
             f"attention_mask must be of the shape of input_ids, {list(input_ids.shape)}, and show some of them, "
-            f"got {list(mask.shape)}"
+            f"got {list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}"
         )
     of_text = mask.flatten().bool()
     padded = {} if of_text.all() else {"attention_mask": mask}

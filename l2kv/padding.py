@@ -14,12 +14,13 @@ def first_real(mask: object) -> Tensor | None:
     Raises:
         ValueError: it hides anything else.
     """
-    if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2 and mask.all()):
+    if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2 and (mask == 1).all()):
         return None
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or not (mask[:, 1:] >= mask[:, :-1]).all():
+    told = isinstance(mask, Tensor) and mask.dim() == 2 and ((mask == 0) | (mask == 1)).all()
+    if not told or not (mask[:, 1:] >= mask[:, :-1]).all():
         raise ValueError(
             "A compressed cache takes rows that are padded on the left, or not at all, and no attention mask but that: "
-            "tokenizer.padding_side = 'left', and attention_mask of shape [batch, tokens]."
+            "tokenizer.padding_side = 'left', and attention_mask of shape [batch, tokens], 1 for text, 0 for padding."
         )
     return (mask == 0).sum(dim=1)
 

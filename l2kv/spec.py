@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -129,7 +130,14 @@ def share(ratio: float, n: int) -> int:
 
 @lru_cache(maxsize=1024)  # every head asks, at every token
 def _as_written(ratio: float) -> Fraction:
-    return Fraction(str(round(ratio, 7)))  # a float32 has as many digits
+    """The number that a float stands for: 2/3 and 0.55 themselves, of a float32 too, not the nearest float's value."""
+    exact = Fraction(ratio)
+    if exact.denominator <= 2**20:
+        return exact
+    if struct.unpack("f", struct.pack("f", ratio))[0] != ratio:
+        return exact.limit_denominator(10**6)
+    simple = exact.limit_denominator(1000)
+    return simple if abs(simple - exact) <= exact / 2**24 else Fraction(str(round(ratio, 7)))
 
 
 def _layer_ratios(given: object) -> tuple[tuple[int, float], ...] | None:

@@ -294,7 +294,7 @@ def test_texts_are_studied_cancelled_and_gone_on_with(page, tmp_path):
     done = page.get_by_text(re.compile(r"^\d+ of 24 texts are done")).inner_text()
     assert int(done.split()[0]) < 24
     page.get_by_role("button", name="Go on", exact=True).click()
-    page.get_by_text("Done: it is shown above.").wait_for()
+    page.get_by_text("Done: it is shown above.").wait_for(timeout=180_000)  # 24 captures on a busy machine
     assert page.get_by_text(re.compile("^Your study: 24 texts of 128 tokens")).is_visible()
 
 

@@ -394,12 +394,15 @@ def test_all_caches_of_a_search_protect_the_same_tokens_and_skip_the_same_layers
         specs = [spec for spec in (one.spec, *one.found_by.values(), *one.lost_by.values()) if spec is not None]
         assert len({(spec.protect_first, spec.protect_last, spec.skip_layers, spec.keep_ratio) for spec in specs}) == 1
         assert None in one.found_by.values()  # a preset is offered only where the full cache finds the answer
+        expected = {**one.found_by, **one.lost_by}  # what is set beside it ends otherwise
+        assert one.contrast is None or (one.contrast in one.found_by.values()) != (one.spec in one.found_by.values())
+        assert one.contrast is None or one.contrast in expected.values()
 
 
 def test_found_presets_are_read_back_as_they_were_and_offered_after_the_texts(tmp_path):
     spec = CompressionSpec(keep_ratio=0.3, protect_last=16, skip_layers=(0, 2), seed=3)
     key = Preset("Key", presets.passkey(12345, before=1, after=2), "Lost – at 0.3.", spec, answer="12345")
-    asked = Preset("Asked", "Which town?", "By chat.", CALM_SPEC, answer="Paris", chat=True)
+    asked = Preset("Asked", "Which town?", "By chat.", CALM_SPEC, answer="Paris", chat=True, beside=BREAKS_SPEC)
     found = FoundPresets("a model", (Preset("Calm", "A text.\n", "Hardly.", CALM_SPEC), asked, key))
     path = presets.save_found(found, tmp_path / "presets.json")
     assert FoundPresets.from_json(path.read_text(encoding="utf-8")) == found

@@ -202,3 +202,10 @@ def test_a_file_of_one_excerpt_cannot_be_split(books):
         planning_and_measuring(books, {"a": prose(1)}, n_tokens=8, each=3)
     with pytest.raises(TextError, match="None of the texts has 200 tokens"):
         planning_and_measuring(books, files(1, 1), n_tokens=200, each=3)
+
+
+@pytest.mark.parametrize("mark", ["\u0301", " \u0301", "\n\n\u0301", "\u00a0\u0301\u0308"])
+def test_no_excerpt_begins_with_an_accent_that_is_of_no_letter(books, mark):
+    text = "The accent stands alone here. " + f"A line ends.{mark} is an acute, and the text goes on after it. " * 120
+    found = excerpts(books, {"accents": text}, n_tokens=24, at_most=20)
+    assert len(found) > 5 and not any(unicodedata.combining(excerpt.text[0]) for excerpt in found)

@@ -437,6 +437,7 @@ def test_what_does_not_fit_the_model_is_a_message_and_not_a_traceback():
         from contextlib import contextmanager
 
         from app import work
+        from l2kv import SpecError
 
         class Engine:
             @contextmanager
@@ -444,7 +445,7 @@ def test_what_does_not_fit_the_model_is_a_message_and_not_a_traceback():
                 yield None
 
         def refuse(loaded, progress):
-            raise ValueError("layers <b>40</b> of 6")
+            raise SpecError("layers <b>40</b> of 6")
 
         work.run(Engine(), "books-5m", "Go", refuse, key="go", cancelled="")
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from l2kv import POLICIES, CompressionSpec
 from l2kv.layer import CompressedLayer
+from l2kv.spec import share
 
 LAYERS = 3
 MOST_HEADS = 4
@@ -432,3 +433,10 @@ def test_a_refusal_names_the_field_and_the_value(field, value, names):
     with pytest.raises((ValueError, TypeError), match=field) as caught:
         CompressionSpec(**{field: value})
     assert names in str(caught.value)
+
+
+@given(st.integers(1, 300).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_a_ratio_that_is_a_fraction_keeps_as_many_as_it_says(k_of_n):
+    k, n = k_of_n
+    assert share(k / n, n) == k
+    assert share(float(np.float32(k / n)), n) == k

@@ -64,7 +64,8 @@ def test_its_logits_are_those_of_transformers_own_reading_of_the_package_within_
     for name, weight in theirs.state_dict().items():
         assert torch.equal(weight.to(torch.bfloat16).float(), ours[name]), name
     off = (logits - expected).abs()
-    assert off.mean() < 0.05 and off.max() < 0.6, (off.mean(), off.max())  # logits here have a deviation of some 4
+    # Seen: 0.030 and 0.23, of logits whose standard deviation is 7.3.
+    assert off.mean() < 0.05 and off.max() < 0.5, (off.mean(), off.max())
     assert (logits.argmax(-1) == expected.argmax(-1)).float().mean() > 0.95
     shutil.rmtree(work)
 

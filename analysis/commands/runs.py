@@ -32,16 +32,16 @@ def add(commands) -> None:
 def _capture(arguments: argparse.Namespace) -> None:
     text = text_of(arguments.text)
     no_progress_bars()
-    from analysis.capturing import capture
+    from analysis.capturing import capture, readable
     from analysis.measures import answer
     from analysis.models import load_model
     from analysis.run import save_run
 
     loaded = load_model(arguments.model, device=arguments.device)
+    for warning in readable(loaded, text)[1]:  # before a run that may take long
+        print(f"warning: {warning}", file=sys.stderr)
     run = capture(loaded, text, on_layer=_progress if sys.stderr.isatty() else None)
     save_run(run, arguments.out)
-    for warning in run.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
     print(f"{arguments.out}: {run.n_tokens} tokens, {run.n_layers} layers, {run.seconds:.1f} s on {run.device}")
     print(f"Does low norm predict attention in {run.model}? {answer(run)}")
 

@@ -89,10 +89,13 @@ def metric_of(name: str) -> str:
 
 
 def no_progress_bars() -> None:
-    """Keep transformers' own progress bars off the screen. Imports transformers: call it once arguments are checked."""
+    """Keep transformers' progress bars and the hub's retries off the screen. Imports them: call it once arguments are
+    checked."""
+    from huggingface_hub.utils.logging import set_verbosity_error
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # of weights: ours is of layers
+    set_verbosity_error()
 
 
 def text_of(source: str) -> str:

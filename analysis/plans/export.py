@@ -6,8 +6,10 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 from analysis.errors import SettingsError
+from analysis.gguf import is_gguf
 from analysis.memory import CacheShape
 from analysis.models import NAMED_MODELS
 from analysis.packaged import PACKAGED
@@ -80,9 +82,9 @@ def library_code(spec: CompressionSpec, ref: str) -> str:
     """A Python script that generates with a spec by this library, to be pasted as it is.
 
     Args:
-        ref: the model: a name that `load_model` knows, a folder or a hub id.
+        ref: the model: a name that `load_model` knows, a GGUF file, a folder or a hub id.
     """
-    if ref in NAMED_MODELS:
+    if ref in NAMED_MODELS or is_gguf(Path(ref)):
         imports = "from analysis import load_model\nfrom l2kv import CompressedCache, CompressionSpec, compressible\n"
         load = f"loaded = load_model({_quoted(ref)})\nmodel, tokenizer = loaded.model, loaded.tokenizer\n"
     else:

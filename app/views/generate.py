@@ -94,6 +94,14 @@ class Preview:
         """Bytes that were counted, as they are in the checkpoint's dtype."""
         return human_bytes(n * DTYPES[self.cache_dtype] / DTYPES[self.counted_dtype])
 
+    def seen(self, step: Step) -> int:
+        """Tokens that a column has seen: one that has finished sees no more, and the others go on."""
+        return max(self.full.held) - len(self.full.token_ids) + len(step.token_ids)
+
+    def share(self, step: Step) -> float:
+        """Bytes of a column as a share of those of the full cache when it had seen as many tokens."""
+        return step.nbytes / (self.full.nbytes * self.seen(step) / self.seen(self.full))
+
     def agreement(self, column: int) -> float:
         """The share of the full cache's new tokens that a column has at the same place."""
         pairs = zip(self.full.token_ids, self.compressed[column].token_ids, strict=False)
@@ -214,8 +222,8 @@ def _prompt_input(ref: str) -> tuple[str, Preset | None]:
         st.session_state.update(prompt=preset.text, chat=preset.chat)
         if preset.spec is not None:
             st.session_state.setdefault("before_preset", state.current_spec())
-            state.take_spec(preset.spec)
-            st.session_state["first_by"] = _CONTROLS  # which now are the preset's
+            state.take_spec(preset.spec, beside=preset.beside)
+            st.session_state["first_by"] = st.session_state["second_by"] = _CONTROLS  # which now are the preset's
         elif before := st.session_state.pop("before_preset", None):
             state.take_spec(before)  # a preset's compression leaves with it
 
@@ -356,7 +364,6 @@ def _draw(places: list[tuple[DeltaGenerator, DeltaGenerator]], preview: Preview)
         tail = "… " + tail.partition(" ")[2]
     if preview.chat:
         tail += "\n"  # the answer does not go on with the question
-    seen, full = max(preview.full.held), preview.full.nbytes
     steps, partings = (preview.full, *preview.compressed), (None, *preview.partings)
     if preview.answer:  # which is scored: where the texts part is no mark of quality
         partings = (None,) * len(steps)
@@ -365,8 +372,8 @@ def _draw(places: list[tuple[DeltaGenerator, DeltaGenerator]], preview: Preview)
         span = f"{min(step.held)} to {max(step.held)}" if min(step.held) != max(step.held) else f"{max(step.held)}"
         counters.markdown(
             _badge(preview, step)
-            + f"**{span}** of {seen} tokens held per layer · **{preview.nbytes(step.nbytes)}** "
-            + (f"({step.nbytes / full:.0%} of the full cache)" if step is not preview.full else "")
+            + f"**{span}** of {preview.seen(step)} tokens held per layer · **{preview.nbytes(step.nbytes)}** "
+            + (f"({preview.share(step):.0%} of the full cache)" if step is not preview.full else "")
             + (f", and {preview.nbytes(step.slack_nbytes)} of slack for what comes" if step.slack_nbytes else "")
             + (" · ended at once, without a word" if step.finished and not step.text else "")
         )
@@ -392,6 +399,13 @@ def _summary(preview: Preview) -> None:
         _agreement(preview, i)
     if preview.full.finished and not preview.full.text and not preview.chat:
         st.caption("The model ended its text at once. If it is one that answers questions, turn *Chat* on.")
+    for column, step in zip(preview.columns, preview.compressed, strict=True):
+        protected = column.spec.protect_first + column.spec.protect_last
+        if step.nbytes < preview.full.nbytes and min(step.held) <= protected:
+            st.caption(
+                f"**{column.name.capitalize()}**: the {min(step.held)} tokens held are the protected ones alone: the "
+                "policy chose none of them. Take a longer prompt, keep more, or protect fewer."
+            )
     held = {"full cache": preview.full.held}
     held |= {column.name: step.held for column, step in zip(preview.columns, preview.compressed, strict=True)}
     as_counted = "" if preview.cache_dtype == preview.counted_dtype else f", here in {preview.counted_dtype}"
@@ -418,7 +432,7 @@ def _scores(preview: Preview) -> None:
         )
     for column, step in zip(preview.columns, preview.compressed, strict=True):
         which = "" if len(preview.columns) == 1 else f"**{column.name.capitalize()}**: "
-        bytes_told = f"{preview.nbytes(step.nbytes)} ({step.nbytes / full.nbytes:.0%} of the full cache)"
+        bytes_told = f"{preview.nbytes(step.nbytes)} ({preview.share(step):.0%} of the full cache)"
         if found(preview.answer, step.text):
             st.success(f"{which}**{answer} found** from {bytes_told}.", icon=":material/check_circle:")
         elif solved and preview.done:
