@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -39,9 +39,11 @@ class compressible:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        if model not in _preparations:
-            _preparations[model] = _Preparation(model)
-        self._preparation: _Preparation | None = _preparations[model]
+        known = _preparations.get(model)
+        self._preparation: _Preparation | None = known() if known is not None else None
+        if self._preparation is None:
+            self._preparation = _Preparation(model)
+            _preparations[model] = ref(self._preparation)
         self._preparation.users += 1
 
     def restore(self) -> None:
@@ -198,4 +200,5 @@ def _check_columns(mask: object, seen: int, new: int | None) -> None:
         )
 
 
-_preparations: WeakKeyDictionary[PreTrainedModel, _Preparation] = WeakKeyDictionary()
+_preparations: WeakKeyDictionary[PreTrainedModel, ref[_Preparation]] = WeakKeyDictionary()
+"""Held by the hooks on the model itself: a model that is dropped while it is prepared goes, and all that with it."""

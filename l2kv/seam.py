@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from types import MethodType
 from typing import NamedTuple
 
 import torch
@@ -52,16 +53,18 @@ def attention_seam(
     modules = list(model.modules())
     for config, supports_sdpa in hooked:
         _put_name(config, supports_sdpa)
+    passing = _weakly(attend)
     for module in modules:
-        _passing.setdefault(module, []).append(attend)
+        _passing.setdefault(module, []).append(passing)
     names = [(config, config._attn_implementation) for config, _ in hooked]
     try:
         yield lambda: all(config._attn_implementation == name for config, name in names)
     finally:
         for module in modules:
-            _passing[module].remove(attend)
-            if not _passing[module]:
-                del _passing[module]
+            if left := _passing.get(module):  # none, where the model goes and this with it
+                left.remove(passing)
+                if not left:
+                    del _passing[module]
         for config, name in names:
             name.give_back(config)
 
@@ -109,8 +112,8 @@ def _register(name: str, base: str) -> None:
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **options
     ) -> tuple[Tensor, Tensor | None]:
         inner = _attention_of(module, base)
-        for attend in _passing.get(module, ()):
-            inner = partial(attend, inner)
+        for passing in _passing.get(module, ()):
+            inner = partial(passing(), inner)
         return inner(module, query, key, value, attention_mask, **options)
 
     if not _registered[name]:
@@ -163,8 +166,13 @@ def _language_configs(model: PreTrainedModel) -> list[tuple[PretrainedConfig, bo
     return list(found.values())
 
 
-_passing: weakref.WeakKeyDictionary[nn.Module, list[Attention]] = weakref.WeakKeyDictionary()
-"""What the attention calls of each module of a hooked model pass through, the innermost first."""
+_passing: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[Attention]]] = weakref.WeakKeyDictionary()
+"""What the attention calls of each module of a hooked model pass through, the innermost first. Each is held by its
+`attention_seam` alone: from here it would keep a model alive that nobody else holds."""
+
+
+def _weakly(attend: Attention) -> weakref.ref[Attention]:
+    return weakref.WeakMethod(attend) if isinstance(attend, MethodType) else weakref.ref(attend)
 
 
 class Repeats(NamedTuple):

@@ -17,7 +17,10 @@ from tests.causal_models import CLASSES, PAGE, TEXT, captured, compress, compres
 from tests.oracle import _attention, replay
 
 MOST_REFUSED = 51  # classes; never to be raised
-CELLS = (row.strip("| ").split(" | ") for row in PAGE.read_text(encoding="utf-8").splitlines()[8:])
+TABLE = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")][
+    1:
+]  # without its head
+CELLS = (row.strip("| ").split(" | ") for row in TABLE)
 ROWS = {model_type: cells for model_type, *cells in CELLS}
 COMPRESSED = [model_type for model_type, (_, compressed, *_) in ROWS.items() if compressed != "no"]
 CAPTURED = [model_type for model_type, (*_, looked_into) in ROWS.items() if looked_into == "yes"]

@@ -1,8 +1,10 @@
 """How models call their attention, and that they are given back as they were."""
 
 import copy
+import gc
 import itertools
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -366,3 +368,20 @@ def test_rows_padded_on_the_left_are_as_with_a_plain_cache(model_type, eager):
         torch.testing.assert_close(given, expected, atol=1e-4, rtol=0)
         cache = CompressedCache(model.config, CompressionSpec(keep_ratio=0.5, head_ratios={(1, 0): 0.2}))
         assert logits(cache).isfinite().all() and max(cache.held) == 11
+
+
+def test_a_prepared_model_that_is_dropped_goes_with_its_hooks():
+    """As in a notebook that prepares one model after the other, and restores none."""
+    model = build("llama")
+    compressible(model)  # by whose hooks all is held
+    gc.collect()
+    ids, config, before = tokens(model, 20), model.config, set(AttentionInterface._global_mapping)
+    cache = CompressedCache(config, CompressionSpec(keep_ratio=0.5))
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    assert max(cache.held) == 10
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None and config._attn_implementation == "sdpa"
+    assert set(AttentionInterface._global_mapping) < before  # its name is free again
