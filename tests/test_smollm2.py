@@ -60,6 +60,9 @@ def test_its_logits_are_those_of_transformers_own_reading_of_the_package_within_
     )
     with torch.no_grad():
         logits, expected = (model(ids[None, :200]).logits[0] for model in (loaded.model, theirs))
+    direct = load_model(gguf, device="cpu")  # the file itself, as a model like any other
+    with torch.no_grad():
+        assert direct.stored == "Q4_1" and torch.equal(direct.model(ids[None, :200]).logits[0], expected)
     ours = loaded.model.state_dict()
     for name, weight in theirs.state_dict().items():
         assert torch.equal(weight.to(torch.bfloat16).float(), ours[name]), name
