@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m analysis", description="Measure, plan and generate without the app.")
+    parser = argparse.ArgumentParser(prog="python -m analysis", description="Measure and compress without the app.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for group in (runs, studies, plans, costs, demo, models, pages, passkeys):
         group.add(commands)
