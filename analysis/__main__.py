@@ -1,8 +1,8 @@
-"""`python -m analysis`: see `analysis.commands`."""
+"""`python -m analysis`: see `analysis.cli`."""
 
 import sys
 
-from analysis.commands import main
+from analysis.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis import across
-from analysis.across import LEVEL, MIN_TEXTS, Means, head_means, misses, resampled_means, resamples
+from analysis import statistics
+from analysis.captures import Capture
 from analysis.measures import correlation, signed, verdict_counts, verdicts
-from analysis.run import Capture
-from analysis.study import Study
+from analysis.statistics import LEVEL, MIN_TEXTS, Means, head_means, misses, resampled_means, resamples
+from analysis.studies import Study
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,7 +50,7 @@ def compare_runs(first: Capture, second: Capture, *, names: tuple[str, str] | No
     agreement = np.nan
     if alike:
         defined = np.isfinite(difference)
-        agreement = float(across.spearman(gammas[0][defined], gammas[1][defined]))
+        agreement = float(statistics.spearman(gammas[0][defined], gammas[1][defined]))
     return RunComparison(
         names=names or (first.model, second.model),
         gammas=gammas,
@@ -104,14 +104,16 @@ def compare_studies(
     if gammas[0].shape[1:] == gammas[1].shape[1:]:
         documents = [study.documents for study in both]
         if paired:
-            difference = across.means(gammas[1] - gammas[0], documents=documents[0] or documents[1], seed=seed)
+            difference = statistics.means(gammas[1] - gammas[0], documents=documents[0] or documents[1], seed=seed)
         else:
             difference = _unpaired(gammas, documents, seed)
     return StudyComparison(
         names=names or (first.model, second.model),
         paired=paired,
         means=tuple(head_means(study, seed=seed) for study in both),
-        verdicts=tuple(verdict_counts(across.head_verdicts(study, seed=seed), across.VERDICTS) for study in both),
+        verdicts=tuple(
+            verdict_counts(statistics.head_verdicts(study, seed=seed), statistics.VERDICTS) for study in both
+        ),
         difference=difference,
     )
 
@@ -122,7 +124,7 @@ def _unpaired(gammas: Sequence[np.ndarray], documents: Sequence[Sequence[str]], 
         resampled_means(values, resamples(len(values), documents=names, seed=seed + i))
         for i, (values, names) in enumerate(zip(gammas, documents, strict=True))
     ]
-    both = [across.means(values, seed=seed) for values in gammas]
+    both = [statistics.means(values, seed=seed) for values in gammas]
     defined = np.minimum(both[0].defined, both[1].defined)
     ends = np.full((2, *defined.shape), np.nan)
     told = defined >= 2

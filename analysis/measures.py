@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from analysis.captures import Capture
 from analysis.errors import SettingsError
-from analysis.run import Capture
 from analysis.ties import evened, levelled, shared_ranks
 from l2kv.spec import CompressionSpec
 

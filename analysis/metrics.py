@@ -13,9 +13,9 @@ from functools import cached_property
 
 import numpy as np
 
+from analysis.captures import Capture
 from analysis.errors import SettingsError
 from analysis.measures import HeadFigures, RankSums, correlation, status_of, verdicts_of
-from analysis.run import Capture
 from analysis.ties import levelled, shared_ranks
 from l2kv.spec import share
 

@@ -24,10 +24,10 @@ def _make_ready() -> None:
 
     while not Runtime.exists():  # parts of pages are registered with it
         time.sleep(0.01)
-    from app import state
+    from app import session
     from app.views import heads  # noqa: F401
 
-    state.figures_of(state._demo_run(), 0, "next token")
+    session.figures_of(session._demo_run(), 0, "next token")
 
 
 if __name__ == "__main__":

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from analysis.errors import ModelError
-from analysis.models import NAMED_MODELS, check_spelling, load_model, tokenizer_and_config
-from analysis.packaged import PACKAGED, is_fetched
+from analysis.models.load import NAMED_MODELS, check_spelling, load_model, tokenizer_and_config
+from analysis.models.packaged import PACKAGED, is_fetched
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-    from analysis.models import LoadedModel
+    from analysis.models.load import LoadedModel
 
 
 class Engine:

@@ -11,14 +11,14 @@ _HOME = {
     "Pairs": "policies",
     "Policy": "policies",
     "SpecError": "spec",
-    "UnsupportedModelError": "seam",
-    "attention_seam": "seam",
+    "UnsupportedModelError": "hooks",
+    "attention_seam": "hooks",
     "cache_nbytes": "cache",
     "check_compressible": "cache",
     "compressible": "prepare",
     "l2_compress": "cache",
-    "probabilities": "weights",
-    "q_filters": "filters",
+    "attention_probabilities": "probabilities",
+    "q_filters": "calibration",
 }
 __all__ = sorted(_HOME)
 __getattr__ = lazy_names(__name__, _HOME)

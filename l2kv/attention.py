@@ -12,9 +12,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from l2kv.heads import of_query_heads, options_of_heads
+from l2kv.hooks import Attention, UnsupportedModelError
 from l2kv.layer import CompressedLayer, Part
-from l2kv.pages import Pages
-from l2kv.seam import Attention, UnsupportedModelError
+from l2kv.storage.paged import Pages
 
 
 def attend(

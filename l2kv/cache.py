@@ -19,10 +19,10 @@ from transformers.cache_utils import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from l2kv.hooks import Giving, UnsupportedModelError
 from l2kv.layer import CompressedHybridLayer, CompressedLayer
 from l2kv.padding import check_padding, first_real
 from l2kv.policies import POLICIES
-from l2kv.seam import Giving, UnsupportedModelError
 from l2kv.spec import CompressionSpec, SpecError
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from l2kv.seam import Repeats
+from l2kv.hooks import Repeats
 
 
 def of_kv_heads(x: Tensor, heads: tuple[int, ...]) -> Tensor:

@@ -11,11 +11,11 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionAndFullAtte
 
 from l2kv import ranks
 from l2kv.heads import of_query_heads, options_of_heads
-from l2kv.pages import PagedSlots, Pages
 from l2kv.policies import POLICIES, Pairs, Policy
-from l2kv.slots import KEYS, RANKS, RECEIVED, VALUES, Slots, Storage
+from l2kv.probabilities import attention_probabilities
 from l2kv.spec import WHOLE, CompressionSpec, Target
-from l2kv.weights import probabilities
+from l2kv.storage.dense import KEYS, RANKS, RECEIVED, VALUES, Slots, Storage
+from l2kv.storage.paged import PagedSlots, Pages
 
 _BLOCK = 128  # queries whose attention is worked out at a time
 
@@ -285,7 +285,7 @@ class CompressedLayer(CacheLayerMixin):
             options_of_heads(options, part.heads, self.n_heads),
         )
         shape = (query.shape[0], len(part.heads), -1, query.shape[2], part.held)
-        weights = probabilities(
+        weights = attention_probabilities(
             of_part, part.keys, lambda scores: scores.view(shape).masked_fill_(hidden, -torch.inf), options
         )
         # A query of the padding sees nothing at all, and its row is 0 / 0.

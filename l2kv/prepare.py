@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 from l2kv.attention import attend, check_mask
 from l2kv.cache import CompressedCache, check_compressible
 from l2kv.heads import in_groups, in_the_models_order
+from l2kv.hooks import Attention, UnsupportedModelError, attention_seam
 from l2kv.layer import CompressedLayer
 from l2kv.padding import check_padding, first_real
-from l2kv.seam import Attention, UnsupportedModelError, attention_seam
 
 
 class compressible:

@@ -42,7 +42,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from analysis import presets
+from analysis.demo import presets
 
 demo, bundled = Path(sys.argv[1]), presets.bundled_results
 presets.bundled_results = lambda model: dataclasses.replace(bundled(model), demo=demo)

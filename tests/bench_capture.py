@@ -25,8 +25,8 @@ def measure(way: str, repeats: int = 3) -> dict[str, float]:
     import torch
     from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
 
-    from analysis.capturing import capture
-    from analysis.models import BUNDLED, LoadedModel
+    from analysis.models.load import BUNDLED, LoadedModel
+    from analysis.recorder import capture
 
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED / "books-5m")

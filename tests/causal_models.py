@@ -28,7 +28,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 
 from analysis import ModelError, capture
-from analysis.models import LoadedModel
+from analysis.models.load import LoadedModel
 from l2kv import CompressedCache, CompressionSpec, UnsupportedModelError, compressible
 from l2kv.cache import LEFT
 from tests.conftest import ROOT

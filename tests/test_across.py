@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from analysis.across import (
+from analysis.comparing import compare_studies
+from analysis.metrics import METRICS, PROBES
+from analysis.plans.simultaneous import simultaneous
+from analysis.statistics import (
     MIN_TEXTS,
     RESAMPLES,
     VERDICTS,
@@ -26,10 +29,7 @@ from analysis.across import (
     told_of_documents,
     verdicts,
 )
-from analysis.comparing import compare_studies
-from analysis.metrics import METRICS, PROBES
-from analysis.plans.simultaneous import simultaneous
-from analysis.study import Study
+from analysis.studies import Study
 
 
 def study_of(gamma, without=None, *, documents=(), **metric) -> Study:

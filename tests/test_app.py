@@ -10,7 +10,8 @@ from streamlit.testing.v1 import AppTest
 
 from analysis import ModelError, TextError
 from app import engine as engine_module
-from app import markup, state, work
+from app import session
+from app.components import jobs, markup
 from app.engine import Engine, check_allowed
 from app.views.generate import Column, Parting, Preview
 from l2kv import POLICIES
@@ -157,20 +158,20 @@ def test_uploads_are_text_or_refused():
         return SimpleNamespace(name="notes.txt", getvalue=lambda: data)
 
     for encoding in ("utf-8", "utf-8-sig", "utf-16"):
-        assert work.decoded(file("déjà vu 😀".encode(encoding))) == "déjà vu 😀"
+        assert jobs.decoded(file("déjà vu 😀".encode(encoding))) == "déjà vu 😀"
     for data in ("déjà".encode("latin-1"), bytes(range(256)), b"a\0b", b"\xff\xfea"):
         with pytest.raises(TextError, match=r"notes\.txt"):
-            work.decoded(file(data))
+            jobs.decoded(file(data))
 
 
 def step(ids, text):
-    from analysis.generation import Step
+    from analysis.preview import Step
 
     return Step(tuple(ids), text, held=(1,), nbytes=1, slack_nbytes=0, finished=False)
 
 
 def preview(columns=1):
-    return Preview("p", tuple(Column(f"column {i}", state.current_spec()) for i in range(columns)))
+    return Preview("p", tuple(Column(f"column {i}", session.current_spec()) for i in range(columns)))
 
 
 def test_a_preview_remembers_where_the_texts_parted():
@@ -199,7 +200,7 @@ def test_each_column_of_a_preview_is_compared_with_the_full_cache_by_itself():
 
 def test_a_task_is_decided_once_every_cache_has_answered_and_a_chat_is_read_to_its_end():
     for chat in (False, True):
-        asked = Preview("p", (Column("compressed", state.current_spec()),), answer="48213", chat=chat)
+        asked = Preview("p", (Column("compressed", session.current_spec()),), answer="48213", chat=chat)
         asked.add(step([1], " 48"), step([1], " 7"))
         assert not asked.decided
         asked.add(step([1, 2], " 48213"), step([1, 2], " 77"))
@@ -245,11 +246,11 @@ def test_without_a_word_the_app_opens_on_the_real_model_and_books_5m_is_a_click_
     def page():
         from types import SimpleNamespace
 
-        from app import state
+        from app import session
         from app.views.capture import _files
 
         _files(SimpleNamespace())
-        state.st.markdown(f"{state.current_run().model}, bundled: {state.is_bundled()}")
+        session.st.markdown(f"{session.current_run().model}, bundled: {session.is_bundled()}")
 
     files = AppTest.from_function(page).run()
     next(button for button in files.button if button.label == "Open the run of books-5m").click().run()
@@ -270,19 +271,19 @@ def test_the_head_opened_is_the_one_that_state_says(app):
 
 
 def test_every_policy_that_needs_no_calibration_is_offered():
-    assert set(state.POLICY_NAMES) == {name for name, policy in POLICIES.items() if not policy.needs_calibration}
+    assert set(session.POLICY_NAMES) == {name for name, policy in POLICIES.items() if not policy.needs_calibration}
 
 
 def test_a_preset_sets_the_controls_to_its_compression():
     def page():
         import streamlit as st
 
-        from app import state
+        from app import session
         from l2kv import CompressionSpec
 
         if st.button("take"):
-            state.take_spec(CompressionSpec(keep_ratio=0.25, policy="keydiff", skip_layers=(1,), protect_last=0))
-        st.write(repr(state.current_spec()))
+            session.take_spec(CompressionSpec(keep_ratio=0.25, policy="keydiff", skip_layers=(1,), protect_last=0))
+        st.write(repr(session.current_spec()))
 
     app = AppTest.from_function(page, default_timeout=60).run()
     assert "keep_ratio=0.5" in app.markdown[0].value
@@ -293,9 +294,9 @@ def test_a_preset_sets_the_controls_to_its_compression():
 
 def test_a_policy_that_a_page_does_not_know_gives_way_to_the_papers():
     def page():
-        from app import state
+        from app import session
 
-        state.policy_input(state.BY_NORM)
+        session.policy_input(session.BY_NORM)
 
     app = AppTest.from_function(page, default_timeout=60)
     app.session_state["policy"] = "keydiff"
@@ -304,10 +305,10 @@ def test_a_policy_that_a_page_does_not_know_gives_way_to_the_papers():
 
 
 def test_what_was_worked_out_of_a_run_is_kept_until_another_is_asked_of(monkeypatch):
-    monkeypatch.setattr(state.st, "session_state", {})
+    monkeypatch.setattr(session.st, "session_state", {})
     asked = []
 
-    @state.remembered
+    @session.remembered
     def double(numbers, times):
         asked.append(times)
         return [times * number for number in numbers]
@@ -317,16 +318,16 @@ def test_what_was_worked_out_of_a_run_is_kept_until_another_is_asked_of(monkeypa
     assert double(other, 2) == [2, 4] and asked == [2, 2]
     for times in range(3, 30):
         double(other, times)
-    assert sum(len(answers) for _, answers in state.st.session_state["remembered"].values()) == 16
+    assert sum(len(answers) for _, answers in session.st.session_state["remembered"].values()) == 16
 
 
 def test_a_browser_gets_the_first_chart_alone_until_it_has_drawn_it_or_for_long_enough(monkeypatch):
-    from app import charts
+    from app.components import charts
 
     def page():
         import streamlit as st
 
-        from app import charts
+        from app.components import charts
 
         st.write("all" if charts.first_is_drawn() else "the first")
 
@@ -346,26 +347,26 @@ def test_a_browser_gets_the_first_chart_alone_until_it_has_drawn_it_or_for_long_
 def test_what_was_worked_out_of_the_demo_run_is_kept_for_all_sessions(monkeypatch):
     asked = []
 
-    @state.remembered
+    @session.remembered
     def tokens(run, times):
         asked.append(times)
         return times * run.n_tokens
 
-    for session in ({}, {}):
-        monkeypatch.setattr(state.st, "session_state", session)
-        assert tokens(state._demo_run(), 2) == 2 * state._demo_run().n_tokens
-        assert asked == [2] and not session
+    for own in ({}, {}):
+        monkeypatch.setattr(session.st, "session_state", own)
+        assert tokens(session._demo_run(), 2) == 2 * session._demo_run().n_tokens
+        assert asked == [2] and not own
 
 
 def test_what_is_to_be_known_of_special_tokens_is_said_beside_the_result():
     def page():
         import streamlit as st
 
-        from app import work
+        from app.components import jobs
 
         if "told" not in st.session_state:
             st.session_state.update(told=True, work_done=True, notes=("The end token, </s>, is left out.",))
-        work.run(None, "any", "Run", None, key="work", cancelled="")
+        jobs.run(None, "any", "Run", None, key="work", cancelled="")
 
     app = AppTest.from_function(page, default_timeout=60).run()
     assert not app.exception and [info.value for info in app.info] == [r"The end token, \</s\>, is left out\."]

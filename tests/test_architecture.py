@@ -14,9 +14,9 @@ FORBIDDEN = {
     "l2kv": {"analysis", "app", "streamlit", "plotly"},
     "analysis": {"app", "streamlit", "plotly"},
     "app/figures": {"streamlit", "torch", "transformers", "analysis", "l2kv"},
-    "app/markup.py": {"streamlit", "torch", "transformers"},
+    "app/components/markup.py": {"streamlit", "torch", "transformers"},
 }
-OUTERMOST = ROOT / "analysis" / "commands" / "pages.py"  # writes pages: it joins the parts, and nothing imports it
+OUTERMOST = ROOT / "analysis" / "cli" / "pages.py"  # writes pages: it joins the parts, and nothing imports it
 
 
 def imported(path):
@@ -36,9 +36,11 @@ def test_imports_run_one_way(place):
 
 
 def test_what_the_first_paint_needs_does_not_wait_for_torch():
-    code = "import sys, app.state, app.engine, app.views.heads, app.views.generate, app.views.capture, app.views.skip; "
+    code = (
+        "import sys, app.session, app.engine, app.views.heads, app.views.generate, app.views.capture, app.views.skip; "
+    )
     code += "import app.views.texts, app.views.plan; "
-    code += "app.state._demo_run(); print('torch' in sys.modules, 'transformers' in sys.modules)"
+    code += "app.session._demo_run(); print('torch' in sys.modules, 'transformers' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout.split() == ["False", "False"]
 

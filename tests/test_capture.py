@@ -19,11 +19,11 @@ from transformers import (
 )
 from transformers.cache_utils import CacheLayerMixin
 
-from analysis import ModelError, OutOfMemoryError, TextError, capture, capturing, correlation, suggest_skip_layers
-from analysis import memory as memory_module
+from analysis import ModelError, OutOfMemoryError, TextError, capture, correlation, recorder, suggest_skip_layers
 from analysis.measures import kept_tokens, status
-from analysis.memory import BLOCK, MAX_BINS, CacheShape, capture_bytes, human_bytes, layer_kinds
-from analysis.models import LoadedModel
+from analysis.models import memory as memory_module
+from analysis.models.load import LoadedModel
+from analysis.models.memory import BLOCK, MAX_BINS, CacheShape, capture_bytes, human_bytes, layer_kinds
 from l2kv import CompressedCache, CompressionSpec, compressible
 from tests.architectures import ARCHITECTURES, WINDOW
 from tests.conftest import BUNDLED, MODELS, STORIES, TINY, build
@@ -111,7 +111,7 @@ def test_as_many_last_queries_are_kept_as_asked_for_and_as_there_is_room_and_tex
     short = capture(loaded, "the old man", last_queries=100)
     assert list(short.recent_positions) == list(range(short.n_tokens))
     assert not short.recent_attention[0].any()  # nothing precedes the first query
-    monkeypatch.setattr("analysis.capturing.RECENT_BYTES", 5 * 3 * 6 * three.n_tokens * 4 + 7)
+    monkeypatch.setattr("analysis.recorder.RECENT_BYTES", 5 * 3 * 6 * three.n_tokens * 4 + 7)
     assert list(capture(loaded, TEXT).recent_positions) == list(range(three.n_tokens - 5, three.n_tokens))
     with pytest.raises(ValueError, match="got -1"):
         capture(loaded, TEXT, last_queries=-1)
@@ -305,7 +305,7 @@ def test_bytes_are_said_in_binary_units():
     "text", ["The sea looked at him. " * 90_000, "🙂" * 500_000, "a" * 2_000_000], ids=lambda t: t[:5]
 )
 def test_a_text_that_is_far_too_long_is_refused_before_it_is_tokenised(load, monkeypatch, text):
-    monkeypatch.setattr(capturing, "tokenize", lambda *_: pytest.fail("it was tokenised"))
+    monkeypatch.setattr(recorder, "tokenize", lambda *_: pytest.fail("it was tokenised"))
     with pytest.raises(TextError, match=r"about [\d,]+ tokens; .* has positions for 64. Shorten it to some \d+ char"):
         capture(LoadedModel(gpt2_of_64(), load("books-5m").tokenizer, "gpt2"), text)
     monkeypatch.setattr(memory_module, "free_bytes", lambda device: 2**28)

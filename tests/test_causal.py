@@ -9,16 +9,17 @@ import pytest
 from scipy import stats
 from transformers import AutoTokenizer
 
-from analysis import RunFileError, TextError, capture, presets
-from analysis.across import MIN_TEXTS, RESAMPLES
-from analysis.evaluation import continuation_nll
-from analysis.excerpts import excerpts
+from analysis import RunFileError, TextError, capture
+from analysis.demo import presets
+from analysis.evaluation.run import continuation_nll
 from analysis.measures import alr
-from analysis.models import LoadedModel
-from analysis.plans import causal
-from analysis.plans.causal import CausalCheck, agreement, causal_check, head_costs, suggest_by_cost
+from analysis.models.load import LoadedModel
+from analysis.plans import ablation
+from analysis.plans.ablation import CausalCheck, agreement, causal_check, head_costs, suggest_by_cost
 from analysis.plans.skip import layer_loss
-from analysis.tokens import tokenize
+from analysis.statistics import MIN_TEXTS, RESAMPLES
+from analysis.texts.excerpts import excerpts
+from analysis.texts.tokens import tokenize
 from l2kv import CompressionSpec
 from tests.conftest import BUNDLED
 
@@ -149,7 +150,7 @@ def test_what_cannot_be_measured_is_refused_with_the_reason(loaded, texts):
         causal_check(loaded, ["Too short by far."], SPEC, **LENGTHS)
     with pytest.raises(ValueError, match="low_norm, high_norm"):
         causal_check(loaded, texts, replace(SPEC, policy="keydiff"), **LENGTHS)
-    with pytest.raises(causal.ModelError, match="no layer"):
+    with pytest.raises(ablation.ModelError, match="no layer"):
         causal_check(loaded, texts, replace(SPEC, skip_layers=tuple(range(6))), **LENGTHS)
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PretrainedConfig
 
 from analysis import capture
-from analysis.models import LoadedModel
+from analysis.models.load import LoadedModel
 from l2kv import CompressionSpec, compressible
 from l2kv.layer import CompressedLayer
 from tests.causal_models import CLASSES, PAGE, TEXT, captured, compress, compression, decode, model_of, tokenizer

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from analysis.commands import _parser, main
-from analysis.commands.shared import any_encoding
-from analysis.run import load_run
+from analysis.captures import load_run
+from analysis.cli import _parser, main
+from analysis.cli.shared import any_encoding
 from tests.conftest import ROOT
 
 TEXT = "The old man looked at the sea, and the sea looked at the old man, and neither of them said a word."
@@ -53,7 +53,7 @@ def test_a_file_that_is_no_run_is_refused(tmp_path, capsys):
 
 def test_the_demo_run_is_what_a_capture_of_its_text_gives():
     from analysis import capture, load_model
-    from analysis.presets import bundled_results
+    from analysis.demo.presets import bundled_results
 
     shipped = load_run(bundled_results("books-5m").demo)
     fresh = capture(load_model("books-5m", device="cpu"), shipped.text)
@@ -123,7 +123,7 @@ def test_a_stream_that_is_not_there_or_no_text_stream_is_left_alone():
 
 def test_a_mistake_of_ours_is_not_dressed_up_as_the_users(monkeypatch):
     """It is raised, so that Python prints where it came from and ends with status 1; a user's is one line and 2."""
-    from analysis.commands import runs
+    from analysis.cli import runs
 
     for ours in (ValueError("shapes do not match"), TypeError("no"), ZeroDivisionError("by zero")):
         monkeypatch.setattr(runs, "_heads", lambda arguments, ours=ours: (_ for _ in ()).throw(ours))

@@ -11,10 +11,15 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from analysis import TextError, evaluation, finding, presets, questions
-from analysis.commands import main
+from analysis import TextError
+from analysis.cli import main
+from analysis.demo import finding, presets, questions
+from analysis.demo.finding import BREAKS_SPEC, CALM_SPEC, Criteria, find_presets
+from analysis.demo.presets import FoundPresets, Preset
+from analysis.demo.questions import SEARCHES, NotFoundError, Question, Search, find_task_presets
 from analysis.errors import RunFileError
-from analysis.evaluation import (
+from analysis.evaluation import run
+from analysis.evaluation.run import (
     continuation_nll,
     continuations,
     nll_changes,
@@ -23,12 +28,9 @@ from analysis.evaluation import (
     passkey_text,
     passkeys,
 )
-from analysis.finding import BREAKS_SPEC, CALM_SPEC, Criteria, find_presets
-from analysis.generation import Step, prepared
-from analysis.models import BUNDLED_MODELS, LoadedModel
-from analysis.presets import FoundPresets, Preset
-from analysis.questions import SEARCHES, NotFoundError, Question, Search, find_task_presets
-from analysis.tokens import passages, tokenize
+from analysis.models.load import BUNDLED_MODELS, LoadedModel
+from analysis.preview import Step, prepared
+from analysis.texts.tokens import passages, tokenize
 from l2kv import CompressionSpec
 from tests.conftest import BUNDLED, build
 from tests.oracle import masked_forward
@@ -92,7 +94,7 @@ def test_a_text_among_others_is_continued_as_if_alone_however_they_are_batched(l
     texts, specs = [TEXT[:400], TEXT[400:900], TEXT[900:1400]], [None, CompressionSpec(0.4, protect_last=4)]
     lengths = {"prompt_tokens": 30, "new_tokens": 4}
     together = continuations(loaded, texts, specs, **lengths)
-    monkeypatch.setattr(evaluation, "_TOKENS_AT_ONCE", 2 * 34)  # two rows, and then the third
+    monkeypatch.setattr(run, "_TOKENS_AT_ONCE", 2 * 34)  # two rows, and then the third
     for spec, row, in_two in zip(specs, together, continuations(loaded, texts, specs, **lengths), strict=True):
         for text, one, other in zip(texts, row, in_two, strict=True):
             alone = continuation_nll(loaded, text, spec, **lengths)
@@ -204,9 +206,9 @@ def reader(loaded, monkeypatch):
     def install(**options):
         reader = Reader(loaded.tokenizer, **options)
 
-        monkeypatch.setattr(evaluation, "prepared", lambda _: nullcontext())
-        monkeypatch.setattr(evaluation, "_caches_after", reader.caches_after)
-        monkeypatch.setattr(evaluation, "decode_one_token", reader.decode_one_token)
+        monkeypatch.setattr(run, "prepared", lambda _: nullcontext())
+        monkeypatch.setattr(run, "_caches_after", reader.caches_after)
+        monkeypatch.setattr(run, "decode_one_token", reader.decode_one_token)
 
     return install
 
@@ -268,9 +270,9 @@ def test_the_answer_is_what_a_pass_with_the_evicted_tokens_masked_would_say(load
     assert len(said) >= 4
     context = torch.from_numpy(prompt.context)[None]
     with torch.inference_mode(), prepared(loaded):
-        right, wrong = evaluation._caches_after(loaded, context, [spec, spec])
-        assert evaluation._says_key(loaded, replace(prompt, key=said), right)
-        assert not evaluation._says_key(loaded, replace(prompt, key=said[:-1] + "#"), wrong)
+        right, wrong = run._caches_after(loaded, context, [spec, spec])
+        assert run._says_key(loaded, replace(prompt, key=said), right)
+        assert not run._says_key(loaded, replace(prompt, key=said[:-1] + "#"), wrong)
 
 
 # ----------------------------------------------------------------------------------------------------------- passages

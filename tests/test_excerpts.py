@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, ByT5Tokenizer
 
-from analysis import excerpts as module
 from analysis.errors import TextError
-from analysis.excerpts import excerpts, planning_and_measuring
-from analysis.tokens import beginning, tokenize
+from analysis.texts import excerpts as module
+from analysis.texts.excerpts import excerpts, planning_and_measuring
+from analysis.texts.tokens import beginning, tokenize
 from tests.conftest import BUNDLED, STORIES
 
 SENTENCES = [

@@ -11,19 +11,20 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from analysis import ModelError, RunFileError, TextError, capture, loss_curves, presets
-from analysis.across import MIN_TEXTS, RESAMPLES, Interval
-from analysis.evaluation import continuation_nll
-from analysis.excerpts import excerpts
-from analysis.memory import CacheShape
-from analysis.models import LoadedModel
-from analysis.plans.causal import head_costs
+from analysis import ModelError, RunFileError, TextError, capture, loss_curves
+from analysis.demo import presets
+from analysis.evaluation.run import continuation_nll
+from analysis.models.load import LoadedModel
+from analysis.models.memory import CacheShape
+from analysis.plans.ablation import head_costs
+from analysis.plans.allocation import BudgetError
 from analysis.plans.curves import LossCurves
 from analysis.plans.front import Front, FrontPoint, measure_front, passes
-from analysis.plans.planning import BudgetError
 from analysis.plans.simultaneous import simultaneous
-from analysis.plans.ways import KINDS, WAYS
-from analysis.tokens import tokenize
+from analysis.plans.strategies import KINDS, WAYS
+from analysis.statistics import MIN_TEXTS, RESAMPLES, Interval
+from analysis.texts.excerpts import excerpts
+from analysis.texts.tokens import tokenize
 from l2kv import CompressionSpec
 from tests.conftest import BUNDLED, ROOT, build
 
@@ -362,7 +363,7 @@ def test_a_front_keeps_its_documents_and_its_intervals_resample_them():
 
 
 def test_reading_a_front_or_a_check_does_not_wait_for_torch():
-    code = "import sys, analysis.plans.front, analysis.plans.causal; "
+    code = "import sys, analysis.plans.front, analysis.plans.ablation; "
     code += "print('torch' in sys.modules, 'transformers' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout.split() == ["False", "False"]

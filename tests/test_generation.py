@@ -5,8 +5,8 @@ import torch
 from transformers import AutoTokenizer
 
 from analysis import ModelError, TextError
-from analysis.generation import _whole_characters, stream
-from analysis.models import LoadedModel
+from analysis.models.load import LoadedModel
+from analysis.preview import _whole_characters, stream
 from l2kv import CompressionSpec
 from tests.conftest import BUNDLED, build
 from tests.oracle import masked_forward
@@ -46,9 +46,7 @@ def test_a_question_is_put_through_the_template_and_its_end_token_ends_the_answe
 
 
 def test_special_tokens_are_not_shown(loaded, monkeypatch):
-    monkeypatch.setattr(
-        "analysis.generation.decode_one_token", lambda *_: torch.tensor([[loaded.tokenizer.eos_token_id]])
-    )
+    monkeypatch.setattr("analysis.preview.decode_one_token", lambda *_: torch.tensor([[loaded.tokenizer.eos_token_id]]))
     (step,) = list(stream(loaded, PROMPT, [None], max_new_tokens=3))[-1]
     assert step.finished and step.text == "" and len(step.token_ids) == 1
 

@@ -21,12 +21,13 @@ from streamlit.testing.v1 import AppTest
 from streamlit.util import calc_hash
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from analysis import gguf_models, models
 from analysis.errors import ModelError, OutOfMemoryError
-from analysis.gguf import _TYPES, ARCHITECTURES, read_gguf
-from analysis.memory import CacheShape
-from analysis.models import load_model, loading_note, model_folder, tokenizer_and_config
-from analysis.sizes import model_size, weights_bytes
+from analysis.models import gguf_models
+from analysis.models import load as load_module
+from analysis.models.gguf import _TYPES, ARCHITECTURES, read_gguf
+from analysis.models.load import load_model, loading_note, model_folder, tokenizer_and_config
+from analysis.models.memory import CacheShape
+from analysis.models.sizes import model_size, weights_bytes
 from app import engine
 from tests.conftest import BUNDLED, ROOT, tokens
 from tests.gguf_files import TOKENS, gguf_architecture, stored_weight, write_gguf
@@ -514,7 +515,7 @@ def test_a_pipe_of_that_name_is_not_waited_for(tmp_path):
 
 
 def test_what_it_takes_is_told_first(tiny, caplog):
-    with caplog.at_level(logging.WARNING, "analysis.models"):
+    with caplog.at_level(logging.WARNING, "analysis.models.load"):
         load_model(tiny, device="cpu")
     note = loading_note(tiny, device="cpu")
     assert note in caplog.text
@@ -532,7 +533,7 @@ def test_what_it_takes_is_told_first(tiny, caplog):
 def test_a_file_that_would_not_fit_is_refused_before_its_weights_are_read(tiny, monkeypatch, free, advice):
     file = read_gguf(tiny)
     needed = gguf_models.dequantising_bytes(file, 4)
-    monkeypatch.setattr(models, "usable_bytes", lambda device: int(needed * free))
+    monkeypatch.setattr(load_module, "usable_bytes", lambda device: int(needed * free))
     monkeypatch.setattr(gguf_models, "_dequantised", None)
     with pytest.raises(OutOfMemoryError) as refused:
         load_model(tiny, device="cpu")
@@ -542,7 +543,7 @@ def test_a_file_that_would_not_fit_is_refused_before_its_weights_are_read(tiny, 
 
 
 def test_a_gpu_must_hold_the_weights_too(tiny, monkeypatch):
-    monkeypatch.setattr(models, "usable_bytes", lambda device: 2**40 if str(device) == "cpu" else 1000)
+    monkeypatch.setattr(load_module, "usable_bytes", lambda device: 2**40 if str(device) == "cpu" else 1000)
     with pytest.raises(OutOfMemoryError, match="1000 B on cuda"):
         load_model(tiny, device="cuda")
 
@@ -550,7 +551,7 @@ def test_a_gpu_must_hold_the_weights_too(tiny, monkeypatch):
 def test_a_file_that_changes_while_it_is_loaded_is_refused(tiny, tmp_path, monkeypatch):
     path = tmp_path / "x.gguf"
     path.write_bytes(tiny.read_bytes())
-    monkeypatch.setattr(models, "_check_room", lambda *_: path.write_bytes(tiny.read_bytes()[:-5000]))
+    monkeypatch.setattr(load_module, "_check_room", lambda *_: path.write_bytes(tiny.read_bytes()[:-5000]))
     assert "x: its weights cannot be used" in refusal(path)
 
 

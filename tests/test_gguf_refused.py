@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from analysis.errors import ModelError
-from analysis.gguf import read_gguf
-from analysis.models import load_model
+from analysis.models.gguf import read_gguf
+from analysis.models.load import load_model
 from tests.conftest import ROOT
 
 U8, U32, I32, F32, BOOL, STRING, ARRAY, U64 = 0, 4, 5, 6, 7, 8, 9, 10
@@ -356,7 +356,7 @@ MEASURE = """
 import json, sys, time
 from pathlib import Path
 from analysis.errors import ModelError
-from analysis.gguf import read_gguf
+from analysis.models.gguf import read_gguf
 
 def resident(which):  # KiB now (VmRSS) or at the peak (VmHWM); getrusage has the peak of the parent in it
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from analysis import ModelError
-from analysis.generation import stream
-from analysis.models import LoadedModel
+from analysis.models.load import LoadedModel
 from analysis.paper.vectors import attention_rows, head_vectors
+from analysis.preview import stream
 from l2kv import CompressedCache, CompressionSpec, UnsupportedModelError, attention_seam, compressible, l2_compress
 from tests.causal_models import TEXT, compress, model_of, tokenizer
 from tests.conftest import TINY, build, tokens

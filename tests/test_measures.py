@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from analysis import Plan, alr, attention_loss, correlation, suggest_skip_layers, verdicts
+from analysis.captures import Capture
 from analysis.measures import (
     LEAST_MASS,
     alr_chance,
@@ -22,7 +23,6 @@ from analysis.measures import (
 )
 from analysis.metrics import PROBES, metrics
 from analysis.plans.skip import layer_loss
-from analysis.run import Capture
 from l2kv import CompressionSpec
 
 

@@ -16,7 +16,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from analysis.errors import ModelError
-from analysis.models import BUNDLED_MODELS, LoadedModel, load_model, model_folder, tokenizer_and_config
+from analysis.models.load import BUNDLED_MODELS, LoadedModel, load_model, model_folder, tokenizer_and_config
 from tests.conftest import BUNDLED, STORIES, build
 
 WEIGHTS = "model.safetensors"

@@ -14,7 +14,7 @@ from transformers import (
 from transformers.masking_utils import sdpa_mask
 
 from analysis import ModelError
-from analysis.configs import read_config
+from analysis.models.vet import read_config
 from l2kv import CompressedCache, CompressionSpec, compressible
 from l2kv.layer import CompressedLayer
 from tests.causal_models import WINDOW

@@ -11,9 +11,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from analysis import ModelError, load_model, models, packaged
-from analysis.commands import main
-from analysis.packaged import MADE, PACKAGED, PackagedModel, UnreachableError, fetch, folder_of, is_fetched
+from analysis import ModelError, load_model
+from analysis.cli import main
+from analysis.models import load, packaged
+from analysis.models.packaged import MADE, PACKAGED, PackagedModel, UnreachableError, fetch, folder_of, is_fetched
 from tests.conftest import ROOT, build
 from tests.gguf_files import CHARACTERS, TOKENS, write_gguf
 
@@ -155,7 +156,7 @@ def test_a_fetch_that_was_cancelled_at_any_step_goes_on_from_the_last_one_finish
 
 KILLED = """
 import os, sys
-from analysis import packaged
+from analysis.models import packaged
 from tests.test_packaged import PackagedModel
 model = PackagedModel(*{fields!r})
 def die(what, done, total):
@@ -203,10 +204,9 @@ def test_two_at_once_fetch_it_once(tiny, monkeypatch):
 
 def test_the_original_weights_have_a_name_of_their_own(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(models, "_fetch", lambda hub_id: asked.append(hub_id) or tmp_path)
+    monkeypatch.setattr(load, "_fetch", lambda hub_id: asked.append(hub_id) or tmp_path)
     assert (
-        models.model_folder("smollm2-original") == tmp_path
-        and models.model_name("smollm2-original") == "smollm2-original"
+        load.model_folder("smollm2-original") == tmp_path and load.model_name("smollm2-original") == "smollm2-original"
     )
     assert asked == ["HuggingFaceTB/SmolLM2-135M-Instruct"]
 
@@ -230,10 +230,10 @@ def test_the_models_command_takes_the_original_where_only_the_hub_can_be_reached
     assert main(["models", "tiny"]) == 2  # it has no original
     assert "could not be fetched from the package index" in capsys.readouterr().err
     monkeypatch.setitem(packaged.ORIGINALS, "tiny-original", "someone/tiny")
-    monkeypatch.setattr(models, "_fetch", lambda hub_id: tmp_path / hub_id)
+    monkeypatch.setattr(load, "_fetch", lambda hub_id: tmp_path / hub_id)
     assert main(["models", "tiny"]) == 0
     assert f"tiny-original (other weights than tiny: not quantised) is in {tmp_path}" in capsys.readouterr().out
-    monkeypatch.setattr(models, "_fetch", lambda hub_id: (_ for _ in ()).throw(ModelError("no hub either")))
+    monkeypatch.setattr(load, "_fetch", lambda hub_id: (_ for _ in ()).throw(ModelError("no hub either")))
     assert main(["models", "tiny"]) == 2
     assert (
         capsys.readouterr().err.splitlines()[-1].startswith("error: tiny could not be fetched from the package index")

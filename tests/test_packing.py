@@ -7,9 +7,9 @@ import pytest
 from scipy import stats
 
 from analysis import capture, load_model
+from analysis.captures import _ARRAYS, load_run, save_run
 from analysis.metrics import PROBES, by_query, metrics
 from analysis.packing import deflated, inflated, quantised, restored
-from analysis.run import _ARRAYS, load_run, save_run
 
 TEXTS = Path(__file__).parents[1] / "analysis" / "bundled" / "texts"
 BOUND = 0.01  # of what is said of a head, from -1 to 1

@@ -8,15 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from l2kv import (
-    POLICIES,
-    CompressedCache,
-    CompressionSpec,
-    attention_seam,
-    compressible,
-    l2_compress,
-    q_filters,
-)
+from l2kv import POLICIES, CompressedCache, CompressionSpec, attention_seam, compressible, l2_compress, q_filters
 from tests.architectures import ARCHITECTURES
 from tests.oracle import _attention, target
 from tests.test_cache import IN_CHUNKS, ONE_BY_ONE

@@ -15,10 +15,10 @@ import pytest
 from scipy.optimize import linprog
 
 from analysis.measures import kept_tokens
-from analysis.memory import CacheShape
+from analysis.models.memory import CacheShape
+from analysis.plans.allocation import METHODS, plan
 from analysis.plans.curves import LossCurves, loss_curves
 from analysis.plans.export import kvpress_code, library_code, savings
-from analysis.plans.planning import METHODS, plan
 from analysis.plans.skip import suggest_skip_layers
 from l2kv import CompressionSpec
 from tests.conftest import BUNDLED, ROOT
@@ -558,6 +558,6 @@ def test_the_code_for_kvpress_drops_as_much_and_says_what_it_cannot():
 
 
 def test_a_plan_does_not_wait_for_torch():
-    code = "import sys, analysis.plans.planning; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    code = "import sys, analysis.plans.allocation; print('torch' in sys.modules, 'transformers' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout.split() == ["False", "False"]

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from analysis import Plan, presets
-from analysis.commands import main
-from analysis.excerpts import SPLIT
-from analysis.memory import CacheShape
-from analysis.plans.causal import CausalCheck
+from analysis import Plan
+from analysis.cli import main
+from analysis.demo import presets
+from analysis.models.memory import CacheShape
+from analysis.models.sizes import model_size
+from analysis.plans.ablation import CausalCheck
 from analysis.plans.front import Front
-from analysis.sizes import model_size
+from analysis.texts.excerpts import SPLIT
 from l2kv import CompressionSpec
 from tests.conftest import BUNDLED, TINY, build
 from tests.test_tasks import TEMPLATE

@@ -10,7 +10,15 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
-from l2kv import POLICIES, CompressedCache, CompressionSpec, compressible, l2_compress, probabilities, q_filters
+from l2kv import (
+    POLICIES,
+    CompressedCache,
+    CompressionSpec,
+    attention_probabilities,
+    compressible,
+    l2_compress,
+    q_filters,
+)
 from l2kv.layer import CompressedLayer
 from l2kv.policies import Pairs
 from tests.conftest import build, tokens
@@ -381,8 +389,8 @@ def forbid_attention(monkeypatch):
         raise AssertionError("attention was worked out")
 
     for module in [m for name, m in sys.modules.items() if name.split(".")[0] == "l2kv"]:
-        if getattr(module, "probabilities", None) is probabilities:
-            monkeypatch.setattr(module, "probabilities", refuse)
+        if getattr(module, "attention_probabilities", None) is attention_probabilities:
+            monkeypatch.setattr(module, "attention_probabilities", refuse)
 
 
 @pytest.mark.parametrize("name", WITHOUT_ATTENTION)

@@ -9,13 +9,13 @@ from scipy import stats
 from streamlit.testing.v1 import AppTest
 
 from analysis import by_query, instrument
-from analysis import synthetic as synthetic_module
-from analysis.commands import main
+from analysis import selftest as synthetic_module
+from analysis.captures import Capture, load_run, save_run
+from analysis.cli import main
+from analysis.demo.presets import bundled_results
 from analysis.measures import by_kv_head, head_figures, verdict_counts
 from analysis.metrics import METRICS, PROBES, STATUSES, figures_of_probe, metrics
-from analysis.presets import bundled_results
-from analysis.run import Capture, load_run, save_run
-from analysis.synthetic import GAMMA, check, is_synthetic
+from analysis.selftest import GAMMA, check, is_synthetic
 from app import figures
 from app.figures.style import PRIMARY
 from tests.conftest import ROOT
@@ -338,12 +338,12 @@ def test_the_page_capture_opens_the_synthetic_check():
     def pages():
         import streamlit as st
 
-        from analysis.synthetic import is_synthetic
-        from app import state
+        from analysis.selftest import is_synthetic
+        from app import session
         from app.engine import Engine
         from app.views import capture
 
-        heads = st.Page(lambda: st.title(f"synthetic: {is_synthetic(state.current_run())}"), title="h", url_path="h")
+        heads = st.Page(lambda: st.title(f"synthetic: {is_synthetic(session.current_run())}"), title="h", url_path="h")
         here = st.Page(lambda: capture.page(Engine(), heads), title="c", url_path="c", default=True)
         st.navigation([here, heads]).run()
 

@@ -10,16 +10,17 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
-from analysis import correlation, load_run, presets, save_run
-from analysis.across import Interval
-from analysis.commands import main
+from analysis import correlation, load_run, save_run
+from analysis.cli import main
 from analysis.comparing import compare_runs, compare_studies
-from analysis.files import content_of
+from analysis.demo import presets
 from analysis.measures import answer, verdicts
 from analysis.metrics import METRICS, PROBES, metrics
-from analysis.plans.causal import CausalCheck
+from analysis.plans.ablation import CausalCheck
 from analysis.plans.front import Front, FrontPoint
-from analysis.study import Study, save_study
+from analysis.records import content_of
+from analysis.statistics import Interval
+from analysis.studies import Study, save_study
 from app.report import VERSION, report
 from app.report.writing import MOST_ROWS, Drawing, Section, document
 from l2kv import CompressionSpec

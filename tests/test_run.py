@@ -16,12 +16,12 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save, save_file
 
-from analysis import files as files_module
-from analysis import run as run_module
+from analysis import captures as run_module
+from analysis import records as files_module
+from analysis.captures import Capture, load_run, save_run
 from analysis.errors import RunFileError
 from analysis.packing import deflated, quantised, restored
 from analysis.plans.skip import Plan
-from analysis.run import Capture, load_run, save_run
 from l2kv import CompressionSpec
 
 LAYERS, HEADS, KV_HEADS, TOKENS, BINS = 2, 4, 2, 5, 3

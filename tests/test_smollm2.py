@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from analysis import capture, correlation, load_model, packaged
-from analysis.evaluation import passkey_grid, passkeys
+from analysis import capture, correlation, load_model
+from analysis.captures import load_run
+from analysis.demo.presets import bundled_results, bundled_texts, presets
+from analysis.demo.questions import HALF, Question, answers
+from analysis.evaluation.run import passkey_grid, passkeys
 from analysis.metrics import metrics
-from analysis.packaged import SMOLLM2, UnreachableError, folder_of
-from analysis.presets import bundled_results, bundled_texts, presets
-from analysis.questions import HALF, Question, answers
-from analysis.run import load_run
+from analysis.models import packaged
+from analysis.models.packaged import SMOLLM2, UnreachableError, folder_of
 from l2kv import CompressionSpec
 
 pytestmark = pytest.mark.xdist_group("smollm2")  # one worker loads it

@@ -17,20 +17,21 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from transformers import AutoTokenizer
 
-from analysis import correlation, files, presets
-from analysis.across import (
+from analysis import correlation, records
+from analysis.cli import main
+from analysis.demo import presets
+from analysis.errors import RunFileError, TextError
+from analysis.measures import alr, alr_chance
+from analysis.metrics import METRICS, PROBES, STATUSES, metrics
+from analysis.models.load import LoadedModel
+from analysis.plans.skip import layer_loss
+from analysis.statistics import (
     answer,
     head_means,
     layer_losses,
 )
-from analysis.commands import main
-from analysis.errors import RunFileError, TextError
-from analysis.excerpts import Excerpt, excerpts
-from analysis.measures import alr, alr_chance
-from analysis.metrics import METRICS, PROBES, STATUSES, metrics
-from analysis.models import LoadedModel
-from analysis.plans.skip import layer_loss
-from analysis.study import Study, load_study, save_study, study
+from analysis.studies import Study, load_study, save_study, study
+from analysis.texts.excerpts import Excerpt, excerpts
 from tests.conftest import BUNDLED
 from tests.test_across import study_of
 from tests.test_measures import run_of
@@ -202,7 +203,7 @@ def test_a_cancelled_capture_leaves_the_texts_before_it(tmp_path, loaded, texts,
 @pytest.mark.parametrize("ends", [KeyboardInterrupt, TextError, None], ids=str)
 def test_the_table_is_written_now_and_then_and_however_the_study_ends(tmp_path, loaded, texts, monkeypatch, ends):
     """Of 12 texts the first two at once, and none of the others by the clock: it stands still."""
-    from analysis import study as module
+    from analysis import studies as module
 
     path, written = tmp_path / "study.safetensors", []
 
@@ -274,9 +275,9 @@ def test_a_text_that_cannot_be_run_is_named_and_those_before_it_are_kept(tmp_pat
 
 
 def test_no_capture_outlives_its_text(loaded, texts, monkeypatch):
-    from analysis import capturing
+    from analysis import recorder
 
-    real, arrays, alive = capturing.capture, [], []
+    real, arrays, alive = recorder.capture, [], []
 
     def watched(*args, **options):
         alive.append(sum(array() is not None for array in arrays))
@@ -284,7 +285,7 @@ def test_no_capture_outlives_its_text(loaded, texts, monkeypatch):
         arrays.extend(weakref.ref(getattr(run, name)) for name in ("pooled_attention", "probe_attention", "key_norm"))
         return run
 
-    monkeypatch.setattr(capturing, "capture", watched)
+    monkeypatch.setattr(recorder, "capture", watched)
     study(loaded, texts)
     assert alive == [0, 0, 0, 0] and len(arrays) == 12
 
@@ -319,7 +320,7 @@ def test_a_failure_while_writing_leaves_the_old_file_and_no_other(tmp_path, monk
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr({"save_file": files, "fsync": os, "replace": Path}[step], step, fail)
+    monkeypatch.setattr({"save_file": records, "fsync": os, "replace": Path}[step], step, fail)
     with pytest.raises(RunFileError if isinstance(error, OSError) else KeyboardInterrupt):
         save_study(study_of(np.ones((3, 1, 1))), path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
@@ -464,7 +465,7 @@ def test_the_command_prints_a_metric_of_each_layer(tmp_path, capsys):
 
 
 def test_an_interrupted_command_keeps_what_was_done(tmp_path, capsys, monkeypatch):
-    from analysis.commands import studies as command
+    from analysis.cli import studies as command
 
     text, out = tmp_path / "keats.txt", tmp_path / "study.safetensors"
     text.write_text(KEATS)

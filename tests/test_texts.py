@@ -9,15 +9,16 @@ import pytest
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-from analysis import RunFileError, capture, files, load_model, read_text, texts
-from analysis.commands import main
-from analysis.commands.shared import text_of, texts_of
+from analysis import RunFileError, capture, load_model, read_text, records
+from analysis.cli import main
+from analysis.cli.shared import text_of, texts_of
 from analysis.errors import TextError
-from analysis.evaluation import continuation_nll
-from analysis.generation import stream
-from analysis.models import LoadedModel
+from analysis.evaluation.run import continuation_nll
+from analysis.models.load import LoadedModel
 from analysis.plans.skip import Plan
-from app import work
+from analysis.preview import stream
+from analysis.texts import read
+from app.components import jobs
 from l2kv import CompressionSpec
 from tests.conftest import BUNDLED
 
@@ -30,7 +31,7 @@ ENCODINGS = {
 
 
 def by_upload(data, path):
-    return work.decoded(SimpleNamespace(name=path.name, getvalue=lambda: data))
+    return jobs.decoded(SimpleNamespace(name=path.name, getvalue=lambda: data))
 
 
 def by_file(data, path):
@@ -57,7 +58,7 @@ def by_standard_input(data, path):
 
 def by_record(data, path):
     path.write_bytes(data)
-    return files.read_text(path)
+    return records.read_text(path)
 
 
 DOORS = (by_upload, by_file, by_folder, by_library, by_standard_input, by_record)
@@ -85,12 +86,12 @@ def test_what_is_no_text_is_refused_by_every_door_with_the_same_reason(tmp_path,
 
 def test_marks_within_a_text_are_left_by_files_that_were_put_together():
     joined = b"".join(part.encode("utf-8-sig") for part in ("One.\r\n", "Two.\r", "Three.\n"))
-    assert texts.decoded(joined, "x") == "One.\nTwo.\nThree.\n"
+    assert read.decoded(joined, "x") == "One.\nTwo.\nThree.\n"
 
 
 def test_what_was_pasted_is_read_as_a_file_is():
     for end in LINE_ENDS.values():
-        assert texts.plain_text("\ufeff" + BODY.replace("\n", end)) == BODY
+        assert read.plain_text("\ufeff" + BODY.replace("\n", end)) == BODY
 
 
 @pytest.mark.parametrize("name", ["missing.txt", ".", "a\0b"])
@@ -100,7 +101,7 @@ def test_what_cannot_be_read_is_named(tmp_path, name):
 
 
 def test_a_file_without_end_is_refused_and_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(texts, "MOST_BYTES", 2**20)
+    monkeypatch.setattr(read, "MOST_BYTES", 2**20)
     (tmp_path / "big.txt").write_bytes(b"a" * (2**20 + 1))
     for path in (tmp_path / "big.txt", "/dev/zero"):
         with pytest.raises(TextError, match="more than 1 MiB"):
@@ -111,7 +112,7 @@ def test_a_record_that_an_editor_has_saved_opens(tmp_path):
     plan = Plan("m", CompressionSpec(keep_ratio=0.5), note="déjà vu")
     path = tmp_path / "plan.json"
     path.write_bytes(plan.to_json().replace("\n", "\r\n").encode("utf-8-sig"))
-    assert Plan.from_json(files.read_text(path)) == plan
+    assert Plan.from_json(records.read_text(path)) == plan
 
 
 # What a tokenizer puts around a text, by every door to a model
@@ -191,8 +192,8 @@ def test_a_corpus_is_its_documents_for_whoever_takes_many_and_refused_by_whoever
     found = texts_of([tmp_path])
     assert list(found) == ["books 1", "books 2", "books 3", "note"]
     assert "\0".join(found[name] for name in list(found)[:3]) == CORPUS and found["note"] == "One only."
-    assert texts.documents(CORPUS.encode("utf-16"), "x", "books") == {k: v for k, v in found.items() if k != "note"}
+    assert read.documents(CORPUS.encode("utf-16"), "x", "books") == {k: v for k, v in found.items() if k != "note"}
     with pytest.raises(TextError, match=r"books\.txt holds 3 documents, separated by NUL characters"):
         read_text(tmp_path / "books.txt")
-    assert texts.documents(b"", "x", "nothing") == {"nothing": ""}
-    assert list(texts.documents(CORPUS.encode() + b"\0", "x", "closed")) == ["closed 1", "closed 2", "closed 3"]
+    assert read.documents(b"", "x", "nothing") == {"nothing": ""}
+    assert list(read.documents(CORPUS.encode() + b"\0", "x", "closed")) == ["closed 1", "closed 2", "closed 3"]

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from analysis import alr, attention_loss, capture, correlation
 from analysis.measures import alr_chance, by_kv_head, head_figures, status
 from analysis.metrics import METRICS, PROBES, by_query, metrics
-from analysis.models import LoadedModel
+from analysis.models.load import LoadedModel
 from analysis.paper.why import factors, sink_head
 from analysis.plans.curves import loss_curves
 from analysis.ties import evened, levelled, shared_ranks, tolerance

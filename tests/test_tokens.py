@@ -10,9 +10,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from analysis import tokens as module
 from analysis.errors import ModelError, TextError
-from analysis.tokens import about_tokens, check_text, check_tokenizer, notes_of, tokenize
+from analysis.texts import tokens as module
+from analysis.texts.tokens import about_tokens, check_text, check_tokenizer, notes_of, tokenize
 from tests.conftest import BUNDLED, STORIES
 
 FAMILY = "👩\u200d👩\u200d👧"

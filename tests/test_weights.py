@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from analysis.capturing import capture
-from analysis.models import LoadedModel
-from l2kv import POLICIES, CompressedCache, CompressionSpec, attention_seam, compressible, probabilities
-from l2kv import weights as weights_module
+from analysis.models.load import LoadedModel
+from analysis.recorder import capture
+from l2kv import POLICIES, CompressedCache, CompressionSpec, attention_probabilities, attention_seam, compressible
+from l2kv import probabilities as weights_module
 from tests.conftest import BUNDLED, TINY, tokens
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -71,7 +71,7 @@ def test_products_are_summed_in_float32_and_never_rounded_to_the_dtype_of_the_ke
     monkeypatch.setattr(weights_module, "_CAST", held_at_a_time)
     query, key = vectors(dtype)
     hidden = torch.ones(5, 70, dtype=torch.bool).triu(66)
-    found = probabilities(query, key, lambda scores: scores.masked_fill_(hidden, -torch.inf), options)
+    found = attention_probabilities(query, key, lambda scores: scores.masked_fill_(hidden, -torch.inf), options)
     expected = exactly(
         query,
         key,
@@ -98,13 +98,13 @@ def test_rounded_products_would_be_far_off(dtype):
 def test_autocast_does_not_round_them_either(dtype):
     query, key = vectors(dtype)
     with torch.autocast("cpu", torch.bfloat16):
-        found = probabilities(query, key, lambda scores: None, {})
+        found = attention_probabilities(query, key, lambda scores: None, {})
     assert found.dtype == torch.float32 and misplaced(found, exactly(query, key)) < MISPLACED
 
 
 def test_a_cache_of_another_dtype_than_the_queries_is_read_all_the_same():
     query, key = vectors(torch.float32)[0], vectors(torch.bfloat16)[1]
-    assert misplaced(probabilities(query, key, lambda scores: None, {}), exactly(query, key)) < MISPLACED
+    assert misplaced(attention_probabilities(query, key, lambda scores: None, {}), exactly(query, key)) < MISPLACED
 
 
 def test_keys_are_cast_a_few_at_a_time(monkeypatch):
@@ -112,7 +112,7 @@ def test_keys_are_cast_a_few_at_a_time(monkeypatch):
     monkeypatch.setattr(weights_module, "_CAST", 2 * 64 * 10)
     query, key = vectors(torch.bfloat16, batch=1, queries=1, n=1000)
     with torch.profiler.profile(profile_memory=True) as profile:
-        probabilities(query, key, lambda scores: None, {})
+        attention_probabilities(query, key, lambda scores: None, {})
     largest = max(event.cpu_memory_usage for event in profile.events() if event.name == "aten::empty_strided")
     assert 0 < largest <= 2 * 64 * 10 * 4
 

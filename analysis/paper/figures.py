@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.across import nanmean
+from analysis.captures import Capture
 from analysis.errors import SettingsError, TextError
-from analysis.files import record
 from analysis.measures import alr, alr_chance, attention_loss, correlation
-from analysis.models import LoadedModel
-from analysis.run import Capture
+from analysis.models.load import LoadedModel
+from analysis.records import record
+from analysis.statistics import nanmean
 
 if TYPE_CHECKING:  # they wait for torch, which reading a figure need not
     from analysis.paper.why import Factors, SinkHead, SinkKey, Zeroing
@@ -177,7 +177,7 @@ def reproduce(
         raise SettingsError(f"figures are {', '.join(FIGURES)}, got {', '.join(sorted(unknown))}")
     if not texts:
         raise SettingsError("reproduce needs at least one text")
-    from analysis.capturing import capture
+    from analysis.recorder import capture
 
     def run_of(i: int) -> Capture:
         run = capture(loaded, texts[i], on_layer=lambda *_: on_stage("excerpts", i, len(texts)))

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.capturing import OnLayer, check_finite, check_shown, last_logits, looking_into, readable
 from analysis.errors import SettingsError
-from analysis.memory import BLOCK, MAX_BINS
-from analysis.models import LoadedModel
-from l2kv import UnsupportedModelError, probabilities
-from l2kv.seam import Look, WatchedCache
+from analysis.models.load import LoadedModel
+from analysis.models.memory import BLOCK, MAX_BINS
+from analysis.recorder import OnLayer, check_finite, check_shown, last_logits, looking_into, readable
+from l2kv import UnsupportedModelError, attention_probabilities
+from l2kv.hooks import Look, WatchedCache
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,7 +103,7 @@ def attention_rows(
     key = torch.from_numpy(vectors.keys_of(head) if keys is None else keys)[None, None]
     for start in range(0, vectors.n_tokens, block):
         query = torch.from_numpy(vectors.queries[head, start : start + block])[None, None]
-        yield probabilities(query, key, _hider(start, vectors.window), _options(vectors, head))[0, 0].numpy()
+        yield attention_probabilities(query, key, _hider(start, vectors.window), _options(vectors, head))[0, 0].numpy()
 
 
 def pooled_attention(vectors: HeadVectors, head: int, *, keys: np.ndarray | None = None) -> tuple[np.ndarray, int]:
@@ -125,7 +125,7 @@ def pooled_attention(vectors: HeadVectors, head: int, *, keys: np.ndarray | None
 def last_rows(vectors: HeadVectors, keys: np.ndarray) -> np.ndarray:
     """The attention of the last query of each head to the keys [H, n, D] that are given, [H, n] float32."""
     query = torch.from_numpy(vectors.queries[:, -1:])[None]
-    row = probabilities(query, torch.from_numpy(keys)[None], lambda scores: None, _options(vectors))
+    row = attention_probabilities(query, torch.from_numpy(keys)[None], lambda scores: None, _options(vectors))
     return row[0, :, 0].numpy()
 
 

@@ -12,11 +12,11 @@ from itertools import chain
 
 import numpy as np
 
-from analysis.across import LEVEL, spearman
+from analysis.captures import Capture
 from analysis.errors import TextError
 from analysis.measures import CONSTANT, sink_share, status
 from analysis.paper.vectors import HeadVectors, attention_rows, last_rows, pooled_attention
-from analysis.run import Capture
+from analysis.statistics import LEVEL, spearman
 from analysis.ties import levelled
 
 DRAWS = 20

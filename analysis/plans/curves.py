@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from analysis.across import MIN_TEXTS, means
+from analysis.captures import Capture
 from analysis.errors import SettingsError
 from analysis.measures import WEAK, by_kv_head, correlation, status
-from analysis.run import Capture
+from analysis.statistics import MIN_TEXTS, means
 from analysis.ties import evened, levelled
 from l2kv.spec import CompressionSpec, share
 
@@ -88,7 +88,7 @@ class LossCurves:
 
         Args:
             costs: [L, Hkv] nats a token of compressing each kv head alone at `keep`, in the direction that loses less
-                (`analysis.plans.causal.head_costs`); what is below 0 counts as 0.
+                (`analysis.plans.ablation.head_costs`); what is below 0 counts as 0.
         """
         lost = self.of("signed_norm")[..., min(int(np.ceil(keep * self.bins - TINY)), self.bins)]
         of = self.compressible

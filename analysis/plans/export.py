@@ -9,10 +9,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from analysis.errors import SettingsError
-from analysis.gguf import is_gguf
-from analysis.memory import CacheShape
-from analysis.models import NAMED_MODELS
-from analysis.packaged import PACKAGED
+from analysis.models.gguf import is_gguf
+from analysis.models.load import NAMED_MODELS
+from analysis.models.memory import CacheShape
+from analysis.models.packaged import PACKAGED
 from analysis.plans.curves import BY_NORM
 from l2kv.spec import CompressionSpec, Target
 

@@ -1,7 +1,7 @@
 """The front: what each way to share out a cache's bytes costs in prediction, on texts it was not made from.
 
 What comes of it is a `Front`, a record on disk (`analysis.plans.front_record`). Texts are split into those that plans
-are made from and those that they are measured on by `analysis.excerpts.planning_and_measuring`.
+are made from and those that they are measured on by `analysis.texts.excerpts.planning_and_measuring`.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from analysis.errors import ModelError, SettingsError, TextError
-from analysis.excerpts import Excerpt
-from analysis.memory import CacheShape
+from analysis.models.memory import CacheShape
+from analysis.plans.allocation import BudgetError
 from analysis.plans.curves import loss_curves, slim
 from analysis.plans.front_record import Front, FrontPoint
-from analysis.plans.planning import BudgetError
-from analysis.plans.ways import WAYS
+from analysis.plans.strategies import WAYS
+from analysis.texts.excerpts import Excerpt
 
 if TYPE_CHECKING:
-    from analysis.evaluation import OnDone
-    from analysis.models import LoadedModel
-    from analysis.run import Capture
+    from analysis.captures import Capture
+    from analysis.evaluation.run import OnDone
+    from analysis.models.load import LoadedModel
 
 KEEPS = (0.1, 0.2, 0.3, 0.5, 0.7)
 
@@ -61,9 +61,9 @@ def measure_front(
     Args:
         plan_texts, test_texts: (name, text) of each, or `excerpts`; none may be in both.
         keeps: budgets, shares of the pairs of the layers that can be compressed.
-        ways: names in `analysis.plans.ways.WAYS`.
-        on_done: for progress and cancelling, as `analysis.evaluation.OnDone`: after each capture and continuation, and
-            with the same numbers in the middle of one.
+        ways: names in `analysis.plans.strategies.WAYS`.
+        on_done: for progress and cancelling, as `analysis.evaluation.run.OnDone`: after each capture and
+            continuation, and with the same numbers in the middle of one.
 
     Raises:
         TextError: there are no texts, one is in both, empty or too short.
@@ -71,9 +71,9 @@ def measure_front(
         OutOfMemoryError: as `capture`.
         SettingsError: a way is unknown, a keep is not from 0 to 1, or as `continuations`.
     """
-    from analysis.capturing import capture
-    from analysis.evaluation import continuations, ignore, prompt_of  # waits for torch
-    from analysis.plans.causal import weighed_by_cost
+    from analysis.evaluation.run import continuations, ignore, prompt_of  # waits for torch
+    from analysis.plans.ablation import weighed_by_cost
+    from analysis.recorder import capture
 
     on_done, ways = on_done or ignore, tuple(ways)
     plan_texts, test_texts = ([Excerpt(*text) for text in texts] for texts in (plan_texts, test_texts))

@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from analysis.across import MIN_TEXTS, Interval, means, spearman, told_of_documents
 from analysis.errors import RunFileError
-from analysis.files import content_of, record
-from analysis.memory import human_bytes
+from analysis.models.memory import human_bytes
 from analysis.plans.simultaneous import simultaneous
 from analysis.plans.skip import spec_of
-from analysis.plans.ways import KINDS, WAYS
+from analysis.plans.strategies import KINDS, WAYS
+from analysis.records import content_of, record
+from analysis.statistics import MIN_TEXTS, Interval, means, spearman, told_of_documents
 from l2kv.spec import CompressionSpec
 
 VERSION = 1
@@ -80,7 +80,7 @@ class Front:
         return Interval(float(over.mean[0]), float(over.low[0]), float(over.high[0]))
 
     def best(self, kind: str) -> dict[float, FrontPoint]:
-        """At each budget the point of least mean NLL among the ways of a kind (`analysis.plans.ways.KINDS`)."""
+        """At each budget the point of least mean NLL among the ways of a kind (`analysis.plans.strategies.KINDS`)."""
         points = [p for p in self.points if p.line in WAYS and WAYS[p.line].kind == kind and np.isfinite(_mean(p))]
         return {
             keep: min((p for p in points if p.keep == keep), key=_mean) for keep in sorted({p.keep for p in points})

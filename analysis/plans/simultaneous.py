@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from analysis.across import LEVEL, MIN_TEXTS, RESAMPLES, Interval, documents_of
+from analysis.statistics import LEVEL, MIN_TEXTS, RESAMPLES, Interval, documents_of
 
 _ROUNDING = 1e-9  # of a difference's size: what varies less over texts does not vary
 

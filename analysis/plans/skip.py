@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from analysis.across import layer_losses, means
+from analysis.captures import Capture
 from analysis.errors import RunFileError, SettingsError
-from analysis.files import content_of, record
 from analysis.measures import alr, alr_chance
-from analysis.run import Capture
-from analysis.study import Study
+from analysis.records import content_of, record
+from analysis.statistics import layer_losses, means
+from analysis.studies import Study
 from l2kv.spec import CompressionSpec
 
 PLAN_VERSION = 1

@@ -11,18 +11,18 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
+from analysis.captures import Capture
 from analysis.comparing import compare_runs, compare_studies
-from analysis.files import record
 from analysis.measures import VERDICTS, HeadFigures, answer, attention_loss, head_figures, signed, verdict_counts
-from analysis.memory import DTYPES, human_bytes
-from analysis.models import BUNDLED_MODELS
-from analysis.plans.causal import CausalCheck
+from analysis.models.load import BUNDLED_MODELS
+from analysis.models.memory import DTYPES, human_bytes
+from analysis.models.sizes import checkpoint_dtype
+from analysis.plans.ablation import CausalCheck
 from analysis.plans.export import LENGTHS, kvpress_code, library_code
 from analysis.plans.front import Front
 from analysis.plans.skip import layer_loss, suggest_skip_layers
-from analysis.run import Capture
-from analysis.sizes import checkpoint_dtype
-from analysis.study import Study
+from analysis.records import record
+from analysis.studies import Study
 from app import figures
 from app.report import chapters
 from app.report.writing import Drawing, Section, document

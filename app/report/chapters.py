@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from analysis import across
+from analysis import statistics
 from analysis.comparing import RunComparison, StudyComparison
 from analysis.measures import VERDICTS, verdict_counts
-from analysis.plans.causal import CausalCheck
+from analysis.plans.ablation import CausalCheck
 from analysis.plans.front import Front, FrontPoint
-from analysis.plans.ways import WAYS
-from analysis.study import Study
+from analysis.plans.strategies import WAYS
+from analysis.studies import Study
 from app import figures
 from app.report.writing import Drawing, Section
 
@@ -21,9 +21,9 @@ _MIB = 2**20
 
 def of_study(study: Study, name: str) -> Section:
     """What the heads do over many texts, with intervals."""
-    gamma, verdict = across.head_means(study), across.head_verdicts(study)
-    loss = across.means(across.layer_losses(study), documents=study.documents)
-    stability = across.stability(across.layer_losses(study))
+    gamma, verdict = statistics.head_means(study), statistics.head_verdicts(study)
+    loss = statistics.means(statistics.layer_losses(study), documents=study.documents)
+    stability = statistics.stability(statistics.layer_losses(study))
     layer, head = np.indices(gamma.mean.shape).reshape(2, -1)
     n = len(study.names)
     unfinished = "" if study.complete else f" {study.texts - n} texts asked for are not done."
@@ -55,7 +55,7 @@ def of_study(study: Study, name: str) -> Section:
         columns = [np.array([getattr(each, name) for each in stability.by_texts]) for name in _AGREEMENT]
         drawings.append(
             Drawing(
-                figures.order_agreement(*columns, stable=across.STABLE),
+                figures.order_agreement(*columns, stable=statistics.STABLE),
                 alt="How well two halves of the texts agree on the order of the layers, by texts in each half",
                 title="From how many texts on?",
                 caption="Texts are split in two at random, again and again; agreement of the two orders of layers.",
@@ -67,12 +67,12 @@ def of_study(study: Study, name: str) -> Section:
     return Section(
         f"Over many texts: {name}",
         (
-            across.answer(study),
+            statistics.answer(study),
             f"{n} texts of {length} tokens.{unfinished} {stability}",
         ),
         tuple(drawings),
         columns=2,
-        table=verdict_table({name: verdict_counts(verdict, across.VERDICTS)}, across.VERDICTS),
+        table=verdict_table({name: verdict_counts(verdict, statistics.VERDICTS)}, statistics.VERDICTS),
     )
 
 
@@ -111,7 +111,7 @@ def front_lines(front: Front) -> dict[str, figures.Line]:
 
 def of_causal(check: CausalCheck) -> Section:
     """Each layer compressed alone, beside its ALR."""
-    change, loss = (across.means(of.T, documents=check.documents) for of in (check.nll_change, check.loss))
+    change, loss = (statistics.means(of.T, documents=check.documents) for of in (check.nll_change, check.loss))
     drawing = Drawing(
         figures.layer_costs(check.layers, loss.mean, (loss.low, loss.high), change.mean, (change.low, change.high)),
         alt="What compressing one layer alone costs against its ALR, a point for each layer",
@@ -134,10 +134,10 @@ def of_causal(check: CausalCheck) -> Section:
 
 def causal_table(check: CausalCheck) -> dict[str, Sequence]:
     """The numbers of a check, a row for each layer; the paper's ALR where the file keeps it."""
-    change = across.means(check.nll_change.T, documents=check.documents)
-    paper = {} if check.paper is None else {"the paper's ALR": across.means(check.paper.T).mean}
+    change = statistics.means(check.nll_change.T, documents=check.documents)
+    paper = {} if check.paper is None else {"the paper's ALR": statistics.means(check.paper.T).mean}
     return (
-        {"layer": check.layers, "ALR / chance": across.means(check.loss.T).mean}
+        {"layer": check.layers, "ALR / chance": statistics.means(check.loss.T).mean}
         | paper
         | {"NLL change, nats a token": change.mean, "from": change.low, "to": change.high}
     )
@@ -218,7 +218,7 @@ def of_two_studies(comparison: StudyComparison) -> Section:
                 caption="On the line nothing changed. Colour is the layer.",
             ),
         )
-    table = verdict_table(dict(zip(names, comparison.verdicts, strict=True)), across.VERDICTS)
+    table = verdict_table(dict(zip(names, comparison.verdicts, strict=True)), statistics.VERDICTS)
     lead = f"{names[0]} against {names[1]}. {comparison}"
     return Section("Compared over many texts", (lead,), drawings, columns=2, table=table)
 

@@ -10,7 +10,8 @@ import numpy as np
 from analysis.measures import signed
 from analysis.paper.figures import FIGURES, BestAndWorst, FourHeads, OfSink, OverChunks
 from analysis.paper.why import Factors
-from app import figures, markup
+from app import figures
+from app.components import markup
 from app.report.writing import Drawing, Section
 
 

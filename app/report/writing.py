@@ -1,8 +1,8 @@
 """A page as one file: words, Plotly figures and tables in HTML that asks nothing of any network.
 
-For a reader who has nothing installed. The second place that makes HTML, after `app.markup`, since nothing sanitises a
-file that a browser opens: every word goes through `markup.escaped`, data goes into script elements as JSON without "<",
-and the page's own policy (Content-Security-Policy) forbids it to load anything. Knows no measurement.
+For a reader who has nothing installed. The second place that makes HTML, after `app.components.markup`, since nothing
+sanitises a file that a browser opens: every word goes through `markup.escaped`, data goes into script elements as JSON
+without "<", and the page's own policy (Content-Security-Policy) forbids it to load anything. Knows no measurement.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from app import markup
+from app.components import markup
 
 MOST_ROWS = 2000  # of a table: all numbers are in the JSON
 

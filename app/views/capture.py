@@ -6,20 +6,21 @@ from typing import TYPE_CHECKING
 
 import streamlit as st
 
+from analysis.captures import Capture, load_run, save_run
+from analysis.demo.presets import BUNDLED_RUNS, demo_model, presets
 from analysis.errors import RunFileError, UserError
-from analysis.memory import capture_bytes, human_bytes
-from analysis.presets import BUNDLED_RUNS, demo_model, presets
-from analysis.run import Capture, load_run, save_run
-from analysis.synthetic import instrument
-from analysis.texts import plain_text
-from analysis.tokens import tokenize
-from app import markup, state, work
+from analysis.models.memory import capture_bytes, human_bytes
+from analysis.selftest import instrument
+from analysis.texts.read import plain_text
+from analysis.texts.tokens import tokenize
+from app import session
+from app.components import jobs, markup
 from app.engine import Engine
 
 if TYPE_CHECKING:
     from streamlit.navigation.page import Page as StreamlitPage
 
-    from analysis.models import LoadedModel
+    from analysis.models.load import LoadedModel
 
 OWN = "My own text"
 _COUNTED_CHARACTERS = 50_000  # what follows is counted at the same rate: a live count must not stall the page
@@ -34,7 +35,7 @@ def page(engine: Engine, heads_page: StreamlitPage) -> None:
     )
     left, right = st.columns([2, 3], gap="large")
     with left:
-        ref = work.model_input()
+        ref = jobs.model_input()
     with right:
         text = _text_input(ref)
     with left:
@@ -45,14 +46,14 @@ def page(engine: Engine, heads_page: StreamlitPage) -> None:
 
 
 def _text_input(ref: str) -> str:
-    texts = {preset.name: preset.text for preset in presets(work.name_of(ref))}
+    texts = {preset.name: preset.text for preset in presets(jobs.name_of(ref))}
 
     def take() -> None:
         if (name := st.session_state["preset"]) in texts:
             st.session_state["text"] = texts[name]
 
     def upload() -> None:
-        if text := work.text_of(st.session_state["text_file"]):
+        if text := jobs.text_of(st.session_state["text_file"]):
             st.session_state.update(text=text, preset=OWN)
 
     st.session_state.setdefault("text", next(iter(texts.values())))
@@ -61,7 +62,7 @@ def _text_input(ref: str) -> str:
     st.selectbox("Start from", [*texts, OWN], key="preset", persist_state="session", on_change=take)
     with st.expander("Or upload a .txt file", icon=":material/upload_file:"):
         st.file_uploader("Text file", type="txt", key="text_file", on_change=upload, label_visibility="collapsed")
-    work.refused()
+    jobs.refused()
     typed = st.text_area(
         "Text",
         key="text",
@@ -107,15 +108,15 @@ def _count(engine: Engine, ref: str, text: str) -> None:
 
 
 def _run(engine: Engine, ref: str, text: str, heads_page: StreamlitPage) -> None:
-    def captured(loaded: LoadedModel, progress: work.Progress) -> Capture:
-        from analysis.capturing import capture
+    def captured(loaded: LoadedModel, progress: jobs.Progress) -> Capture:
+        from analysis.recorder import capture
 
         return capture(loaded, text, on_layer=lambda done, total: progress(done, total, f"Layer {done} of {total}"))
 
     cancelled = "The text and the run on screen before are as they were."
-    run = work.run(engine, ref, "Run", captured, key="run_capture", cancelled=cancelled, done="")
+    run = jobs.run(engine, ref, "Run", captured, key="run_capture", cancelled=cancelled, done="")
     if run is not None:
-        state.show_run(run)
+        session.show_run(run)
         st.switch_page(heads_page)
 
 
@@ -124,31 +125,31 @@ def _files(heads_page: StreamlitPage) -> None:
     st.subheader("Runs as files")
     left, right = st.columns(2, gap="large")
     with left:
-        run = state.current_run()
+        run = session.current_run()
         st.markdown(f"On screen: {run.n_tokens} tokens in {markup.plain(run.model)}.")
         with st.container(horizontal=True):
             st.download_button(
                 "Download this run",
-                data=lambda: work.saved(run, save_run),
+                data=lambda: jobs.saved(run, save_run),
                 file_name="run.safetensors",
                 icon=":material/download:",
                 on_click="ignore",
             )
             for model in BUNDLED_RUNS:
-                demo = None if model == demo_model() else state.bundled_run(model)
-                if (demo is None and state.is_demo()) or demo is run:
+                demo = None if model == demo_model() else session.bundled_run(model)
+                if (demo is None and session.is_demo()) or demo is run:
                     continue
-                st.button(f"Open the run of {model}", icon=":material/home:", on_click=state.show_run, args=(demo,))
+                st.button(f"Open the run of {model}", icon=":material/home:", on_click=session.show_run, args=(demo,))
         st.caption("The file holds the text. `python -m analysis capture` writes the same kind.")
         if st.button("Open the synthetic check", icon=":material/science:"):
-            state.show_run(instrument())
+            session.show_run(instrument())
             st.switch_page(heads_page)
         st.caption("A run of no model, whose Γ are known to be −1, 0 and +1: does this instrument read what is there?")
     with right:
         file = st.file_uploader("Open a saved run", type="safetensors", key="run_file")
         if file is not None and st.session_state.get("opened") != file.file_id:
             try:
-                state.show_run(work.opened(file, load_run))
+                session.show_run(jobs.opened(file, load_run))
             except RunFileError as error:
                 st.error(markup.plain(str(error)), icon=":material/error:")
                 return

@@ -7,19 +7,20 @@ from typing import TYPE_CHECKING
 
 import streamlit as st
 
-from analysis.across import means
-from analysis.files import read_text
-from analysis.plans.causal import POLICIES, CausalCheck, causal_check
-from analysis.presets import bundled_results
-from analysis.run import Capture
-from app import figures, markup, state, work
-from app.charts import show
+from analysis.captures import Capture
+from analysis.demo.presets import bundled_results
+from analysis.plans.ablation import POLICIES, CausalCheck, causal_check
+from analysis.records import read_text
+from analysis.statistics import means
+from app import figures, session
+from app.components import jobs, markup
+from app.components.charts import show
 from app.engine import Engine
 from app.report.chapters import causal_table
 from l2kv.spec import CompressionSpec
 
 if TYPE_CHECKING:
-    from analysis.models import LoadedModel
+    from analysis.models.load import LoadedModel
 
 
 @lru_cache(maxsize=4)
@@ -47,12 +48,12 @@ def section(engine: Engine, run: Capture) -> None:
             f"for {markup.plain(run.model)}*.",
             icon=":material/info:",
         )
-    work.of_another("The check", "causal", run.model)
+    jobs.of_another("The check", "causal", run.model)
     left, right = st.columns([3, 2], gap="large")
     with left, st.expander("Measure it here", icon=":material/speed:", expanded=check is None, key="measure_causal"):
         _measure(engine)
     with right, st.expander("Checks as files", icon=":material/folder_open:"):
-        work.record_files(check, "check", "causal", CausalCheck.from_json)
+        jobs.record_files(check, "check", "causal", CausalCheck.from_json)
 
 
 def _draw(check: CausalCheck) -> None:
@@ -64,7 +65,8 @@ def _draw(check: CausalCheck) -> None:
         key="layer_costs",
         alt="NLL change by compressing one layer alone against its ALR",
         caption=f"Each point is a layer, numbered: its ALR / chance (across) and what it costs to compress that layer "
-        f"alone, all others whole (up): {state.in_words(check.spec)}. Means over {n} texts, bars their 95 % intervals. "
+        f"alone, all others whole (up): {session.in_words(check.spec)}. Means over {n} texts, bars their 95 % "
+        "intervals. "
         "Where the points rise to the right, ALR / chance orders the layers as prediction does: a skip list by it is "
         "sound." + (" The paper's ALR also counts how much there is to lose." if check.paper is not None else ""),
         table=causal_table(check),
@@ -72,17 +74,17 @@ def _draw(check: CausalCheck) -> None:
 
 
 def _measure(engine: Engine) -> None:
-    controls = state.current_spec()
-    ref = work.model_input()
-    texts = work.texts_input()
-    continued = work.continued_input("Texts", "Cut from what was given. With fewer than 16 the intervals are narrow.")
+    controls = session.current_spec()
+    ref = jobs.model_input()
+    texts = jobs.texts_input()
+    continued = jobs.continued_input("Texts", "Cut from what was given. With fewer than 16 the intervals are narrow.")
     spec = CompressionSpec(keep_ratio=controls.keep_ratio, policy=controls.policy, protect_last=controls.protect_last)
-    st.caption(f"Each layer alone by the controls above: {state.in_words(spec)}.")
+    st.caption(f"Each layer alone by the controls above: {session.in_words(spec)}.")
     missing = "" if texts else "Upload texts or paste a long one first."
     if spec.policy not in POLICIES:
         missing = "ALR says nothing of random eviction: choose low or high norm above."
 
-    def measure(loaded: LoadedModel, progress: work.Progress) -> CausalCheck:
+    def measure(loaded: LoadedModel, progress: jobs.Progress) -> CausalCheck:
         given = continued.excerpts(loaded, texts)
         return causal_check(
             loaded,
@@ -94,10 +96,10 @@ def _measure(engine: Engine) -> None:
             on_done=lambda done, total: progress(done, total, f"{done} of {total} runs"),
         )
 
-    check = work.run(
+    check = jobs.run(
         engine,
         ref,
-        work.label("Measure it", ref),
+        jobs.label("Measure it", ref),
         measure,
         key="run_causal",
         cancelled="What was measured is gone.",

@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import streamlit as st
 
+from analysis.captures import Capture
 from analysis.plans.curves import BY_NORM
 from analysis.plans.export import kvpress_code, library_code
 from analysis.plans.skip import Plan, skip_list
-from analysis.run import Capture
-from app import state, work
+from app import session
+from app.components import jobs
 
 
 def download(plan: Plan) -> None:
@@ -27,7 +28,7 @@ def download(plan: Plan) -> None:
 
 def as_code(plan: Plan, run: Capture) -> None:
     """The plan's text, and what decodes by it in this library and in kvpress, to look at and to copy."""
-    ref = work.ref_of(plan.model) or plan.model
+    ref = jobs.ref_of(plan.model) or plan.model
     with st.expander("The plan as JSON and as code", icon=":material/code:"):
         st.code(plan.to_json(), language="json", height=min(420, 30 + 22 * plan.to_json().count("\n")))
         st.markdown("A script that runs as it is pasted:")
@@ -46,5 +47,5 @@ def plan_from(text: str, run: Capture) -> Plan:
     """
     if text.lstrip().startswith("{"):
         return Plan.from_json(text)
-    spec = replace(state.current_spec(), skip_layers=skip_list(text, n_layers=run.n_layers))
+    spec = replace(session.current_spec(), skip_layers=skip_list(text, n_layers=run.n_layers))
     return Plan(run.model, spec, note="a skip list that was opened")

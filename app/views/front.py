@@ -8,23 +8,24 @@ from typing import TYPE_CHECKING
 import numpy as np
 import streamlit as st
 
-from analysis.across import Interval
-from analysis.excerpts import SPLIT
-from analysis.files import read_text
+from analysis.captures import Capture
+from analysis.demo.presets import bundled_results
 from analysis.plans.front import KEEPS, Front, measure_front, passes
 from analysis.plans.skip import Plan
-from analysis.plans.ways import WAYS
-from analysis.presets import bundled_results
-from analysis.run import Capture
-from app import figures, markup, state, work
-from app.charts import show
+from analysis.plans.strategies import WAYS
+from analysis.records import read_text
+from analysis.statistics import Interval
+from analysis.texts.excerpts import SPLIT
+from app import figures, session
+from app.components import jobs, markup
+from app.components.charts import show
 from app.engine import Engine
 from app.report.chapters import front_lines
 
 if TYPE_CHECKING:
     from streamlit.navigation.page import Page as StreamlitPage
 
-    from analysis.models import LoadedModel
+    from analysis.models.load import LoadedModel
 
 _MIB = 2**20
 _FIRST_WAYS = (
@@ -71,12 +72,12 @@ def section(engine: Engine, run: Capture, generate_page: StreamlitPage) -> None:
     else:
         _draw(front)
         _pick(front, generate_page)
-    work.of_another("The front", "front", run.model)
+    jobs.of_another("The front", "front", run.model)
     left, right = st.columns([3, 2], gap="large")
     with left, st.expander("Measure it here", icon=":material/speed:", expanded=front is None, key="measure_front"):
         _measure(engine, run)
     with right, st.expander("Fronts as files", icon=":material/folder_open:"):
-        work.record_files(front, "front", "front", Front.from_json)
+        jobs.record_files(front, "front", "front", Front.from_json)
 
 
 def _draw(front: Front) -> None:
@@ -159,27 +160,29 @@ def _pick(front: Front, generate_page: StreamlitPage) -> None:
         keep = st.selectbox("keep", list(by_keep), format_func=lambda keep: f"{keep:.0%}", key="front_keep")
         if st.button("Use it in Generate", icon=":material/compare:", key="use_point"):
             note = f"{name}, keep {keep:g}, of the measured front"
-            state.use_plan(Plan(front.model, by_keep[keep].spec, note=note))
+            session.use_plan(Plan(front.model, by_keep[keep].spec, note=note))
             st.switch_page(generate_page)
-    st.caption(f"{state.in_words(by_keep[keep].spec)}: NLL {_nats(front.interval(by_keep[keep]).value)} nats a token.")
+    st.caption(
+        f"{session.in_words(by_keep[keep].spec)}: NLL {_nats(front.interval(by_keep[keep]).value)} nats a token."
+    )
 
 
 def _measure(engine: Engine, run: Capture) -> None:
-    ref = work.model_input()
-    texts = work.texts_input()
+    ref = jobs.model_input()
+    texts = jobs.texts_input()
     with st.container(horizontal=True, vertical_alignment="bottom"):
         keeps = st.multiselect("Budgets (keep)", KEEPS, default=[0.3, 0.5], key="front_keeps", persist_state="session")
         ways = st.multiselect(
             "Ways", list(WAYS), default=_FIRST_WAYS, key="front_measured_ways", persist_state="session",
             help="\n".join(f"- **{name}**: {way.about}" for name, way in WAYS.items()),
         )  # fmt: skip
-    continued = work.continued_input(
+    continued = jobs.continued_input(
         "Texts to plan on, and to measure on",
         "At most so many of each, cut from what was given. With fewer than 16 the intervals are too narrow.",
     )
-    protect_last = state.current_spec().protect_last
+    protect_last = session.current_spec().protect_last
     costly = any(WAYS[way].needs_costs for way in ways)
-    known = work.name_of(ref) == run.model  # else nobody knows yet how many kv heads it has
+    known = jobs.name_of(ref) == run.model  # else nobody knows yet how many kv heads it has
     runs = passes(
         continued.texts,
         continued.texts,
@@ -196,7 +199,7 @@ def _measure(engine: Engine, run: Capture) -> None:
     if not (keeps and ways):
         missing = "Choose a budget and a way first."
 
-    def measure(loaded: LoadedModel, progress: work.Progress) -> Front:
+    def measure(loaded: LoadedModel, progress: jobs.Progress) -> Front:
         return measure_front(
             loaded,
             *continued.planning_and_measuring(loaded, texts),
@@ -208,10 +211,10 @@ def _measure(engine: Engine, run: Capture) -> None:
             on_done=lambda done, total: progress(done, total, f"{done} of {total} runs"),
         )
 
-    front = work.run(
+    front = jobs.run(
         engine,
         ref,
-        work.label("Measure it", ref),
+        jobs.label("Measure it", ref),
         measure,
         key="run_front",
         cancelled="What was measured is gone.",

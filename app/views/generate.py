@@ -12,24 +12,25 @@ from typing import TYPE_CHECKING
 
 import streamlit as st
 
+from analysis.captures import Capture
+from analysis.demo.presets import Preset, presets
 from analysis.errors import UserError
-from analysis.memory import DTYPES, human_bytes
-from analysis.models import model_folder
+from analysis.evaluation.tasks import can_chat, decided, found, prompt_tokens
+from analysis.models.load import model_folder
+from analysis.models.memory import DTYPES, human_bytes
 from analysis.plans.skip import Plan
-from analysis.presets import Preset, presets
-from analysis.run import Capture
-from analysis.synthetic import is_synthetic
-from analysis.tasks import can_chat, decided, found, prompt_tokens
-from analysis.texts import plain_text
-from app import figures, markup, state, work
-from app.charts import show
+from analysis.selftest import is_synthetic
+from analysis.texts.read import plain_text
+from app import figures, session
+from app.components import jobs, markup
+from app.components.charts import show
 from app.engine import Engine, allowed_models, check_allowed
 from l2kv.spec import CompressionSpec, SpecError
 
 if TYPE_CHECKING:
     from streamlit.delta_generator import DeltaGenerator
 
-    from analysis.generation import Step
+    from analysis.preview import Step
 
 OWN = "My own text"
 _PLAN, _CONTROLS = "the plan", "the controls"
@@ -110,7 +111,7 @@ class Preview:
 
 def page(engine: Engine) -> None:
     """Draw the page."""
-    run = state.current_run()
+    run = session.current_run()
     st.header("What does compression change in the text?")
     st.markdown(
         "The same prompt, decoded greedily over the full cache and over compressed ones. The prompt is compressed "
@@ -160,14 +161,14 @@ def page(engine: Engine) -> None:
 
 def _columns_input(run: Capture, ref: str) -> tuple[Column, ...]:
     """The compressed caches to decode with: one, and another beside it."""
-    plan = state.plan_in_use()
+    plan = session.plan_in_use()
     if plan is not None:
         _plan_note(plan, ref)
     first_planned = plan is not None and _by_plan("Compress by", "first_by")
     if not first_planned:
         with st.container(horizontal=True, vertical_alignment="bottom"):
-            state.ratio_input()
-            state.policy_input()
+            session.ratio_input()
+            session.policy_input()
     beside = st.toggle(
         "Beside it: a second compression", key="beside", persist_state="session",
         help="Decoded in step with the first, so that two ways to spend the same bytes can be read side by side.",
@@ -177,17 +178,17 @@ def _columns_input(run: Capture, ref: str) -> tuple[Column, ...]:
     )
     if beside and not second_planned:
         with st.container(horizontal=True, vertical_alignment="bottom"):
-            state.ratio_input(second=True)
-            state.policy_input(second=True)
+            session.ratio_input(second=True)
+            session.policy_input(second=True)
     if beside or not first_planned:
         with st.container(horizontal=True, vertical_alignment="bottom"):
-            state.protect_last_input()
-            state.prune_after_input()
-        state.skip_layers_input(run)
-    first = Column("plan", plan.spec) if first_planned else Column("compressed", state.current_spec())
+            session.protect_last_input()
+            session.prune_after_input()
+        session.skip_layers_input(run)
+    first = Column("plan", plan.spec) if first_planned else Column("compressed", session.current_spec())
     if not beside:
         return (first,)
-    second = Column("plan", plan.spec) if second_planned else Column("second", state.current_spec(second=True))
+    second = Column("plan", plan.spec) if second_planned else Column("second", session.current_spec(second=True))
     return (first, second)
 
 
@@ -201,11 +202,11 @@ def _by_plan(label: str, key: str) -> bool:
 def _plan_note(plan: Plan, ref: str) -> None:
     with st.container(border=True, horizontal=True, vertical_alignment="center"):
         note = f" ({markup.plain(plan.note)})" if plan.note else ""
-        st.markdown(f"**Plan in use**: {state.in_words(plan.spec)}{note}. Made for {markup.plain(plan.model)}.")
-        st.button("Drop it", icon=":material/close:", on_click=state.use_plan, args=(None,))
-    if work.name_of(ref) != plan.model:
+        st.markdown(f"**Plan in use**: {session.in_words(plan.spec)}{note}. Made for {markup.plain(plan.model)}.")
+        st.button("Drop it", icon=":material/close:", on_click=session.use_plan, args=(None,))
+    if jobs.name_of(ref) != plan.model:
         st.warning(
-            f"The plan was made for {markup.plain(plan.model)}, and {markup.plain(work.name_of(ref))} is chosen: its "
+            f"The plan was made for {markup.plain(plan.model)}, and {markup.plain(jobs.name_of(ref))} is chosen: its "
             "layers and heads are others.",
             icon=":material/warning:",
         )
@@ -213,7 +214,7 @@ def _plan_note(plan: Plan, ref: str) -> None:
 
 def _prompt_input(ref: str) -> tuple[str, Preset | None]:
     """The prompt, and the preset that it is, if it is one as it came: those that hold for the model are offered."""
-    by_name = {preset.name: preset for preset in presets(work.name_of(ref))}
+    by_name = {preset.name: preset for preset in presets(jobs.name_of(ref))}
 
     def take() -> None:
         if (name := st.session_state["prompt_preset"]) == OWN:
@@ -221,11 +222,11 @@ def _prompt_input(ref: str) -> tuple[str, Preset | None]:
         preset = by_name[name]
         st.session_state.update(prompt=preset.text, chat=preset.chat)
         if preset.spec is not None:
-            st.session_state.setdefault("before_preset", state.current_spec())
-            state.take_spec(preset.spec, beside=preset.beside)
+            st.session_state.setdefault("before_preset", session.current_spec())
+            session.take_spec(preset.spec, beside=preset.beside)
             st.session_state["first_by"] = st.session_state["second_by"] = _CONTROLS  # which now are the preset's
         elif before := st.session_state.pop("before_preset", None):
-            state.take_spec(before)  # a preset's compression leaves with it
+            session.take_spec(before)  # a preset's compression leaves with it
 
     st.session_state.setdefault("prompt", next(iter(by_name.values())).text)
     named = next((name for name, preset in by_name.items() if preset.text == st.session_state["prompt"]), OWN)
@@ -246,7 +247,7 @@ def _chat_input(engine: Engine, ref: str) -> bool:
     """Whether to ask through the chat template, where the model has one."""
     if not ref or not (found := engine.tokenizer_and_config(ref)) or not can_chat(found[0]):
         return False
-    st.session_state["chat"] = st.session_state.get("chat", False)  # as `state._begin_with`
+    st.session_state["chat"] = st.session_state.get("chat", False)  # as `session._begin_with`
     return st.toggle(
         "Chat: ask it as a question", key="chat", persist_state="session",
         help="The prompt is put to the model as a user's message, through its own chat template, and the answer ends "
@@ -283,7 +284,7 @@ def _model_input(engine: Engine, run: Capture) -> str:
     """
     resident = [engine.ref] if engine.ref else []
     models = list(dict.fromkeys([*resident, *allowed_models()]))
-    ref = models[0] if is_synthetic(run) else work.ref_of(run.model, engine)
+    ref = models[0] if is_synthetic(run) else jobs.ref_of(run.model, engine)
     if st.session_state.get("generate_model") not in models:
         st.session_state["generate_model"] = ref
     chosen = st.selectbox(
@@ -298,7 +299,7 @@ def _model_input(engine: Engine, run: Capture) -> str:
 
 
 def _generate(engine: Engine, preview: Preview, boxes: DeltaGenerator) -> None:
-    from analysis.generation import stream
+    from analysis.preview import stream
 
     with boxes:
         note = st.empty()
@@ -312,7 +313,7 @@ def _generate(engine: Engine, preview: Preview, boxes: DeltaGenerator) -> None:
             ) as loaded:
                 note.empty()
                 preview.counted_dtype = str(loaded.model.dtype).removeprefix("torch.")
-                preview.cache_dtype = state.dtype_of(preview.ref) or preview.counted_dtype
+                preview.cache_dtype = session.dtype_of(preview.ref) or preview.counted_dtype
                 n_new, places = int(st.session_state["new_tokens"]), None
                 specs = [None, *(column.spec for column in preview.columns)]
                 # Closed before the turn ends: the next session must find the model as it was.
@@ -348,7 +349,7 @@ def _places(preview: Preview) -> list[tuple[DeltaGenerator, DeltaGenerator]]:
     titles = [":gray[**Full cache**]"]
     for column in preview.columns:
         lead = f"{column.name.capitalize()}: " * (column.name == "plan" or len(preview.columns) > 1)
-        titles.append(f":primary[{lead}{state.in_words(column.spec)}]")
+        titles.append(f":primary[{lead}{session.in_words(column.spec)}]")
     places = []
     beside = st.container(key="caches")
     for box, title in zip(beside.columns(len(titles), gap="medium", border=True), titles, strict=True):

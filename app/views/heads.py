@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import streamlit as st
 
+from analysis.captures import Capture
 from analysis.measures import VERDICTS, HeadFigures, answer_of, signed
 from analysis.metrics import PROBES
-from analysis.run import Capture
-from analysis.synthetic import check, is_synthetic
-from app import figures, markup, state
-from app.charts import first_is_drawn, show
+from analysis.selftest import check, is_synthetic
+from app import figures, session
+from app.components import markup
+from app.components.charts import first_is_drawn, show
 from app.views import two_runs
 from app.views.one_head import one_head
 
@@ -34,7 +35,7 @@ MAPS = {
 
 def page() -> None:
     """Draw the page."""
-    run = state.current_run()
+    run = session.current_run()
     if is_synthetic(run):
         _synthetic(run)
     else:
@@ -51,13 +52,13 @@ def page() -> None:
             "verdicts, which weigh both, and the strip of tokens stay of all.",
         )
     leave_out = int(without)
-    numbers = state.figures_of(run, leave_out, probe)
+    numbers = session.figures_of(run, leave_out, probe)
     if not is_synthetic(run):
-        of_all = state.figures_of(run, 0, probe)
+        of_all = session.figures_of(run, 0, probe)
         answer.markdown(markup.headline(answer_of(of_all.verdict, of_all.gamma, n_tokens=run.n_tokens)))
     if not _maps(run, numbers, leave_out, probe):
         return
-    layer, head = state.chosen_head(run)
+    layer, head = session.chosen_head(run)
     st.markdown(
         f"Open below: **layer {layer}, head {head}**, {numbers.verdict[layer, head]}, "
         f"Γ {signed(numbers.gamma[layer, head])}."
@@ -96,7 +97,7 @@ def _probe(run: Capture) -> str:
 
 
 def _about(run: Capture) -> None:
-    source = "A run that comes with the app" if state.is_bundled() else "Your run"
+    source = "A run that comes with the app" if session.is_bundled() else "Your run"
     beginning = markup.plain(run.text[:80]) + (" …" if len(run.text) > 80 else "")
     st.caption(
         f"{source}: {run.n_tokens} tokens of “{beginning}” in {markup.plain(run.architecture)}, {run.n_layers} layers, "
@@ -137,7 +138,7 @@ def _maps(run: Capture, numbers: HeadFigures, leave_out: int, probe: str) -> boo
             alt=f"Map of {which} by layer and head",
             caption=f"{MAPS[which].format(whose=whose)} Rows are layers, columns query heads. "
             "Click a cell to open that head.",
-            on_head=state.choose_head,
+            on_head=session.choose_head,
         )
     if not first_is_drawn():
         return False
@@ -145,7 +146,7 @@ def _maps(run: Capture, numbers: HeadFigures, leave_out: int, probe: str) -> boo
         _all_heads(run, numbers, probe)
     with right:
         st.markdown("**With and without the first token**")
-        gammas = (state.figures_of(run, first, probe).gamma for first in (0, 1))
+        gammas = (session.figures_of(run, first, probe).gamma for first in (0, 1))
         show(
             figures.head_quadrant(*gammas, numbers.sink_share, status=numbers.verdict),
             key=f"quadrant_{probe}",
@@ -153,7 +154,7 @@ def _maps(run: Capture, numbers: HeadFigures, leave_out: int, probe: str) -> boo
             caption="Every head by Γ with the first token (across) and without it (up); size is the first token's "
             f"share of the attention. Heads in which the others get next to none are not drawn. Lower left follows the "
             f"paper. {whose} Click a head to open it.",
-            on_head=state.choose_head,
+            on_head=session.choose_head,
         )
     return True
 
@@ -164,7 +165,7 @@ def _all_heads(run: Capture, numbers: HeadFigures, probe: str) -> None:
 
         def chosen() -> None:
             if rows := st.session_state["all_heads"].selection.rows:
-                state.choose_head(int(layer[rows[0]]), int(head[rows[0]]))
+                session.choose_head(int(layer[rows[0]]), int(head[rows[0]]))
 
         st.dataframe(
             {
@@ -172,7 +173,7 @@ def _all_heads(run: Capture, numbers: HeadFigures, probe: str) -> None:
                 "head": head,
                 "kv head": head * run.n_kv_heads // run.n_heads,
                 "Γ": numbers.gamma.ravel(),
-                "Γ without the first": state.figures_of(run, 1, probe).gamma.ravel(),
+                "Γ without the first": session.figures_of(run, 1, probe).gamma.ravel(),
                 "ALR": numbers.alr.ravel(),
                 "ALR / n": numbers.alr_per_token.ravel(),
                 "ALR / chance": numbers.alr_against_chance.ravel(),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import streamlit as st
 
+from analysis.captures import Capture
 from analysis.measures import VERDICTS, HeadFigures, attention_loss, kept_tokens, signed
-from analysis.run import Capture
-from analysis.synthetic import is_synthetic
-from app import figures, markup, state
-from app.charts import show
+from analysis.selftest import is_synthetic
+from app import figures, session
+from app.components import markup
+from app.components.charts import show
 from l2kv.spec import CompressionSpec, share
 
 
@@ -29,13 +30,13 @@ def one_head(run: Capture, numbers: HeadFigures, leave_out: int, probe: str) -> 
     labels = [markup.visible(label) for label in run.labels]
     norm = run.key_norm[layer, run.kv_head(head)]
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        state.ratio_input()
+        session.ratio_input()
         rule = st.segmented_control(
             "Keep the keys of", ["low norm", "high norm"], default="low norm", required=True, key="strip_rule",
             persist_state="session",
         )  # fmt: skip
-        state.protect_last_input()
-    shared = state.current_spec()
+        session.protect_last_input()
+    shared = session.current_spec()
     spec = CompressionSpec(
         keep_ratio=shared.keep_ratio,
         protect_last=shared.protect_last,
@@ -104,11 +105,11 @@ def one_head(run: Capture, numbers: HeadFigures, leave_out: int, probe: str) -> 
 
 def _choose(run: Capture) -> tuple[int, int]:
     """The open head, and the ways to another one without a mouse on the map."""
-    state.chosen_head(run)
+    session.chosen_head(run)
 
     def step(by: int) -> None:
-        layer, head = state.chosen_head(run)
-        state.choose_head(*divmod((layer * run.n_heads + head + by) % (run.n_layers * run.n_heads), run.n_heads))
+        layer, head = session.chosen_head(run)
+        session.choose_head(*divmod((layer * run.n_heads + head + by) % (run.n_layers * run.n_heads), run.n_heads))
 
     with st.container(horizontal=True, vertical_alignment="bottom"):
         st.number_input("Layer", 0, run.n_layers - 1, key="layer", persist_state="session", width=130)
@@ -128,7 +129,7 @@ def _choose(run: Capture) -> tuple[int, int]:
                 icon=":material/playlist_remove:" if skipped else ":material/playlist_add:",
                 on_click=toggle_skip,
             )
-    return state.chosen_head(run)
+    return session.chosen_head(run)
 
 
 def _layer_note(run: Capture, layer: int) -> str:
@@ -140,8 +141,8 @@ def _layer_note(run: Capture, layer: int) -> str:
 
 
 def _numbers(run: Capture, numbers: HeadFigures, layer: int, head: int, leave_out: int, probe: str) -> None:
-    without = state.figures_of(run, 1, probe).gamma[layer, head]
-    group_alr = state.kv_figures_of(run, leave_out, probe).alr[layer, run.kv_head(head)]
+    without = session.figures_of(run, 1, probe).gamma[layer, head]
+    group_alr = session.kv_figures_of(run, leave_out, probe).alr[layer, run.kv_head(head)]
     n = run.n_tokens - leave_out
     ranked = f"{n - len(run.recent_positions)} to {n - 1}" if probe == "last queries" else n
     shown = {
@@ -177,8 +178,8 @@ def _queries(run: Capture, layer: int, head: int, leave_out: int) -> None:
     if not positions:
         st.caption("The run on screen keeps no last queries. Capture the text again to see how queries differ.")
         return
-    gamma = state.gamma_by_query(run, leave_out)[:, layer, head]
-    next_token = float(state.figures_of(run, leave_out).gamma[layer, head])
+    gamma = session.gamma_by_query(run, leave_out)[:, layer, head]
+    next_token = float(session.figures_of(run, leave_out).gamma[layer, head])
     labels = [markup.visible(run.labels[position]) for position in positions]
     show(
         figures.gamma_by_query(

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import streamlit as st
 
+from analysis.captures import Capture
 from analysis.errors import RunFileError, SettingsError
-from analysis.plans import planning
+from analysis.plans import allocation
+from analysis.plans.allocation import METHODS, AllocationPlan
 from analysis.plans.curves import BY_NORM
-from analysis.plans.planning import METHODS, AllocationPlan
 from analysis.plans.skip import Plan
-from analysis.run import Capture
-from app import figures, markup, state, work
-from app.charts import show
+from app import figures, session
+from app.components import jobs, markup
+from app.components.charts import show
 from app.engine import Engine
 from app.views import export, front, savings
 
@@ -23,12 +24,12 @@ if TYPE_CHECKING:
 
 _UNITS = {"head": "each kv head", "layer": "each layer"}
 _BY_BOTH = ("dp", "hull")  # methods that can give one ratio to a layer; the others go by head
-_POLICIES = state.POLICY_NAMES | {"signed_norm": state.BY_HEAD}
+_POLICIES = session.POLICY_NAMES | {"signed_norm": session.BY_HEAD}
 
 
 def page(engine: Engine, generate_page: StreamlitPage) -> None:
     """Draw the page; a plan can be tried on `generate_page`."""
-    run = state.current_run()
+    run = session.current_run()
     st.header(f"Where should the bytes of {markup.plain(run.model)}'s cache go?")
     front.answer(run)
     st.markdown(
@@ -54,22 +55,22 @@ def page(engine: Engine, generate_page: StreamlitPage) -> None:
 
 def _in_use() -> None:
     """The plan of the session, and how to bring one in."""
-    if plan := state.plan_in_use():
+    if plan := session.plan_in_use():
         with st.container(border=True, horizontal=True, vertical_alignment="center"):
             note = f" ({markup.plain(plan.note)})" if plan.note else ""
             st.markdown(
-                f":material/check_circle: **In use on Generate**: {state.in_words(plan.spec)}{note}, for "
+                f":material/check_circle: **In use on Generate**: {session.in_words(plan.spec)}{note}, for "
                 f"{markup.plain(plan.model)}."
             )
-            st.button("Drop it", icon=":material/close:", on_click=state.use_plan, args=(None,))
+            st.button("Drop it", icon=":material/close:", on_click=session.use_plan, args=(None,))
 
 
 def _make(run: Capture) -> Plan | None:
     """A plan from the loss curves of the run on screen; None where there can be none."""
     st.subheader("Make a plan from the run on screen")
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        state.ratio_input()
-        state.protect_last_input()
+        session.ratio_input()
+        session.protect_last_input()
         policy = st.selectbox(
             "Which norms stay", BY_NORM, format_func=_POLICIES.get, key="plan_policy", persist_state="session",
             help="By head: in each the direction that loses less here.",
@@ -87,7 +88,7 @@ def _make(run: Capture) -> Plan | None:
             "Heads without a signal stay whole", key="plan_whole", persist_state="session",
             help="Where norms tell nothing of attention, nothing is thrown away, and the other heads pay for it.",
         )  # fmt: skip
-    spec = state.current_spec()
+    spec = session.current_spec()
     try:
         plan = _plan(run, spec.protect_last, spec.keep_ratio, by, method, policy, whole)
     except SettingsError as error:
@@ -100,12 +101,12 @@ def _make(run: Capture) -> Plan | None:
     return Plan(run.model, plan.to_spec(), note=note)
 
 
-@state.remembered
+@session.remembered
 def _plan(
     run: Capture, protect_last: int, keep: float, by: str, method: str, policy: str, whole: bool
 ) -> AllocationPlan:
-    curves = state.curves_of(run, protect_last)
-    return planning.plan(curves, keep, by=by, method=method, policy=policy, whole_without_signal=whole)
+    curves = session.curves_of(run, protect_last)
+    return allocation.plan(curves, keep, by=by, method=method, policy=policy, whole_without_signal=whole)
 
 
 def _expected(run: Capture, plan: AllocationPlan) -> None:
@@ -153,7 +154,7 @@ def _maps(plan: AllocationPlan) -> None:
 def _take_along(run: Capture, plan: Plan, generate_page: StreamlitPage) -> None:
     with st.container(horizontal=True):
         if st.button("Use this plan in Generate", icon=":material/compare:", type="primary"):
-            state.use_plan(plan)
+            session.use_plan(plan)
             st.switch_page(generate_page)
         export.download(plan)
     export.as_code(plan, run)
@@ -164,12 +165,12 @@ def _take_along(run: Capture, plan: Plan, generate_page: StreamlitPage) -> None:
 def _import(run: Capture) -> None:
     typed = st.text_input("A skip list", placeholder="0, 1, 12", key="plan_skip_list")
     file = st.file_uploader("Or a file: a plan (JSON) or a skip list", type=["json", "txt"], key="plan_file")
-    given = work.text_of(file) if file is not None else typed
-    work.refused()
+    given = jobs.text_of(file) if file is not None else typed
+    jobs.refused()
     if not given.strip() or not st.button("Open it", icon=":material/upload_file:"):
         return
     try:
-        state.use_plan(export.plan_from(given, run))
+        session.use_plan(export.plan_from(given, run))
     except RunFileError as error:
         st.error(markup.plain(str(error)), icon=":material/error:")
         return

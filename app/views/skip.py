@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import streamlit as st
 
+from analysis.captures import Capture
 from analysis.errors import RunFileError
-from analysis.memory import human_bytes
-from analysis.plans.causal import COSTLY, CausalCheck, suggest_by_cost
+from analysis.models.memory import human_bytes
+from analysis.plans.ablation import COSTLY, CausalCheck, suggest_by_cost
 from analysis.plans.export import LENGTHS
 from analysis.plans.skip import RULES, Plan, SkipSuggestion, layer_loss, skip_list, suggest_skip_layers
-from analysis.run import Capture
-from analysis.study import Study
-from app import figures, markup, state, work
-from app.charts import show
+from analysis.studies import Study
+from app import figures, session
+from app.components import jobs, markup
+from app.components.charts import show
 from app.engine import Engine
 from app.views import causal, export
 from l2kv.spec import CompressionSpec
@@ -29,7 +30,7 @@ _RULES = {"threshold": "By threshold", "count": "By number", "gap": "By the wide
 
 def page(engine: Engine, generate_page: StreamlitPage) -> None:
     """Draw the page; the list can be tried on `generate_page`."""
-    run = state.current_run()
+    run = session.current_run()
     st.header(f"Which layers of {markup.plain(run.model)} to leave whole?")
     st.markdown(
         "Compression throws away the same share in every layer, but layers do not all take it alike. Those listed here "
@@ -43,9 +44,9 @@ def page(engine: Engine, generate_page: StreamlitPage) -> None:
         )
         return
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        state.policy_input(state.BY_NORM)
-        state.ratio_input()
-    spec = state.current_spec()
+        session.policy_input(session.BY_NORM)
+        session.ratio_input()
+    spec = session.current_spec()
     check = causal.current(run)
     if check is not None and check.spec.policy == spec.policy:
         suggestion, threshold = _by_cost(check), None
@@ -54,15 +55,15 @@ def page(engine: Engine, generate_page: StreamlitPage) -> None:
         suggestion, threshold = _by_alr(run, spec.policy)
         _suggest(run, spec, suggestion, None)
     _import(run)
-    state.skip_layers_input(run)
-    spec = state.current_spec()
+    session.skip_layers_input(run)
+    spec = session.current_spec()
 
     loss = layer_loss(run, spec.policy)
     show(
         figures.layer_alr(loss.by_head, loss.by_layer, threshold=threshold, skipped=spec.skip_layers),
         key="layer_alr",
         alt="ALR against chance, by layer",
-        caption=f"What *{markup.plain(state.POLICY_NAMES[spec.policy])}* loses beyond the ideal order, as a share "
+        caption=f"What *{markup.plain(session.POLICY_NAMES[spec.policy])}* loses beyond the ideal order, as a share "
         "of what a random order loses: small points are heads, large ones the layer as a whole (heads count by what "
         "they have to lose). Below 1 the policy is better than chance. Shaded layers are skipped. One text, one query: "
         "the page *Texts* has the same over many, with intervals.",
@@ -108,7 +109,7 @@ def _by_cost(check: CausalCheck) -> SkipSuggestion:
 
 def _by_alr(run: Capture, policy: str) -> tuple[SkipSuggestion, float | None]:
     """The layers that a rule suggests by ALR, a proxy, and its threshold if it goes by one."""
-    study = state.current_study()
+    study = session.current_study()
     if study is not None and (study.model, study.layer_kinds) != (run.model, run.layer_kinds):
         study = None
     with st.container(horizontal=True, vertical_alignment="bottom"):
@@ -146,8 +147,8 @@ def _suggest(run: Capture, spec: CompressionSpec, suggestion: SkipSuggestion, ch
         st.info(f"**Suggestion, as measured: {names}.** {rule}", icon=":material/lightbulb:")
         if (check.spec.keep_ratio, check.spec.protect_last) != (spec.keep_ratio, spec.protect_last):
             st.caption(
-                f"The controls say otherwise: {state.in_words(replace(spec, skip_layers=()))}. Measure it again below "
-                "for them; layers that are costly at one ratio need not be at another."
+                f"The controls say otherwise: {session.in_words(replace(spec, skip_layers=()))}. Measure it again "
+                "below for them; layers that are costly at one ratio need not be at another."
             )
     elif policy == "random":
         st.info("Random eviction is the baseline: its ALR / chance is 1 in every layer.", icon=":material/casino:")
@@ -179,10 +180,10 @@ def _import(run: Capture) -> None:
     """A skip list that was typed, or is in a file; of a plan's file its list."""
 
     def opened() -> None:
-        _opened(run, work.text_of(st.session_state["skip_file"]))
+        _opened(run, jobs.text_of(st.session_state["skip_file"]))
 
     with st.expander("Open a skip list", icon=":material/upload_file:"):
-        work.refused()
+        jobs.refused()
         st.text_input(
             "Layers",
             placeholder="0, 1, 12",
@@ -207,8 +208,8 @@ def _opened(run: Capture, text: str) -> None:
 
 def _bytes(run: Capture, spec: CompressionSpec) -> None:
     st.subheader("What it saves")
-    ref = work.ref_of(run.model)
-    shape = replace(run.cache_shape, itemsize=state.dtype_input(state.dtype_of(ref) if ref else None))
+    ref = jobs.ref_of(run.model)
+    shape = replace(run.cache_shape, itemsize=session.dtype_input(session.dtype_of(ref) if ref else None))
     uniform_spec = replace(spec, skip_layers=())
     rows = {"tokens": [], "full cache": [], "no layer skipped": [], "with the skip list": [], "saved": []}
     for n in (run.n_tokens, *LENGTHS):
@@ -234,6 +235,6 @@ def _export(run: Capture, spec: CompressionSpec, generate_page: StreamlitPage) -
     with st.container(horizontal=True):
         export.download(plan)
         if st.button("Try it in Generate", icon=":material/compare:", type="primary"):
-            state.use_plan(None)  # Generate would begin with it, and not with this list
+            session.use_plan(None)  # Generate would begin with it, and not with this list
             st.switch_page(generate_page)
     export.as_code(plan, run)

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 import streamlit as st
 
 from analysis.errors import RunFileError
-from analysis.study import Study, load_study, save_study
-from app import markup, state, work
+from analysis.studies import Study, load_study, save_study
+from app import session
+from app.components import jobs, markup
 from app.engine import Engine
 
 if TYPE_CHECKING:
-    from analysis.models import LoadedModel
+    from analysis.models.load import LoadedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +41,8 @@ class _Task:
 def run(engine: Engine) -> None:
     """Draw the controls of a study, and do it; what is done so far is put on screen."""
     st.subheader("Study your own texts")
-    ref = work.model_input()
-    sources = work.texts_input()
+    ref = jobs.model_input()
+    sources = jobs.texts_input()
     with st.container(horizontal=True, vertical_alignment="bottom"):
         n_tokens = st.number_input(
             "Tokens an excerpt", 16, 131_072, 512, 64, key="excerpt_tokens", persist_state="session",
@@ -53,34 +54,34 @@ def run(engine: Engine) -> None:
         )  # fmt: skip
     task = _Task(ref, tuple(sources.items()), int(n_tokens), int(at_most))
     begun = task.path in st.session_state.get("unfinished_studies", ())
-    done = work.run(
+    done = jobs.run(
         engine,
         ref,
-        "Go on" if begun else work.label("Measure it", ref),
+        "Go on" if begun else jobs.label("Measure it", ref),
         lambda loaded, progress: _study(loaded, task, progress),
         key="run_study",
         cancelled="What was done is kept: press *Go on* to do the rest." if begun else "Nothing was done yet.",
         missing="" if sources else "Upload texts or paste a long one first.",
     )
     if done:
-        state.show_study(done)
+        session.show_study(done)
         st.rerun()
 
 
-def _study(loaded: LoadedModel, task: _Task, progress: work.Progress) -> Study:
-    from analysis.excerpts import excerpts
-    from analysis.study import study
+def _study(loaded: LoadedModel, task: _Task, progress: jobs.Progress) -> Study:
+    from analysis.studies import study
+    from analysis.texts.excerpts import excerpts
 
     most = loaded.positions - 1  # one for the next token
     texts = excerpts(loaded.tokenizer, dict(task.sources), n_tokens=min(task.n_tokens, most), at_most=task.at_most)
-    work.told(loaded, texts)
+    jobs.told(loaded, texts)
     unfinished = st.session_state.setdefault("unfinished_studies", set())
     so_far = len(load_study(task.path).names) if task.path.exists() else 0
 
     def on_text(found: Study) -> None:
         nonlocal so_far
         so_far = len(found.names)
-        state.show_study(found)  # at every text: a click may end this here
+        session.show_study(found)  # at every text: a click may end this here
         unfinished.add(task.path)
         if found.complete:
             unfinished.remove(task.path)
@@ -98,13 +99,15 @@ def files(study: Study | None) -> None:
         with st.container(horizontal=True):
             st.download_button(
                 "Download this study",
-                data=lambda: work.saved(study, save_study),
+                data=lambda: jobs.saved(study, save_study),
                 file_name="study.safetensors",
                 icon=":material/download:",
                 on_click="ignore",
             )
             if st.session_state.get("study"):
-                st.button("Back to the bundled study", icon=":material/home:", on_click=state.show_study, args=(None,))
+                st.button(
+                    "Back to the bundled study", icon=":material/home:", on_click=session.show_study, args=(None,)
+                )
     file = st.file_uploader("Open a saved study", type="safetensors", key="study_file")
     st.caption(
         "A study holds the figures of every head on every text, and no text. `python -m analysis study` writes the "
@@ -112,10 +115,10 @@ def files(study: Study | None) -> None:
     )
     if file is not None and st.session_state.get("opened_study") != file.file_id:
         try:
-            opened = work.opened(file, load_study)
+            opened = jobs.opened(file, load_study)
         except RunFileError as error:
             st.error(markup.plain(str(error)), icon=":material/error:")
             return
         st.session_state["opened_study"] = file.file_id
-        state.show_study(opened)
+        session.show_study(opened)
         st.rerun()

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import streamlit as st
 
-from analysis.across import (
+from analysis.measures import signed, verdict_counts
+from analysis.metrics import METRICS, PROBES
+from analysis.statistics import (
     MIN_TEXTS,
     STABLE,
     VERDICTS,
@@ -20,11 +22,10 @@ from analysis.across import (
     means,
     stability,
 )
-from analysis.measures import signed, verdict_counts
-from analysis.metrics import METRICS, PROBES
-from analysis.study import Study
-from app import figures, markup, state
-from app.charts import show
+from analysis.studies import Study
+from app import figures, session
+from app.components import markup
+from app.components.charts import show
 from app.engine import Engine
 from app.views import studies
 
@@ -68,7 +69,7 @@ class _Numbers:
     order: Stability  # of the layers
 
 
-@state.remembered
+@session.remembered
 def _numbers(study: Study, probe: str) -> _Numbers:
     losses = layer_losses(study, probe=probe)
     return _Numbers(
@@ -81,14 +82,14 @@ def _numbers(study: Study, probe: str) -> _Numbers:
     )
 
 
-@state.remembered
+@session.remembered
 def _means_of(study: Study, metric: str, probe: str) -> Means:
     return head_means(study, metric, probe=probe)
 
 
 def page(engine: Engine) -> None:
     """Draw the page."""
-    study, model = state.current_study(), state.current_run().model
+    study, model = session.current_study(), session.current_run().model
     st.header(f"Does it hold over many texts in {markup.plain(study.model if study else model)}?")
     if study is None:
         _nothing_yet(model)
@@ -112,11 +113,11 @@ def _nothing_yet(model: str) -> None:
             "an interval, and you see whether the layers come in the same order in every text. Give texts below and "
             f"press *Measure it for {markup.plain(model)}*, or open a saved study."
         )
-        if other := state.study_of_another():
+        if other := session.study_of_another():
             st.button(
                 f"Show the study of {markup.plain(other.model)}",
                 icon=":material/library_books:",
-                on_click=state.show_study,
+                on_click=session.show_study,
                 args=(other,),
             )
 

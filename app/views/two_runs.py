@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import streamlit as st
 
+from analysis.captures import Capture, load_run
 from analysis.comparing import RunComparison, compare_runs
 from analysis.errors import RunFileError
-from analysis.run import Capture, load_run
-from app import markup, state, work
-from app.charts import show
+from app import session
+from app.components import jobs, markup
+from app.components.charts import show
 from app.report.chapters import of_two_runs
 
 
@@ -18,7 +19,7 @@ def section(run: Capture) -> None:
         return
     st.subheader("Compared with another run")
     _choose(run)
-    other = state.other_run()
+    other = session.other_run()
     if other is None:
         st.info("Open another run above, or hold this one and capture the next.", icon=":material/info:")
         return
@@ -44,7 +45,7 @@ def _choose(run: Capture) -> None:
     def opened() -> None:
         if (file := st.session_state["other_run_file"]) is not None:
             try:
-                state.compare_with(work.opened(file, load_run))
+                session.compare_with(jobs.opened(file, load_run))
             except RunFileError as error:
                 st.session_state["other_run_refused"] = str(error)
 
@@ -55,14 +56,14 @@ def _choose(run: Capture) -> None:
             st.error(markup.plain(refused), icon=":material/error:")
     with right, st.container(horizontal=True):
         st.button(
-            "Hold this run", icon=":material/push_pin:", on_click=state.compare_with, args=(run,),
+            "Hold this run", icon=":material/push_pin:", on_click=session.compare_with, args=(run,),
             help="Keep it, to compare the next one with that you capture or open.",
         )  # fmt: skip
-        if not state.is_demo():
-            st.button("The demo run", icon=":material/home:", on_click=state.compare_with, args=(None,))
+        if not session.is_demo():
+            st.button("The demo run", icon=":material/home:", on_click=session.compare_with, args=(None,))
 
 
-@state.remembered
+@session.remembered
 def _compared(run: Capture, other: Capture) -> RunComparison:
     return compare_runs(other, run, names=(f"{other.model} (the other)", f"{run.model} (on screen)"))
 

@@ -1,0 +1,226 @@
+"""Presets that show something, found by a search whose criteria are stated, not chosen by eye.
+
+On a model that solves the tasks of `analysis.demo.questions` those are looked for, and beside them
+- article: the first passage that is long; what half the cache changes in it is told, whatever it is.
+
+On another model two passages are looked for:
+- calm:    a passage on which keeping half the cache, as the app proposes, changes next to nothing: the mean NLL of the
+           tokens that follow moves by less than `Criteria.calm`;
+- breaks:  a passage on which keeping half by the paper's own defaults (nothing protected) costs more than
+           `Criteria.breaks`.
+
+All candidates are measured, the first that meets a criterion is taken, and how many did is written down with it: a text
+that one in fifty candidates gives is another thing than one that every second gives. Where none meets it the search
+fails, and says how near the best came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, islice, zip_longest
+
+from analysis.demo.presets import FoundPresets, Preset
+from analysis.demo.questions import NotFoundError, find_task_presets
+from analysis.errors import TextError
+from analysis.evaluation.run import OnDone, continuation_nll, ignore, nll_changes
+from analysis.models.load import LoadedModel
+from analysis.texts.tokens import Passage, passages
+from l2kv import CompressionSpec
+
+CALM_SPEC = CompressionSpec(keep_ratio=0.5, protect_last=32)
+"""What the app proposes."""
+BREAKS_SPEC = CompressionSpec(keep_ratio=0.5)
+"""The paper's defaults."""
+ARTICLE = "A long article"
+_SLACK = 100  # tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Criteria:
+    """What a preset has to show, and among how many candidates it is looked for."""
+
+    calm: float = 0.02
+    """Nats a token: the NLL must move by less, either way."""
+    breaks: float = 0.5
+    """Nats a token: the NLL must rise by more."""
+    new_tokens: int = 100
+    """Tokens after the passage that the NLL is the mean of."""
+    lengths: tuple[int, ...] = (256, 400, 520)
+    """Tokens that the passages have at least; at most 100 more, for the sentence to end."""
+    most: int = 48
+    """Passages tried."""
+    article: int = 900
+    """Tokens that the article has at least."""
+
+
+def find_presets(
+    loaded: LoadedModel,
+    texts: Mapping[str, str],
+    *,
+    criteria: Criteria | None = None,
+    tasks: bool = True,
+    on_done: OnDone = ignore,
+) -> FoundPresets:
+    """Search for presets with a task and an article, or in a model without tasks for a calm and a breaking passage.
+
+    Args:
+        loaded: the model.
+        texts: by name.
+        criteria: other than the usual ones.
+        tasks: whether the model is to solve those of `analysis.demo.questions`. A small one cannot.
+        on_done: called as (candidates measured, candidates), for each search.
+
+    Raises:
+        NotFoundError: nothing meets one of the criteria.
+        TextError, ModelError, OutOfMemoryError: as `continuation_nll`.
+    """
+    criteria = criteria or Criteria()
+    if tasks:
+        found = (*find_task_presets(loaded, on_done=on_done), _article(loaded, texts, criteria))
+    else:
+        measured = _measure(loaded, _candidates(loaded, texts, criteria), criteria, on_done)
+        found = (_calm(loaded.name, measured, criteria), _breaks(loaded.name, measured, criteria))
+    return FoundPresets(loaded.name, found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    source: str  # name of the text it is from
+    prompt: str
+    prompt_tokens: int
+    full: float  # NLL with the full cache, nats a token
+    calm: float  # with CALM_SPEC
+    breaks: float  # with BREAKS_SPEC
+
+
+def _candidates(loaded: LoadedModel, texts: Mapping[str, str], criteria: Criteria) -> list[tuple[str, Passage]]:
+    """Passages of all texts and lengths in turn, so that the first `most` are of each."""
+    positions = getattr(loaded.config, "max_position_embeddings", None) or float("inf")
+    rows = [
+        _passages(loaded, name, text, length, criteria.new_tokens)
+        for length in criteria.lengths
+        if length + criteria.new_tokens <= positions
+        for name, text in texts.items()
+    ]
+    fitting = (
+        row
+        for row in chain.from_iterable(zip_longest(*rows))
+        if row is not None and row[1].prompt_tokens + criteria.new_tokens <= positions
+    )
+    found = list(islice(fitting, criteria.most))
+    if not found:
+        shortest = min(criteria.lengths)
+        raise TextError(
+            f"The {len(texts)} texts hold no passage of whole sentences of {shortest} tokens with "
+            f"{criteria.new_tokens} more after it that fits the model's {positions} positions. Give longer texts."
+        )
+    return found
+
+
+def _passages(loaded: LoadedModel, name: str, text: str, length: int, following: int) -> Iterator[tuple[str, Passage]]:
+    for passage in passages(loaded.tokenizer, text, at_least=length, at_most=length + _SLACK, following=following):
+        yield name, passage
+
+
+def _measure(
+    loaded: LoadedModel, candidates: Sequence[tuple[str, Passage]], criteria: Criteria, on_done: OnDone
+) -> list[_Measured]:
+    measured = []
+    for source, passage in candidates:
+        full, calm, breaks = (
+            continuation_nll(
+                loaded,
+                passage.prompt + passage.following,
+                spec,
+                prompt_tokens=passage.prompt_tokens,
+                new_tokens=criteria.new_tokens,
+            )
+            for spec in (None, CALM_SPEC, BREAKS_SPEC)
+        )
+        measured.append(_Measured(source, passage.prompt, passage.prompt_tokens, full, calm, breaks))
+        on_done(len(measured), len(candidates))
+    return measured
+
+
+def _article(loaded: LoadedModel, texts: Mapping[str, str], criteria: Criteria) -> Preset:
+    """The first long passage, and what half the cache by three policies changes in it."""
+    one = replace(criteria, lengths=(criteria.article,), most=1)
+    ((source, passage),) = _candidates(loaded, texts, one)
+    changes = nll_changes(
+        loaded,
+        [passage.prompt + passage.following],
+        {policy.replace("_", " "): replace(CALM_SPEC, policy=policy) for policy in ("low_norm", "random", "keydiff")},
+        prompt_tokens=passage.prompt_tokens,
+        new_tokens=criteria.new_tokens,
+    )
+    told = ", ".join(f"{change.mean:+.3f} by {change.spec}" for change in changes)
+    why = (
+        f"A long text: {passage.prompt_tokens} tokens of {source}, the first passage of {criteria.article} tokens or "
+        f"more. The mean NLL of the {criteria.new_tokens} tokens after it changes by {told} (nats/token; half the "
+        f"cache, the last {CALM_SPEC.protect_last} protected), in {loaded.name}. One text is an anecdote."
+    )
+    return Preset(ARTICLE, passage.prompt, why, CALM_SPEC)
+
+
+def _calm(model: str, measured: Sequence[_Measured], criteria: Criteria) -> Preset:
+    def change(one: _Measured) -> float:
+        return one.calm - one.full
+
+    chosen, count = _first(
+        measured,
+        lambda one: abs(change(one)) < criteria.calm,
+        lambda: (
+            f"calm: |change of NLL| below {criteria.calm:g} with {_in_words(CALM_SPEC)}; the smallest is "
+            f"{min(abs(change(one)) for one in measured):.3f} nats a token"
+        ),
+    )
+    why = (
+        f"Half the cache, hardly a change. {_told(model, chosen, chosen.calm, CALM_SPEC, criteria)} {count} of "
+        f"{len(measured)} passages tried stay within {criteria.calm:g}; this is the first."
+    )
+    return Preset("Calm: half the cache will do", chosen.prompt, why, CALM_SPEC)
+
+
+def _breaks(model: str, measured: Sequence[_Measured], criteria: Criteria) -> Preset:
+    def change(one: _Measured) -> float:
+        return one.breaks - one.full
+
+    chosen, count = _first(
+        measured,
+        lambda one: change(one) > criteria.breaks,
+        lambda: (
+            f"breaks: change of NLL above {criteria.breaks:g} with {_in_words(BREAKS_SPEC)}; the largest is "
+            f"{max(map(change, measured)):+.3f} nats a token"
+        ),
+    )
+    why = (
+        f"Half the cache, and it breaks. {_told(model, chosen, chosen.breaks, BREAKS_SPEC, criteria)} {count} of "
+        f"{len(measured)} passages tried lose more than {criteria.breaks:g}; this is the first."
+    )
+    return Preset("Breaks: nothing protected", chosen.prompt, why, BREAKS_SPEC)
+
+
+def _first(
+    measured: Sequence[_Measured], meets: Callable[[_Measured], bool], criterion: Callable[[], str]
+) -> tuple[_Measured, int]:
+    """The first that meets a criterion, and how many do."""
+    meeting = [one for one in measured if meets(one)]
+    if not meeting:
+        raise NotFoundError(
+            f"None of {len(measured)} passages meets the criterion {criterion()}. Give other texts, or more of them."
+        )
+    return meeting[0], len(meeting)
+
+
+def _told(model: str, one: _Measured, with_spec: float, spec: CompressionSpec, criteria: Criteria) -> str:
+    return (
+        f"With {_in_words(spec)}, the mean NLL of the {criteria.new_tokens} tokens that follow these "
+        f"{one.prompt_tokens} of {one.source} goes from {one.full:.3f} to {with_spec:.3f} nats a token "
+        f"({with_spec - one.full:+.3f}), in {model}."
+    )
+
+
+def _in_words(spec: CompressionSpec) -> str:
+    protected = f"the last {spec.protect_last} protected" if spec.protect_last else "nothing protected"
+    return f"keep ratio {spec.keep_ratio:g} by {spec.policy.replace('_', ' ')}, {protected}"

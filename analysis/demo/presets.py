@@ -1,0 +1,195 @@
+"""Texts to start from, and what comes with the program of each model: the demo run, a study, presets, ..."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from analysis.errors import RunFileError
+from analysis.models.load import BUNDLED
+from analysis.texts.read import read_text
+from l2kv.spec import CompressionSpec
+
+BUNDLED_RUNS = ("smollm2", "books-5m")
+"""Models of which a run comes with the program: a real one, and a small one in which the opposite holds."""
+RESULT_FILES = {
+    "demo": "demo.safetensors",
+    "study": "study.safetensors",
+    "front": "front.json",
+    "causal": "causal.json",
+    "presets": "presets.json",
+}
+_TEXTS = BUNDLED / "texts"
+
+PASSKEY_TASK = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
+    "I will quiz you about the important information there."
+)
+PASSKEY_FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+PASSKEY_QUESTION = "What is the pass key? The pass key is"
+
+
+FOUND_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """A text with a name, and for one that was found by a search what it shows and how."""
+
+    name: str
+    text: str
+    why: str = ""  # what was measured on it, in words
+    spec: CompressionSpec | None = None  # the compression to look at it with
+    answer: str = ""  # what should be generated, as `tasks.found` scores it; empty: nothing is right or wrong
+    chat: bool = False  # a question, to be put through the model's chat template
+    beside: CompressionSpec | None = None  # another one of the same protection, in which the task ends otherwise
+
+
+@dataclass(frozen=True, slots=True)
+class FoundPresets:
+    """What `analysis.demo.finding` has found for a model, as a file."""
+
+    model: str  # its name
+    presets: tuple[Preset, ...]
+
+    def to_json(self) -> str:
+        """The file's text."""
+        content = {
+            "l2kv_presets": FOUND_VERSION,
+            "model": self.model,
+            "presets": [
+                {
+                    "name": preset.name,
+                    "why": preset.why,
+                    "spec": _spec_fields(preset.spec),
+                    "beside": _spec_fields(preset.beside),
+                    "answer": preset.answer,
+                    "chat": preset.chat,
+                    "text": preset.text,
+                }
+                for preset in self.presets
+            ],
+        }
+        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> FoundPresets:
+        """Read the file's text. Raises RunFileError, with the reason."""
+        try:
+            content = json.loads(text)
+            if content["l2kv_presets"] != FOUND_VERSION:
+                raise ValueError(f"version {content['l2kv_presets']!r:.20} is not {FOUND_VERSION}")
+            found = [
+                Preset(
+                    item["name"],
+                    item["text"],
+                    item["why"],
+                    item["spec"] and CompressionSpec(**item["spec"]),
+                    item.get("answer", ""),
+                    item.get("chat", False),
+                    CompressionSpec(**item["beside"]) if item.get("beside") else None,
+                )
+                for item in content["presets"]
+            ]
+            return cls(content["model"], tuple(found))
+        except (ValueError, TypeError, KeyError) as error:
+            raise RunFileError(
+                f"The presets cannot be read ({error}). Make them again: python -m analysis demo"
+            ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class BundledResults:
+    """Files of what was measured of one model; None is a result that does not come with the program."""
+
+    demo: Path | None = None  # a run
+    study: Path | None = None
+    front: Path | None = None
+    causal: Path | None = None
+    presets: Path | None = None
+
+
+def bundled_results(model: str) -> BundledResults:
+    """What comes with the program of a model, by the model's name. Any name may be asked for."""
+    if model not in {folder.name for folder in BUNDLED.iterdir()}:
+        return BundledResults()
+    files = {kind: BUNDLED / model / name for kind, name in RESULT_FILES.items()}
+    return BundledResults(**{kind: file for kind, file in files.items() if file.is_file()})
+
+
+def demo_model() -> str:
+    """The model whose run the app opens with: `L2KV_DEMO`, one of `BUNDLED_RUNS`, or the first of them."""
+    named = os.environ.get("L2KV_DEMO", "")
+    return named if named in BUNDLED_RUNS else BUNDLED_RUNS[0]
+
+
+def presets(model: str, file: Path | None = None) -> tuple[Preset, ...]:
+    """The texts that the app offers for a model, by its name: plain ones, and those that were found for this model.
+
+    A demo run is of the first. What was found for a model shows something there, and a task is one that its full cache
+    solves; for another model neither need be so.
+
+    Args:
+        file: of those that were found, if not the one that comes with the program.
+
+    Raises:
+        RunFileError: the file of those that were found is damaged.
+    """
+    texts = tuple(Preset(name, text) for name, text in bundled_texts().items())
+    file = file or bundled_results(model).presets
+    if file is None:
+        return texts
+    found = FoundPresets.from_json(file.read_text(encoding="utf-8"))
+    return texts + (found.presets if found.model == model else ())
+
+
+def bundled_texts() -> Mapping[str, str]:
+    """The texts that come with the program, by name. In the public domain, and by authors not trained on."""
+    return {
+        "Anne of Avonlea (L. M. Montgomery, 1909)": _read("anne.txt"),
+        "The Tomb of Keats (Oscar Wilde, 1877)": _read("keats.txt"),
+    }
+
+
+def passkey(key: int, *, before: int, after: int) -> str:
+    """The paper's passkey prompt, with its filler repeated `before` and `after` times; what follows should be `key`."""
+    return " ".join(
+        [
+            PASSKEY_TASK,
+            *[PASSKEY_FILLER] * before,
+            passkey_sentence(key),
+            *[PASSKEY_FILLER] * after,
+            PASSKEY_QUESTION,
+        ]
+    )
+
+
+def passkey_sentence(key: int) -> str:
+    """What is hidden in the filler."""
+    return f"The pass key is {key}. Remember it. {key} is the pass key."
+
+
+def save_found(found: FoundPresets, destination: Path) -> Path:
+    """Write the presets that `presets()` reads. Raises RunFileError if they cannot be written there."""
+    part = destination.with_suffix(".part")
+    try:
+        part.write_text(found.to_json(), encoding="utf-8")
+        part.replace(destination)
+    except OSError as error:
+        raise RunFileError(f"The presets cannot be written to {destination} ({error}).") from error
+    return destination
+
+
+def _spec_fields(spec: CompressionSpec | None) -> dict[str, object] | None:
+    """What has to be said of a spec: the main three, and whatever is not as by default."""
+    if spec is None:
+        return None
+    main = ("keep_ratio", "policy", "protect_last")
+    return {f.name: v for f in fields(spec) if (v := getattr(spec, f.name)) != f.default or f.name in main}
+
+
+def _read(name: str) -> str:
+    return read_text(_TEXTS / name).strip()

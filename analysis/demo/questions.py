@@ -1,0 +1,198 @@
+"""Presets with a task: prompts whose answer is known, and which caches must find it and which must lose it.
+
+A search tries all its candidates and takes the first that meets its criterion; how many met it is written down with
+it. All caches of a search protect the same tokens and skip the same layers, so what tells them apart is the policy or
+the ratio. Each is asked as the page Generate does it: the question is in the prompt when that is compressed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from analysis.demo.presets import Preset
+from analysis.errors import UserError
+from analysis.evaluation.run import OnDone, ignore, passkey_text, passkeys
+from analysis.evaluation.tasks import can_chat, decided, found
+from analysis.models.load import BUNDLED, LoadedModel
+from analysis.preview import stream
+from l2kv import CompressionSpec
+
+HALF = CompressionSpec(keep_ratio=0.5, skip_layers=(0, 1), protect_last=32)
+"""Half the cache by low norm, as the paper's retrieval tasks have it: layers 0 and 1 skipped."""
+QUARTER = replace(HALF, keep_ratio=0.25)
+_FULL = {"the full cache": None}
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A prompt, and what should be generated after it (see `tasks.found`)."""
+
+    prompt: str
+    answer: str
+    chat: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """What a preset must show: by which caches its answer is found, and by which it is lost."""
+
+    name: str
+    claim: str  # in a sentence
+    spec: CompressionSpec  # the compression that the preset is looked at with
+    candidates: Callable[[LoadedModel], Sequence[Question]]
+    found_by: Mapping[str, CompressionSpec | None]  # None is the full cache
+    lost_by: Mapping[str, CompressionSpec]
+    new_tokens: int = 12  # in which the answer must come
+
+    @property
+    def contrast(self) -> CompressionSpec | None:
+        """A compression that ends otherwise than `spec` does."""
+        others = self.lost_by if self.spec in self.found_by.values() else self.found_by
+        return next((spec for spec in others.values() if spec is not None), None)
+
+
+class NotFoundError(UserError):
+    """No candidate meets a criterion; the message names it, and the best value there was."""
+
+
+def find_task_presets(
+    loaded: LoadedModel, searches: Sequence[Search] | None = None, *, on_done: OnDone = ignore
+) -> tuple[Preset, ...]:
+    """One preset for each search.
+
+    Args:
+        searches: `SEARCHES`, if not given; those that need a chat template are left out where there is none.
+        on_done: called as (candidates asked, candidates), for each search.
+
+    Raises:
+        NotFoundError: nothing meets the criterion of a search, the full cache being part of each.
+        TextError, ModelError, OutOfMemoryError: as `stream`.
+    """
+    presets = []
+    for search in SEARCHES if searches is None else searches:
+        questions = [q for q in search.candidates(loaded) if not q.chat or can_chat(loaded.tokenizer)]
+        if questions:
+            presets.append(_first(loaded, search, questions, on_done))
+    return tuple(presets)
+
+
+def answers(loaded: LoadedModel, question: Question, spec: CompressionSpec | None, *, new_tokens: int = 12) -> bool:
+    """Whether a cache finds the answer. Raises as `stream`."""
+    steps = stream(loaded, question.prompt, [spec], max_new_tokens=new_tokens, chat=question.chat)
+    with closing(steps):
+        for (step,) in steps:
+            if decided(question.answer, step.text):
+                break
+    return found(question.answer, step.text)
+
+
+def _first(loaded: LoadedModel, search: Search, questions: Sequence[Question], on_done: OnDone) -> Preset:
+    wanted = {name: True for name in search.found_by} | {name: False for name in search.lost_by}
+    specs = {**search.found_by, **search.lost_by}
+    meeting, right = [], dict.fromkeys(wanted, 0)
+    for done, question in enumerate(questions, 1):
+        met = True
+        for name, spec in specs.items():
+            ok = answers(loaded, question, spec, new_tokens=search.new_tokens) is wanted[name]
+            right[name] += ok
+            met &= ok
+        if met:
+            meeting.append(question)
+        on_done(done, len(questions))
+    if not meeting:
+        told = "; ".join(
+            f"{name} {'finds' if wanted[name] else 'loses'} it in {count} of {len(questions)}"
+            for name, count in right.items()
+        )
+        raise NotFoundError(
+            f"None of {len(questions)} prompts meets the criterion of “{search.name}” in {loaded.name}: {told}. For a "
+            "model that solves no such task, say so: --without-tasks"
+        )
+    chosen = meeting[0]
+    why = (
+        f"{search.claim} Layers {' and '.join(map(str, search.spec.skip_layers))} skipped, the last "
+        f"{search.spec.protect_last} tokens protected in every cache. In {loaded.name} {len(meeting)} of "
+        f"{len(questions)} prompts tried show this; it is the first."
+    )
+    return Preset(search.name, chosen.prompt, why, search.spec, chosen.answer, chosen.chat, search.contrast)
+
+
+def _passkeys(loaded: LoadedModel) -> list[Question]:
+    return [
+        Question(passkey_text(loaded.tokenizer, key, n_tokens=length, depth=depth), str(key))
+        for length in (450, 700)
+        for depth in (0.25, 0.5, 0.75)
+        for key in passkeys(2)
+        if length + 12 <= loaded.positions
+    ]
+
+
+def _library(loaded: LoadedModel) -> list[Question]:
+    text = _read("library.txt")
+    asked = {
+        "Until when is the library open on Thursdays?": "eight",
+        "Who looks after the old maps?": "Okafor",
+        "Which bus stops in front of the library?": "27",
+        "How many books can you borrow at once?": "fifteen",
+        "How much does a card cost a year?": "twelve",
+        "From which year is the printing press?": "1884",
+    }
+    return [Question(f"{text}\n\n{question}", answer, chat=True) for question, answer in asked.items()]
+
+
+def _constants(loaded: LoadedModel) -> list[Question]:
+    text = _read("delivery.py.txt")
+    asked = {
+        'def test_delivery_to_germany():\n    # COUNTRIES["DE"] is': "480",
+        "def test_free_delivery():\n    # FREE_FROM is": "4500",
+        "def test_heavy_parcels():\n    # MAX_WEIGHT is": "31500",
+        "def test_express():\n    # EXPRESS_FEE is": "990",
+        'def test_delivery_to_austria():\n    assert COUNTRIES["AT"] ==': "610",
+        'def test_delivery_to_the_netherlands():\n    assert COUNTRIES["NL"] ==': "350",
+        "def test_free_delivery():\n    assert FREE_FROM ==": "4500",
+    }
+    return [Question(f"{text}\n\n\n{ending}", answer) for ending, answer in asked.items()]
+
+
+def _read(name: str) -> str:
+    return (Path(BUNDLED) / "texts" / name).read_text(encoding="utf-8").strip()
+
+
+SEARCHES = (
+    Search(
+        "Passkey: found with half the cache",
+        "Half the cache by low norm still holds the key; half of it at random or by high norm does not.",
+        HALF,
+        _passkeys,
+        found_by=_FULL | {"low norm": HALF},
+        lost_by={"random": replace(HALF, policy="random"), "high norm": replace(HALF, policy="high_norm")},
+    ),
+    Search(
+        "Passkey: lost with a quarter, unless KeyDiff chooses",
+        "A quarter of the cache by low norm loses the key; a quarter by KeyDiff still holds it.",
+        QUARTER,
+        _passkeys,
+        found_by=_FULL | {"KeyDiff": replace(QUARTER, policy="keydiff")},
+        lost_by={"low norm": QUARTER},
+    ),
+    Search(
+        "Chat: a question about a page of text",
+        "Half the cache by low norm still answers the question, as the full cache does; half of it at random does not.",
+        HALF,
+        _library,
+        found_by=_FULL | {"low norm": HALF},
+        lost_by={"random": replace(HALF, policy="random")},
+        new_tokens=32,
+    ),
+    Search(
+        "Code: a constant that half the cache forgets",
+        "The full cache remembers the constant's value; half the cache by low norm does not.",
+        HALF,
+        _constants,
+        found_by=_FULL,
+        lost_by={"low norm": HALF},
+    ),
+)

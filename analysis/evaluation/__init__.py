@@ -1,0 +1,1 @@
+"""What compression costs: tasks, and the runs that measure them."""

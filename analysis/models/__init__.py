@@ -1,0 +1,1 @@
+"""Models: found, vetted, loaded, and weighed by their configs alone."""

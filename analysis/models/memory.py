@@ -1,0 +1,150 @@
+"""Bytes: of caches by arithmetic, of a capture by estimate, and what is free. Reads configs; runs nothing."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import psutil
+
+from analysis.errors import OutOfMemoryError
+from l2kv.spec import CompressionSpec
+
+if TYPE_CHECKING:
+    from analysis.models.load import LoadedModel
+
+DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4, "float8": 1}
+"""Bytes of a number, by what caches may be in."""
+
+BLOCK = 128  # queries whose attention a capture holds at a time
+MAX_BINS = 128  # of its pooled attention map, a side
+LAST_QUERIES = 16  # whose rows it keeps
+RECENT_BYTES = 256 * 2**20  # that they may take
+_SHARE_OF_FREE = 0.8  # the rest is for others, and for the estimate being one
+
+
+@dataclass(frozen=True, slots=True)
+class CacheShape:
+    """What a token takes in a key/value cache, in the layers that keep every token (no sliding window)."""
+
+    layers: tuple[int, ...]  # which they are
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    itemsize: int  # bytes per number
+
+    @classmethod
+    def of(cls, config, itemsize: int) -> CacheShape:
+        """Of a decoder's config (the language part of it)."""
+        borrow = [mode == "reuse" for mode in getattr(config, "kv_sharing_modes", None) or ()]  # Gemma 3n
+        keep_all = [kind in ("full_attention", "hybrid") for kind in layer_kinds(config)]
+        layers = tuple(i for i, keeps in enumerate(keep_all) if keeps and not any(borrow[i : i + 1]))
+        if getattr(config, "is_heterogeneous", False):  # Gemma 4: its full layers have heads of another size
+            config = config.per_layer_config[layers[0] if layers else 0]
+        heads = config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return cls(layers, heads, kv_heads, head_dim, itemsize)
+
+    def nbytes(self, n_tokens: int, spec: CompressionSpec | None = None) -> int:
+        """Bytes of keys and values after `n_tokens`, whole or as `spec` leaves them."""
+        heads = [(layer, head) for layer in self.layers for head in range(self.n_kv_heads)]
+        if spec is None:
+            pairs = len(heads) * n_tokens
+        else:
+            pairs = sum(spec.kept(n_tokens, n_tokens, spec.target_of(*head)) for head in heads)
+        return pairs * 2 * self.head_dim * self.itemsize
+
+
+def layer_kinds(config) -> tuple[str, ...]:
+    """The kind of each layer's cache by transformers' names, such as "full_attention", as `DynamicCache` reads them.
+
+    A config may name them, or give no more than a window that all layers share (Mistral 7B v0.1, Phi-3 mini).
+    """
+    if named := getattr(config, "layer_types", None):
+        return tuple(named)
+    if getattr(config, "sliding_window", None) is not None:
+        kind = "sliding_attention"
+    elif getattr(config, "attention_chunk_size", None) is not None:
+        kind = "chunked_attention"
+    else:
+        kind = "full_attention"
+    return (kind,) * config.num_hidden_layers
+
+
+def capture_bytes(config, n_tokens: int, *, itemsize: int, last_queries: int = LAST_QUERIES) -> int:
+    """About what a capture takes beyond the model's weights; `last_queries` as in `capture`."""
+    shape = CacheShape.of(config, itemsize)
+    heads, kv_heads = shape.n_heads, shape.n_kv_heads
+    blocks = 4 * heads * min(BLOCK, n_tokens) * n_tokens * 4  # scores, probabilities, and the sums over them
+    inner = np.max(getattr(config, "intermediate_size", None) or 4 * config.hidden_size)  # Gemma 3n: one per layer
+    activations = n_tokens * (6 * config.hidden_size + 3 * inner) * itemsize
+    results = config.num_hidden_layers * ((2 * heads + 2 * kv_heads) * n_tokens * 4 + heads * MAX_BINS**2)
+    recent = min(last_queries * config.num_hidden_layers * heads * n_tokens * 4, RECENT_BYTES)
+    return int(shape.nbytes(n_tokens) + blocks + activations + results + recent)
+
+
+def free_bytes(device) -> int:
+    """Memory that is free on a torch device."""
+    if getattr(device, "type", device) == "cuda":
+        import torch
+
+        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reusable
+    return psutil.virtual_memory().available
+
+
+def usable_bytes(device) -> int:
+    """Memory that may be asked for on a torch device: the rest of what is free is for others."""
+    return int(free_bytes(device) * _SHARE_OF_FREE)
+
+
+def check_fits(loaded: LoadedModel, n_tokens: int, *, last_queries: int = LAST_QUERIES) -> int:
+    """The estimate for a capture of `n_tokens`. Raises OutOfMemoryError, naming the length that would fit."""
+    itemsize, allowed = loaded.model.dtype.itemsize, usable_bytes(loaded.device)
+
+    def needed(n: int) -> int:
+        return capture_bytes(loaded.config, n, itemsize=itemsize, last_queries=last_queries)
+
+    if needed(n_tokens) <= allowed:
+        return needed(n_tokens)
+    fits, too_long = 0, n_tokens
+    while too_long - fits > 1:  # the estimate grows with n
+        middle = (fits + too_long) // 2
+        fits, too_long = (middle, too_long) if needed(middle) <= allowed else (fits, middle)
+    raise OutOfMemoryError(
+        f"A text of {n_tokens:,} tokens would take about {human_bytes(needed(n_tokens))} beyond the model, and "
+        f"{human_bytes(allowed)} may be used. Shorten it to about {fits:,} tokens."
+    )
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Running out of memory inside the block becomes an OutOfMemoryError, and what was half done is freed."""
+    try:
+        yield
+        return
+    except (MemoryError, RuntimeError) as error:
+        words = ("out of memory", "not enough memory", "can't allocate memory")  # CUDA's and the CPU allocator's
+        if not isinstance(error, MemoryError) and not any(w in str(error).lower() for w in words):
+            raise
+    # Outside the except block: the error's traceback held the tensors, and must be gone before they can be freed.
+    gc.collect()
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    raise OutOfMemoryError("Memory ran out, and what was begun has been freed. Try a shorter text or a smaller model.")
+
+
+def human_bytes(n: float) -> str:
+    """1536 -> "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(n) < 1024 or unit == "TiB":
+            return f"{n:.0f} {unit}" if unit == "B" or n >= 100 else f"{n:.1f} {unit}"
+        n /= 1024
+    raise AssertionError

@@ -1,0 +1,163 @@
+"""Greedy generation over several caches in step, the full one and compressed ones, token by token.
+
+The prompt is run but for its last token, then compressed; the last token is decoded over what is left. So the first
+new token already comes from the compressed cache, which flatters nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+
+from analysis.errors import ModelError
+from analysis.evaluation.tasks import prompt_tokens
+from analysis.models.load import LoadedModel
+from analysis.models.memory import memory_errors
+from analysis.recorder import OnLayer, check_length
+from analysis.texts.tokens import Tokens
+from l2kv import CompressedCache, CompressionSpec, UnsupportedModelError, attention_seam, cache_nbytes, compressible
+from l2kv.hooks import Attention
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A new token, and the cache that it left behind."""
+
+    token_ids: tuple[int, ...]  # of all new tokens
+    text: str  # of all new tokens, but for special ones such as the one that ends it
+    held: tuple[int, ...]  # tokens in the cache, per layer
+    nbytes: int  # of the keys and values of those tokens
+    slack_nbytes: int  # of storage that waits for more
+    finished: bool  # the model ended its text here
+
+
+@torch.inference_mode()  # as a decorator it is on only while the generator runs, not between its steps
+def stream(
+    loaded: LoadedModel,
+    prompt: str,
+    specs: Sequence[CompressionSpec | None],
+    *,
+    max_new_tokens: int,
+    chat: bool = False,
+    on_layer: OnLayer | None = None,
+) -> Iterator[tuple[Step, ...]]:
+    """Yield, after each new token, the state of all columns; None among the specs is the full cache.
+
+    A column that has finished repeats its last step. Close the iterator (`contextlib.closing`) to
+    stop at once and have the model restored: one that is dropped midway is restored only when it is collected.
+
+    Args:
+        chat: put the prompt to the model as a user's question, through its chat template.
+        on_layer: called as (layers done, layers to do) while the prompt is read, into one cache after the other; what
+            it raises ends the work.
+
+    Raises:
+        TextError, OutOfMemoryError: as `capture`.
+        ModelError: the model cannot be compressed.
+        ValueError: a spec does not fit the model.
+    """
+    tokens = prompt_tokens(loaded.tokenizer, prompt, chat=chat)
+    check_length(loaded, tokens, new_tokens=max_new_tokens)
+    with prepared(loaded):
+        with _watched(loaded, len(specs), on_layer):
+            columns = [_Column(loaded, tokens, spec) for spec in specs]
+        for _ in range(max_new_tokens):
+            yield tuple(column.step() for column in columns)
+            if all(column.finished for column in columns):
+                return
+
+
+class _Column:
+    def __init__(self, loaded: LoadedModel, tokens: Tokens, spec: CompressionSpec | None) -> None:
+        self._loaded = loaded
+        self._cache = new_cache(loaded, spec)
+        ids = torch.from_numpy(tokens.ids)[None].to(loaded.device)
+        prefill(loaded.model, ids[:, :-1], self._cache)
+        self._next, self._new = ids[:, -1:], []
+        self._last: Step | None = None
+        self._ends = _end_tokens(loaded)
+
+    @property
+    def finished(self) -> bool:
+        return self._last is not None and self._last.finished
+
+    def step(self) -> Step:
+        if self.finished:
+            return self._last
+        self._next = decode_one_token(self._loaded.model, self._next, self._cache)
+        self._new.append(int(self._next))
+        finished, nbytes = self._new[-1] in self._ends, cache_nbytes(self._cache, slack=False)
+        shown = self._new[:-1] if finished else self._new
+        self._last = Step(
+            token_ids=tuple(self._new),
+            text=_whole_characters(self._loaded.tokenizer.decode(shown, skip_special_tokens=True)),
+            held=_held(self._cache),
+            nbytes=nbytes,
+            slack_nbytes=cache_nbytes(self._cache) - nbytes,
+            finished=finished,
+        )
+        return self._last
+
+
+@contextmanager
+def prepared(loaded: LoadedModel) -> Iterator[None]:
+    """Within the block the model takes compressed caches; what it cannot do is a ModelError or OutOfMemoryError."""
+    try:
+        with memory_errors(), compressible(loaded.model):
+            yield
+    except UnsupportedModelError as error:
+        raise ModelError(str(error)) from error
+
+
+@contextmanager
+def _watched(loaded: LoadedModel, passes: int, on_layer: OnLayer | None) -> Iterator[None]:
+    """Within the block, `on_layer` hears of every layer of so many forward passes."""
+    done, total = 0, passes * loaded.config.num_hidden_layers
+
+    def heard(inner: Attention, *args, **kwargs):
+        nonlocal done
+        done += 1
+        if on_layer is not None:
+            on_layer(min(done, total), total)
+        return inner(*args, **kwargs)
+
+    with attention_seam(loaded.model, heard):
+        yield
+
+
+def new_cache(loaded: LoadedModel, spec: CompressionSpec | None) -> Cache:
+    """An empty cache: compressed by the spec, or full if there is none. Raises ValueError if the spec does not fit."""
+    return DynamicCache(config=loaded.config) if spec is None else CompressedCache(loaded.config, spec)
+
+
+def _held(cache: Cache) -> tuple[int, ...]:
+    if isinstance(cache, CompressedCache):
+        return cache.held
+    keys = (getattr(layer, "keys", None) for layer in cache.layers)  # a layer may carry a state, and none
+    return tuple(0 if of_layer is None else of_layer.shape[-2] for of_layer in keys)
+
+
+def prefill(model, ids: Tensor, cache: Cache) -> None:
+    """Run the prompt [1, T] into an empty cache; a compressed one is compressed by it."""
+    model.base_model(ids, past_key_values=cache, use_cache=True)  # no logits are needed
+
+
+def decode_one_token(model, token: Tensor, cache: Cache) -> Tensor:
+    """The greedy token [1, 1] after `token` [1, 1]."""
+    return model(token, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
+
+
+def _end_tokens(loaded: LoadedModel) -> set[int]:
+    """As the model, its config and its tokenizer name them: a chat's turn may end otherwise than a text does."""
+    named = [of.eos_token_id for of in (loaded.model.generation_config, loaded.config, loaded.tokenizer)]
+    return {end for ends in named for end in (ends if isinstance(ends, list) else [ends]) if end is not None}
+
+
+def _whole_characters(text: str) -> str:
+    """Without the replacement characters at the end: the bytes of a character that is not complete yet."""
+    return text.rstrip("\N{REPLACEMENT CHARACTER}")

@@ -1,0 +1,320 @@
+"""One run of a model over a text: key norms and attention of every head, without a T x T matrix.
+
+The model runs as it always does, through its own attention. Beside each layer's attention, the probabilities are
+worked out again in blocks of queries, summed up, and forgotten: memory grows with T, not with T^2.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from analysis.captures import Capture
+from analysis.errors import ModelError, OutOfMemoryError, SettingsError, TextError
+from analysis.models.load import LoadedModel
+from analysis.models.memory import (
+    BLOCK,
+    LAST_QUERIES,
+    MAX_BINS,
+    RECENT_BYTES,
+    CacheShape,
+    check_fits,
+    layer_kinds,
+    memory_errors,
+)
+from analysis.texts.tokens import LONG, MIN_TOKENS, Tokens, about_tokens, tokenize
+from l2kv import UnsupportedModelError, attention_probabilities
+from l2kv.hooks import Look, WatchedCache, watching
+
+OnLayer = Callable[[int, int], None]
+"""Called as (layers done, layers), after each layer and before each block of queries in it. What it raises cancels the
+run and passes through."""
+
+
+def capture(
+    loaded: LoadedModel, text: str, *, last_queries: int = LAST_QUERIES, on_layer: OnLayer | None = None
+) -> Capture:
+    """Run the model once over a text, and once more for its greedy next token, and keep what each head did.
+
+    Args:
+        loaded: the model.
+        text: at least a few tokens of it.
+        last_queries: how many of the text's last queries to keep the rows of, one by one. Fewer are kept of a text that
+            has fewer, and where they would take more than 256 MiB.
+        on_layer: for progress and cancelling.
+
+    Raises:
+        TextError: empty, too short, or longer than the model's learned positions.
+        SettingsError: `last_queries` is below 0.
+        OutOfMemoryError: it would not fit into free memory; says what would.
+        ModelError: NaN in the weights, or an architecture that cannot be looked into.
+    """
+    if last_queries < 0:
+        raise SettingsError(f"last_queries must be 0 or more, got {last_queries}")
+    tokens, warnings = readable(loaded, text, last_queries=last_queries)
+    config, model, started = loaded.config, loaded.model, time.perf_counter()
+    ids = torch.from_numpy(tokens.ids)[None].to(loaded.device)
+    cache = WatchedCache(config=config)
+    recorder = _Recorder(len(tokens), len(cache.layers), last_queries, on_layer)
+    with looking_into(loaded, cache, recorder.look):
+        logits = last_logits(model, ids, cache)
+        check_finite(loaded, logits)
+        next_token = logits.argmax(-1, keepdim=True)
+        recorder.probing = True
+        last_logits(model, next_token, cache)
+    check_shown(loaded, min(recorder.recorded, recorder.probed), len(cache.layers))
+    windows = [getattr(cache.layers[source], "sliding_window", 0) for source in recorder.sources]
+    return Capture(
+        model=loaded.name,
+        architecture=type(model).__name__,
+        device=str(loaded.device),
+        dtype=loaded.dtype,
+        stored=loaded.stored,
+        text=text,
+        labels=tokens.labels,
+        probe_label=loaded.tokenizer.decode(next_token[0]),
+        layer_kinds=tuple("sliding" if window else "full" for window in windows),
+        windows=tuple(windows),
+        warnings=tuple(warnings),
+        seconds=time.perf_counter() - started,
+        head_dim=CacheShape.of(config, model.dtype.itemsize).head_dim,
+        tokens_per_bin=recorder.bin_width,
+        token_ids=tokens.ids,
+        token_spans=tokens.spans,
+        **recorder.results,
+    )
+
+
+def readable(loaded: LoadedModel, text: str, *, last_queries: int = 0) -> tuple[Tokens, list[str]]:
+    """The tokens of a text that the model can be looked into on, and warnings; all that can be known beforehand.
+
+    Raises:
+        TextError, OutOfMemoryError, ModelError: as `capture`.
+    """
+    check_estimate(loaded, text, last_queries=last_queries)
+    tokens = tokenize(loaded.tokenizer, text)
+    warnings = [*tokens.notes, *check_length(loaded, tokens)]
+    if unknown := set(layer_kinds(loaded.config)) - {"full_attention", "sliding_attention"}:
+        raise ModelError(f"{loaded.name} has layers that are not looked into yet: {', '.join(sorted(unknown))}.")
+    heterogeneous = getattr(loaded.config, "is_heterogeneous", False)  # Gemma 4
+    if heterogeneous and len({layer.num_key_value_heads for layer in loaded.config.per_layer_config}) > 1:
+        raise ModelError(f"{loaded.name} has layers of different numbers of kv heads, which are not looked into yet.")
+    check_fits(loaded, len(tokens), last_queries=last_queries)
+    return tokens, warnings
+
+
+@contextmanager
+def looking_into(loaded: LoadedModel, cache: WatchedCache, look: Callable[[Look], object]) -> Iterator[None]:
+    """In the block the model is run without gradients, and `look` is called before each layer's attention over `cache`.
+
+    Raises:
+        OutOfMemoryError, ModelError: as `capture`.
+    """
+    try:
+        with memory_errors(), torch.inference_mode(), watching(loaded.model, cache, look):
+            yield
+    except UnsupportedModelError as error:
+        raise ModelError(str(error)) from error
+
+
+def check_finite(loaded: LoadedModel, computed: Tensor) -> None:
+    """Raise ModelError if what the model computes is no number."""
+    if not computed.isfinite().all():
+        raise ModelError(f"{loaded.name} computes NaN or infinity on this text; its weights may be damaged.")
+
+
+def check_shown(loaded: LoadedModel, n_shown: int, n_layers: int) -> None:
+    """Raise ModelError unless so many layers, whose attention was seen, are all there are."""
+    if n_shown != n_layers:
+        raise ModelError(
+            f"{type(loaded.model).__name__} showed the attention of {n_shown} of its {n_layers} "
+            "layers: the others are of another kind, or bypass transformers' attention registry."
+        )
+
+
+def check_estimate(loaded: LoadedModel, text: str, *, last_queries: int = 0) -> None:
+    """Refuse a text that is far too long before it is tokenised, which takes long, too.
+
+    Raises:
+        TextError, OutOfMemoryError: as `capture`, with about how many tokens the text has.
+    """
+    if len(text) < LONG:
+        return
+    about, limit = about_tokens(loaded.tokenizer, text), getattr(loaded.config, "max_position_embeddings", None)
+    surely = about // 2  # stretches of a text may have twice the tokens of the rest
+    if limit is not None and surely > limit and getattr(loaded.config, "rope_parameters", None) is None:
+        raise TextError(
+            f"The text has about {about:,} tokens; {loaded.name} has positions for {limit:,}. Shorten it to some "
+            f"{len(text) * limit // about:,} characters."
+        )
+    try:
+        check_fits(loaded, surely, last_queries=last_queries)
+    except OutOfMemoryError:
+        check_fits(loaded, about, last_queries=last_queries)
+
+
+def check_length(loaded: LoadedModel, tokens: Tokens, *, new_tokens: int = 1) -> list[str]:
+    """Warnings about the length of a text. Raises TextError where the model cannot take it at all."""
+    n, limit = len(tokens), getattr(loaded.config, "max_position_embeddings", None)
+    if n < MIN_TOKENS:
+        raise TextError(f"The text has {n} token{'s' * (n != 1)}; at least {MIN_TOKENS} are needed to rank them.")
+    if tokens.ids.max() >= getattr(loaded.model.get_input_embeddings(), "num_embeddings", sys.maxsize):
+        raise TextError("The tokenizer gives tokens that the model does not have: the two do not belong together.")
+    if limit is None or limit < 1 or n + new_tokens <= limit:  # XLNet: -1
+        return []
+    if getattr(loaded.config, "rope_parameters", None) is None:
+        raise TextError(
+            f"The text has {n} tokens, and {new_tokens} more are run after it; {loaded.name} has positions for "
+            f"{limit}. Shorten it to {max(limit - new_tokens, 0)} tokens."
+        )
+    return [
+        f"With {n + new_tokens} tokens it goes beyond the {limit} that {loaded.name} was trained on: expect it to fail."
+    ]
+
+
+def last_logits(model: nn.Module, ids: Tensor, cache: WatchedCache) -> Tensor:
+    """Logits [1, V] after the last token; those of the others would take T * V numbers."""
+    only_last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    return model(ids, past_key_values=cache, use_cache=True, **only_last).logits[:, -1]
+
+
+class _Recorder:
+    """Looks on, and writes down."""
+
+    def __init__(self, n_tokens: int, n_layers: int, last_queries: int, on_layer: OnLayer | None) -> None:
+        self.n_tokens, self.n_layers, self.on_layer = n_tokens, n_layers, on_layer
+        self.last_queries = min(last_queries, n_tokens)
+        self.bin_width = -(-n_tokens // MAX_BINS)
+        self.results: dict[str, np.ndarray] = {}  # fields of `Capture`
+        self.recorded = self.probed = 0  # layers
+        self.sources: list[int] = []  # of each layer, that which caches its keys
+        self.probing = False
+
+    def look(self, at: Look) -> None:
+        if not self.results:
+            self._allocate(at.query.shape[1], at.key.shape[1])
+        if at.key.shape[1] != self.results["key_norm"].shape[1]:
+            raise UnsupportedModelError("This model has layers of different numbers of kv heads, not looked into yet.")
+        attention = _Attention(at)
+        if self.probing:
+            self._record_probe(attention, at.layer_idx)
+        else:
+            self.sources.append(at.source)
+            self._record_prompt(attention, at.key[0], at.value[0], at.layer_idx)
+
+    def _allocate(self, heads: int, kv_heads: int) -> None:
+        # All at once, before the first layer: small arrays that stay, between large ones that go, fragment the heap.
+        layers, n, bins = self.n_layers, self.n_tokens, -(-self.n_tokens // self.bin_width)
+        self.last_queries = min(self.last_queries, RECENT_BYTES // (4 * layers * heads * n))
+        self.results = {
+            "key_norm": np.empty((layers, kv_heads, n), np.float32),
+            "value_norm": np.empty((layers, kv_heads, n), np.float32),
+            "attention_received": np.empty((layers, heads, n), np.float32),
+            "probe_attention": np.zeros((layers, heads, n), np.float32),
+            "recent_attention": np.empty((self.last_queries, layers, heads, n), np.float32),
+            "pooled_attention": np.empty((layers, heads, bins, bins), np.uint8),
+            "pooled_scale": np.empty((layers, heads), np.float32),
+        }
+
+    def _record_prompt(self, attention: _Attention, key: Tensor, value: Tensor, layer: int) -> None:
+        received, pooled = _summarise(attention, self.bin_width, on_block=self._report)
+        scale = pooled.amax(dim=(1, 2)).clamp_min(1e-12)
+        root = (pooled / scale[:, None, None]).sqrt()  # square root: small shares keep some of the 256 steps
+        for name, values in {
+            "key_norm": key.float().norm(dim=-1),
+            "value_norm": value.float().norm(dim=-1),
+            "attention_received": received,
+            "pooled_attention": (root * 255).round().to(torch.uint8),
+            "pooled_scale": scale,
+        }.items():
+            self.results[name][layer] = values.cpu().numpy()
+        if self.last_queries:
+            first = self.n_tokens - self.last_queries
+            rows = attention.probabilities(first, self.n_tokens).tril(first - 1)  # own columns are dropped
+            self.results["recent_attention"][:, layer] = rows.transpose(0, 1).cpu().numpy()
+        self.recorded += 1
+        self._report()
+
+    def _report(self) -> None:
+        if self.on_layer is not None:
+            self.on_layer(self.recorded, self.n_layers)
+
+    def _record_probe(self, attention: _Attention, layer: int) -> None:
+        row = attention.probabilities(0, 1)[:, 0, :-1]  # its own column is dropped; the row is not renormalised
+        # A sliding window holds the latest tokens only: to the others it pays nothing.
+        self.results["probe_attention"][layer][:, self.n_tokens - row.shape[1] :] = row.cpu().numpy()
+        self.probed += 1
+
+
+class _Attention:
+    """The attention probabilities of one layer over one text, block by block."""
+
+    def __init__(self, at: Look) -> None:
+        self.query, self.key, self.options = at.query, at.key, at.options  # [1, H, q, D], [1, Hkv, n, D]
+        self.n_heads, self.n_queries = at.query.shape[1:3]
+        self.n_keys = at.key.shape[2]
+        self.mask = at.mask
+
+    def probabilities(self, start: int, end: int) -> Tensor:
+        """Of the queries start..end: float32 [H, end - start, n], n the keys that any of them can see."""
+        before = self.n_keys - self.n_queries  # keys that precede the first query
+        query, key = self.query[:, :, start:end], self.key[:, :, : before + end]
+        return attention_probabilities(query, key, lambda scores: self._hide(scores, start), self.options)[0]
+
+    def _hide(self, scores: Tensor, start: int) -> None:
+        rows, seen = scores.shape[2:]
+        if self.mask is None:
+            # All keys before the block precede all its queries: only its own square is masked.
+            square = torch.ones(rows, rows, dtype=torch.bool, device=scores.device).triu_(1)
+            scores[..., seen - rows :].masked_fill_(square, -torch.inf)
+            return
+        mask = self.mask[..., start : start + rows, :seen]
+        if mask.dtype == torch.bool:
+            scores.masked_fill_(~mask, -torch.inf)
+        else:
+            scores += mask
+
+    def visible(self) -> Tensor:
+        """How many of the queries can see each key, [1 or H, n]."""
+        if self.mask is None:
+            return torch.arange(self.n_keys, 0, -1, device=self.key.device)[None]
+        mask = self.mask[0]
+        shown = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        return shown.sum(dim=1)
+
+
+def _summarise(attention: _Attention, width: int, on_block: Callable[[], None]) -> tuple[Tensor, Tensor]:
+    """Mean attention received [H, n], and the map pooled in bins of `width` tokens [H, P, P] (rows sum to 1)."""
+    n, heads = attention.n_keys, attention.n_heads
+    bins = -(-n // width)
+    total = attention.query.new_zeros(heads, n, dtype=torch.float32)
+    pooled = total.new_zeros(heads, bins, bins)
+    block = max(1, BLOCK // width) * width  # whole bins
+    for start in range(0, n, block):
+        on_block()
+        end = min(start + block, n)
+        rows = _sum_bins(attention.probabilities(start, end), dim=1, width=width)  # [H, bins of the block, end]
+        total[:, :end] += rows.sum(dim=1)
+        columns = _sum_bins(rows, dim=2, width=width)
+        first = start // width
+        pooled[:, first : first + rows.shape[1], : columns.shape[2]] = columns
+    in_bin = torch.full((bins, 1), float(width), device=total.device)
+    in_bin[-1] = n - (bins - 1) * width
+    return total / attention.visible().clamp_min(1), pooled / in_bin
+
+
+def _sum_bins(x: Tensor, *, dim: int, width: int) -> Tensor:
+    """Sum [H, a, b] over runs of `width` along `dim`; the last run may be shorter."""
+    if width == 1:
+        return x
+    short = -x.shape[dim] % width
+    if short:
+        x = nn.functional.pad(x, (0, short) if dim == 2 else (0, 0, 0, short))
+    return x.unflatten(dim, (-1, width)).sum(dim=dim + 1)

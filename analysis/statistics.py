@@ -1,0 +1,314 @@
+"""What a study says of a model: means with intervals over texts, verdicts, and how stable the order of layers is.
+
+Tokens of a text, and heads of a group, are not independent, so nothing here counts them as if they were: texts are what
+is resampled, and documents are where several texts are excerpts of one. An interval is the 95 % percentile bootstrap of
+the mean. It is too narrow with few texts (of normal values it covers the mean in 86 % of cases with 6 texts, 92 % with
+16, 94 % with 32), and with excerpts of few documents (`told_of_documents`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from analysis.measures import VERDICT_OF_SIGNS, WEAK, by_layer, in_short, signed, verdict_counts
+from analysis.measures import VERDICTS as VERDICTS_ON_ONE_TEXT
+from analysis.studies import Study
+from analysis.ties import shared_ranks
+
+MIN_TEXTS = 6  # with fewer, one sign in all of them is no rarer by chance than 5 % (2 / 2^5): no verdict
+UNSTABLE = 0.25  # more texts than this on either side: the sign depends on the text
+STABLE = 0.9  # rank correlation of layers between two halves from which on their order is called stable
+LEVEL = 0.95
+RESAMPLES = 2000
+SPLITS = 200
+
+VERDICTS = {
+    name: VERDICTS_ON_ONE_TEXT[name] for name in ("follows the paper", "sink only", "hidden by the sink", "mirror")
+} | {
+    "no signal": "the interval of Γ spans 0, or Γ > 0 only thanks to the first token",
+    "unstable": f"Γ is called (|Γ| ≥ {WEAK}) below 0 and above 0 in more than {UNSTABLE:.0%} of the texts each",
+    "undefined": f"Γ is defined in fewer than {MIN_TEXTS} texts",
+}
+# By the sign of Γ with and without the first token, "above 0" being that the whole interval is; 0 is neither.
+_VERDICT_OF_SIGNS = {
+    signs: "no signal" if name == "too weak to call" else name for signs, name in VERDICT_OF_SIGNS.items()
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Means:
+    """A figure over texts. Arrays of one shape, such as [L, H]."""
+
+    mean: np.ndarray  # over the texts in which it is defined; NaN where there is none
+    low: np.ndarray  # ends of the interval; NaN where fewer than 2 texts define it
+    high: np.ndarray
+    defined: np.ndarray  # int, texts in which it is
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A number over texts and its 95 % interval; NaN is undefined."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        if np.isnan(self.value):
+            return "undefined"
+        ends = "no interval" if np.isnan(self.low) else f"95 % {signed(self.low)} to {signed(self.high)}"
+        return f"{signed(self.value)} ({ends})"
+
+
+def documents_of(n: int, documents: Sequence[str]) -> np.ndarray:
+    """Which document each of n texts is an excerpt of, [n], counted from 0; each is its own where none are given."""
+    numbers = {name: i for i, name in enumerate(dict.fromkeys(documents))}
+    return np.array([numbers[name] for name in documents]) if documents else np.arange(n)
+
+
+def resamples(n: int, *, documents: Sequence[str] = (), count: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+    """How often each of n texts is drawn in each resample with replacement, [count, n] float64.
+
+    Documents are drawn, and of each that is drawn its excerpts: of a single document, these alone. So an interval is as
+    wide as documents differ, and not narrower than excerpts do, where a few documents are alike by chance.
+
+    Args:
+        documents: n, names of what each text is an excerpt of; a document of its own where they are not known.
+    """
+    rng, which = np.random.default_rng(seed), documents_of(n, documents)
+    total = int(which.max(initial=-1)) + 1
+    places = rng.integers(total, size=(count, total)) + total * np.arange(count)[:, None]  # a row for each resample
+    times = np.bincount(places.ravel(), minlength=count * total).reshape(count, total)
+    drawn = times[:, which].astype(np.float64)
+    for document, size in enumerate(np.bincount(which)):
+        if size > 1:
+            drawn[:, which == document] = rng.multinomial(times[:, document] * size, np.full(size, 1 / size))
+    return drawn
+
+
+def resampled_means(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The mean over texts in each resample: [N, ...] by `resamples` [B, N] -> [B, ...].
+
+    Of the texts that define a number; NaN where a resample drew none of them.
+    """
+    flat = values.reshape(len(values), -1)
+    defined = np.isfinite(flat)
+    total, drawn = counts @ np.where(defined, flat, 0.0), counts @ defined.astype(np.float64)
+    result = np.divide(total, drawn, where=drawn > 0, out=np.full(total.shape, np.nan))
+    return result.reshape(len(counts), *values.shape[1:])
+
+
+def nanmean(values: np.ndarray) -> np.ndarray:
+    """The mean over the first axis of what is defined; NaN where nothing is."""
+    defined = np.isfinite(values)
+    count = defined.sum(axis=0)
+    total = np.where(defined, values, 0.0).sum(axis=0)
+    return np.divide(total, count, where=count > 0, out=np.full(np.shape(total), np.nan))
+
+
+def misses(n: np.ndarray, *, groups: int = 1) -> np.ndarray:
+    """How often the interval of a mean of n normal values that is 0 leaves 0 out; more than 5 % with few texts.
+
+    The standard deviation of a resampled mean is that of the n values over √n, and so the interval is that of Student's
+    t with √((n - 1) / n) of the normal law's half width.
+
+    Args:
+        n: texts, [...]; NaN is returned for fewer than 2.
+        groups: 2 for the difference of two means over n texts each.
+    """
+    from scipy import stats  # half a second, which a page without intervals need not wait for
+
+    few = n < 2
+    n = np.where(few, 2, n)
+    half = stats.norm.isf((1 - LEVEL) / 2) * np.sqrt((n - 1) / n)
+    return np.where(few, np.nan, 2 * stats.t.sf(half, groups * (n - 1)))
+
+
+def means(values: np.ndarray, *, documents: Sequence[str] = (), seed: int = 0) -> Means:
+    """The mean over texts, with its interval, of each number in `values` [N, ...]; NaN is undefined.
+
+    A resample (`resamples`) counts the texts that define the number, and is left out where it has drawn none of them.
+    """
+    drawn = resampled_means(values, resamples(len(values), documents=documents, seed=seed))
+    defined = np.isfinite(values).sum(axis=0)
+    low, high = _ends(drawn)
+    few = defined < 2
+    return Means(nanmean(values), np.where(few, np.nan, low), np.where(few, np.nan, high), defined)
+
+
+def head_means(study: Study, metric: str = "gamma", *, probe: str = "next token", seed: int = 0) -> Means:
+    """`means` of a metric for each head, [L, H]."""
+    return means(study.of(metric, probe=probe), documents=study.documents, seed=seed)
+
+
+def layer_means(study: Study, metric: str = "gamma", *, probe: str = "next token", seed: int = 0) -> Means:
+    """`means` for each layer, [L], of the mean over its heads that are defined."""
+    values = np.moveaxis(study.of(metric, probe=probe), 2, 0)  # [H, N, L]
+    return means(nanmean(values), documents=study.documents, seed=seed)
+
+
+def verdicts(with_sink: np.ndarray, without: np.ndarray, *, documents: Sequence[str] = (), seed: int = 0) -> np.ndarray:
+    """What each head says of the paper's claim, [L, H], keys of `VERDICTS`, from Γ of N texts, [N, L, H] each.
+
+    In this order, so that they exclude each other: undefined, if too few texts define Γ; unstable, if Γ with the first
+    token is; else by the two signs. A sign is that of the whole interval, and none where too few texts define that Γ
+    (without the first token next to no attention may be left), nor where the sign is unstable: as texts grow many an
+    interval leaves 0 behind, however many texts say the opposite.
+    """
+    few = [np.isfinite(gamma).sum(axis=0) < MIN_TEXTS for gamma in (with_sink, without)]
+    signs = [
+        _sign(means(gamma, documents=documents, seed=seed)) * ~_unstable(gamma) * ~too_few
+        for gamma, too_few in zip((with_sink, without), few, strict=True)
+    ]
+    result = np.full(with_sink.shape[1:], "undefined", dtype=object)
+    for pair, name in _VERDICT_OF_SIGNS.items():
+        result[(signs[0] == pair[0]) & (signs[1] == pair[1])] = name
+    result[_unstable(with_sink)] = "unstable"
+    result[few[0]] = "undefined"
+    return result
+
+
+def head_verdicts(study: Study, *, probe: str = "next token", seed: int = 0) -> np.ndarray:
+    """`verdicts` of a study, [L, H]."""
+    gammas = (study.of(metric, probe=probe) for metric in ("gamma", "gamma_without_sink"))
+    return verdicts(*gammas, documents=study.documents, seed=seed)
+
+
+def median_gamma(study: Study, *, probe: str = "next token", seed: int = 0) -> Interval:
+    """The median over heads of the mean Γ over texts; its interval is over texts, the heads stay."""
+    values = study.of("gamma", probe=probe)
+    if not np.isfinite(values).any():
+        return Interval(np.nan, np.nan, np.nan)
+    drawn = resampled_means(values, resamples(len(values), documents=study.documents, seed=seed))
+    low, high = _ends(_nanmedian(drawn.reshape(len(drawn), -1), axis=1)) if len(values) > 1 else (np.nan, np.nan)
+    return Interval(float(_nanmedian(nanmean(values).ravel(), axis=0)), float(low), float(high))
+
+
+def answer(study: Study, *, probe: str = "next token", seed: int = 0) -> str:
+    """Does low norm predict attention in this model? In a few sentences, as `analysis.measures.answer`."""
+    verdict, n = head_verdicts(study, probe=probe, seed=seed), len(study.names)
+    counts = verdict_counts(verdict, VERDICTS)
+    total = verdict.size - counts["undefined"]
+    median = f"Median Γ {median_gamma(study, probe=probe, seed=seed)}, over {n} text{'s' * (n != 1)}."
+    if told := told_of_documents(study.documents):
+        median += f" {told}"
+    if not total:
+        return f"This study cannot tell: no head has Γ in {MIN_TEXTS} texts or more. {median}"
+    follows, mirror = counts["follows the paper"], counts["mirror"]
+    sink = counts["sink only"] + counts["hidden by the sink"]
+    return (
+        f"{in_short(follows, mirror, total)} {by_layer(verdict)} In {follows} of {total} heads low-norm keys get the "
+        f"attention, as the paper says; in {mirror} high-norm keys do; in {sink} it depends on the attention sink (the "
+        f"first token); in {counts['unstable']} the sign changes between texts; in {counts['no signal']} there is no "
+        f"signal. {median}"
+    )
+
+
+def told_of_documents(documents: Sequence[str]) -> str:
+    """What is to be said of the intervals where texts are excerpts of few documents; nothing of many, or not known."""
+    n = len(set(documents))
+    if not documents or n == len(documents) or n >= MIN_TEXTS:
+        return ""
+    few = "one document, so the interval is over its excerpts" if n == 1 else f"only {n} documents, so the interval is"
+    return f"All {len(documents)} are excerpts of {few}{' and' * (n == 1)} too narrow for others."
+
+
+def layer_losses(study: Study, *, probe: str = "next token") -> np.ndarray:
+    """ALR / chance of each layer on each text, [N, L]: heads count by what there is to lose, as in `skip.layer_loss`.
+
+    NaN where no head of the layer is defined.
+    """
+    loss, chance = study.of("alr", probe=probe), study.of("alr_chance", probe=probe)
+    possible = np.nansum(chance, axis=2)
+    return np.divide(np.nansum(loss, axis=2), possible, where=possible > 0, out=np.full(possible.shape, np.nan))
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How alike two halves of texts order the layers, mean over random splits; NaN is undefined."""
+
+    texts: int  # in each half
+    spearman: float
+    kendall: float  # tau-b
+
+
+@dataclass(frozen=True, slots=True)
+class Stability:
+    """How stable the order of the layers is between texts."""
+
+    by_texts: tuple[Agreement, ...]  # of 1, 2, ... texts a half
+    stable_from: int | None  # texts from which on Spearman stays at `STABLE` or above; None is "not yet"
+
+    def __str__(self) -> str:
+        if not self.by_texts or np.isnan(self.by_texts[-1].spearman):
+            return "The order of layers cannot be compared: that takes 2 texts and 3 layers that differ."
+        last = self.by_texts[-1]
+        told = f"two halves of {last.texts} text{'s' * (last.texts != 1)} agree to a Spearman of {last.spearman:.2f}"
+        if self.stable_from is None:
+            return f"The order of layers is not stable yet: {told}, below {STABLE}."
+        return f"The order of layers is stable from {self.stable_from} texts on: {told}."
+
+
+def stability(losses: np.ndarray, *, splits: int = SPLITS, seed: int = 0) -> Stability:
+    """How alike two halves of the texts order the layers by mean ALR / chance, for 1, 2, ..., N // 2 texts a half.
+
+    Args:
+        losses: [N, L], `layer_losses` of a study. Layers that a text leaves undefined are not ordered.
+    """
+    losses = losses[:, np.isfinite(losses).all(axis=0)]
+    n, rng = len(losses), np.random.default_rng(seed)
+    by_texts = []
+    for half in range(1, n // 2 + 1):
+        drawn = rng.permuted(np.tile(np.arange(n), (splits, 1)), axis=1)
+        one, other = (losses[texts].mean(axis=1) for texts in (drawn[:, :half], drawn[:, half : 2 * half]))
+        by_texts.append(Agreement(half, float(nanmean(spearman(one, other))), float(nanmean(kendall(one, other)))))
+    stable = [agreement.spearman >= STABLE for agreement in by_texts]  # NaN is not
+    first = len(stable) - next((i for i, yes in enumerate(reversed(stable)) if not yes), len(stable))
+    return Stability(tuple(by_texts), by_texts[first].texts if first < len(stable) else None)
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Rank correlation along the last axis, [..., L] -> [...]; NaN where one is constant or shorter than 3."""
+    if x.shape[-1] < 3:
+        return np.full(np.broadcast_shapes(x.shape, y.shape)[:-1], np.nan)
+    ranks = [shared_ranks(values).mean(axis=0) for values in (x, y)]
+    return _cosine(*(rank - rank.mean(axis=-1, keepdims=True) for rank in ranks))
+
+
+def kendall(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Kendall's tau-b along the last axis, [..., L] -> [...]; NaN where one is constant or shorter than 3."""
+    if x.shape[-1] < 3:
+        return np.full(np.broadcast_shapes(x.shape, y.shape)[:-1], np.nan)
+    signs = [np.sign(values[..., :, None] - values[..., None, :]) for values in (x, y)]
+    return _cosine(*(sign.reshape(*sign.shape[:-2], -1) for sign in signs))
+
+
+def _cosine(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore"):  # 0 / 0 where one is constant
+        return (x * y).sum(axis=-1) / np.sqrt((x * x).sum(axis=-1) * (y * y).sum(axis=-1))
+
+
+def _sign(of: Means) -> np.ndarray:
+    """-1 or +1 where the whole interval is below or above 0; 0 where it is not, or there is none."""
+    return (of.low > 0).astype(int) - (of.high < 0)
+
+
+def _unstable(gamma: np.ndarray) -> np.ndarray:
+    defined = np.maximum(np.isfinite(gamma).sum(axis=0), 1)
+    below, above = ((side >= WEAK).sum(axis=0) / defined for side in (-gamma, gamma))
+    return np.minimum(below, above) > UNSTABLE
+
+
+def _ends(drawn: np.ndarray) -> np.ndarray:
+    """[B, ...] -> [2, ...], the ends of the middle `LEVEL` of the resamples."""
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # of heads that no text defines
+        return np.nanquantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+
+
+def _nanmedian(values: np.ndarray, *, axis: int) -> np.ndarray:
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
+        return np.nanmedian(values, axis=axis)

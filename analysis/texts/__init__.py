@@ -1,0 +1,1 @@
+"""Texts: read, tokenized, and cut into excerpts."""

@@ -1,0 +1,54 @@
+"""Calibration of the policy `q_filters`: where the queries of each head point."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from l2kv.hooks import Look, UnsupportedModelError, WatchedCache, watching
+
+
+@torch.no_grad()
+def q_filters(model: PreTrainedModel, input_ids: Tensor, *, attention_mask: Tensor | None = None) -> Tensor:
+    """The direction that the queries of each kv head's group have in common, float32 [L, Hkv, D].
+
+    Per query head the first right singular vector of its queries, with the sign that makes their mean projection
+    positive; then the mean over the heads of the group. Source: Godey et al., "Q-Filters", arXiv 2503.02812.
+
+    Args:
+        input_ids: texts to calibrate on, [B, T]: none that is to be compressed later.
+        attention_mask: [B, T], 0 for what rows are padded with: its queries do not count.
+
+    Raises:
+        ValueError: the mask is of another shape, or hides all.
+        UnsupportedModelError: the model's attention cannot be reached.
+    """
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    if not isinstance(mask, Tensor) or mask.shape != input_ids.shape or not (mask == 1).any():
+        raise ValueError(
+            f"attention_mask must be of the shape of input_ids, {list(input_ids.shape)}, and show some of them, "
+            f"got {list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}"
+        )
+    of_text = mask.flatten().bool()
+    padded = {} if of_text.all() else {"attention_mask": mask}
+    if padded and "position_ids" in inspect.signature(model.base_model.forward).parameters:
+        padded["position_ids"] = (mask.long().cumsum(dim=-1) - 1).clamp_min(0)  # as of each row alone
+    filters: dict[int, Tensor] = {}
+
+    def look(at: Look) -> None:
+        queries = at.query.transpose(0, 1).flatten(1, 2)[:, of_text].float()  # [H, tokens, D]
+        directions = torch.linalg.svd(queries, full_matrices=False).Vh[:, 0]  # [H, D]
+        sign = (queries.mean(dim=1) * directions).sum(dim=-1).sign()
+        grouped = (directions * sign[:, None]).unflatten(0, (at.key.shape[1], -1))
+        filters[at.layer_idx] = grouped.mean(dim=1).cpu()
+
+    cache = WatchedCache(config=model.config)
+    with watching(model, cache, look):
+        model.base_model(input_ids, past_key_values=cache, use_cache=True, **padded)
+    if not filters:
+        raise UnsupportedModelError(f"{type(model).__name__} shows no attention: it bypasses transformers' registry.")
+    none = torch.zeros_like(next(iter(filters.values())))  # of layers that carry a state, not keys
+    return torch.stack([filters.get(layer, none) for layer in range(len(cache.layers))])

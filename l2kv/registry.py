@@ -1,0 +1,51 @@
+"""A registry: what can be chosen by name. Whatever lists the choices reads it, so a new entry touches no caller."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from typing import Generic, TypeVar
+
+Entry = TypeVar("Entry")
+
+
+class Registry(Mapping[str, Entry], Generic[Entry]):
+    """Entries by name, in the order in which they were registered.
+
+    Args:
+        noun: what an entry is, for messages: "policy".
+        error: what `find` raises of a name that is not there.
+        entries: to begin with.
+    """
+
+    def __init__(self, noun: str, error: type[Exception], entries: Mapping[str, Entry] | None = None) -> None:
+        self.noun, self.error = noun, error
+        self._entries: dict[str, Entry] = dict(entries or {})
+
+    def register(self, name: str, entry: Entry) -> Entry:
+        """Add an entry, and return it. Raises ValueError for a name that is taken."""
+        if name in self._entries:
+            raise ValueError(f"there is a {self.noun} {name!r} already")
+        self._entries[name] = entry
+        return entry
+
+    def remove(self, name: str) -> None:
+        """Take an entry out again. Raises KeyError where there is none."""
+        del self._entries[name]
+
+    def find(self, name: object) -> Entry:
+        """The entry of a name that a user gave. Raises `error`, with the choices and the nearest of them."""
+        if isinstance(name, str) and name in self._entries:
+            return self._entries[name]
+        close = get_close_matches(name, self._entries, n=1) if isinstance(name, str) else []
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise self.error(f"{self.noun} must be one of {', '.join(self._entries)}, got {name!r:.60}.{hint}")
+
+    def __getitem__(self, name: str) -> Entry:
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)

@@ -1,0 +1,1 @@
+"""Where pairs are stored: in one tensor for all heads, or in pages where heads hold different numbers."""
