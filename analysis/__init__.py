@@ -18,7 +18,7 @@ _HOME = {
     "ModelError": "errors",
     "OutOfMemoryError": "errors",
     "Plan": "plans.skip",
-    "RunFileError": "errors",
+    "RecordError": "errors",
     "Saving": "plans.export",
     "Study": "studies",
     "TextError": "errors",

@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError
 
-from analysis.errors import RunFileError
+from analysis.errors import RecordError
+from analysis.files import reading_whole, write_whole
 from analysis.models.memory import CacheShape, free_bytes, human_bytes
 from analysis.packing import code_type, deflated, inflated, quantised, restored
-from analysis.records import reading_whole, write_whole
 
 VERSION = 3
 LARGE = 2**16  # numbers: more of the last queries than this are kept in fewer steps
@@ -148,7 +148,7 @@ def save_run(capture: Capture, path: str | Path) -> Path:
     """Write a run to a file; whatever happens meanwhile, `path` is the old file or the whole new one.
 
     Raises:
-        RunFileError: it cannot be written there; the message says why.
+        RecordError: it cannot be written there; the message says why.
     """
     path = Path(path)
     header = {name: getattr(capture, name) for name in _HEADER}
@@ -157,9 +157,9 @@ def save_run(capture: Capture, path: str | Path) -> Path:
         metadata = {"l2kv_run": str(VERSION), "header": json.dumps(header), "shapes": json.dumps(shapes)}
         write_whole(path, arrays, metadata)
     except (SafetensorError, OSError) as error:
-        raise RunFileError(f"The run cannot be written to {path}: {error}. Choose another place.") from error
+        raise RecordError(f"The run cannot be written to {path}: {error}. Choose another place.") from error
     except ValueError as error:
-        raise RunFileError(f"The run cannot be written: {error}.") from error
+        raise RecordError(f"The run cannot be written: {error}.") from error
     return path
 
 
@@ -167,12 +167,12 @@ def load_run(path: str | Path) -> Capture:
     """Read a run, which may come from anyone.
 
     Raises:
-        RunFileError: it cannot be read; the message says why.
+        RecordError: it cannot be read; the message says why.
     """
     path = Path(path)
     with reading_whole(path, "run") as (file, version, header):
         if version not in map(str, range(1, VERSION + 1)):
-            raise RunFileError(
+            raise RecordError(
                 f"{path.name} is of version {version[:20]}, this program reads versions 1 to {VERSION}. "
                 "Use the program that wrote it, or capture the text again."
             )
@@ -215,7 +215,7 @@ def _unpacked(arrays: dict[str, np.ndarray], shapes: object, path: Path) -> dict
     """The arrays of a run from those of its file.
 
     Raises:
-        RunFileError: they would not fit into free memory.
+        RecordError: they would not fit into free memory.
         ValueError: they are damaged, or would take more than any run in so many bytes.
     """
     if not isinstance(shapes, dict):
@@ -232,7 +232,7 @@ def _unpacked(arrays: dict[str, np.ndarray], shapes: object, path: Path) -> dict
     if needed > max(ALWAYS_READ, MOST_GROWTH * size):
         raise ValueError(f"unpacked, it would take {human_bytes(needed)}, more than any run in {human_bytes(size)}")
     if needed > allowed:
-        raise RunFileError(
+        raise RecordError(
             f"{path.name} would take {human_bytes(needed)} of memory, and {human_bytes(allowed)} may be used."
         )
     for name, shape in shapes.items():

@@ -17,8 +17,8 @@ class TextError(UserError):
     """A text that cannot be run: empty, too short, too long, or not text."""
 
 
-class RunFileError(UserError):
-    """A run or a plan that cannot be read (corrupt, foreign, of a newer version) or written."""
+class RecordError(UserError):
+    """A record (run, study, plan, results) that cannot be read (corrupt, foreign, of a newer version) or written."""
 
 
 class OutOfMemoryError(UserError):

@@ -1,105 +1,291 @@
-"""Files that are there whole or not at all: arrays as safetensors with a JSON header, and records as JSON.
+"""The one reader and writer of records: a frozen dataclass becomes a file, and the file becomes that dataclass again.
 
-A record is a JSON object that says what it is, and of which version: {"l2kv_plan": 1, ...}.
+A record without arrays is a JSON object that says what it is, and of which version: {"l2kv_plan": 1, ...}. One with
+arrays is a safetensors file: arrays as tensors, all else as JSON in its metadata. A file is there whole or not at all.
+It may come from anyone: reading runs no code, and what is wrong with it is a RecordError that names it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
+import msgspec
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from analysis.errors import RunFileError, TextError
-from analysis.texts import read
+from analysis.errors import RecordError, TextError
+from analysis.texts import read as texts
+
+Record = TypeVar("Record")
+Content = dict[str, Any]
+"""What a file says, before it is checked: the JSON object without its heading."""
 
 
-def write_whole(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Write arrays as one safetensors file: whatever happens meanwhile, `path` is the old file or the new one.
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a class of records is on disk."""
+
+    name: str
+    """In files: "plan" is headed {"l2kv_plan": version}."""
+    version: int
+    """Of what is written. Older ones are read by `upgrade`."""
+    title: str
+    """What users know it by: "a plan"."""
+    again: str
+    """The command that makes one again, for those who cannot read theirs."""
+    upgrade: Callable[[int, Content], Content] | None = None
+    """(version of the file, what it says) -> what this version would say. Raises ValueError where it cannot."""
+    pack: Callable[[Any], tuple[Mapping[str, np.ndarray], Content]] | None = None
+    """(record) -> the arrays to write in the place of its own, and what to say beside them."""
+    unpack: Callable[[ArrayFile], Mapping[str, np.ndarray]] | None = None
+    """The way back; raises ValueError or RecordError where the arrays are not such."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayFile:
+    """An open safetensors file: its size is known, and its arrays are not read yet."""
+
+    path: Path
+    version: int
+    content: Content
+    names: frozenset[str]
+    read: Callable[[str], np.ndarray]
+
+
+def record(
+    name: str,
+    *,
+    version: int,
+    title: str = "",
+    again: str = "",
+    upgrade: Callable[[int, Content], Content] | None = None,
+    pack: Callable[[Any], tuple[Mapping[str, np.ndarray], Content]] | None = None,
+    unpack: Callable[[ArrayFile], Mapping[str, np.ndarray]] | None = None,
+) -> Callable[[type[Record]], type[Record]]:
+    """Make a dataclass a record; the arguments are the fields of `Kind`.
+
+    Its fields may be text, numbers, tuples, mappings, other dataclasses, and, on the outermost level, arrays declared
+    as `Annotated[np.ndarray, "float32 layers heads tokens"]`: a dtype, then a name or a number for each axis.
+    """
+
+    def mark(cls: type[Record]) -> type[Record]:
+        cls.__record__ = Kind(name, version, title or f"a {name}", again, upgrade, pack, unpack)  # type: ignore[attr-defined]
+        return cls
+
+    return mark
+
+
+def kind_of(cls: type) -> Kind:
+    """What a class of records is on disk."""
+    kind: Kind = cls.__record__  # type: ignore[attr-defined]
+    return kind
+
+
+def to_json(thing: object) -> str:
+    """The text of a record without arrays, or of one whose arrays are few numbers. What is not finite becomes null."""
+    kind = kind_of(type(thing))
+    return json_text({f"l2kv_{kind.name}": kind.version} | _plain(thing))
+
+
+def from_json(cls: type[Record], text: str) -> Record:
+    """Read what `to_json` wrote of a record without arrays. Raises RecordError."""
+    kind = kind_of(cls)
+    with _refusing(kind, f"This is not {kind.title} that can be read"):
+        content = msgspec.json.decode(text.encode(), type=Any)
+        if not isinstance(content, dict):
+            raise RecordError(f"This is not {kind.title}: it is not a JSON object.")
+        return _checked(cls, _of_this_version(kind, content.pop(f"l2kv_{kind.name}", None), content))
+
+
+def save(thing: object, path: str | Path) -> Path:
+    """Write a record; whatever happens meanwhile, `path` is the old file or the whole new one.
 
     Raises:
-        OSError, SafetensorError: it cannot be written there.
+        RecordError: it cannot be written there, or cannot be written at all; says which.
     """
-    with _renamed_into(path) as temporary:
-        mode = temporary.stat().st_mode  # save_file would leave a file that only its owner can read
-        save_file(
-            {name: np.ascontiguousarray(values) for name, values in arrays.items()}, temporary, metadata=dict(metadata)
-        )
-        temporary.chmod(mode)
-
-
-@contextmanager
-def reading_whole(path: Path, kind: str) -> Iterator[tuple[safe_open, str, dict[str, Any]]]:
-    """Open what `write_whole` wrote with {"l2kv_<kind>": version, "header": a JSON object}: (file, version, header).
-
-    It may come from anyone. What is wrong with it, or found to be wrong within the block, is raised as a RunFileError.
-    """
+    path, kind = Path(path), kind_of(type(thing))
+    if not _axes_of(type(thing)):
+        return write_text(to_json(thing), path)
     try:
-        if not path.is_file():
-            raise RunFileError(f"There is no file {path}.")
+        arrays, beside = kind.pack(thing) if kind.pack else (_arrays_of(thing), {})
+    except ValueError as error:
+        raise RecordError(f"{kind.title.capitalize()} cannot be written: {error}.") from error
+    header = {name: value for name, value in _plain(thing).items() if name not in _axes_of(type(thing))} | beside
+    metadata = {f"l2kv_{kind.name}": str(kind.version), "header": json.dumps(header)}
+    try:
+        with _renamed_into(path) as temporary:
+            mode = temporary.stat().st_mode  # save_file would leave a file that only its owner can read
+            save_file(
+                {name: np.ascontiguousarray(values) for name, values in arrays.items()}, temporary, metadata=metadata
+            )
+            temporary.chmod(mode)
+    except (SafetensorError, OSError) as error:
+        raise RecordError(
+            f"{kind.title.capitalize()} cannot be written to {path}: {error}. Choose another place."
+        ) from error
+    return path
+
+
+def load(cls: type[Record], path: str | Path) -> Record:
+    """Read what `save` wrote. Raises RecordError, with the file and the reason."""
+    path, kind, axes = Path(path), kind_of(cls), _axes_of(cls)
+    if not path.is_file():
+        raise RecordError(f"There is no file {path}.")
+    if not axes:
+        try:
+            return from_json(cls, texts.read_text(path))
+        except (RecordError, TextError) as error:
+            raise RecordError(f"{path}: {error}") from error
+    with _refusing(kind, f"{path.name} is not {kind.title} that can be read"):
         path.open("rb").close()  # safe_open would say "no such file" of one that may not be read
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            if f"l2kv_{kind}" not in metadata:
-                raise RunFileError(f"{path.name} is a safetensors file, but not a saved {kind}.")
-            header = json.loads(metadata.get("header", "null"))
-            if not isinstance(header, dict):
+            if f"l2kv_{kind.name}" not in metadata:
+                raise RecordError(f"{path.name} is a safetensors file, but not {kind.title}.")
+            content = msgspec.json.decode(metadata.get("header", "null").encode(), type=Any)
+            if not isinstance(content, dict):
                 raise ValueError("its header is no JSON object")
-            yield file, metadata[f"l2kv_{kind}"], header
-    except RunFileError:
-        raise
-    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RecursionError, MemoryError) as error:
-        raise RunFileError(f"{path.name} is not a {kind} that can be read: {str(error)[:200]}") from error
+            version = metadata[f"l2kv_{kind.name}"]
+            number = int(version) if version.isdecimal() and len(version) < 6 else None
+            content |= {name: file.metadata()[name] for name in metadata if name not in ("header", f"l2kv_{kind.name}")}
+            content = _of_this_version(kind, number, content, called=path.name)
+            opened = ArrayFile(path, number or 0, content, frozenset(file.keys()), file.get_tensor)
+            arrays = dict(kind.unpack(opened) if kind.unpack else {name: opened.read(name) for name in opened.names})
+            _same("arrays", set(arrays), set(axes))
+            made = _checked(cls, content, arrays)
+            check_arrays(made)
+            return made
+
+
+def check_arrays(thing: object) -> None:
+    """Raise ValueError unless the arrays of a record have the dtypes and the shapes that its class declares."""
+    sizes: dict[str, int] = {}
+    for name, (dtype, axes) in _axes_of(type(thing)).items():
+        array = getattr(thing, name)
+        if array is None:
+            continue
+        if array.dtype != dtype:
+            raise ValueError(f"{name} must be of type {dtype}, got {array.dtype}")
+        wanted = tuple(int(axis) if axis.isdecimal() else sizes.get(axis, -1) for axis in axes)
+        if array.ndim != len(axes) or any(want not in (-1, got) for want, got in zip(wanted, array.shape, strict=True)):
+            told = ", ".join(axis if want < 0 else str(want) for axis, want in zip(axes, wanted, strict=True))
+            raise ValueError(f"{name} must be of shape ({told}), got {array.shape}")
+        sizes |= {axis: size for axis, size in zip(axes, array.shape, strict=True) if not axis.isdecimal()}
 
 
 def write_text(text: str, path: str | Path) -> Path:
-    """Write a text, whole or not at all. Raises RunFileError, with the reason."""
+    """Write a text, whole or not at all. Raises RecordError, with the reason."""
     path = Path(path)
     try:
         with _renamed_into(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise RunFileError(f"{path} cannot be written: {error}. Choose another place.") from error
+        raise RecordError(f"{path} cannot be written: {error}. Choose another place.") from error
     return path
 
 
-def read_text(path: str | Path) -> str:
-    """The text of a record's file. Raises RunFileError, with the reason."""
+def json_text(content: Mapping[str, Any]) -> str:
+    """JSON that people can read, of dataclasses, arrays and numbers; what is not finite becomes null."""
+    return json.dumps(_plain(content), indent=2, ensure_ascii=False) + "\n"
+
+
+@cache
+def _axes_of(cls: type) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """The arrays of a class: name -> (dtype, axes)."""
+    axes = {}
+    for name, hint in get_type_hints(cls, include_extras=True).items():
+        for one in (hint, *get_args(hint)):  # optional arrays are a union
+            if get_origin(one) is Annotated and get_args(one)[0] in (np.ndarray,):
+                dtype, *names = get_args(one)[1].split()
+                axes[name] = dtype, tuple(names)
+    return axes
+
+
+def _arrays_of(thing: object) -> dict[str, np.ndarray]:
+    arrays = {name: getattr(thing, name) for name in _axes_of(type(thing))}
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
+def _checked(cls: type[Record], content: Content, arrays: Mapping[str, np.ndarray] | None = None) -> Record:
+    """The record that a file's content is. Raises ValueError, or msgspec's ValidationError."""
+    hints = get_type_hints(cls)
+    for name in set(content) & set(hints):  # on the outermost level others may add what they like
+        _check_known(name, content[name], hints[name])
+    return msgspec.convert({**content, **(arrays or {})}, cls, dec_hook=_array)
+
+
+def _check_known(where: str, content: object, hint: Any) -> None:
+    """Raise ValueError for a field that a dataclass within a record does not have: a slip must not go unseen."""
+    if isinstance(content, list):
+        for item in content:
+            _check_known(where, item, hint)
+    elif isinstance(content, dict) and (inner := _dataclass_in(hint)):
+        hints = get_type_hints(inner)
+        if unknown := set(content) - set(hints):
+            raise ValueError(f"{where} has no field {', '.join(sorted(map(repr, unknown)))}")
+        for name, value in content.items():
+            _check_known(f"{where}.{name}", value, hints[name])
+
+
+def _dataclass_in(hint: Any) -> type | None:
+    """The dataclass that a type is, or is a tuple of, or may be."""
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return hint
+    return next(filter(None, map(_dataclass_in, get_args(hint))), None)
+
+
+def _array(kind: type, value: object) -> object:
+    if kind is np.ndarray and isinstance(value, np.ndarray):
+        return value
+    raise TypeError(f"expected {kind.__name__}, got {type(value).__name__}")
+
+
+def _of_this_version(kind: Kind, version: object, content: Content, *, called: str = "This") -> Content:
+    if version == kind.version:
+        return content
+    if isinstance(version, int) and 1 <= version < kind.version and kind.upgrade:
+        return kind.upgrade(version, content)
+    again = f" Make it again: {kind.again}" if kind.again else ""
+    told = "it has no version" if version is None else f"it is of version {version!r:.20}"
+    raise RecordError(f"{called} is not {kind.title} of version {kind.version} or before: {told}.{again}")
+
+
+def _same(what: str, got: set[str], expected: set[str]) -> None:
+    if missing := expected - got:
+        raise ValueError(f"its {what} lack {', '.join(sorted(missing))}")
+    if foreign := got - expected:
+        raise ValueError(f"its {what} hold {', '.join(sorted(foreign))}, which are none of it")
+
+
+@contextmanager
+def _refusing(kind: Kind, words: str) -> Iterator[None]:
+    """What goes wrong within the block, where a foreign file is read, is a RecordError."""
     try:
-        return read.read_text(path)
-    except TextError as error:
-        raise RunFileError(str(error)) from error
-
-
-def record(kind: str, version: int, content: Mapping[str, Any]) -> str:
-    """The text of a record. Numbers that are not finite become null."""
-    return json.dumps({f"l2kv_{kind}": version} | _plain(content), indent=2, ensure_ascii=False) + "\n"
-
-
-def content_of(text: str, kind: str, version: int, *, called: str = "") -> dict[str, Any]:
-    """What a record holds, without its heading; it may come from anyone. Raises RunFileError, with the reason.
-
-    Args:
-        called: what users know the kind by, if not by itself.
-    """
-    called = called or kind
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RunFileError(f"This is not a {called} that can be read: {str(error)[:200]}") from error
-    if not isinstance(content, dict):
-        raise RunFileError(f"This is no {called}: it is not a JSON object.")
-    found = content.pop(f"l2kv_{kind}", None)
-    if found != version:
-        raise RunFileError(f"This is no {called} of version {version}: l2kv_{kind} is {found!r:.60}.")
-    return content
+        yield
+    except RecordError:
+        raise
+    except (
+        msgspec.MsgspecError,
+        SafetensorError,
+        OSError,
+        ValueError,
+        TypeError,
+        RecursionError,
+        MemoryError,
+        OverflowError,
+    ) as error:
+        again = f". Make it again: {kind.again}" if kind.again else ""
+        raise RecordError(f"{words}: {str(error)[:300]}{again}") from error
 
 
 @contextmanager
@@ -118,7 +304,9 @@ def _renamed_into(path: Path) -> Iterator[Path]:
 
 
 def _plain(value: Any) -> Any:
-    """Of JSON's types: arrays as lists, NaN and infinity as null."""
+    """Of JSON's types: dataclasses as objects, arrays as lists, NaN and infinity as null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, np.ndarray):

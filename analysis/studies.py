@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from safetensors import SafetensorError
 
-from analysis.errors import RunFileError, TextError
+from analysis.errors import RecordError, TextError
+from analysis.files import reading_whole, write_whole
 from analysis.metrics import METRICS, PROBES, STATUSES, metrics
-from analysis.records import reading_whole, write_whole
 from analysis.texts.excerpts import Excerpt
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def study(
         on_text, on_layer: for progress and cancelling; `on_layer` as in `capture`.
 
     Raises:
-        RunFileError: the file is of another model or of other texts, or cannot be read or written; says which.
+        RecordError: the file is of another model or of other texts, or cannot be read or written; says which.
         TextError: there are no texts, or more than `MOST_TEXTS`, or one of them cannot be run; says which, and those
             before it are in the file.
         OutOfMemoryError, ModelError: as `capture`.
@@ -148,24 +148,24 @@ def study(
 
 
 def save_study(study: Study, path: str | Path) -> Path:
-    """Write a study, whole or not at all. Raises RunFileError, with the reason."""
+    """Write a study, whole or not at all. Raises RecordError, with the reason."""
     path = Path(path)
     header = {name: getattr(study, name) for name in _HEADER} | {"probes": tuple(PROBES), "metrics": tuple(METRICS)}
     metadata = {"l2kv_study": str(VERSION), "header": json.dumps(header)}
     try:
         write_whole(path, {name: getattr(study, name) for name in _ARRAYS}, metadata)
     except (SafetensorError, OSError) as error:
-        raise RunFileError(f"The study cannot be written to {path}: {error}. Choose another place.") from error
+        raise RecordError(f"The study cannot be written to {path}: {error}. Choose another place.") from error
     return path
 
 
 def load_study(path: str | Path) -> Study:
-    """Read a study, which may come from anyone. Raises RunFileError, with the reason."""
+    """Read a study, which may come from anyone. Raises RecordError, with the reason."""
     path = Path(path)
     with reading_whole(path, "study") as (file, version, header):
         known = (header.pop("probes", 0), header.pop("metrics", 0)) == (list(PROBES), list(METRICS))
         if version not in ("2", str(VERSION)) or not known:
-            raise RunFileError(
+            raise RecordError(
                 f"{path.name} is a study of version {version[:20]} or of other metrics; this program reads versions 2 "
                 f"and {VERSION} with its own. Use the one that wrote it, or study them again."
             )
@@ -210,16 +210,16 @@ def _resumed(path: str | Path | None, model: str, weights: str, texts: tuple[Exc
         return None
     done, instead = load_study(path), "Choose another file, or delete this one."
     if done.weights != weights:
-        raise RunFileError(
+        raise RecordError(
             f"{path} holds a study of another model: {done.model}, whose weights, dtype or vocabulary are not those of "
             f"{model}. {instead}"
         )
     if len(done.names) > len(texts):
-        raise RunFileError(f"{path} holds {len(done.names)} texts already, and {len(texts)} were given. {instead}")
+        raise RecordError(f"{path} holds {len(done.names)} texts already, and {len(texts)} were given. {instead}")
     for i, (before, digest, (name, text, _)) in enumerate(zip(done.names, done.digests, texts, strict=False)):
         if (before, digest) != (name, _digest(text)):
             what = f"it was {before!r}, and is now {name!r}" if before != name else f"{name!r} has changed"
-            raise RunFileError(f"{path} holds a study of other texts: of text {i}, {what}. {instead}")
+            raise RecordError(f"{path} holds a study of other texts: of text {i}, {what}. {instead}")
     known = tuple(document or name for name, _, document in texts[: len(done.names)])
     return replace(done, texts=len(texts), documents=known)
 

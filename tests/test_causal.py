@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 from transformers import AutoTokenizer
 
-from analysis import RunFileError, TextError, capture
+from analysis import RecordError, TextError, capture
 from analysis.demo import presets
 from analysis.evaluation.run import continuation_nll
 from analysis.measures import alr
@@ -120,7 +120,7 @@ def made_check() -> CausalCheck:
     ],
 )
 def test_a_strangers_check_is_refused_with_the_reason(change, reason):
-    with pytest.raises(RunFileError, match=reason):
+    with pytest.raises(RecordError, match=reason):
         CausalCheck.from_json(json.dumps(json.loads(made_check().to_json()) | change))
 
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from analysis import TextError
+from analysis import TextError, records
 from analysis.cli import main
 from analysis.demo import finding, presets, questions
 from analysis.demo.finding import BREAKS_SPEC, CALM_SPEC, Criteria, find_presets
 from analysis.demo.presets import FoundPresets, Preset
 from analysis.demo.questions import SEARCHES, NotFoundError, Question, Search, find_task_presets
-from analysis.errors import RunFileError
+from analysis.errors import RecordError
 from analysis.evaluation import run
 from analysis.evaluation.run import (
     continuation_nll,
@@ -406,8 +406,8 @@ def test_found_presets_are_read_back_as_they_were_and_offered_after_the_texts(tm
     key = Preset("Key", presets.passkey(12345, before=1, after=2), "Lost – at 0.3.", spec, answer="12345")
     asked = Preset("Asked", "Which town?", "By chat.", CALM_SPEC, answer="Paris", chat=True, beside=BREAKS_SPEC)
     found = FoundPresets("a model", (Preset("Calm", "A text.\n", "Hardly.", CALM_SPEC), asked, key))
-    path = presets.save_found(found, tmp_path / "presets.json")
-    assert FoundPresets.from_json(path.read_text(encoding="utf-8")) == found
+    path = records.save(found, tmp_path / "presets.json")
+    assert records.load(FoundPresets, path) == found
     offered = presets.presets("a model", path)
     assert [p.name for p in offered] == [*presets.bundled_texts(), "Calm", "Asked", "Key"] and offered[-1].spec == spec
 
@@ -415,7 +415,7 @@ def test_found_presets_are_read_back_as_they_were_and_offered_after_the_texts(tm
 def test_what_was_found_for_one_model_is_not_offered_for_another(tmp_path):
     texts = list(presets.bundled_texts())
     found = FoundPresets("a model", (Preset("Calm", "A text.", "Hardly.", CALM_SPEC),))
-    path = presets.save_found(found, tmp_path / "presets.json")
+    path = records.save(found, tmp_path / "presets.json")
     assert [p.name for p in presets.presets("another", path)] == texts
     assert [p.name for p in presets.presets("Qwen/Qwen3-0.6B")] == texts
     assert len(presets.presets("books-5m")) > len(texts)
@@ -424,7 +424,7 @@ def test_what_was_found_for_one_model_is_not_offered_for_another(tmp_path):
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"l2kv_presets": 2}', '{"l2kv_presets": 1, "presets": [3]}'])
 def test_a_damaged_file_of_presets_is_named(tmp_path, text):
     (tmp_path / "presets.json").write_text(text)
-    with pytest.raises(RunFileError, match=r"The presets cannot be read .*python -m analysis demo"):
+    with pytest.raises(RecordError, match=r"This is not a file of presets"):
         presets.presets("books-5m", tmp_path / "presets.json")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from analysis import ModelError, RunFileError, TextError, capture, loss_curves
+from analysis import ModelError, RecordError, TextError, capture, loss_curves
 from analysis.demo import presets
 from analysis.evaluation.run import continuation_nll
 from analysis.models.load import LoadedModel
@@ -349,7 +349,7 @@ def test_a_strangers_file_is_refused_with_the_reason(change, reason):
         content |= change
     else:
         content["points"][0] |= change
-    with pytest.raises(RunFileError, match=reason):
+    with pytest.raises(RecordError, match=reason):
         Front.from_json(json.dumps(content))
 
 

@@ -23,6 +23,7 @@ from analysis.measures import (
 )
 from analysis.metrics import PROBES, metrics
 from analysis.plans.skip import layer_loss
+from analysis.records import from_json, to_json
 from l2kv import CompressionSpec
 
 
@@ -377,4 +378,4 @@ def test_a_layer_counts_its_heads_by_what_there_is_to_lose(run):
 
 def test_a_plan_is_read_back_as_it_was_written():
     plan = Plan("books-5m", CompressionSpec(keep_ratio=0.3, skip_layers=(0, 4), protect_last=32), "by hand")
-    assert Plan.from_json(plan.to_json()) == plan
+    assert from_json(Plan, to_json(plan)) == plan

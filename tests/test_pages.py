@@ -16,6 +16,7 @@ from analysis.metrics import METRICS, PROBES
 from analysis.models.load import BUNDLED_MODELS
 from analysis.plans.ablation import CausalCheck
 from analysis.plans.front import Front, FrontPoint
+from analysis.records import load, to_json
 from analysis.selftest import instrument
 from analysis.statistics import Interval
 from analysis.studies import Study, save_study
@@ -112,7 +113,9 @@ def test_what_is_bundled_can_be_read_and_is_of_the_model_that_it_is_bundled_with
     assert found.demo and load_run(found.demo).model == model
     if found.study:
         assert load_study(found.study).complete and load_study(found.study).model == model
-    for file, kind in ((found.front, Front), (found.causal, CausalCheck), (found.presets, FoundPresets)):
+    if found.presets:
+        assert load(FoundPresets, found.presets).model == model
+    for file, kind in ((found.front, Front), (found.causal, CausalCheck)):
         if file:
             assert kind.from_json(file.read_text(encoding="utf-8")).model == model
 
@@ -322,7 +325,7 @@ def test_a_plan_of_another_model_is_shown_with_a_warning():
 
 def test_a_skip_list_is_opened_as_a_plan_or_refused_in_one_sentence():
     app = opened("plan")
-    for given, answer in (("0, 99", "names layer 99"), ("first", "no list of layers"), ("{}", "no plan")):
+    for given, answer in (("0, 99", "names layer 99"), ("first", "no list of layers"), ("{}", "not a plan")):
         app.text_input(key="plan_skip_list").set_value(given).run()
         button(app, "Open it").click().run()
         assert not app.exception and len(app.error) == 1 and answer in words(app) and "plan" not in app.session_state
@@ -334,7 +337,7 @@ def test_a_skip_list_is_opened_as_a_plan_or_refused_in_one_sentence():
 def test_a_plans_file_comes_back_as_it_was_saved():
     plan = Plan("books-5m", CompressionSpec(keep_ratio=0.3, layer_ratios={1: 0.2, 2: 0.9}), note="by hand")
     app = opened("plan")
-    upload(app, "plan_file", "plan.json", plan.to_json().encode())
+    upload(app, "plan_file", "plan.json", to_json(plan).encode())
     button(app, "Open it").click().run()
     assert app.session_state["plan"] == plan
 

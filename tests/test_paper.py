@@ -10,12 +10,12 @@ import torch
 from transformers import AutoTokenizer, FalconConfig, FalconForCausalLM
 
 from analysis import ModelError, TextError, capture
+from analysis.files import content_of
 from analysis.measures import correlation
 from analysis.models.load import LoadedModel
 from analysis.paper.figures import FIGURES, VERSION, best_and_worst, four_heads, over_chunks, reproduce, to_json
 from analysis.paper.vectors import HeadVectors, attention_rows, each_layer, head_vectors, pooled_attention
 from analysis.paper.why import Factors, factors, sink_head, sink_key, zeroing
-from analysis.records import content_of
 from app import figures
 from app.report import paper
 from app.report.writing import document

@@ -13,6 +13,7 @@ from analysis.models.memory import CacheShape
 from analysis.models.sizes import model_size
 from analysis.plans.ablation import CausalCheck
 from analysis.plans.front import Front
+from analysis.records import from_json, to_json
 from analysis.texts.excerpts import SPLIT
 from l2kv import CompressionSpec
 from tests.conftest import BUNDLED, TINY, build
@@ -73,7 +74,7 @@ def refused(capsys, *arguments) -> str:
 def test_a_skip_list_of_a_run_or_several_is_written_as_a_plan(run, tmp_path, capsys):
     out = tmp_path / "plan.json"
     said = told(capsys, "skip", run, "--count", "2", "--keep", "0.3", "-o", str(out))
-    spec = Plan.from_json(out.read_text()).spec
+    spec = from_json(Plan, out.read_text()).spec
     assert "By a proxy, ALR. Skip the 2 layers" in said
     assert len(spec.skip_layers) == 2 and spec.keep_ratio == 0.3 and spec.protect_last == 32
     assert f"books-5m: leave whole {spec.skip_layers[0]}, {spec.skip_layers[1]}\n" in said
@@ -93,7 +94,7 @@ def test_a_plan_is_printed_and_written_and_generation_takes_it(text, tmp_path, c
     out = tmp_path / "plan.json"
     arguments = ["plan", text, "--excerpts", "2", "--prompt-tokens", "60", "--protect-last", "4", "--keep", "0.4"]
     said = told(capsys, *arguments, "-o", str(out))
-    plan = Plan.from_json(out.read_text())
+    plan = from_json(Plan, out.read_text())
     assert plan.model == "books-5m" and plan.spec.policy == "signed_norm" and plan.spec.protect_last == 4
     shape = CacheShape(tuple(range(6)), 8, 4, 32, 4)
     saved = 1 - shape.nbytes(4096, plan.spec) / shape.nbytes(4096)
@@ -137,7 +138,7 @@ def test_a_causal_check_and_a_front_are_written_as_files(text, tmp_path, capsys)
     plan = tmp_path / "plan.json"
     worst = check.layers[int(check.nll_change.mean(axis=1).argmax())]
     assert "Measured by prediction" in told(capsys, "skip", str(causal), "--count", "1", "-o", str(plan))
-    spec = Plan.from_json(plan.read_text()).spec  # as it was measured, and with the layers that were left out then
+    spec = from_json(Plan, plan.read_text()).spec  # as it was measured, and with the layers that were left out then
     assert spec.skip_layers == (0, 1, 2, worst) and spec.protect_last == 4
     assert "the one file" in refused(capsys, "skip", str(causal), str(causal))
     said = told(capsys, "front", text, "--excerpts", "2", *lengths, "--keeps", "0.5", "-o", str(front))
@@ -234,7 +235,7 @@ def test_a_config_that_would_not_be_loaded_is_not_counted(tmp_path, capsys, conf
 )
 def test_a_mistake_is_one_line(text, run, tmp_path, capsys, arguments, reason):
     out, plan, short = tmp_path / "out.json", tmp_path / "plan.json", tmp_path / "short.txt"
-    plan.write_text(Plan("other", CompressionSpec(skip_layers=(9,))).to_json())
+    plan.write_text(to_json(Plan("other", CompressionSpec(skip_layers=(9,)))))
     short.write_text("The old man looked at the sea.")
     places = {"TEXT": text, "RUN": run, "OUT": str(out), "PLAN": str(plan), "SHORT": str(short)}
     assert reason in refused(capsys, *(places.get(argument, argument) for argument in arguments))

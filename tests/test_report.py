@@ -14,11 +14,11 @@ from analysis import correlation, load_run, save_run
 from analysis.cli import main
 from analysis.comparing import compare_runs, compare_studies
 from analysis.demo import presets
+from analysis.files import content_of
 from analysis.measures import answer, verdicts
 from analysis.metrics import METRICS, PROBES, metrics
 from analysis.plans.ablation import CausalCheck
 from analysis.plans.front import Front, FrontPoint
-from analysis.records import content_of
 from analysis.statistics import Interval
 from analysis.studies import Study, save_study
 from app.report import VERSION, report

@@ -1,4 +1,4 @@
-"""Runs and plans as files: the round trip, and every broken or hostile file ends in a RunFileError."""
+"""Runs and plans as files: the round trip, and every broken or hostile file ends in a RecordError."""
 
 import dataclasses
 import json
@@ -17,11 +17,12 @@ from safetensors import safe_open
 from safetensors.numpy import save, save_file
 
 from analysis import captures as run_module
-from analysis import records as files_module
+from analysis import files as files_module
 from analysis.captures import Capture, load_run, save_run
-from analysis.errors import RunFileError
+from analysis.errors import RecordError
 from analysis.packing import deflated, quantised, restored
 from analysis.plans.skip import Plan
+from analysis.records import from_json, to_json
 from l2kv import CompressionSpec
 
 LAYERS, HEADS, KV_HEADS, TOKENS, BINS = 2, 4, 2, 5, 3
@@ -138,7 +139,7 @@ def repacked(saved: Path, **arrays) -> Path:
 
 
 def refusal(path: Path) -> str:
-    with pytest.raises(RunFileError) as refused:
+    with pytest.raises(RecordError) as refused:
         load_run(path)
     message = str(refused.value)
     assert path.name in message
@@ -194,7 +195,7 @@ def test_a_failure_while_saving_leaves_the_old_file_and_no_other(saved, monkeypa
 
     owner = {"save_file": files_module, "fsync": os, "replace": Path}[step]
     monkeypatch.setattr(owner, step, half_save if step == "save_file" else fail)
-    with pytest.raises(RunFileError if isinstance(error, OSError) else type(error)):
+    with pytest.raises(RecordError if isinstance(error, OSError) else type(error)):
         save_run(make(model="new"), saved)
     assert saved.read_bytes() == before
     assert list(saved.parent.iterdir()) == [saved]
@@ -202,13 +203,13 @@ def test_a_failure_while_saving_leaves_the_old_file_and_no_other(saved, monkeypa
 
 def test_a_run_cannot_be_saved_where_a_folder_is(tmp_path):
     (tmp_path / "taken").mkdir()
-    with pytest.raises(RunFileError, match=r"taken.*another place"):
+    with pytest.raises(RecordError, match=r"taken.*another place"):
         save_run(make(), tmp_path / "taken")
     assert [p.name for p in tmp_path.iterdir()] == ["taken"]
 
 
 def test_a_run_cannot_be_saved_below_a_file(saved):
-    with pytest.raises(RunFileError, match="cannot be written"):
+    with pytest.raises(RecordError, match="cannot be written"):
         save_run(make(), saved / "run")
 
 
@@ -216,7 +217,7 @@ def test_no_beginning_of_a_file_passes_for_the_whole(saved, tmp_path):
     content, cut = saved.read_bytes(), tmp_path / "cut"
     for end in range(len(content)):
         cut.write_bytes(content[:end])
-        with pytest.raises(RunFileError):
+        with pytest.raises(RecordError):
             load_run(cut)
     cut.write_bytes(content)
     assert_same(load_run(cut), make())
@@ -226,7 +227,7 @@ def test_a_changed_byte_gives_a_run_or_a_message(saved, tmp_path):
     content, changed = saved.read_bytes(), tmp_path / "changed"
     for at in range(len(content)):
         changed.write_bytes(content[:at] + bytes([content[at] ^ 0xFF]) + content[at + 1 :])
-        with suppress(RunFileError):
+        with suppress(RecordError):
             assert isinstance(load_run(changed), Capture)
 
 
@@ -273,9 +274,9 @@ def test_a_safetensors_file_that_is_no_run_is_refused_as_that(tmp_path, metadata
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     assert "There is no file" in refusal(tmp_path / "none")
     assert "There is no file" in refusal(tmp_path)
-    with pytest.raises(RunFileError):
+    with pytest.raises(RecordError):
         load_run("a\0b")
-    with pytest.raises(RunFileError):
+    with pytest.raises(RecordError):
         load_run("x" * 5000)
 
 
@@ -297,7 +298,7 @@ def test_a_file_that_may_not_be_read_is_refused_as_that(saved, not_root):
 
 def test_a_run_that_may_not_be_written_is_refused_as_that(saved, not_root):
     saved.parent.chmod(0o555)
-    with pytest.raises(RunFileError, match="Permission denied"):
+    with pytest.raises(RecordError, match="Permission denied"):
         save_run(make(), saved)
     saved.parent.chmod(0o755)
     assert_same(load_run(saved), make())
@@ -485,7 +486,7 @@ def test_a_run_with_values_that_no_run_has_is_not_written(tmp_path):
     for value in (math.nan, math.inf, -1e-30):
         rows = make().recent_attention.copy()
         rows[0, 1, 2, 0] = value
-        with pytest.raises(RunFileError, match="attention holds values that no run can have"):
+        with pytest.raises(RecordError, match="attention holds values that no run can have"):
             save_run(make(recent_attention=rows), tmp_path / "run")
     assert not list(tmp_path.iterdir())
 
@@ -601,44 +602,45 @@ SPECS = [
 @pytest.mark.parametrize("text", ["", 'é 🙂 "quoted" </script>\n\0', *PATHS])
 def test_a_plan_comes_back_exactly(spec, text):
     plan = Plan(text, spec, note=text)
-    assert Plan.from_json(plan.to_json()) == plan
-    assert Plan.from_json(Plan.from_json(plan.to_json()).to_json()) == plan
+    assert from_json(Plan, to_json(plan)) == plan
+    assert to_json(from_json(Plan, to_json(plan))) == to_json(plan)
 
 
 def plan(*, spec=None, **changes) -> str:
-    content = json.loads(Plan("tiny", CompressionSpec(skip_layers=(1,))).to_json())
+    content = json.loads(to_json(Plan("tiny", CompressionSpec(skip_layers=(1,)))))
     content["spec"] |= spec or {}
     return json.dumps(content | changes)
 
 
 def test_a_plan_without_a_note_or_with_fewer_settings_gets_those_of_the_spec():
     text = json.dumps({"l2kv_plan": 1, "model": "tiny", "spec": {"keep_ratio": 0.25}})
-    assert Plan.from_json(text) == Plan("tiny", CompressionSpec(keep_ratio=0.25))
+    assert from_json(Plan, text) == Plan("tiny", CompressionSpec(keep_ratio=0.25))
 
 
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("", "Expecting value"),
+        ("", "not a plan that can be read"),
         ("{", "not a plan"),
         ("[" * 100_000, "not a plan"),
         ('{"l2kv_plan": 1' + "0" * 5000, "not a plan"),
-        *((text, "not a JSON object") for text in ("null", "[]", "5", '"x"', "NaN")),
-        ("{}", "l2kv_plan is None"),
-        ('{"name": "package", "version": 1}', "l2kv_plan is None"),
-        ('{"l2kv_plan": 1}', "no 'spec'"),
-        ('{"l2kv_plan": 1, "spec": {}}', "no 'model'"),
-        (plan(l2kv_plan=2), "version 1: l2kv_plan is 2"),
-        (plan(l2kv_plan="1"), "l2kv_plan is '1'"),
-        (plan(l2kv_plan="9" * 10_000), "l2kv_plan is '9"),
-        *((plan(model=value), "model and note must be text") for value in (None, 5, [], {"a": 1})),
-        (plan(note=5), "model and note must be text"),
+        *((text, "not a JSON object") for text in ("null", "[]", "5", '"x"')),
+        ("NaN", "not a plan that can be read"),
+        ("{}", "it has no version"),
+        ('{"name": "package", "version": 1}', "it has no version"),
+        ('{"l2kv_plan": 1}', "missing required field"),
+        ('{"l2kv_plan": 1, "spec": {}}', "missing required field `model`"),
+        (plan(l2kv_plan=2), "of version 1 or before: it is of version 2"),
+        (plan(l2kv_plan="1"), "it is of version '1'"),
+        (plan(l2kv_plan="9" * 10_000), "it is of version '9"),
+        *((plan(model=value), "at `$.model`") for value in (None, 5, [], {"a": 1})),
+        (plan(note=5), "at `$.note`"),
     ],
     ids=lambda value: value[:30],
 )
 def test_a_foreign_plan_is_refused_with_the_reason(text, reason):
-    with pytest.raises(RunFileError) as refused:
-        Plan.from_json(text)
+    with pytest.raises(RecordError) as refused:
+        from_json(Plan, text)
     assert reason in str(refused.value)
     assert len(str(refused.value)) < 400
 
@@ -646,8 +648,8 @@ def test_a_foreign_plan_is_refused_with_the_reason(text, reason):
 @pytest.mark.parametrize("spec", [None, 5, "x", [], [["keep_ratio", 0.5]]], ids=repr)
 def test_a_plan_whose_spec_is_no_object_is_refused(spec):
     content = json.loads(plan()) | {"spec": spec}
-    with pytest.raises(RunFileError, match="not a plan"):
-        Plan.from_json(json.dumps(content))
+    with pytest.raises(RecordError, match="not a plan"):
+        from_json(Plan, json.dumps(content))
 
 
 @pytest.mark.parametrize(
@@ -665,6 +667,6 @@ def test_a_plan_whose_spec_is_no_object_is_refused(spec):
     ],
 )
 def test_a_setting_that_no_spec_allows_is_refused(field, value):
-    with pytest.raises(RunFileError) as refused:
-        Plan.from_json(plan(spec={field: value}))
+    with pytest.raises(RecordError) as refused:
+        from_json(Plan, plan(spec={field: value}))
     assert len(str(refused.value)) < 300

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from analysis import Plan, RunFileError
+from analysis import Plan, RecordError
 from analysis.plans.skip import RULES, layer_loss, skip_list, suggest_skip_layers
+from analysis.records import to_json
 from l2kv import CompressionSpec
 from tests.test_across import study_of
 from tests.test_measures import run_of
@@ -111,7 +112,7 @@ def test_bad_requests_are_refused():
         ("3 3\n2", (2, 3)),
         ("", ()),
         ("[]", ()),
-        (Plan("m", CompressionSpec(skip_layers=(4, 2))).to_json(), (2, 4)),
+        (to_json(Plan("m", CompressionSpec(skip_layers=(4, 2)))), (2, 4)),
     ],
 )
 def test_a_list_is_read_as_people_write_it(text, layers):
@@ -120,12 +121,12 @@ def test_a_list_is_read_as_people_write_it(text, layers):
 
 @pytest.mark.parametrize("text", ["zero", "-1", "1.5", "0;1", "[[0]]", "1" * 9, "²", '{"skip": [0]}'])
 def test_what_is_no_list_is_refused(text):
-    with pytest.raises(RunFileError, match=r"no list of layers|no plan"):
+    with pytest.raises(RecordError, match=r"no list of layers|not a plan"):
         skip_list(text)
 
 
 def test_a_layer_that_the_model_does_not_have_is_refused():
     assert skip_list("0, 5", n_layers=6) == (0, 5)
-    for text in ("0, 6", Plan("m", CompressionSpec(skip_layers=(6,))).to_json()):
-        with pytest.raises(RunFileError, match="layer 6, but the layers are 0 to 5"):
+    for text in ("0, 6", to_json(Plan("m", CompressionSpec(skip_layers=(6,))))):
+        with pytest.raises(RecordError, match="layer 6, but the layers are 0 to 5"):
             skip_list(text, n_layers=6)

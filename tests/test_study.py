@@ -17,10 +17,10 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from transformers import AutoTokenizer
 
-from analysis import correlation, records
+from analysis import correlation, files
 from analysis.cli import main
 from analysis.demo import presets
-from analysis.errors import RunFileError, TextError
+from analysis.errors import RecordError, TextError
 from analysis.measures import alr, alr_chance
 from analysis.metrics import METRICS, PROBES, STATUSES, metrics
 from analysis.models.load import LoadedModel
@@ -248,14 +248,14 @@ def test_other_texts_and_other_models_are_refused_with_the_reason(tmp_path, load
         ([(name, text)], loaded, "holds 2 texts already, and 1 were given"),
         (texts[:2], other, "another model: books-5m"),
     ):
-        with pytest.raises(RunFileError, match=reason):
+        with pytest.raises(RecordError, match=reason):
             study(loaded_, given, path)
     weight = model.model.layers[3].mlp.up_proj.weight
     kept = weight.detach().clone()
     with torch.no_grad():
         weight.mul_(1.001)
     try:
-        with pytest.raises(RunFileError, match="whose weights"):
+        with pytest.raises(RecordError, match="whose weights"):
             study(loaded, texts[:2], path)
     finally:
         with torch.no_grad():
@@ -320,8 +320,8 @@ def test_a_failure_while_writing_leaves_the_old_file_and_no_other(tmp_path, monk
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr({"save_file": records, "fsync": os, "replace": Path}[step], step, fail)
-    with pytest.raises(RunFileError if isinstance(error, OSError) else KeyboardInterrupt):
+    monkeypatch.setattr({"save_file": files, "fsync": os, "replace": Path}[step], step, fail)
+    with pytest.raises(RecordError if isinstance(error, OSError) else KeyboardInterrupt):
         save_study(study_of(np.ones((3, 1, 1))), path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
@@ -362,7 +362,7 @@ def tampered(path, *, header=None, whole_header=None, arrays=None, **metadata):
 def test_a_study_that_was_tampered_with_is_refused(tmp_path, changes, reason):
     path = save_study(study_of(np.zeros((8, 1, 1))), tmp_path / "study.safetensors")
     tampered(path, **changes)
-    with pytest.raises(RunFileError, match=reason):
+    with pytest.raises(RecordError, match=reason):
         load_study(path)
 
 
@@ -376,7 +376,7 @@ def test_a_study_of_nothing_is_refused(tmp_path, n, layers, heads):
     header = {"names": ["x"] * n, "digests": [""] * n, "layer_kinds": ["full"] * layers, "texts": n}
     arrays = {"values": np.zeros(shape), "status": np.zeros(shape, np.uint8), "n_tokens": np.full(n, 9)}
     tampered(path, header=header, arrays=arrays)
-    with pytest.raises(RunFileError, match="and of heads"):
+    with pytest.raises(RecordError, match="and of heads"):
         load_study(path)
 
 
@@ -384,15 +384,15 @@ def test_a_study_of_nothing_is_refused(tmp_path, n, layers, heads):
 def test_a_foreign_file_is_refused_and_not_written_over(tmp_path, loaded, texts, content):
     path = tmp_path / "study.safetensors"
     path.write_bytes(content)
-    with pytest.raises(RunFileError, match="not a study that can be read"):
+    with pytest.raises(RecordError, match="not a study that can be read"):
         study(loaded, texts, path)
     assert path.read_bytes() == content
-    with pytest.raises(RunFileError, match="no file"):
+    with pytest.raises(RecordError, match="no file"):
         load_study(tmp_path / "none")
     save_file({"a": np.ones(3)}, path)
-    with pytest.raises(RunFileError, match="but not a saved study"):
+    with pytest.raises(RecordError, match="but not a saved study"):
         load_study(path)
-    with pytest.raises(RunFileError, match="cannot be written"):
+    with pytest.raises(RecordError, match="cannot be written"):
         save_study(study_of(np.zeros((1, 1, 1))), path / "below")
 
 
@@ -401,7 +401,7 @@ def test_a_cut_file_does_not_pass_for_a_study(tmp_path):
     content = path.read_bytes()
     for end in random.Random(0).sample(range(len(content)), 200):
         path.write_bytes(content[:end])
-        with pytest.raises(RunFileError):
+        with pytest.raises(RecordError):
             load_study(path)
 
 

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-from analysis import RunFileError, capture, load_model, read_text, records
+from analysis import RecordError, capture, files, load_model, read_text, records
 from analysis.cli import main
 from analysis.cli.shared import text_of, texts_of
 from analysis.errors import TextError
@@ -17,6 +17,7 @@ from analysis.evaluation.run import continuation_nll
 from analysis.models.load import LoadedModel
 from analysis.plans.skip import Plan
 from analysis.preview import stream
+from analysis.records import to_json
 from analysis.texts import read
 from app.components import jobs
 from l2kv import CompressionSpec
@@ -58,7 +59,7 @@ def by_standard_input(data, path):
 
 def by_record(data, path):
     path.write_bytes(data)
-    return records.read_text(path)
+    return files.read_text(path)
 
 
 DOORS = (by_upload, by_file, by_folder, by_library, by_standard_input, by_record)
@@ -78,7 +79,7 @@ def test_a_text_is_the_same_whatever_its_encoding_its_line_ends_and_its_door(tmp
     ["déjà".encode("latin-1"), bytes(range(256)), b"a\0b", b"\xff\xfea", "ab".encode("utf-16-le"), b"\xed\xa0\xbd"],
 )
 def test_what_is_no_text_is_refused_by_every_door_with_the_same_reason(tmp_path, door, data):
-    with pytest.raises((TextError, RunFileError), match=r"UTF-8|NUL") as refused:
+    with pytest.raises((TextError, RecordError), match=r"UTF-8|NUL") as refused:
         door(data, tmp_path / "notes.txt")
     assert str(refused.value).startswith(("notes.txt", str(tmp_path), "Standard input"))
     assert "UnicodeDecodeError" not in str(refused.value)
@@ -111,8 +112,8 @@ def test_a_file_without_end_is_refused_and_not_read(tmp_path, monkeypatch):
 def test_a_record_that_an_editor_has_saved_opens(tmp_path):
     plan = Plan("m", CompressionSpec(keep_ratio=0.5), note="déjà vu")
     path = tmp_path / "plan.json"
-    path.write_bytes(plan.to_json().replace("\n", "\r\n").encode("utf-8-sig"))
-    assert Plan.from_json(records.read_text(path)) == plan
+    path.write_bytes(to_json(plan).replace("\n", "\r\n").encode("utf-8-sig"))
+    assert records.load(Plan, path) == plan
 
 
 # What a tokenizer puts around a text, by every door to a model

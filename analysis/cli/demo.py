@@ -32,9 +32,10 @@ def _demo(arguments: argparse.Namespace) -> None:
     no_progress_bars()
     from analysis.captures import save_run
     from analysis.demo.finding import ARTICLE, find_presets
-    from analysis.demo.presets import RESULT_FILES, bundled_texts, save_found
+    from analysis.demo.presets import RESULT_FILES, bundled_texts
     from analysis.models.load import load_model
     from analysis.recorder import capture
+    from analysis.records import save
 
     count = counter()
     loaded = load_model(arguments.model, device="cpu")
@@ -48,6 +49,6 @@ def _demo(arguments: argparse.Namespace) -> None:
     first = next(iter(bundled_texts().values()))
     text = next((preset.text for preset in found.presets if preset.name == ARTICLE), first)
     print(f"wrote {save_run(capture(loaded, text), out / RESULT_FILES['demo'])}")
-    print(f"wrote {save_found(found, out / RESULT_FILES['presets'])}")
+    print(f"wrote {save(found, out / RESULT_FILES['presets'])}")
     for preset in found.presets:
         print(f"{preset.name}: {preset.why}")

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from analysis.cli.shared import add_device, add_model, counter, no_progress_bars, tell_notes, texts_of
-from analysis.errors import RunFileError, UserError
-from analysis.records import read_text, write_text
+from analysis.errors import RecordError, UserError
+from analysis.files import read_text, write_text
 
 
 def add(commands) -> None:
@@ -108,5 +108,5 @@ def _read(file: Path | None, reader):
     text = read_text(file)
     try:
         return reader(text)
-    except RunFileError as error:
-        raise RunFileError(f"{file}: {error}") from error
+    except RecordError as error:
+        raise RecordError(f"{file}: {error}") from error

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from analysis.cli.shared import add_device, add_model, counter, tell_notes, text_of, texts_of
 from analysis.cli.specs import add_excerpts, add_out, add_spec, loaded_model, spec_of
-from analysis.errors import RunFileError, UserError
+from analysis.errors import RecordError, UserError
 
 if TYPE_CHECKING:
     from analysis.plans.allocation import AllocationPlan
@@ -70,10 +70,10 @@ def add(commands) -> None:
 
 def _write_plan(arguments: argparse.Namespace, model: str, spec: CompressionSpec, note: str) -> None:
     from analysis.plans.skip import Plan
-    from analysis.records import write_text
+    from analysis.records import save
 
     if arguments.out:
-        print(f"wrote {write_text(Plan(model, spec, note).to_json(), arguments.out)}")
+        print(f"wrote {save(Plan(model, spec, note), arguments.out)}")
 
 
 def _skip(arguments: argparse.Namespace) -> None:
@@ -103,8 +103,8 @@ def _skip(arguments: argparse.Namespace) -> None:
 
 def _skip_by_cost(file: Path, options: dict) -> tuple[str, CompressionSpec, str]:
     """The model, the spec that was measured with its costliest layers skipped, and why."""
+    from analysis.files import read_text
     from analysis.plans.ablation import CausalCheck, suggest_by_cost
-    from analysis.records import read_text
 
     check = CausalCheck.from_json(read_text(file))
     suggestion = suggest_by_cost(check, **options)
@@ -120,7 +120,7 @@ def _skip_by_alr(arguments: argparse.Namespace, options: dict) -> tuple[str, Ski
 
     try:
         measured = load_study(arguments.files[0]) if len(arguments.files) == 1 else None
-    except RunFileError:
+    except RecordError:
         measured = None
     measured = measured or [load_run(file) for file in arguments.files]
     model = measured[0].model if isinstance(measured, list) else measured.model

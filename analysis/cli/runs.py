@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from analysis.cli.shared import add_device, add_model, add_probe, no_progress_bars, probe_of, text_of
-from analysis.errors import RunFileError
+from analysis.errors import RecordError
 
 
 def add(commands) -> None:
@@ -53,7 +53,7 @@ def _heads(arguments: argparse.Namespace) -> None:
 
     probe, run = probe_of(arguments.probe), load_run(arguments.file)
     if probe == "last queries" and not run.recent_positions:
-        raise RunFileError(f"{arguments.file} holds no last queries. Capture the text again, or take another --probe.")
+        raise RecordError(f"{arguments.file} holds no last queries. Capture the text again, or take another --probe.")
     figures = metrics(run, probe=probe)
     columns = [figures.of(name) for name in ("gamma", "gamma_without_sink", "alr_per_token", "spearman")]
     share, verdict = figures.of("sink_share"), verdicts_of(*columns[:2])

@@ -41,11 +41,11 @@ def add_out(parser: argparse.ArgumentParser, name: str = "plan.json", *, require
 def spec_of(arguments: argparse.Namespace, *, n_layers: int) -> CompressionSpec:
     """What `add_spec` asked for, in a model of so many layers. Raises UserError."""
     from analysis.plans.skip import Plan, skip_list
-    from analysis.records import read_text
+    from analysis.records import load
     from l2kv.spec import CompressionSpec
 
     if arguments.plan:
-        return Plan.from_json(read_text(arguments.plan)).spec
+        return load(Plan, arguments.plan).spec
     return CompressionSpec(
         keep_ratio=arguments.keep,
         policy=arguments.policy,

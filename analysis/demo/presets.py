@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
-from analysis.errors import RunFileError
 from analysis.models.load import BUNDLED
+from analysis.records import load, record
 from analysis.texts.read import read_text
 from l2kv.spec import CompressionSpec
 
@@ -32,9 +31,6 @@ PASSKEY_FILLER = "The grass is green. The sky is blue. The sun is yellow. Here w
 PASSKEY_QUESTION = "What is the pass key? The pass key is"
 
 
-FOUND_VERSION = 1
-
-
 @dataclass(frozen=True, slots=True)
 class Preset:
     """A text with a name, and for one that was found by a search what it shows and how."""
@@ -48,57 +44,13 @@ class Preset:
     beside: CompressionSpec | None = None  # another one of the same protection, in which the task ends otherwise
 
 
+@record("presets", version=1, title="a file of presets", again="l2kv demo")
 @dataclass(frozen=True, slots=True)
 class FoundPresets:
     """What `analysis.demo.finding` has found for a model, as a file."""
 
     model: str  # its name
     presets: tuple[Preset, ...]
-
-    def to_json(self) -> str:
-        """The file's text."""
-        content = {
-            "l2kv_presets": FOUND_VERSION,
-            "model": self.model,
-            "presets": [
-                {
-                    "name": preset.name,
-                    "why": preset.why,
-                    "spec": _spec_fields(preset.spec),
-                    "beside": _spec_fields(preset.beside),
-                    "answer": preset.answer,
-                    "chat": preset.chat,
-                    "text": preset.text,
-                }
-                for preset in self.presets
-            ],
-        }
-        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> FoundPresets:
-        """Read the file's text. Raises RunFileError, with the reason."""
-        try:
-            content = json.loads(text)
-            if content["l2kv_presets"] != FOUND_VERSION:
-                raise ValueError(f"version {content['l2kv_presets']!r:.20} is not {FOUND_VERSION}")
-            found = [
-                Preset(
-                    item["name"],
-                    item["text"],
-                    item["why"],
-                    item["spec"] and CompressionSpec(**item["spec"]),
-                    item.get("answer", ""),
-                    item.get("chat", False),
-                    CompressionSpec(**item["beside"]) if item.get("beside") else None,
-                )
-                for item in content["presets"]
-            ]
-            return cls(content["model"], tuple(found))
-        except (ValueError, TypeError, KeyError) as error:
-            raise RunFileError(
-                f"The presets cannot be read ({error}). Make them again: python -m analysis demo"
-            ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,13 +88,13 @@ def presets(model: str, file: Path | None = None) -> tuple[Preset, ...]:
         file: of those that were found, if not the one that comes with the program.
 
     Raises:
-        RunFileError: the file of those that were found is damaged.
+        RecordError: the file of those that were found is damaged.
     """
     texts = tuple(Preset(name, text) for name, text in bundled_texts().items())
     file = file or bundled_results(model).presets
     if file is None:
         return texts
-    found = FoundPresets.from_json(file.read_text(encoding="utf-8"))
+    found = load(FoundPresets, file)
     return texts + (found.presets if found.model == model else ())
 
 
@@ -170,25 +122,6 @@ def passkey(key: int, *, before: int, after: int) -> str:
 def passkey_sentence(key: int) -> str:
     """What is hidden in the filler."""
     return f"The pass key is {key}. Remember it. {key} is the pass key."
-
-
-def save_found(found: FoundPresets, destination: Path) -> Path:
-    """Write the presets that `presets()` reads. Raises RunFileError if they cannot be written there."""
-    part = destination.with_suffix(".part")
-    try:
-        part.write_text(found.to_json(), encoding="utf-8")
-        part.replace(destination)
-    except OSError as error:
-        raise RunFileError(f"The presets cannot be written to {destination} ({error}).") from error
-    return destination
-
-
-def _spec_fields(spec: CompressionSpec | None) -> dict[str, object] | None:
-    """What has to be said of a spec: the main three, and whatever is not as by default."""
-    if spec is None:
-        return None
-    main = ("keep_ratio", "policy", "protect_last")
-    return {f.name: v for f in fields(spec) if (v := getattr(spec, f.name)) != f.default or f.name in main}
 
 
 def _read(name: str) -> str:

@@ -18,7 +18,7 @@ from analysis.captures import Capture
 from analysis.errors import SettingsError, TextError
 from analysis.measures import alr, alr_chance, attention_loss, correlation
 from analysis.models.load import LoadedModel
-from analysis.records import record
+from analysis.records import json_text
 from analysis.statistics import nanmean
 
 if TYPE_CHECKING:  # they wait for torch, which reading a figure need not
@@ -212,7 +212,7 @@ class OfSink:
 def to_json(name: str, numbers: object, about: Mapping[str, object]) -> str:
     """The record of a figure. `about` says what it is of: model, texts and the like."""
     figure = FIGURES[name]
-    return record("figure", VERSION, {"figure": name, **asdict(figure), **about, "numbers": asdict(numbers)})
+    return json_text({"l2kv_figure": VERSION, "figure": name, **asdict(figure), **about, "numbers": numbers})
 
 
 def _of_a_sink(loaded: LoadedModel, text: str, run: Capture, only: Sequence[str]) -> Iterator[tuple[str, OfSink]]:

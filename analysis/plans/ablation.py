@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.errors import ModelError, RunFileError, SettingsError, TextError
+from analysis.errors import ModelError, RecordError, SettingsError, TextError
+from analysis.files import content_of, record
 from analysis.models.memory import CacheShape
 from analysis.plans.allocation import plan
 from analysis.plans.skip import RULES, SkipSuggestion, layer_loss, spec_of, widest_gap
-from analysis.records import content_of, record
 from analysis.statistics import MIN_TEXTS, Interval, means, resamples, spearman, told_of_documents
 from l2kv.spec import CompressionSpec
 
@@ -63,7 +63,7 @@ class CausalCheck:
 
     @classmethod
     def from_json(cls, text: str) -> CausalCheck:
-        """Read a check, which may come from anyone. Raises RunFileError, with the reason."""
+        """Read a check, which may come from anyone. Raises RecordError, with the reason."""
         content = content_of(text, "causal", VERSION, called="check of layers")
         try:
             model, layers = content["model"], tuple(content["layers"])
@@ -81,9 +81,9 @@ class CausalCheck:
             agreed = agreement(nll_change, loss, documents=documents)
             return cls(model, spec, layers, nll_change, loss, agreed, paper, documents)
         except KeyError as error:
-            raise RunFileError(f"This is not a causal check that can be read: it has no {error}.") from error
+            raise RecordError(f"This is not a causal check that can be read: it has no {error}.") from error
         except (ValueError, TypeError, AttributeError, RecursionError, ArithmeticError) as error:
-            raise RunFileError(f"This is not a causal check that can be read: {str(error)[:200]}") from error
+            raise RecordError(f"This is not a causal check that can be read: {str(error)[:200]}") from error
 
 
 def causal_check(

@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from analysis.errors import RunFileError
+from analysis.errors import RecordError
+from analysis.files import content_of, record
 from analysis.models.memory import human_bytes
 from analysis.plans.simultaneous import simultaneous
 from analysis.plans.skip import spec_of
 from analysis.plans.strategies import KINDS, WAYS
-from analysis.records import content_of, record
 from analysis.statistics import MIN_TEXTS, Interval, means, spearman, told_of_documents
 from l2kv.spec import CompressionSpec
 
@@ -166,7 +166,7 @@ class Front:
 
     @classmethod
     def from_json(cls, text: str) -> Front:
-        """Read a front, which may come from anyone. Raises RunFileError, with the reason."""
+        """Read a front, which may come from anyone. Raises RecordError, with the reason."""
         content = content_of(text, "front", VERSION, called="front of ways")
         try:
             front = cls(
@@ -182,14 +182,14 @@ class Front:
                 documents=tuple(map(_text, content.get("documents", ()))),
             )
         except KeyError as error:
-            raise RunFileError(f"This is not a front that can be read: it has no {error}.") from error
+            raise RecordError(f"This is not a front that can be read: it has no {error}.") from error
         except (ValueError, TypeError, AttributeError, RecursionError, ArithmeticError) as error:
-            raise RunFileError(f"This is not a front that can be read: {str(error)[:200]}") from error
+            raise RecordError(f"This is not a front that can be read: {str(error)[:200]}") from error
         n = len(front.measured_on)
         if not n or {n} != {len(front.full_nll), *(len(point.nll_change) for point in front.points)}:
-            raise RunFileError(f"This is not a front that can be read: not all its points are of its {n} texts.")
+            raise RecordError(f"This is not a front that can be read: not all its points are of its {n} texts.")
         if len(front.documents) not in (0, n):
-            raise RunFileError(f"This is not a front that can be read: its documents are not of its {n} texts.")
+            raise RecordError(f"This is not a front that can be read: its documents are not of its {n} texts.")
         return front
 
 

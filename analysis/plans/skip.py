@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
 from analysis.captures import Capture
-from analysis.errors import RunFileError, SettingsError
+from analysis.errors import RecordError, SettingsError
 from analysis.measures import alr, alr_chance
-from analysis.records import content_of, record
+from analysis.records import from_json, record
 from analysis.statistics import layer_losses, means
 from analysis.studies import Study
 from l2kv.spec import CompressionSpec
 
-PLAN_VERSION = 1
 # The loss of a policy against that of a random order, from Γ of low_norm: low and high order are one measurement.
 _AGAINST_CHANCE = {
     "low_norm": lambda ratio: ratio,
@@ -162,31 +161,14 @@ class _Measured:
         return cls(means(by_text).mean, compressed, f"{len(n_tokens)} texts of {lengths}")
 
 
+@record("plan", version=1, again="l2kv plan")
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A compression that was chosen for a model, as a file."""
+    """A compression that was chosen for a model."""
 
     model: str
     spec: CompressionSpec
     note: str = ""
-
-    def to_json(self) -> str:
-        """The file's text."""
-        return record("plan", PLAN_VERSION, {"model": self.model, "note": self.note, "spec": asdict(self.spec)})
-
-    @classmethod
-    def from_json(cls, text: str) -> Plan:
-        """Read a plan, which may come from anyone. Raises RunFileError, with the reason."""
-        content = content_of(text, "plan", PLAN_VERSION)
-        try:
-            spec, model, note = spec_of(content["spec"]), content["model"], content.get("note", "")
-            if not isinstance(model, str) or not isinstance(note, str):
-                raise TypeError(f"model and note must be text, got {model!r:.60} and {note!r:.60}")
-            return cls(model, spec, note)
-        except KeyError as error:
-            raise RunFileError(f"This is not a plan that can be read: it has no {error}.") from error
-        except (ValueError, TypeError, AttributeError, RecursionError, ArithmeticError) as error:
-            raise RunFileError(f"This is not a plan that can be read: {str(error)[:200]}") from error
 
 
 def skip_list(text: str, *, n_layers: int | None = None) -> tuple[int, ...]:
@@ -196,17 +178,17 @@ def skip_list(text: str, *, n_layers: int | None = None) -> tuple[int, ...]:
         n_layers: of the model that they are for, where it is known.
 
     Raises:
-        RunFileError: it is no such list, or names a layer that the model does not have.
+        RecordError: it is no such list, or names a layer that the model does not have.
     """
     if text.lstrip().startswith("{"):
-        layers = Plan.from_json(text).spec.skip_layers
+        layers = from_json(Plan, text).spec.skip_layers
     else:
         words = text.strip().removeprefix("[").removesuffix("]").replace(",", " ").split()
         if not all(word.isdecimal() and len(word) < 6 for word in words):
-            raise RunFileError(f"This is no list of layers: {text.strip()!r:.60}. Write it as 0, 1, 12.")
+            raise RecordError(f"This is no list of layers: {text.strip()!r:.60}. Write it as 0, 1, 12.")
         layers = tuple(sorted({int(word) for word in words}))
     if n_layers is not None and layers and max(layers) >= n_layers:
-        raise RunFileError(f"The list names layer {max(layers)}, but the layers are 0 to {n_layers - 1}.")
+        raise RecordError(f"The list names layer {max(layers)}, but the layers are 0 to {n_layers - 1}.")
     return layers
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import streamlit as st
 
-from analysis.errors import ModelError, RunFileError, TextError, UserError
+from analysis.errors import ModelError, RecordError, TextError, UserError
 from analysis.models.load import loading_note, model_folder, model_name
 from analysis.selftest import is_synthetic
 from analysis.texts import read
@@ -191,7 +191,7 @@ def refused() -> None:
 
 
 def opened(file: UploadedFile, load: Callable[[Path], Result]) -> Result:
-    """What an uploaded file holds, by what reads such a file from disk. Raises as that, RunFileError."""
+    """What an uploaded file holds, by what reads such a file from disk. Raises as that, RecordError."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / Path(file.name).name
         path.write_bytes(file.getvalue())
@@ -226,7 +226,7 @@ def record_files(shown: Record | None, what: str, key: str, read: Callable[[str]
     if file is not None and st.session_state.get(f"opened_{key}") != file.file_id:
         try:
             st.session_state[key] = read(decoded(file))
-        except (RunFileError, TextError) as error:
+        except (RecordError, TextError) as error:
             st.error(markup.plain(str(error)), icon=":material/error:")
             return
         st.session_state[f"opened_{key}"] = file.file_id

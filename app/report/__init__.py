@@ -21,7 +21,7 @@ from analysis.plans.ablation import CausalCheck
 from analysis.plans.export import LENGTHS, kvpress_code, library_code
 from analysis.plans.front import Front
 from analysis.plans.skip import layer_loss, suggest_skip_layers
-from analysis.records import record
+from analysis.records import json_text
 from analysis.studies import Study
 from app import figures
 from app.report import chapters
@@ -295,4 +295,4 @@ def _data(
         }
         for name, run, numbers, each in zip(names, runs, measured, advice, strict=True)
     ]
-    return record("report", VERSION, {"runs": told})
+    return json_text({"l2kv_report": VERSION, "runs": told})

@@ -8,7 +8,7 @@ import streamlit as st
 
 from analysis.captures import Capture, load_run, save_run
 from analysis.demo.presets import BUNDLED_RUNS, demo_model, presets
-from analysis.errors import RunFileError, UserError
+from analysis.errors import RecordError, UserError
 from analysis.models.memory import capture_bytes, human_bytes
 from analysis.selftest import instrument
 from analysis.texts.read import plain_text
@@ -150,7 +150,7 @@ def _files(heads_page: StreamlitPage) -> None:
         if file is not None and st.session_state.get("opened") != file.file_id:
             try:
                 session.show_run(jobs.opened(file, load_run))
-            except RunFileError as error:
+            except RecordError as error:
                 st.error(markup.plain(str(error)), icon=":material/error:")
                 return
             st.session_state["opened"] = file.file_id

@@ -9,8 +9,8 @@ import streamlit as st
 
 from analysis.captures import Capture
 from analysis.demo.presets import bundled_results
+from analysis.files import read_text
 from analysis.plans.ablation import POLICIES, CausalCheck, causal_check
-from analysis.records import read_text
 from analysis.statistics import means
 from app import figures, session
 from app.components import jobs, markup

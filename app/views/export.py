@@ -10,6 +10,7 @@ from analysis.captures import Capture
 from analysis.plans.curves import BY_NORM
 from analysis.plans.export import kvpress_code, library_code
 from analysis.plans.skip import Plan, skip_list
+from analysis.records import from_json, to_json
 from app import session
 from app.components import jobs
 
@@ -18,7 +19,7 @@ def download(plan: Plan) -> None:
     """A button that gives the plan as a file."""
     st.download_button(
         "Download the plan (JSON)",
-        plan.to_json(),
+        to_json(plan),
         file_name="plan.json",
         mime="application/json",
         icon=":material/download:",
@@ -30,7 +31,8 @@ def as_code(plan: Plan, run: Capture) -> None:
     """The plan's text, and what decodes by it in this library and in kvpress, to look at and to copy."""
     ref = jobs.ref_of(plan.model) or plan.model
     with st.expander("The plan as JSON and as code", icon=":material/code:"):
-        st.code(plan.to_json(), language="json", height=min(420, 30 + 22 * plan.to_json().count("\n")))
+        text = to_json(plan)
+        st.code(text, language="json", height=min(420, 30 + 22 * text.count("\n")))
         st.markdown("A script that runs as it is pasted:")
         st.code(library_code(plan.spec, ref), language="python", wrap_lines=True)
         if plan.spec.policy in BY_NORM:
@@ -43,9 +45,9 @@ def as_code(plan: Plan, run: Capture) -> None:
 def plan_from(text: str, run: Capture) -> Plan:
     """What a file holds: a plan, or a bare skip list, which with the controls makes one for the model of the run.
 
-    Raises RunFileError, with the reason.
+    Raises RecordError, with the reason.
     """
     if text.lstrip().startswith("{"):
-        return Plan.from_json(text)
+        return from_json(Plan, text)
     spec = replace(session.current_spec(), skip_layers=skip_list(text, n_layers=run.n_layers))
     return Plan(run.model, spec, note="a skip list that was opened")

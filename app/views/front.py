@@ -10,10 +10,10 @@ import streamlit as st
 
 from analysis.captures import Capture
 from analysis.demo.presets import bundled_results
+from analysis.files import read_text
 from analysis.plans.front import KEEPS, Front, measure_front, passes
 from analysis.plans.skip import Plan
 from analysis.plans.strategies import WAYS
-from analysis.records import read_text
 from analysis.statistics import Interval
 from analysis.texts.excerpts import SPLIT
 from app import figures, session

@@ -8,7 +8,7 @@ import numpy as np
 import streamlit as st
 
 from analysis.captures import Capture
-from analysis.errors import RunFileError, SettingsError
+from analysis.errors import RecordError, SettingsError
 from analysis.plans import allocation
 from analysis.plans.allocation import METHODS, AllocationPlan
 from analysis.plans.curves import BY_NORM
@@ -171,7 +171,7 @@ def _import(run: Capture) -> None:
         return
     try:
         session.use_plan(export.plan_from(given, run))
-    except RunFileError as error:
+    except RecordError as error:
         st.error(markup.plain(str(error)), icon=":material/error:")
         return
     st.rerun()

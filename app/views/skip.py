@@ -9,7 +9,7 @@ import numpy as np
 import streamlit as st
 
 from analysis.captures import Capture
-from analysis.errors import RunFileError
+from analysis.errors import RecordError
 from analysis.models.memory import human_bytes
 from analysis.plans.ablation import COSTLY, CausalCheck, suggest_by_cost
 from analysis.plans.export import LENGTHS
@@ -200,7 +200,7 @@ def _opened(run: Capture, text: str) -> None:
         return
     try:
         layers = skip_list(text, n_layers=run.n_layers)
-    except RunFileError as error:
+    except RecordError as error:
         st.session_state["skip_refused"] = str(error)
         return
     _take([layer for layer in layers if run.layer_kinds[layer] == "full"])

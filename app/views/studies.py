@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import streamlit as st
 
-from analysis.errors import RunFileError
+from analysis.errors import RecordError
 from analysis.studies import Study, load_study, save_study
 from app import session
 from app.components import jobs, markup
@@ -116,7 +116,7 @@ def files(study: Study | None) -> None:
     if file is not None and st.session_state.get("opened_study") != file.file_id:
         try:
             opened = jobs.opened(file, load_study)
-        except RunFileError as error:
+        except RecordError as error:
             st.error(markup.plain(str(error)), icon=":material/error:")
             return
         st.session_state["opened_study"] = file.file_id

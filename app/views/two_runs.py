@@ -6,7 +6,7 @@ import streamlit as st
 
 from analysis.captures import Capture, load_run
 from analysis.comparing import RunComparison, compare_runs
-from analysis.errors import RunFileError
+from analysis.errors import RecordError
 from app import session
 from app.components import jobs, markup
 from app.components.charts import show
@@ -46,7 +46,7 @@ def _choose(run: Capture) -> None:
         if (file := st.session_state["other_run_file"]) is not None:
             try:
                 session.compare_with(jobs.opened(file, load_run))
-            except RunFileError as error:
+            except RecordError as error:
                 st.session_state["other_run_refused"] = str(error)
 
     left, right = st.columns([3, 2], gap="large", vertical_alignment="bottom")
