@@ -26,18 +26,7 @@ from analysis.studies import Study, load_study
 from l2kv.policies import POLICIES
 from l2kv.spec import CompressionSpec
 
-POLICY_NAMES = {
-    "low_norm": "Low norm (the paper)",
-    "high_norm": "High norm (its mirror)",
-    "random": "Random",
-    "streaming": "First and recent (StreamingLLM)",
-    "keydiff": "Unlike the other keys (KeyDiff)",
-    "accumulated": "Most attention so far (H2O)",
-    "window": "Attention of the last 32 queries (SnapKV)",
-    "last_query": "Attention of the last query (TOVA)",
-}
 BY_NORM = ("low_norm", "high_norm", "random")  # what a run can tell the loss of
-BY_HEAD = "Low or high norm by head"  # signed_norm: only a plan can say which
 
 _MOST_REMEMBERED = 16  # answers of one function
 Thing = TypeVar("Thing")
@@ -238,14 +227,25 @@ def ratio_input(*, second: bool = False) -> None:
     )  # fmt: skip
 
 
-def policy_input(choices: Sequence[str] = tuple(POLICY_NAMES), *, second: bool = False) -> None:
+def policies_offered() -> tuple[str, ...]:
+    """Names of the policies that need nothing measured on the model first."""
+    return tuple(name for name, policy in POLICIES.items() if not policy.needs_calibration)
+
+
+def policy_title(name: str) -> str:
+    """Title of a policy, as choices and captions show it."""
+    return POLICIES[name].title
+
+
+def policy_input(choices: Sequence[str] | None = None, *, second: bool = False) -> None:
     """Which tokens stay. A policy of another page that is no choice here gives way to the paper's."""
+    choices = choices or policies_offered()
     key = "second_policy" if second else "policy"
-    about = "\n".join(f"- **{POLICY_NAMES[name]}**: {POLICIES[name].about}" for name in choices)
+    about = "\n".join(f"- **{POLICIES[name].title}**: {POLICIES[name].about}" for name in choices)
     if st.session_state.get(key, choices[0]) not in choices:
         st.session_state[key] = choices[0]
     st.selectbox(
-        "Which stay in the second" if second else "Which tokens stay", choices, format_func=POLICY_NAMES.get, key=key,
+        "Which stay in the second" if second else "Which tokens stay", choices, format_func=policy_title, key=key,
         persist_state="session", help=about,
     )  # fmt: skip
 
@@ -319,7 +319,7 @@ def in_words(spec: CompressionSpec) -> str:
     """A compression in a line of Markdown."""
     kept = f"{spec.keep_ratio:.0%} kept" if spec.budget is None else f"{spec.budget} tokens kept"
     shared = " by kv head" if spec.head_ratios else " by layer" if spec.layer_ratios else ""
-    policy = (POLICY_NAMES | {"signed_norm": BY_HEAD}).get(spec.policy, spec.policy).split(" (")[0].lower()
+    policy = POLICIES[spec.policy].title.split(" (")[0].lower()
     details = [f"**{kept}**{shared}", policy]
     details += [f"last {spec.protect_last} protected"] * bool(spec.protect_last)
     skipped = ", ".join(map(str, spec.skip_layers))

@@ -30,7 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from analysis import ModelError, capture
 from analysis.models.load import LoadedModel
 from l2kv import CompressedCache, CompressionSpec, UnsupportedModelError, compressible
-from l2kv.cache import LEFT
+from l2kv.cache import NEVER_EVICTING
 from tests.conftest import ROOT
 
 PAGE = ROOT / "docs" / "architectures.md"
@@ -241,7 +241,7 @@ def decode(model: PreTrainedModel, ids: Tensor, cache: Cache, chunks: Sequence[i
 
 def about(cache: CompressedCache) -> tuple[str, str]:
     """(what is compressed, what is left alone), in words."""
-    left = Counter(LEFT[type(layer)] for layer in cache.layers if type(layer) in LEFT)
+    left = Counter(NEVER_EVICTING[type(layer)] for layer in cache.layers if type(layer) in NEVER_EVICTING)
     evicting = len(cache.compressed_layers())
     return f"{evicting} of {len(cache.layers)} layers", ", ".join(f"{n} with {what}" for what, n in left.items())
 

@@ -5,6 +5,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("L2KV_DEMO", "books-5m")  # small, so that pages are drawn fast; test_smollm2 opens on the other
 
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from l2kv import POLICIES
 
 torch.set_num_threads(1)  # tiny models, and a process per core: threads would only wait for each other
 ROOT = Path(__file__).parents[1]
@@ -93,3 +97,16 @@ def tokens(model: PreTrainedModel, n: int, *, batch: int = 1, seed: int = 0) -> 
     """
     generator = torch.Generator().manual_seed(seed)
     return torch.stack([2 + torch.randperm(model.config.vocab_size - 2, generator=generator)[:n] for _ in range(batch)])
+
+
+@contextmanager
+def rescored(name, score):
+    """Within the block, the policy `name` scores by another function."""
+    policy = POLICIES[name]
+    POLICIES.remove(name)
+    POLICIES.register(name, replace(policy, score=score))
+    try:
+        yield
+    finally:
+        POLICIES.remove(name)
+        POLICIES.register(name, policy)

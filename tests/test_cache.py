@@ -25,15 +25,8 @@ from transformers import (
     T5Config,
 )
 
-from l2kv import (
-    POLICIES,
-    CompressedCache,
-    CompressionSpec,
-    UnsupportedModelError,
-    cache_nbytes,
-    compressible,
-    l2_compress,
-)
+from l2kv import POLICIES, CompressedCache, CompressionSpec, UnsupportedModelError, compressible, l2_compress
+from l2kv.cache import cache_nbytes
 from l2kv.layer import CompressedLayer
 from l2kv.policies import Pairs
 from l2kv.spec import Target

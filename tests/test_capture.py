@@ -23,8 +23,9 @@ from analysis import ModelError, OutOfMemoryError, TextError, capture, correlati
 from analysis.measures import kept_tokens, status
 from analysis.models import memory as memory_module
 from analysis.models.load import LoadedModel
-from analysis.models.memory import BLOCK, MAX_BINS, CacheShape, capture_bytes, human_bytes, layer_kinds
+from analysis.models.memory import BLOCK, MAX_BINS, capture_bytes, human_bytes
 from l2kv import CompressedCache, CompressionSpec, compressible
+from l2kv.config import CacheShape, layer_kinds
 from tests.architectures import ARCHITECTURES, WINDOW
 from tests.conftest import BUNDLED, MODELS, STORIES, TINY, build
 

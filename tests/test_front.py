@@ -15,7 +15,6 @@ from analysis import ModelError, RecordError, TextError, capture, loss_curves
 from analysis.demo import presets
 from analysis.evaluation.run import continuation_nll
 from analysis.models.load import LoadedModel
-from analysis.models.memory import CacheShape
 from analysis.plans.ablation import head_costs
 from analysis.plans.allocation import BudgetError
 from analysis.plans.curves import LossCurves
@@ -26,6 +25,7 @@ from analysis.statistics import MIN_TEXTS, RESAMPLES, Interval
 from analysis.texts.excerpts import excerpts
 from analysis.texts.tokens import tokenize
 from l2kv import CompressionSpec
+from l2kv.config import CacheShape
 from tests.conftest import BUNDLED, ROOT, build
 
 LENGTHS = {"prompt_tokens": 100, "new_tokens": 3}

@@ -26,9 +26,9 @@ from analysis.models import gguf_models
 from analysis.models import load as load_module
 from analysis.models.gguf import _TYPES, ARCHITECTURES, read_gguf
 from analysis.models.load import load_model, loading_note, model_folder, tokenizer_and_config
-from analysis.models.memory import CacheShape
 from analysis.models.sizes import model_size, weights_bytes
 from app import engine
+from l2kv.config import CacheShape
 from tests.conftest import BUNDLED, ROOT, tokens
 from tests.gguf_files import TOKENS, gguf_architecture, stored_weight, write_gguf
 

@@ -24,7 +24,8 @@ from analysis import ModelError
 from analysis.models.load import LoadedModel
 from analysis.paper.vectors import attention_rows, head_vectors
 from analysis.preview import stream
-from l2kv import CompressedCache, CompressionSpec, UnsupportedModelError, attention_seam, compressible, l2_compress
+from l2kv import CompressedCache, CompressionSpec, UnsupportedModelError, compressible, l2_compress
+from l2kv.hooks import attention_hook
 from tests.causal_models import TEXT, compress, model_of, tokenizer
 from tests.conftest import TINY, build, tokens
 from tests.test_causal_models import text_for
@@ -57,7 +58,7 @@ def test_attention_chosen_for_a_part_is_given_back_to_it():
     model.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})
     before = chosen(model)
     assert {"eager", "sdpa"} <= set(before)
-    with compressible(model), attention_seam(model, looks_on):
+    with compressible(model), attention_hook(model, looks_on):
         assert chosen(model) != before
     assert chosen(model) == before
     with pytest.raises(ZeroDivisionError), compressible(model):
@@ -94,7 +95,7 @@ def test_hooks_on_one_model_end_in_any_order_too(tiny):
     heard = []
 
     def hook(name):
-        return attention_seam(tiny, lambda inner, *args, **kwargs: heard.append(name) or inner(*args, **kwargs))
+        return attention_hook(tiny, lambda inner, *args, **kwargs: heard.append(name) or inner(*args, **kwargs))
 
     before = chosen(tiny)
     one, two = hook("one"), hook("two")
@@ -209,7 +210,7 @@ def test_a_mask_given_by_name_or_in_its_place_is_the_same(tiny):
         return inner(module, query, key, value, mask, **kwargs)
 
     attention = tiny.model.layers[0].self_attn
-    with attention_seam(tiny, look):
+    with attention_hook(tiny, look):
         function = AttentionInterface._global_mapping[tiny.config._attn_implementation]
         query, key = torch.randn(1, 6, 4, 8), torch.randn(1, 2, 4, 8)
         mask = torch.ones(4, 4).tril().bool()[None, None]

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from l2kv import POLICIES, CompressedCache, CompressionSpec, attention_seam, compressible, l2_compress, q_filters
+from l2kv import POLICIES, CompressedCache, CompressionSpec, compressible, l2_compress, q_filters
+from l2kv.hooks import attention_hook
 from tests.architectures import ARCHITECTURES
 from tests.oracle import _attention, target
 from tests.test_cache import IN_CHUNKS, ONE_BY_ONE
@@ -516,7 +517,7 @@ def test_filters_of_padded_texts_are_those_of_the_texts_alone(model, padding):
         queries.setdefault(module.layer_idx, []).append(query[0].double())
         return inner(module, query, key, value, mask, **options)
 
-    with attention_seam(model, look), torch.no_grad():
+    with attention_hook(model, look), torch.no_grad():
         for row, shown in zip(ids, mask.bool(), strict=True):
             model(row[None, shown])
     found = q_filters(model, ids, attention_mask=mask)

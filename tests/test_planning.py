@@ -15,12 +15,12 @@ import pytest
 from scipy.optimize import linprog
 
 from analysis.measures import kept_tokens
-from analysis.models.memory import CacheShape
 from analysis.plans.allocation import METHODS, plan
 from analysis.plans.curves import LossCurves, loss_curves
 from analysis.plans.export import kvpress_code, library_code, savings
 from analysis.plans.skip import suggest_skip_layers
 from l2kv import CompressionSpec
+from l2kv.config import CacheShape
 from tests.conftest import BUNDLED, ROOT
 from tests.test_measures import expected_losses, run_of
 from tests.test_tasks import TEMPLATE

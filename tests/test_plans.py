@@ -9,13 +9,13 @@ import pytest
 from analysis import Plan
 from analysis.cli import main
 from analysis.demo import presets
-from analysis.models.memory import CacheShape
 from analysis.models.sizes import model_size
 from analysis.plans.ablation import CausalCheck
 from analysis.plans.front import Front
 from analysis.records import from_json, to_json
 from analysis.texts.excerpts import SPLIT
 from l2kv import CompressionSpec
+from l2kv.config import CacheShape
 from tests.conftest import BUNDLED, TINY, build
 from tests.test_tasks import TEMPLATE
 

@@ -10,17 +10,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
-from l2kv import (
-    POLICIES,
-    CompressedCache,
-    CompressionSpec,
-    attention_probabilities,
-    compressible,
-    l2_compress,
-    q_filters,
-)
+from l2kv import POLICIES, CompressedCache, CompressionSpec, compressible, l2_compress, q_filters
 from l2kv.layer import CompressedLayer
 from l2kv.policies import Pairs
+from l2kv.probabilities import attention_probabilities
 from tests.conftest import build, tokens
 from tests.oracle import _attention, replay, target
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from l2kv import POLICIES, CompressionSpec
 from l2kv.layer import CompressedLayer
 from l2kv.spec import share
+from tests.conftest import rescored
 
 LAYERS = 3
 MOST_HEADS = 4
@@ -185,11 +186,8 @@ def watched(name):
                 given.update({(row, head, p): value for p, value in zip(at, values, strict=True)})
         return scores
 
-    POLICIES[name] = replace(policy, score=score)
-    try:
+    with rescored(name, score):
         yield given
-    finally:
-        POLICIES[name] = policy
 
 
 @pytest.mark.parametrize("name", POLICIES)

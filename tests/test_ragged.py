@@ -87,7 +87,7 @@ def test_what_a_gpu_runs_instead_gives_the_same(every, monkeypatch):
     expected = [decode(original, *step) for step in zip(steps, queries, strict=True)]
     for pairs in steps:
         decode(even, pairs)
-    for module in ("dense", "paged"):
+    for module in ("base", "paged"):
         monkeypatch.setattr(f"l2kv.storage.{module}.host", lambda ranks: ranks)
     monkeypatch.setattr(
         "l2kv.attention._of_pages", lambda query, _, scale: _head_by_head(query, other.parts(), scale, 0.0)

@@ -4,17 +4,16 @@ They are of the size of a real model's with biases on its keys: in a Qwen2.5 que
 deviation of 3.5, keys -166 to 175 with one of 26.8 (https://github.com/tenstorrent/tt-metal/issues/21199).
 """
 
-from dataclasses import replace
-
 import pytest
 import torch
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from analysis.models.load import LoadedModel
 from analysis.recorder import capture
-from l2kv import POLICIES, CompressedCache, CompressionSpec, attention_probabilities, attention_seam, compressible
-from l2kv import probabilities as weights_module
-from tests.conftest import BUNDLED, TINY, tokens
+from l2kv import POLICIES, CompressedCache, CompressionSpec, compressible, probabilities
+from l2kv.hooks import attention_hook
+from l2kv.probabilities import attention_probabilities
+from tests.conftest import BUNDLED, TINY, rescored, tokens
 
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [*HALVES, torch.float32]
@@ -68,7 +67,7 @@ def misplaced(found, expected) -> float:
 def test_products_are_summed_in_float32_and_never_rounded_to_the_dtype_of_the_keys(
     dtype, options, held_at_a_time, monkeypatch
 ):
-    monkeypatch.setattr(weights_module, "_CAST", held_at_a_time)
+    monkeypatch.setattr(probabilities, "_CAST", held_at_a_time)
     query, key = vectors(dtype)
     hidden = torch.ones(5, 70, dtype=torch.bool).triu(66)
     found = attention_probabilities(query, key, lambda scores: scores.masked_fill_(hidden, -torch.inf), options)
@@ -109,7 +108,7 @@ def test_a_cache_of_another_dtype_than_the_queries_is_read_all_the_same():
 
 def test_keys_are_cast_a_few_at_a_time(monkeypatch):
     """One decoded token must not copy a long cache."""
-    monkeypatch.setattr(weights_module, "_CAST", 2 * 64 * 10)
+    monkeypatch.setattr(probabilities, "_CAST", 2 * 64 * 10)
     query, key = vectors(torch.bfloat16, batch=1, queries=1, n=1000)
     with torch.profiler.profile(profile_memory=True) as profile:
         attention_probabilities(query, key, lambda scores: None, {})
@@ -145,7 +144,7 @@ def looked_at(model, run) -> list[tuple[torch.Tensor, torch.Tensor]]:
         found.append((query, key))
         return inner(module, query, key, value, mask, **options)
 
-    with attention_seam(model, look):
+    with attention_hook(model, look):
         run()
     return found
 
@@ -171,13 +170,11 @@ def test_a_capture_in_half_precision_is_of_the_queries_and_keys_that_the_model_h
 
 @pytest.mark.parametrize("name", [name for name, policy in POLICIES.items() if policy.needs_attention])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_policy_is_given_the_attention_of_the_queries_and_keys_that_the_model_had(qwen, dtype, name, monkeypatch):
+def test_a_policy_is_given_the_attention_of_the_queries_and_keys_that_the_model_had(qwen, dtype, name):
     model, seen, policy = qwen(dtype), [], POLICIES[name]
-    monkeypatch.setitem(
-        POLICIES, name, replace(policy, score=lambda pairs: (seen.append(pairs), policy.score(pairs))[1])
-    )
     ids, cache = tokens(model, 90, batch=2), CompressedCache(model.config, CompressionSpec(policy=name))
-    with compressible(model), torch.no_grad():
+    watched = rescored(name, lambda pairs: (seen.append(pairs), policy.score(pairs))[1])
+    with watched, compressible(model), torch.no_grad():
         calls = looked_at(model, lambda: model(ids, past_key_values=cache))
     causal = torch.ones(90, 90, dtype=torch.bool).triu(1)
     assert len(seen) == len(calls) == 2

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from analysis.cli import costs, demo, models, pages, passkeys, plans, runs, studies
 from analysis.cli.shared import any_encoding
 from analysis.errors import UserError
-from l2kv.spec import SpecError
+from l2kv.errors import SpecError
 
 
 def main(argv: Sequence[str] | None = None) -> int:

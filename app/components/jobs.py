@@ -17,7 +17,7 @@ from analysis.texts import read
 from app import session
 from app.components import markup
 from app.engine import Engine, allowed_models, check_allowed
-from l2kv.spec import SpecError
+from l2kv.errors import SpecError
 
 if TYPE_CHECKING:
     from streamlit.runtime.uploaded_file_manager import UploadedFile

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 _UNITS = {"head": "each kv head", "layer": "each layer"}
 _BY_BOTH = ("dp", "hull")  # methods that can give one ratio to a layer; the others go by head
-_POLICIES = session.POLICY_NAMES | {"signed_norm": session.BY_HEAD}
 
 
 def page(engine: Engine, generate_page: StreamlitPage) -> None:
@@ -72,7 +71,7 @@ def _make(run: Capture) -> Plan | None:
         session.ratio_input()
         session.protect_last_input()
         policy = st.selectbox(
-            "Which norms stay", BY_NORM, format_func=_POLICIES.get, key="plan_policy", persist_state="session",
+            "Which norms stay", BY_NORM, format_func=session.policy_title, key="plan_policy", persist_state="session",
             help="By head: in each the direction that loses less here.",
         )  # fmt: skip
     with st.container(horizontal=True, vertical_alignment="bottom"):

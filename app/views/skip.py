@@ -63,7 +63,7 @@ def page(engine: Engine, generate_page: StreamlitPage) -> None:
         figures.layer_alr(loss.by_head, loss.by_layer, threshold=threshold, skipped=spec.skip_layers),
         key="layer_alr",
         alt="ALR against chance, by layer",
-        caption=f"What *{markup.plain(session.POLICY_NAMES[spec.policy])}* loses beyond the ideal order, as a share "
+        caption=f"What *{markup.plain(session.policy_title(spec.policy))}* loses beyond the ideal order, as a share "
         "of what a random order loses: small points are heads, large ones the layer as a whole (heads count by what "
         "they have to lose). Below 1 the policy is better than chance. Shaded layers are skipped. One text, one query: "
         "the page *Texts* has the same over many, with intervals.",
