@@ -134,7 +134,7 @@ def test_a_safetensors_file_of_something_else_is_refused(tmp_path, metadata, rea
 
 
 def test_a_file_that_is_not_there_or_cannot_be_written_is_named(tmp_path):
-    with pytest.raises(RecordError, match="There is no file .*none.json"):
+    with pytest.raises(RecordError, match=r"There is no file .*none\.json"):
         load(Curve, tmp_path / "none.json")
     (tmp_path / "file").write_text("")
     for thing in (CURVE, TABLE):
