@@ -35,8 +35,8 @@ def evicting_layers(model):
 
 def masked_forward(model, ids, chunks, spec):
     """Logits [1, T, V] and kept[layer][kv head] -> positions: `tests.support.oracle.masked_forward` of one row, for
-    attention with a soft cap (Gemma 2), with sinks (gpt-oss), and with windows, where nothing is evicted and all that is
-    further away is hidden.
+    attention with a soft cap (Gemma 2), with sinks (gpt-oss), and with windows, where nothing is evicted and all that
+    is further away is hidden.
     """
     evicting, kept, keys_of = evicting_layers(model), {}, {}
 
