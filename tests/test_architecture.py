@@ -9,7 +9,7 @@ from graphlib import TopologicalSorter
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.support.paths import ROOT
 
 PACKAGES = ("l2kv", "analysis", "app")
 FORBIDDEN = {
@@ -71,6 +71,12 @@ def test_no_module_bears_the_name_of_a_public_function(package):
     assert not {name.split(".")[-1] for name in modules_of(package)} & set(importlib.import_module(package).__all__)
 
 
+def test_test_files_share_helpers_through_support_alone():
+    for file in (ROOT / "tests").rglob("test_*.py"):
+        shared = re.findall(r"^ *(?:from|import) (tests\b[\w.]*)", file.read_text(encoding="utf-8"), flags=re.M)
+        assert all(module.startswith("tests.support.") for module in shared), (file, shared)
+
+
 def test_what_the_first_paint_needs_does_not_wait_for_torch():
     code = (
         "import sys, app.session, app.engine, app.views.heads, app.views.generate, app.views.capture, app.views.skip; "
@@ -89,7 +95,7 @@ def test_every_public_name_can_be_imported_and_is_documented():
         for name in package.__all__:
             assert getattr(getattr(package, name), "__doc__", None) or name == "POLICIES", name
     for policy in l2kv.POLICIES.values():
-        assert policy.__doc__.splitlines()[0].endswith("."), policy
+        assert policy.title and policy.about.endswith("."), policy
 
 
 def test_dangerous_calls_are_nowhere():

@@ -12,7 +12,7 @@ from importlib import metadata
 import pytest
 from packaging.requirements import Requirement
 
-from tests.conftest import ROOT
+from tests.support.paths import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 NEEDS = {"l2kv": (), "analysis": ("analysis",), "app": ("analysis", "app")}  # extras of each package

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from l2kv import POLICIES, CompressionSpec
 from l2kv.layer import CompressedLayer
 from l2kv.spec import share
-from tests.conftest import rescored
+from tests.support.policies import rescored
 
 LAYERS = 3
 MOST_HEADS = 4

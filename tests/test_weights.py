@@ -13,7 +13,9 @@ from analysis.recorder import capture
 from l2kv import POLICIES, CompressedCache, CompressionSpec, compressible, probabilities
 from l2kv.hooks import attention_hook
 from l2kv.probabilities import attention_probabilities
-from tests.conftest import BUNDLED, TINY, rescored, tokens
+from tests.support.models import TINY, tokens
+from tests.support.paths import BUNDLED
+from tests.support.policies import rescored
 
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [*HALVES, torch.float32]
