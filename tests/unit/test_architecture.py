@@ -71,14 +71,6 @@ def test_dangerous_calls_are_nowhere():
                 assert not re.search(word, source), (file, word)
 
 
-def test_the_readme_quick_start_runs_as_printed():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.S)
-    assert blocks
-    for block in blocks:
-        subprocess.run([sys.executable, "-c", block], cwd=ROOT, capture_output=True, text=True, check=True)
-
-
 def test_requirements_are_pinned_and_say_why():
     for name in ("requirements.txt", "requirements-dev.txt"):
         for line in (ROOT / name).read_text().splitlines():
