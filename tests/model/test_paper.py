@@ -140,7 +140,7 @@ def test_other_heads_can_be_chosen_and_must_be_there():
 
 
 def test_the_curves_of_figure_7_are_the_means_of_what_norm_order_loses_beyond_the_ideal():
-    runs = [random_run(0), random_run(1)]
+    runs = [random_run(0, n=30), random_run(1, n=30)]
     over = over_chunks(iter(runs), points=30)
     sums = np.zeros((3, 6))
     for layer in range(3):
