@@ -10,15 +10,27 @@ ARGS ?=
 
 # Where the model cannot be had it says why in a line, and goes on: the app has its runs, and tests of it are skipped.
 FETCH = $(BIN)/python -m analysis models smollm2 || true
+PYTEST = $(BIN)/python -m pytest -n auto --dist loadgroup
 
-.PHONY: app test lint wheel bench demo picture
+.PHONY: app test test-unit test-model test-browser lint wheel bench demo picture
 app: $(VENV)/app.stamp  ## MODELS=folder offers the models in it, GGUF files too
 	@$(FETCH)
 	$(if $(MODELS),L2KV_MODEL_DIRS="$(MODELS)") $(BIN)/python -m app --server.port $(PORT)
 
 test: $(VENV)/dev.stamp lint
 	@$(FETCH)
-	$(BIN)/python -m pytest -n auto --dist loadgroup
+	$(PYTEST)
+
+test-unit: $(VENV)/dev.stamp  ## no model and no browser: under a minute
+	$(PYTEST) tests/unit
+
+test-model: $(VENV)/dev.stamp  ## models, in process
+	@$(FETCH)
+	$(PYTEST) tests/model
+
+test-browser: $(VENV)/dev.stamp  ## the app in a real Chromium
+	@$(FETCH)
+	$(PYTEST) tests/browser
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -153,12 +153,12 @@ def share(ratio: float, n: int) -> int:
 def _as_written(ratio: float) -> Fraction:
     """The number that a float stands for: 2/3 and 0.55 themselves, of a float32 too, not the nearest float's value."""
     exact = Fraction(ratio)
-    if exact.denominator <= 2**20:
-        return exact
     if struct.unpack("f", struct.pack("f", ratio))[0] != ratio:
         return exact.limit_denominator(10**6)
     simple = exact.limit_denominator(1000)
-    return simple if abs(simple - exact) <= exact / 2**24 else Fraction(str(round(ratio, 7)))
+    if abs(simple - exact) <= exact / 2**24:  # 203/282 too, whose float32 happens to be a short binary fraction
+        return simple
+    return exact if exact.denominator <= 2**20 else Fraction(str(round(ratio, 7)))
 
 
 def _layer_ratios(given: object) -> tuple[tuple[int, float], ...] | None:

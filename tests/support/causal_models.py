@@ -285,7 +285,7 @@ _HEAD = """# Architectures
 
 Every causal language model class of the transformers that `requirements.txt` pins, tried out: a tiny random model of
 each is compressed and captured, and held against a full forward pass with the evicted masked and against its own eager
-attention (`tests/test_causal_models.py`). A prompt in chunks of several tokens is held against it where the model
+attention (`tests/model/test_causal_models.py`). A prompt in chunks of several tokens is held against it where the model
 itself goes on exactly from its own cache; some hybrids (Jamba, Bamba) do so token by token only. Made by
 `python -m tests.support.causal_models`.
 

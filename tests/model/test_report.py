@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -24,21 +23,14 @@ from analysis.studies import Study, save_study
 from app.report import VERSION, report
 from app.report.writing import MOST_ROWS, Drawing, Section, document
 from l2kv import CompressionSpec
-from tests.support.runs import run_of
-
-HOSTILE = '</script><script>alert(1)</script><img src="http://example.org/x.png" onerror=alert(1)>&lt;\u202e$x$'
+from tests.support.runs import random_run, run_of
+from tests.support.texts import HOSTILE
 
 
 @pytest.fixture(autouse=True)
-def without_plotly(monkeypatch, request):
+def without_plotly(monkeypatch):
     """5 MB in every page, which say nothing of it, and take long to parse."""
-    if "plotly_itself" not in request.fixturenames:
-        monkeypatch.setattr("app.report.writing.get_plotlyjs", lambda: "")
-
-
-@pytest.fixture
-def plotly_itself():
-    """For tests of what a browser makes of a page."""
+    monkeypatch.setattr("app.report.writing.get_plotlyjs", lambda: "")
 
 
 class Page(HTMLParser):
@@ -66,14 +58,6 @@ class Page(HTMLParser):
 
     def count(self, tag: str) -> int:
         return sum(name == tag for name, _ in self.tags)
-
-
-def random_run(seed=0, shape=(3, 2, 6), n=40, **changes):
-    layers, kv_heads, heads = shape
-    rng = np.random.default_rng(seed)
-    probe = rng.gamma(0.3, size=(layers, heads, n))
-    run = run_of(rng.gamma(5, size=(layers, kv_heads, n)), probe / probe.sum(-1, keepdims=True) * 0.9)
-    return replace(run, **changes)
 
 
 def study_of(runs, digests) -> Study:
@@ -158,40 +142,6 @@ def test_a_table_writes_numbers_as_a_reader_wants_them_and_says_what_it_leaves_o
     assert "7 more rows are not shown" in long.text and long.count("tr") == MOST_ROWS + 1
 
 
-@pytest.mark.browser
-@pytest.mark.xdist_group("browser")
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on this machine (apt install chromium)")
-def test_a_browser_draws_a_page_asks_for_nothing_and_follows_light_and_dark(plotly_itself, tmp_path):
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    file = tmp_path / "report.html"
-    file.write_text(report([random_run(model=HOSTILE, text=HOSTILE.ljust(40))]))
-    wrong, ink = [], "getComputedStyle(document.querySelector('.plot .xtick text')).fill"
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = chromium.new_page(color_scheme="dark", viewport={"width": 800, "height": 900})
-        page.on("request", lambda request: wrong.append(request.url) if request.url != file.as_uri() else None)
-        page.on("console", lambda message: wrong.append(message.text))
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("dialog", lambda dialog: wrong.append(dialog.message))
-        page.goto(file.as_uri())
-        assert page.locator(".plot .main-svg").count() >= page.locator(".plot").count() > 5
-        dark = page.evaluate(ink)
-        page.emulate_media(color_scheme="light")
-        for _ in range(100):  # not wait_for_function: what it does to wait is what the page's own policy forbids
-            if page.evaluate(ink) != dark:
-                break
-            page.wait_for_timeout(100)
-        assert page.evaluate(ink) != dark
-        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-        page.evaluate("dispatchEvent(new Event('beforeprint'))")
-        assert page.evaluate(ink) == "rgb(0, 0, 0)"
-        with page.expect_download() as saved:
-            page.get_by_role("button", name="Save the numbers").click()
-        content_of(saved.value.path().read_text(), "report", VERSION)
-        chromium.close()
-    assert not wrong
-
-
 # the report
 
 
@@ -239,7 +189,7 @@ def test_a_run_without_any_order_says_so():
 def test_two_runs_are_compared_by_head_where_they_can_be():
     same = Page(report([random_run(0), random_run(1)]))
     assert "made up, run 1 against made up, run 2" in same.text and "Head by head" in same.text
-    other = Page(report([random_run(0), random_run(1, shape=(2, 1, 2), model="small")]))
+    other = Page(report([random_run(0), random_run(1, layers=2, kv_heads=1, group=2, model="small")]))
     assert "made up against small" in other.text and "no head of one is a head of the other" in other.text
     assert "Γ of all heads" in other.text and "Head by head" not in other.text
     with pytest.raises(ValueError, match="got 3"):
@@ -288,7 +238,7 @@ def test_studies_of_other_texts_are_resampled_each_by_itself(studies):
     np.testing.assert_allclose(half, 1.96 * np.hypot(*spread), rtol=0.2)  # the normal approximation, roughly
     both = "".join(str(compare_studies(first, replace(apart, model="x"))))
     assert "in x than in made up" in both
-    small = study_of([random_run(i, shape=(2, 1, 2)) for i in range(6)], "abcdef")
+    small = study_of([random_run(i, layers=2, kv_heads=1, group=2) for i in range(6)], "abcdef")
     assert compare_studies(first, small).difference is None
 
 

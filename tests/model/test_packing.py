@@ -1,7 +1,5 @@
 """A saved run is small, and its figures are those of the run: against the paper's sums, written out by hand."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from scipy import stats
@@ -10,8 +8,9 @@ from analysis import capture, load_model
 from analysis.captures import _ARRAYS, load_run, save_run
 from analysis.metrics import PROBES, by_query, metrics
 from analysis.packing import deflated, inflated, quantised, restored
+from tests.support.paths import ROOT
 
-TEXTS = Path(__file__).parents[1] / "analysis" / "bundled" / "texts"
+TEXTS = ROOT / "analysis" / "bundled" / "texts"
 BOUND = 0.01  # of what is said of a head, from -1 to 1
 RANDOM = np.random.default_rng(5)
 N = 600

@@ -23,7 +23,7 @@ from tests.support.losses import slow_losses
 from tests.support.models import OTHERS, TINY, TOKENIZER_VOCABULARY, build
 from tests.support.oracle import eager
 from tests.support.paths import BUNDLED
-from tests.support.runs import made_up, run_of
+from tests.support.runs import made_up, random_run, run_of
 from tests.support.texts import TEXT
 
 
@@ -115,12 +115,6 @@ def test_what_a_capture_refuses_is_refused(load):
 # figures 1, 2 and 7
 
 
-def random_run(seed=0, n=30):
-    rng = np.random.default_rng(seed)
-    probe = rng.gamma(0.3, size=(3, 6, n))
-    return run_of(rng.gamma(5, size=(3, 2, n)), probe / probe.sum(-1, keepdims=True) * 0.9)
-
-
 def test_the_four_heads_are_the_extremes_and_the_nearest_to_the_thirds():
     run = random_run()
     gamma = correlation(run)
@@ -146,7 +140,7 @@ def test_other_heads_can_be_chosen_and_must_be_there():
 
 
 def test_the_curves_of_figure_7_are_the_means_of_what_norm_order_loses_beyond_the_ideal():
-    runs = [random_run(0), random_run(1)]
+    runs = [random_run(0, n=30), random_run(1, n=30)]
     over = over_chunks(iter(runs), points=30)
     sums = np.zeros((3, 6))
     for layer in range(3):

@@ -13,7 +13,6 @@ import pytest
 from tests.support.paths import ROOT
 
 pytestmark = [
-    pytest.mark.browser,
     pytest.mark.xdist_group("browser"),
     pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on this machine (apt install chromium)"),
 ]
