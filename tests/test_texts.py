@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from analysis import RecordError, capture, files, load_model, read_text, records
 from analysis.cli import main
-from analysis.cli.shared import text_of, texts_of
+from analysis.cli.inputs import text_of, texts_of
 from analysis.errors import TextError
 from analysis.evaluation.run import continuation_nll
 from analysis.models.load import LoadedModel
