@@ -20,7 +20,7 @@ from analysis.metrics import metrics
 from analysis.statistics import Interval
 from app.cli import commands, main
 from l2kv.policies import POLICIES
-from tests.conftest import BUNDLED, ROOT
+from tests.support.paths import BUNDLED, ROOT
 
 TEXT = "The old man looked at the sea, and the sea looked at the old man, and neither of them said a word."
 
