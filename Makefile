@@ -48,13 +48,13 @@ bench: $(VENV)/dev.stamp  ## memory and time of a capture, of a compressed cache
 # ARGS=--without-tasks for a model that solves none. TEXTS: also the study of many texts; PLANS=1: plans, too (an hour).
 SHOWN := analysis/bundled/$(notdir $(MODEL))
 demo: $(VENV)/dev.stamp  ## all that the app opens with again, of MODEL=name or folder, found in TEXTS="files or folders"
-	$(BIN)/python -m analysis demo --model $(MODEL) $(if $(TEXTS),--texts $(TEXTS)) $(ARGS)
+	$(BIN)/python -m analysis demo $(TEXTS) --model $(MODEL) $(ARGS)
 ifneq ($(TEXTS),)
 	rm -f $(SHOWN)/study.safetensors
 	$(BIN)/python -m analysis study $(TEXTS) --model $(MODEL) --excerpts 24 -o $(SHOWN)/study.safetensors
 endif
 ifneq ($(PLANS),)
-	$(BIN)/python -m analysis causal $(TEXTS) --model $(MODEL) --excerpts 32 -o $(SHOWN)/causal.json
+	$(BIN)/python -m analysis ablation $(TEXTS) --model $(MODEL) --excerpts 32 -o $(SHOWN)/causal.json
 	$(BIN)/python -m analysis front $(TEXTS) --model $(MODEL) --excerpts 32 -o $(SHOWN)/front.json
 endif
 	$(BIN)/python -m tests.picture

@@ -422,7 +422,7 @@ def test_the_presets_that_are_shipped_can_be_read():
 def test_the_demo_command_writes_presets_and_the_run_or_nothing(tmp_path, capsys, monkeypatch, says):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "anne.txt").write_text(TEXTS["anne"], encoding="utf-8")
-    options = ["demo", "-m", "books-5m", "--texts", str(tmp_path / "texts"), "-o", str(tmp_path)]
+    options = ["demo", "-m", "books-5m", str(tmp_path / "texts"), "-o", str(tmp_path)]
     monkeypatch.setattr(finding, "Criteria", lambda: EASY)
     says(lambda prompt, spec: False)
     assert main(options) == 2
@@ -431,24 +431,24 @@ def test_the_demo_command_writes_presets_and_the_run_or_nothing(tmp_path, capsys
     assert main([*options, "--without-tasks"]) == 0
     assert "Calm: half the cache will do: Half the cache, hardly a change." in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.safetensors", "presets.json", "texts"]
-    assert main(["demo", "--texts", str(tmp_path / "nowhere.txt")]) == 2
+    assert main(["demo", str(tmp_path / "nowhere.txt")]) == 2
     assert "nowhere.txt cannot be read" in capsys.readouterr().err
 
 
 def test_the_passkey_command_prints_what_was_found_of_what_was_asked(capsys, tmp_path):
-    sizes = ["--lengths", "120", "160", "--depths", "0.5", "--keys", "2", "--keeps", "0.5", "--policies", "low_norm"]
+    sizes = ["--lengths", "120,160", "--depths", "0.5", "--keys", "2", "--keep-ratios", "0.5", "--policies", "low_norm"]
     out = tmp_path / "passkeys.json"
-    assert main(["passkey", "-m", "books-5m", *sizes, "--skip-layers", "0", "-o", str(out)]) == 0
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == "| cache | 120 tokens | 160 tokens |"
+    passkey = ["evaluate", "passkey", "-m", "books-5m"]
+    assert main([*passkey, *sizes, "--skip-layers", "0", "-o", str(out)]) == 0
+    rows = [re.split("  +", line.strip()) for line in capsys.readouterr().out.splitlines()[2:]]
     scores = json.loads(out.read_text())["scores"]
-    for line, name in zip(printed[2:4], ("full cache", "keep 0.5, low norm"), strict=True):
-        found = [score["found"] for score in scores if score["spec"] == name]
-        assert re.findall(r"(\d) of 2", line) == list(map(str, found))
+    assert [row[:4] for row in rows] == [
+        [score["spec"], str(score["n_tokens"]), str(score["found"]), "2"] for score in scores
+    ]
     low = 1 - 1 / (1 + 1.96**2 / 2)  # of none of two, Wilson's upper end by hand: z^2 / (n + z^2)
-    assert f"(0% to {low:.0%})" in printed[2]
-    assert main(["passkey", "-m", "books-5m", "--lengths", "10"]) == 2
-    assert main(["passkey", "-m", "books-5m", "--keeps", "2"]) == 2
-    assert main(["passkey", "-m", "books-5m", "--policies", "none"]) == 2
+    assert rows[0][2] == "0" and rows[0][4] == f"0% [0%, {low:.0%}]"
+    assert main([*passkey, "--lengths", "10"]) == 2
+    assert main([*passkey, "--keep-ratios", "2"]) == 2
+    assert main([*passkey, "--policies", "none"]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 3 and all(line.startswith("error: ") for line in errors)

@@ -217,7 +217,7 @@ def test_the_models_command_lists_what_is_at_hand_and_fetches_by_name(tiny, caps
     write_gguf(tmp_path / "mine" / "own.gguf", build("llama", **CHEAP))
     assert main(["models"]) == 0
     listed = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[1:]}
-    assert "python -m analysis models tiny" in listed["tiny"] and "bundled" in listed["books-5m"]
+    assert "l2kv models tiny" in listed["tiny"] and "bundled" in listed["books-5m"]
     assert "GGUF" in listed["own.gguf"] and "smollm2" in listed
     assert main(["models", "tiny"]) == 0
     assert f"tiny is in {folder_of(tiny)}" in capsys.readouterr().out

@@ -10,7 +10,6 @@ import plotly.graph_objects as go
 import pytest
 
 from analysis import correlation, load_run, save_run
-from analysis.cli import main
 from analysis.comparing import compare_runs, compare_studies
 from analysis.demo import presets
 from analysis.files import content_of
@@ -20,6 +19,7 @@ from analysis.plans.ablation import CausalCheck
 from analysis.plans.front import Front, FrontPoint
 from analysis.statistics import Interval
 from analysis.studies import Study, save_study
+from app.cli import main
 from app.report import VERSION, report
 from app.report.writing import MOST_ROWS, Drawing, Section, document
 from l2kv import CompressionSpec
@@ -263,7 +263,7 @@ def test_the_report_command_writes_a_page_of_files(tmp_path, capsys, studies, fr
     run, out = save_run(random_run(), tmp_path / "run.safetensors"), tmp_path / "report.html"
     given = [f"--{name}={tmp_path / file}" for name, file in FILES.items()]
     assert main(["report", str(run), str(presets.bundled_results("books-5m").demo), *given, "-o", str(out)]) == 0
-    assert "wrote" in capsys.readouterr().out
+    assert "wrote" in capsys.readouterr().err
     text = Page(out.read_text()).text
     assert "made up against books-5m" in text and "Over many texts" in text
 
@@ -271,7 +271,7 @@ def test_the_report_command_writes_a_page_of_files(tmp_path, capsys, studies, fr
 FILES = {
     "study": "study.safetensors",
     "front": "front.json",
-    "causal": "causal.json",
+    "ablation": "causal.json",
 }
 
 
@@ -305,7 +305,7 @@ def test_the_figures_command_writes_pages_and_records(tmp_path, capsys):
     assert {"fig7.html", "fig7.json"} <= {attributes.get("href") for _, attributes in index.tags}
     capsys.readouterr()
     for bad, reason in (
-        (["--only", "fig3"], "got fig3"),
+        (["--only", "fig3"], "got 'fig3'"),
         (["--heads", "1"], "layer.head"),
         (["--heads", "9.0"], "6 layers"),
     ):

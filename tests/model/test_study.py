@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import weakref
 from contextlib import nullcontext
 from pathlib import Path
@@ -408,7 +409,7 @@ def test_the_command_prints_a_row_per_layer_and_the_answer_and_goes_on(tmp_path,
     assert "This study cannot tell" in capsys.readouterr().out
     assert main([*command, "7"]) == 0
     told = capsys.readouterr().out.splitlines()
-    assert told[0] == "books-5m, 7 texts of 40 to 40 tokens" and len(told) == 4 + 6 + 3
+    assert told[0] == "books-5m, 7 texts of 40 to 40 tokens" and len(told) == 4 + 6 + 2
     assert told[2].startswith("next token: ")
     done = load_study(out)
     assert done.names == tuple(f"keats {i}" for i in range(7))
@@ -418,7 +419,7 @@ def test_the_command_prints_a_row_per_layer_and_the_answer_and_goes_on(tmp_path,
     assert by_last[2].startswith("last queries: ") and by_last[4:10] != told[4:10]
     assert f"Does low norm predict attention in books-5m? {answer(done, probe='last queries')}" in by_last
     assert main([*command, "7", "--probe", "last"]) == 2
-    assert "next-token, last-queries, all-queries; got 'last'" in capsys.readouterr().err
+    assert "next-token, last-queries, all-queries, got 'last'" in capsys.readouterr().err
     assert main([*command, "3"]) == 2
     assert "7 texts already" in capsys.readouterr().err
 
@@ -443,29 +444,32 @@ def test_the_command_prints_a_metric_of_each_layer(tmp_path, capsys):
     ]
     assert main([*command, "entropy-normalised"]) == 0
     told = capsys.readouterr().out.splitlines()
-    start = told.index(f"entropy_normalised, next token: {METRICS['entropy_normalised'].text}")
+    assert METRICS["entropy_normalised"].text in told[3]
     by_head = load_study(out).of("entropy_normalised").mean(axis=0)
-    for layer, line in enumerate(told[start + 2 : start + 8]):
-        words, heads = line.replace("[", " ").split(), by_head[layer].tolist()
-        assert int(words[0]) == layer and float(words[1]) == pytest.approx(sum(heads) / 8, rel=0.01)
-        (low, _, least), (high, _, most) = words[-6:-3], words[-3:]
+    columns = re.split("  +", told[4])
+    assert columns[0] == "layer" and columns[-4:] == ["entropy_normalised", "lowest", "highest", "verdicts"]
+    for layer, line in enumerate(told[5:11]):
+        mean, heads = re.split("  +", line)[-4], by_head[layer].tolist()
+        (low, least), (high, most) = re.findall(r"head (\d+): (\S+)", line)
+        assert float(mean.split()[0]) == pytest.approx(sum(heads) / 8, rel=0.01)
         assert (int(low), int(high)) == (heads.index(min(heads)), heads.index(max(heads)))
         assert (float(least), float(most)) == pytest.approx((min(heads), max(heads)), rel=0.01)
-    assert told[-1].startswith("wrote")
     assert main([*command, "entropy of it"]) == 2
-    assert "--metric must be one of gamma, gamma-without-sink" in capsys.readouterr().err
+    assert "'--metric': metric must be one of gamma, gamma_without_sink" in capsys.readouterr().err
 
 
 def test_an_interrupted_command_keeps_what_was_done(tmp_path, capsys, monkeypatch):
-    from analysis.cli import studies as command
+    from contextlib import nullcontext
+
+    from analysis.cli import measures as command
 
     text, out = tmp_path / "keats.txt", tmp_path / "study.safetensors"
     text.write_text(KEATS)
 
-    def interrupt(stage, done, total):
+    def interrupt(done, total, what):
         if done == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "counter", lambda: interrupt)
+    monkeypatch.setattr(command, "shown", lambda unit: nullcontext(interrupt))
     assert main(["study", str(text), "-o", str(out), "-m", "books-5m", "--tokens", "40", "--excerpts", "4"]) == 130
-    assert "goes on" in capsys.readouterr().out and len(load_study(out).names) == 2
+    assert "goes on" in capsys.readouterr().err and len(load_study(out).names) == 2

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from analysis import RecordError, files, read_text, records
-from analysis.cli.shared import text_of, texts_of
+from analysis.cli.inputs import text_of, texts_of
 from analysis.errors import TextError
 from analysis.plans.skip import Plan
 from analysis.records import to_json
