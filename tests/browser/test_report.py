@@ -28,6 +28,7 @@ def test_a_browser_draws_a_page_asks_for_nothing_and_follows_light_and_dark(tmp_
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("dialog", lambda dialog: wrong.append(dialog.message))
         page.goto(file.as_uri())
+        page.locator(".plot").last.locator(".main-svg").first.wait_for()
         assert page.locator(".plot .main-svg").count() >= page.locator(".plot").count() > 5
         dark = page.evaluate(ink)
         page.emulate_media(color_scheme="light")

@@ -1,5 +1,7 @@
 """Pages for those who have nothing installed: whole, safe, and true; and comparisons against slow loops."""
 
+import base64
+import gzip
 import json
 import re
 from dataclasses import replace
@@ -8,6 +10,7 @@ from html.parser import HTMLParser
 import numpy as np
 import plotly.graph_objects as go
 import pytest
+from plotly.offline import get_plotlyjs_version
 
 from analysis import correlation, load_run, save_run
 from analysis.comparing import compare_runs, compare_studies
@@ -28,9 +31,15 @@ from tests.support.texts import HOSTILE
 
 
 @pytest.fixture(autouse=True)
-def without_plotly(monkeypatch):
-    """5 MB in every page, which say nothing of it, and take long to parse."""
-    monkeypatch.setattr("app.report.writing.get_plotlyjs", lambda: "")
+def without_plotly(monkeypatch, request):
+    """0.7 MB in every page, which say nothing of it."""
+    if "plotly_itself" not in request.fixturenames:
+        monkeypatch.setattr("app.report.writing._plotly", lambda: "plotly")
+
+
+@pytest.fixture
+def plotly_itself():
+    """For tests of what a browser makes of a page."""
 
 
 class Page(HTMLParser):
@@ -119,6 +128,14 @@ def test_a_page_loads_nothing_from_anywhere_and_may_not():
 
 def test_a_page_without_figures_needs_no_plotly():
     assert len(document("Title", "Lead", [Section("Heading", links=(("there", "fig1.html"),))])) < 10_000
+
+
+def test_the_bundle_in_the_page_is_of_the_version_that_makes_the_figures(plotly_itself):
+    html = document("Title", "", [Section("x", drawings=(Drawing(go.Figure(), alt="", caption=""),))])
+    (packed,) = re.findall('<script type="text/plain" id="plotly">(.*?)</script>', html)
+    source = gzip.decompress(base64.b64decode(packed)).decode()
+    assert f"v{get_plotlyjs_version()}\n" in source[:200] and "MIT license" in source[:300]
+    assert len(html) < 700_000
 
 
 def test_hostile_words_stay_words_wherever_they_stand():

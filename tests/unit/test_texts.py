@@ -12,7 +12,7 @@ from analysis.errors import TextError
 from analysis.plans.skip import Plan
 from analysis.records import to_json
 from analysis.texts import read
-from app.components import jobs
+from app.components import uploads
 from l2kv import CompressionSpec
 
 BODY = "The sea, déjà vu 😀.\nHe looked.\n\nSo did it.\n"
@@ -24,7 +24,7 @@ ENCODINGS = {
 
 
 def by_upload(data, path):
-    return jobs.decoded(SimpleNamespace(name=path.name, getvalue=lambda: data))
+    return uploads.decoded(SimpleNamespace(name=path.name, getvalue=lambda: data))
 
 
 def by_file(data, path):
