@@ -1,5 +1,8 @@
 """The models that tests share, each built or loaded once."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -51,3 +54,19 @@ def two_threads():
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def whole_folder(tmp_path_factory) -> Path:
+    """A folder of a model that loads. Its tokenizer is the bundled model's."""
+    folder = tmp_path_factory.mktemp("whole")
+    build("llama", vocab_size=4096).save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BUNDLED / file, folder)
+    return folder
+
+
+@pytest.fixture
+def folder(whole_folder, tmp_path) -> Path:
+    """A copy of that folder, to be broken."""
+    return shutil.copytree(whole_folder, tmp_path / "tiny")
