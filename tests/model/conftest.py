@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from analysis.models.load import LoadedModel
+from tests.support.gguf_files import write_gguf
+from tests.support.gguf_models import CONFIGS, random_model
 from tests.support.models import ARCHITECTURES, MODELS, build
 from tests.support.paths import BUNDLED, STORIES
 
@@ -70,3 +73,10 @@ def whole_folder(tmp_path_factory) -> Path:
 def folder(whole_folder, tmp_path) -> Path:
     """A copy of that folder, to be broken."""
     return shutil.copytree(whole_folder, tmp_path / "tiny")
+
+
+@pytest.fixture(scope="session")
+def gguf_file(tmp_path_factory) -> Path:
+    """A GGUF file of a Llama that loads."""
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    return write_gguf(path, random_model(CONFIGS["llama"]), GGMLQuantizationType.F16)
