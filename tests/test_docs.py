@@ -1,0 +1,11 @@
+"""Files of docs/ that are written from the program say what it says."""
+
+import pytest
+
+from tests.support import docs
+from tests.support.paths import ROOT
+
+
+@pytest.mark.parametrize("name", docs.FILES)
+def test_a_generated_file_is_up_to_date(name):
+    assert (ROOT / "docs" / name).read_text(encoding="utf-8") == docs.FILES[name](), "run python -m tests.support.docs"
