@@ -14,7 +14,7 @@ from typer.main import get_command
 
 from analysis.cli.options import Listed, Named
 from analysis.errors import UserError
-from l2kv.spec import SpecError
+from l2kv.errors import SpecError
 
 # What is printed that not every encoding has, in letters that all have.
 _IN_ASCII = {
