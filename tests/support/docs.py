@@ -1,4 +1,4 @@
-"""`python -m tests.support.docs`: docs/cli.md and docs/registries.md, written from the command line and the registries.
+"""`make docs`: docs/cli.md and docs/registries.md, written from the command line and the registries.
 
 A test holds the files against what this gives, so that neither can say what is no longer so.
 """
@@ -20,7 +20,7 @@ def cli() -> str:
     from app.cli import commands
 
     group = get_command(commands())
-    parts = ["# Command line", "Written by `python -m tests.support.docs`: change the commands, not this file."]
+    parts = ["# Command line", "Written by `make docs`: change the commands, not this file."]
     parts.append(_help(group, "l2kv"))
     for name, command in group.commands.items():
         parts += [f"## {name}", _help(command, f"l2kv {name}")]
@@ -45,7 +45,7 @@ def _registries() -> Iterator[str]:
     from l2kv.policies import POLICIES
 
     yield "# Registries\n"
-    yield "What is chosen by name. Written by `python -m tests.support.docs`: register an entry, and it is here."
+    yield "What is chosen by name. Written by `make docs`: register an entry, and it is here."
     for title, place, entries in (
         ("Policies", "l2kv.POLICIES", POLICIES),
         ("Metrics", "analysis.METRICS", METRICS),

@@ -8,4 +8,4 @@ from tests.support.paths import ROOT
 
 @pytest.mark.parametrize("name", docs.FILES)
 def test_a_generated_file_is_up_to_date(name):
-    assert (ROOT / "docs" / name).read_text(encoding="utf-8") == docs.FILES[name](), "run python -m tests.support.docs"
+    assert (ROOT / "docs" / name).read_text(encoding="utf-8") == docs.FILES[name](), "run make docs"
