@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from analysis import defaults
-from analysis.cli import commands as commands_of_analysis
+from analysis.__main__ import commands as commands_of_analysis
 from analysis.cli import options
 from analysis.cli.inputs import excerpts_of, loaded_model, texts_of
 from analysis.cli.output import shown, wrote

@@ -2,10 +2,10 @@
 
 import pytest
 
-from tests.support import docs
+from tests.support.docs import FILES
 from tests.support.paths import ROOT
 
 
-@pytest.mark.parametrize("name", docs.FILES)
+@pytest.mark.parametrize("name", FILES)
 def test_a_generated_file_is_up_to_date(name):
-    assert (ROOT / "docs" / name).read_text(encoding="utf-8") == docs.FILES[name](), "run make docs"
+    assert (ROOT / "docs" / name).read_text(encoding="utf-8") == FILES[name](), "run make docs"

@@ -11,7 +11,8 @@ from analysis.metrics import METRICS
 from analysis.plans.strategies import WAYS
 from app.cli import main
 from l2kv.policies import POLICIES
-from tests.support import docs
+from l2kv.registry import Registry
+from tests.support.docs import registries
 
 REGISTRIES = {  # and a command that offers its entries
     "policy": (POLICIES, "generate"),
@@ -24,8 +25,14 @@ REGISTRIES = {  # and a command that offers its entries
 def command(request, monkeypatch) -> Iterator[str]:
     """A command that offers the entries of a registry in which there is a toy now."""
     registry, name = REGISTRIES[request.param]
-    monkeypatch.setitem(registry, "a_toy", next(iter(registry.values())))
-    return name
+    toy = next(iter(registry.values()))
+    if not isinstance(registry, Registry):
+        monkeypatch.setitem(registry, "a_toy", toy)
+        yield name
+        return
+    registry.register("a_toy", toy)
+    yield name
+    registry.remove("a_toy")
 
 
 def test_help_offers_it(command, capsys):
@@ -34,10 +41,10 @@ def test_help_offers_it(command, capsys):
 
 
 def test_the_docs_list_it(command):
-    assert "| `a_toy` |" in docs.registries()
+    assert "| `a_toy` |" in registries()
 
 
 def test_without_it_neither_does(capsys):
     for _, command in REGISTRIES.values():
         assert main([command, "--help"]) == 0
-    assert "a_toy" not in capsys.readouterr().out + docs.registries()
+    assert "a_toy" not in capsys.readouterr().out + registries()
