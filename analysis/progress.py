@@ -12,7 +12,7 @@ class Progress(Protocol):
     """
 
     def __call__(self, done: int, total: int, what: str, /) -> object:
-        """Hear that `done` of `total` are done, and what comes next."""
+        """Hear that `done` of `total` things are done; `what` names them."""
 
 
 def unheard(done: int, total: int, what: str, /) -> None:
