@@ -26,6 +26,8 @@ LAYERS = [[0.0, "#5B5BB5"], [0.33, "#2C8C9B"], [0.67, "#3BB273"], [1.0, "#C9C22B
 
 MOST_POINTS = 4000  # SVG markers a browser still pans smoothly
 MOST_SAMPLES = 500  # points of a line: more than a screen has use for
+OF_HEAD = "layer %{customdata[0]}, head %{customdata[1]}<br>"  # hover text begins so, over `as_customdata`
+ZERO_LINE = dict(zeroline=True, zerolinecolor=FULL_GREY)
 DECADES = 6  # depth of a logarithmic attention axis below its largest value
 LONGEST_LABEL = 40
 
@@ -49,6 +51,17 @@ def axis(title: str, **options: Any) -> dict[str, Any]:
     return dict(title=dict(text=title, standoff=10), automargin=True) | grid | options
 
 
+def correlation_axis(title: str, **options: Any) -> dict[str, Any]:
+    """An axis of Γ or a correlation: -1 to +1, whatever the data reach."""
+    ticks = dict(tickvals=[-1, -0.5, 0, 0.5, 1], ticktext=["−1", "−0.5", "0", "+0.5", "+1"])
+    return axis(title, range=[-1.05, 1.05], **ticks, **options)
+
+
+def normalised_alr_axis() -> dict[str, Any]:
+    """An axis of ALR over chance: 0 the ideal order, 1 a random one, 2 the worst."""
+    return axis("ALR / chance", range=[-0.05, 2.05], dtick=0.5)
+
+
 def index_axis(count: int, title: str, *, most: int) -> dict[str, Any]:
     """An axis of layers or heads 0..count-1: whole cells, no zoom by accident, at most `most` numbers."""
     ticks = dict(tickvals=tick_values(count, most=most), tickangle=0)
@@ -66,6 +79,12 @@ def tick_values(count: int, *, most: int) -> list[int]:
 def colorbar(title: str, **options: Any) -> dict[str, Any]:
     side = "right" if len(title) > 2 else "top"  # a lone Γ must not lie on its side
     return dict(title=dict(text=title, side=side), thickness=10, xpad=6, outlinewidth=0) | options
+
+
+def level(figure: go.Figure, y: float, name: str = "", *, color: str = FULL_GREY, dash: str = "dot", width=1.5) -> None:
+    """Draw a level line across a figure; its name is in the legend, since beside the line it would lie under points."""
+    named = dict(name=name, showlegend=True) if name else {}
+    figure.add_hline(y=y, line=dict(color=color, width=width, dash=dash), **named)
 
 
 def log_axis(attention: np.ndarray) -> tuple[float, dict[str, Any]]:
