@@ -148,4 +148,4 @@ def _luminance(colors: list[tuple[float, float, float]]) -> np.ndarray:
     """WCAG relative luminance of sRGB colours, each channel 0..1."""
     channels = np.asarray(colors, dtype=float)
     linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
-    return linear @ np.array([0.2126, 0.7152, 0.0722])
+    return np.asarray(linear @ np.array([0.2126, 0.7152, 0.0722]))

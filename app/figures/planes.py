@@ -53,8 +53,10 @@ def head_quadrant(
             x=x, y=y, xanchor="left" if x < 0 else "right", yanchor="top" if y < 0 else "bottom",
             text=f"<i>{name}</i>", showarrow=False,
         )  # fmt: skip
-    x, y = (correlation_axis(f"Γ {which} the sink", **ZERO_LINE) for which in ("with", "without"))
-    figure.update_layout(xaxis=x, yaxis=y)
+    figure.update_layout(
+        xaxis=correlation_axis("Γ with the sink", **ZERO_LINE),
+        yaxis=correlation_axis("Γ without the sink", **ZERO_LINE),
+    )
     figure.update_xaxes(ticklabelstandoff=16)  # room for the lower pair of names
     return figure
 

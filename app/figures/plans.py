@@ -41,7 +41,7 @@ def front(lines: Mapping[str, Line], *, full_mib: float, shown: Collection[str] 
     """
     figure = new_figure(height=560, legend=dict(orientation="h", x=0, y=-0.16, yanchor="top", title_text=""))
     level(figure, 0)
-    drawn = Counter()
+    drawn: Counter[str] = Counter()
     for name, line in lines.items():
         place, colors = drawn[line.kind], _COLORS[line.kind]
         color, symbol = colors[place % len(colors)], _MARKERS[place % len(_MARKERS)]

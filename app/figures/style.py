@@ -81,7 +81,9 @@ def colorbar(title: str, **options: Any) -> dict[str, Any]:
     return dict(title=dict(text=title, side=side), thickness=10, xpad=6, outlinewidth=0) | options
 
 
-def level(figure: go.Figure, y: float, name: str = "", *, color: str = FULL_GREY, dash: str = "dot", width=1.5) -> None:
+def level(
+    figure: go.Figure, y: float, name: str = "", *, color: str = FULL_GREY, dash: str = "dot", width: float = 1.5
+) -> None:
     """Draw a level line across a figure; its name is in the legend, since beside the line it would lie under points."""
     named = dict(name=name, showlegend=True) if name else {}
     figure.add_hline(y=y, line=dict(color=color, width=width, dash=dash), **named)
@@ -98,9 +100,7 @@ def log_axis(attention: np.ndarray) -> tuple[float, dict[str, Any]]:
     decades = range(exponent, int(np.floor(span[1])) + 1)
     texts = [f"{10.0 ** (decade + 2):.{max(-decade - 2, 0)}f} %" for decade in decades]
     texts[0] = f"≤ {texts[0]}"  # the floor: what lies below it is drawn on it
-    options = dict(range=span, tickvals=[10.0**decade for decade in decades])
-    options |= dict(type="log", ticktext=texts)
-    return 10.0**exponent, options
+    return 10.0**exponent, dict(type="log", range=span, tickvals=[10.0**d for d in decades], ticktext=texts)
 
 
 def salient(*series: np.ndarray) -> np.ndarray:
@@ -121,7 +121,7 @@ def salient(*series: np.ndarray) -> np.ndarray:
 
 def as_customdata(layer: np.ndarray, head: np.ndarray) -> list[list[int]]:
     """customdata (layer, head) as plain lists: what a click brings back is then a list, not a typed array."""
-    return np.stack([layer, head], axis=1).tolist()
+    return [[int(i), int(h)] for i, h in zip(layer, head, strict=True)]
 
 
 def error_bars(mean: np.ndarray, low: np.ndarray, high: np.ndarray, *, color: str) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from app.figures.style import (
 )
 
 _BAND = "rgba(108,95,240,0.16)"  # PRIMARY, so pale that points on it stay readable
-_HOLLOW = dict(size=8, color=FULL_GREY, symbol="circle-open", line_width=2)
 
 
 def head_over_texts(
@@ -38,16 +37,10 @@ def head_over_texts(
                          showlegend=True)  # fmt: skip
     if np.isfinite(mean):
         level(figure, mean, "mean", color=PRIMARY, dash="dash", width=2)
-    groups = (
-        ("Γ", gamma, dict(size=9, color=PRIMARY)),
-        (
-            "without the first token",
-            gamma_skip_first,
-            dict(size=8, color=FULL_GREY, symbol="circle-open", line_width=2),
-        ),
-    )
+    hollow = dict(size=8, color=FULL_GREY, symbol="circle-open", line_width=2)
+    groups = (("Γ", gamma, dict(size=9, color=PRIMARY)), ("without the first token", gamma_skip_first, hollow))
     for name, values, marker in groups:
-        text = np.flatnonzero(np.isfinite(values))
+        text = np.flatnonzero(np.isfinite(values)).tolist()
         figure.add_scatter(
             x=text, y=values[text], mode="markers", name=name, marker=marker,
             text=[literal(names[i]) for i in text],

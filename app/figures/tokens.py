@@ -144,7 +144,7 @@ def gamma_by_query(
     return figure
 
 
-def _kept_and_evicted(kept: np.ndarray | None, shown: np.ndarray) -> list[tuple[str, np.ndarray, dict]]:
+def _kept_and_evicted(kept: np.ndarray | None, shown: np.ndarray) -> list[tuple[str, np.ndarray, dict[str, Any]]]:
     """(name, mask over `shown`, marker) for each group of tokens that has members."""
     solid = dict(color=PRIMARY, size=6, opacity=0.85)
     hollow = dict(color=FULL_GREY, size=6, opacity=0.75, symbol="circle-open")
