@@ -68,8 +68,8 @@ def rouge_l(text: str, reference: str) -> float:
 def classification(text: str, reference: str, all_classes: tuple[str, ...]) -> float:
     """1 / the number of classes that a text names if the right one is among them, else 0.
 
-    A class that is part of the right one's name ("number" of "other number") does not count. LongBench's own program
-    overlooks such a class where it follows another.
+    A class that is part of the right one's name ("number" of "other number") does not count. Of two such classes in a
+    row LongBench's own program overlooks the second.
     """
     named = [name for name in all_classes if name in text and (name == reference or name not in reference)]
     return 1 / len(named) if reference in named else 0.0
@@ -91,7 +91,7 @@ def code_similarity(text: str, reference: str) -> float:
     """Similarity of a reference to the first line of a text that is no comment and no fence, to whole per cents."""
     lines = text.lstrip("\n").split("\n")
     line = next((line for line in lines if not any(mark in line for mark in ("`", "#", "//"))), "")
-    return round(100 * SequenceMatcher(None, line, reference).ratio()) / 100 if line and reference else 0.0
+    return round(100 * SequenceMatcher(None, line, reference).ratio()) / 100
 
 
 def chosen_letter(text: str) -> str | None:
