@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 
-from tests.measuring import peak_bytes, seconds
+from tests.support.measuring import peak_bytes, seconds
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 30, 9, 3, 64, 4096
 LENGTHS = (1024, 4096, 16384)
@@ -69,7 +69,8 @@ def decoding() -> None:
     import torch
     from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 
-    from l2kv import CompressedCache, CompressionSpec, cache_nbytes, compressible
+    from l2kv import CompressedCache, CompressionSpec, compressible
+    from l2kv.cache import cache_nbytes
 
     torch.manual_seed(0)
     config = shape(max(LENGTHS) + 1024)
