@@ -60,8 +60,8 @@ def _frame(path: Path) -> pd.DataFrame:
     readers: dict[str, Callable[[Path], pd.DataFrame]] = {
         ".csv": lambda file: pd.read_csv(file, dtype=str, keep_default_na=False),
         ".parquet": pd.read_parquet,
-        ".jsonl": lambda file: pd.read_json(file, lines=True, dtype=False, convert_dates=False),
-        ".json": lambda file: pd.read_json(file, dtype=False, convert_dates=False),
+        ".jsonl": lambda file: pd.read_json(file, lines=True, dtype=False),
+        ".json": lambda file: pd.read_json(file, dtype=False),
     }
     if path.suffix not in readers:
         raise RecordError(f"{path} must end in {', '.join(readers)}.")
@@ -113,9 +113,10 @@ def _listed(text: str) -> list[Any] | None:
     with suppress(ValueError, RecursionError):
         return list(json.loads(text))
     with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-        listed = ast.literal_eval(text)
-        if repr(listed) == text:  # NumPy writes ['a' 'b'], which Python reads as ['ab']
-            return list(listed)
+        tree = ast.parse(text, mode="eval").body
+        if isinstance(tree, ast.List) and all(isinstance(item, ast.Constant) for item in tree.elts):
+            listed = [item.value for item in tree.elts if isinstance(item, ast.Constant)]
+            return listed if repr(listed) == text else None  # NumPy writes ['a' 'b'], which Python reads as ['ab']
     return None
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from analysis.errors import SettingsError, TextError
 from analysis.evaluation.examples import Example, fill, sentences
 from analysis.texts.read import read_documents
-from analysis.texts.tokens import check_text
+from analysis.texts.tokens import SENTENCE_END, check_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,7 +87,8 @@ def read_haystack(path: str | Path) -> str:
 def _example(name: str, needle: Needle, straw: Sequence[str], depth: float, length: int, n_words: int) -> Example:
     text = sentences(" ".join(straw[i % len(straw)] for i in range(n_words)))
     borders = list(accumulate(map(len, text), initial=0))
-    place = min(range(len(borders)), key=lambda i: abs(borders[i] - depth * borders[-1]))
+    ends = len(borders) if SENTENCE_END.search(text[-1]) else len(text)  # a sentence that is cut off ends nowhere
+    place = min(range(ends), key=lambda i: abs(borders[i] - depth * borders[-1]))
     context = " ".join([*text[:place], needle.text, *text[place:]])
     return Example(
         name,

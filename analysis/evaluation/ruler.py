@@ -253,7 +253,7 @@ def _common_words(rng: Random, size: int, material: Material, number: int) -> tu
 
 
 def _word_list(rng: Random, n: int, often: int, seldom: int) -> tuple[str, str, str, list[str]]:
-    words = rng.sample(_WORDS, n) if n <= len(_WORDS) else list(islice(_distinct(_compound, rng), n))
+    words = rng.sample([*_WORDS, *islice(_distinct(_compound, rng), max(0, n - len(_WORDS)))], n)
     common, uncommon = words[:_COMMON], words[_COMMON:]
     listed = common * often + uncommon * seldom
     rng.shuffle(listed)
