@@ -139,7 +139,7 @@ def remembered(
     name = f"{work.__module__}.{work.__qualname__}"
 
     @wraps(work)
-    def ask(thing: Thing, *settings: Settings.args, **named: Settings.kwargs) -> Answer:
+    def ask(thing: Thing, /, *settings: Settings.args, **named: Settings.kwargs) -> Answer:
         kept = _OF_THE_DEMO if thing is demo_run() else _own_answers()
         of, answers = kept.get(name, (None, {}))
         if of is not thing:
