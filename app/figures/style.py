@@ -47,6 +47,7 @@ def new_figure(*, height: int, **layout: Any) -> go.Figure:
 
 
 def axis(title: str, **options: Any) -> dict[str, Any]:
+    """An axis with grid lines and a title; `options` are Plotly's."""
     grid = dict(showgrid=True, gridcolor=GRID, zeroline=False)
     return dict(title=dict(text=title, standoff=10), automargin=True) | grid | options
 
@@ -77,6 +78,7 @@ def tick_values(count: int, *, most: int) -> list[int]:
 
 
 def colorbar(title: str, **options: Any) -> dict[str, Any]:
+    """A narrow colour bar; `options` are Plotly's."""
     side = "right" if len(title) > 2 else "top"  # a lone Γ must not lie on its side
     return dict(title=dict(text=title, side=side), thickness=10, xpad=6, outlinewidth=0) | options
 

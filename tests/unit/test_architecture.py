@@ -102,7 +102,7 @@ def test_dangerous_calls_are_nowhere():
     for package in PACKAGES:
         for file in (ROOT / package).rglob("*.py"):
             source = file.read_text(encoding="utf-8")
-            for word in ("trust_remote_code=True", r"torch\.load\(", "import pickle", "unsafe_allow", r"(?<!\.)eval\("):
+            for word in ("trust_remote_code=True", r"torch\.load\(", "import pickle", "unsafe_allow", r"(?<![.\w])eval\("):
                 assert not re.search(word, source), (file, word)
 
 
