@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from analysis.errors import ModelError
-from analysis.evaluation.tasks import prompt_tokens
+from analysis.evaluation.prompts import prompt_tokens
 from analysis.models.load import LoadedModel
 from analysis.models.memory import memory_errors
 from analysis.recorder import OnLayer, check_length
@@ -80,7 +80,7 @@ class _Column:
         prefill(loaded.model, ids[:, :-1], self._cache)
         self._next, self._new = ids[:, -1:], []
         self._last: Step | None = None
-        self._ends = _end_tokens(loaded)
+        self._ends = end_tokens(loaded)
 
     @property
     def finished(self) -> bool:
@@ -95,7 +95,7 @@ class _Column:
         shown = self._new[:-1] if finished else self._new
         self._last = Step(
             token_ids=tuple(self._new),
-            text=_whole_characters(self._loaded.tokenizer.decode(shown, skip_special_tokens=True)),
+            text=whole_characters(self._loaded.tokenizer.decode(shown, skip_special_tokens=True)),
             held=_held(self._cache),
             nbytes=nbytes,
             slack_nbytes=cache_nbytes(self._cache) - nbytes,
@@ -152,12 +152,12 @@ def decode_one_token(model, token: Tensor, cache: Cache) -> Tensor:
     return model(token, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
 
 
-def _end_tokens(loaded: LoadedModel) -> set[int]:
+def end_tokens(loaded: LoadedModel) -> set[int]:
     """As the model, its config and its tokenizer name them: a chat's turn may end otherwise than a text does."""
     named = [of.eos_token_id for of in (loaded.model.generation_config, loaded.config, loaded.tokenizer)]
     return {end for ends in named for end in (ends if isinstance(ends, list) else [ends]) if end is not None}
 
 
-def _whole_characters(text: str) -> str:
+def whole_characters(text: str) -> str:
     """Without the replacement characters at the end: the bytes of a character that is not complete yet."""
     return text.rstrip("\N{REPLACEMENT CHARACTER}")

@@ -15,7 +15,7 @@ from pathlib import Path
 from analysis.demo.presets import Preset
 from analysis.errors import UserError
 from analysis.evaluation.run import OnDone, ignore, passkey_text, passkeys
-from analysis.evaluation.tasks import can_chat, decided, found
+from analysis.evaluation.prompts import can_chat, decided, found
 from analysis.models.load import BUNDLED, LoadedModel
 from analysis.preview import stream
 from l2kv import CompressionSpec

@@ -15,7 +15,7 @@ import streamlit as st
 from analysis.captures import Capture
 from analysis.demo.presets import Preset, presets
 from analysis.errors import UserError
-from analysis.evaluation.tasks import can_chat, decided, found, prompt_tokens
+from analysis.evaluation.prompts import can_chat, decided, found, prompt_tokens
 from analysis.models.load import model_folder
 from analysis.models.memory import DTYPES, human_bytes
 from analysis.plans.skip import Plan

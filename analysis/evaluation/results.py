@@ -1,0 +1,133 @@
+"""What an evaluation found, as a record: one row a cell of methods x samples, and views of them. Runs nothing.
+
+A Pareto front, a single-layer ablation and a passkey grid are views of results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from analysis.errors import SettingsError
+from analysis.records import record
+from analysis.statistics import Interval, means
+from l2kv.spec import CompressionSpec
+
+Methods = Mapping[str, CompressionSpec | None]
+"""What is compared, by name; None is the full cache."""
+FULL = "full cache"
+"""What the full cache is called where a caller doesn't say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sample by one method."""
+
+    method: str
+    sample: str
+    score: float | None
+    """In the task's unit; None is undefined."""
+    nbytes: int
+    """Payload of the keys and values held, counted from tensors: after the last token where tokens were predicted,
+    after the question where an answer was generated."""
+    text: str = ""
+    """The answer that was generated."""
+    document: str = ""
+    at: Mapping[str, float] = field(default_factory=dict)
+    """Where the sample stands in the task's grid: {"n_tokens": 400, "depth": 0.5}."""
+
+
+@record("results", version=1, title="a file of results", again="l2kv evaluate")
+@dataclass(frozen=True)
+class Results:
+    """Scores and bytes of every method on every sample of a task."""
+
+    model: str
+    weights: str
+    """A digest of weights and vocabulary (`analysis.models.digest`); empty where it is not known."""
+    task: str
+    settings: Mapping[str, Any]
+    methods: Methods
+    rows: tuple[Row, ...]
+
+    def __post_init__(self) -> None:
+        if unknown := {row.method for row in self.rows} - set(self.methods):
+            raise ValueError(f"rows are of methods that the results do not have: {', '.join(sorted(unknown))}")
+        if len(self.rows) != len(self.methods) * len(self.samples) or len(self._cells) != len(self.rows):
+            raise ValueError("each method must have one row for each sample")
+
+    @cached_property
+    def samples(self) -> tuple[str, ...]:
+        """Names of the N samples, in the order of the rows."""
+        return tuple(dict.fromkeys(row.sample for row in self.rows))
+
+    @cached_property
+    def documents(self) -> tuple[str, ...]:
+        """Names of what the N samples were cut from; a sample that stands for itself has its own."""
+        of = {row.sample: row.document or row.sample for row in self.rows}
+        return tuple(of[sample] for sample in self.samples)
+
+    @cached_property
+    def _cells(self) -> dict[tuple[str, str], Row]:
+        return {(row.method, row.sample): row for row in self.rows}
+
+    @property
+    def full(self) -> str:
+        """The name of the full cache. Raises SettingsError where it was not measured."""
+        names = [name for name, spec in self.methods.items() if spec is None]
+        if not names:
+            raise SettingsError("These results have no full cache to compare with: evaluate it, too.")
+        return names[0]
+
+    def of(self, method: str) -> tuple[Row, ...]:
+        """The N rows of a method. Raises KeyError."""
+        return tuple(self._cells[method, sample] for sample in self.samples)
+
+    def scores(self, method: str) -> np.ndarray:
+        """Scores of a method, [N] float64; NaN where undefined."""
+        return np.array([row.score for row in self.of(method)], dtype=np.float64)
+
+    def change(self, method: str) -> np.ndarray:
+        """Scores of a method less those of the full cache on the same samples, [N]. Raises as `full`."""
+        return self.scores(method) - self.scores(self.full)
+
+    def nbytes(self, method: str) -> int:
+        """Mean bytes that a method held, over samples, rounded."""
+        return round(sum(row.nbytes for row in self.of(method)) / len(self.samples))
+
+    def interval(self, values: np.ndarray) -> Interval:
+        """The mean of values [N] over samples, with its 95 % interval: documents are resampled."""
+        over = means(values[:, None], documents=self.documents)
+        return Interval(float(over.mean[0]), float(over.low[0]), float(over.high[0]))
+
+    def grouped(self, *axes: str) -> dict[tuple[float, ...], tuple[str, ...]]:
+        """Samples by where they stand on some axes of the task's grid: {(400, 0.5): names}, for axes n_tokens, depth.
+
+        Raises KeyError for an axis that the task's grid does not have.
+        """
+        groups: dict[tuple[float, ...], tuple[str, ...]] = {}
+        for sample in self.of(next(iter(self.methods))):
+            key = tuple(sample.at[axis] for axis in axes)
+            groups[key] = (*groups.get(key, ()), sample.sample)
+        return groups
+
+    def scores_by(self, method: str, *axes: str) -> dict[tuple[float, ...], np.ndarray]:
+        """Scores of a method in each group of samples, as `grouped`."""
+        return {
+            key: np.array([self._cells[method, sample].score for sample in samples], dtype=np.float64)
+            for key, samples in self.grouped(*axes).items()
+        }
+
+    def table(self) -> list[dict[str, Any]]:
+        """One flat dict a row, for CSV or a data frame."""
+        common = {"model": self.model, "task": self.task}
+        return [
+            common
+            | {name: getattr(row, name) for name in ("method", "sample", "document", "score", "nbytes", "text")}
+            | dict(row.at)
+            for row in self.rows
+        ]
