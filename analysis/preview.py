@@ -18,7 +18,8 @@ from analysis.errors import ModelError
 from analysis.evaluation.prompts import prompt_tokens
 from analysis.models.load import LoadedModel
 from analysis.models.memory import memory_errors
-from analysis.recorder import OnLayer, check_length
+from analysis.progress import Progress, unheard
+from analysis.recorder import check_length
 from analysis.texts.tokens import Tokens
 from l2kv import CompressedCache, CompressionSpec, UnsupportedModelError, attention_seam, cache_nbytes, compressible
 from l2kv.hooks import Attention
@@ -44,7 +45,7 @@ def stream(
     *,
     max_new_tokens: int,
     chat: bool = False,
-    on_layer: OnLayer | None = None,
+    progress: Progress = unheard,
 ) -> Iterator[tuple[Step, ...]]:
     """Yield, after each new token, the state of all columns; None among the specs is the full cache.
 
@@ -53,8 +54,7 @@ def stream(
 
     Args:
         chat: put the prompt to the model as a user's question, through its chat template.
-        on_layer: called as (layers done, layers to do) while the prompt is read, into one cache after the other; what
-            it raises ends the work.
+        progress: counts layers while the prompt is read, into one cache after the other.
 
     Raises:
         TextError, OutOfMemoryError: as `capture`.
@@ -64,7 +64,7 @@ def stream(
     tokens = prompt_tokens(loaded.tokenizer, prompt, chat=chat)
     check_length(loaded, tokens, new_tokens=max_new_tokens)
     with prepared(loaded):
-        with _watched(loaded, len(specs), on_layer):
+        with _watched(loaded, len(specs), progress):
             columns = [_Column(loaded, tokens, spec) for spec in specs]
         for _ in range(max_new_tokens):
             yield tuple(column.step() for column in columns)
@@ -115,15 +115,14 @@ def prepared(loaded: LoadedModel) -> Iterator[None]:
 
 
 @contextmanager
-def _watched(loaded: LoadedModel, passes: int, on_layer: OnLayer | None) -> Iterator[None]:
-    """Within the block, `on_layer` hears of every layer of so many forward passes."""
+def _watched(loaded: LoadedModel, passes: int, progress: Progress) -> Iterator[None]:
+    """Within the block, `progress` hears of every layer of so many forward passes."""
     done, total = 0, passes * loaded.config.num_hidden_layers
 
     def heard(inner: Attention, *args, **kwargs):
         nonlocal done
         done += 1
-        if on_layer is not None:
-            on_layer(min(done, total), total)
+        progress(min(done, total), total, "layers")
         return inner(*args, **kwargs)
 
     with attention_seam(loaded.model, heard):
@@ -153,11 +152,11 @@ def decode_one_token(model, token: Tensor, cache: Cache) -> Tensor:
 
 
 def end_tokens(loaded: LoadedModel) -> set[int]:
-    """As the model, its config and its tokenizer name them: a chat's turn may end otherwise than a text does."""
+    """Tokens that end a text, as the model, its config and its tokenizer name them: a chat's turn may have its own."""
     named = [of.eos_token_id for of in (loaded.model.generation_config, loaded.config, loaded.tokenizer)]
     return {end for ends in named for end in (ends if isinstance(ends, list) else [ends]) if end is not None}
 
 
 def whole_characters(text: str) -> str:
-    """Without the replacement characters at the end: the bytes of a character that is not complete yet."""
+    """The text without the replacement characters at its end: bytes of a character that is not complete yet."""
     return text.rstrip("\N{REPLACEMENT CHARACTER}")

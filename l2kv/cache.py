@@ -70,7 +70,7 @@ class CompressedCache(Giving, Cache):
         ValueError: the mask hides anything but
                 padding on the left.
         """
-        if POLICIES[spec.policy].needs_attention or POLICIES[spec.policy].needs_calibration:
+        if POLICIES[spec.policy].needs_attention or POLICIES[spec.policy].needs_filters:
             raise SpecError(f"The policy {spec.policy} needs more than a cache: run the prompt into a CompressedCache.")
         cache = cls(config, spec)
         for i, (layer, source) in enumerate(zip(cache.layers, full.layers, strict=True)):

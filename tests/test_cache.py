@@ -574,7 +574,7 @@ def test_each_layers_pairs_live_on_the_device_of_its_keys(ratios):
     assert cache.layers[0].held_by_head == cache.layers[1].held_by_head == ((8, 8) if ratios is None else (4, 8))
 
 
-KEYS_ALONE = [name for name, policy in POLICIES.items() if not (policy.needs_attention or policy.needs_calibration)]
+KEYS_ALONE = [name for name, policy in POLICIES.items() if not (policy.needs_attention or policy.needs_filters)]
 
 
 @pytest.mark.parametrize(
@@ -582,7 +582,7 @@ KEYS_ALONE = [name for name, policy in POLICIES.items() if not (policy.needs_att
 )
 @pytest.mark.parametrize("policy", KEYS_ALONE)
 def test_a_cache_from_a_full_one_is_as_if_the_prompt_had_been_run_into_it(tiny, policy, options):
-    needs = {"directions": ((1, -1),) * 3} if policy == "signed_norm" else {}
+    needs = {"directions": (("low", "high"),) * 3} if policy == "signed_norm" else {}
     spec, ids = CompressionSpec(keep_ratio=0.4, policy=policy, **needs, **options), tokens(tiny, 40)
     full = DynamicCache(config=tiny.config)
     live = CompressedCache(tiny.config, spec)

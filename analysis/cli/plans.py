@@ -252,8 +252,8 @@ def _savings(arguments: argparse.Namespace) -> None:
 def _generate(arguments: argparse.Namespace) -> None:
     text = text_of(arguments.text)
     loaded, count = loaded_model(arguments), counter()
-    from analysis.evaluation.run import nll_changes
     from analysis.evaluation.prompts import chat_text
+    from analysis.evaluation.run import nll_changes
     from analysis.models.memory import human_bytes
     from analysis.preview import stream
     from analysis.texts.tokens import tokenize

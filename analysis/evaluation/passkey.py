@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from analysis.errors import SettingsError, TextError
-from analysis.evaluation.task import Sample, Task
+from analysis.evaluation.task import Sample, Scoring, Task
 from analysis.texts.excerpts import Excerpt
 from analysis.texts.tokens import tokenize
 
@@ -112,12 +112,12 @@ def _build(loaded: LoadedModel, settings: PasskeySettings, texts: Sequence[Excer
     )
 
 
-def says_key(sample: Sample, text: str) -> float:
+def _says_key(sample: Sample, text: str) -> float:
     """1 if the text begins with the key, white space aside, else 0."""
     return float(text.strip().startswith(sample.answer))
 
 
-def key_decided(sample: Sample, text: str) -> bool:
+def _decided(sample: Sample, text: str) -> bool:
     """Whether the text has the key, or can't begin with it any more."""
     said = text.strip()
     return len(said) >= len(sample.answer) or not sample.answer.startswith(said)
@@ -130,6 +130,5 @@ PASSKEY = Task(
     higher_is_better=True,
     build=_build,
     settings=PasskeySettings,
-    score=says_key,
-    decided=key_decided,
+    scoring=Scoring(_says_key, _decided),
 )

@@ -5,7 +5,7 @@ A Pareto front, a single-layer ablation and a passkey grid are views of results.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -131,3 +131,37 @@ class Results:
             | dict(row.at)
             for row in self.rows
         ]
+
+
+def of_changes(
+    model: str,
+    changes: Mapping[str, Sequence[float | None]],
+    specs: Mapping[str, CompressionSpec],
+    *,
+    samples: Sequence[str],
+    full_nll: Sequence[float | None] = (),
+    nbytes: Mapping[str, int] | None = None,
+    documents: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+) -> Results:
+    """Results of the task `lm` as files of before had them: NLL changes against the full cache, [N] by method.
+
+    Args:
+        full_nll: [N] of the full cache; scores are changes, and its own are 0, where the file did not say.
+        nbytes: held by each method, the full cache among them; 0 where it is not known.
+
+    Raises:
+        ValueError: numbers are not of the N samples.
+    """
+    full, names = tuple(full_nll) or (0.0,) * len(samples), tuple(documents) or ("",) * len(samples)
+    settings = dict(settings or {}) | ({} if full_nll else {"scores": "changes against the full cache"})
+    by_method = {FULL: full} | {
+        name: [None if None in (one, base) else one + base for one, base in zip(values, full, strict=True)]
+        for name, values in changes.items()
+    }
+    rows = tuple(
+        Row(name, sample, score, (nbytes or {}).get(name, 0), document=document)
+        for name, scores in by_method.items()
+        for sample, document, score in zip(samples, names, scores, strict=True)
+    )
+    return Results(model, "", "lm", settings, {FULL: None, **specs}, rows)

@@ -19,7 +19,7 @@ from transformers import Cache
 
 from analysis.errors import SettingsError, TextError
 from analysis.evaluation.results import Methods, Results, Row
-from analysis.evaluation.task import Sample, Task
+from analysis.evaluation.task import Sample, Scoring
 from analysis.evaluation.tasks import TASKS
 from analysis.models.digest import digest_of
 from analysis.models.load import LoadedModel
@@ -65,15 +65,24 @@ def evaluate(
     given = [Excerpt(*text) for text in (texts.items() if isinstance(texts, Mapping) else texts)]
     if what.needs_texts and not given:
         raise TextError(f"There are no texts to measure on, and the task {task} takes some.")
-    rows = measure(loaded, what, what.build(loaded, settings, given), methods, progress=progress)
+    samples = what.build(loaded, settings, given)
+    rows = measure(loaded, samples, methods, scoring=what.scoring, progress=progress)
     return Results(loaded.name, digest_of(loaded), task, asdict(settings), dict(methods), rows)  # type: ignore[call-overload]
 
 
 @torch.inference_mode()
 def measure(
-    loaded: LoadedModel, task: Task, samples: Sequence[Sample], methods: Methods, *, progress: Progress = unheard
+    loaded: LoadedModel,
+    samples: Sequence[Sample],
+    methods: Methods,
+    *,
+    scoring: Scoring | None = None,
+    progress: Progress = unheard,
 ) -> tuple[Row, ...]:
     """Rows of samples that were made already, method by method; specs that are the same are run once.
+
+    Args:
+        scoring: of answers; samples with a target need none.
 
     Raises:
         As `evaluate`, and SettingsError if two samples have one name.
@@ -84,13 +93,17 @@ def measure(
         ids = np.concatenate([sample.context, sample.question, sample.target])
         check_length(loaded, Tokens(ids, np.zeros((len(ids), 2), np.int32), ()), new_tokens=sample.new_tokens)
     specs = tuple(dict.fromkeys(methods.values()))
-    cells: dict[tuple[str, CompressionSpec | None], tuple[float | None, int, str]] = {}
+    cells: dict[tuple[str, CompressionSpec | None], Cell] = {}
     total = len(samples) * len(specs)
     with prepared(loaded):
         for batch in _batches(samples):
             for spec, cache in _caches_after(loaded, _rows(loaded, [sample.context for sample in batch]), specs):
                 tick = partial(progress, len(cells), total, "samples")
-                found = (_predict if len(batch[0].target) else partial(_generate, task))(loaded, batch, cache, tick)
+                found = (
+                    [_answered(loaded, batch[0], cache, scoring, tick)]
+                    if scoring
+                    else _predicted(loaded, batch, cache, tick)
+                )
                 for sample, cell in zip(batch, found, strict=True):
                     cells[sample.name, spec] = cell
                     progress(len(cells), total, "samples")
@@ -105,7 +118,7 @@ _TOKENS_AT_ONCE = 8192  # in the rows of a batch; of a model of 7 billion weight
 
 
 def _batches(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
-    """Neighbours with a target and of equal lengths are the rows of a batch; an answer is generated alone."""
+    """Neighbours of equal lengths are the rows of a batch; a sample without a target is alone."""
     for lengths, alike in groupby(samples, lambda one: (len(one.target), len(one.context), len(one.question))):
         group, rows = list(alike), max(1, _TOKENS_AT_ONCE // sum(lengths)) if lengths[0] else 1
         yield from (group[start : start + rows] for start in range(0, len(group), rows))
@@ -132,9 +145,11 @@ def _caches_after(
         yield spec, full if spec is None else CompressedCache.from_full(full, loaded.config, spec)
 
 
-def _predict(
-    loaded: LoadedModel, batch: Sequence[Sample], cache: Cache, tick: Callable[[], object]
-) -> list[tuple[float | None, int, str]]:
+Cell = tuple[float | None, int, str]
+"""Score, bytes and generated text of a sample by a spec."""
+
+
+def _predicted(loaded: LoadedModel, batch: Sequence[Sample], cache: Cache, tick: Callable[[], object]) -> list[Cell]:
     """The mean NLL of each row's target, fed token by token; `tick` is called before each."""
     target = _rows(loaded, [sample.target for sample in batch])
     fed = _rows(loaded, [sample.question for sample in batch])
@@ -145,23 +160,19 @@ def _predict(
         nats += torch.nn.functional.cross_entropy(logits.float(), token, reduction="none")
         fed = token[:, None]
     nbytes = cache_nbytes(cache, slack=False) // len(batch)
-    nll = (nats / target.shape[1]).tolist()
-    return [(value if np.isfinite(value) else None, nbytes, "") for value in nll]
+    return [(nll if np.isfinite(nll) else None, nbytes, "") for nll in (nats / target.shape[1]).tolist()]
 
 
-def _generate(
-    task: Task, loaded: LoadedModel, batch: Sequence[Sample], cache: Cache, tick: Callable[[], object]
-) -> list[tuple[float | None, int, str]]:
-    """The score of one greedy answer; it ends where the model ends it, or the task has decided."""
-    (sample,) = batch
+def _answered(loaded: LoadedModel, sample: Sample, cache: Cache, scoring: Scoring, tick: Callable[[], object]) -> Cell:
+    """The score of a greedy answer, which ends where the model ends it or its score is decided."""
     tick()
     token, ends = decode_one_token(loaded.model, _rows(loaded, [sample.question]), cache), end_tokens(loaded)
     nbytes, said = cache_nbytes(cache, slack=False), [int(token)]
     while True:
         ended = said[-1] in ends
         text = whole_characters(loaded.tokenizer.decode(said[:-1] if ended else said, skip_special_tokens=True))
-        if ended or len(said) >= sample.new_tokens or task.decided(sample, text):
-            return [(task.score(sample, text), nbytes, text)]
+        if ended or len(said) >= sample.new_tokens or scoring.decided(sample, text):
+            return scoring.score(sample, text), nbytes, text
         tick()
         token = decode_one_token(loaded.model, token, cache)
         said.append(int(token))

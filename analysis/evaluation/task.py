@@ -54,6 +54,16 @@ Build = Callable[["LoadedModel", Any, Sequence[Excerpt]], Sequence[Sample]]
 
 
 @dataclass(frozen=True, slots=True)
+class Scoring:
+    """How a generated answer is scored."""
+
+    score: Callable[[Sample, str], float]
+    """(sample, generated text) -> score."""
+    decided: Callable[[Sample, str], bool] = lambda sample, text: False
+    """(sample, text so far) -> whether the score stays as it is, however the text goes on: generation ends there."""
+
+
+@dataclass(frozen=True, slots=True)
 class Task:
     """Samples, and how they are scored."""
 
@@ -68,7 +78,5 @@ class Task:
     """A dataclass of the settings, all with defaults; its fields are the command's options."""
     needs_texts: bool = False
     """Whether samples are cut from texts, or made up."""
-    score: Callable[[Sample, str], float] = lambda sample, text: float(sample.answer in text)
-    """(sample, generated text) -> score. Not asked where the sample has a target: that score is its mean NLL."""
-    decided: Callable[[Sample, str], bool] = lambda sample, text: False
-    """(sample, text so far) -> whether the score will stay as it is, however the text goes on."""
+    scoring: Scoring | None = None
+    """None where samples have a target: the score is its mean NLL."""

@@ -319,13 +319,13 @@ def _generate(engine: Engine, preview: Preview, boxes: DeltaGenerator) -> None:
                 # Closed before the turn ends: the next session must find the model as it was.
                 bar = st.progress(0.0, "Reading the prompt …")
 
-                def on_layer(done: int, total: int) -> None:
+                def on_layer(done: int, total: int, _: str) -> None:
                     layers = total // len(specs)
                     cache, layer = divmod(done - 1, layers)
                     whose = "the full cache" if cache == 0 else f"the {preview.columns[cache - 1].name} one"
                     bar.progress(done / total, f"Reading the prompt into {whose}: layer {layer + 1} of {layers}")
 
-                rows = stream(loaded, preview.prompt, specs, max_new_tokens=n_new, chat=preview.chat, on_layer=on_layer)
+                rows = stream(loaded, preview.prompt, specs, max_new_tokens=n_new, chat=preview.chat, progress=on_layer)
                 with closing(rows):
                     for row in rows:
                         bar.empty()
