@@ -1,0 +1,25 @@
+"""Defaults of settings, in one place: the library's functions, the command line and the app read them here.
+
+The paper's own defaults are those of `l2kv.CompressionSpec`: nothing is protected there.
+"""
+
+from __future__ import annotations
+
+KEEP_RATIO = 0.5
+"""Share of the tokens seen that a head keeps."""
+RECENT_WINDOW = 32
+"""Latest tokens that are never evicted (`protect_last`). Provisional: one number for models of all sizes."""
+STUDY_EXCERPTS = 24
+"""Texts of a study at most. With fewer its intervals are too narrow (see `analysis.statistics`)."""
+EXCERPT_TOKENS = 512
+"""Tokens of each text of a study."""
+EXCERPTS = 16
+"""Texts that predictions are measured on: each is read once by every method."""
+PROMPT_TOKENS = 384
+"""Tokens of each of those that are compressed."""
+NEW_TOKENS = 64
+"""Tokens after the prompt that are predicted."""
+GENERATED_TOKENS = 64
+"""Tokens at most that a model goes on with a text for."""
+KEEP_RATIOS = (0.1, 0.2, 0.3, 0.5, 0.7)
+"""Budgets that allocation strategies are compared at."""
