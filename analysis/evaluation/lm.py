@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from analysis.defaults import NEW_TOKENS, PROMPT_TOKENS
 from analysis.errors import SettingsError, TextError
 from analysis.evaluation.task import Sample, Task
 from analysis.texts.excerpts import Excerpt
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
 class LmSettings:
     """Lengths of the prompt and of what is predicted after it, in tokens."""
 
-    prompt_tokens: int = 384
+    prompt_tokens: int = PROMPT_TOKENS
     """Tokens of the prompt, special ones included, 2 or more."""
-    new_tokens: int = 64
+    new_tokens: int = NEW_TOKENS
     """Tokens predicted after it, 1 or more."""
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
+from analysis.defaults import KEEP_RATIOS, RECENT_WINDOW
 from analysis.errors import ModelError, SettingsError, TextError
 from analysis.evaluation.lm import LmSettings, prompt_of
 from analysis.evaluation.results import FULL, Results, of_changes
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from analysis.captures import Capture
     from analysis.models.load import LoadedModel
 
-KEEP_RATIOS = (0.1, 0.2, 0.3, 0.5, 0.7)
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,7 +342,7 @@ def measure_front(
     keep_ratios: Sequence[float] = KEEP_RATIOS,
     strategies: Iterable[str] | None = None,
     settings: LmSettings | None = None,
-    protect_last: int = 32,
+    protect_last: int = RECENT_WINDOW,
     progress: Progress = unheard,
 ) -> Front:
     """Make the specs of all strategies from the prompts of some texts, and measure them on others.

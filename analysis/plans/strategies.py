@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from analysis.defaults import KEEP_RATIO
 from analysis.errors import SettingsError
 from analysis.measures import by_kv_head
 from analysis.plans.allocation import AllocationPlan, Budget
@@ -43,7 +44,7 @@ class Strategy:
 
 
 def plan(
-    curves: LossCurves, keep_ratio: float = 0.5, strategy: str = "by_head", *, policy: str | None = None
+    curves: LossCurves, keep_ratio: float = KEEP_RATIO, strategy: str = "by_head", *, policy: str | None = None
 ) -> AllocationPlan:
     """Divide a budget among the kv heads.
 
