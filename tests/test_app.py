@@ -1,5 +1,6 @@
 """The parts of the app that need no browser: escaping, the queue for the model, the pages as Streamlit runs them."""
 
+import re
 import threading
 import time
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from streamlit.testing.v1 import AppTest
 from analysis import ModelError, TextError
 from app import engine as engine_module
 from app import session
-from app.components import jobs, markup
+from app.components import controls, jobs, markup, uploads
 from app.engine import Engine, check_allowed
 from app.views.generate import Column, Parting, Preview
 from l2kv import POLICIES
@@ -158,10 +159,10 @@ def test_uploads_are_text_or_refused():
         return SimpleNamespace(name="notes.txt", getvalue=lambda: data)
 
     for encoding in ("utf-8", "utf-8-sig", "utf-16"):
-        assert jobs.decoded(file("déjà vu 😀".encode(encoding))) == "déjà vu 😀"
+        assert uploads.decoded(file("déjà vu 😀".encode(encoding))) == "déjà vu 😀"
     for data in ("déjà".encode("latin-1"), bytes(range(256)), b"a\0b", b"\xff\xfea"):
         with pytest.raises(TextError, match=r"notes\.txt"):
-            jobs.decoded(file(data))
+            uploads.decoded(file(data))
 
 
 def step(ids, text):
@@ -171,7 +172,7 @@ def step(ids, text):
 
 
 def preview(columns=1):
-    return Preview("p", tuple(Column(f"column {i}", session.current_spec()) for i in range(columns)))
+    return Preview("p", tuple(Column(f"column {i}", controls.current_spec()) for i in range(columns)))
 
 
 def test_a_preview_remembers_where_the_texts_parted():
@@ -200,7 +201,7 @@ def test_each_column_of_a_preview_is_compared_with_the_full_cache_by_itself():
 
 def test_a_task_is_decided_once_every_cache_has_answered_and_a_chat_is_read_to_its_end():
     for chat in (False, True):
-        asked = Preview("p", (Column("compressed", session.current_spec()),), answer="48213", chat=chat)
+        asked = Preview("p", (Column("compressed", controls.current_spec()),), answer="48213", chat=chat)
         asked.add(step([1], " 48"), step([1], " 7"))
         assert not asked.decided
         asked.add(step([1, 2], " 48213"), step([1, 2], " 77"))
@@ -270,20 +271,68 @@ def test_the_head_opened_is_the_one_that_state_says(app):
     assert any(b.label == "Compress layer 3 again" for b in app.button)
 
 
+def test_every_value_of_the_session_has_a_key_of_its_own_and_a_home_in_one_file():
+    keys = [slot.key for slot in session.SLOTS]
+    assert len(keys) == len(set(keys)) > 30
+    for file in [*(ROOT / "app" / "components").glob("*.py"), ROOT / "app" / "main.py"]:
+        named = re.findall(r"""(?:session_state\W+|key=)["'](\w+)["']""", file.read_text(encoding="utf-8"))
+        assert not set(named) & set(keys), (file, named)
+
+
+def test_what_belongs_to_a_run_goes_when_another_is_shown_and_the_rest_stays(monkeypatch):
+    monkeypatch.setattr(session.st, "session_state", {slot.key: "x" for slot in session.SLOTS})
+    session.show_run(None)
+    left = set(session.st.session_state)
+    assert not {"layer", "head", "skip_layers", "generated", "remembered", "model_choice", "study_anyway"} & left
+    assert {"keep_ratio", "policy", "protect_last", "plan", "study", "sources", "other_run"} <= left
+    session.show_study(None)
+    assert left - set(session.st.session_state) == {"study_layer", "study_head"}
+
+
+def test_a_job_tells_every_stage_and_what_it_gives_to_one_callback_without_a_page(loads, monkeypatch):
+    monkeypatch.setattr(engine_module, "model_folder", lambda ref, on_fetch: on_fetch("Fetching x", 1, 4))
+    monkeypatch.setattr(engine_module, "loading_note", lambda ref: "")
+    told = []
+
+    def work(loaded, progress):
+        progress(1, 2, "texts")
+        return loaded.upper()
+
+    def watch(*step):
+        told.append(jobs.told(*step))
+
+    assert jobs.Job("id", "Go", "books-5m", work).perform(Engine(), watch) == "BOOKS-5M"
+    assert told == ["Fetching x: 25%", "Loading books-5m … ", "Running …", "1 of 2 texts"]
+
+
+def test_what_a_progress_raises_cancels_a_job_and_frees_its_turn(loads, monkeypatch):
+    monkeypatch.setattr(engine_module, "model_folder", lambda ref, on_fetch: None)
+    engine = Engine()
+
+    def cancel(done, total, what):
+        if what == "texts":
+            raise KeyboardInterrupt
+
+    job = jobs.Job("id", "Go", "books-5m", lambda loaded, progress: progress(1, 2, "texts"))
+    with pytest.raises(KeyboardInterrupt):
+        job.perform(engine, cancel)
+    assert engine.waiting == 0
+
+
 def test_every_policy_that_needs_no_calibration_is_offered():
-    assert set(session.POLICY_NAMES) == {name for name, policy in POLICIES.items() if not policy.needs_calibration}
+    assert set(controls.policies()) == {name for name, policy in POLICIES.items() if not policy.needs_calibration}
 
 
 def test_a_preset_sets_the_controls_to_its_compression():
     def page():
         import streamlit as st
 
-        from app import session
+        from app.components import controls
         from l2kv import CompressionSpec
 
         if st.button("take"):
-            session.take_spec(CompressionSpec(keep_ratio=0.25, policy="keydiff", skip_layers=(1,), protect_last=0))
-        st.write(repr(session.current_spec()))
+            controls.take_spec(CompressionSpec(keep_ratio=0.25, policy="keydiff", skip_layers=(1,), protect_last=0))
+        st.write(repr(controls.current_spec()))
 
     app = AppTest.from_function(page, default_timeout=60).run()
     assert "keep_ratio=0.5" in app.markdown[0].value
@@ -294,9 +343,9 @@ def test_a_preset_sets_the_controls_to_its_compression():
 
 def test_a_policy_that_a_page_does_not_know_gives_way_to_the_papers():
     def page():
-        from app import session
+        from app.components import controls
 
-        session.policy_input(session.BY_NORM)
+        controls.policy_input(controls.BY_NORM)
 
     app = AppTest.from_function(page, default_timeout=60)
     app.session_state["policy"] = "keydiff"
@@ -354,7 +403,7 @@ def test_what_was_worked_out_of_the_demo_run_is_kept_for_all_sessions(monkeypatc
 
     for own in ({}, {}):
         monkeypatch.setattr(session.st, "session_state", own)
-        assert tokens(session._demo_run(), 2) == 2 * session._demo_run().n_tokens
+        assert tokens(session.demo_run(), 2) == 2 * session.demo_run().n_tokens
         assert asked == [2] and not own
 
 
@@ -366,7 +415,7 @@ def test_what_is_to_be_known_of_special_tokens_is_said_beside_the_result():
 
         if "told" not in st.session_state:
             st.session_state.update(told=True, work_done=True, notes=("The end token, </s>, is left out.",))
-        jobs.run(None, "any", "Run", None, key="work", cancelled="")
+        jobs.run(None, jobs.Job("work", "Run", "any", None))
 
     app = AppTest.from_function(page, default_timeout=60).run()
     assert not app.exception and [info.value for info in app.info] == [r"The end token, \</s\>, is left out\."]

@@ -46,7 +46,7 @@ def test_what_the_first_paint_needs_does_not_wait_for_torch():
         "import sys, app.session, app.engine, app.views.heads, app.views.generate, app.views.capture, app.views.skip; "
     )
     code += "import app.views.texts, app.views.plan; "
-    code += "app.session._demo_run(); print('torch' in sys.modules, 'transformers' in sys.modules)"
+    code += "app.session.demo_run(); print('torch' in sys.modules, 'transformers' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout.split() == ["False", "False"]
 

@@ -21,7 +21,7 @@ from analysis.selftest import instrument
 from analysis.statistics import Interval
 from analysis.studies import Study, save_study
 from app import session
-from app.components import jobs
+from app.components import controls, sources
 from app.views import generate
 from app.views.generate import Column
 from app.views.texts import MAPS
@@ -176,13 +176,13 @@ def test_what_is_measured_is_measured_of_the_model_on_screen_unless_another_is_c
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text("{}")
     monkeypatch.setenv("L2KV_MODEL_DIRS", str(tmp_path))
-    at_hand = replace(session._demo_run(), model="other")
+    at_hand = replace(session.demo_run(), model="other")
     for page in ("texts", "skip", "plan"):
         app = opened(page, run=at_hand)
         assert app.selectbox(key="model_choice").value == str(tmp_path / "other")
         assert any(box.label == "Measure it for other" for box in app.button)
         app = opened(page, run=of_a_model_that_nothing_was_measured_of())
-        assert app.selectbox(key="model_choice").value == jobs.OTHER and not app.text_input(key="model_ref").value
+        assert app.selectbox(key="model_choice").value == sources.OTHER and not app.text_input(key="model_ref").value
         app = opened(page, run=replace(at_hand, model="Qwen/Qwen3-0.6B"))
         assert app.text_input(key="model_ref").value == "Qwen/Qwen3-0.6B"
 
@@ -249,7 +249,7 @@ def test_a_run_is_held_and_compared_head_by_head_with_the_next():
     before = charts(app)
     button(app, "Hold this run").click().run()
     assert not app.exception and charts(app) == before and "This run is held" in words(app)
-    demo = session._demo_run()
+    demo = session.demo_run()
     turned = replace(demo, key_norm=demo.key_norm.max() + demo.key_norm.min() - demo.key_norm, model="turned")
     app.session_state["run"] = turned
     app.run()
@@ -272,7 +272,7 @@ def test_a_run_of_other_heads_is_compared_as_a_whole_and_a_bad_file_refused(tmp_
 
 
 def test_the_loss_of_a_kv_head_is_of_the_mean_attention_of_its_query_heads():
-    run = session._demo_run()
+    run = session.demo_run()
     layer, head, group = 2, 5, run.n_heads // run.n_kv_heads
     kv = head // group
     attention = run.probe_attention[layer, kv * group : (kv + 1) * group].astype(float).mean(axis=0)
@@ -411,7 +411,7 @@ def test_a_config_of_a_model_whose_cache_cannot_be_compressed_gets_a_reason_and_
 def test_without_the_weights_no_time_and_no_number_of_sequences_is_told():
     app = opened("plan")
     assert any("a step takes" in column for column in app.dataframe[-1].value)
-    app = opened("plan", run=replace(session._demo_run(), model="elsewhere"))
+    app = opened("plan", run=replace(session.demo_run(), model="elsewhere"))
     table = app.dataframe[-1].value
     assert not app.exception and list(table) == ["tokens", "full cache", "compressed", "saved"]
     assert "weights are not on this machine" in words(app)
@@ -429,7 +429,7 @@ def test_the_announced_runs_are_those_that_are_made():
 
 @pytest.mark.parametrize("page", ["skip", "plan", "heads"])
 def test_a_model_of_sliding_windows_alone_has_nothing_to_compress(page):
-    demo = session._demo_run()
+    demo = session.demo_run()
     run = replace(demo, layer_kinds=("sliding",) * N_LAYERS, windows=(64,) * N_LAYERS)
     app = opened(page, run=run)
     assert not app.exception and not app.error
@@ -445,13 +445,13 @@ def test_what_does_not_fit_the_model_is_a_message_and_not_a_traceback():
 
         class Engine:
             @contextmanager
-            def turn(self, ref, on_wait, on_load):
+            def lend(self, ref, progress):
                 yield None
 
         def refuse(loaded, progress):
             raise SpecError("layers <b>40</b> of 6")
 
-        jobs.run(Engine(), "books-5m", "Go", refuse, key="go", cancelled="")
+        jobs.run(Engine(), jobs.Job("go", "Go", "books-5m", refuse))
 
     app = AppTest.from_function(page, default_timeout=60).run()
     app.button(key="go").click().run()
@@ -465,7 +465,7 @@ RULES_SAY = (("count", "Skip the 2 layers"), ("gap", "gap"), ("threshold", "Skip
 
 
 def of_a_model_that_nothing_was_measured_of(**changes):
-    return replace(session._demo_run(), model="elsewhere", **changes)
+    return replace(session.demo_run(), model="elsewhere", **changes)
 
 
 def test_layers_are_suggested_by_what_was_measured_where_it_was():
@@ -627,7 +627,7 @@ def test_generation_is_with_the_model_on_screen_unless_another_is_chosen():
     assert app.selectbox(key="generate_model").value is None
     button(app, "Generate").click().run()
     assert not app.exception and [error.value for error in app.error] == ["Choose a model first."]
-    assert opened("generate").selectbox(key="generate_model").value == session._demo_run().model
+    assert opened("generate").selectbox(key="generate_model").value == session.demo_run().model
 
 
 def test_the_plan_is_decoded_with_and_the_controls_beside_it():
@@ -647,10 +647,10 @@ def test_a_plan_for_more_layers_than_the_model_has_gets_an_answer():
 
 def test_a_compression_is_told_in_words():
     spec = CompressionSpec(keep_ratio=0.25, policy="high_norm", skip_layers=(0, 3), protect_last=8, prune_after=64)
-    assert session.in_words(spec) == "**25% kept**, high norm, last 8 protected, layers 0, 3 whole, from 64 tokens on"
+    assert controls.in_words(spec) == "**25% kept**, high norm, last 8 protected, layers 0, 3 whole, from 64 tokens on"
     by_head = CompressionSpec(policy="signed_norm", directions=[["low"]], head_ratios={(0, 0): 0.5})
-    assert session.in_words(by_head) == "**50% kept** by kv head, low or high norm by head"
+    assert controls.in_words(by_head) == "**50% kept** by kv head, low or high norm by head"
     assert (
-        session.in_words(CompressionSpec(budget=100, skip_layers=(2,)))
+        controls.in_words(CompressionSpec(budget=100, skip_layers=(2,)))
         == "**100 tokens kept**, low norm, layer 2 whole"
     )

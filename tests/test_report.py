@@ -1,5 +1,7 @@
 """Pages for those who have nothing installed: whole, safe, and true; and comparisons against slow loops."""
 
+import base64
+import gzip
 import json
 import re
 import shutil
@@ -9,6 +11,7 @@ from html.parser import HTMLParser
 import numpy as np
 import plotly.graph_objects as go
 import pytest
+from plotly.offline import get_plotlyjs_version
 
 from analysis import correlation, load_run, save_run
 from analysis.cli import main
@@ -31,9 +34,9 @@ HOSTILE = '</script><script>alert(1)</script><img src="http://example.org/x.png"
 
 @pytest.fixture(autouse=True)
 def without_plotly(monkeypatch, request):
-    """5 MB in every page, which say nothing of it, and take long to parse."""
+    """0.7 MB in every page, which say nothing of it."""
     if "plotly_itself" not in request.fixturenames:
-        monkeypatch.setattr("app.report.writing.get_plotlyjs", lambda: "")
+        monkeypatch.setattr("app.report.writing._plotly", lambda: "plotly")
 
 
 @pytest.fixture
@@ -137,6 +140,14 @@ def test_a_page_without_figures_needs_no_plotly():
     assert len(document("Title", "Lead", [Section("Heading", links=(("there", "fig1.html"),))])) < 10_000
 
 
+def test_the_bundle_in_the_page_is_of_the_version_that_makes_the_figures(plotly_itself):
+    html = document("Title", "", [Section("x", drawings=(Drawing(go.Figure(), alt="", caption=""),))])
+    (packed,) = re.findall('<script type="text/plain" id="plotly">(.*?)</script>', html)
+    source = gzip.decompress(base64.b64decode(packed)).decode()
+    assert f"v{get_plotlyjs_version()}\n" in source[:200] and "MIT license" in source[:300]
+    assert len(html) < 700_000
+
+
 def test_hostile_words_stay_words_wherever_they_stand():
     figure = go.Figure(go.Scatter(x=[0], y=[0], text=[HOSTILE]))
     drawing = Drawing(figure, alt=HOSTILE, caption=HOSTILE, title=HOSTILE, table={HOSTILE: [HOSTILE]})
@@ -174,6 +185,7 @@ def test_a_browser_draws_a_page_asks_for_nothing_and_follows_light_and_dark(plot
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("dialog", lambda dialog: wrong.append(dialog.message))
         page.goto(file.as_uri())
+        page.locator(".plot").last.locator(".main-svg").first.wait_for()
         assert page.locator(".plot .main-svg").count() >= page.locator(".plot").count() > 5
         dark = page.evaluate(ink)
         page.emulate_media(color_scheme="light")

@@ -19,7 +19,7 @@ from analysis.plans.skip import Plan
 from analysis.preview import stream
 from analysis.records import to_json
 from analysis.texts import read
-from app.components import jobs
+from app.components import uploads
 from l2kv import CompressionSpec
 from tests.support.paths import BUNDLED
 
@@ -32,7 +32,7 @@ ENCODINGS = {
 
 
 def by_upload(data, path):
-    return jobs.decoded(SimpleNamespace(name=path.name, getvalue=lambda: data))
+    return uploads.decoded(SimpleNamespace(name=path.name, getvalue=lambda: data))
 
 
 def by_file(data, path):

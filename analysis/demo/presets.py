@@ -18,7 +18,7 @@ RESULT_FILES = {
     "demo": "demo.safetensors",
     "study": "study.safetensors",
     "front": "front.json",
-    "causal": "causal.json",
+    "ablation": "causal.json",
     "presets": "presets.json",
 }
 _TEXTS = BUNDLED / "texts"
@@ -53,7 +53,7 @@ class BundledResults:
     demo: Path | None = None  # a run
     study: Path | None = None
     front: Path | None = None
-    causal: Path | None = None
+    ablation: Path | None = None
     presets: Path | None = None
 
 

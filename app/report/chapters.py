@@ -111,7 +111,9 @@ def front_lines(front: Front) -> dict[str, figures.Line]:
 
 def of_ablation(check: Ablation) -> Section:
     """Each layer compressed alone, beside its ALR."""
-    change, loss = (statistics.means(of.T, documents=check.documents) for of in (check.nll_change, check.normalised_alr))
+    change, loss = (
+        statistics.means(of.T, documents=check.documents) for of in (check.nll_change, check.normalised_alr)
+    )
     drawing = Drawing(
         figures.layer_costs(check.layers, loss.mean, (loss.low, loss.high), change.mean, (change.low, change.high)),
         alt="What compressing one layer alone costs against its ALR, a point for each layer",

@@ -8,7 +8,7 @@ from analysis.captures import Capture, load_run
 from analysis.comparing import RunComparison, compare_runs
 from analysis.errors import RecordError
 from app import session
-from app.components import jobs, markup
+from app.components import markup, uploads
 from app.components.charts import show
 from app.report.chapters import of_two_runs
 
@@ -45,7 +45,7 @@ def _choose(run: Capture) -> None:
     def opened() -> None:
         if (file := st.session_state["other_run_file"]) is not None:
             try:
-                session.compare_with(jobs.opened(file, load_run))
+                session.compare_with(uploads.opened(file, load_run))
             except RecordError as error:
                 st.session_state["other_run_refused"] = str(error)
 
