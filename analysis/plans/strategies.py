@@ -78,10 +78,10 @@ def plan(
         directions=_directions(curves, ratios) if budget.policy == "signed_norm" else None,
         compressible=curves.compressible,
         keep_ratio=budget.keep_ratio,
-        used=float(spent.mean()),
+        used=float(min(spent.mean(), budget.keep_ratio)),  # a mean of ratios rounds
         expected_loss=loss,
         uniform_loss=budget.mean_loss(np.full(len(spent), budget.keep_ratio)),
-        bound=min(budget.bound(), loss),  # they may differ by rounding where they are the same
+        bound=float(min(budget.bound(), loss)),  # they may differ by rounding where they are the same
         protect_last=curves.protect_last,
     )
 
