@@ -8,10 +8,10 @@ cache goes on evicting.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from itertools import groupby
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -67,7 +67,8 @@ def evaluate(
         raise TextError(f"There are no texts to measure on, and the task {task} takes some.")
     samples = what.build(loaded, settings, given)
     rows = measure(loaded, samples, methods, scoring=what.scoring, progress=progress)
-    return Results(loaded.name, digest_of(loaded), task, asdict(settings), dict(methods), rows)  # type: ignore[call-overload]
+    as_in_a_file = msgspec.json.decode(msgspec.json.encode(settings))
+    return Results(loaded.name, digest_of(loaded), task, as_in_a_file, dict(methods), rows)
 
 
 @torch.inference_mode()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from analysis.errors import ModelError, SettingsError, TextError
+from analysis.errors import ModelError, SettingsError
 from analysis.evaluation.lm import LmSettings, prompt_of
 from analysis.evaluation.results import FULL, Results, of_changes
 from analysis.models.memory import CacheShape

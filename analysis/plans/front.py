@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from analysis.models.load import LoadedModel
 
 
-
 @dataclass(frozen=True, slots=True)
 class Planned:
     """One strategy at one budget, before it is measured."""
