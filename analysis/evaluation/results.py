@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,8 @@ class Results:
             raise ValueError(f"rows are of methods that the results do not have: {', '.join(sorted(unknown))}")
         if len(self.rows) != len(self.methods) * len(self.samples) or len(self._cells) != len(self.rows):
             raise ValueError("each method must have one row for each sample")
+        if not all(row.score is None or isfinite(row.score) for row in self.rows):
+            raise ValueError("a score must be a finite number, or none")
 
     @cached_property
     def samples(self) -> tuple[str, ...]:

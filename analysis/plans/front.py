@@ -297,8 +297,8 @@ class Front:
         else:
             told = "Not shown: no plan beats the best uniform strategy at equal bytes by more than texts differ. The "
             told += f"nearest comes {best}."
-        told += f" Over {n} texts, with intervals that hold for all {len(compared)} comparisons at once, plans win "
-        told += f"{len(won)} and lose {lost}."
+        told += f" Over {n} texts, by intervals that hold for all comparisons at once, plans win {len(won)} of "
+        told += f"{len(compared)} and lose {lost}."
         of_few = told_of_documents(self.results.documents)
         return f"{told}{f' {of_few}' if of_few else ''}{self._told_of_baselines()}"
 
