@@ -223,14 +223,14 @@ def test_the_answer_names_a_plan_that_beats_the_best_uniform_strategy():
     answer = made_up(**{LOW: (0.3, 0.4), HIGH: (0.1, 0.3), PLAN: (0.04, 0.2), RANDOM: (0.5, 0.5)}).answer()
     assert answer.startswith("Yes: at keep ratio 0.5 a plan beats the best uniform strategy at equal bytes.")
     assert "(2.0 KiB), By head against Uniform (high norm): −0.060 nats/token (95 %" in answer
-    assert "Over 8 texts, with intervals that hold for both comparisons at once, plans win 1 and lose 0." in answer
+    assert "Over 8 texts, by intervals that hold for all comparisons at once, plans win 1 of 1 and lose 0." in answer
     assert "But" not in answer
 
 
 def test_the_answer_says_that_none_does_and_that_random_does_as_well():
     answer = made_up(**{LOW: (0.3, 0.4), HIGH: (0.1, 0.3), PLAN: (0.2, 0.2), RANDOM: (0.1, 0.5)}).answer()
     assert answer.startswith("Not shown: no plan beats") and "+0.100" in answer
-    assert "plans win 0 and lose 1" in answer
+    assert "plans win 0 of 1 and lose 1" in answer
     assert "no worse than any of them: Random at keep ratio 0.5 (+0.000 at 0.5)." in answer
     assert "cannot tell" in made_up(**{LOW: (0.3, 0.4)}).answer()
 
@@ -275,10 +275,9 @@ def test_the_best_plan_is_compared_with_the_best_uniform_strategy_text_by_text()
 
 
 def random_front(rng, *, better: float = 0.0) -> Front:
-    """8 plans and 3 uniform strategies at 5 budgets that cost the same, but for chance, on 16 texts; or plans `better`."""
-    names = {
-        kind: [name for name, strategy in STRATEGIES.items() if strategy.kind == kind] for kind in ("uniform", "plan")
-    }
+    """8 plans and 3 uniform strategies at 5 budgets, the same but for chance, on 16 texts; or plans `better`."""
+    kinds = ("uniform", "plan")
+    names = {kind: [name for name, one in STRATEGIES.items() if one.kind == kind] for kind in kinds}
     texts = rng.normal(0.3, 0.2, 16)  # some are hard for all
     points = [
         (line, keep, CompressionSpec(), tuple(texts + rng.normal(-better * (kind == "plan"), 0.05, 16)))
@@ -396,13 +395,14 @@ def test_a_front_of_version_1_opens_with_its_strategies_by_todays_names():
         ({"points": [{}]}, "missing required field"),
         ({"points": 3}, "Expected `array`"),
         ({"model": 7}, "Expected `str`"),
-        ({"full_nll": [1.0]}, "shorter|longer"),
+        ({"full_nll": [1.0]}, r"shorter|longer"),
         ({"l2kv_front": 99}, "version 2 or before"),
         ({"spec": {"keep_ratio": 7}}, "keep_ratio must be from 0 to 1"),
         ({"keep": 2}, "keep_ratio must be"),
         ({"nll_change": ["x"] * 2}, "Expected `float"),
-        ({"nll_change": [10**400] * 2}, "out of range|too large|Expected"),
-        ({"full_nbytes": 10**400}, "out of range|too large|Expected"),
+        ({"nll_change": [10**400] * 2}, "out of range"),
+        ({"full_nbytes": 10**400}, "nbytes must be"),
+        ({"full_nbytes": -1}, "nbytes must be"),
         ({"measured_on": [], "full_nll": [], "points": []}, "no texts"),
         ({"documents": ["x"]}, "documents are not of its 2 texts"),
         ({"documents": [1] * 2}, "Expected `str`"),

@@ -62,6 +62,8 @@ class Results:
             raise ValueError("each method must have one row for each sample")
         if not all(row.score is None or isfinite(row.score) for row in self.rows):
             raise ValueError("a score must be a finite number, or none")
+        if not all(0 <= row.nbytes < 2**63 for row in self.rows):
+            raise ValueError("nbytes must be from 0 to 2^63")
 
     @cached_property
     def samples(self) -> tuple[str, ...]:
