@@ -22,8 +22,9 @@ from safetensors import SafetensorError
 
 from analysis.errors import RecordError
 from analysis.files import reading_whole, write_whole
-from analysis.models.memory import CacheShape, free_bytes, human_bytes
+from analysis.models.memory import free_bytes, human_bytes
 from analysis.packing import code_type, deflated, inflated, quantised, restored
+from l2kv.config import CacheShape
 
 VERSION = 3
 LARGE = 2**16  # numbers: more of the last queries than this are kept in fewer steps

@@ -17,7 +17,7 @@ from analysis.models.memory import free_bytes, human_bytes
 from app.components import markup
 from app.engine import Engine
 from app.views import capture, generate, heads, plan, skip, texts
-from l2kv.spec import SpecError
+from l2kv.errors import SpecError
 
 if TYPE_CHECKING:
     from streamlit.delta_generator import DeltaGenerator

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from analysis.defaults import NEW_TOKENS, PROMPT_TOKENS
 from analysis.errors import SettingsError, TextError
 from analysis.evaluation.task import Sample, Task
-from analysis.texts.excerpts import Excerpt
+from analysis.texts.excerpts import SPARE, Excerpt
 from analysis.texts.tokens import beginning, check_text, tokenize
 
 if TYPE_CHECKING:
@@ -26,6 +26,11 @@ class LmSettings:
     """Tokens of the prompt, special ones included, 2 or more."""
     new_tokens: int = NEW_TOKENS
     """Tokens predicted after it, 1 or more."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens to ask of an excerpt: a prompt cut from it may be some shorter."""
+        return self.prompt_tokens + self.new_tokens + SPARE
 
     def __post_init__(self) -> None:
         if self.prompt_tokens < 2 or self.new_tokens < 1:

@@ -104,9 +104,10 @@ class Results:
         """Mean bytes that a method held, over samples, rounded."""
         return round(sum(row.nbytes for row in self.of(method)) / len(self.samples))
 
-    def interval(self, values: np.ndarray) -> Interval:
-        """The mean of values [N] over samples, with its 95 % interval: documents are resampled."""
-        over = means(values[:, None], documents=self.documents)
+    def interval(self, values: np.ndarray, samples: Sequence[str] = ()) -> Interval:
+        """The mean of values [N] over samples (all, if not told which), with its 95 % interval: documents are resampled."""
+        of = dict(zip(self.samples, self.documents, strict=True))
+        over = means(values[:, None], documents=[of[sample] for sample in samples or self.samples])
         return Interval(float(over.mean[0]), float(over.low[0]), float(over.high[0]))
 
     def grouped(self, *axes: str) -> dict[tuple[float, ...], tuple[str, ...]]:
@@ -127,6 +128,28 @@ class Results:
             for key, samples in self.grouped(*axes).items()
         }
 
+    def summary(self) -> list[dict[str, Any]]:
+        """A row for each method and place on the first axis of the task's grid: samples, bytes, score and NLL change.
+
+        The interval of scores that are all 0 or 1 is Wilson's; of others documents are resampled. "change" is against
+        the full cache, and there only where scores are of another kind and the full cache was measured.
+        """
+        axes = tuple(self.rows[0].at)[:1] if self.rows else ()
+        shares = all(row.score in (0, 1) for row in self.rows)
+        changes = not shares and None in self.methods.values()
+        rows = []
+        for method in self.methods:
+            for key, samples in self.grouped(*axes).items():
+                here = np.array([self._cells[method, sample].score for sample in samples], dtype=np.float64)
+                row = {"method": method} | dict(zip(axes, key, strict=True)) | {"samples": len(samples)}
+                row["MiB"] = np.mean([self._cells[method, sample].nbytes for sample in samples]) / 2**20
+                row["score"] = wilson(here) if shares else self.interval(here, samples)
+                if changes:
+                    full = np.array([self._cells[self.full, sample].score for sample in samples], dtype=np.float64)
+                    row["change"] = self.interval(here - full, samples)
+                rows.append(row)
+        return rows
+
     def table(self) -> list[dict[str, Any]]:
         """One flat dict a row, for CSV or a data frame."""
         common = {"model": self.model, "task": self.task}
@@ -136,6 +159,14 @@ class Results:
             | dict(row.at)
             for row in self.rows
         ]
+
+
+def wilson(scores: np.ndarray) -> Interval:
+    """The share of scores that are 1, of scores of 0 and 1, with Wilson's 95 % interval."""
+    from scipy.stats import binomtest
+
+    ends = binomtest(int(scores.sum()), len(scores)).proportion_ci(method="wilson")
+    return Interval(float(scores.mean()), ends.low, ends.high)
 
 
 def of_changes(

@@ -23,12 +23,14 @@ from analysis.evaluation.task import Sample, Scoring
 from analysis.evaluation.tasks import TASKS
 from analysis.models.digest import digest_of
 from analysis.models.load import LoadedModel
-from analysis.preview import decode_one_token, end_tokens, new_cache, prefill, prepared, whole_characters
+from analysis.preview import end_tokens, prepared, whole_characters
 from analysis.progress import Progress, unheard
 from analysis.recorder import check_length
 from analysis.texts.excerpts import Excerpt
 from analysis.texts.tokens import Tokens
-from l2kv import CompressedCache, CompressionSpec, cache_nbytes
+from l2kv import CompressedCache, CompressionSpec
+from l2kv.cache import cache_nbytes
+from l2kv.decoding import decode_one_token, new_cache, prefill
 from l2kv.policies import POLICIES
 
 Texts = Sequence[Excerpt | tuple[str, str]] | Mapping[str, str]
@@ -136,12 +138,12 @@ def _caches_after(
     full = None
     for spec in sorted(specs, key=lambda spec: spec is None):
         if spec is not None and (POLICIES[spec.policy].needs_attention or POLICIES[spec.policy].needs_filters):
-            cache = new_cache(loaded, spec)
+            cache = new_cache(loaded.config, spec)
             prefill(loaded.model, context, cache)
             yield spec, cache
             continue
         if full is None:
-            full = new_cache(loaded, None)
+            full = new_cache(loaded.config, None)
             prefill(loaded.model, context, full)
         yield spec, full if spec is None else CompressedCache.from_full(full, loaded.config, spec)
 

@@ -75,8 +75,8 @@ class Task:
     higher_is_better: bool
     build: Build
     settings: type = NoSettings
-    """A dataclass of the settings, all with defaults; its fields are the command's options."""
+    """A dataclass of the settings, all with defaults."""
     needs_texts: bool = False
-    """Whether samples are cut from texts, or made up."""
+    """Whether samples are cut from texts, or made up; if so, `n_tokens` of its settings says how long they must be."""
     scoring: Scoring | None = None
     """None where samples have a target: the score is its mean NLL."""

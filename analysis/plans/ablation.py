@@ -18,13 +18,13 @@ import numpy as np
 from analysis.errors import ModelError, SettingsError
 from analysis.evaluation.lm import LmSettings, prompt_of
 from analysis.evaluation.results import FULL, Results, of_changes
-from analysis.models.memory import CacheShape
 from analysis.plans.skip import RULES, SkipSuggestion, layer_loss, widest_gap
 from analysis.plans.strategies import plan
 from analysis.progress import Progress, part_of, unheard
 from analysis.records import record
 from analysis.statistics import MIN_TEXTS, Interval, means, resamples, spearman, told_of_documents
 from analysis.texts.excerpts import Excerpt
+from l2kv.config import CacheShape
 from l2kv.spec import CompressionSpec
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from analysis.defaults import KEEP_RATIOS, RECENT_WINDOW
 from analysis.errors import ModelError, SettingsError, TextError
 from analysis.evaluation.lm import LmSettings, prompt_of
 from analysis.evaluation.results import FULL, Results, of_changes
-from analysis.models.memory import CacheShape, human_bytes
+from analysis.models.memory import human_bytes
 from analysis.plans.allocation import BudgetError
 from analysis.plans.curves import loss_curves, slim
 from analysis.plans.simultaneous import simultaneous
@@ -28,6 +28,7 @@ from analysis.progress import Progress, part_of, unheard
 from analysis.records import record
 from analysis.statistics import MIN_TEXTS, Interval, spearman, told_of_documents
 from analysis.texts.excerpts import Excerpt
+from l2kv.config import CacheShape
 from l2kv.spec import CompressionSpec
 
 if TYPE_CHECKING:

@@ -20,19 +20,6 @@ from l2kv.spec import CompressionSpec
 BY_NORM = ("low_norm", "high_norm", "random")  # what a run can tell the loss of
 
 
-_TITLES = {
-    "low_norm": "Low norm (the paper)",
-    "high_norm": "High norm (its mirror)",
-    "random": "Random",
-    "streaming": "First and recent (StreamingLLM)",
-    "keydiff": "Unlike the other keys (KeyDiff)",
-    "accumulated": "Most attention so far (H2O)",
-    "window": "Attention of the last 32 queries (SnapKV)",
-    "last_query": "Attention of the last query (TOVA)",
-    "signed_norm": "Low or high norm by head",
-}
-
-
 def policies() -> dict[str, str]:
     """The policies that the controls offer, name -> title: those that need nothing measured on the model."""
     return {name: title(name) for name, policy in POLICIES.items() if not policy.needs_calibration}
@@ -40,7 +27,7 @@ def policies() -> dict[str, str]:
 
 def title(policy: str) -> str:
     """What users read for a policy, by its name."""
-    return _TITLES.get(policy, policy)
+    return POLICIES[policy].title if policy in POLICIES else policy
 
 
 def ratio_input(*, second: bool = False) -> None:

@@ -13,7 +13,7 @@ from analysis.progress import Progress
 from app import session
 from app.components import markup
 from app.engine import Engine
-from l2kv.spec import SpecError
+from l2kv.errors import SpecError
 
 if TYPE_CHECKING:
     from analysis.models.load import LoadedModel

@@ -24,7 +24,8 @@ from app import figures, session
 from app.components import controls, markup, sources
 from app.components.charts import show
 from app.engine import Engine, allowed_models
-from l2kv.spec import CompressionSpec, SpecError
+from l2kv.errors import SpecError
+from l2kv.spec import CompressionSpec
 
 if TYPE_CHECKING:
     from streamlit.delta_generator import DeltaGenerator

@@ -13,12 +13,13 @@ import streamlit as st
 
 from analysis.captures import Capture
 from analysis.errors import ModelError
-from analysis.models.memory import DTYPES, CacheShape, human_bytes
+from analysis.models.memory import DTYPES, human_bytes
 from analysis.models.sizes import weights_bytes
 from analysis.plans.export import LENGTHS, Saving, savings
 from app import session
 from app.components import controls, markup, sources, uploads
 from app.engine import Engine
+from l2kv.config import CacheShape
 from l2kv.spec import CompressionSpec
 
 if TYPE_CHECKING:
