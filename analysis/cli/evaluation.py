@@ -238,8 +238,8 @@ _FORMS = {"method": "", "samples": "d", "MiB": ".2f", "score": ".3f", "change": 
 
 
 def _settings(task: str, kind: type, given: dict[str, Any]) -> Any:
-    """The settings of a task, as far as they were given."""
-    known = [field.name for field in fields(kind)]
+    """The settings of a task, as far as they were given. Raises UserError for those that it does not have."""
+    known, given = [field.name for field in fields(kind)], {n: value for n, value in given.items() if value is not None}
     if foreign := [name for name in given if name not in known]:
         shown_names = ", ".join(f"--{name.replace('_', '-')}" for name in foreign)
         raise UserError(f"The task {task} has no {shown_names}.")

@@ -105,7 +105,7 @@ class Results:
         return round(sum(row.nbytes for row in self.of(method)) / len(self.samples))
 
     def interval(self, values: np.ndarray, samples: Sequence[str] = ()) -> Interval:
-        """The mean of values [N] over samples (all, if not told which), with its 95 % interval: documents are resampled."""
+        """The mean of values [N] over samples (all, if not told which), with its 95 % interval; resamples documents."""
         of = dict(zip(self.samples, self.documents, strict=True))
         over = means(values[:, None], documents=[of[sample] for sample in samples or self.samples])
         return Interval(float(over.mean[0]), float(over.low[0]), float(over.high[0]))
