@@ -545,12 +545,22 @@ def test_the_passkey_command_prints_what_was_found_of_what_was_asked(capsys, tmp
     passkey = ["evaluate", "passkey", "-m", "books-5m"]
     assert main([*passkey, *sizes, "--skip-layers", "0", "-o", str(out)]) == 0
     rows = [re.split("  +", line.strip()) for line in capsys.readouterr().out.splitlines()[2:]]
-    scores = json.loads(out.read_text())["scores"]
-    assert [row[:4] for row in rows] == [
-        [score["spec"], str(score["n_tokens"]), str(score["found"]), "2"] for score in scores
-    ]
+    results = records.load(Results, out)
     low = 1 - 1 / (1 + 1.96**2 / 2)  # of none of two, Wilson's upper end by hand: z^2 / (n + z^2)
-    assert rows[0][2] == "0" and rows[0][4] == f"0% [0%, {low:.0%}]"
+    assert [row[:3] for row in rows] == [[method, str(n), "2"] for method in (FULL, "low_norm 0.5") for n in (120, 160)]
+    assert not results.scores(FULL).any() and rows[0][4] == f"0.000 [0.000, {low:.3f}]"
+    assert [float(row[3]) for row in rows[:2]] == [
+        round(np.mean([row.nbytes for row in results.of(FULL) if row.at["n_tokens"] == n]) / 2**20, 2)
+        for n in (120, 160)
+    ]
+    texts = tmp_path / "prose.txt"
+    texts.write_text(TEXT)
+    lm_of = ["evaluate", "lm", str(texts), "-m", "books-5m", "--prompt-tokens", "40", "--excerpts", "2", "--json"]
+    assert main([*lm_of, "--new-tokens", "3", "--policies", "low_norm", "--keep-ratios", "0.5"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [row["method"] for row in told["rows"]] == [FULL, "low_norm 0.5"] and told["rows"][0]["change"]["value"] == 0
+    assert main([*lm_of, "--depths", "0.5"]) == 2
+    assert "task lm has no --depths" in capsys.readouterr().err
     assert main([*passkey, "--lengths", "10"]) == 2
     assert main([*passkey, "--keep-ratios", "2"]) == 2
     assert main([*passkey, "--policies", "none"]) == 2
