@@ -46,6 +46,8 @@ class Kind:
     """The command that makes one again, for those who cannot read theirs."""
     upgrade: Callable[[int, Content], Content] | None = None
     """(version of the file, what it says) -> what this version would say. Raises ValueError where it cannot."""
+    formerly: str = ""
+    """What older versions were headed by, if by another name."""
     pack: Callable[[Any], tuple[Mapping[str, np.ndarray], Content]] | None = None
     """(record) -> the arrays to write in the place of its own, and what to say beside them."""
     unpack: Callable[[ArrayFile], Mapping[str, np.ndarray]] | None = None
@@ -70,6 +72,7 @@ def record(
     title: str = "",
     again: str = "",
     upgrade: Callable[[int, Content], Content] | None = None,
+    formerly: str = "",
     pack: Callable[[Any], tuple[Mapping[str, np.ndarray], Content]] | None = None,
     unpack: Callable[[ArrayFile], Mapping[str, np.ndarray]] | None = None,
 ) -> Callable[[type[Record]], type[Record]]:
@@ -80,7 +83,7 @@ def record(
     """
 
     def mark(cls: type[Record]) -> type[Record]:
-        cls.__record__ = Kind(name, version, title or f"a {name}", again, upgrade, pack, unpack)  # type: ignore[attr-defined]
+        cls.__record__ = Kind(name, version, title or f"a {name}", again, upgrade, formerly, pack, unpack)  # type: ignore[attr-defined]
         return cls
 
     return mark
@@ -105,7 +108,8 @@ def from_json(cls: type[Record], text: str) -> Record:
         content = msgspec.json.decode(text.encode())
         if not isinstance(content, dict):
             raise RecordError(f"This is not {kind.title}: it is not a JSON object.")
-        return _checked(cls, _of_this_version(kind, content.pop(f"l2kv_{kind.name}", None), content))
+        headed = kind.name if f"l2kv_{kind.name}" in content else kind.formerly
+        return _checked(cls, _of_this_version(kind, content.pop(f"l2kv_{headed}", None), content))
 
 
 def save(thing: object, path: str | Path) -> Path:
@@ -221,7 +225,7 @@ def _arrays_of(thing: object) -> dict[str, np.ndarray]:
 
 def _checked(cls: type[Record], content: Content, arrays: Mapping[str, np.ndarray] | None = None) -> Record:
     """The record that a file's content is. Raises ValueError, or msgspec's ValidationError."""
-    hints = get_type_hints(cls)
+    hints = _hints_of(cls)
     for name in set(content) & set(hints):  # on the outermost level others may add what they like
         _check_known(name, content[name], hints[name])
     return msgspec.convert({**content, **(arrays or {})}, cls, dec_hook=_array)
@@ -232,12 +236,20 @@ def _check_known(where: str, content: object, hint: Any) -> None:
     if isinstance(content, list):
         for item in content:
             _check_known(where, item, hint)
+    elif isinstance(content, dict) and get_origin(hint) is Mapping:
+        for name, value in content.items():
+            _check_known(f"{where}.{name}", value, get_args(hint)[1])
     elif isinstance(content, dict) and (inner := _dataclass_in(hint)):
-        hints = get_type_hints(inner)
+        hints = _hints_of(inner)
         if unknown := set(content) - set(hints):
             raise ValueError(f"{where} has no field {', '.join(sorted(map(repr, unknown)))}")
         for name, value in content.items():
             _check_known(f"{where}.{name}", value, hints[name])
+
+
+@cache
+def _hints_of(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
 
 
 def _dataclass_in(hint: Any) -> type | None:

@@ -6,7 +6,7 @@ from transformers import AutoTokenizer
 
 from analysis import ModelError, TextError
 from analysis.models.load import LoadedModel
-from analysis.preview import _whole_characters, stream
+from analysis.preview import stream, whole_characters
 from l2kv import CompressionSpec
 from tests.support.models import build
 from tests.support.oracle import masked_forward
@@ -103,7 +103,7 @@ def test_half_a_character_is_not_shown(loaded):
     emoji = loaded.tokenizer("🙂", add_special_tokens=False).input_ids
     whole = loaded.tokenizer.decode(emoji[-4:])
     assert whole == "🙂"
-    assert _whole_characters("a" + loaded.tokenizer.decode(emoji[-4:-1])) == "a"
+    assert whole_characters("a" + loaded.tokenizer.decode(emoji[-4:-1])) == "a"
 
 
 def test_bad_requests_are_refused(loaded):
