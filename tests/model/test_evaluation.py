@@ -532,6 +532,8 @@ def test_the_demo_command_writes_presets_and_the_run_or_nothing(tmp_path, capsys
     assert main(options) == 2
     assert "--without-tasks" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["texts"]
+    monkeypatch.undo()  # the model itself again
+    monkeypatch.setattr(finding, "Criteria", lambda: EASY)
     assert main([*options, "--without-tasks"]) == 0
     assert "Calm: half the cache will do: Half the cache, hardly a change." in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.safetensors", "presets.json", "texts"]

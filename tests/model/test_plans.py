@@ -223,7 +223,7 @@ def test_a_config_that_would_not_be_loaded_is_not_counted(tmp_path, capsys, conf
             ["plan", "TEXT", "--excerpts", "1", "--prompt-tokens", "40", "--strategy", "by_token"],
             "strategy must be one of",
         ),
-        (["plan", "TEXT", "--excerpts", "1", "--prompt-tokens", "40", "--keep-ratio", "0.1"], "keep must be 0.8"),
+        (["plan", "TEXT", "--excerpts", "1", "--prompt-tokens", "40", "--keep-ratio", "0.1"], "keep ratio must be 0.8"),
         (["plan", "nowhere.txt"], "cannot be read"),
         (["ablation", "TEXT", "--policy", "random", "--prompt-tokens", "40", "-o", "OUT"], "the policy must be one of"),
         (["front", "TEXT", "--excerpts", "1", "--prompt-tokens", "99999", "-o", "OUT"], "None of the texts has"),
@@ -233,7 +233,7 @@ def test_a_config_that_would_not_be_loaded_is_not_counted(tmp_path, capsys, conf
         (["savings", "books-5m", "--bandwidth-gb", "nan"], "--bandwidth-gb must be positive and finite"),
         (
             ["front", "TEXT", "--excerpts", "1", "--prompt-tokens", "40", "--keep-ratios", "1.5", "-o", "OUT"],
-            "keeps must be",
+            "keep_ratios must be",
         ),
         (["savings", "books-5m", "--plan", "PLAN"], "names layer 9"),
         (["generate", "TEXT", "--keep-ratio", "2"], "keep_ratio must be from 0 to 1"),
