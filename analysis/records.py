@@ -27,6 +27,7 @@ from analysis.errors import RecordError, TextError
 from analysis.texts import read as texts
 
 Record = TypeVar("Record")
+Axes = dict[str, tuple[str, tuple[str, ...]]]
 Content = dict[str, Any]
 """What a file says, before it is checked: the JSON object without its heading."""
 
@@ -104,7 +105,7 @@ def from_json(cls: type[Record], text: str) -> Record:
     """Read what `to_json` wrote of a record without arrays. Raises RecordError."""
     kind = kind_of(cls)
     with _refusing(kind, f"This is not {kind.title} that can be read"):
-        content = msgspec.json.decode(text.encode(), type=Any)
+        content = msgspec.json.decode(text.encode())
         if not isinstance(content, dict):
             raise RecordError(f"This is not {kind.title}: it is not a JSON object.")
         headed = kind.name if f"l2kv_{kind.name}" in content else kind.formerly
@@ -156,7 +157,7 @@ def load(cls: type[Record], path: str | Path) -> Record:
             metadata = file.metadata() or {}
             if f"l2kv_{kind.name}" not in metadata:
                 raise RecordError(f"{path.name} is a safetensors file, but not {kind.title}.")
-            content = msgspec.json.decode(metadata.get("header", "null").encode(), type=Any)
+            content = msgspec.json.decode(metadata.get("header", "null").encode())
             if not isinstance(content, dict):
                 raise ValueError("its header is no JSON object")
             version = metadata[f"l2kv_{kind.name}"]
@@ -203,8 +204,7 @@ def json_text(content: Mapping[str, Any]) -> str:
     return json.dumps(_plain(content), indent=2, ensure_ascii=False) + "\n"
 
 
-@cache
-def _axes_of(cls: type) -> dict[str, tuple[str, tuple[str, ...]]]:
+def _declared(cls: type) -> Axes:
     """The arrays of a class: name -> (dtype, axes)."""
     axes = {}
     for name, hint in get_type_hints(cls, include_extras=True).items():
@@ -213,6 +213,9 @@ def _axes_of(cls: type) -> dict[str, tuple[str, tuple[str, ...]]]:
                 dtype, *names = get_args(one)[1].split()
                 axes[name] = dtype, tuple(names)
     return axes
+
+
+_axes_of: Callable[[type], Axes] = cache(_declared)
 
 
 def _arrays_of(thing: object) -> dict[str, np.ndarray]:

@@ -6,6 +6,7 @@ import codecs
 import os
 import sys
 from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 from typing import Any, TextIO
 
 import typer
@@ -28,6 +29,7 @@ class Command(TyperCommand):
     """A command whose help lists the names that its options take, as the registries hold them at that moment."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help, with the names as they are now."""
         for parameter in self.params:
             parser = parameter.type_descriptor.parameter_info.parser  # type: ignore[attr-defined]
             if names := str(parser) if isinstance(parser, (Named, Listed)) else "":
@@ -77,7 +79,7 @@ def any_encoding(*streams: TextIO | None) -> None:
     """
     codecs.register_error("l2kv", _in_other_letters)
     for stream in streams:
-        if hasattr(stream, "reconfigure"):  # None where there is no console, and anything in a test
+        if isinstance(stream, TextIOWrapper):  # None where there is no console, and anything in a test
             stream.reconfigure(errors="l2kv")
 
 
