@@ -561,8 +561,8 @@ def test_the_passkey_command_prints_what_was_found_of_what_was_asked(capsys, tmp
     assert main([*lm_of, "--new-tokens", "3", "--policies", "low_norm", "--keep-ratios", "0.5"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert [row["method"] for row in told["rows"]] == [FULL, "low_norm 0.5"] and told["rows"][0]["change"]["value"] == 0
-    assert main([*lm_of, "--depths", "0.5"]) == 2
-    assert "task lm has no --depths" in capsys.readouterr().err
+    assert main([*lm_of, "--depths", "0.5"]) == 2 and main(["evaluate", "passkeys"]) == 2
+    assert "No such option: --depths" in (told := capsys.readouterr().err) and "Did you mean 'passkey'" in told
     assert main([*passkey, "--lengths", "10"]) == 2
     assert main([*passkey, "--keep-ratios", "2"]) == 2
     assert main([*passkey, "--policies", "none"]) == 2
