@@ -161,7 +161,7 @@ def load(cls: type[Record], path: str | Path) -> Record:
             content = _of_this_version(kind, number, content, called=path.name)
             opened = ArrayFile(path, number or 0, content, frozenset(file.keys()), file.get_tensor)
             arrays = dict(kind.unpack(opened) if kind.unpack else {name: opened.read(name) for name in opened.names})
-            _same("arrays", set(arrays), set(axes))
+            _check_names(set(arrays), cls)
             made = _checked(cls, content, arrays)
             check_arrays(made)
             return made
@@ -251,20 +251,23 @@ def _array(kind: type, value: object) -> object:
 
 
 def _of_this_version(kind: Kind, version: object, content: Content, *, called: str = "This") -> Content:
-    if version == kind.version:
+    if type(version) is int and version == kind.version:
         return content
-    if isinstance(version, int) and 1 <= version < kind.version and kind.upgrade:
+    if type(version) is int and 1 <= version < kind.version and kind.upgrade:
         return kind.upgrade(version, content)
     again = f" Make it again: {kind.again}" if kind.again else ""
     told = "it has no version" if version is None else f"it is of version {version!r:.20}"
     raise RecordError(f"{called} is not {kind.title} of version {kind.version} or before: {told}.{again}")
 
 
-def _same(what: str, got: set[str], expected: set[str]) -> None:
-    if missing := expected - got:
-        raise ValueError(f"its {what} lack {', '.join(sorted(missing))}")
-    if foreign := got - expected:
-        raise ValueError(f"its {what} hold {', '.join(sorted(foreign))}, which are none of it")
+def _check_names(arrays: set[str], cls: type) -> None:
+    """Raise ValueError unless these are the arrays of a class; those that have a default may be missing."""
+    declared = set(_axes_of(cls))
+    needed = {f.name for f in dataclasses.fields(cls) if f.name in declared and f.default is dataclasses.MISSING}
+    if missing := needed - arrays:
+        raise ValueError(f"its arrays lack {', '.join(sorted(missing))}")
+    if foreign := arrays - declared:
+        raise ValueError(f"its arrays hold {', '.join(sorted(foreign))}, which {kind_of(cls).title} does not have")
 
 
 @contextmanager
@@ -280,6 +283,8 @@ def _refusing(kind: Kind, words: str) -> Iterator[None]:
         OSError,
         ValueError,
         TypeError,
+        LookupError,
+        AttributeError,
         RecursionError,
         MemoryError,
         OverflowError,
