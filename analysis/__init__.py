@@ -23,16 +23,14 @@ _HOME = {
     "Study": "studies",
     "TextError": "errors",
     "UserError": "errors",
-    "alr": "measures",
+    "alr": "metrics",
     "attention_loss": "measures",
     "by_query": "metrics",
     "capture": "recorder",
     "causal_check": "plans.ablation",
-    "compare_runs": "comparing",
-    "compare_studies": "comparing",
-    "correlation": "measures",
+    "compare": "comparing",
+    "correlation": "metrics",
     "head_vectors": "paper.vectors",
-    "instrument": "selftest",
     "kvpress_code": "plans.export",
     "library_code": "plans.export",
     "load_model": "models.load",
@@ -49,7 +47,6 @@ _HOME = {
     "skip_list": "plans.skip",
     "suggest_skip_layers": "plans.skip",
     "tokenize": "texts.tokens",
-    "verdicts": "measures",
 }
 __all__ = sorted(_HOME)
 __getattr__ = lazy_names(__name__, _HOME)

@@ -1,7 +1,7 @@
 """The paper's figures again, for any model: the numbers behind each, with the paper's own beside them.
 
 Figures 1, 2 and 7 are read off captures here, 8 and 9 and the factors off vectors (`analysis.paper.why`). `reproduce`
-makes them all; a figure's numbers become a record, {"l2kv_figure": 1, ...}. Draws nothing.
+makes them all; a figure's numbers become a record, {"l2kv_figure": 2, ...}. Draws nothing.
 
 Source: Devoto et al., EMNLP 2024, arXiv 2406.11430. Its numbers are quoted where it gives any.
 """
@@ -16,7 +16,8 @@ import numpy as np
 
 from analysis.captures import Capture
 from analysis.errors import SettingsError, TextError
-from analysis.measures import alr, alr_chance, attention_loss, correlation
+from analysis.measures import attention_loss
+from analysis.metrics import correlation, metrics
 from analysis.models.load import LoadedModel
 from analysis.records import json_text
 from analysis.statistics import nanmean
@@ -24,7 +25,7 @@ from analysis.statistics import nanmean
 if TYPE_CHECKING:  # they wait for torch, which reading a figure need not
     from analysis.paper.why import Factors, SinkHead, SinkKey, Zeroing
 
-VERSION = 1
+VERSION = 2
 POINTS = 100  # steps of the share dropped
 _NO_ORDER = "In no head of this model do norms and attention of this text give an order to compare. Try a longer text."
 
@@ -56,7 +57,10 @@ FIGURES = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FourHeads:
-    """Fig 1: heads from the most negative Γ to the most positive, K <= 4 of them, on one text of T tokens."""
+    """Fig 1: heads from the most negative Γ to the most positive, K <= 4 of them, on one text of T tokens.
+
+    Γ is of the next token's query; Spearman is of the attention received, which the figure draws.
+    """
 
     heads: tuple[tuple[int, int], ...]  # K of (layer, head)
     key_norm: np.ndarray  # [K, T]
@@ -73,7 +77,7 @@ def four_heads(capture: Capture, heads: Sequence[tuple[int, int]] | None = None)
         TextError: Γ is defined in no head.
         SettingsError: the run has no such head.
     """
-    gamma, rho = correlation(capture), correlation(capture, "spearman")
+    gamma, rho = correlation(capture), correlation(capture, "spearman", probe="all queries")
     if heads is None:
         defined = np.argwhere(np.isfinite(gamma))
         if not len(defined):
@@ -102,7 +106,7 @@ class OverChunks:
     n_tokens: np.ndarray  # [N] int
     alr: np.ndarray  # [L, H]
     alr_per_token: np.ndarray  # [L, H] ALR / n, in [0, 1]
-    alr_against_chance: np.ndarray  # [L, H] 0 ideal, 1 chance, 2 worst
+    normalised_alr: np.ndarray  # [L, H] ALR over chance level: 0 ideal, 1 random, 2 reversed
     defined: np.ndarray  # [L, H] int, chunks in which the head is
     dropped: np.ndarray  # [S] shares of the tokens dropped, 0 to 1
     excess: np.ndarray  # [L, H, S] Y^m there: attention lost by norm order less that of the ideal order
@@ -113,19 +117,20 @@ def over_chunks(captures: Iterable[Capture], *, points: int = POINTS) -> OverChu
     dropped = np.linspace(0, 1, points + 1)
     n_tokens, rows = [], []
     for run in captures:
-        loss = alr(run)
+        found = metrics(run, names=["alr", "alr_per_token", "normalised_alr"])
+        loss = found.of("alr")
         curves = np.full((*loss.shape, len(dropped)), np.nan)
         for layer, head in np.argwhere(np.isfinite(loss)):
             lost = attention_loss(run, layer, head)
             curves[layer, head] = np.interp(dropped, np.linspace(0, 1, run.n_tokens + 1), lost.low_norm - lost.ideal)
         n_tokens.append(run.n_tokens)
-        rows.append((loss, loss / run.n_tokens, loss / np.where(alr_chance(run) > 0, alr_chance(run), np.nan), curves))
+        rows.append((*found.values, curves))
     if not rows:
         raise SettingsError("over_chunks needs at least one capture")
     columns = [np.stack(column) for column in zip(*rows, strict=True)]
     defined = np.isfinite(columns[0]).sum(axis=0)
-    loss, per_token, against_chance, excess = map(nanmean, columns)
-    return OverChunks(np.array(n_tokens), loss, per_token, against_chance, defined, dropped, excess)
+    loss, per_token, normalised, excess = map(nanmean, columns)
+    return OverChunks(np.array(n_tokens), loss, per_token, normalised, defined, dropped, excess)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
