@@ -154,6 +154,8 @@ class Metric:
     """Whether its sign is what counts: colours part at 0."""
     skip_first: int = 0
     """First tokens that it leaves out."""
+    about_sink: bool = False
+    """Whether it is about the first token, and so stays of all tokens where others are shown without that one."""
     ranks: bool = True
     """Whether it compares orders, so that norms and attention must give one."""
 
@@ -235,6 +237,7 @@ METRICS: Registry[Metric] = Registry(
             high=1,
             diverging=True,
             skip_first=1,
+            about_sink=True,
         ),
         "alr": Metric("ALR", "the paper's attention loss against the ideal order; grows with the text", alr_of, low=0),
         "alr_chance": Metric(
@@ -266,6 +269,7 @@ METRICS: Registry[Metric] = Registry(
             sink_share,
             low=0,
             high=1,
+            about_sink=True,
             ranks=False,
         ),
         "overlap": Metric(

@@ -87,7 +87,11 @@ def suggest_skip_layers(
     kept = policy.replace("_", " ")
     if rule == "threshold":
         chosen = [i for i in worst_first if loss[i] >= threshold]
-        bar = "no less than a random order would" if threshold == 1 else f"at least {threshold:g} times what a random order would"
+        bar = (
+            "no less than a random order would"
+            if threshold == 1
+            else f"at least {threshold:g} times what a random order would"
+        )
         words = (
             f"Skip every layer in which keeping by {kept} loses {bar}, both counted beyond what the ideal order loses "
             f"(ALR / chance ≥ {threshold:g})."

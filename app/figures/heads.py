@@ -106,7 +106,7 @@ def _cell_notes(values: np.ndarray, title: str, status: np.ndarray | None, *, si
 
 def head_quadrant(
     gamma: np.ndarray,
-    gamma_without_sink: np.ndarray,
+    gamma_skip_first: np.ndarray,
     sink_share: np.ndarray,
     *,
     status: np.ndarray | None = None,
@@ -117,7 +117,7 @@ def head_quadrant(
     head).
     """
     n_layers = len(gamma)
-    layer, head = np.nonzero(np.isfinite(gamma) & np.isfinite(gamma_without_sink))
+    layer, head = np.nonzero(np.isfinite(gamma) & np.isfinite(gamma_skip_first))
     share = np.nan_to_num(sink_share[layer, head])
     order = np.argsort(-share, kind="stable")  # small discs are drawn last, over the large ones
     layer, head, share = layer[order], head[order], np.clip(share[order], 0, 1)
@@ -125,7 +125,7 @@ def head_quadrant(
 
     figure = new_figure(height=480, margin=dict(l=56, r=8, t=28, b=64))
     figure.add_scatter(
-        x=gamma[layer, head], y=gamma_without_sink[layer, head], mode="markers", showlegend=False,
+        x=gamma[layer, head], y=gamma_skip_first[layer, head], mode="markers", showlegend=False,
         cliponaxis=False, customdata=as_customdata(layer, head),
         text=[f"{part:.0%}" + (f"<br>{literal(why)}" if why not in ("", "ok") else "")
               for part, why in zip(share, reasons, strict=True)],

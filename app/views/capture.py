@@ -9,10 +9,11 @@ import streamlit as st
 from analysis.captures import Capture, load_run, save_run
 from analysis.demo.presets import BUNDLED_RUNS, demo_model, presets
 from analysis.errors import RecordError, UserError
-from analysis.models.memory import capture_bytes, human_bytes
-from analysis.selftest import instrument
+from analysis.models.memory import capture_bytes
+from analysis.selftest import synthetic_run
 from analysis.texts.read import plain_text
 from analysis.texts.tokens import tokenize
+from analysis.words import human_bytes
 from app import session
 from app.components import jobs, markup
 from app.engine import Engine
@@ -142,7 +143,7 @@ def _files(heads_page: StreamlitPage) -> None:
                 st.button(f"Open the run of {model}", icon=":material/home:", on_click=session.show_run, args=(demo,))
         st.caption("The file holds the text. `python -m analysis capture` writes the same kind.")
         if st.button("Open the synthetic check", icon=":material/science:"):
-            session.show_run(instrument())
+            session.show_run(synthetic_run())
             st.switch_page(heads_page)
         st.caption("A run of no model, whose Γ are known to be −1, 0 and +1: does this instrument read what is there?")
     with right:

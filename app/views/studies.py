@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import streamlit as st
 
+from analysis.defaults import EXCERPT_TOKENS, STUDY_EXCERPTS
 from analysis.errors import RecordError
 from analysis.studies import Study, load_study, save_study
 from app import session
@@ -45,11 +46,11 @@ def run(engine: Engine) -> None:
     sources = jobs.texts_input()
     with st.container(horizontal=True, vertical_alignment="bottom"):
         n_tokens = st.number_input(
-            "Tokens an excerpt", 16, 131_072, 512, 64, key="excerpt_tokens", persist_state="session",
+            "Tokens an excerpt", 16, 131_072, EXCERPT_TOKENS, 64, key="excerpt_tokens", persist_state="session",
             help="At most what the model was trained on. Shorter texts are left out.",
         )  # fmt: skip
         at_most = st.number_input(
-            "Excerpts at most", 1, 1000, 24, 8, key="excerpts", persist_state="session",
+            "Excerpts at most", 1, 1000, STUDY_EXCERPTS, 8, key="excerpts", persist_state="session",
             help="Spread over each text, and over all of them: excerpts of many texts say more than as many of one.",
         )  # fmt: skip
     task = _Task(ref, tuple(sources.items()), int(n_tokens), int(at_most))
