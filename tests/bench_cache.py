@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 
-from tests.measuring import peak_bytes, seconds
+from tests.support.measuring import peak_bytes, seconds
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 30, 9, 3, 64, 4096
 LENGTHS = (1024, 4096, 16384)

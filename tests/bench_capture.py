@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 
-from tests.measuring import peak_bytes, seconds
+from tests.support.measuring import peak_bytes, seconds
 
 LAYERS, WIDTH, TOKENS = 30, 576, 2048
 WAYS = {

@@ -9,7 +9,6 @@ import pytest
 from scipy import stats
 
 from analysis.comparing import compare_studies
-from analysis.metrics import METRICS, PROBES
 from analysis.plans.simultaneous import simultaneous
 from analysis.statistics import (
     MIN_TEXTS,
@@ -29,30 +28,7 @@ from analysis.statistics import (
     told_of_documents,
     verdicts,
 )
-from analysis.studies import Study
-
-
-def study_of(gamma, without=None, *, documents=(), **metric) -> Study:
-    """A study of [N, L, H] numbers for Γ, and for other metrics; all others are 0."""
-    gamma = np.asarray(gamma, dtype=float)
-    n, layers, heads = gamma.shape
-    values = np.zeros((n, len(PROBES), len(METRICS), layers, heads))
-    given = {"gamma": gamma, "gamma_without_sink": gamma if without is None else without} | metric
-    for name, numbers in given.items():
-        values[:, :, list(METRICS).index(name)] = np.asarray(numbers, dtype=float)[:, None]
-    return Study(
-        model="made up",
-        weights="",
-        layer_kinds=("full",) * layers,
-        texts=n,
-        names=tuple(map(str, range(n))),
-        digests=("",) * n,
-        n_tokens=np.full(n, 9),
-        values=values,
-        status=np.where(np.isfinite(values), 0, 1).astype(np.uint8),
-        documents=tuple(documents),
-    )
-
+from tests.support.runs import study_of
 
 # Means and intervals
 

@@ -15,7 +15,7 @@ from app.components import jobs, markup
 from app.engine import Engine, check_allowed
 from app.views.generate import Column, Parting, Preview
 from l2kv import POLICIES
-from tests.conftest import BUNDLED, ROOT
+from tests.support.paths import BUNDLED, ROOT
 
 HOSTILE = [
     "<b>",

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.support.paths import ROOT
 
 PACKAGES = ("l2kv", "analysis", "app")
 FORBIDDEN = {
@@ -33,6 +33,12 @@ def test_imports_run_one_way(place):
     for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
         allowed = {"app"} if file == OUTERMOST else set()
         assert not (FORBIDDEN[place] - allowed) & set(imported(file)), file
+
+
+def test_test_files_share_helpers_through_support_alone():
+    for file in (ROOT / "tests").rglob("test_*.py"):
+        shared = re.findall(r"^ *(?:from|import) (tests\b[\w.]*)", file.read_text(encoding="utf-8"), flags=re.M)
+        assert all(module.startswith("tests.support.") for module in shared), (file, shared)
 
 
 def test_what_the_first_paint_needs_does_not_wait_for_torch():

@@ -11,10 +11,11 @@ from transformers import DynamicCache
 
 from l2kv import CompressedCache, CompressionSpec, UnsupportedModelError
 from l2kv.layer import CompressedLayer
-from tests.architectures import ARCHITECTURES, compress, table
-from tests.conftest import ROOT, tokens
-from tests.oracle import _attention, replay, target
-from tests.test_cache import IN_CHUNKS, ONE_BY_ONE, decode
+from tests.support.architectures import ARCHITECTURES, compress, table
+from tests.support.decoding import IN_CHUNKS, ONE_BY_ONE, decode
+from tests.support.models import tokens
+from tests.support.oracle import attending, replay, target
+from tests.support.paths import ROOT
 
 COMPRESSED = [name for name, architecture in ARCHITECTURES.items() if architecture.refused is None]
 REFUSED = [name for name, architecture in ARCHITECTURES.items() if architecture.refused is not None]
@@ -27,24 +28,15 @@ def built(name):
     return ARCHITECTURES[name].model()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models as small as these only wait for the other threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def evicting_layers(model):
     layers = CompressedCache(model.config, CompressionSpec()).layers
     return [i for i, layer in enumerate(layers) if isinstance(layer, CompressedLayer)]
 
 
 def masked_forward(model, ids, chunks, spec):
-    """Logits [1, T, V] and kept[layer][kv head] -> positions: `tests.oracle.masked_forward` of one row, for attention
-    with a soft cap (Gemma 2), with sinks (gpt-oss), and with windows, where nothing is evicted and all that is further
-    away is hidden.
+    """Logits [1, T, V] and kept[layer][kv head] -> positions: `tests.support.oracle.masked_forward` of one row, for
+    attention with a soft cap (Gemma 2), with sinks (gpt-oss), and with windows, where nothing is evicted and all that
+    is further away is hidden.
     """
     evicting, kept, keys_of = evicting_layers(model), {}, {}
 
@@ -73,7 +65,7 @@ def masked_forward(model, ids, chunks, spec):
         weights = odds / (odds.sum(-1, keepdim=True) + sinks[..., None, None])
         return (weights @ value[0, :, None]).flatten(0, 1).transpose(0, 1)[None], None
 
-    with _attention(model, attention), torch.no_grad():
+    with attending(model, attention), torch.no_grad():
         return model(ids, use_cache=False).logits, kept
 
 
@@ -186,4 +178,4 @@ def test_a_model_with_a_cache_of_its_own_is_refused_and_not_stumbled_over(config
 
 def test_the_table_of_the_readme_is_what_a_run_of_every_model_gives():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert MARKED.findall(readme) == [table()], "make it anew with: python -m tests.architectures"
+    assert MARKED.findall(readme) == [table()], "make it anew with: python -m tests.support.architectures"

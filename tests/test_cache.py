@@ -37,11 +37,11 @@ from l2kv import (
 from l2kv.layer import CompressedLayer
 from l2kv.policies import Pairs
 from l2kv.spec import Target
-from tests.architectures import ARCHITECTURES
-from tests.conftest import TINY, build, tokens
-from tests.oracle import masked_forward, replay
+from tests.support.architectures import ARCHITECTURES
+from tests.support.decoding import IN_CHUNKS, ONE_BY_ONE, decode, kept_sets
+from tests.support.models import TINY, build, tokens
+from tests.support.oracle import masked_forward, replay
 
-ONE_BY_ONE = (20, *[1] * 12)
 TINY_LATENT = {
     "vocab_size": 50,
     "hidden_size": 16,
@@ -56,25 +56,6 @@ TINY_LATENT |= {
     "topk_group": 1,
     "num_experts_per_tok": 1,
 }
-IN_CHUNKS = (17, 5, 1, 4, 1, 3, 1)
-
-
-def decode(model, ids, chunks, cache):
-    """Logits [B, T, V] of the chunks fed one after the other, each over the cache that the last one left."""
-    start, logits = 0, []
-    with compressible(model), torch.no_grad():
-        for chunk in chunks:
-            logits.append(model(ids[:, start : start + chunk], past_key_values=cache, use_cache=True).logits)
-            start += chunk
-    return torch.cat(logits, dim=1)
-
-
-def kept_sets(cache):
-    """As the oracle has them: [layer][row][kv head] -> list of positions."""
-    return [
-        [[head[row].tolist() for head in heads] for row in range(heads[0].shape[0])]
-        for heads in (cache.kept_positions(i) for i in range(len(cache)))
-    ]
 
 
 @pytest.mark.parametrize("chunks", [ONE_BY_ONE, IN_CHUNKS], ids=["one by one", "in chunks"])

@@ -8,14 +8,8 @@ from transformers import (
     DynamicCache,
     FalconConfig,
     FalconForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
-    GptOssConfig,
-    GptOssForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
 )
 from transformers.cache_utils import CacheLayerMixin
 
@@ -25,20 +19,11 @@ from analysis.models import memory as memory_module
 from analysis.models.load import LoadedModel
 from analysis.models.memory import BLOCK, MAX_BINS, CacheShape, capture_bytes, human_bytes, layer_kinds
 from l2kv import CompressedCache, CompressionSpec, compressible
-from tests.architectures import ARCHITECTURES, WINDOW
-from tests.conftest import BUNDLED, MODELS, STORIES, TINY, build
-
-TEXT = (
-    "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness, "
-    "it was the epoch of belief, it was the epoch of incredulity, it was the season of Light, and all was well. "
-)
-TOKENIZER_VOCABULARY = {"vocab_size": 4096}
-OTHERS = {
-    "mistral, sliding window": (MistralForCausalLM, MistralConfig, {"sliding_window": 10}),
-    "gemma 2, soft cap and hybrid": (Gemma2ForCausalLM, Gemma2Config, {"sliding_window": 10}),
-    "gpt-oss, sinks": (GptOssForCausalLM, GptOssConfig, {"sliding_window": 10, "num_local_experts": 4, "head_dim": 8}),
-    "gpt-2, no rotary": (GPT2LMHeadModel, GPT2Config, {"n_layer": 3, "n_head": 6, "n_embd": 48}),
-}
+from tests.support.architectures import ARCHITECTURES, WINDOW
+from tests.support.models import MODELS, OTHERS, TINY, TOKENIZER_VOCABULARY, build
+from tests.support.oracle import eager
+from tests.support.paths import BUNDLED, STORIES
+from tests.support.texts import TEXT
 
 
 @pytest.fixture(scope="module")
@@ -54,20 +39,6 @@ def load(models):
         return LoadedModel(real or build(name, **TOKENIZER_VOCABULARY), tokenizer, name)
 
     return get
-
-
-def eager(loaded: LoadedModel, ids: torch.Tensor):
-    """Attention [L, H, T, T] of the prompt, and [L, H, T + 1] of the greedy next token, by transformers itself."""
-    model, before = loaded.model, loaded.model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        with torch.no_grad():
-            prompt = model(ids, output_attentions=True)
-            longer = torch.cat([ids, prompt.logits[:, -1:].argmax(-1)], dim=1)
-            after = model(longer, output_attentions=True)
-    finally:
-        model.set_attn_implementation(before)
-    return torch.cat(prompt.attentions).numpy(), torch.cat(after.attentions)[:, :, -1].numpy()
 
 
 @pytest.mark.parametrize("name", [*MODELS, *OTHERS])

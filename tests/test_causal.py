@@ -7,13 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from scipy import stats
-from transformers import AutoTokenizer
 
 from analysis import RecordError, TextError, capture
 from analysis.demo import presets
 from analysis.evaluation.run import continuation_nll
 from analysis.measures import alr
-from analysis.models.load import LoadedModel
 from analysis.plans import ablation
 from analysis.plans.ablation import CausalCheck, agreement, causal_check, head_costs, suggest_by_cost
 from analysis.plans.skip import layer_loss
@@ -21,16 +19,10 @@ from analysis.statistics import MIN_TEXTS, RESAMPLES
 from analysis.texts.excerpts import excerpts
 from analysis.texts.tokens import tokenize
 from l2kv import CompressionSpec
-from tests.conftest import BUNDLED
 
 KEATS = presets.bundled_texts()["The Tomb of Keats (Oscar Wilde, 1877)"]
 SPEC = CompressionSpec(keep_ratio=0.3)
 LENGTHS = {"prompt_tokens": 24, "new_tokens": 4}
-
-
-@pytest.fixture(scope="module")
-def loaded(models) -> LoadedModel:
-    return LoadedModel(models("books-5m"), AutoTokenizer.from_pretrained(BUNDLED), "books-5m")
 
 
 @pytest.fixture(scope="module")

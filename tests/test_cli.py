@@ -10,7 +10,7 @@ import pytest
 from analysis.captures import load_run
 from analysis.cli import _parser, main
 from analysis.cli.shared import any_encoding
-from tests.conftest import ROOT
+from tests.support.paths import ROOT
 
 TEXT = "The old man looked at the sea, and the sea looked at the old man, and neither of them said a word."
 

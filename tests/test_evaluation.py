@@ -9,7 +9,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 from analysis import TextError, records
 from analysis.cli import main
@@ -32,24 +31,10 @@ from analysis.models.load import BUNDLED_MODELS, LoadedModel
 from analysis.preview import Step, prepared
 from analysis.texts.tokens import passages, tokenize
 from l2kv import CompressionSpec
-from tests.conftest import BUNDLED, build
-from tests.oracle import masked_forward
+from tests.support.models import build
+from tests.support.oracle import masked_forward
 
 TEXT = presets.bundled_texts()["The Tomb of Keats (Oscar Wilde, 1877)"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small lose more to the handing out of work than they gain, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def loaded(models) -> LoadedModel:
-    return LoadedModel(models("books-5m"), AutoTokenizer.from_pretrained(BUNDLED), "books-5m")
 
 
 def surprise(logits, token):

@@ -12,7 +12,7 @@ from analysis.errors import TextError
 from analysis.texts import excerpts as module
 from analysis.texts.excerpts import excerpts, planning_and_measuring
 from analysis.texts.tokens import beginning, tokenize
-from tests.conftest import BUNDLED, STORIES
+from tests.support.paths import BUNDLED, STORIES
 
 SENTENCES = [
     "The old man looked at the sea.",

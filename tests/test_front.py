@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
 
 from analysis import ModelError, RecordError, TextError, capture, loss_curves
 from analysis.demo import presets
@@ -26,15 +25,11 @@ from analysis.statistics import MIN_TEXTS, RESAMPLES, Interval
 from analysis.texts.excerpts import excerpts
 from analysis.texts.tokens import tokenize
 from l2kv import CompressionSpec
-from tests.conftest import BUNDLED, ROOT, build
+from tests.support.models import build
+from tests.support.paths import ROOT
 
 LENGTHS = {"prompt_tokens": 100, "new_tokens": 3}
 KEEPS = (0.2, 0.6)
-
-
-@pytest.fixture(scope="module")
-def loaded(models) -> LoadedModel:
-    return LoadedModel(models("books-5m"), AutoTokenizer.from_pretrained(BUNDLED), "books-5m")
 
 
 @pytest.fixture(scope="module")

@@ -8,16 +8,12 @@ from analysis import ModelError, TextError
 from analysis.models.load import LoadedModel
 from analysis.preview import _whole_characters, stream
 from l2kv import CompressionSpec
-from tests.conftest import BUNDLED, build
-from tests.oracle import masked_forward
-from tests.test_tasks import TEMPLATE
+from tests.support.models import build
+from tests.support.oracle import masked_forward
+from tests.support.paths import BUNDLED
+from tests.support.texts import TEMPLATE
 
 PROMPT = "The old man looked at the sea, and the sea looked at the old man. Then he said to his wife: "
-
-
-@pytest.fixture(scope="module")
-def loaded(models) -> LoadedModel:
-    return LoadedModel(models("books-5m"), AutoTokenizer.from_pretrained(BUNDLED), "books-5m")
 
 
 def test_the_full_column_is_plain_generate(loaded):

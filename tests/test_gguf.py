@@ -1,7 +1,7 @@
 """GGUF files as models: the very weights and config that the original had, for each architecture that is read.
 
-Files are written by `tests.gguf_files` as llama.cpp's converter does; the oracle is the original model, its matrices
-replaced by what gguf's own dequantisation leaves of them.
+Files are written by `tests.support.gguf_files` as llama.cpp's converter does; the oracle is the original model, its
+matrices replaced by what gguf's own dequantisation leaves of them.
 """
 
 import copy
@@ -29,8 +29,9 @@ from analysis.models.load import load_model, loading_note, model_folder, tokeniz
 from analysis.models.memory import CacheShape
 from analysis.models.sizes import model_size, weights_bytes
 from app import engine
-from tests.conftest import BUNDLED, ROOT, tokens
-from tests.gguf_files import TOKENS, gguf_architecture, stored_weight, write_gguf
+from tests.support.gguf_files import TOKENS, gguf_architecture, stored_weight, write_gguf
+from tests.support.models import tokens
+from tests.support.paths import BUNDLED, ROOT
 
 F32, F16, BF16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16
 Q8_0, Q4_K, Q6_K = GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_K, GGMLQuantizationType.Q6_K

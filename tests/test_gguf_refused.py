@@ -16,7 +16,7 @@ import pytest
 from analysis.errors import ModelError
 from analysis.models.gguf import read_gguf
 from analysis.models.load import load_model
-from tests.conftest import ROOT
+from tests.support.paths import ROOT
 
 U8, U32, I32, F32, BOOL, STRING, ARRAY, U64 = 0, 4, 5, 6, 7, 8, 9, 10
 HUGE = 2**60

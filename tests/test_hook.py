@@ -25,9 +25,8 @@ from analysis.models.load import LoadedModel
 from analysis.paper.vectors import attention_rows, head_vectors
 from analysis.preview import stream
 from l2kv import CompressedCache, CompressionSpec, UnsupportedModelError, attention_seam, compressible, l2_compress
-from tests.causal_models import TEXT, compress, model_of, tokenizer
-from tests.conftest import TINY, build, tokens
-from tests.test_causal_models import text_for
+from tests.support.causal_models import TEXT, compress, model_of, text_for, tokenizer
+from tests.support.models import TINY, build, tokens
 
 HALF = CompressionSpec(keep_ratio=0.5)
 TEXT_PART = TINY | {"model_type": "llama", "head_dim": 8}
@@ -223,7 +222,7 @@ def test_a_mask_given_by_name_or_in_its_place_is_the_same(tiny):
 def test_what_attention_is_given_is_compared_with_what_the_cache_holds(model_type, why):
     model = model_of(model_type)
     with pytest.raises(UnsupportedModelError, match=why):
-        compress(model, text_for(model, 20), HALF, (20,))
+        compress(model, text_for(20), HALF, (20,))
 
 
 def test_attention_to_what_was_given_before_is_refused():
@@ -269,7 +268,7 @@ def test_a_prompt_read_under_autocast_is_gone_on_with_outside_of_it_as_with_a_pl
 @pytest.mark.parametrize("model_type", ["lfm2", "qwen3_next", "falcon_h1", "zamba2"])
 def test_running_states_are_transformers_own_and_are_not_shared_by_what_is_compressed_once(model_type):
     model = model_of(model_type)
-    ids = text_for(model, 24)
+    ids = text_for(24)
     with torch.no_grad(), compressible(model):
         plain = DynamicCache(config=model.config)
         model(ids[:, :20], past_key_values=plain)
@@ -285,7 +284,7 @@ def test_running_states_are_transformers_own_and_are_not_shared_by_what_is_compr
 @pytest.mark.parametrize("model_type", ["lfm2", "falcon_h1", "gemma3n_text"])
 def test_hybrids_generate_with_beams_and_can_be_reset(model_type):
     model = model_of(model_type)
-    ids, beams = text_for(model, 12), {"max_new_tokens": 5, "min_new_tokens": 5, "num_beams": 3, "do_sample": False}
+    ids, beams = text_for(12), {"max_new_tokens": 5, "min_new_tokens": 5, "num_beams": 3, "do_sample": False}
     cache = CompressedCache(model.config, CompressionSpec(keep_ratio=1.0))
     with compressible(model):
         whole = model.generate(input_ids=ids, **beams)
@@ -351,7 +350,7 @@ def test_rows_padded_on_the_left_are_as_with_a_plain_cache(model_type, eager):
     model = model_of(model_type)
     if eager:
         model.set_attn_implementation("eager")
-    ids, mask = text_for(model, 20).repeat(2, 1), torch.ones(2, 22, dtype=torch.long)
+    ids, mask = text_for(20).repeat(2, 1), torch.ones(2, 22, dtype=torch.long)
     mask[1, :4] = 0
 
     def logits(cache):

@@ -25,36 +25,8 @@ from analysis.metrics import PROBES, metrics
 from analysis.plans.skip import layer_loss
 from analysis.records import from_json, to_json
 from l2kv import CompressionSpec
-
-
-def run_of(key_norm, probe, received=None, recent=None) -> Capture:
-    """A capture of [L, Hkv, T] norms and [L, H, T] attention, and [W, L, H, T] of the last queries."""
-    key_norm, probe = np.asarray(key_norm, np.float32), np.asarray(probe, np.float32)
-    layers, heads, n = probe.shape
-    return Capture(
-        model="made up",
-        architecture="None",
-        device="cpu",
-        dtype="float32",
-        text="x" * n,
-        labels=("x",) * n,
-        probe_label="y",
-        layer_kinds=("full",) * layers,
-        windows=(0,) * layers,
-        warnings=(),
-        seconds=0.0,
-        head_dim=8,
-        tokens_per_bin=1,
-        token_ids=np.arange(n),
-        token_spans=np.stack([np.arange(n), np.arange(1, n + 1)], axis=1).astype(np.int32),
-        key_norm=key_norm,
-        value_norm=key_norm,
-        attention_received=probe if received is None else np.asarray(received, np.float32),
-        probe_attention=probe,
-        recent_attention=np.zeros((0, *probe.shape), np.float32) if recent is None else np.asarray(recent, np.float32),
-        pooled_attention=np.zeros((layers, heads, n, n), np.uint8),
-        pooled_scale=np.ones((layers, heads), np.float32),
-    )
+from tests.support.losses import expected_losses, slow_losses
+from tests.support.runs import run_of
 
 
 @pytest.fixture(scope="module", params=[0, 1], ids=["random", "with ties and a sink"])
@@ -65,27 +37,6 @@ def run(request) -> Capture:
         norm, probe = norm.round(), probe.round(1)
         norm[..., 0], probe[..., 0] = 0.5, 20
     return run_of(norm, probe / probe.sum(-1, keepdims=True) * 0.9)
-
-
-def expected_losses(attention, dropped_by):
-    """L^m, m = 0..n, straight from the paper, dropping first what is highest by `dropped_by`: expected, where some are
-    equal and any of them may be next."""
-    curve = [0.0]
-    for value in sorted(set(dropped_by), reverse=True):
-        equals = [a for a, of_token in zip(attention, dropped_by, strict=True) if of_token == value]
-        curve += [curve[-1] + sum(equals) * m / len(equals) for m in range(1, len(equals) + 1)]
-    return curve
-
-
-def slow_losses(run, layer, head, leave_out):
-    """L^m of keeping low norms, of keeping high norms, and of the ideal order, m = 0..n."""
-    attention = run.probe_attention[layer, head].astype(float).tolist()[leave_out:]
-    norms = run.key_norm[layer, head // 3].tolist()[leave_out:]
-    return (
-        expected_losses(attention, norms),
-        expected_losses(attention, [-x for x in norms]),
-        expected_losses(attention, [-a for a in attention]),
-    )
 
 
 def test_expected_losses_are_the_mean_over_all_orders_of_equals():

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from analysis.errors import ModelError
 from analysis.models.load import BUNDLED_MODELS, LoadedModel, load_model, model_folder, tokenizer_and_config
-from tests.conftest import BUNDLED, STORIES, build
+from tests.support.models import build
+from tests.support.paths import BUNDLED, STORIES
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

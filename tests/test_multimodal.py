@@ -17,9 +17,9 @@ from analysis import ModelError
 from analysis.models.vet import read_config
 from l2kv import CompressedCache, CompressionSpec, compressible
 from l2kv.layer import CompressedLayer
-from tests.causal_models import WINDOW
-from tests.conftest import TINY
-from tests.test_causal_models import masked_forward, one_thread  # noqa: F401
+from tests.support.causal_models import WINDOW
+from tests.support.causal_oracle import masked_forward
+from tests.support.models import TINY
 
 IMAGE = 150  # the token
 TEXT = {name: value for name, value in TINY.items() if name != "pad_token_id"} | {"pad_token_id": 0}

@@ -15,8 +15,9 @@ from analysis import ModelError, load_model
 from analysis.cli import main
 from analysis.models import load, packaged
 from analysis.models.packaged import MADE, PACKAGED, PackagedModel, UnreachableError, fetch, folder_of, is_fetched
-from tests.conftest import ROOT, build
-from tests.gguf_files import CHARACTERS, TOKENS, write_gguf
+from tests.support.gguf_files import CHARACTERS, TOKENS, write_gguf
+from tests.support.models import build
+from tests.support.paths import ROOT
 
 CHEAP = {"vocab_size": len(TOKENS), "initializer_range": 0.02}
 
@@ -157,8 +158,7 @@ def test_a_fetch_that_was_cancelled_at_any_step_goes_on_from_the_last_one_finish
 KILLED = """
 import os, sys
 from analysis.models import packaged
-from tests.test_packaged import PackagedModel
-model = PackagedModel(*{fields!r})
+model = packaged.PackagedModel(*{fields!r})
 def die(what, done, total):
     if what.startswith({stage!r}):
         os.kill(os.getpid(), 9)

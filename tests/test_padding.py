@@ -9,9 +9,9 @@ import torch
 from transformers import DynamicCache
 
 from l2kv import POLICIES, CompressedCache, CompressionSpec, attention_seam, compressible, l2_compress, q_filters
-from tests.architectures import ARCHITECTURES
-from tests.oracle import _attention, target
-from tests.test_cache import IN_CHUNKS, ONE_BY_ONE
+from tests.support.architectures import ARCHITECTURES
+from tests.support.decoding import IN_CHUNKS, ONE_BY_ONE
+from tests.support.oracle import attending, target
 
 PAD = 1  # any token: nobody looks at it
 PADDED = (0, 5, 13, 19)  # tokens before each row's text; with 19, the first chunk of IN_CHUNKS is all padding
@@ -20,15 +20,6 @@ UNIFORM = {"keep_ratio": 0.4}
 PER_HEAD = {"keep_ratio": 0.7, "head_ratios": {(0, 0): 0.2, (1, 1): 0.9, (2, 0): 0.1, (2, 1): 0.5}}
 ALL_OF_IT = {"budget": 10**6, "head_ratios": {(0, 0): 1.0, (1, 1): 1.0}}  # two groups a layer, both whole
 _models = {}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models as small as these only wait for the other threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=["Llama", "Qwen3", "GPT-2"])  # GPT-2: a wrong position shows, where rotary hides a shift
@@ -117,7 +108,7 @@ def alone(model, text, padding, chunks, spec):
             kept[module.layer_idx].append(held)
         return (weights @ value[0, :, None]).flatten(0, 1)[None].transpose(1, 2), None
 
-    with _attention(model, attention), torch.no_grad():
+    with attending(model, attention), torch.no_grad():
         return model(text[None], use_cache=False).logits[0], kept
 
 

@@ -26,8 +26,8 @@ from app.views import generate
 from app.views.generate import Column
 from app.views.texts import MAPS
 from l2kv import CompressionSpec
-from tests.conftest import BUNDLED, ROOT
-from tests.test_tasks import TEMPLATE
+from tests.support.paths import BUNDLED, ROOT
+from tests.support.texts import TEMPLATE
 
 N_LAYERS, N_HEADS = 6, 8  # as the demo run
 

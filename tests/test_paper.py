@@ -14,14 +14,17 @@ from analysis.files import content_of
 from analysis.measures import correlation
 from analysis.models.load import LoadedModel
 from analysis.paper.figures import FIGURES, VERSION, best_and_worst, four_heads, over_chunks, reproduce, to_json
-from analysis.paper.vectors import HeadVectors, attention_rows, each_layer, head_vectors, pooled_attention
+from analysis.paper.vectors import attention_rows, each_layer, head_vectors, pooled_attention
 from analysis.paper.why import Factors, factors, sink_head, sink_key, zeroing
 from app import figures
 from app.report import paper
 from app.report.writing import document
-from tests.conftest import BUNDLED, TINY, build
-from tests.test_capture import OTHERS, TEXT, TOKENIZER_VOCABULARY, eager
-from tests.test_measures import run_of, slow_losses
+from tests.support.losses import slow_losses
+from tests.support.models import OTHERS, TINY, TOKENIZER_VOCABULARY, build
+from tests.support.oracle import eager
+from tests.support.paths import BUNDLED
+from tests.support.runs import made_up, run_of
+from tests.support.texts import TEXT
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +43,6 @@ def load():
         return made[name]
 
     return get
-
-
-def made_up(heads=4, kv_heads=2, n=12, dimensions=8, seed=0, **changes) -> HeadVectors:
-    rng = np.random.default_rng(seed)
-    queries, keys = (rng.normal(size=(k, n, dimensions)).astype(np.float32) for k in (heads, kv_heads))
-    given = dict(layer=0, queries=queries, keys=keys, scaling=0.4, softcap=None, sinks=None, window=0)
-    return HeadVectors(**given | changes)
 
 
 def slow_row(query, keys, scaling) -> list[float]:

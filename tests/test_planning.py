@@ -21,9 +21,10 @@ from analysis.plans.curves import LossCurves, loss_curves
 from analysis.plans.export import kvpress_code, library_code, savings
 from analysis.plans.skip import suggest_skip_layers
 from l2kv import CompressionSpec
-from tests.conftest import BUNDLED, ROOT
-from tests.test_measures import expected_losses, run_of
-from tests.test_tasks import TEMPLATE
+from tests.support.losses import expected_losses
+from tests.support.paths import BUNDLED, ROOT
+from tests.support.runs import run_of
+from tests.support.texts import TEMPLATE
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 

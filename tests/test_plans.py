@@ -16,8 +16,9 @@ from analysis.plans.front import Front
 from analysis.records import from_json, to_json
 from analysis.texts.excerpts import SPLIT
 from l2kv import CompressionSpec
-from tests.conftest import BUNDLED, TINY, build
-from tests.test_tasks import TEMPLATE
+from tests.support.models import TINY, build
+from tests.support.paths import BUNDLED
+from tests.support.texts import TEMPLATE
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],

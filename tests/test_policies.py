@@ -21,8 +21,8 @@ from l2kv import (
 )
 from l2kv.layer import CompressedLayer
 from l2kv.policies import Pairs
-from tests.conftest import build, tokens
-from tests.oracle import _attention, replay, target
+from tests.support.models import build, tokens
+from tests.support.oracle import attending, replay, target
 
 ONE_BY_ONE = (36, *[1] * 8)
 IN_CHUNKS = (34, 5, 1, 4, 1, 3, 1)
@@ -184,7 +184,7 @@ def by_the_rule(model, ids, chunks, spec, filters=None):
         kept.append(rows)
         return ((scores + hide).softmax(-1) @ value).transpose(1, 2), None
 
-    with _attention(model, masked), torch.no_grad():
+    with attending(model, masked), torch.no_grad():
         logits = model(ids, use_cache=False).logits
     return logits, kept
 
@@ -481,7 +481,7 @@ def test_filters_are_the_mean_direction_of_the_queries_of_each_group(gqa):
         weights = (query @ key.transpose(-1, -2) * scaling).masked_fill(hidden, -torch.inf).softmax(-1)
         return (weights @ value).transpose(1, 2), None
 
-    with _attention(gqa, look), torch.no_grad():
+    with attending(gqa, look), torch.no_grad():
         gqa(ids, use_cache=False)
     found = q_filters(gqa, ids)
     assert found.shape == (3, 3, 8) and found.dtype == torch.float32

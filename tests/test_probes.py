@@ -18,8 +18,9 @@ from analysis.metrics import METRICS, PROBES, STATUSES, figures_of_probe, metric
 from analysis.selftest import GAMMA, check, is_synthetic
 from app import figures
 from app.figures.style import PRIMARY
-from tests.conftest import ROOT
-from tests.test_measures import expected_losses, run_of
+from tests.support.losses import expected_losses
+from tests.support.paths import ROOT
+from tests.support.runs import run_of
 
 LAYERS, HEADS, KV_HEADS, TOKENS, QUERIES = 3, 4, 2, 24, 6
 WINDOW = 9

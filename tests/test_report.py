@@ -24,7 +24,7 @@ from analysis.studies import Study, save_study
 from app.report import VERSION, report
 from app.report.writing import MOST_ROWS, Drawing, Section, document
 from l2kv import CompressionSpec
-from tests.test_measures import run_of
+from tests.support.runs import run_of
 
 HOSTILE = '</script><script>alert(1)</script><img src="http://example.org/x.png" onerror=alert(1)>&lt;\u202e$x$'
 

@@ -7,8 +7,7 @@ from analysis import Plan, RecordError
 from analysis.plans.skip import RULES, layer_loss, skip_list, suggest_skip_layers
 from analysis.records import to_json
 from l2kv import CompressionSpec
-from tests.test_across import study_of
-from tests.test_measures import run_of
+from tests.support.runs import run_of, study_of
 
 RANKS = np.arange(1.0, 41.0)
 

@@ -17,7 +17,7 @@ from analysis.models import packaged
 from analysis.models.packaged import SMOLLM2, UnreachableError, folder_of
 from l2kv import CompressionSpec
 
-pytestmark = pytest.mark.xdist_group("smollm2")  # one worker loads it
+pytestmark = [pytest.mark.xdist_group("smollm2"), pytest.mark.usefixtures("two_threads")]  # one worker loads it
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +26,6 @@ def loaded():
         return load_model("smollm2", device="cpu")
     except UnreachableError as error:
         pytest.skip(f"smollm2 is not on this machine: {error}")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def two_threads():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_what_is_kept_is_the_model_in_the_package(loaded, tmp_path_factory, capsys):

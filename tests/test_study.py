@@ -15,7 +15,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from transformers import AutoTokenizer
 
 from analysis import correlation, files
 from analysis.cli import main
@@ -32,17 +31,10 @@ from analysis.statistics import (
 )
 from analysis.studies import Study, load_study, save_study, study
 from analysis.texts.excerpts import Excerpt, excerpts
-from tests.conftest import BUNDLED
-from tests.test_across import study_of
-from tests.test_measures import run_of
+from tests.support.runs import run_of, study_of
 
 TEXTS = presets.bundled_texts()
 KEATS = TEXTS["The Tomb of Keats (Oscar Wilde, 1877)"]
-
-
-@pytest.fixture(scope="module")
-def loaded(models) -> LoadedModel:
-    return LoadedModel(models("books-5m"), AutoTokenizer.from_pretrained(BUNDLED), "books-5m")
 
 
 @pytest.fixture(scope="module")

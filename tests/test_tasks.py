@@ -5,12 +5,8 @@ from transformers import AutoTokenizer
 
 from analysis import TextError
 from analysis.evaluation.tasks import can_chat, chat_text, decided, found, prompt_tokens
-from tests.conftest import BUNDLED
-
-TEMPLATE = (
-    "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}</s>\n{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
-)
+from tests.support.paths import BUNDLED
+from tests.support.texts import TEMPLATE
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from analysis.records import to_json
 from analysis.texts import read
 from app.components import jobs
 from l2kv import CompressionSpec
-from tests.conftest import BUNDLED
+from tests.support.paths import BUNDLED
 
 BODY = "The sea, déjà vu 😀.\nHe looked.\n\nSo did it.\n"
 LINE_ENDS = {"\\n": "\n", "\\r\\n": "\r\n", "\\r": "\r"}

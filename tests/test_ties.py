@@ -16,9 +16,9 @@ from analysis.models.load import LoadedModel
 from analysis.paper.why import factors, sink_head
 from analysis.plans.curves import loss_curves
 from analysis.ties import evened, levelled, shared_ranks, tolerance
-from tests.conftest import BUNDLED, build
-from tests.test_measures import run_of
-from tests.test_paper import made_up
+from tests.support.models import build
+from tests.support.paths import BUNDLED
+from tests.support.runs import made_up, run_of
 
 DTYPES = ("float32", "float16", "bfloat16")
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 from analysis.errors import ModelError, TextError
 from analysis.texts import tokens as module
 from analysis.texts.tokens import about_tokens, check_text, check_tokenizer, notes_of, tokenize
-from tests.conftest import BUNDLED, STORIES
+from tests.support.paths import BUNDLED, STORIES
 
 FAMILY = "👩\u200d👩\u200d👧"
 TEXTS = {

@@ -14,7 +14,8 @@ from analysis.models.load import LoadedModel
 from analysis.recorder import capture
 from l2kv import POLICIES, CompressedCache, CompressionSpec, attention_probabilities, attention_seam, compressible
 from l2kv import probabilities as weights_module
-from tests.conftest import BUNDLED, TINY, tokens
+from tests.support.models import TINY, tokens
+from tests.support.paths import BUNDLED
 
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [*HALVES, torch.float32]

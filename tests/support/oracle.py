@@ -53,7 +53,7 @@ def replay(
 
 
 @contextmanager
-def _attention(model, function):
+def attending(model, function):
     before = model.config._attn_implementation
     AttentionInterface.register("oracle", function)
     AttentionMaskInterface.register("oracle", sdpa_mask)
@@ -113,6 +113,20 @@ def masked_forward(model, ids, chunks, spec, scores=None):
         weights = (query @ key.transpose(-1, -2) * scaling + hide).softmax(-1)
         return (weights @ value).transpose(1, 2), None
 
-    with _attention(model, attention), torch.no_grad():
+    with attending(model, attention), torch.no_grad():
         logits = model(ids, use_cache=False).logits
     return logits, kept
+
+
+def eager(loaded, ids):
+    """Attention [L, H, T, T] of the prompt, and [L, H, T + 1] of the greedy next token, by transformers itself."""
+    model, before = loaded.model, loaded.model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            prompt = model(ids, output_attentions=True)
+            longer = torch.cat([ids, prompt.logits[:, -1:].argmax(-1)], dim=1)
+            after = model(longer, output_attentions=True)
+    finally:
+        model.set_attn_implementation(before)
+    return torch.cat(prompt.attentions).numpy(), torch.cat(after.attentions)[:, :, -1].numpy()

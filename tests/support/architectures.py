@@ -1,6 +1,7 @@
 """Which architectures are compressed, and which refused: tiny models from configs, and the README's table of them.
 
-`python -m tests.architectures` prints the table. What it says is read off a run of each model, not written down.
+`python -m tests.support.architectures` prints the table. What it says is read off a run of each model, not written
+down.
 """
 
 import os
@@ -14,8 +15,8 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
 from l2kv import CompressedCache, CompressionSpec, UnsupportedModelError, compressible
-from tests.causal_models import about, reason
-from tests.conftest import TINY
+from tests.support.causal_models import about, reason
+from tests.support.models import TINY
 
 WINDOW = 8  # of sliding layers: less than the texts of the tests
 _ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]

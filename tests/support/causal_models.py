@@ -2,7 +2,7 @@
 
 Sizes are put in by the names that configs have for them; what some class needs beyond that is in `_NEEDS`. Which
 classes are compressed and looked into, and why the others are refused, is written down in docs/architectures.md:
-`python -m tests.causal_models` makes it anew from a run of each.
+`python -m tests.support.causal_models` makes it anew from a run of each.
 """
 
 import os
@@ -31,7 +31,7 @@ from analysis import ModelError, capture
 from analysis.models.load import LoadedModel
 from l2kv import CompressedCache, CompressionSpec, UnsupportedModelError, compressible
 from l2kv.cache import LEFT
-from tests.conftest import ROOT
+from tests.support.paths import ROOT
 
 PAGE = ROOT / "docs" / "architectures.md"
 TEXT = " ".join(f"w{i}" for i in range(2, 22))
@@ -219,6 +219,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w2")
 
 
+def text_for(n: int) -> Tensor:
+    """Token ids [1, n], none twice."""
+    return 2 + torch.randperm(150, generator=torch.Generator().manual_seed(1))[None, :n]
+
+
 def compress(model: PreTrainedModel, ids: Tensor, spec: CompressionSpec, chunks: Sequence[int]) -> tuple:
     """(cache, logits [1, T, V]) after some chunks; raises UnsupportedModelError where the model is refused."""
     with compressible(model):
@@ -282,7 +287,7 @@ Every causal language model class of the transformers that `requirements.txt` pi
 each is compressed and captured, and held against a full forward pass with the evicted masked and against its own eager
 attention (`tests/test_causal_models.py`). A prompt in chunks of several tokens is held against it where the model
 itself goes on exactly from its own cache; some hybrids (Jamba, Bamba) do so token by token only. Made by
-`python -m tests.causal_models`.
+`python -m tests.support.causal_models`.
 
 | type | class | compressed | left alone, or why refused | looked into |
 |---|---|---|---|---|
