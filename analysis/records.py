@@ -163,8 +163,8 @@ def load(cls: type[Record], path: str | Path) -> Record:
             opened = ArrayFile(path, int(number), content, frozenset(file.keys()), file.get_tensor)
             arrays = dict(kind.unpack(opened) if kind.unpack else {name: opened.read(name) for name in opened.names})
             _check_names(set(arrays), cls)
+            _check_dtypes(arrays, cls)
             made = _checked(cls, content, arrays)
-            _check_dtypes(made)
             check_shapes(made)
             return made
 
@@ -181,13 +181,6 @@ def check_shapes(thing: object) -> None:
             for axis, size in zip(axes, array.shape, strict=True)
         ):
             raise ValueError(f"{name} must be of shape ({', '.join(told)}), got {array.shape}")
-
-
-def _check_dtypes(thing: object) -> None:
-    for name, (dtype, _) in _axes_of(type(thing)).items():
-        array = getattr(thing, name)
-        if array is not None and array.dtype != dtype:
-            raise ValueError(f"{name} must be of type {dtype}, got {array.dtype}")
 
 
 def write_text(text: str, path: str | Path) -> Path:
@@ -279,6 +272,12 @@ def _check_names(arrays: set[str], cls: type) -> None:
         raise ValueError(f"its arrays lack {', '.join(sorted(missing))}")
     if foreign := arrays - declared:
         raise ValueError(f"its arrays hold {', '.join(sorted(foreign))}, which {kind_of(cls).title} does not have")
+
+
+def _check_dtypes(arrays: Mapping[str, np.ndarray], cls: type) -> None:
+    for name, (dtype, _) in _axes_of(cls).items():
+        if name in arrays and arrays[name].dtype != dtype:
+            raise ValueError(f"{name} must be of type {dtype}, got {arrays[name].dtype}")
 
 
 @contextmanager

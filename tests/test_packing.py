@@ -119,8 +119,8 @@ def test_the_figures_of_a_model_are_those_of_its_run_before_it_was_saved(run, pa
     np.testing.assert_array_equal(after.status, before.status)
     for name in (
         "gamma",
-        "gamma_without_sink",
-        "alr_against_chance",
+        "gamma_skip_first",
+        "normalised_alr",
         "alr_per_token",
         "spearman",
         "pearson",
@@ -131,7 +131,7 @@ def test_the_figures_of_a_model_are_those_of_its_run_before_it_was_saved(run, pa
 
 
 def test_each_of_the_last_queries_says_the_same_too(run, path):
-    for name in ("gamma", "gamma_without_sink", "alr_against_chance", "spearman"):
+    for name in ("gamma", "gamma_skip_first", "normalised_alr", "spearman"):
         np.testing.assert_allclose(by_query(load_run(path), name), by_query(run, name), atol=BOUND, rtol=0)
 
 

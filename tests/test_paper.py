@@ -160,7 +160,7 @@ def test_the_curves_of_figure_7_are_the_means_of_what_norm_order_loses_beyond_th
     np.testing.assert_allclose(over.alr, sums, atol=1e-5)
     np.testing.assert_allclose(over.alr_per_token, sums / 30, atol=1e-6)
     gammas = np.mean([correlation(run) for run in runs], axis=0)
-    np.testing.assert_allclose(over.alr_against_chance, 1 + gammas, atol=1e-6)
+    np.testing.assert_allclose(over.normalised_alr, 1 + gammas, atol=1e-6)
 
     two = best_and_worst(over)
     assert [sums[head] for head in two.heads] == [sums.min(), sums.max()]

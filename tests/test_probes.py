@@ -65,11 +65,11 @@ def slow_metrics(norms: list[float], attention: list[float], visible: int) -> di
     entropy = -sum(a / total * math.log2(a / total) for a in attention if a > 0)
     return {
         "gamma": loss / chance - 1,
-        "gamma_without_sink": loss_without / chance_without - 1,
+        "gamma_skip_first": loss_without / chance_without - 1,
         "alr": loss,
         "alr_chance": chance,
         "alr_per_token": loss / n,
-        "alr_against_chance": loss / chance,
+        "normalised_alr": loss / chance,
         "spearman": stats.spearmanr(norms, attention).statistic,
         "pearson": stats.pearsonr(norms, attention).statistic,
         "sink_share": attention[0] / total,
@@ -115,8 +115,8 @@ def test_a_query_with_too_few_tokens_before_it_does_not_count():
     run = run_of(rng.gamma(5, size=(1, 1, 5)), rng.gamma(1, size=(1, 1, 5)), recent=rows)
     assert np.isfinite(by_query(run)[:, 0, 0]).tolist() == [False, False, False, True, True]
     assert np.isfinite(by_query(run, "entropy")[:, 0, 0]).tolist() == [False, False, True, True, True]
-    without = metrics(run, probe="last queries", leave_out=1)
-    assert without.of("gamma")[0, 0] == pytest.approx(by_query(run, "gamma_without_sink")[4, 0, 0])
+    without = metrics(run, probe="last queries", skip_first=1)
+    assert without.of("gamma")[0, 0] == pytest.approx(by_query(run, "gamma_skip_first")[4, 0, 0])
     assert metrics(run, probe="last queries").of("gamma")[0, 0] == pytest.approx(by_query(run)[3:, 0, 0].mean())
 
 
@@ -135,10 +135,10 @@ def test_an_unknown_metric_or_probe_is_refused_by_name(run):
         metrics(run, probe="every query")
 
 
-@pytest.mark.parametrize("leave_out", [0, 1])
-def test_the_figures_by_the_next_token_are_those_of_the_functions(run, leave_out):
-    ours, plain = figures_of_probe(run, "next token", leave_out=leave_out), head_figures(run, leave_out=leave_out)
-    for name in ("gamma", "alr", "alr_per_token", "alr_against_chance", "spearman", "pearson", "sink_share"):
+@pytest.mark.parametrize("skip_first", [0, 1])
+def test_the_figures_by_the_next_token_are_those_of_the_functions(run, skip_first):
+    ours, plain = figures_of_probe(run, "next token", skip_first=skip_first), head_figures(run, skip_first=skip_first)
+    for name in ("gamma", "alr", "alr_per_token", "normalised_alr", "spearman", "pearson", "sink_share"):
         np.testing.assert_allclose(getattr(ours, name), getattr(plain, name), atol=1e-12, err_msg=name)
     for name in ("status", "verdict"):
         np.testing.assert_array_equal(getattr(ours, name), getattr(plain, name))
@@ -146,16 +146,16 @@ def test_the_figures_by_the_next_token_are_those_of_the_functions(run, leave_out
 
 def test_the_figures_by_a_probe_are_of_its_attention_with_and_without_the_first_token(run):
     received = replace(run, probe_attention=run.attention_received, windows=(0, 0, 0))
-    for leave_out in (0, 1):
+    for skip_first in (0, 1):
         ours, plain = (
-            figures_of_probe(run, "all queries", leave_out=leave_out), head_figures(received, leave_out=leave_out),
+            figures_of_probe(run, "all queries", skip_first=skip_first), head_figures(received, skip_first=skip_first),
         )  # fmt: skip
         np.testing.assert_allclose(ours.gamma, plain.gamma, atol=1e-12)
         np.testing.assert_allclose(ours.alr, plain.alr, atol=1e-12)
         np.testing.assert_array_equal(ours.verdict, plain.verdict)
-        by_last = figures_of_probe(run, "last queries", leave_out=leave_out)
+        by_last = figures_of_probe(run, "last queries", skip_first=skip_first)
         np.testing.assert_allclose(
-            by_last.gamma, metrics(run, probe="last queries").of("gamma_without_sink" if leave_out else "gamma")
+            by_last.gamma, metrics(run, probe="last queries").of("gamma_skip_first" if skip_first else "gamma")
         )
     assert set(by_last.verdict[2]) == {"undefined"} and set(by_last.status[2]) == {"sliding window"}
 
@@ -223,7 +223,7 @@ def test_the_command_prints_known_against_measured_and_writes_the_run(tmp_path, 
     assert main(["instrument", "-o", str(out)]) == 0
     told = capsys.readouterr().out.splitlines()
     assert "last queries  gamma                   0     -1  -1.0000000" in told
-    assert "all queries   alr_against_chance      2     +2  +2.0000000" in told
+    assert "all queries   normalised_alr      2     +2  +2.0000000" in told
     assert told[-1].startswith("The instrument reads what is there")
     assert is_synthetic(load_run(out))
 
@@ -309,10 +309,10 @@ def test_the_probe_that_is_chosen_is_that_of_maps_table_and_words(app):
 def test_leaving_out_the_first_token_and_choosing_a_probe_go_together(app):
     run = load_run(bundled_results("books-5m").demo)
     app.session_state["probe"] = "last queries"
-    app.session_state["leave_out"] = True
+    app.session_state["skip_first"] = True
     app.run()
     assert not app.exception
-    expected = metrics(run, probe="last queries").of("gamma_without_sink")
+    expected = metrics(run, probe="last queries").of("gamma_skip_first")
     assert shown_gamma(app) == pytest.approx(expected.ravel().tolist())
     assert "n = 443 to 458 tokens" in next(m.help for m in app.metric if m.label == "ALR")
 

@@ -83,7 +83,7 @@ def test_synthetic_heads_read_minus_one_zero_and_plus_one():
     run = run_of([[ranks]], [[1 / ranks, (ranks - 201) ** 2, ranks]])
     figures = metrics(run)
     assert figures.of("gamma")[0] == pytest.approx([-1, 0, 1], abs=1e-6)
-    assert figures.of("alr_against_chance")[0] == pytest.approx([0, 1, 2], abs=1e-6)
+    assert figures.of("normalised_alr")[0] == pytest.approx([0, 1, 2], abs=1e-6)
     assert figures.of("spearman")[0] == pytest.approx([-1, 0, 1], abs=1e-6)
     # 201 of 401 are kept: the mirror shares the middle one, and half of the two ends is at the low end (of equals the
     # earlier, so one more).
@@ -116,9 +116,9 @@ def test_a_probe_is_the_attention_that_all_metrics_are_of():
     run, swapped = run_of(norm, row, received), run_of(norm, received, row)
     np.testing.assert_array_equal(metrics(run, probe="all queries").values, metrics(swapped).values)
     np.testing.assert_allclose(metrics(run).of("gamma"), correlation(run))
-    np.testing.assert_allclose(metrics(run).of("gamma_without_sink"), correlation(run, leave_out=1))
+    np.testing.assert_allclose(metrics(run).of("gamma_skip_first"), correlation(run, skip_first=1))
     np.testing.assert_allclose(metrics(run).of("alr_per_token"), alr(run) / 30)
-    np.testing.assert_allclose(metrics(run).of("alr_against_chance"), alr(run) / alr_chance(run))
+    np.testing.assert_allclose(metrics(run).of("normalised_alr"), alr(run) / alr_chance(run))
     np.testing.assert_allclose(metrics(run, probe="all queries").of("spearman"), correlation(run, "spearman"))
     np.testing.assert_allclose(metrics(run).of("sink_share"), row[..., 0] / row.sum(-1), rtol=1e-6)
     with pytest.raises(ValueError, match="next token, last queries, all queries"):

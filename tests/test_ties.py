@@ -184,28 +184,28 @@ def test_no_figure_hangs_on_how_equal_tokens_were_rounded(dtype, probe):
     run, others = rounded_runs(dtype)
     for other in others:
         assert (np.argsort(other.key_norm) != np.argsort(run.key_norm)).any()
-        for leave_out in (0, 1):
+        for skip_first in (0, 1):
             for view in (lambda x: x, by_kv_head):
-                one, two = (metrics(view(x), probe=probe, leave_out=leave_out) for x in (run, other))
+                one, two = (metrics(view(x), probe=probe, skip_first=skip_first) for x in (run, other))
                 for name in set(METRICS) - {"pearson"}:  # which is of the values
                     np.testing.assert_allclose(one.of(name), two.of(name), atol=1e-12, err_msg=name)
                     np.testing.assert_array_equal(one.status_of(name), two.status_of(name))
 
 
-@pytest.mark.parametrize("leave_out", [0, 1, 4])
+@pytest.mark.parametrize("skip_first", [0, 1, 4])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nor_do_measures_curves_and_single_queries(dtype, leave_out):
+def test_nor_do_measures_curves_and_single_queries(dtype, skip_first):
     run, others = rounded_runs(dtype)
     for other in others:
-        one, two = (head_figures(x, leave_out=leave_out) for x in (run, other))
-        for name in ("gamma", "alr", "alr_per_token", "alr_against_chance", "spearman"):
+        one, two = (head_figures(x, skip_first=skip_first) for x in (run, other))
+        for name in ("gamma", "alr", "alr_per_token", "normalised_alr", "spearman"):
             np.testing.assert_allclose(getattr(one, name), getattr(two, name), atol=1e-12, err_msg=name)
         np.testing.assert_array_equal(one.verdict, two.verdict)
         np.testing.assert_allclose(
-            alr(other, leave_out=leave_out), alr_chance(run, leave_out=leave_out) * (1 + two.gamma)
+            alr(other, skip_first=skip_first), alr_chance(run, skip_first=skip_first) * (1 + two.gamma)
         )
         for head in range(6):
-            curves = [attention_loss(x, 1, head, leave_out=leave_out) for x in (run, other)]
+            curves = [attention_loss(x, 1, head, skip_first=skip_first) for x in (run, other)]
             for name in ("low_norm", "high_norm", "ideal", "chance"):
                 np.testing.assert_allclose(*(getattr(each, name) for each in curves), atol=1e-12)
         for last in (0, 7):
@@ -226,9 +226,9 @@ def test_a_figure_is_the_same_by_measures_and_by_metrics(probe):
     else:
         shorter = run_of(run.key_norm, given)
     shorter = replace(shorter, dtype="bfloat16")
-    for name, leave_out in (("gamma", 0), ("gamma_without_sink", 1)):
+    for name, skip_first in (("gamma", 0), ("gamma_skip_first", 1)):
         np.testing.assert_allclose(
-            metrics(run, probe=probe).of(name), correlation(shorter, leave_out=leave_out), atol=1e-12
+            metrics(run, probe=probe).of(name), correlation(shorter, skip_first=skip_first), atol=1e-12
         )
     np.testing.assert_allclose(metrics(run, probe=probe).of("alr"), alr(shorter), atol=1e-12)
 

@@ -178,7 +178,7 @@ def _extremes(run: Capture, study: Study, after: str) -> Section:
         }
         drawings.append(
             Drawing(
-                figures.loss_curves(dropped, curves, keep_ratio=KEEP),
+                figures.loss_curves(dropped, curves, keep_ratio=KEEP_RATIO),
                 alt=f"Attention lost by share of tokens evicted, layer {layer}, head {head}",
                 title=f"{which}: layer {layer}, head {head}, Γ {signed(gamma[layer, head])}, "
                 f"ALR {study.of('alr')[0, layer, head]:.1f}",
