@@ -19,9 +19,8 @@ from analysis.plans.ablation import head_costs
 from analysis.plans.allocation import BudgetError
 from analysis.plans.curves import LossCurves
 from analysis.plans.front import Front, FrontPoint, measure_front, passes
-from analysis.plans.simultaneous import simultaneous
 from analysis.plans.strategies import KINDS, WAYS
-from analysis.statistics import MIN_TEXTS, RESAMPLES, Interval
+from analysis.statistics import MIN_TEXTS, RESAMPLES, Interval, simultaneous
 from analysis.texts.excerpts import excerpts
 from analysis.texts.tokens import tokenize
 from l2kv import CompressionSpec

@@ -1,4 +1,4 @@
-"""Tokens whose norms rounding alone tells apart: what is equal, and that no figure hangs on how it was rounded."""
+"""Tokens whose norms rounding alone tells apart: what is equal, and that no number hangs on how it was rounded."""
 
 import itertools
 import math
@@ -9,13 +9,15 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from analysis import alr, attention_loss, capture, correlation
-from analysis.measures import alr_chance, by_kv_head, head_figures, status
-from analysis.metrics import METRICS, PROBES, by_query, metrics
+from analysis import alr, attention_loss, capture, captures, correlation
+from analysis.measures import by_kv_head
+from analysis.metrics import METRICS, PROBES, by_query, metrics, status
 from analysis.models.load import LoadedModel
 from analysis.paper.why import factors, sink_head
 from analysis.plans.curves import loss_curves
+from analysis.studies import study_of
 from analysis.ties import evened, levelled, shared_ranks, tolerance
+from analysis.verdicts import verdicts
 from tests.support.models import build
 from tests.support.paths import BUNDLED
 from tests.support.runs import made_up, run_of
@@ -197,13 +199,10 @@ def test_no_figure_hangs_on_how_equal_tokens_were_rounded(dtype, probe):
 def test_nor_do_measures_curves_and_single_queries(dtype, skip_first):
     run, others = rounded_runs(dtype)
     for other in others:
-        one, two = (head_figures(x, skip_first=skip_first) for x in (run, other))
-        for name in ("gamma", "alr", "alr_per_token", "normalised_alr", "spearman"):
-            np.testing.assert_allclose(getattr(one, name), getattr(two, name), atol=1e-12, err_msg=name)
-        np.testing.assert_array_equal(one.verdict, two.verdict)
-        np.testing.assert_allclose(
-            alr(other, skip_first=skip_first), alr_chance(run, skip_first=skip_first) * (1 + two.gamma)
-        )
+        np.testing.assert_array_equal(verdicts(study_of(run)), verdicts(study_of(other)))
+        chance = metrics(run, skip_first=skip_first).of("alr_chance")
+        gamma = correlation(other, skip_first=skip_first)
+        np.testing.assert_allclose(alr(other, skip_first=skip_first), chance * (1 + gamma))
         for head in range(6):
             curves = [attention_loss(x, 1, head, skip_first=skip_first) for x in (run, other)]
             for name in ("low_norm", "high_norm", "ideal", "chance"):
@@ -216,7 +215,7 @@ def test_nor_do_measures_curves_and_single_queries(dtype, skip_first):
 
 
 @pytest.mark.parametrize("probe", PROBES)
-def test_a_figure_is_the_same_by_measures_and_by_metrics(probe):
+def test_a_probe_gives_what_its_row_gives_as_that_of_the_next_token(probe):
     run = rounded_runs("bfloat16")[1][0]
     given = {"next token": run.probe_attention, "all queries": run.attention_received}.get(probe)
     if given is None:
@@ -302,3 +301,14 @@ def test_two_dtypes_of_one_text_agree_in_layer_0(in_three_dtypes, dtype):
         np.testing.assert_allclose(figure(same)[0, 3:], figure(exact)[0, 3:], rtol=1e-9)
         np.testing.assert_allclose(figure(same)[0, :3], figure(exact)[0, :3], rtol=0.01)
     np.testing.assert_allclose(alr(run)[0], alr(exact)[0], rtol=0.02)
+
+
+def test_the_norms_of_a_run_are_levelled_once(monkeypatch):
+    """However many metrics, probes and views are asked for: it takes longest of all."""
+    run, _ = rounded_runs("bfloat16")
+    calls = []
+    monkeypatch.setattr(captures, "levelled", lambda *given: calls.append(1) or levelled(*given))
+    for probe in PROBES:
+        metrics(run, probe), metrics(run, probe, 1), metrics(by_kv_head(run), probe)
+    loss_curves(run, protect_last=7), attention_loss(run, 1, 2), by_query(run), correlation(run, "spearman")
+    assert len(calls) == 1

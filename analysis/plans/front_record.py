@@ -14,10 +14,9 @@ import numpy as np
 from analysis.errors import RecordError
 from analysis.files import content_of, record
 from analysis.models.memory import human_bytes
-from analysis.plans.simultaneous import simultaneous
 from analysis.plans.skip import spec_of
 from analysis.plans.strategies import KINDS, WAYS
-from analysis.statistics import MIN_TEXTS, Interval, means, spearman, told_of_documents
+from analysis.statistics import MIN_TEXTS, Interval, means, simultaneous, spearman, told_of_documents
 from l2kv.spec import CompressionSpec
 
 VERSION = 1
@@ -100,7 +99,7 @@ class Front:
         """At each budget the best plan beside the best uniform way.
 
         Both are the best on the texts that they are compared on, so the intervals hold for every plan beside every
-        uniform way at every budget at once (`analysis.plans.simultaneous`): whichever are picked.
+        uniform way at every budget at once (`analysis.statistics.simultaneous`): whichever are picked.
         """
         plans = self.best("plan")
         best = (one for one in self._against_best_uniform() if one.plan is plans[one.plan.keep])
