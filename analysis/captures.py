@@ -72,9 +72,7 @@ def _upgrade(version: int, content: records.Content) -> records.Content:
     return content
 
 
-@records.record(
-    "run", version=4, title="a saved run", again="l2kv capture", upgrade=_upgrade, pack=_pack, unpack=_unpack
-)
+@records.record("run", version=4, again="l2kv capture", upgrade=_upgrade, pack=_pack, unpack=_unpack)
 @dataclass(frozen=True, eq=False)  # arrays have no equality; identity also makes it a key of caches
 class Capture:
     """One text in one model. L layers, H query heads, Hkv kv heads, T tokens, P <= 128 bins of tokens, W last queries.

@@ -140,7 +140,7 @@ def save(thing: object, path: str | Path) -> Path:
 def load(cls: type[Record], path: str | Path) -> Record:
     """Read what `save` wrote. Raises RecordError, with the file and the reason."""
     path, kind, axes = Path(path), kind_of(cls), _axes_of(cls)
-    if not path.is_file():
+    if not _is_file(path):
         raise RecordError(f"There is no file {path}.")
     if not axes:
         try:
@@ -272,6 +272,13 @@ def _check_names(arrays: set[str], cls: type) -> None:
         raise ValueError(f"its arrays lack {', '.join(sorted(missing))}")
     if foreign := arrays - declared:
         raise ValueError(f"its arrays hold {', '.join(sorted(foreign))}, which {kind_of(cls).title} does not have")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _check_dtypes(arrays: Mapping[str, np.ndarray], cls: type) -> None:
