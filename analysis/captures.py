@@ -20,11 +20,12 @@ import numpy as np
 
 from analysis import records
 from analysis.errors import RecordError
-from analysis.models.memory import CacheShape, free_bytes
+from analysis.models.memory import free_bytes
 from analysis.packing import code_type, deflated, inflated, quantised, restored
 from analysis.records import ArrayFile
 from analysis.ties import levelled, shared_ranks
 from analysis.words import human_bytes
+from l2kv.config import CacheShape
 
 LARGE = 2**16  # numbers: more of the last queries than this are kept in fewer steps
 ALWAYS_READ = 64 * 2**20  # bytes that any file may unpack to

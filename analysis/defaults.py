@@ -23,3 +23,7 @@ GENERATED_TOKENS = 64
 """Tokens at most that a model goes on with a text for."""
 KEEP_RATIOS = (0.1, 0.2, 0.3, 0.5, 0.7)
 """Budgets that allocation strategies are compared at."""
+MODEL = "smollm2"
+"""The model that is loaded where none is named."""
+PROBE = "next token"
+"""Whose attention is looked at, one of `analysis.metrics.PROBES`."""

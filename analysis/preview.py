@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache
 
 from analysis.errors import ModelError
 from analysis.evaluation.tasks import prompt_tokens
@@ -20,8 +19,10 @@ from analysis.models.load import LoadedModel
 from analysis.models.memory import memory_errors
 from analysis.recorder import OnLayer, check_length
 from analysis.texts.tokens import Tokens
-from l2kv import CompressedCache, CompressionSpec, UnsupportedModelError, attention_seam, cache_nbytes, compressible
-from l2kv.hooks import Attention
+from l2kv import CompressedCache, CompressionSpec, UnsupportedModelError, compressible
+from l2kv.cache import cache_nbytes
+from l2kv.decoding import decode_one_token, new_cache, prefill
+from l2kv.hooks import Attention, attention_hook
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ def stream(
 class _Column:
     def __init__(self, loaded: LoadedModel, tokens: Tokens, spec: CompressionSpec | None) -> None:
         self._loaded = loaded
-        self._cache = new_cache(loaded, spec)
+        self._cache = new_cache(loaded.config, spec)
         ids = torch.from_numpy(tokens.ids)[None].to(loaded.device)
         prefill(loaded.model, ids[:, :-1], self._cache)
         self._next, self._new = ids[:, -1:], []
@@ -126,13 +127,8 @@ def _watched(loaded: LoadedModel, passes: int, on_layer: OnLayer | None) -> Iter
             on_layer(min(done, total), total)
         return inner(*args, **kwargs)
 
-    with attention_seam(loaded.model, heard):
+    with attention_hook(loaded.model, heard):
         yield
-
-
-def new_cache(loaded: LoadedModel, spec: CompressionSpec | None) -> Cache:
-    """An empty cache: compressed by the spec, or full if there is none. Raises ValueError if the spec does not fit."""
-    return DynamicCache(config=loaded.config) if spec is None else CompressedCache(loaded.config, spec)
 
 
 def _held(cache: Cache) -> tuple[int, ...]:
@@ -140,16 +136,6 @@ def _held(cache: Cache) -> tuple[int, ...]:
         return cache.held
     keys = (getattr(layer, "keys", None) for layer in cache.layers)  # a layer may carry a state, and none
     return tuple(0 if of_layer is None else of_layer.shape[-2] for of_layer in keys)
-
-
-def prefill(model, ids: Tensor, cache: Cache) -> None:
-    """Run the prompt [1, T] into an empty cache; a compressed one is compressed by it."""
-    model.base_model(ids, past_key_values=cache, use_cache=True)  # no logits are needed
-
-
-def decode_one_token(model, token: Tensor, cache: Cache) -> Tensor:
-    """The greedy token [1, 1] after `token` [1, 1]."""
-    return model(token, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
 
 
 def _end_tokens(loaded: LoadedModel) -> set[int]:

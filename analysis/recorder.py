@@ -19,19 +19,12 @@ from torch import Tensor, nn
 from analysis.captures import Capture
 from analysis.errors import ModelError, OutOfMemoryError, SettingsError, TextError
 from analysis.models.load import LoadedModel
-from analysis.models.memory import (
-    BLOCK,
-    LAST_QUERIES,
-    MAX_BINS,
-    RECENT_BYTES,
-    CacheShape,
-    check_fits,
-    layer_kinds,
-    memory_errors,
-)
+from analysis.models.memory import BLOCK, LAST_QUERIES, MAX_BINS, RECENT_BYTES, check_fits, memory_errors
 from analysis.texts.tokens import LONG, MIN_TOKENS, Tokens, about_tokens, tokenize
-from l2kv import UnsupportedModelError, attention_probabilities
+from l2kv import UnsupportedModelError
+from l2kv.config import CacheShape, layer_kinds
 from l2kv.hooks import Look, WatchedCache, watching
+from l2kv.probabilities import attention_probabilities
 
 OnLayer = Callable[[int, int], None]
 """Called as (layers done, layers), after each layer and before each block of queries in it. What it raises cancels the

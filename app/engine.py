@@ -16,8 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from analysis.errors import ModelError
-from analysis.models.load import NAMED_MODELS, check_spelling, load_model, tokenizer_and_config
+from analysis.models.load import (
+    NAMED_MODELS,
+    check_spelling,
+    load_model,
+    loading_note,
+    model_folder,
+    tokenizer_and_config,
+)
 from analysis.models.packaged import PACKAGED, is_fetched
+from analysis.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -80,6 +88,26 @@ class Engine:
             with self._changed:
                 self._queue.remove(ticket)
                 self._changed.notify_all()
+
+    @contextmanager
+    def lend(self, ref: str, progress: Progress) -> Iterator[LoadedModel]:
+        """`turn`, for a model that a user named: found or fetched, or refused, before anyone has to wait for it.
+
+        Args:
+            progress: told each stage in full, with no count; what it raises gives up.
+
+        Raises:
+            ModelError: the model is not allowed here, is not there, or is none that can be loaded.
+        """
+        ref = check_allowed(ref)
+        model_folder(ref, on_fetch=lambda what, done, total: progress(0, 0, f"{what}: {done / total:.0%}"))
+        with self.turn(
+            ref,
+            on_wait=lambda ahead: progress(0, 0, f"Waiting: {ahead} ahead of you"),
+            on_load=lambda: progress(0, 0, f"Loading {ref} … {loading_note(ref)}"),
+        ) as loaded:
+            progress(0, 0, "Running …")
+            yield loaded
 
     def _ahead_of(self, ticket: object) -> int:
         with self._changed:

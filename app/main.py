@@ -17,7 +17,7 @@ from analysis.models.memory import free_bytes, human_bytes
 from app.components import markup
 from app.engine import Engine
 from app.views import capture, generate, heads, plan, skip, texts
-from l2kv.spec import SpecError
+from l2kv.errors import SpecError
 
 if TYPE_CHECKING:
     from streamlit.delta_generator import DeltaGenerator
@@ -50,7 +50,8 @@ def _status(place: DeltaGenerator) -> None:
 def main() -> None:
     """Draw the page that the address names."""
     st.set_page_config(page_title=TITLE, page_icon=str(ICON), layout="wide")
-    heads_page = st.Page(heads.page, title="Heads", icon=":material/grid_view:", url_path="heads", default=True)
+    heads_page = st.Page(heads.page, title="Heads", icon=":material/grid_view:", default=True)
+    also_heads = st.Page(lambda: heads.page(), title="Heads", url_path="heads", visibility="hidden")  # an address too
     capture_page = st.Page(
         lambda: capture.page(engine(), heads_page), title="Capture", icon=":material/photo_camera:", url_path="capture"
     )
@@ -64,7 +65,7 @@ def main() -> None:
     generate_page = st.Page(
         lambda: generate.page(engine()), title="Generate", icon=":material/compare:", url_path="generate"
     )
-    pages = [heads_page, capture_page, texts_page, skip_page, plan_page, generate_page]
+    pages = [heads_page, also_heads, capture_page, texts_page, skip_page, plan_page, generate_page]
     page = st.navigation(pages, position="top")
     st.html(markup.PAGE_STYLE)
     status = st.empty()

@@ -1,50 +1,125 @@
-"""What a session has on screen: the run, the study, the plan, the chosen head, and the compression that pages share.
+"""What a session holds: each key of `st.session_state` that parts of the app share is a `Slot` here, and nowhere else.
 
-The compression lives in the widgets themselves (`persist_state="session"`), under one key each on every page.
+Also what is on screen (a run, a study, a plan, the open head) and what was worked out of it. Draws nothing. Keys that
+one widget or one page has for itself stay there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import lru_cache, wraps
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import numpy as np
 import streamlit as st
 
+from analysis import defaults
 from analysis.captures import Capture, load_run
 from analysis.demo.presets import BUNDLED_RUNS, bundled_results, demo_model
-from analysis.errors import ModelError
 from analysis.measures import by_kv_head
 from analysis.metrics import METRICS, HeadValues, by_query, metrics
-from analysis.models.memory import DTYPES
-from analysis.models.sizes import checkpoint_dtype
 from analysis.plans.curves import LossCurves, loss_curves
 from analysis.plans.skip import Plan
 from analysis.studies import Study, load_study, study_of
 from analysis.verdicts import verdicts
-from l2kv.policies import POLICIES
-from l2kv.spec import CompressionSpec
 
-POLICY_NAMES = {
-    "low_norm": "Low norm (the paper)",
-    "high_norm": "High norm (its mirror)",
-    "random": "Random",
-    "streaming": "First and recent (StreamingLLM)",
-    "keydiff": "Unlike the other keys (KeyDiff)",
-    "accumulated": "Most attention so far (H2O)",
-    "window": "Attention of the last 32 queries (SnapKV)",
-    "last_query": "Attention of the last query (TOVA)",
-}
-BY_NORM = ("low_norm", "high_norm", "random")  # what a run can tell the loss of
-BY_HEAD = "Low or high norm by head"  # signed_norm: only a plan can say which
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Slot(Generic[Value]):
+    """One value of a session. Its key may also be a widget's, on any number of pages."""
+
+    key: str
+    default: Value
+    goes_with: tuple[str, ...] = ()
+    """"run", "study" or both: what takes the value along when another one is shown."""
+
+    def get(self) -> Value:
+        """Return the value, or the default where there is none."""
+        return st.session_state.get(self.key, self.default)
+
+    def set(self, value: Value) -> None:
+        """Put a value in; before the widget of that key is drawn, if it has one."""
+        st.session_state[self.key] = value
+
+    def held(self) -> bool:
+        """Whether there is a value that somebody put in."""
+        return self.key in st.session_state
+
+    def drop(self) -> None:
+        """Go back to the default."""
+        st.session_state.pop(self.key, None)
+
+    def take(self) -> Value:
+        """Return the value and drop it: what is to be said once."""
+        return st.session_state.pop(self.key, self.default)
+
+    def widget(self) -> dict[str, Any]:
+        """Arguments that tie a widget to the slot: it begins with its value, and the value outlives the page.
+
+        The default is not the widget's own: Streamlit warns of one whose value is set, too, as presets do.
+        """
+        self.set(self.get())
+        return {"key": self.key, "persist_state": "session"}
+
+
+# On screen.
+RUN = Slot[Capture | None]("run", None)  # None: the demo
+OTHER_RUN = Slot[Capture | None]("other_run", None)
+STUDY = Slot[Study | None]("study", None)
+STUDY_ANYWAY = Slot("study_anyway", False, ("run",))  # though it is of another model than the run
+PLAN = Slot[Plan | None]("plan", None)
+LAYER, HEAD = Slot("layer", 0, ("run",)), Slot("head", 0, ("run",))
+STUDY_LAYER, STUDY_HEAD = Slot("study_layer", 0, ("study",)), Slot("study_head", 0, ("study",))
+GENERATED = Slot[Any]("generated", None, ("run",))
+_REMEMBERED = Slot[dict]("remembered", {}, ("run", "study"))
+
+# The compression that pages share, and the second one that Generate can set beside it.
+KEEP_RATIO, SECOND_KEEP_RATIO = Slot("keep_ratio", defaults.KEEP_RATIO), Slot("second_keep_ratio", 0.25)
+POLICY, SECOND_POLICY = Slot("policy", "low_norm"), Slot("second_policy", "low_norm")
+PROTECT_LAST = Slot("protect_last", defaults.RECENT_WINDOW)
+PRUNE_AFTER = Slot("prune_after", 0)
+SKIP_LAYERS = Slot[Sequence[int]]("skip_layers", (), ("run",))
+SKIP_COUNT = Slot("skip_count", 0, ("run",))
+CACHE_DTYPE = Slot("cache_dtype", "bfloat16", ("run",))
+BESIDE = Slot("beside", False)  # whether there is a second one
+FIRST_BY, SECOND_BY = Slot("first_by", ""), Slot("second_by", "")  # by the plan, or by the controls
+
+# The model and the texts that long work is done with.
+MODEL, MODEL_REF = Slot("model_choice", "", ("run",)), Slot("model_ref", "", ("run",))
+MODEL_CHOSEN_FOR = Slot("model_choice_of", "")  # the model of the run that was on screen then
+GENERATE_MODEL = Slot[str | None]("generate_model", None, ("run",))
+FILES = Slot[Mapping[str, str]]("sources", {})  # name -> text
+UPLOADS = Slot("uploads", 0)  # the number of the uploader: another one is empty
+PASTED = Slot("pasted", "")
+EXCERPTS = Slot("continued", defaults.EXCERPTS)
+PROMPT_TOKENS = Slot("prompt_tokens", defaults.PROMPT_TOKENS)
+PREDICTED_TOKENS = Slot("predicted", 32)
+
+# To be said once.
+REFUSED = Slot[tuple[str, ...]]("refused", ())  # files that could not be read, and why
+NOTES = Slot[tuple[str, ...]]("notes", ())  # on special tokens in the texts, beside a result
+
+# What the browser has drawn.
+CHART_DRAWN = Slot("chart_drawn", False)
+FIRST_CHART_SENT = Slot[float | None]("first_chart_sent", None)
+
+SLOTS = tuple(value for value in list(globals().values()) if isinstance(value, Slot))
+
+
+def _drop_all_of(what: str) -> None:
+    for slot in SLOTS:
+        if what in slot.goes_with:
+            slot.drop()
+
 
 _MOST_REMEMBERED = 16  # answers of one function
 Thing = TypeVar("Thing")
 Settings = ParamSpec("Settings")
 Answer = TypeVar("Answer")
-
 
 _OF_THE_DEMO: dict[str, tuple[object, dict]] = {}
 
@@ -61,7 +136,7 @@ def remembered(
 
     @wraps(work)
     def ask(thing: Thing, *settings: Settings.args) -> Answer:
-        kept = _OF_THE_DEMO if thing is _demo_run() else st.session_state.setdefault("remembered", {})
+        kept = _OF_THE_DEMO if thing is demo_run() else _own_answers()
         of, answers = kept.get(name, (None, None))
         if of is not thing:
             answers = {}
@@ -76,13 +151,20 @@ def remembered(
     return ask
 
 
+def _own_answers() -> dict[str, tuple[object, dict]]:
+    if not _REMEMBERED.held():
+        _REMEMBERED.set({})
+    return _REMEMBERED.get()
+
+
 @lru_cache(maxsize=2)
 def bundled_run(model: str) -> Capture:
     """The run of a model that comes with the program, one of `BUNDLED_RUNS`."""
     return load_run(bundled_results(model).demo)
 
 
-def _demo_run() -> Capture:
+def demo_run() -> Capture:
+    """The run that the app opens on."""
     return bundled_run(demo_model())
 
 
@@ -132,7 +214,7 @@ def curves_of(run: Capture, protect_last: int) -> LossCurves:
 
 def current_run() -> Capture:
     """The run on screen: the session's own, or the demo."""
-    return st.session_state.get("run") or _demo_run()
+    return RUN.get() or demo_run()
 
 
 def is_bundled() -> bool:
@@ -142,27 +224,24 @@ def is_bundled() -> bool:
 
 def is_demo() -> bool:
     """Whether the demo run is on screen."""
-    return st.session_state.get("run") is None
+    return RUN.get() is None
 
 
 def show_run(run: Capture | None) -> None:
     """Put a run on screen; None is the demo. What was chosen for the old one, its model among it, goes with it."""
-    st.session_state["run"] = run
-    of_the_old = ("layer", "head", "skip_layers", "skip_count", "generated", "remembered", "cache_dtype")
-    models = ("model_choice", "model_ref", "generate_model", "study_anyway")
-    for key in (*of_the_old, *models):
-        st.session_state.pop(key, None)
+    RUN.set(run)
+    _drop_all_of("run")
 
 
 def other_run() -> Capture | None:
     """The run that the one on screen is compared with: one that was opened or held, or the demo, or none."""
-    run = st.session_state.get("other_run")
-    return _demo_run() if run is None and not is_demo() else run
+    run = OTHER_RUN.get()
+    return demo_run() if run is None and not is_demo() else run
 
 
 def compare_with(run: Capture | None) -> None:
     """Compare the run on screen with this one; None is the demo, where another is on screen."""
-    st.session_state["other_run"] = run
+    OTHER_RUN.set(run)
 
 
 @lru_cache(maxsize=4)
@@ -176,43 +255,43 @@ def current_study() -> Study | None:
 
     One of another model than the run's is shown for as long as the user wants it, and not as that model's answer.
     """
-    own, model = st.session_state.get("study"), current_run().model
-    if own is not None and (own.model == model or st.session_state.get("study_anyway")):
+    own, model = STUDY.get(), current_run().model
+    if own is not None and (own.model == model or STUDY_ANYWAY.get()):
         return own
     return _bundled_study(model)
 
 
 def study_of_another() -> Study | None:
     """The session's own study, where it is of another model than the run on screen."""
-    own = st.session_state.get("study")
+    own = STUDY.get()
     return own if own is not None and own.model != current_run().model else None
 
 
 def show_study(study: Study | None) -> None:
     """Put a study on screen; None is the bundled one. The head that was chosen was of the old one."""
-    st.session_state["study"] = study
-    st.session_state["study_anyway"] = study is not None  # whatever the run on screen is of
-    for key in ("study_layer", "study_head", "remembered"):
-        st.session_state.pop(key, None)
+    STUDY.set(study)
+    STUDY_ANYWAY.set(study is not None)  # whatever the run on screen is of
+    _drop_all_of("study")
 
 
 def plan_in_use() -> Plan | None:
     """The plan that Generate can decode with."""
-    return st.session_state.get("plan")
+    return PLAN.get()
 
 
 def use_plan(plan: Plan | None) -> None:
     """Put a plan into the session, or drop the one that is there; Generate begins with it."""
-    st.session_state["plan"] = plan
+    PLAN.set(plan)
     if plan is not None:  # beside it, one ratio for all of the same budget
-        st.session_state["second_keep_ratio"] = min(max(round(20 * plan.spec.keep_ratio), 1), 20) / 20
-    for key in ("first_by", "second_by"):  # what Generate compresses by: with a new plan it begins anew
-        st.session_state.pop(key, None)
+        SECOND_KEEP_RATIO.set(min(max(round(20 * plan.spec.keep_ratio), 1), 20) / 20)
+    for slot in (FIRST_BY, SECOND_BY):  # what Generate compresses by: with a new plan it begins anew
+        slot.drop()
 
 
 def choose_head(layer: int, head: int) -> None:
     """Open a head."""
-    st.session_state["layer"], st.session_state["head"] = layer, head
+    LAYER.set(layer)
+    HEAD.set(head)
 
 
 def chosen_head(run: Capture) -> tuple[int, int]:
@@ -220,130 +299,10 @@ def chosen_head(run: Capture) -> tuple[int, int]:
 
     Of those that there is something to see in, if there are any: not one that looks at nothing but the first token.
     """
-    if "layer" not in st.session_state or "head" not in st.session_state:
+    if not (LAYER.held() and HEAD.held()):
         values = values_of(run, 0)
         gamma = np.where(np.isnan(values.of("gamma")), 9.0, values.of("gamma"))
         looks_about = (values.of("sink_share") < 0.5) & (gamma < 9)
         best = np.where(looks_about, gamma, 9.0).argmin() if looks_about.any() else gamma.argmin()
         choose_head(*divmod(int(best), run.n_heads))
-    return st.session_state["layer"], st.session_state["head"]
-
-
-def skip_layers_input(run: Capture) -> None:
-    """Which layers keep everything."""
-    st.multiselect(
-        "Layers that keep everything",
-        [i for i, kind in enumerate(run.layer_kinds) if kind == "full"],
-        key="skip_layers",
-        persist_state="session",
-        placeholder="None: compress every layer",
-        help="Layers count from 0. The page *Skip layers* suggests some.",
-    )
-
-
-def _begin_with(key: str, value: float) -> None:
-    """Set a control at first, and again on another page, where its widget is a new one.
-
-    Not as the widget's own default: Streamlit warns of one whose value is set, too, as presets do.
-    """
-    st.session_state[key] = st.session_state.get(key, value)
-
-
-def ratio_input(*, second: bool = False) -> None:
-    """The share of the tokens that stays, in the first compression or in the second beside it."""
-    key = "second_keep_ratio" if second else "keep_ratio"
-    _begin_with(key, 0.25 if second else 0.5)
-    st.slider(
-        "Keep ratio of the second" if second else "Keep ratio", 0.05, 1.0, step=0.05, key=key, persist_state="session",
-        help="The share of the tokens seen that each head keeps. 1 keeps the whole cache.",
-    )  # fmt: skip
-
-
-def policy_input(choices: Sequence[str] = tuple(POLICY_NAMES), *, second: bool = False) -> None:
-    """Which tokens stay. A policy of another page that is no choice here gives way to the paper's."""
-    key = "second_policy" if second else "policy"
-    about = "\n".join(f"- **{POLICY_NAMES[name]}**: {POLICIES[name].about}" for name in choices)
-    if st.session_state.get(key, choices[0]) not in choices:
-        st.session_state[key] = choices[0]
-    st.selectbox(
-        "Which stay in the second" if second else "Which tokens stay", choices, format_func=POLICY_NAMES.get, key=key,
-        persist_state="session", help=about,
-    )  # fmt: skip
-
-
-def protect_last_input() -> None:
-    """How many recent tokens are safe."""
-    _begin_with("protect_last", 32)
-    st.number_input(
-        "Protect the last", 0, 4096, step=8, key="protect_last", persist_state="session",
-        help="The latest tokens are never evicted. 0 in the paper; without it a new token whose norm is on the wrong "
-        "side is evicted in the step that added it.",
-    )  # fmt: skip
-
-
-def prune_after_input() -> None:
-    """From how many tokens on the cache is compressed."""
-    _begin_with("prune_after", 0)
-    st.number_input(
-        "Compress from", 0, 1_000_000, step=64, key="prune_after", persist_state="session",
-        help="In tokens. A cache of fewer is left alone (prune_after in the paper).",
-    )  # fmt: skip
-
-
-def dtype_of(ref: str) -> str | None:
-    """The dtype that a model's checkpoint is in, where it is at hand and says so."""
-    try:
-        named = checkpoint_dtype(ref)
-    except ModelError:
-        return None
-    return named if named in DTYPES else None
-
-
-def dtype_input(dtype: str | None, *, key: str = "cache_dtype") -> int:
-    """What a cache is to be in: bytes of a number. At first the checkpoint's dtype, where it is known."""
-    _begin_with(key, dtype or "bfloat16")
-    chosen = st.selectbox(
-        "Cache in", list(DTYPES), key=key, persist_state="session", width=150,
-        help=(
-            f"The checkpoint is in {dtype}, and so is its cache, unless it is loaded otherwise: on a CPU this app "
-            "computes in float32."
-            if dtype
-            else "The checkpoint's own dtype is not known here; most are in bfloat16."
-        ),
-    )  # fmt: skip
-    return DTYPES[chosen]
-
-
-def take_spec(spec: CompressionSpec, *, beside: CompressionSpec | None = None) -> None:
-    """Set the controls to a compression, and to a second one beside it, or none. What they do not show stays out."""
-    for name in ("keep_ratio", "policy", "protect_last", "prune_after"):
-        st.session_state[name] = getattr(spec, name)
-    st.session_state["skip_layers"] = list(spec.skip_layers)
-    st.session_state["beside"] = beside is not None
-    if beside is not None:
-        st.session_state.update(second_keep_ratio=beside.keep_ratio, second_policy=beside.policy)
-
-
-def current_spec(*, second: bool = False) -> CompressionSpec:
-    """The compression as the controls say, those of other pages included; of the second one, where it has its own."""
-    state, prefix = st.session_state, "second_" if second else ""
-    return CompressionSpec(
-        keep_ratio=round(state.get(f"{prefix}keep_ratio", 0.5), 2),
-        policy=state.get(f"{prefix}policy", "low_norm"),
-        protect_last=int(state.get("protect_last", 32)),
-        prune_after=int(state.get("prune_after", 0)),
-        skip_layers=tuple(state.get("skip_layers", ())),
-    )
-
-
-def in_words(spec: CompressionSpec) -> str:
-    """A compression in a line of Markdown."""
-    kept = f"{spec.keep_ratio:.0%} kept" if spec.budget is None else f"{spec.budget} tokens kept"
-    shared = " by kv head" if spec.head_ratios else " by layer" if spec.layer_ratios else ""
-    policy = (POLICY_NAMES | {"signed_norm": BY_HEAD}).get(spec.policy, spec.policy).split(" (")[0].lower()
-    details = [f"**{kept}**{shared}", policy]
-    details += [f"last {spec.protect_last} protected"] * bool(spec.protect_last)
-    skipped = ", ".join(map(str, spec.skip_layers))
-    details += [f"layer{'s' * (len(spec.skip_layers) > 1)} {skipped} whole"] * bool(skipped)
-    details += [f"from {spec.prune_after} tokens on"] * bool(spec.prune_after)
-    return ", ".join(details)
+    return LAYER.get(), HEAD.get()

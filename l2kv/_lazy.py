@@ -1,18 +1,26 @@
-"""Packages whose names are imported when they are first used, so that what needs no torch does not wait for it."""
+"""Packages whose names are imported when they are first used, so that what needs no torch does not wait for it.
+
+A package's stub (`__init__.pyi`) lists its public names once: type checkers and editors read them there, and so does
+this, as scikit-image's lazy_loader does.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import ast
+from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 
-def lazy_names(package: str, home: Mapping[str, str]) -> Callable[[str], Any]:
-    """A module-level `__getattr__` (PEP 562) for a package, from public name -> the submodule it lives in."""
+def lazy_names(package: str, file: str) -> tuple[Callable[[str], Any], list[str]]:
+    """A package's `__getattr__` (PEP 562) and `__all__`, from the stub beside its `__init__.py`, which is `file`."""
+    stub = ast.parse(Path(file).with_suffix(".pyi").read_text(encoding="utf-8"))
+    home = {name.name: node.module for node in stub.body if isinstance(node, ast.ImportFrom) for name in node.names}
 
     def __getattr__(name: str) -> Any:
         if name not in home:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(import_module(f"{package}.{home[name]}"), name)
+        return getattr(import_module(str(home[name])), name)
 
-    return __getattr__
+    return __getattr__, sorted(home)

@@ -5,14 +5,16 @@ pairs, else head by head; of a single token, as most are, over the pages of all 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from l2kv.errors import UnsupportedModelError
 from l2kv.heads import of_query_heads, options_of_heads
-from l2kv.hooks import Attention, UnsupportedModelError
+from l2kv.hooks import Attention
 from l2kv.layer import CompressedLayer, Part
 from l2kv.storage.paged import Pages
 
@@ -23,11 +25,11 @@ def attend(
     module: nn.Module,
     query: Tensor,
     mask: Tensor | None,
-    options: dict[str, object],
+    options: dict[str, Any],
     *,
     times: int = 1,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention of the latest queries [B, H, q, D] to all that the layer holds.
+    """Attention of the latest queries [B, H, q, D] to all that the layer holds: ([B, q, H, D], None).
 
     Args:
         inner: the model's own attention, of the attention layer `module`.
@@ -58,7 +60,7 @@ def attend(
     return torch.cat(outputs, dim=2), None
 
 
-def _of_one_token(layer: CompressedLayer, query: Tensor, options: dict[str, object]) -> Tensor:
+def _of_one_token(layer: CompressedLayer, query: Tensor, options: dict[str, Any]) -> Tensor:
     """sdpa for a single token, of which nothing is hidden: [B, H, 1, D] -> [B, 1, H, D].
 
     The query heads that share keys are given as queries of one head: the same sum, but the keys are read once, instead
@@ -66,7 +68,7 @@ def _of_one_token(layer: CompressedLayer, query: Tensor, options: dict[str, obje
     """
     packed = query.squeeze(2).unflatten(1, (layer.n_heads, -1))  # [B, Hkv, G, D]
     scale, dropout = options.get("scaling"), options.get("dropout", 0.0)
-    if not layer.ragged:
+    if layer.keys is not None and layer.values is not None:  # all heads hold the same number of pairs
         output = scaled_dot_product_attention(packed, layer.keys, layer.values, dropout_p=dropout, scale=scale)
     elif not dropout and _in_one_call(packed, layer.pages):
         output = _of_pages(packed, layer.pages, scale)
@@ -94,8 +96,9 @@ def _of_pages(query: Tensor, pages: Pages, scale: float | None) -> Tensor:
     of_pages, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query.index_select(1, pages.heads), pages.keys, pages.values, attn_mask=pages.slot_mask, scale=scale
     )  # [B, P, G, D], [B, P, G]
-    weights = (log_sums.transpose(1, 2)[:, :, None] + pages.head_mask).softmax(dim=-1)  # [B, G, Hkv, P]
-    return (weights @ of_pages.transpose(1, 2).to(weights.dtype)).transpose(1, 2).to(query.dtype)
+    shares = (log_sums.transpose(1, 2)[:, :, None] + pages.head_mask).softmax(dim=-1)  # [B, G, Hkv, P]
+    output: Tensor = shares @ of_pages.transpose(1, 2).to(shares.dtype)
+    return output.transpose(1, 2).to(query.dtype)
 
 
 def _head_by_head(query: Tensor, parts: Sequence[Part], scale: float | None, dropout: float) -> Tensor:
@@ -152,7 +155,7 @@ class _Heads:
     def __init__(self, module: nn.Module, heads: tuple[int, ...], kv_heads: int) -> None:
         self._module, self._heads, self._kv_heads = module, heads, kv_heads
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         value = getattr(self._module, name)
         if name != "sinks" or value is None:
             return value

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
+from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor
 from transformers import Cache, DynamicCache, PretrainedConfig
@@ -15,29 +16,35 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from l2kv.hooks import Giving, UnsupportedModelError
+from l2kv.config import check_compressible, kv_heads_by_layer
+from l2kv.errors import SpecError, UnsupportedModelError
+from l2kv.hooks import Giving
 from l2kv.layer import CompressedHybridLayer, CompressedLayer
 from l2kv.padding import check_padding, first_real
 from l2kv.policies import POLICIES
-from l2kv.spec import CompressionSpec, SpecError
+from l2kv.spec import CompressionSpec
+
+Layer: TypeAlias = CacheLayerMixin | LinearAttentionCacheLayerMixin | DummyLayer
+"""A layer of a transformers cache."""
+AnyLayer = TypeVar("AnyLayer", bound=Layer)
 
 
-class CompressedCache(Giving, Cache):
-    """A transformers cache that keeps a share of the tokens, in real memory, at every step.
+class CompressedCache(Giving):
+    """A transformers cache that evicts tokens after every step, and frees their memory.
 
     Use it inside `compressible(model)`, as `past_key_values` of a forward pass or of `generate()`. Sliding-window
-    layers and running states, which are bounded already, are left whole. Rows of a batch keep their own tokens, as many
-    each; they may be padded on the left, with the attention_mask of all tokens at every pass. Padding goes first, but
-    counts as seen. Taking tokens back is refused (`crop`: assisted decoding). For inference: no gradient passes.
+    layers and running states, which are bounded already, evict nothing. Each row of a batch keeps its own tokens, the
+    same number in each; rows may be padded on the left, with the attention_mask of all tokens at every pass. Padding is
+    evicted first, but counts as seen. `crop`, and so assisted decoding, is refused. For inference: no gradient passes.
 
     Args:
         config: the model's config.
         spec: what to keep.
-        filters: [L, Hkv, D], for the policy `q_filters` (see `l2kv.q_filters`).
+        filters: directions [L, Hkv, D] for the policy `q_filters`, as the function `l2kv.q_filters` finds them.
 
     Raises:
         UnsupportedModelError: the model has no keys to compress (encoders, recurrent models, latent attention).
@@ -58,37 +65,42 @@ class CompressedCache(Giving, Cache):
         *,
         attention_mask: Tensor | None = None,
     ) -> CompressedCache:
-        """A cache that is as if the tokens of a full one had been run into it: compressed now, and live from here on.
+        """Compress a full cache, as if its tokens had been run into a compressed one, which goes on evicting.
 
-        So one forward pass over a prompt serves many specs. The full cache is left as it was, and shares nothing.
+        So one forward pass over a prompt serves many specs. The full cache is not changed, and shares no memory.
 
         Args:
+            full: the cache after a forward pass over the prompt.
+            config: the model's config.
+            spec: what to keep.
             attention_mask: [B, tokens seen], as the model was given it: needed where rows are padded.
 
         Raises:
-            SpecError: the policy needs the queries, which a full cache does not hold, or as the constructor.
-        ValueError: the mask hides anything but
-                padding on the left.
+            SpecError: the policy needs queries or filters, which a full cache does not hold; or as the constructor.
+            ValueError: the mask hides anything but padding on the left.
         """
         if POLICIES[spec.policy].needs_attention or POLICIES[spec.policy].needs_calibration:
             raise SpecError(f"The policy {spec.policy} needs more than a cache: run the prompt into a CompressedCache.")
         cache = cls(config, spec)
         for i, (layer, source) in enumerate(zip(cache.layers, full.layers, strict=True)):
             if isinstance(layer, CompressedLayer):
+                assert isinstance(source, CacheLayerMixin)
                 _fill(_with_states_of(source, layer), source, attention_mask)
                 layer.evict_now()
             else:
-                cache.layers[i] = _left(source)
+                cache.layers[i] = _copied(source)
         return cache
 
     @classmethod
-    def _holding(cls, layers: list[CacheLayerMixin], spec: CompressionSpec) -> CompressedCache:
+    def _holding(cls, layers: list[Layer], spec: CompressionSpec) -> CompressedCache:
         cache = cls.__new__(cls)
         Giving.__init__(cache, layers=layers)
         cache.spec, cache.serving = spec, False
         return cache
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Append the pairs of one layer, as models do. Raises RuntimeError on a model that was not prepared."""
         if not self.serving:
             raise RuntimeError(
@@ -118,17 +130,23 @@ class CompressedCache(Giving, Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Refused by the layers that evict, and so before any other is touched. Raises ValueError."""
         for layer in sorted(self.layers, key=lambda layer: not isinstance(layer, CompressedLayer)):
-            layer.crop(tokens_to_remove)
+            layer.crop(tokens_to_remove)  # type: ignore[union-attr]  # all of them have it
 
     def compressed_layers(self) -> list[CompressedLayer]:
-        """The layers that evict, or may."""
+        """Layers that may evict."""
         return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
 
     def kept_positions(self, layer_idx: int) -> list[Tensor]:
-        """Per kv head the true positions held, ascending: Hkv int64 tensors [B, held] (none before the first token)."""
+        """True positions held by each kv head of a layer, ascending: Hkv int64 tensors [B, held].
+
+        There are none before the first token.
+
+        Raises:
+            ValueError: the layer never evicts (a sliding window, a running state).
+        """
         layer = self.layers[layer_idx]
         if not isinstance(layer, CompressedLayer):
-            what = LEFT.get(type(layer), "something else")
+            what = NEVER_EVICTING.get(type(layer), "something else")
             raise ValueError(f"Layer {layer_idx} has {what}: it is left to transformers, and never evicts.")
         return layer.kept_positions()
 
@@ -141,18 +159,21 @@ class CompressedCache(Giving, Cache):
 
     @property
     def held(self) -> tuple[int, ...]:
-        """Tokens held, per layer: by the head that holds most."""
+        """Number of tokens that each layer holds, by the kv head that holds most."""
         return tuple(max(heads, default=0) for heads in self.held_by_head)
 
     @property
     def held_by_head(self) -> tuple[tuple[int, ...], ...]:
-        """Tokens held, per layer and kv head."""
+        """Number of tokens that each kv head of each layer holds."""
         return tuple(_held_by_head(layer) for layer in self.layers)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of key and value storage of all layers, slack included. (Ranks take 8 more per pair and kv head, what
-        `accumulated` received 4; `window` holds 32 queries of a layer.)"""
+        """Bytes of key and value storage of all layers, slack included.
+
+        Ranks take 8 more per pair and kv head, and the attention sums of `accumulated` 4; `window` holds 32 queries per
+        layer.
+        """
         return cache_nbytes(self)
 
 
@@ -165,10 +186,10 @@ def cache_nbytes(cache: Cache, *, slack: bool = True) -> int:
     return sum(_layer_nbytes(layer, slack) for layer in cache.layers)
 
 
-def _layer_nbytes(layer: CacheLayerMixin, slack: bool) -> int:
+def _layer_nbytes(layer: Layer, slack: bool) -> int:
     if isinstance(layer, CompressedLayer):
         return layer.nbytes if slack else layer.used_nbytes
-    held = [t for name in ("keys", "values") if (t := getattr(layer, name, None)) is not None]
+    held: list[Tensor] = [t for name in ("keys", "values") if (t := getattr(layer, name, None)) is not None]
     return sum(t.untyped_storage().nbytes() if slack else t.nbytes for t in held)
 
 
@@ -178,7 +199,7 @@ def l2_compress(
     attention_mask: Tensor | None = None,
     keep_ratio: float = 0.5,
     prune_after: int = 0,
-    skip_layers: Sequence[int] = (),
+    skip_layers: Iterable[int] = (),
     policy: str = "low_norm",
     protect_first: int = 0,
     protect_last: int = 0,
@@ -186,18 +207,19 @@ def l2_compress(
 ) -> CompressedCache:
     """Compress a cache once, as in the paper's README: of the n pairs a head holds, `ceil(keep_ratio * n)` stay.
 
-    The result evicts nothing more until it is compressed again. Feed it to a model prepared with `compressible`. The
-    cache given is left as it was: drop it (and the model's outputs that hold it) to have its memory back.
+    The result evicts nothing more until it is compressed again. Give it to a model prepared with `compressible`. The
+    old cache is not changed: drop it, and the model's outputs that hold it, to have its memory back.
 
     Args:
         past_key_values: a `DynamicCache` after a forward pass, or a compressed cache.
         attention_mask: [B, tokens seen], as the model was given it: needed where rows are padded, on the left. Padding
-            goes first, but counts. A later forward pass whose mask hides what this did not is refused.
+            is evicted first, but counts. A later forward pass whose mask hides what this did not is refused.
+        keep_ratio, prune_after, skip_layers, policy, protect_first, protect_last, seed: as in `CompressionSpec`.
 
     Raises:
         TypeError: no cache, or one whose pairs cannot be read (quantised, static, offloaded).
-        ValueError: as `CompressionSpec`, or the mask is of another shape, hides anything but padding on the left, or
-            says otherwise than what the compressed cache was told before.
+        SpecError: as `CompressionSpec`, the policy needs more than a cache, or the mask is of another shape.
+        ValueError: the mask hides anything but padding on the left, or contradicts what the cache was told before.
     """
     spec = CompressionSpec(
         keep_ratio=keep_ratio,
@@ -223,14 +245,13 @@ def l2_compress(
     return CompressedCache._holding(layers, CompressionSpec(keep_ratio=1.0))
 
 
-def _compressed_once(
-    spec: CompressionSpec, layer_idx: int, source: CacheLayerMixin, attention_mask: Tensor | None
-) -> CacheLayerMixin:
-    if type(source) in LEFT:
-        return _left(source)
-    if type(source) not in (*_EVICTING, *_EVICTING.values()) or not source.is_initialized:  # subclasses hold more
+def _compressed_once(spec: CompressionSpec, layer_idx: int, source: Layer, attention_mask: Tensor | None) -> Layer:
+    if type(source) in NEVER_EVICTING:
+        return _copied(source)
+    known = type(source) in (*_EVICTING, *_EVICTING.values())  # subclasses hold more
+    if not known or not isinstance(source, DynamicLayer | CompressedLayer) or not source.is_initialized:
         raise TypeError(f"layer {layer_idx} of the cache holds no keys that can be read ({type(source).__name__})")
-    kind = _EVICTING.get(type(source), type(source))
+    kind = type(source) if isinstance(source, CompressedLayer) else _EVICTING[type(source)]
     layer = _with_states_of(source, kind(spec, layer_idx))
     _fill(layer, source, attention_mask)
     layer.evict_now()
@@ -243,6 +264,7 @@ def _fill(layer: CompressedLayer, source: CacheLayerMixin, attention_mask: Tenso
     if isinstance(source, CompressedLayer):
         layer.load(source)
     else:
+        assert source.keys is not None and source.values is not None
         layer.append(source.keys, source.values)
         layer.seen = source.get_seq_length()
     if attention_mask is None:
@@ -259,12 +281,12 @@ def _fill(layer: CompressedLayer, source: CacheLayerMixin, attention_mask: Tenso
     layer.first_real = begins
 
 
-def _left(source: CacheLayerMixin) -> CacheLayerMixin:
-    """A copy of a layer that is left to transformers: it replaces its keys, and never writes into them."""
+def _copied(source: AnyLayer) -> AnyLayer:
+    """A copy of a layer that never evicts: such a layer replaces its keys, and never writes into them."""
     return _with_states_of(source, copy.copy(source))
 
 
-def _with_states_of(source: CacheLayerMixin, layer: CacheLayerMixin) -> CacheLayerMixin:
+def _with_states_of(source: Layer, layer: AnyLayer) -> AnyLayer:
     """A layer with a copy of another's running states, which are written into."""
     if isinstance(source, LinearAttentionLayer):
         states = {name: value for name, value in vars(source).items() if isinstance(value, dict)}
@@ -272,71 +294,42 @@ def _with_states_of(source: CacheLayerMixin, layer: CacheLayerMixin) -> CacheLay
     return layer
 
 
-LEFT: dict[type, str] = {
+NEVER_EVICTING: dict[type, str] = {
     DynamicSlidingWindowLayer: "a sliding window",
     LinearAttentionLayer: "a running state",
     LinearAttentionAndSlidingWindowAttentionLayer: "a running state and a sliding window",
     DummyLayer: "no cache of its own",
 }
-"""Layers that are left to transformers, and what they have."""
+"""Layers that are transformers' own, and what they have instead of keys of all tokens."""
 _EVICTING: dict[type, type[CompressedLayer]] = {
     DynamicLayer: CompressedLayer,
     LinearAttentionAndFullAttentionLayer: CompressedHybridLayer,
 }
 
 
-def _layers_for(config: PretrainedConfig, spec: CompressionSpec, filters: Tensor | None) -> list[CacheLayerMixin]:
+def _layers_for(config: PretrainedConfig, spec: CompressionSpec, filters: Tensor | None) -> list[Layer]:
     check_compressible(config)
     try:
         layers = DynamicCache(config=config).layers  # transformers knows which layer of which model caches how
     except (AttributeError, KeyError, ValueError) as error:  # models with a cache class of their own
         raise UnsupportedModelError(f"{config.model_type} has no cache of plain layers: {error}") from error
-    others = Counter(type(layer).__name__ for layer in layers if type(layer) not in (*LEFT, *_EVICTING))
+    others = Counter(type(layer).__name__ for layer in layers if type(layer) not in (*NEVER_EVICTING, *_EVICTING))
     if others:
         which = ", ".join(f"{n} are a {kind}" for kind, n in others.items())
         raise UnsupportedModelError(f"{config.model_type} has layers that cache more than keys and values: {which}.")
     if not any(isinstance(layer, DynamicLayer) for layer in layers):
         raise UnsupportedModelError(f"{config.model_type} is without a key/value cache: no layer holds keys to rank.")
     _check_layers(spec, len(layers))
-    _check_heads(spec, filters, _kv_heads(config, len(layers)))
-    return [
-        _evicting(layer, spec, i, None if filters is None else filters[i]) if type(layer) in _EVICTING else layer
-        for i, layer in enumerate(layers)
-    ]
+    _check_heads(spec, filters, kv_heads_by_layer(config, len(layers)))
+    return [_evicting(layer, spec, i, None if filters is None else filters[i]) for i, layer in enumerate(layers)]
 
 
-def _evicting(layer: DynamicLayer, spec: CompressionSpec, layer_idx: int, filters: Tensor | None) -> CompressedLayer:
+def _evicting(layer: Layer, spec: CompressionSpec, layer_idx: int, filters: Tensor | None) -> Layer:
+    """The layer of ours in the place of an empty one of transformers', or that one where it never evicts."""
+    if type(layer) not in _EVICTING:
+        return layer
     states = {"number_of_states": layer.number_of_states} if isinstance(layer, LinearAttentionLayer) else {}
     return _EVICTING[type(layer)](spec, layer_idx, filters, **states)
-
-
-def _kv_heads(config: PretrainedConfig, n_layers: int) -> list[int]:
-    """kv heads of each layer: in some models (Gemma 4) they differ."""
-    heads = [
-        getattr(layer, "num_key_value_heads", None) or getattr(layer, "num_attention_heads", None)
-        for layer in _of_layers(config)
-    ]
-    if not all(heads):
-        raise UnsupportedModelError(f"{config.model_type} has no attention heads, and so no keys to rank.")
-    return heads if len(heads) == n_layers else heads[:1] * n_layers
-
-
-def _of_layers(config: PretrainedConfig) -> Sequence[PretrainedConfig]:
-    """The config as each layer sees it, or once where all see the same."""
-    return config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
-
-
-def check_compressible(config: PretrainedConfig) -> None:
-    """Raise UnsupportedModelError, with the reason, unless the model is decoder-only and caches keys."""
-    # `is_decoder` alone does not tell: GPT-NeoX says False. Encoders are those that fill in masks.
-    encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
-    if encoder or getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"{config.model_type} is not decoder-only. Only decoder-only language models (Llama, Qwen, GPT, ...) have "
-            "the key/value cache that is looked at here."
-        )
-    if any(getattr(layer, "kv_lora_rank", None) for layer in _of_layers(config)):
-        raise UnsupportedModelError(f"{config.model_type} caches latents, not keys: there is no key norm to rank by.")
 
 
 def _check_layers(spec: CompressionSpec, n_layers: int) -> None:
@@ -375,13 +368,13 @@ def _check_heads(spec: CompressionSpec, filters: Tensor | None, kv_heads: list[i
         )
 
 
-def _held_by_head(layer: CacheLayerMixin) -> tuple[int, ...]:
+def _held_by_head(layer: Layer) -> tuple[int, ...]:
     if isinstance(layer, CompressedLayer):
         return layer.held_by_head
     keys = getattr(layer, "keys", None)
     return (keys.shape[-2],) * keys.shape[1] if keys is not None and keys.numel() else ()
 
 
-def _seen(layer: CacheLayerMixin) -> int | None:
+def _seen(layer: Layer) -> int | None:
     """Tokens seen by a layer that counts them."""
     return layer.get_seq_length() if isinstance(layer, CacheLayerMixin) else None

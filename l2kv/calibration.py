@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from l2kv.hooks import Look, UnsupportedModelError, WatchedCache, watching
+from l2kv.errors import UnsupportedModelError
+from l2kv.hooks import Look, WatchedCache, watching
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -10,7 +11,7 @@ from l2kv.hooks import Repeats
 
 
 def of_kv_heads(x: Tensor, heads: tuple[int, ...]) -> Tensor:
-    """[B, Hkv, ...] -> [B, h, ...], a view where the heads are neighbours."""
+    """Select kv heads: [B, Hkv, ...] -> [B, h, ...], a view where they are neighbours."""
     if heads == tuple(range(x.shape[1])):
         return x
     if heads == tuple(range(heads[0], heads[-1] + 1)):
@@ -19,11 +20,11 @@ def of_kv_heads(x: Tensor, heads: tuple[int, ...]) -> Tensor:
 
 
 def of_query_heads(query: Tensor, heads: tuple[int, ...], kv_heads: int) -> Tensor:
-    """[B, H, ...] -> [B, h * G, ...]."""
+    """Select the query heads of some kv heads: [B, H, ...] -> [B, h * G, ...]."""
     return of_kv_heads(query.unflatten(1, (kv_heads, -1)), heads).flatten(1, 2)
 
 
-def options_of_heads(options: Mapping[str, object], heads: tuple[int, ...], kv_heads: int) -> dict[str, object]:
+def options_of_heads(options: Mapping[str, Any], heads: tuple[int, ...], kv_heads: int) -> dict[str, Any]:
     """Options of an attention call as these heads need them: sinks are one logit per query head."""
     sinks = options.get("s_aux")
     if sinks is None:
@@ -32,14 +33,16 @@ def options_of_heads(options: Mapping[str, object], heads: tuple[int, ...], kv_h
 
 
 def in_groups(query: Tensor, repeats: Repeats, kv_heads: int) -> Tensor:
-    """Query heads [B, H, ...] as a model orders them -> with those next to each other that share a kv head."""
+    """Order query heads [B, H, ...] so that those which share a kv head are neighbours."""
     if not repeats.in_turn:
         return query
-    return query.unflatten(1, (repeats.times, kv_heads, -1)).transpose(1, 2).flatten(1, 3)
+    grouped: Tensor = query.unflatten(1, (repeats.times, kv_heads, -1)).transpose(1, 2).flatten(1, 3)
+    return grouped
 
 
 def in_the_models_order(output: Tensor, repeats: Repeats, kv_heads: int) -> Tensor:
-    """The way back from `in_groups`, of what attention gives: [B, q, H, D]."""
+    """Order the output of attention, [B, q, H, D], as the model does: the inverse of `in_groups`."""
     if not repeats.in_turn:
         return output
-    return output.unflatten(2, (kv_heads, repeats.times, -1)).transpose(2, 3).flatten(2, 4).contiguous()
+    ordered: Tensor = output.unflatten(2, (kv_heads, repeats.times, -1)).transpose(2, 3).flatten(2, 4)
+    return ordered.contiguous()

@@ -1,6 +1,6 @@
 """The attention hook: every attention call of a model's language part, routed through a function of ours.
 
-transformers lets anyone register an attention function under a name, and a mask function with it. `attention_seam`
+transformers lets anyone register an attention function under a name, and a mask function with it. `attention_hook`
 puts such a name into the configs that the model's attention reads, for as long as a `with` block lasts, and hands our
 function the model's own attention to delegate to, so that nothing a model adds to attention (soft caps, sinks) is lost.
 `Giving` tells whose pairs such a call is about, and `watching` shows them. Knows no statistics.
@@ -15,27 +15,32 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from types import MethodType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    Cache,
+    DynamicCache,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import DummyLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from l2kv.errors import UnsupportedModelError
+
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
-"""(module, query [B, H, q, D], key [B, Hkv, kv, D], value, mask, **kwargs) -> (output [B, q, H, D], weights)."""
+"""(module, query [B, H, q, D], key [B, Hkv, kv, D], value, mask, **kwargs) -> (output [B, q, H, D], probabilities)."""
 
 _PREFIX = "l2kv_"
 
 
-class UnsupportedModelError(ValueError):
-    """This model cannot be looked into, or compressed, the way it is built; the message says why."""
-
-
 @contextmanager
-def attention_seam(
+def attention_hook(
     model: PreTrainedModel, attend: Callable[..., tuple[Tensor, Tensor | None]]
 ) -> Iterator[Callable[[], bool]]:
     """Within the block, `model` calls `attend(inner, module, query, key, value, mask, **kwargs)` for attention.
@@ -75,7 +80,7 @@ class _Name(str):
     own: str | None
     users: int
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return (str, (self.own,)) if self.own is not None else (_none, ())  # no copy of a model is hooked
 
     def give_back(self, config: PretrainedConfig) -> None:
@@ -109,11 +114,18 @@ _registered: Counter[str] = Counter()
 
 def _register(name: str, base: str) -> None:
     def routed(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **options
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
         inner = _attention_of(module, base)
         for passing in _passing.get(module, ()):
-            inner = partial(passing(), inner)
+            attend = passing()
+            assert attend is not None, "its attention_hook holds it"
+            inner = partial(attend, inner)
         return inner(module, query, key, value, attention_mask, **options)
 
     if not _registered[name]:
@@ -131,11 +143,13 @@ def _unregister(name: str) -> None:
 
 def _attention_of(module: nn.Module, base: str) -> Attention:
     if base != "eager":
-        return ALL_ATTENTION_FUNCTIONS[base]
+        attention: Attention = ALL_ATTENTION_FUNCTIONS[base]
+        return attention
     home = sys.modules[type(module).__module__]
     if not hasattr(home, "eager_attention_forward"):
         raise UnsupportedModelError(f"{type(module).__name__} has no eager attention that could be called.")
-    return home.eager_attention_forward
+    eager: Attention = home.eager_attention_forward
+    return eager
 
 
 def _language_configs(model: PreTrainedModel) -> list[tuple[PretrainedConfig, bool]]:
@@ -168,7 +182,7 @@ def _language_configs(model: PreTrainedModel) -> list[tuple[PretrainedConfig, bo
 
 _passing: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[Attention]]] = weakref.WeakKeyDictionary()
 """What the attention calls of each module of a hooked model pass through, the innermost first. Each is held by its
-`attention_seam` alone: from here it would keep a model alive that nobody else holds."""
+`attention_hook` alone: from here it would keep a model alive that nobody else holds."""
 
 
 def _weakly(attend: Attention) -> weakref.ref[Attention]:
@@ -194,24 +208,27 @@ class Taken(NamedTuple):
     repeats: Repeats
 
 
-class Giving:
-    """Mixed into a cache: remembers which layer's pairs it gave out last, and so whose attention a call is.
+class Giving(Cache):
+    """A cache that remembers which layer's pairs it gave out last, and so whose attention a call is.
 
     A model's modules need not say which layer they are, nor be one layer only; and a call that is given none of the
     cache's pairs (of a tower, say) is told from one that is given what the cache does not hold.
     """
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.forget_given()
 
     def forget_given(self) -> None:
         """A forward pass is over, or begins: no attention is waited for."""
         self._given: tuple[int, Tensor, Tensor] | None = None
-        self._lent: dict[int, tuple[weakref.ref, weakref.ref]] = {}
+        self._lent: dict[int, tuple[weakref.ref[Tensor], weakref.ref[Tensor]]] = {}
         self._latest = -1  # layer whose attention came by
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append the pairs of one layer, as models do."""
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         self._given = layer_idx, keys, values
         return keys, values
@@ -276,8 +293,8 @@ class Look(NamedTuple):
     value: Tensor  # [B, Hkv, n, D]
     mask: Tensor | None
     """[B or 1, H or 1, q, n] bool (True is shown) or to be added to the scores; None hides the future alone."""
-    options: Mapping[str, object]
-    """Of the call: scaling, softcap, s_aux, ..."""
+    options: Mapping[str, Any]
+    """Options of the call: scaling, softcap, s_aux, ..."""
 
 
 @contextmanager
@@ -289,7 +306,15 @@ def watching(model: PreTrainedModel, cache: WatchedCache, look: Callable[[Look],
     """
     cache.forget_given()
 
-    def attend(inner, module, query, key, value, mask, **options):
+    def attend(
+        inner: Attention,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
         taken = cache.take(key, value)
         if taken is not None:
             if taken.repeats.in_turn:
@@ -304,5 +329,5 @@ def watching(model: PreTrainedModel, cache: WatchedCache, look: Callable[[Look],
             look(Look(taken.layer_idx, taken.source, query, taken.keys, taken.values, mask, options))
         return inner(module, query, key, value, mask, **options)
 
-    with attention_seam(model, attend):
+    with attention_hook(model, attend):
         yield

@@ -1,9 +1,10 @@
-"""One layer of a compressed cache: how its pairs are ranked, and which are evicted. Where they are stored: `slots`."""
+"""One layer of a compressed cache: how its pairs are ranked, and which are evicted. They lie in a `Storage`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +15,9 @@ from l2kv.heads import of_query_heads, options_of_heads
 from l2kv.policies import POLICIES, Pairs, Policy
 from l2kv.probabilities import attention_probabilities
 from l2kv.spec import WHOLE, CompressionSpec, Target
-from l2kv.storage.dense import KEYS, RANKS, RECEIVED, VALUES, Slots, Storage
-from l2kv.storage.paged import PagedSlots, Pages
+from l2kv.storage.base import KEYS, RANKS, RECEIVED, VALUES, Storage
+from l2kv.storage.dense import DenseStorage
+from l2kv.storage.paged import PagedStorage, Pages
 
 _BLOCK = 128  # queries whose attention is worked out at a time
 
@@ -30,7 +32,7 @@ class Part:
 
     @property
     def held(self) -> int:
-        """Pairs of each of its heads."""
+        """Number of pairs that each of its heads holds."""
         return self.keys.shape[2]
 
 
@@ -48,18 +50,19 @@ class CompressedLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, spec: CompressionSpec, layer_idx: int, filters: Tensor | None = None, **kwargs) -> None:
+    def __init__(self, spec: CompressionSpec, layer_idx: int, filters: Tensor | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.spec, self._layer_idx, self._filters = spec, layer_idx, filters
         self.reset()
 
     def reset(self) -> None:
         """Forget everything."""
-        self.keys = self.values = None
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
         self.seen = self._evicted_at = 0
         self.first_real: Tensor | None = None  # [B], where a row begins that is padded on the left
         self.unattended = False  # appended to, and attention has not come by yet
-        self._slots: Storage | None = None
+        self._stored: Storage | None = None  # nothing before the first token
         self._targets: tuple[Target, ...] = ()  # of each kv head
         self._queries: Tensor | None = None  # [B, H, w, D], the last ones
         self.is_initialized = False
@@ -69,8 +72,13 @@ class CompressedLayer(CacheLayerMixin):
         return POLICIES[self.spec.policy]
 
     @property
+    def _storage(self) -> Storage:
+        assert self._stored is not None, "nothing has been stored yet"
+        return self._stored
+
+    @property
     def n_heads(self) -> int:
-        """kv heads."""
+        """Number of kv heads."""
         return len(self._targets)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -81,41 +89,43 @@ class CompressedLayer(CacheLayerMixin):
                 f"The filters of layer {self._layer_idx} must have {head_dim} numbers for each kv head (head_dim), "
                 f"got some of shape {list(self._filters.shape)}."
             )
-        self._begin(Slots(key_states, value_states))
+        self._begin(DenseStorage(key_states, value_states))
 
-    def _begin(self, slots: Storage) -> None:
-        self._slots = slots
-        self._targets = tuple(self.spec.target_of(self._layer_idx, head) for head in range(len(slots.held)))
+    def _begin(self, storage: Storage) -> None:
+        self._stored = storage
+        self._targets = tuple(self.spec.target_of(self._layer_idx, head) for head in range(len(storage.held)))
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Append new pairs [B, Hkv, q, D]; returns all that is held, or only those where heads hold different numbers.
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append new pairs [B, Hkv, q, D]; return all that is held, or only the new where heads hold different numbers.
 
         Evicts nothing: see `evict`.
         """
         self.append(key_states, value_states)
         self.seen += key_states.shape[-2]
         self.unattended = True
-        return (key_states, value_states) if self.ragged else (self.keys, self.values)
+        if self.keys is None or self.values is None:
+            return key_states, value_states
+        return self.keys, self.values
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Store pairs [B, Hkv, T, D]."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         else:
-            self._slots.append(keys, values)
-        if self._slots.has(RANKS):
+            self._storage.append(keys, values)
+        if self._storage.has(RANKS):
             positions = torch.arange(self.seen, self.seen + keys.shape[2], device=self.device)
-            self._slots.fill(RANKS, self._rank(Part(tuple(range(self.n_heads)), keys, values), positions))
-        if self._slots.has(RECEIVED):
-            self._slots.fill(RECEIVED, keys.new_zeros(keys.shape[:3], dtype=torch.float32))
+            self._storage.fill(RANKS, self._rank(Part(tuple(range(self.n_heads)), keys, values), positions))
+        if self._storage.has(RECEIVED):
+            self._storage.fill(RECEIVED, keys.new_zeros(keys.shape[:3], dtype=torch.float32))
         self._show()
 
     def load(self, source: CompressedLayer) -> None:
         """Begin with what another layer holds; it is not written to."""
         self.dtype, self.device = source.dtype, source.device
         self.seen, self.first_real = source.seen, source.first_real
-        self._begin(source._slots.lend())
+        self._begin(source._storage.lend())
         self._add_ranks(source.positions())
         self._show()
 
@@ -127,30 +137,31 @@ class CompressedLayer(CacheLayerMixin):
     @property
     def ragged(self) -> bool:
         """Whether heads hold different numbers of pairs, or did."""
-        return isinstance(self._slots, PagedSlots)
+        return isinstance(self._stored, PagedStorage)
 
     @property
     def pages(self) -> Pages:
-        """The storage of a `ragged` layer."""
-        return self._slots.pages
+        """All slots of a `ragged` layer, as pages."""
+        assert isinstance(self._stored, PagedStorage)
+        return self._stored.pages
 
     def parts(self) -> list[Part]:
         """All that is held: of all heads at once, or head by head where they may differ."""
-        slots = self._slots
-        return [Part(*part) for part in zip(slots.heads, slots[KEYS], slots[VALUES], strict=True)] if slots else []
+        stored = self._stored
+        return [Part(*part) for part in zip(stored.heads, stored[KEYS], stored[VALUES], strict=True)] if stored else []
 
     @property
     def held(self) -> int:
-        """Pairs of the head that holds most."""
+        """Number of pairs in the kv head that holds most."""
         return max(self.held_by_head, default=0)
 
     @property
     def held_by_head(self) -> tuple[int, ...]:
-        """Pairs of each kv head."""
-        return self._slots.held if self._slots else ()
+        """Number of pairs that each kv head holds."""
+        return self._stored.held if self._stored else ()
 
     @torch.no_grad()
-    def evict(self, query: Tensor, options: Mapping[str, object]) -> None:
+    def evict(self, query: Tensor, options: Mapping[str, Any]) -> None:
         """Bring every head down to what the spec allows after the tokens seen so far.
 
         Args:
@@ -166,28 +177,28 @@ class CompressedLayer(CacheLayerMixin):
         if self.seen - self._evicted_at >= self.spec.evict_every:
             self.evict_now(options)
         else:
-            self._slots.let_go()
+            self._storage.let_go()
             self._show()
 
-    def evict_now(self, options: Mapping[str, object] | None = None) -> None:
-        """Evict, whenever the last time was."""
+    def evict_now(self, options: Mapping[str, Any] | None = None) -> None:
+        """Evict now, whenever the last time was; `options` as for `evict`."""
         self._evicted_at = self.seen
-        held = self._slots.held
+        held = self._storage.held
         of_heads = list(zip(held, self._targets, strict=True))
         allowed = {(n, target): self.spec.kept(n, self.seen, target) for n, target in set(of_heads)}
         kept = tuple(allowed[of_head] for of_head in of_heads)
         if kept == held:
-            self._slots.let_go()
+            self._storage.let_go()
         elif self.ragged or len(set(kept)) == 1:
-            self._slots.keep(self._order(options or {}), kept)
+            self._storage.keep(self._order(options or {}), kept)
         else:
-            self._slots = PagedSlots(self._slots, self._order(options or {}), kept)
+            self._stored = PagedStorage(self._storage, self._order(options or {}), kept)
         self._show()
 
     def positions(self) -> list[Tensor]:
         """Per part, the true positions of the pairs held, [B, h, held] int64 in storage order."""
-        if self._slots.has(RANKS):
-            return [ranks.position(of_part) for of_part in self._slots[RANKS]]
+        if self._storage.has(RANKS):
+            return [ranks.position(of_part) for of_part in self._storage[RANKS]]
         held = torch.arange(self.seen - self.held, self.seen, device=self.device)  # all, in order
         return [held.expand(part.keys.shape[:3]) for part in self.parts()]
 
@@ -199,7 +210,7 @@ class CompressedLayer(CacheLayerMixin):
     def _add_ranks(self, positions: list[Tensor]) -> None:
         """Rank all pairs held, which are at these `positions`; from now on, pairs are ranked as they come."""
         of_parts = [self._rank(*of_part) for of_part in zip(self.parts(), positions, strict=True)]
-        self._slots.add_buffer(RANKS, self._slots.join(of_parts))
+        self._storage.add_buffer(RANKS, self._storage.join(of_parts))
 
     def _rank(self, part: Part, positions: Tensor) -> Tensor:
         """Ranks of pairs, [B, h, T], as far as they do not depend on other pairs; positions broadcast to that."""
@@ -208,23 +219,23 @@ class CompressedLayer(CacheLayerMixin):
             score = self._policy.score(self._pairs(part, positions))
         return ranks.rank(score, positions, self.first_real).expand(part.keys.shape[:3])
 
-    def _order(self, options: Mapping[str, object]) -> Tensor:
+    def _order(self, options: Mapping[str, Any]) -> Tensor:
         """The order in which pairs stay, int64 slot by slot: by score, and the protected above all."""
-        slots = self._slots
-        if not slots.has(RANKS):
+        storage = self._storage
+        if not storage.has(RANKS):
             self._add_ranks(self.positions())
         if self._policy.on_arrival:
-            return self._protect(slots.whole(RANKS))
-        received = slots[RECEIVED] if self._policy.needs_received else None
+            return self._protect(storage.whole(RANKS))
+        received = storage[RECEIVED] if self._policy.needs_received else None
         of_parts = []
         for i, (part, positions) in enumerate(zip(self.parts(), self.positions(), strict=True)):
             pairs = self._pairs(part, positions)
             if received:
                 pairs = replace(pairs, received=received[i])
-            if self._policy.needs_rows:
+            if self._queries is not None:
                 pairs = replace(pairs, last_rows=self._attention(part, self._queries, 0, positions, options))
             of_parts.append(ranks.rank(self._policy.score(pairs), positions, self.first_real))
-        return self._protect(slots.join(of_parts))
+        return self._protect(storage.join(of_parts))
 
     def _protect(self, order: Tensor) -> Tensor:
         first, last = self.spec.protect_first, self.spec.protect_last
@@ -248,7 +259,7 @@ class CompressedLayer(CacheLayerMixin):
 
         A query of the padding may look at all that precedes it: it must not look at nothing, and is looked at by none.
         """
-        alike = not self._slots.has(RANKS)  # all heads hold all
+        alike = not self._storage.has(RANKS)  # all heads hold all
         query_positions = torch.arange(self.seen - queries, self.seen, device=self.device)
         padding = ranks.in_text(query_positions.expand(1, 1, -1), self.first_real) < 0  # [B, 1, q]
         masks = []
@@ -259,37 +270,35 @@ class CompressedLayer(CacheLayerMixin):
             masks.append(causal & (real[:, :, None] | padding[..., None]))
         return masks
 
-    def _receive(self, query: Tensor, options: Mapping[str, object]) -> None:
+    def _receive(self, query: Tensor, options: Mapping[str, Any]) -> None:
         """Add the attention of the latest queries to what each pair has received."""
-        if not self._slots.has(RANKS):
+        if not self._storage.has(RANKS):
             self._add_ranks(self.positions())
-        if not self._slots.has(RECEIVED):
-            self._slots.add_buffer(RECEIVED, torch.zeros_like(self._slots.whole(RANKS), dtype=torch.float32))
+        if not self._storage.has(RECEIVED):
+            self._storage.add_buffer(RECEIVED, torch.zeros_like(self._storage.whole(RANKS), dtype=torch.float32))
         queries = query.shape[2]
-        for part, positions, received in zip(self.parts(), self.positions(), self._slots[RECEIVED], strict=True):
+        for part, positions, received in zip(self.parts(), self.positions(), self._storage[RECEIVED], strict=True):
             for start in range(0, queries, _BLOCK):
                 end = min(start + _BLOCK, queries)
                 block = self._attention(part, query[:, :, start:end], queries - end, positions, options)
                 received += block.sum(dim=(2, 3))
 
     def _attention(
-        self, part: Part, query: Tensor, later: int, positions: Tensor, options: Mapping[str, object]
+        self, part: Part, query: Tensor, later: int, positions: Tensor, options: Mapping[str, Any]
     ) -> Tensor:
         """Attention of queries [B, H, q, D], which `later` others follow, to a part's pairs: [B, h, G, q, held]."""
         query_positions = torch.arange(self.seen - later - query.shape[2], self.seen - later, device=self.device)
         hidden = positions[:, :, None, None] > query_positions[:, None]
         if self.first_real is not None:
             hidden = hidden | (ranks.in_text(positions, self.first_real) < 0)[:, :, None, None]
-        of_part, options = (
-            of_query_heads(query, part.heads, self.n_heads),
-            options_of_heads(options, part.heads, self.n_heads),
-        )
+        of_part = of_query_heads(query, part.heads, self.n_heads)
+        options = options_of_heads(options, part.heads, self.n_heads)
         shape = (query.shape[0], len(part.heads), -1, query.shape[2], part.held)
-        weights = attention_probabilities(
+        probabilities = attention_probabilities(
             of_part, part.keys, lambda scores: scores.view(shape).masked_fill_(hidden, -torch.inf), options
         )
         # A query of the padding sees nothing at all, and its row is 0 / 0.
-        return (weights if self.first_real is None else weights.nan_to_num(0.0)).view(shape)
+        return (probabilities if self.first_real is None else probabilities.nan_to_num(0.0)).view(shape)
 
     def get_seq_length(self) -> int:
         """Tokens SEEN, not held: transformers derives the positions of new tokens from it."""
@@ -305,12 +314,12 @@ class CompressedLayer(CacheLayerMixin):
     @property
     def nbytes(self) -> int:
         """Bytes of key and value storage, slack included."""
-        return self._slots.nbytes if self._slots else 0
+        return self._stored.nbytes if self._stored else 0
 
     @property
     def used_nbytes(self) -> int:
         """Bytes of the keys and values held."""
-        return self._slots.used_nbytes if self._slots else 0
+        return self._stored.used_nbytes if self._stored else 0
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
@@ -329,22 +338,22 @@ class CompressedLayer(CacheLayerMixin):
         self._map_rows(lambda b: b[indices.to(b.device)])
 
     def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        if self._slots:
-            self._slots.map_rows(change)
+        if self._stored:
+            self._stored.map_rows(change)
             self._show()
         self._queries, self.first_real = (x if x is None else change(x) for x in (self._queries, self.first_real))
 
     def _show(self) -> None:
         ragged = self.ragged
-        self.keys, self.values = (None if ragged else self._slots.whole(index) for index in (KEYS, VALUES))
+        self.keys, self.values = (None if ragged else self._storage.whole(index) for index in (KEYS, VALUES))
 
 
-class CompressedHybridLayer(CompressedLayer, LinearAttentionAndFullAttentionLayer):
+class CompressedHybridLayer(CompressedLayer, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc]  # as theirs
     """A layer that carries a running state beside its attention (Falcon-H1): the pairs are ours, the state is not."""
 
     is_croppable = False
 
-    def lazy_initialization(self, *pairs: Tensor, **states) -> None:
+    def lazy_initialization(self, *pairs: Tensor, **states: Any) -> None:  # type: ignore[override]  # as its parent
         if pairs:
             CompressedLayer.lazy_initialization(self, *pairs)
         else:
@@ -356,4 +365,4 @@ class CompressedHybridLayer(CompressedLayer, LinearAttentionAndFullAttentionLaye
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         CompressedLayer.reorder_cache(self, beam_idx)
-        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        LinearAttentionLayer.reorder_cache(self, beam_idx)  # type: ignore[arg-type]

@@ -7,26 +7,28 @@ from torch import Tensor
 
 
 def first_real(mask: object) -> Tensor | None:
-    """Where each row begins, int64 [B], from an attention mask [B, T], 0 for padding; None where no row is padded.
+    """Position at which each row begins, int64 [B], from an attention mask [B, T]; None where no row is padded.
 
     A row that is all padding has not begun yet: its text may come with a later chunk of the prompt.
 
     Raises:
         ValueError: it hides anything else.
     """
-    if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2 and (mask == 1).all()):
+    if mask is None:
         return None
-    told = isinstance(mask, Tensor) and mask.dim() == 2 and ((mask == 0) | (mask == 1)).all()
-    if not told or not (mask[:, 1:] >= mask[:, :-1]).all():
-        raise ValueError(
-            "A compressed cache takes rows that are padded on the left, or not at all, and no attention mask but that: "
-            "tokenizer.padding_side = 'left', and attention_mask of shape [batch, tokens], 1 for text, 0 for padding."
-        )
-    return (mask == 0).sum(dim=1)
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        if (mask == 1).all():
+            return None
+        if ((mask == 0) | (mask == 1)).all() and (mask[:, 1:] >= mask[:, :-1]).all():
+            return (mask == 0).sum(dim=1)
+    raise ValueError(
+        "A compressed cache takes rows that are padded on the left, or not at all, and no attention mask but that: "
+        "tokenizer.padding_side = 'left', and attention_mask of shape [batch, tokens], 1 for text, 0 for padding."
+    )
 
 
 def check_padding(known: Tensor | None, now: Tensor | None, seen: int) -> None:
-    """What was padding among the tokens seen stays padding, and what was text, text: by that it was evicted, or kept.
+    """Check that a mask agrees with the ones before on which of the tokens seen are padding: evictions went by that.
 
     Args:
         known, now: where the rows begin, as it was told before and is now; None where no row is padded.
@@ -34,10 +36,11 @@ def check_padding(known: Tensor | None, now: Tensor | None, seen: int) -> None:
     Raises:
         ValueError: they disagree.
     """
-    if not seen or (known is None and now is None):
+    told = known if known is not None else now
+    if not seen or told is None:
         return
-    known = torch.zeros_like(now) if known is None else known
-    now = torch.zeros_like(known) if now is None else now.to(known.device)
+    known = torch.zeros_like(told) if known is None else known
+    now = torch.zeros_like(told) if now is None else now.to(known.device)
     if now.shape != known.shape or ((now != known) & (torch.minimum(now, known) < seen)).any():
         raise ValueError(
             "This attention_mask (or that there is none) says otherwise than the ones before which of the tokens that "

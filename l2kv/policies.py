@@ -3,8 +3,8 @@
 A policy is a function of the pairs of some kv heads, and says what else it needs. Most score a pair once, when it
 enters the cache: they cost nothing per step for the pairs that are there already. Some look at all pairs held when an
 eviction is due; of these some need attention, which is then worked out for them, and for nobody else. To add one,
-write it and name it in `POLICIES`: the cache, the app and the tests pick it up from there, and the first line of its
-docstring is what the app shows.
+write it and enter it in `POLICIES`, or call `register_policy`: the cache, the command line, the app and the tests pick
+it up from there, and the first line of its docstring is what a user reads about it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from l2kv.errors import SpecError
+from l2kv.registry import Registry
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,24 +28,38 @@ _POOL = 5  # neighbours that `window` smooths over
 class Pairs:
     """Key/value pairs of some kv heads of a layer, as a policy sees them."""
 
-    keys: Tensor  # [B, h, T, D], after rotary embedding and q/k norm
-    values: Tensor  # [B, h, T, D]
-    positions: Tensor  # int64, true positions in the text; broadcasts to [B, h, T]
+    keys: Tensor
+    """[B, h, T, D], after rotary embedding and q/k norm."""
+    values: Tensor
+    """[B, h, T, D]."""
+    positions: Tensor
+    """True positions in the text, int64; broadcasts to [B, h, T]. Negative in the padding of a row."""
     layer_idx: int
-    heads: tuple[int, ...]  # which kv heads of the layer these h are
+    heads: tuple[int, ...]
+    """Which kv heads of the layer these h are."""
     seed: int = 0
-    directions: tuple[str, ...] | None = None  # of these heads: "low" or "high"
-    filters: Tensor | None = None  # [h, D], of these heads
-    received: Tensor | None = None  # [B, h, T] attention summed over all queries so far and the heads of the group
-    last_rows: Tensor | None = None  # [B, h, G, w, T] attention of the last w queries, and only of those
+    directions: tuple[str, ...] | None = None
+    """"low" or "high" for each of these heads, where the spec has directions."""
+    filters: Tensor | None = None
+    """[h, D], where the cache has filters."""
+    received: Tensor | None = None
+    """Attention summed over all queries so far and the heads of the group, [B, h, T]; see `needs_received`."""
+    last_rows: Tensor | None = None
+    """Attention probabilities of the last w queries, and only of those, [B, h, G, w, T]; see `needs_rows`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A score, and what it needs."""
+    """An eviction policy: a score, its title, and what it needs.
+
+    Raises:
+        ValueError: it is scored on arrival, and needs attention, which is known later.
+    """
 
     score: Callable[[Pairs], Tensor]
     """Pairs -> float32 scores that broadcast to [B, h, T], higher = keep."""
+    title: str
+    """Name that a user chooses it by."""
     on_arrival: bool = True
     """A pair is scored once, from itself alone; else all pairs held are scored at each eviction."""
     needs_directions: bool = False
@@ -56,14 +73,18 @@ class Policy:
     ranks_whole_layer: bool = False
     """One order for all heads of a layer: they must have one target."""
 
+    def __post_init__(self) -> None:
+        if self.on_arrival and self.needs_attention:
+            raise ValueError(f"{self.title}: attention is not known when a pair arrives; give on_arrival=False")
+
     @property
     def about(self) -> str:
         """What it keeps, in a line."""
-        return (self.score.__doc__ or "").splitlines()[0]
+        return (self.score.__doc__ or "").partition("\n")[0]
 
     @property
     def needs_attention(self) -> bool:
-        """Whether attention weights have to be worked out for it."""
+        """Whether attention probabilities have to be worked out for it."""
         return self.needs_received or self.needs_rows > 0
 
     @property
@@ -84,6 +105,7 @@ def high_norm(pairs: Pairs) -> Tensor:
 
 def signed_norm(pairs: Pairs) -> Tensor:
     """Keep low norms in some heads and high norms in others, as measured on the model."""
+    assert pairs.directions is not None
     sign = pairs.keys.new_tensor([1.0 if direction == "high" else -1.0 for direction in pairs.directions]).float()
     return _norm(pairs.keys) * sign[:, None]
 
@@ -115,11 +137,13 @@ def keydiff(pairs: Pairs) -> Tensor:
 
 def q_filters(pairs: Pairs) -> Tensor:
     """Keep the keys that point where the queries of the head do (Q-Filters: Godey et al., arXiv 2503.02812)."""
+    assert pairs.filters is not None
     return (pairs.keys.float() * pairs.filters[:, None].float()).sum(dim=-1)
 
 
 def accumulated(pairs: Pairs) -> Tensor:
     """Keep what received most attention so far (the heavy hitters of H2O: Zhang et al., arXiv 2306.14048)."""
+    assert pairs.received is not None
     return pairs.received
 
 
@@ -127,6 +151,7 @@ def window(pairs: Pairs) -> Tensor:
     """Keep what the last 32 queries attend to, smoothed over neighbours (SnapKV: Li et al., arXiv 2404.14469)."""
     import torch
 
+    assert pairs.last_rows is not None
     # A query older than all that is held sees nothing, and its row is 0 / 0.
     votes = pairs.last_rows.nan_to_num(0.0).sum(dim=(2, 3))
     positions = pairs.positions.expand_as(votes)
@@ -144,15 +169,17 @@ def window(pairs: Pairs) -> Tensor:
 
 def last_query(pairs: Pairs) -> Tensor:
     """Keep what the last query attends to, by the mean over a layer's heads (TOVA: Oren et al., arXiv 2401.06104)."""
+    assert pairs.last_rows is not None
     return pairs.last_rows[:, :, :, -1].mean(dim=(1, 2))[:, None]
 
 
 def _norm(keys: Tensor) -> Tensor:
-    return keys.float().norm(dim=-1)  # float32: of bfloat16 norms nearly all tie
+    norms: Tensor = keys.float().norm(dim=-1)  # float32: of bfloat16 norms nearly all tie
+    return norms
 
 
 def _unit(vectors: Tensor) -> Tensor:
-    return vectors.float() / vectors.float().norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    return vectors.float() / _norm(vectors)[..., None].clamp_min(1e-12)
 
 
 _32_BITS = 0xFFFFFFFF
@@ -166,15 +193,52 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-POLICIES: dict[str, Policy] = {
-    "low_norm": Policy(low_norm),
-    "high_norm": Policy(high_norm),
-    "signed_norm": Policy(signed_norm, needs_directions=True),
-    "random": Policy(random),
-    "streaming": Policy(streaming),
-    "keydiff": Policy(keydiff, on_arrival=False),
-    "q_filters": Policy(q_filters, needs_filters=True),
-    "accumulated": Policy(accumulated, on_arrival=False, needs_received=True),
-    "window": Policy(window, on_arrival=False, needs_rows=WINDOW),
-    "last_query": Policy(last_query, on_arrival=False, needs_rows=1, ranks_whole_layer=True),
-}
+POLICIES = Registry[Policy](
+    "policy",
+    SpecError,
+    {
+        "low_norm": Policy(low_norm, "Low norm (the paper)"),
+        "high_norm": Policy(high_norm, "High norm (its mirror)"),
+        "signed_norm": Policy(signed_norm, "Low or high norm by head", needs_directions=True),
+        "random": Policy(random, "Random"),
+        "streaming": Policy(streaming, "First and recent (StreamingLLM)"),
+        "keydiff": Policy(keydiff, "Unlike the other keys (KeyDiff)", on_arrival=False),
+        "q_filters": Policy(q_filters, "Along the queries (Q-Filters)", needs_filters=True),
+        "accumulated": Policy(accumulated, "Most attention so far (H2O)", on_arrival=False, needs_received=True),
+        "window": Policy(window, "Attention of the last 32 queries (SnapKV)", on_arrival=False, needs_rows=WINDOW),
+        "last_query": Policy(
+            last_query, "Attention of the last query (TOVA)", on_arrival=False, needs_rows=1, ranks_whole_layer=True
+        ),
+    },
+)
+"""Eviction policies by name, as `CompressionSpec.policy` has it."""
+
+
+def register_policy(
+    name: str,
+    score: Callable[[Pairs], Tensor],
+    *,
+    title: str,
+    on_arrival: bool = True,
+    needs_directions: bool = False,
+    needs_filters: bool = False,
+    needs_received: bool = False,
+    needs_rows: int = 0,
+    ranks_whole_layer: bool = False,
+) -> Policy:
+    """Add an eviction policy, which specs may name from then on; the arguments are the fields of `Policy`.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    policy = Policy(
+        score,
+        title,
+        on_arrival=on_arrival,
+        needs_directions=needs_directions,
+        needs_filters=needs_filters,
+        needs_received=needs_received,
+        needs_rows=needs_rows,
+        ranks_whole_layer=ranks_whole_layer,
+    )
+    return POLICIES.register(name, policy)

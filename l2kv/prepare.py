@@ -11,15 +11,18 @@ import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from l2kv.attention import attend, check_mask
-from l2kv.cache import CompressedCache, check_compressible
+from l2kv.cache import CompressedCache
+from l2kv.config import check_compressible
+from l2kv.errors import UnsupportedModelError
 from l2kv.heads import in_groups, in_the_models_order
-from l2kv.hooks import Attention, UnsupportedModelError, attention_seam
+from l2kv.hooks import Attention, attention_hook
 from l2kv.layer import CompressedLayer
 from l2kv.padding import check_padding, first_real
 
@@ -79,7 +82,7 @@ class _Preparation:
         self.users = 0
         self._model_name = type(model).__name__
         with ExitStack() as stack:
-            self._hooked = stack.enter_context(attention_seam(model, self._attend))
+            self._hooked = stack.enter_context(attention_hook(model, self._attend))
             # Which of its parts a model calls, and which a user, differs: the outermost that is given a cache counts.
             for part in model.modules():
                 if isinstance(part, PreTrainedModel):
@@ -90,10 +93,10 @@ class _Preparation:
             stack.callback(self._let_go)  # an interrupt (no Exception) in a forward pass comes past the hooks
             self.undo = stack.pop_all().close
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return object.__new__, (_Preparation,)  # in a copy of the model, which is not prepared, the hooks do nothing
 
-    def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = next((a for a in (*kwargs.values(), *args) if isinstance(a, CompressedCache)), None)
         if cache is None or self._hooked is None:
             return
@@ -125,8 +128,8 @@ class _Preparation:
         self._lender = cache.lender
         cache.serving = True
 
-    def _after_forward(self, module: nn.Module, args: tuple, output: object) -> None:
-        if module is not self._outermost:
+    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        if module is not self._outermost or self._cache is None:
             return
         cache, before, evict = self._cache, self._seen_before, self._evict_later
         self._let_go()
@@ -157,17 +160,18 @@ class _Preparation:
         key: Tensor,
         value: Tensor,
         mask: Tensor | None,
-        **kwargs,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        taken = self._cache.take(key, value) if self._cache is not None else None
-        layer = self._cache.layers[taken.source] if taken is not None else None
-        if not isinstance(layer, CompressedLayer):  # a tower's, say, or one with a window
+        cache = self._cache
+        taken = cache.take(key, value) if cache is not None else None
+        layer = cache.layers[taken.source] if cache is not None and taken is not None else None
+        if taken is None or not isinstance(layer, CompressedLayer):  # a tower's, say, or one with a window
             return inner(module, query, key, value, mask, **kwargs)
         if mask is not None and mask is not self._mask:
             check_mask(layer, query.shape[2], mask)
             self._mask = mask  # the same for all layers
         query = in_groups(query, taken.repeats, layer.n_heads)
-        output, weights = attend(layer, inner, module, query, mask, kwargs, times=taken.repeats.times)
+        output, probabilities = attend(layer, inner, module, query, mask, kwargs, times=taken.repeats.times)
         if taken.source == self._lender:  # others have yet to look at what it holds
             if taken.layer_idx == taken.source:
                 self._evict_later = partial(layer.evict, query, kwargs)
@@ -175,17 +179,17 @@ class _Preparation:
             layer.evict(query, kwargs)
         else:
             raise UnsupportedModelError(f"{self._model_name} borrows the keys of layer {taken.source}, too early.")
-        return in_the_models_order(output, taken.repeats, layer.n_heads), weights
+        return in_the_models_order(output, taken.repeats, layer.n_heads), probabilities
 
 
-def _argument(name: str, module: nn.Module, args: tuple, kwargs: dict) -> object:
+def _argument(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a forward pass of `module` is given by this name, or in its place; None where it is not given."""
     if name in kwargs or not args:
         return kwargs.get(name)
     return dict(zip(inspect.signature(module.forward).parameters, args, strict=False)).get(name)
 
 
-def _new_tokens(module: nn.Module, args: tuple, kwargs: dict) -> int | None:
+def _new_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     """How many tokens a forward pass is given."""
     given = (_argument(name, module, args, kwargs) for name in ("input_ids", "inputs_embeds"))
     return next((tokens.shape[1] for tokens in given if tokens is not None), None)

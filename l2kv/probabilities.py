@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ _CAST = 2**20  # numbers of half precision keys that are held in float32 at a ti
 
 
 def attention_probabilities(
-    query: Tensor, key: Tensor, hide: Callable[[Tensor], object], options: Mapping[str, object]
+    query: Tensor, key: Tensor, hide: Callable[[Tensor], object], options: Mapping[str, Any]
 ) -> Tensor:
     """The attention of queries [B, H, q, D] to keys [B, Hkv, n, D]: float32 [B, H, q, n].
 

@@ -8,16 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from typing import TYPE_CHECKING, Any, TypeGuard
 
+from l2kv.errors import SpecError
 from l2kv.policies import POLICIES
 
 SCHEDULES = ("seen", "reference")
 DIRECTIONS = ("low", "high")
 _COUNTS = ("prune_after", "protect_first", "protect_last", "seed")
-
-
-class SpecError(ValueError):
-    """A compression that cannot be: a field is out of range or does not fit the model; the message says which."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,18 +32,40 @@ class CompressionSpec:
         SpecError, TypeError: a field is out of range; the message says which, what was got and what is allowed.
     """
 
+    if TYPE_CHECKING:  # fields hold tuples; a call may give what is handier
+
+        def __init__(
+            self,
+            keep_ratio: float = 0.5,
+            budget: int | None = None,
+            prune_after: int = 0,
+            skip_layers: Iterable[int] = (),
+            policy: str = "low_norm",
+            schedule: str = "seen",
+            evict_every: int = 1,
+            protect_first: int = 0,
+            protect_last: int = 0,
+            layer_ratios: Mapping[int, float] | Sequence[float | None] | Sequence[tuple[int, float]] | None = None,
+            head_ratios: Mapping[tuple[int, int], float]
+            | Sequence[Sequence[float | None] | None]
+            | Sequence[tuple[tuple[int, int], float]]
+            | None = None,
+            directions: Sequence[Sequence[str]] | None = None,
+            seed: int = 0,
+        ) -> None: ...
+
     keep_ratio: float = 0.5
     """Share of the tokens seen that is kept, 0 to 1."""
     budget: int | None = None
-    """A number of tokens instead of `keep_ratio`."""
+    """Number of tokens to keep, in place of `keep_ratio`."""
     prune_after: int = 0
-    """Leave a head of fewer pairs than this alone."""
+    """A head that holds fewer pairs than this evicts nothing."""
     skip_layers: tuple[int, ...] = ()
-    """Layers (0-based) that keep everything."""
+    """Skipped layers (0-based): they evict nothing."""
     policy: str = "low_norm"
     """Name of a score in `l2kv.POLICIES`."""
     schedule: str = "seen"
-    """What a ratio is of: the tokens "seen", or those held, at each eviction anew ("reference", the paper's code)."""
+    """What a ratio is taken of: the tokens "seen", or at each eviction those held ("reference", the paper's code)."""
     evict_every: int = 1
     """Evict once this many tokens have come since the last time; in between a head may hold as many more."""
     protect_first: int = 0
@@ -53,13 +73,13 @@ class CompressionSpec:
     protect_last: int = 0
     """Nor are the latest ones (0 in the paper; 32 is a good deal safer)."""
     layer_ratios: tuple[tuple[int, float], ...] | None = None
-    """Ratios of single layers: give {layer: ratio}, or a ratio (or None) for each layer. Kept as pairs."""
+    """Keep ratios of single layers: give {layer: ratio}, or a ratio (or None) per layer. Stored as pairs."""
     head_ratios: tuple[tuple[tuple[int, int], float], ...] | None = None
-    """Ratios of single kv heads: give {(layer, kv head): ratio}, or a row of ratios (or None) for each layer."""
+    """Keep ratios of single kv heads: give {(layer, kv head): ratio}, or a row of ratios (or None) per layer."""
     directions: tuple[tuple[str, ...], ...] | None = None
     """For `signed_norm`: per layer and kv head, whether "low" or "high" norms stay."""
     seed: int = 0
-    """Of the `random` policy."""
+    """Seed of the policy `random`."""
 
     def __post_init__(self) -> None:
         _check_ratio("keep_ratio", self.keep_ratio)
@@ -68,7 +88,7 @@ class CompressionSpec:
         _check_count("evict_every", self.evict_every, least=1)
         if self.budget is not None:
             _check_count("budget", self.budget)
-        _check_choice("policy", self.policy, POLICIES)
+        POLICIES.find(self.policy)
         _check_choice("schedule", self.schedule, SCHEDULES)
         if isinstance(self.skip_layers, str) or not isinstance(self.skip_layers, Iterable):
             raise TypeError(f"skip_layers must be a sequence of layer numbers such as (0, 1), got {self.skip_layers!r}")
@@ -92,7 +112,7 @@ class CompressionSpec:
             )
 
     def target_of(self, layer: int, head: int) -> Target:
-        """What one kv head of one layer is to keep."""
+        """Target of one kv head of one layer."""
         if layer in self.skip_layers:
             return WHOLE
         ratio = dict(self.head_ratios or ()).get((layer, head), dict(self.layer_ratios or ()).get(layer))
@@ -101,7 +121,7 @@ class CompressionSpec:
         return Target(ratio=self.keep_ratio, budget=self.budget)
 
     def kept(self, held: int, seen: int, target: Target) -> int:
-        """Pairs that a kv head which holds `held` of `seen` tokens may keep."""
+        """Number of pairs that a kv head which holds `held` of `seen` tokens may keep."""
         if target == WHOLE or held < self.prune_after:
             return held
         protected = min(seen, self.protect_first + self.protect_last)
@@ -116,6 +136,7 @@ class Target:
     budget: int | None = None
 
     def of(self, n: int) -> int:
+        """Number of pairs to keep of `n`."""
         return share(self.ratio, n) if self.budget is None else self.budget
 
 
@@ -132,12 +153,12 @@ def share(ratio: float, n: int) -> int:
 def _as_written(ratio: float) -> Fraction:
     """The number that a float stands for: 2/3 and 0.55 themselves, of a float32 too, not the nearest float's value."""
     exact = Fraction(ratio)
-    if exact.denominator <= 2**20:
-        return exact
     if struct.unpack("f", struct.pack("f", ratio))[0] != ratio:
         return exact.limit_denominator(10**6)
     simple = exact.limit_denominator(1000)
-    return simple if abs(simple - exact) <= exact / 2**24 else Fraction(str(round(ratio, 7)))
+    if abs(simple - exact) <= exact / 2**24:  # 203/282 too, whose float32 happens to be a short binary fraction
+        return simple
+    return exact if exact.denominator <= 2**20 else Fraction(str(round(ratio, 7)))
 
 
 def _layer_ratios(given: object) -> tuple[tuple[int, float], ...] | None:
@@ -165,8 +186,8 @@ def _head_ratios(given: object) -> tuple[tuple[tuple[int, int], float], ...] | N
     return tuple(sorted({(int(layer), int(head)): float(ratio) for (layer, head), ratio in pairs}.items()))
 
 
-def _pairs(name: str, given: object) -> list[tuple]:
-    """(key, value) of a mapping, of a sequence of such pairs, or of any other by its index; None values left out."""
+def _pairs(name: str, given: object) -> list[tuple[Any, Any]]:
+    """(key, value) of a mapping, of a sequence of such pairs, or of any other by its index; None values are dropped."""
     if isinstance(given, Mapping):
         pairs = list(given.items())
     elif not _is_sequence(given):
@@ -174,11 +195,11 @@ def _pairs(name: str, given: object) -> list[tuple]:
     else:
         # Of head_ratios a pair begins with (layer, kv head): a row of two ratios is no pair.
         keyed = all(_is_sequence(e) and len(e) == 2 and _is_sequence(e[0]) == (name == "head_ratios") for e in given)
-        pairs = [tuple(e) for e in given] if keyed else list(enumerate(given))
+        pairs = [(e[0], e[1]) for e in given] if keyed else list(enumerate(given))
     return [(key, value) for key, value in pairs if value is not None]
 
 
-def _is_sequence(value: object) -> bool:
+def _is_sequence(value: object) -> TypeGuard[Sequence[Any]]:
     return isinstance(value, Sequence) and not isinstance(value, str)
 
 
@@ -197,7 +218,7 @@ def _directions(given: object) -> tuple[tuple[str, ...], ...] | None:
 def _check_ratio(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number from 0 to 1, got {value!r}")
-    if not 0.0 <= value <= 1.0:  # also refuses NaN
+    if not 0.0 <= float(value) <= 1.0:  # also refuses NaN
         raise SpecError(f"{name} must be from 0 to 1, got {value!r}")
 
 

@@ -69,7 +69,8 @@ def decoding() -> None:
     import torch
     from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 
-    from l2kv import CompressedCache, CompressionSpec, cache_nbytes, compressible
+    from l2kv import CompressedCache, CompressionSpec, compressible
+    from l2kv.cache import cache_nbytes
 
     torch.manual_seed(0)
     config = shape(max(LENGTHS) + 1024)

@@ -1,47 +1,40 @@
-"""The command line, `python -m analysis COMMAND`: everything but looking. A module for each group of commands.
+"""The command line of `analysis`: all that needs no drawing, as `python -m analysis`, and within `l2kv` (`app.cli`).
 
-Where a command draws (`figures`, `report`) it calls `app`: like every program's outermost layer it knows all parts, and
-nothing imports it.
+`measures`, `compression`, `evaluation` and `catalogue` hold the commands, one function each. `options` declares what
+they take, `output` is how they tell what they found, `program` makes one program of them, with exit statuses.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
-import sys
 from collections.abc import Sequence
 
-from analysis.cli import costs, demo, models, pages, passkeys, plans, runs, studies
-from analysis.cli.shared import any_encoding
-from analysis.errors import UserError
-from l2kv.spec import SpecError
+import typer
+
+from analysis.cli import catalogue, compression, evaluation, measures
+from analysis.cli.program import program, run
+
+COMMANDS = (
+    measures.capture,
+    measures.heads,
+    measures.study,
+    measures.selftest,
+    compression.skip,
+    compression.plan,
+    evaluation.ablation,
+    evaluation.front,
+    evaluation.evaluate,
+    compression.savings,
+    compression.generate,
+    catalogue.models,
+    catalogue.demo,
+)
+
+
+def commands() -> typer.Typer:
+    """The commands of `analysis`, to which others may be added."""
+    return program(*COMMANDS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; a mistake of the user's is one line on standard error and the exit status 2.
-
-    A mistake of ours is not caught: a traceback, and Python's exit status 1.
-    """
-    any_encoding(sys.stdout, sys.stderr)
-    arguments = _parser().parse_args(argv)
-    try:
-        arguments.run(arguments)
-        sys.stdout.flush()
-    except (UserError, SpecError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # `| head` has read enough; what Python flushes at its end must not complain again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except KeyboardInterrupt:
-        print("\ncancelled", file=sys.stderr)
-        return 130
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m analysis", description="Measure and compress without the app.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (runs, studies, plans, costs, demo, models, pages, passkeys):
-        group.add(commands)
-    return parser
+    """Run a command of `analysis`, and return the exit status."""
+    return run(commands(), argv, name="python -m analysis")

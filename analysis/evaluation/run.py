@@ -21,10 +21,12 @@ from transformers import Cache, PreTrainedTokenizerBase
 from analysis.demo.presets import PASSKEY_QUESTION, passkey
 from analysis.errors import SettingsError, TextError
 from analysis.models.load import LoadedModel
-from analysis.preview import decode_one_token, new_cache, prefill, prepared
+from analysis.preview import prepared
 from analysis.recorder import check_length
 from analysis.texts.tokens import Tokens, beginning, check_text, tokenize
-from l2kv import CompressedCache, CompressionSpec, cache_nbytes
+from l2kv import CompressedCache, CompressionSpec
+from l2kv.cache import cache_nbytes
+from l2kv.decoding import decode_one_token, new_cache, prefill
 from l2kv.policies import POLICIES
 
 Specs = Mapping[str, CompressionSpec | None]
@@ -124,7 +126,7 @@ def _continue(
 ) -> list[Continuation]:
     """Of the rows of ids [B, T]; `on_token` is called before each token that is fed."""
     rows, length = ids.shape
-    cache = new_cache(loaded, spec)
+    cache = new_cache(loaded.config, spec)
     prefill(loaded.model, ids[:, : prompt_tokens - 1], cache)
     nats = ids.new_zeros(rows, dtype=torch.float64)
     for position in range(prompt_tokens, length):
@@ -231,13 +233,13 @@ def _most_tokens(prompt: PasskeyPrompt) -> int:
 
 def _caches_after(loaded: LoadedModel, context: Tensor, specs: Iterable[CompressionSpec | None]) -> Iterator[Cache]:
     """A cache that holds the context [1, C], for each spec. The model runs once for all that can share its pass."""
-    full = new_cache(loaded, None)
+    full = new_cache(loaded.config, None)
     prefill(loaded.model, context, full)
     for spec in specs:
         if spec is None:
             yield copy.deepcopy(full)
         elif POLICIES[spec.policy].needs_attention:
-            cache = new_cache(loaded, spec)
+            cache = new_cache(loaded.config, spec)
             prefill(loaded.model, context, cache)
             yield cache
         else:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +12,7 @@ import psutil
 
 from analysis.errors import OutOfMemoryError
 from analysis.words import human_bytes as human_bytes
-from l2kv.spec import CompressionSpec
+from l2kv.config import CacheShape
 
 if TYPE_CHECKING:
     from analysis.models.load import LoadedModel
@@ -26,55 +25,6 @@ MAX_BINS = 128  # of its pooled attention map, a side
 LAST_QUERIES = 16  # whose rows it keeps
 RECENT_BYTES = 256 * 2**20  # that they may take
 _SHARE_OF_FREE = 0.8  # the rest is for others, and for the estimate being one
-
-
-@dataclass(frozen=True, slots=True)
-class CacheShape:
-    """What a token takes in a key/value cache, in the layers that keep every token (no sliding window)."""
-
-    layers: tuple[int, ...]  # which they are
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    itemsize: int  # bytes per number
-
-    @classmethod
-    def of(cls, config, itemsize: int) -> CacheShape:
-        """Of a decoder's config (the language part of it)."""
-        borrow = [mode == "reuse" for mode in getattr(config, "kv_sharing_modes", None) or ()]  # Gemma 3n
-        keep_all = [kind in ("full_attention", "hybrid") for kind in layer_kinds(config)]
-        layers = tuple(i for i, keeps in enumerate(keep_all) if keeps and not any(borrow[i : i + 1]))
-        if getattr(config, "is_heterogeneous", False):  # Gemma 4: its full layers have heads of another size
-            config = config.per_layer_config[layers[0] if layers else 0]
-        heads = config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        return cls(layers, heads, kv_heads, head_dim, itemsize)
-
-    def nbytes(self, n_tokens: int, spec: CompressionSpec | None = None) -> int:
-        """Bytes of keys and values after `n_tokens`, whole or as `spec` leaves them."""
-        heads = [(layer, head) for layer in self.layers for head in range(self.n_kv_heads)]
-        if spec is None:
-            pairs = len(heads) * n_tokens
-        else:
-            pairs = sum(spec.kept(n_tokens, n_tokens, spec.target_of(*head)) for head in heads)
-        return pairs * 2 * self.head_dim * self.itemsize
-
-
-def layer_kinds(config) -> tuple[str, ...]:
-    """The kind of each layer's cache by transformers' names, such as "full_attention", as `DynamicCache` reads them.
-
-    A config may name them, or give no more than a window that all layers share (Mistral 7B v0.1, Phi-3 mini).
-    """
-    if named := getattr(config, "layer_types", None):
-        return tuple(named)
-    if getattr(config, "sliding_window", None) is not None:
-        kind = "sliding_attention"
-    elif getattr(config, "attention_chunk_size", None) is not None:
-        kind = "chunked_attention"
-    else:
-        kind = "full_attention"
-    return (kind,) * config.num_hidden_layers
 
 
 def capture_bytes(config, n_tokens: int, *, itemsize: int, last_queries: int = LAST_QUERIES) -> int:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from analysis.errors import ModelError
 from analysis.models.gguf import is_gguf, read_gguf
 from analysis.models.load import BUNDLED, BUNDLED_MODELS, gguf_file, model_name
-from analysis.models.memory import CacheShape
 from analysis.models.packaged import PACKAGED, folder_of
 from analysis.models.vet import read_config, read_json, reading, short
+from l2kv.config import CacheShape
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -146,7 +146,7 @@ def _check_kind(config: PretrainedConfig, name: str) -> None:
     """Refuse a model that is not decoder-only, or has no keys to look at."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    from l2kv import check_compressible
+    from l2kv.config import check_compressible
 
     text_config = config.get_text_config(decoder=True)
     check_compressible(text_config)

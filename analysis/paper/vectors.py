@@ -17,8 +17,9 @@ from analysis.errors import SettingsError
 from analysis.models.load import LoadedModel
 from analysis.models.memory import BLOCK, MAX_BINS
 from analysis.recorder import OnLayer, check_finite, check_shown, last_logits, looking_into, readable
-from l2kv import UnsupportedModelError, attention_probabilities
+from l2kv import UnsupportedModelError
 from l2kv.hooks import Look, WatchedCache
+from l2kv.probabilities import attention_probabilities
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -15,10 +15,10 @@ import numpy as np
 
 from analysis.errors import ModelError, RecordError, SettingsError, TextError
 from analysis.files import content_of, record
-from analysis.models.memory import CacheShape
 from analysis.plans.allocation import plan
 from analysis.plans.skip import RULES, SkipSuggestion, layer_loss, spec_of, widest_gap
 from analysis.statistics import MIN_TEXTS, Interval, means, resamples, spearman, told_of_documents
+from l2kv.config import CacheShape
 from l2kv.spec import CompressionSpec
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from pathlib import Path
 from analysis.errors import SettingsError
 from analysis.models.gguf import is_gguf
 from analysis.models.load import NAMED_MODELS
-from analysis.models.memory import CacheShape
 from analysis.models.packaged import PACKAGED
 from analysis.plans.curves import BY_NORM
+from l2kv.config import CacheShape
 from l2kv.spec import CompressionSpec, Target
 
 LENGTHS = (4096, 32_768, 131_072)  # tokens, that savings are told at

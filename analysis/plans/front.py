@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from analysis.errors import ModelError, SettingsError, TextError
-from analysis.models.memory import CacheShape
 from analysis.plans.allocation import BudgetError
 from analysis.plans.curves import loss_curves, slim
 from analysis.plans.front_record import Front, FrontPoint
 from analysis.plans.strategies import WAYS
 from analysis.texts.excerpts import Excerpt
+from l2kv.config import CacheShape
 
 if TYPE_CHECKING:
     from analysis.captures import Capture

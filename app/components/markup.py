@@ -1,6 +1,6 @@
 """The one escaping of user text for HTML and for Markdown, and the HTML of the app's pages. Pure functions of text.
 
-`app.report.writing` makes HTML too, of whole files; what it writes of others goes through `escaped`.
+The report's HTML is Jinja's to escape, after `printable`.
 
 A token may be anything that a user pasted: markup, control characters, text that runs right to left.
 """
@@ -54,14 +54,19 @@ def visible(text: str) -> str:
     return "".join(_visible_character(c) for c in text)
 
 
+def printable(text: str) -> str:
+    """Running text: line ends and tabs do their work, other control characters are shown."""
+    return "".join(c if c in " \n\t" else _visible_character(c) for c in text)
+
+
 def plain(text: str) -> str:
     """Text for Streamlit's Markdown that shows as it is: no link, image, formula, emoji code or markup in it."""
-    return _MARKDOWN.sub(r"\\\1", _printable(" ".join(text.split())))
+    return _MARKDOWN.sub(r"\\\1", printable(" ".join(text.split())))
 
 
 def escaped(text: str) -> str:
     """HTML: running text that shows as it is, in an element as well as in a quoted attribute."""
-    return html.escape(_printable(text))
+    return html.escape(printable(text))
 
 
 def token_strip(labels: Sequence[str], kept: Sequence[bool]) -> str:
@@ -90,8 +95,3 @@ def _visible_character(c: str) -> str:
     if c in _SHOWN_AS:
         return _SHOWN_AS[c]
     return f"U+{ord(c):04X}" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c
-
-
-def _printable(text: str) -> str:
-    """Running text: line ends and tabs do their work, other control characters are shown."""
-    return "".join(c if c in " \n\t" else _visible_character(c) for c in text)

@@ -10,12 +10,14 @@ from analysis.captures import Capture, load_run, save_run
 from analysis.demo.presets import BUNDLED_RUNS, demo_model, presets
 from analysis.errors import RecordError, UserError
 from analysis.models.memory import capture_bytes
+from analysis.progress import Progress
 from analysis.selftest import synthetic_run
 from analysis.texts.read import plain_text
 from analysis.texts.tokens import tokenize
 from analysis.words import human_bytes
 from app import session
-from app.components import jobs, markup
+from app.components import jobs, markup, sources, uploads
+from app.components.jobs import Job
 from app.engine import Engine
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ def page(engine: Engine, heads_page: StreamlitPage) -> None:
     )
     left, right = st.columns([2, 3], gap="large")
     with left:
-        ref = jobs.model_input()
+        ref = sources.model_input()
     with right:
         text = _text_input(ref)
     with left:
@@ -47,14 +49,14 @@ def page(engine: Engine, heads_page: StreamlitPage) -> None:
 
 
 def _text_input(ref: str) -> str:
-    texts = {preset.name: preset.text for preset in presets(jobs.name_of(ref))}
+    texts = {preset.name: preset.text for preset in presets(sources.name_of(ref))}
 
     def take() -> None:
         if (name := st.session_state["preset"]) in texts:
             st.session_state["text"] = texts[name]
 
     def upload() -> None:
-        if text := jobs.text_of(st.session_state["text_file"]):
+        if text := uploads.text_of(st.session_state["text_file"]):
             st.session_state.update(text=text, preset=OWN)
 
     st.session_state.setdefault("text", next(iter(texts.values())))
@@ -63,7 +65,7 @@ def _text_input(ref: str) -> str:
     st.selectbox("Start from", [*texts, OWN], key="preset", persist_state="session", on_change=take)
     with st.expander("Or upload a .txt file", icon=":material/upload_file:"):
         st.file_uploader("Text file", type="txt", key="text_file", on_change=upload, label_visibility="collapsed")
-    jobs.refused()
+    uploads.show_refused()
     typed = st.text_area(
         "Text",
         key="text",
@@ -109,13 +111,13 @@ def _count(engine: Engine, ref: str, text: str) -> None:
 
 
 def _run(engine: Engine, ref: str, text: str, heads_page: StreamlitPage) -> None:
-    def captured(loaded: LoadedModel, progress: jobs.Progress) -> Capture:
+    def captured(loaded: LoadedModel, progress: Progress) -> Capture:
         from analysis.recorder import capture
 
-        return capture(loaded, text, on_layer=lambda done, total: progress(done, total, f"Layer {done} of {total}"))
+        return capture(loaded, text, on_layer=lambda done, total: progress(done, total, "layers"))
 
     cancelled = "The text and the run on screen before are as they were."
-    run = jobs.run(engine, ref, "Run", captured, key="run_capture", cancelled=cancelled, done="")
+    run = jobs.run(engine, Job("run_capture", "Run", ref, captured, cancelled=cancelled, done=""))
     if run is not None:
         session.show_run(run)
         st.switch_page(heads_page)
@@ -131,7 +133,7 @@ def _files(heads_page: StreamlitPage) -> None:
         with st.container(horizontal=True):
             st.download_button(
                 "Download this run",
-                data=lambda: jobs.saved(run, save_run),
+                data=lambda: uploads.saved(run, save_run),
                 file_name="run.safetensors",
                 icon=":material/download:",
                 on_click="ignore",
@@ -150,7 +152,7 @@ def _files(heads_page: StreamlitPage) -> None:
         file = st.file_uploader("Open a saved run", type="safetensors", key="run_file")
         if file is not None and st.session_state.get("opened") != file.file_id:
             try:
-                session.show_run(jobs.opened(file, load_run))
+                session.show_run(uploads.opened(file, load_run))
             except RecordError as error:
                 st.error(markup.plain(str(error)), icon=":material/error:")
                 return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -11,13 +12,15 @@ from analysis.captures import Capture
 from analysis.demo.presets import bundled_results
 from analysis.files import read_text
 from analysis.plans.ablation import POLICIES, CausalCheck, causal_check
+from analysis.progress import Progress
 from analysis.statistics import means
-from app import figures, session
-from app.components import jobs, markup
+from app import figures
+from app.components import controls, markup, measured, sources
 from app.components.charts import show
+from app.components.jobs import Job
+from app.components.measured import Kind
 from app.engine import Engine
 from app.report.chapters import causal_table
-from l2kv.spec import CompressionSpec
 
 if TYPE_CHECKING:
     from analysis.models.load import LoadedModel
@@ -29,16 +32,13 @@ def _bundled(model: str) -> CausalCheck | None:
     return CausalCheck.from_json(read_text(file)) if file else None
 
 
-def current(run: Capture) -> CausalCheck | None:
-    """What was measured of the model on screen: the session's own, or what is bundled. None where nothing was."""
-    own = st.session_state.get("causal")
-    return own if own is not None and own.model == run.model else _bundled(run.model)
+CHECK = Kind("causal", "check", CausalCheck.from_json, CausalCheck.to_json, _bundled)
 
 
 def section(engine: Engine, run: Capture) -> None:
     """Draw the check of the model on screen, and the ways to have one measured or to open one."""
     st.subheader("Measured: each layer compressed alone")
-    check = current(run)
+    check = CHECK.of(run)
     if check is not None:
         _draw(check)
     else:
@@ -48,12 +48,7 @@ def section(engine: Engine, run: Capture) -> None:
             f"for {markup.plain(run.model)}*.",
             icon=":material/info:",
         )
-    jobs.of_another("The check", "causal", run.model)
-    left, right = st.columns([3, 2], gap="large")
-    with left, st.expander("Measure it here", icon=":material/speed:", expanded=check is None, key="measure_causal"):
-        _measure(engine)
-    with right, st.expander("Checks as files", icon=":material/folder_open:"):
-        jobs.record_files(check, "check", "causal", CausalCheck.from_json)
+    measured.section(CHECK, engine, run, _measure)
 
 
 def _draw(check: CausalCheck) -> None:
@@ -65,7 +60,7 @@ def _draw(check: CausalCheck) -> None:
         key="layer_costs",
         alt="NLL change by compressing one layer alone against its ALR",
         caption=f"Each point is a layer, numbered: its ALR / chance (across) and what it costs to compress that layer "
-        f"alone, all others whole (up): {session.in_words(check.spec)}. Means over {n} texts, bars their 95 % "
+        f"alone, all others whole (up): {controls.in_words(check.spec)}. Means over {n} texts, bars their 95 % "
         "intervals. "
         "Where the points rise to the right, ALR / chance orders the layers as prediction does: a skip list by it is "
         "sound." + (" The paper's ALR also counts how much there is to lose." if check.paper is not None else ""),
@@ -73,18 +68,20 @@ def _draw(check: CausalCheck) -> None:
     )
 
 
-def _measure(engine: Engine) -> None:
-    controls = session.current_spec()
-    ref = jobs.model_input()
-    texts = jobs.texts_input()
-    continued = jobs.continued_input("Texts", "Cut from what was given. With fewer than 16 the intervals are narrow.")
-    spec = CompressionSpec(keep_ratio=controls.keep_ratio, policy=controls.policy, protect_last=controls.protect_last)
-    st.caption(f"Each layer alone by the controls above: {session.in_words(spec)}.")
+def _measure() -> Job[CausalCheck]:
+    controlled = controls.current_spec()
+    ref = sources.model_input()
+    texts = sources.texts_input()
+    continued = sources.continued_input(
+        "Texts", "Cut from what was given. With fewer than 16 the intervals are narrow."
+    )
+    spec = replace(controlled, prune_after=0, skip_layers=())
+    st.caption(f"Each layer alone by the controls above: {controls.in_words(spec)}.")
     missing = "" if texts else "Upload texts or paste a long one first."
     if spec.policy not in POLICIES:
         missing = "ALR says nothing of random eviction: choose low or high norm above."
 
-    def measure(loaded: LoadedModel, progress: jobs.Progress) -> CausalCheck:
+    def measure(loaded: LoadedModel, progress: Progress) -> CausalCheck:
         given = continued.excerpts(loaded, texts)
         return causal_check(
             loaded,
@@ -93,18 +90,14 @@ def _measure(engine: Engine) -> None:
             prompt_tokens=continued.prompt_tokens,
             new_tokens=continued.new_tokens,
             documents=[excerpt.document for excerpt in given],
-            on_done=lambda done, total: progress(done, total, f"{done} of {total} runs"),
+            on_done=lambda done, total: progress(done, total, "runs"),
         )
 
-    check = jobs.run(
-        engine,
+    return Job(
+        "run_causal",
+        sources.label("Measure it", ref),
         ref,
-        jobs.label("Measure it", ref),
         measure,
-        key="run_causal",
-        cancelled="What was measured is gone.",
         missing=missing,
+        cancelled="What was measured is gone.",
     )
-    if check is not None:
-        st.session_state["causal"] = check
-        st.rerun()

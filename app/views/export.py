@@ -11,8 +11,7 @@ from analysis.plans.curves import BY_NORM
 from analysis.plans.export import kvpress_code, library_code
 from analysis.plans.skip import Plan, skip_list
 from analysis.records import from_json, to_json
-from app import session
-from app.components import jobs
+from app.components import controls, sources
 
 
 def download(plan: Plan) -> None:
@@ -29,7 +28,7 @@ def download(plan: Plan) -> None:
 
 def as_code(plan: Plan, run: Capture) -> None:
     """The plan's text, and what decodes by it in this library and in kvpress, to look at and to copy."""
-    ref = jobs.ref_of(plan.model) or plan.model
+    ref = sources.ref_of(plan.model) or plan.model
     with st.expander("The plan as JSON and as code", icon=":material/code:"):
         text = to_json(plan)
         st.code(text, language="json", height=min(420, 30 + 22 * text.count("\n")))
@@ -49,5 +48,5 @@ def plan_from(text: str, run: Capture) -> Plan:
     """
     if text.lstrip().startswith("{"):
         return from_json(Plan, text)
-    spec = replace(session.current_spec(), skip_layers=skip_list(text, n_layers=run.n_layers))
+    spec = replace(controls.current_spec(), skip_layers=skip_list(text, n_layers=run.n_layers))
     return Plan(run.model, spec, note="a skip list that was opened")

@@ -14,11 +14,14 @@ from analysis.files import read_text
 from analysis.plans.front import KEEPS, Front, measure_front, passes
 from analysis.plans.skip import Plan
 from analysis.plans.strategies import WAYS
+from analysis.progress import Progress
 from analysis.statistics import Interval
 from analysis.texts.excerpts import SPLIT
 from app import figures, session
-from app.components import jobs, markup
+from app.components import controls, markup, measured, sources
 from app.components.charts import show
+from app.components.jobs import Job
+from app.components.measured import Kind
 from app.engine import Engine
 from app.report.chapters import front_lines
 
@@ -45,22 +48,19 @@ def _bundled(model: str) -> Front | None:
     return Front.from_json(read_text(file)) if file else None
 
 
-def _current(run: Capture) -> Front | None:
-    """What was measured of the model on screen: the session's own, or what is bundled. None where nothing was."""
-    own = st.session_state.get("front")
-    return own if own is not None and own.model == run.model else _bundled(run.model)
+FRONT = Kind("front", "front", Front.from_json, Front.to_json, _bundled)
 
 
 def answer(run: Capture) -> None:
     """Does a plan pay in the model on screen? Nothing where it was not measured."""
-    if front := _current(run):
+    if front := FRONT.of(run):
         st.markdown(f"##### {markup.plain(front.answer())}")
 
 
 def section(engine: Engine, run: Capture, generate_page: StreamlitPage) -> None:
     """Draw the front of the model on screen, and the ways to have one measured or to open one."""
     st.subheader("Measured: what each way costs")
-    front = _current(run)
+    front = FRONT.of(run)
     if front is None:
         st.info(
             f"Nothing was measured for {markup.plain(run.model)} yet: give texts below and press *Measure it for "
@@ -72,12 +72,7 @@ def section(engine: Engine, run: Capture, generate_page: StreamlitPage) -> None:
     else:
         _draw(front)
         _pick(front, generate_page)
-    jobs.of_another("The front", "front", run.model)
-    left, right = st.columns([3, 2], gap="large")
-    with left, st.expander("Measure it here", icon=":material/speed:", expanded=front is None, key="measure_front"):
-        _measure(engine, run)
-    with right, st.expander("Fronts as files", icon=":material/folder_open:"):
-        jobs.record_files(front, "front", "front", Front.from_json)
+    measured.section(FRONT, engine, run, lambda: _measure(run))
 
 
 def _draw(front: Front) -> None:
@@ -163,26 +158,26 @@ def _pick(front: Front, generate_page: StreamlitPage) -> None:
             session.use_plan(Plan(front.model, by_keep[keep].spec, note=note))
             st.switch_page(generate_page)
     st.caption(
-        f"{session.in_words(by_keep[keep].spec)}: NLL {_nats(front.interval(by_keep[keep]).value)} nats a token."
+        f"{controls.in_words(by_keep[keep].spec)}: NLL {_nats(front.interval(by_keep[keep]).value)} nats a token."
     )
 
 
-def _measure(engine: Engine, run: Capture) -> None:
-    ref = jobs.model_input()
-    texts = jobs.texts_input()
+def _measure(run: Capture) -> Job[Front]:
+    ref = sources.model_input()
+    texts = sources.texts_input()
     with st.container(horizontal=True, vertical_alignment="bottom"):
         keeps = st.multiselect("Budgets (keep)", KEEPS, default=[0.3, 0.5], key="front_keeps", persist_state="session")
         ways = st.multiselect(
             "Ways", list(WAYS), default=_FIRST_WAYS, key="front_measured_ways", persist_state="session",
             help="\n".join(f"- **{name}**: {way.about}" for name, way in WAYS.items()),
         )  # fmt: skip
-    continued = jobs.continued_input(
+    continued = sources.continued_input(
         "Texts to plan on, and to measure on",
         "At most so many of each, cut from what was given. With fewer than 16 the intervals are too narrow.",
     )
-    protect_last = session.current_spec().protect_last
+    protect_last = controls.current_spec().protect_last
     costly = any(WAYS[way].needs_costs for way in ways)
-    known = jobs.name_of(ref) == run.model  # else nobody knows yet how many kv heads it has
+    known = sources.name_of(ref) == run.model  # else nobody knows yet how many kv heads it has
     runs = passes(
         continued.texts,
         continued.texts,
@@ -190,7 +185,7 @@ def _measure(engine: Engine, run: Capture) -> None:
         ways=ways,
         kv_heads=len(run.cache_shape.layers) * run.n_kv_heads if known else 0,
     )
-    st.caption(
+    estimate = (
         f"{SPLIT} At most {runs:,} runs, captures and continuations of {continued.new_tokens} tokens"
         + f", and {continued.texts} more for each kv head of the model" * (costly and not known)
         + f". The last {protect_last} tokens are protected."
@@ -199,7 +194,7 @@ def _measure(engine: Engine, run: Capture) -> None:
     if not (keeps and ways):
         missing = "Choose a budget and a way first."
 
-    def measure(loaded: LoadedModel, progress: jobs.Progress) -> Front:
+    def measure(loaded: LoadedModel, progress: Progress) -> Front:
         return measure_front(
             loaded,
             *continued.planning_and_measuring(loaded, texts),
@@ -208,18 +203,15 @@ def _measure(engine: Engine, run: Capture) -> None:
             prompt_tokens=continued.prompt_tokens,
             new_tokens=continued.new_tokens,
             protect_last=protect_last,
-            on_done=lambda done, total: progress(done, total, f"{done} of {total} runs"),
+            on_done=lambda done, total: progress(done, total, "runs"),
         )
 
-    front = jobs.run(
-        engine,
+    return Job(
+        "run_front",
+        sources.label("Measure it", ref),
         ref,
-        jobs.label("Measure it", ref),
         measure,
-        key="run_front",
-        cancelled="What was measured is gone.",
+        estimate=estimate,
         missing=missing,
+        cancelled="What was measured is gone.",
     )
-    if front is not None:
-        st.session_state["front"] = front
-        st.rerun()

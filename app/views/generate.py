@@ -16,16 +16,16 @@ from analysis.captures import Capture
 from analysis.demo.presets import Preset, presets
 from analysis.errors import UserError
 from analysis.evaluation.tasks import can_chat, decided, found, prompt_tokens
-from analysis.models.load import model_folder
 from analysis.models.memory import DTYPES, human_bytes
 from analysis.plans.skip import Plan
 from analysis.selftest import is_synthetic
 from analysis.texts.read import plain_text
 from app import figures, session
-from app.components import jobs, markup
+from app.components import controls, markup, sources
 from app.components.charts import show
-from app.engine import Engine, allowed_models, check_allowed
-from l2kv.spec import CompressionSpec, SpecError
+from app.engine import Engine, allowed_models
+from l2kv.errors import SpecError
+from l2kv.spec import CompressionSpec
 
 if TYPE_CHECKING:
     from streamlit.delta_generator import DeltaGenerator
@@ -144,7 +144,7 @@ def page(engine: Engine) -> None:
         _generate(engine, wanted, boxes)
         cancel.empty()
         return
-    cancelled, preview = st.session_state.pop("generate_cancelled", False), st.session_state.get("generated")
+    cancelled, preview = st.session_state.pop("generate_cancelled", False), session.GENERATED.get()
     with boxes:
         if preview and not preview.done:
             st.info("Cancelled: what was generated until then is kept.", icon=":material/cancel:")
@@ -164,57 +164,58 @@ def _columns_input(run: Capture, ref: str) -> tuple[Column, ...]:
     plan = session.plan_in_use()
     if plan is not None:
         _plan_note(plan, ref)
-    first_planned = plan is not None and _by_plan("Compress by", "first_by")
+    first_planned = plan is not None and _by_plan("Compress by", session.FIRST_BY)
     if not first_planned:
         with st.container(horizontal=True, vertical_alignment="bottom"):
-            session.ratio_input()
-            session.policy_input()
+            controls.ratio_input()
+            controls.policy_input()
     beside = st.toggle(
-        "Beside it: a second compression", key="beside", persist_state="session",
+        "Beside it: a second compression", **session.BESIDE.widget(),
         help="Decoded in step with the first, so that two ways to spend the same bytes can be read side by side.",
     )  # fmt: skip
     second_planned = (
-        beside and plan is not None and not first_planned and _by_plan("Compress the second by", "second_by")
+        beside and plan is not None and not first_planned and _by_plan("Compress the second by", session.SECOND_BY)
     )
     if beside and not second_planned:
         with st.container(horizontal=True, vertical_alignment="bottom"):
-            session.ratio_input(second=True)
-            session.policy_input(second=True)
+            controls.ratio_input(second=True)
+            controls.policy_input(second=True)
     if beside or not first_planned:
         with st.container(horizontal=True, vertical_alignment="bottom"):
-            session.protect_last_input()
-            session.prune_after_input()
-        session.skip_layers_input(run)
-    first = Column("plan", plan.spec) if first_planned else Column("compressed", session.current_spec())
+            controls.protect_last_input()
+            controls.prune_after_input()
+        controls.skip_layers_input(run)
+    first = Column("plan", plan.spec) if first_planned else Column("compressed", controls.current_spec())
     if not beside:
         return (first,)
-    second = Column("plan", plan.spec) if second_planned else Column("second", session.current_spec(second=True))
+    second = Column("plan", plan.spec) if second_planned else Column("second", controls.current_spec(second=True))
     return (first, second)
 
 
-def _by_plan(label: str, key: str) -> bool:
+def _by_plan(label: str, slot: session.Slot[str]) -> bool:
     """Whether a column is to be compressed by the plan in use, or else by the controls."""
-    st.session_state.setdefault(key, _PLAN)
-    chosen = st.segmented_control(label, [_PLAN, _CONTROLS], required=True, key=key, persist_state="session")
+    if not slot.held():
+        slot.set(_PLAN)
+    chosen = st.segmented_control(label, [_PLAN, _CONTROLS], required=True, **slot.widget())
     return chosen == _PLAN
 
 
 def _plan_note(plan: Plan, ref: str) -> None:
     with st.container(border=True, horizontal=True, vertical_alignment="center"):
         note = f" ({markup.plain(plan.note)})" if plan.note else ""
-        st.markdown(f"**Plan in use**: {session.in_words(plan.spec)}{note}. Made for {markup.plain(plan.model)}.")
+        st.markdown(f"**Plan in use**: {controls.in_words(plan.spec)}{note}. Made for {markup.plain(plan.model)}.")
         st.button("Drop it", icon=":material/close:", on_click=session.use_plan, args=(None,))
-    if jobs.name_of(ref) != plan.model:
+    if sources.name_of(ref) != plan.model:
         st.warning(
-            f"The plan was made for {markup.plain(plan.model)}, and {markup.plain(jobs.name_of(ref))} is chosen: its "
-            "layers and heads are others.",
+            f"The plan was made for {markup.plain(plan.model)}, and {markup.plain(sources.name_of(ref))} is chosen: "
+            "its layers and heads are others.",
             icon=":material/warning:",
         )
 
 
 def _prompt_input(ref: str) -> tuple[str, Preset | None]:
     """The prompt, and the preset that it is, if it is one as it came: those that hold for the model are offered."""
-    by_name = {preset.name: preset for preset in presets(jobs.name_of(ref))}
+    by_name = {preset.name: preset for preset in presets(sources.name_of(ref))}
 
     def take() -> None:
         if (name := st.session_state["prompt_preset"]) == OWN:
@@ -222,11 +223,12 @@ def _prompt_input(ref: str) -> tuple[str, Preset | None]:
         preset = by_name[name]
         st.session_state.update(prompt=preset.text, chat=preset.chat)
         if preset.spec is not None:
-            st.session_state.setdefault("before_preset", session.current_spec())
-            session.take_spec(preset.spec, beside=preset.beside)
-            st.session_state["first_by"] = st.session_state["second_by"] = _CONTROLS  # which now are the preset's
+            st.session_state.setdefault("before_preset", controls.current_spec())
+            controls.take_spec(preset.spec, beside=preset.beside)
+            for slot in (session.FIRST_BY, session.SECOND_BY):
+                slot.set(_CONTROLS)  # which now are the preset's
         elif before := st.session_state.pop("before_preset", None):
-            session.take_spec(before)  # a preset's compression leaves with it
+            controls.take_spec(before)  # a preset's compression leaves with it
 
     st.session_state.setdefault("prompt", next(iter(by_name.values())).text)
     named = next((name for name, preset in by_name.items() if preset.text == st.session_state["prompt"]), OWN)
@@ -247,7 +249,7 @@ def _chat_input(engine: Engine, ref: str) -> bool:
     """Whether to ask through the chat template, where the model has one."""
     if not ref or not (found := engine.tokenizer_and_config(ref)) or not can_chat(found[0]):
         return False
-    st.session_state["chat"] = st.session_state.get("chat", False)  # as `session._begin_with`
+    st.session_state["chat"] = st.session_state.get("chat", False)  # as `session.Slot.widget` does
     return st.toggle(
         "Chat: ask it as a question", key="chat", persist_state="session",
         help="The prompt is put to the model as a user's message, through its own chat template, and the answer ends "
@@ -284,14 +286,13 @@ def _model_input(engine: Engine, run: Capture) -> str:
     """
     resident = [engine.ref] if engine.ref else []
     models = list(dict.fromkeys([*resident, *allowed_models()]))
-    ref = models[0] if is_synthetic(run) else jobs.ref_of(run.model, engine)
-    if st.session_state.get("generate_model") not in models:
-        st.session_state["generate_model"] = ref
+    ref = models[0] if is_synthetic(run) else sources.ref_of(run.model, engine)
+    if session.GENERATE_MODEL.get() not in models:
+        session.GENERATE_MODEL.set(ref)
     chosen = st.selectbox(
         "Model",
         models,
-        key="generate_model",
-        persist_state="session",
+        **session.GENERATE_MODEL.widget(),
         placeholder=f"{run.model} is not at hand: choose another",
         help="Another model can be loaded on the page *Capture*.",
     )
@@ -304,16 +305,10 @@ def _generate(engine: Engine, preview: Preview, boxes: DeltaGenerator) -> None:
     with boxes:
         note = st.empty()
         try:
-            ref = check_allowed(preview.ref)
-            model_folder(ref, on_fetch=lambda what, done, total: note.info(f"{what}: {done / total:.0%}"))
-            with engine.turn(
-                ref,
-                on_wait=lambda ahead: note.info(f"Waiting: {ahead} ahead of you"),
-                on_load=lambda: note.info(f"Loading {markup.plain(preview.ref)} …"),
-            ) as loaded:
+            with engine.lend(preview.ref, lambda done, total, what: note.info(markup.plain(what))) as loaded:
                 note.empty()
                 preview.counted_dtype = str(loaded.model.dtype).removeprefix("torch.")
-                preview.cache_dtype = session.dtype_of(preview.ref) or preview.counted_dtype
+                preview.cache_dtype = controls.dtype_of(preview.ref) or preview.counted_dtype
                 n_new, places = int(st.session_state["new_tokens"]), None
                 specs = [None, *(column.spec for column in preview.columns)]
                 # Closed before the turn ends: the next session must find the model as it was.
@@ -330,7 +325,7 @@ def _generate(engine: Engine, preview: Preview, boxes: DeltaGenerator) -> None:
                     for row in rows:
                         bar.empty()
                         preview.add(*row)
-                        st.session_state["generated"] = preview  # at every token: a click may end this here
+                        session.GENERATED.set(preview)  # at every token: a click may end this here
                         places = places or _places(preview)
                         _draw(places, preview)
                         if preview.decided:
@@ -349,7 +344,7 @@ def _places(preview: Preview) -> list[tuple[DeltaGenerator, DeltaGenerator]]:
     titles = [":gray[**Full cache**]"]
     for column in preview.columns:
         lead = f"{column.name.capitalize()}: " * (column.name == "plan" or len(preview.columns) > 1)
-        titles.append(f":primary[{lead}{session.in_words(column.spec)}]")
+        titles.append(f":primary[{lead}{controls.in_words(column.spec)}]")
     places = []
     beside = st.container(key="caches")
     for box, title in zip(beside.columns(len(titles), gap="medium", border=True), titles, strict=True):

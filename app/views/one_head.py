@@ -12,7 +12,7 @@ from analysis.selftest import is_synthetic
 from analysis.verdicts import meanings
 from analysis.words import signed
 from app import figures, session
-from app.components import markup
+from app.components import controls, markup
 from app.components.charts import show
 from l2kv.spec import CompressionSpec, share
 
@@ -33,13 +33,13 @@ def one_head(run: Capture, values: HeadValues, skip_first: int, probe: str) -> N
     labels = [markup.visible(label) for label in run.labels]
     norm = run.key_norm[layer, run.kv_head(head)]
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        session.ratio_input()
+        controls.ratio_input()
         rule = st.segmented_control(
             "Keep the keys of", ["low norm", "high norm"], default="low norm", required=True, key="strip_rule",
             persist_state="session",
         )  # fmt: skip
-        session.protect_last_input()
-    shared = session.current_spec()
+        controls.protect_last_input()
+    shared = controls.current_spec()
     spec = CompressionSpec(
         keep_ratio=shared.keep_ratio,
         protect_last=shared.protect_last,
@@ -119,12 +119,11 @@ def _choose(run: Capture) -> tuple[int, int]:
         st.number_input("Head", 0, run.n_heads - 1, key="head", persist_state="session", width=130)
         st.button("Previous head", icon=":material/chevron_left:", on_click=step, args=(-1,))
         st.button("Next head", icon=":material/chevron_right:", on_click=step, args=(1,))
-        layer = st.session_state["layer"]
-        skipped = layer in st.session_state.get("skip_layers", [])
+        layer = session.LAYER.get()
+        skipped = layer in session.SKIP_LAYERS.get()
 
         def toggle_skip() -> None:
-            now = set(st.session_state.get("skip_layers", []))
-            st.session_state["skip_layers"] = sorted(now ^ {layer})
+            session.SKIP_LAYERS.set(sorted(set(session.SKIP_LAYERS.get()) ^ {layer}))
 
         if run.layer_kinds[layer] == "full":
             st.button(

@@ -14,7 +14,7 @@ from analysis.plans.allocation import METHODS, AllocationPlan
 from analysis.plans.curves import BY_NORM
 from analysis.plans.skip import Plan
 from app import figures, session
-from app.components import jobs, markup
+from app.components import controls, markup, uploads
 from app.components.charts import show
 from app.engine import Engine
 from app.views import export, front, savings
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 _UNITS = {"head": "each kv head", "layer": "each layer"}
 _BY_BOTH = ("dp", "hull")  # methods that can give one ratio to a layer; the others go by head
-_POLICIES = session.POLICY_NAMES | {"signed_norm": session.BY_HEAD}
 
 
 def page(engine: Engine, generate_page: StreamlitPage) -> None:
@@ -59,7 +58,7 @@ def _in_use() -> None:
         with st.container(border=True, horizontal=True, vertical_alignment="center"):
             note = f" ({markup.plain(plan.note)})" if plan.note else ""
             st.markdown(
-                f":material/check_circle: **In use on Generate**: {session.in_words(plan.spec)}{note}, for "
+                f":material/check_circle: **In use on Generate**: {controls.in_words(plan.spec)}{note}, for "
                 f"{markup.plain(plan.model)}."
             )
             st.button("Drop it", icon=":material/close:", on_click=session.use_plan, args=(None,))
@@ -69,10 +68,10 @@ def _make(run: Capture) -> Plan | None:
     """A plan from the loss curves of the run on screen; None where there can be none."""
     st.subheader("Make a plan from the run on screen")
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        session.ratio_input()
-        session.protect_last_input()
+        controls.ratio_input()
+        controls.protect_last_input()
         policy = st.selectbox(
-            "Which norms stay", BY_NORM, format_func=_POLICIES.get, key="plan_policy", persist_state="session",
+            "Which norms stay", BY_NORM, format_func=controls.title, key="plan_policy", persist_state="session",
             help="By head: in each the direction that loses less here.",
         )  # fmt: skip
     with st.container(horizontal=True, vertical_alignment="bottom"):
@@ -88,7 +87,7 @@ def _make(run: Capture) -> Plan | None:
             "Heads without a signal stay whole", key="plan_whole", persist_state="session",
             help="Where norms tell nothing of attention, nothing is thrown away, and the other heads pay for it.",
         )  # fmt: skip
-    spec = session.current_spec()
+    spec = controls.current_spec()
     try:
         plan = _plan(run, spec.protect_last, spec.keep_ratio, by, method, policy, whole)
     except SettingsError as error:
@@ -165,8 +164,8 @@ def _take_along(run: Capture, plan: Plan, generate_page: StreamlitPage) -> None:
 def _import(run: Capture) -> None:
     typed = st.text_input("A skip list", placeholder="0, 1, 12", key="plan_skip_list")
     file = st.file_uploader("Or a file: a plan (JSON) or a skip list", type=["json", "txt"], key="plan_file")
-    given = jobs.text_of(file) if file is not None else typed
-    jobs.refused()
+    given = uploads.text_of(file) if file is not None else typed
+    uploads.show_refused()
     if not given.strip() or not st.button("Open it", icon=":material/upload_file:"):
         return
     try:

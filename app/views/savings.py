@@ -13,12 +13,13 @@ import streamlit as st
 
 from analysis.captures import Capture
 from analysis.errors import ModelError
-from analysis.models.memory import DTYPES, CacheShape, human_bytes
+from analysis.models.memory import DTYPES, human_bytes
 from analysis.models.sizes import weights_bytes
 from analysis.plans.export import LENGTHS, Saving, savings
 from app import session
-from app.components import jobs, markup
+from app.components import controls, markup, sources, uploads
 from app.engine import Engine
+from l2kv.config import CacheShape
 from l2kv.spec import CompressionSpec
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def section(engine: Engine, run: Capture) -> None:
         "load it on the page Capture, or give its config.json above."
     )
     st.caption(
-        f"Arithmetic, for a batch of {batch} of {markup.plain(model.name)} with {session.in_words(spec)}, caches of "
+        f"Arithmetic, for a batch of {batch} of {markup.plain(model.name)} with {controls.in_words(spec)}, caches of "
         f"{markup.counted(itemsize, 'byte')} a number. {told} The model need not work at all these lengths."
     )
 
@@ -134,16 +135,16 @@ def _on_gpu(rows: Sequence[Saving]) -> dict[str, list[str]]:
 
 def _spec(model: _Model) -> CompressionSpec:
     """The plan in use where it is of this model, or what the controls say."""
-    plan, controls = session.plan_in_use(), session.current_spec()
+    plan, controlled = session.plan_in_use(), controls.current_spec()
     if model.other is not None:
-        return replace(controls, skip_layers=())  # the list is of the model on screen
+        return replace(controlled, skip_layers=())  # the list is of the model on screen
     if plan is None or plan.model != model.name:
-        return controls
+        return controlled
     by = st.segmented_control(
         "Compressed by", ["the plan in use", "the controls"], default="the plan in use", required=True, key="saved_by",
         persist_state="session",
     )  # fmt: skip
-    return plan.spec if by == "the plan in use" else controls
+    return plan.spec if by == "the plan in use" else controlled
 
 
 def _gpu(model: _Model) -> tuple[_Gpu, int, int]:
@@ -163,7 +164,7 @@ def _gpu(model: _Model) -> tuple[_Gpu, int, int]:
             gpu = _GPUS[name]
         batch = st.number_input("Sequences at once", 1, 4096, 1, key="saved_batch", persist_state="session")
         key = "cache_dtype" if model.other is None else f"cache_dtype_{model.name}_{model.weights_bytes}"
-        itemsize = session.dtype_input(model.dtype, key=key)
+        itemsize = controls.dtype_input(model.dtype, key=key)
     return gpu, int(batch), itemsize
 
 
@@ -172,8 +173,8 @@ def _of_config() -> _Model | None:
     with st.expander("For another model, by its config.json (no weights)", icon=":material/deployed_code:"):
         file = st.file_uploader("config.json", type="json", key="config_file")
         pasted = st.text_area("Or its text", key="config_text", persist_state="session", height=120, max_chars=200_000)
-        text = jobs.text_of(file) if file is not None else pasted
-        jobs.refused()
+        text = uploads.text_of(file) if file is not None else pasted
+        uploads.show_refused()
         if not text.strip():
             return None
         name = file.name if file is not None and Path(file.name).stem != "config" else "the config given"
@@ -197,13 +198,13 @@ def _size_of(config: str) -> ModelSize:
 
 def _of_run(engine: Engine, run: Capture) -> _Model:
     """The model of the run on screen, as its checkpoint has it: on a CPU what is in memory is twice as large."""
-    ref = jobs.ref_of(run.model)
+    ref = sources.ref_of(run.model)
     if ref is not None and (weights := weights_bytes(ref)):
-        return _Model(run.model, run.cache_shape, weights, session.dtype_of(ref), "in its files, as they are there")
+        return _Model(run.model, run.cache_shape, weights, controls.dtype_of(ref), "in its files, as they are there")
     loaded = engine.loaded
     if loaded is not None and loaded.name == run.model:  # from the hub
         weights = sum(p.numel() * p.itemsize for p in loaded.model.parameters())
-        return _Model(run.model, run.cache_shape, weights, session.dtype_of(engine.ref), "as they are in memory")
+        return _Model(run.model, run.cache_shape, weights, controls.dtype_of(engine.ref), "as they are in memory")
     return _Model(run.model, run.cache_shape, None, None)
 
 

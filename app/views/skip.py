@@ -16,7 +16,7 @@ from analysis.plans.export import LENGTHS
 from analysis.plans.skip import RULES, Plan, SkipSuggestion, layer_loss, skip_list, suggest_skip_layers
 from analysis.studies import Study
 from app import figures, session
-from app.components import jobs, markup
+from app.components import controls, markup, sources, uploads
 from app.components.charts import show
 from app.engine import Engine
 from app.views import causal, export
@@ -44,10 +44,10 @@ def page(engine: Engine, generate_page: StreamlitPage) -> None:
         )
         return
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        session.policy_input(session.BY_NORM)
-        session.ratio_input()
-    spec = session.current_spec()
-    check = causal.current(run)
+        controls.policy_input(controls.BY_NORM)
+        controls.ratio_input()
+    spec = controls.current_spec()
+    check = causal.CHECK.of(run)
     if check is not None and check.spec.policy == spec.policy:
         suggestion, threshold = _by_cost(check), None
         _suggest(run, spec, suggestion, check)
@@ -55,15 +55,15 @@ def page(engine: Engine, generate_page: StreamlitPage) -> None:
         suggestion, threshold = _by_alr(run, spec.policy)
         _suggest(run, spec, suggestion, None)
     _import(run)
-    session.skip_layers_input(run)
-    spec = session.current_spec()
+    controls.skip_layers_input(run)
+    spec = controls.current_spec()
 
     loss = layer_loss(run, spec.policy)
     show(
         figures.layer_alr(loss.by_head, loss.by_layer, threshold=threshold, skipped=spec.skip_layers),
         key="layer_alr",
         alt="ALR against chance, by layer",
-        caption=f"What *{markup.plain(session.POLICY_NAMES[spec.policy])}* loses beyond the ideal order, as a share "
+        caption=f"What *{markup.plain(controls.title(spec.policy))}* loses beyond the ideal order, as a share "
         "of what a random order loses: small points are heads, large ones the layer as a whole (heads count by what "
         "they have to lose). Below 1 the policy is better than chance. Shaded layers are skipped. One text, one query: "
         "the page *Texts* has the same over many, with intervals.",
@@ -147,7 +147,7 @@ def _suggest(run: Capture, spec: CompressionSpec, suggestion: SkipSuggestion, ch
         st.info(f"**Suggestion, as measured: {names}.** {rule}", icon=":material/lightbulb:")
         if (check.spec.keep_ratio, check.spec.protect_last) != (spec.keep_ratio, spec.protect_last):
             st.caption(
-                f"The controls say otherwise: {session.in_words(replace(spec, skip_layers=()))}. Measure it again "
+                f"The controls say otherwise: {controls.in_words(replace(spec, skip_layers=()))}. Measure it again "
                 "below for them; layers that are costly at one ratio need not be at another."
             )
     elif policy == "random":
@@ -173,17 +173,17 @@ def _suggest(run: Capture, spec: CompressionSpec, suggestion: SkipSuggestion, ch
 
 
 def _take(layers: list[int]) -> None:
-    st.session_state["skip_layers"] = layers
+    session.SKIP_LAYERS.set(layers)
 
 
 def _import(run: Capture) -> None:
     """A skip list that was typed, or is in a file; of a plan's file its list."""
 
     def opened() -> None:
-        _opened(run, jobs.text_of(st.session_state["skip_file"]))
+        _opened(run, uploads.text_of(st.session_state["skip_file"]))
 
     with st.expander("Open a skip list", icon=":material/upload_file:"):
-        jobs.refused()
+        uploads.show_refused()
         st.text_input(
             "Layers",
             placeholder="0, 1, 12",
@@ -208,8 +208,8 @@ def _opened(run: Capture, text: str) -> None:
 
 def _bytes(run: Capture, spec: CompressionSpec) -> None:
     st.subheader("What it saves")
-    ref = jobs.ref_of(run.model)
-    shape = replace(run.cache_shape, itemsize=session.dtype_input(session.dtype_of(ref) if ref else None))
+    ref = sources.ref_of(run.model)
+    shape = replace(run.cache_shape, itemsize=controls.dtype_input(controls.dtype_of(ref) if ref else None))
     uniform_spec = replace(spec, skip_layers=())
     rows = {"tokens": [], "full cache": [], "no layer skipped": [], "with the skip list": [], "saved": []}
     for n in (run.n_tokens, *LENGTHS):

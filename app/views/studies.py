@@ -12,9 +12,11 @@ import streamlit as st
 
 from analysis.defaults import EXCERPT_TOKENS, STUDY_EXCERPTS
 from analysis.errors import RecordError
+from analysis.progress import Progress
 from analysis.studies import Study, load_study, save_study
 from app import session
-from app.components import jobs, markup
+from app.components import jobs, markup, sources, uploads
+from app.components.jobs import Job
 from app.engine import Engine
 
 if TYPE_CHECKING:
@@ -42,8 +44,8 @@ class _Task:
 def run(engine: Engine) -> None:
     """Draw the controls of a study, and do it; what is done so far is put on screen."""
     st.subheader("Study your own texts")
-    ref = jobs.model_input()
-    sources = jobs.texts_input()
+    ref = sources.model_input()
+    texts = sources.texts_input()
     with st.container(horizontal=True, vertical_alignment="bottom"):
         n_tokens = st.number_input(
             "Tokens an excerpt", 16, 131_072, EXCERPT_TOKENS, 64, key="excerpt_tokens", persist_state="session",
@@ -53,29 +55,28 @@ def run(engine: Engine) -> None:
             "Excerpts at most", 1, 1000, STUDY_EXCERPTS, 8, key="excerpts", persist_state="session",
             help="Spread over each text, and over all of them: excerpts of many texts say more than as many of one.",
         )  # fmt: skip
-    task = _Task(ref, tuple(sources.items()), int(n_tokens), int(at_most))
+    task = _Task(ref, tuple(texts.items()), int(n_tokens), int(at_most))
     begun = task.path in st.session_state.get("unfinished_studies", ())
-    done = jobs.run(
-        engine,
+    job = Job(
+        "run_study",
+        "Go on" if begun else sources.label("Measure it", ref),
         ref,
-        "Go on" if begun else jobs.label("Measure it", ref),
         lambda loaded, progress: _study(loaded, task, progress),
-        key="run_study",
+        missing="" if texts else "Upload texts or paste a long one first.",
         cancelled="What was done is kept: press *Go on* to do the rest." if begun else "Nothing was done yet.",
-        missing="" if sources else "Upload texts or paste a long one first.",
     )
-    if done:
+    if done := jobs.run(engine, job):
         session.show_study(done)
         st.rerun()
 
 
-def _study(loaded: LoadedModel, task: _Task, progress: jobs.Progress) -> Study:
+def _study(loaded: LoadedModel, task: _Task, progress: Progress) -> Study:
     from analysis.studies import study
     from analysis.texts.excerpts import excerpts
 
     most = loaded.positions - 1  # one for the next token
     texts = excerpts(loaded.tokenizer, dict(task.sources), n_tokens=min(task.n_tokens, most), at_most=task.at_most)
-    jobs.told(loaded, texts)
+    sources.noted(loaded, texts)
     unfinished = st.session_state.setdefault("unfinished_studies", set())
     so_far = len(load_study(task.path).names) if task.path.exists() else 0
 
@@ -88,7 +89,7 @@ def _study(loaded: LoadedModel, task: _Task, progress: jobs.Progress) -> Study:
             unfinished.remove(task.path)
 
     def on_layer(done: int, total: int) -> None:
-        progress(so_far * total + done, len(texts) * total, f"{so_far} of {len(texts)} texts")
+        progress(so_far, len(texts), "texts")
 
     return study(loaded, texts, task.path, on_text=on_text, on_layer=on_layer)
 
@@ -100,12 +101,12 @@ def files(study: Study | None) -> None:
         with st.container(horizontal=True):
             st.download_button(
                 "Download this study",
-                data=lambda: jobs.saved(study, save_study),
+                data=lambda: uploads.saved(study, save_study),
                 file_name="study.safetensors",
                 icon=":material/download:",
                 on_click="ignore",
             )
-            if st.session_state.get("study"):
+            if session.STUDY.get():
                 st.button(
                     "Back to the bundled study", icon=":material/home:", on_click=session.show_study, args=(None,)
                 )
@@ -116,7 +117,7 @@ def files(study: Study | None) -> None:
     )
     if file is not None and st.session_state.get("opened_study") != file.file_id:
         try:
-            opened = jobs.opened(file, load_study)
+            opened = uploads.opened(file, load_study)
         except RecordError as error:
             st.error(markup.plain(str(error)), icon=":material/error:")
             return

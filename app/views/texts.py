@@ -111,7 +111,7 @@ def _results(study: Study) -> None:
 
 
 def _about(study: Study) -> None:
-    source = "Your study" if st.session_state.get("study") else "The bundled study"
+    source = "Your study" if session.STUDY.get() else "The bundled study"
     names = ", ".join(markup.plain(name) for name in study.names[:4]) + (", …" if len(study.names) > 4 else "")
     st.caption(
         f"{source}: {len(study.names)} texts of {span(study.n_tokens.tolist())} tokens ({names}). Intervals come from "
@@ -266,17 +266,18 @@ def _all_heads(numbers: _Numbers, title: str, shown: Means) -> None:
 
 
 def _choose(layer: int, head: int) -> None:
-    st.session_state["study_layer"], st.session_state["study_head"] = layer, head
+    session.STUDY_LAYER.set(layer)
+    session.STUDY_HEAD.set(head)
 
 
 def _chosen(numbers: _Numbers) -> tuple[int, int]:
     """The open head; at first the one that follows the paper most, and so is no pure sink."""
-    if "study_layer" not in st.session_state or "study_head" not in st.session_state:
+    if not (session.STUDY_LAYER.held() and session.STUDY_HEAD.held()):
         follows = numbers.verdict == "follows the paper"
         shown = np.isfinite(numbers.gamma.mean) & (follows if follows.any() else True)
         gamma = np.where(shown, numbers.gamma.mean, np.inf)
         _choose(*(int(i) for i in np.unravel_index(gamma.argmin(), gamma.shape)))
-    return st.session_state["study_layer"], st.session_state["study_head"]
+    return session.STUDY_LAYER.get(), session.STUDY_HEAD.get()
 
 
 def _with_ends(of: Means, layer: int, head: int) -> str:

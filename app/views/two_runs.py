@@ -9,7 +9,7 @@ from analysis.comparing import Comparison, compare
 from analysis.errors import RecordError
 from analysis.studies import study_of
 from app import session
-from app.components import jobs, markup
+from app.components import markup, uploads
 from app.components.charts import show
 from app.report.chapters import of_comparison
 
@@ -46,7 +46,7 @@ def _choose(run: Capture) -> None:
     def opened() -> None:
         if (file := st.session_state["other_run_file"]) is not None:
             try:
-                session.compare_with(jobs.opened(file, load_run))
+                session.compare_with(uploads.opened(file, load_run))
             except RecordError as error:
                 st.session_state["other_run_refused"] = str(error)
 

@@ -1,1 +1,1 @@
-"""Where pairs are stored: in one tensor for all heads, or in pages where heads hold different numbers."""
+"""Where the kv heads of a layer store their pairs."""

@@ -1,154 +1,20 @@
-"""Slots: where the kv heads of a layer store their pairs. Knows no spec and no policy.
-
-Keys already carry their position (rotary embedding), so the order of the slots means nothing to attention, and a slot
-may be used again: a new pair goes to the end, an evicted one is overwritten by a survivor from the end. With buffers
-that grow by a fraction, a decoded token then moves a few pairs instead of the whole cache.
-
-`Slots` are of heads that hold the same number of pairs: a rectangle. Of heads that do not: `PagedSlots`, in `pages`.
-"""
+"""The storage of kv heads that hold the same number of pairs: one rectangle."""
 
 from __future__ import annotations
 
-import copy
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-KEYS, VALUES, RANKS, RECEIVED = range(4)  # buffers; the last two are there once somebody asked for them
-_GROWTH = 1 / 8  # slack of a buffer: memory given away, against how often it is copied
-_MIN_SLACK = 4
+from l2kv.storage.base import KEYS, VALUES, Storage, highest, moves, take, with_slack
 
 
-class Storage(ABC):
-    """Buffers that go together: a key, a value, and numbers that go with them, per row, kv head and slot.
+class DenseStorage(Storage):
+    """Storage in buffers [B, Hkv, capacity, ...].
 
-    It is in parts: kv heads that hold the same number of pairs, [B, h, held, ...] each.
+    It begins with `keys` and `values`, [B, Hkv, T, D], without a copy: they are never written to.
     """
-
-    _slot_dim: int
-    """Which dimension of a buffer the slots are."""
-
-    def __init__(self) -> None:
-        self._buffers: list[Tensor] = []
-        self._owned = True  # False: the buffers are somebody else's, too, and are not written to
-        self._known_firsts: Tensor | None = None
-
-    @property
-    @abstractmethod
-    def heads(self) -> list[tuple[int, ...]]:
-        """Of each part."""
-
-    @property
-    @abstractmethod
-    def held(self) -> tuple[int, ...]:
-        """Pairs of each kv head."""
-
-    @abstractmethod
-    def whole(self, index: int) -> Tensor:
-        """A buffer of all parts at once."""
-
-    @abstractmethod
-    def parts(self, whole: Tensor) -> list[Tensor]:
-        """From a tensor that goes by the slots of a `whole` buffer, the filled ones of each part, [B, h, held, ...]."""
-
-    @abstractmethod
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        """Fill more slots with keys and values [B, Hkv, q, D]. What goes with them is filled in by `fill`."""
-
-    @abstractmethod
-    def fill(self, index: int, latest: Tensor) -> None:
-        """Give the pairs that were last appended their numbers, `latest` [B, Hkv, q]."""
-
-    @abstractmethod
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """What `parts` takes apart: as a `whole` buffer, from numbers of each part, [B, h, held]."""
-
-    @abstractmethod
-    def add_buffer(self, index: int, whole: Tensor) -> None:
-        """Let another number go with each pair: RANKS first, then RECEIVED."""
-
-    @abstractmethod
-    def keep(self, order: Tensor, kept: Sequence[int]) -> None:
-        """Keep so many slots of each kv head, those of highest rank, and free what the others took.
-
-        Args:
-            order: a `whole` of ranks, int64 without ties.
-        """
-
-    def __getitem__(self, index: int) -> list[Tensor]:
-        """The filled slots of a buffer, of each part, [B, h, held, ...] in storage order."""
-        return self.parts(self.whole(index))
-
-    @property
-    def buffers(self) -> list[Tensor]:
-        """All of them, `whole`."""
-        return [self.whole(index) for index in range(len(self._buffers))]
-
-    def has(self, index: int) -> bool:
-        """Whether there is such a buffer."""
-        return index < len(self._buffers)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of key and value storage, slack included."""
-        return sum(buffer.untyped_storage().nbytes() for buffer in self._buffers[:2])
-
-    @property
-    def used_nbytes(self) -> int:
-        """Bytes of the keys and values held."""
-        return sum(part.nbytes for index in (KEYS, VALUES) for part in self[index])
-
-    @abstractmethod
-    def let_go(self) -> None:
-        """Take what is held out of memory that is somebody else's, where it would keep that from being freed."""
-
-    def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Change the rows of the batch of every buffer; `change` copies."""
-        self._buffers, self._owned = [change(buffer).contiguous() for buffer in self._buffers], True
-        self._known_firsts = None
-
-    def _widen(self, *arrived: Tensor) -> bool:
-        """Hold keys and values as `cat` would, if others have a wider dtype (a prompt may be read under autocast)."""
-        before = self._buffers[: VALUES + 1]
-        for index, (held, new) in enumerate(zip(before, arrived, strict=True)):
-            if held.dtype != new.dtype:
-                self._buffers[index] = held.to(torch.promote_types(held.dtype, new.dtype))
-        return any(now is not then for now, then in zip(self._buffers, before, strict=False))
-
-    def lend(self) -> Storage:
-        """The same keys and values, for another to begin with: whoever of both is to write first moves to others."""
-        self._owned = False
-        other = copy.copy(self)
-        other._buffers = self._buffers[:2]
-        return other
-
-    @property
-    def _firsts(self) -> Tensor:
-        """The first slot of each row and kv head, [B, Hkv, ...], counted over all rows and heads of a buffer."""
-        if self._known_firsts is None:
-            self._known_firsts = self._first_slots()
-        return self._known_firsts
-
-    @abstractmethod
-    def _first_slots(self) -> Tensor: ...
-
-    def _overwrite(self, holes: Tensor, survivors: Tensor) -> None:
-        """Move pairs into other slots; both are counted as `_firsts` are."""
-        holes, survivors = holes.flatten(), survivors.flatten()
-        for buffer in self._buffers:
-            slots = buffer.view(-1, *buffer.shape[self._slot_dim + 1 :])
-            slots.index_copy_(0, holes, slots.index_select(0, survivors))
-
-    def _writable(self) -> bool:
-        return self._owned and not any(frozen(buffer) for buffer in self._buffers)
-
-
-class Slots(Storage):
-    """All kv heads hold the same number of pairs. Buffers [B, Hkv, capacity, ...]; it begins with `keys` and `values`,
-    [B, Hkv, T, D], without a copy: they are never written to."""
 
     _slot_dim = 2
 
@@ -195,7 +61,7 @@ class Slots(Storage):
 
     def keep(self, order: Tensor, kept: Sequence[int]) -> None:
         if len(set(kept)) > 1:
-            raise ValueError(f"heads of one rectangle cannot keep {sorted(set(kept))} pairs: make PagedSlots of it")
+            raise ValueError(f"kv heads of one rectangle cannot keep {sorted(set(kept))} pairs: make it a PagedStorage")
         n = kept[0]
         if not self._writable() or with_slack(with_slack(n)) < self._capacity:
             self._move(with_slack(n), highest(order, n))
@@ -228,69 +94,3 @@ class Slots(Storage):
             else:
                 self._buffers[i] = take(old, heads, slots)
         self._owned, self._known_firsts = True, None
-
-
-def with_slack(n: int) -> int:
-    """Capacity of a buffer that is to hold `n`."""
-    return n + max(_MIN_SLACK, int(n * _GROWTH))
-
-
-def frozen(buffer: Tensor) -> bool:
-    """Whether it was made in inference mode, and cannot be written to outside of it."""
-    return buffer.is_inference() and not torch.is_inference_mode_enabled()
-
-
-def host(ranks: Tensor) -> np.ndarray | Tensor:
-    """As numpy on a CPU, where it finds the lowest ranks in a tenth (many) to a half (one) of the time torch takes."""
-    return ranks.numpy() if ranks.device.type == "cpu" else ranks
-
-
-def highest(rank: Tensor, n: int) -> Tensor:
-    """Slots [B, h, n] of the n highest ranks [B, h, T]."""
-    length = rank.shape[-1]
-    if n == length:
-        return torch.arange(n, device=rank.device).expand(rank.shape)
-    if n == 0:
-        return rank.new_empty((*rank.shape[:2], 0))
-    ranks = host(rank)
-    if isinstance(ranks, Tensor):
-        return rank.topk(n, dim=-1, sorted=False).indices
-    threshold = np.partition(ranks, length - n, axis=-1)[..., length - n, None]
-    return torch.from_numpy(np.flatnonzero(ranks >= threshold).reshape(*rank.shape[:2], n) % length)  # in order
-
-
-def moves(rank: Tensor, kept: int) -> tuple[Tensor, Tensor]:
-    """Which slots to overwrite, and with which, so that the first `kept` are those of highest rank [B, h, T].
-
-    A head has as many dropped slots below `kept` (holes) as survivors above; sorted, they pair up. The pairs of indices
-    left over are dropped slots on both sides: moving one onto another does nothing.
-
-    Returns:
-        (holes, survivors), [B, h, T - kept] each.
-    """
-    excess = rank.shape[-1] - kept
-    if excess == 1:
-        hole = torch.as_tensor(host(rank).argmin(-1))[..., None]
-        return hole, torch.full_like(hole, kept)
-    holes = rank.topk(excess, dim=-1, largest=False).indices.sort(dim=-1).values
-    evicted = torch.zeros_like(rank, dtype=torch.uint8).scatter_(-1, holes, 1)
-    return holes, kept + evicted[:, :, kept:].argsort(dim=-1, stable=True)
-
-
-def take(buffer: Tensor, heads: Tensor, slots: Tensor) -> Tensor:
-    """What is in the `slots` [B, ...] of the `heads` [...] of a buffer [B, h, T, D] (or [B, h, T]): [B, ..., D].
-
-    As rows of one long table, which is faster than `gather` (but for single numbers).
-    """
-    if buffer.dim() == 3:
-        index = (heads * buffer.shape[2] + slots).flatten(1)
-        return buffer.flatten(1).gather(1, index).view(slots.shape)
-    width = buffer.shape[-1]
-    if buffer.stride(-1) != 1 or any(stride % width for stride in buffer.stride()[:-1]):
-        buffer = buffer.contiguous()
-    per_row, per_head, per_slot = (stride // width for stride in buffer.stride()[:-1])
-    batch, n_heads, length, _ = buffer.shape
-    rows = 1 + (batch - 1) * per_row + (n_heads - 1) * per_head + (length - 1) * per_slot
-    table = buffer.as_strided((rows, width), (width, 1))
-    first = torch.arange(batch, device=slots.device).view(-1, *[1] * heads.dim()) * per_row + heads * per_head
-    return table.index_select(0, (first + slots * per_slot).flatten()).view(*slots.shape, width)

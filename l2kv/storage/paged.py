@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from l2kv.storage.dense import KEYS, VALUES, Slots, Storage, frozen, highest, host, moves, take, with_slack
+from l2kv.storage.base import KEYS, VALUES, Storage, frozen, highest, host, moves, take, with_slack
 
 _FEWEST, _MOST = 16, 256  # slots of a page: of few, many short products; of many, large empty ones
 
@@ -31,22 +31,30 @@ class Pages(NamedTuple):
     head_mask: Tensor  # [Hkv, P] float32: 0 where a page is the head's, else -inf
 
 
-class PagedSlots(Storage):
-    """Each kv head holds its own number of pairs. Buffers [B, slots, ...], one head after the other.
+class PagedStorage(Storage):
+    """Storage in buffers [B, slots, ...], one kv head after the other.
 
     Args:
-        slots: what to begin with; not written to.
-        order: of its pairs the ranks, [B, Hkv, held] int64 without ties.
-        kept: how many each kv head takes over, those of highest rank.
+        source: what to begin with; not written to.
+        order: ranks of its pairs, [B, Hkv, held] int64 without ties.
+        kept: how many pairs each kv head takes over, those of highest rank.
     """
 
     _slot_dim = 1
+    _held: tuple[int, ...]
+    _page: int  # slots of a page
+    _capacities: list[int]  # slots of each kv head
+    _starts: list[int]  # first slot of each kv head
+    _written: Tensor  # slots that were written last, int64 [Hkv * q]
+    _held_before: tuple[int, ...]  # that write
+    _page_heads: Tensor
+    _head_mask: Tensor
 
-    def __init__(self, slots: Slots, order: Tensor, kept: Sequence[int]) -> None:
+    def __init__(self, source: Storage, order: Tensor, kept: Sequence[int]) -> None:
         super().__init__()
         self._known_pages: Pages | None = None
         chosen = [highest(of_head, n)[:, 0] for of_head, n in zip(order.split(1, dim=1), kept, strict=True)]
-        self._lay_out(slots.buffers, range(len(kept)), chosen, kept)
+        self._lay_out(source.buffers, range(len(kept)), chosen, kept)
 
     @property
     def heads(self) -> list[tuple[int, ...]]:
@@ -119,8 +127,8 @@ class PagedSlots(Storage):
     def keep(self, order: Tensor, kept: Sequence[int]) -> None:
         kept = tuple(kept)
         if not self._writable() or with_slack(sum(_capacities(kept)[1])) < sum(self._capacities):
-            parts = zip(self.parts(order), kept, strict=True)
-            self._move([highest(ranks, n)[:, 0] for ranks, n in parts], kept)
+            ranks = zip(self.parts(order), kept, strict=True)
+            self._move([highest(of_head, n)[:, 0] for of_head, n in ranks], kept)
             return
         fewer = [head for head, n in enumerate(kept) if n < self._held[head]]
         if sum(self._held) - sum(kept) == len(fewer):  # one of each, as when tokens come one by one
@@ -136,7 +144,7 @@ class PagedSlots(Storage):
         self._held = kept
 
     def _clear(self, lower: Sequence[int], upper: Sequence[int]) -> None:
-        """Empty slots hold zeros: attention gives them a weight of 0, and 0 times infinity would not be 0."""
+        """Empty slots hold zeros: attention gives them a probability of 0, and 0 times infinity would not be 0."""
         for buffer in self._buffers[: VALUES + 1]:
             for start, low, up in zip(self._starts, lower, upper, strict=True):
                 buffer[:, start + low : start + up] = 0.0

@@ -30,7 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from analysis import ModelError, capture
 from analysis.models.load import LoadedModel
 from l2kv import CompressedCache, CompressionSpec, UnsupportedModelError, compressible
-from l2kv.cache import LEFT
+from l2kv.cache import NEVER_EVICTING
 from tests.support.paths import ROOT
 
 PAGE = ROOT / "docs" / "architectures.md"
@@ -246,7 +246,7 @@ def decode(model: PreTrainedModel, ids: Tensor, cache: Cache, chunks: Sequence[i
 
 def about(cache: CompressedCache) -> tuple[str, str]:
     """(what is compressed, what is left alone), in words."""
-    left = Counter(LEFT[type(layer)] for layer in cache.layers if type(layer) in LEFT)
+    left = Counter(NEVER_EVICTING[type(layer)] for layer in cache.layers if type(layer) in NEVER_EVICTING)
     evicting = len(cache.compressed_layers())
     return f"{evicting} of {len(cache.layers)} layers", ", ".join(f"{n} with {what}" for what, n in left.items())
 
@@ -285,7 +285,7 @@ _HEAD = """# Architectures
 
 Every causal language model class of the transformers that `requirements.txt` pins, tried out: a tiny random model of
 each is compressed and captured, and held against a full forward pass with the evicted masked and against its own eager
-attention (`tests/test_causal_models.py`). A prompt in chunks of several tokens is held against it where the model
+attention (`tests/model/test_causal_models.py`). A prompt in chunks of several tokens is held against it where the model
 itself goes on exactly from its own cache; some hybrids (Jamba, Bamba) do so token by token only. Made by
 `python -m tests.support.causal_models`.
 

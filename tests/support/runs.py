@@ -1,5 +1,7 @@
 """Captures, studies and head vectors made up from numbers, without a model."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from analysis.captures import Capture
@@ -36,6 +38,14 @@ def run_of(key_norm, probe, received=None, recent=None) -> Capture:
         pooled_attention=np.zeros((layers, heads, n, n), np.uint8),
         pooled_scale=np.ones((layers, heads), np.float32),
     )
+
+
+def random_run(seed=0, n=40, *, layers=3, kv_heads=2, group=3, ties=False, **changes) -> Capture:
+    """A capture of random norms and a random probe whose rows sum to 0.9; `changes` replace fields of it."""
+    rng = np.random.default_rng(seed)
+    norm, probe = rng.gamma(5, size=(layers, kv_heads, n)), rng.gamma(0.3, size=(layers, kv_heads * group, n))
+    run = run_of(norm.round() if ties else norm, probe / probe.sum(-1, keepdims=True) * 0.9)
+    return replace(run, **changes)
 
 
 def study_of(gamma, without=None, *, documents=(), **metric) -> Study:

@@ -1,4 +1,4 @@
-"""Texts and a chat template that several tests read."""
+"""Texts and a chat template for several tests."""
 
 TEXT = (
     "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness, "
@@ -8,3 +8,4 @@ TEMPLATE = (
     "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 )
+HOSTILE = '</script><script>alert(1)</script><img src="http://example.org/x.png" onerror=alert(1)>&lt;\u202e$x$'

@@ -1,0 +1,145 @@
+"""The compression that pages share: its controls, and what they say as a `CompressionSpec`.
+
+The values live in the session (`session.KEEP_RATIO` and so on), so each control is the same one on every page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import streamlit as st
+
+from analysis.captures import Capture
+from analysis.errors import ModelError
+from analysis.models.memory import DTYPES
+from analysis.models.sizes import checkpoint_dtype
+from app import session
+from l2kv.policies import POLICIES
+from l2kv.spec import CompressionSpec
+
+BY_NORM = ("low_norm", "high_norm", "random")  # what a run can tell the loss of
+
+
+def policies() -> dict[str, str]:
+    """The policies that the controls offer, name -> title: those that need nothing measured on the model."""
+    return {name: title(name) for name, policy in POLICIES.items() if not policy.needs_calibration}
+
+
+def title(policy: str) -> str:
+    """What users read for a policy, by its name."""
+    return POLICIES[policy].title if policy in POLICIES else policy
+
+
+def ratio_input(*, second: bool = False) -> None:
+    """The share of the tokens that stays, in the first compression or in the second beside it."""
+    slot = session.SECOND_KEEP_RATIO if second else session.KEEP_RATIO
+    st.slider(
+        "Keep ratio of the second" if second else "Keep ratio", 0.05, 1.0, step=0.05, **slot.widget(),
+        help="The share of the tokens seen that each head keeps. 1 keeps the whole cache.",
+    )  # fmt: skip
+
+
+def policy_input(choices: Sequence[str] = (), *, second: bool = False) -> None:
+    """Which tokens stay, by one of the choices, or of all `policies`.
+
+    A policy of another page that is no choice here gives way to the paper's.
+    """
+    choices = choices or list(policies())
+    slot = session.SECOND_POLICY if second else session.POLICY
+    if slot.get() not in choices:
+        slot.set(choices[0])
+    st.selectbox(
+        "Which stay in the second" if second else "Which tokens stay", choices, format_func=title, **slot.widget(),
+        help="\n".join(f"- **{title(name)}**: {POLICIES[name].about}" for name in choices),
+    )  # fmt: skip
+
+
+def protect_last_input() -> None:
+    """How many recent tokens are safe."""
+    st.number_input(
+        "Protect the last", 0, 4096, step=8, **session.PROTECT_LAST.widget(),
+        help="The latest tokens are never evicted. 0 in the paper; without it a new token whose norm is on the wrong "
+        "side is evicted in the step that added it.",
+    )  # fmt: skip
+
+
+def prune_after_input() -> None:
+    """From how many tokens on the cache is compressed."""
+    st.number_input(
+        "Compress from", 0, 1_000_000, step=64, **session.PRUNE_AFTER.widget(),
+        help="In tokens. A cache of fewer is left alone (prune_after in the paper).",
+    )  # fmt: skip
+
+
+def skip_layers_input(run: Capture) -> None:
+    """Which layers keep everything."""
+    st.multiselect(
+        "Layers that keep everything",
+        [i for i, kind in enumerate(run.layer_kinds) if kind == "full"],
+        **session.SKIP_LAYERS.widget(),
+        placeholder="None: compress every layer",
+        help="Layers count from 0. The page *Skip layers* suggests some.",
+    )
+
+
+def dtype_of(ref: str) -> str | None:
+    """The dtype that a model's checkpoint is in, where it is at hand and says so."""
+    try:
+        named = checkpoint_dtype(ref)
+    except ModelError:
+        return None
+    return named if named in DTYPES else None
+
+
+def dtype_input(dtype: str | None, *, key: str = session.CACHE_DTYPE.key) -> int:
+    """What a cache is to be in: bytes of a number. At first the checkpoint's dtype, where it is known."""
+    slot = session.Slot(key, dtype or session.CACHE_DTYPE.default)
+    chosen = st.selectbox(
+        "Cache in", list(DTYPES), **slot.widget(), width=150,
+        help=(
+            f"The checkpoint is in {dtype}, and so is its cache, unless it is loaded otherwise: on a CPU this app "
+            "computes in float32."
+            if dtype
+            else "The checkpoint's own dtype is not known here; most are in bfloat16."
+        ),
+    )  # fmt: skip
+    return DTYPES[chosen]
+
+
+def take_spec(spec: CompressionSpec, *, beside: CompressionSpec | None = None) -> None:
+    """Set the controls to a compression, and to a second one beside it, or none. What they do not show stays out."""
+    session.KEEP_RATIO.set(spec.keep_ratio)
+    session.POLICY.set(spec.policy)
+    session.PROTECT_LAST.set(spec.protect_last)
+    session.PRUNE_AFTER.set(spec.prune_after)
+    session.SKIP_LAYERS.set(list(spec.skip_layers))
+    session.BESIDE.set(beside is not None)
+    if beside is not None:
+        session.SECOND_KEEP_RATIO.set(beside.keep_ratio)
+        session.SECOND_POLICY.set(beside.policy)
+
+
+def current_spec(*, second: bool = False) -> CompressionSpec:
+    """The compression as the controls say, those of other pages included; of the second one, where it has its own."""
+    ratio, policy = (
+        (session.SECOND_KEEP_RATIO, session.SECOND_POLICY) if second else (session.KEEP_RATIO, session.POLICY)
+    )
+    return CompressionSpec(
+        keep_ratio=round(ratio.get(), 2),
+        policy=policy.get(),
+        protect_last=int(session.PROTECT_LAST.get()),
+        prune_after=int(session.PRUNE_AFTER.get()),
+        skip_layers=tuple(session.SKIP_LAYERS.get()),
+    )
+
+
+def in_words(spec: CompressionSpec) -> str:
+    """A compression in a line of Markdown."""
+    kept = f"{spec.keep_ratio:.0%} kept" if spec.budget is None else f"{spec.budget} tokens kept"
+    shared = " by kv head" if spec.head_ratios else " by layer" if spec.layer_ratios else ""
+    details = [f"**{kept}**{shared}", title(spec.policy).split(" (")[0].lower()]
+    details += [f"last {spec.protect_last} protected"] * bool(spec.protect_last)
+    skipped = ", ".join(map(str, spec.skip_layers))
+    details += [f"layer{'s' * (len(spec.skip_layers) > 1)} {skipped} whole"] * bool(skipped)
+    details += [f"from {spec.prune_after} tokens on"] * bool(spec.prune_after)
+    return ", ".join(details)

@@ -1,0 +1,15 @@
+from l2kv.cache import CompressedCache as CompressedCache
+from l2kv.cache import l2_compress as l2_compress
+from l2kv.calibration import q_filters as q_filters
+from l2kv.config import CacheShape as CacheShape
+from l2kv.decoding import decode_one_token as decode_one_token
+from l2kv.decoding import prefill as prefill
+from l2kv.errors import SpecError as SpecError
+from l2kv.errors import UnsupportedModelError as UnsupportedModelError
+from l2kv.policies import POLICIES as POLICIES
+from l2kv.policies import Pairs as Pairs
+from l2kv.policies import Policy as Policy
+from l2kv.policies import register_policy as register_policy
+from l2kv.prepare import compressible as compressible
+from l2kv.registry import Registry as Registry
+from l2kv.spec import CompressionSpec as CompressionSpec

@@ -1,0 +1,33 @@
+"""The two steps of greedy decoding over any transformers cache: the prompt, and a token. Knows no text."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
+
+from l2kv.cache import CompressedCache
+from l2kv.spec import CompressionSpec
+
+
+def new_cache(config: PretrainedConfig, spec: CompressionSpec | None) -> Cache:
+    """Make an empty cache: one that compresses by `spec`, or a full one where there is none.
+
+    Raises:
+        SpecError, UnsupportedModelError: as `CompressedCache`.
+    """
+    return DynamicCache(config=config) if spec is None else CompressedCache(config, spec)
+
+
+def prefill(model: PreTrainedModel, input_ids: Tensor, cache: Cache) -> None:
+    """Run a prompt [B, T] into an empty cache; a compressed one is compressed by it.
+
+    No logits are computed. Run all but the prompt's last token here, and the last with `decode_one_token`: then even
+    the first new token comes from the compressed cache.
+    """
+    model.base_model(input_ids, past_key_values=cache, use_cache=True)
+
+
+def decode_one_token(model: PreTrainedModel, token: Tensor, cache: Cache) -> Tensor:
+    """Greedy next token [B, 1] after `token` [B, 1], which is added to the cache."""
+    logits: Tensor = model(token, past_key_values=cache, use_cache=True).logits
+    return logits[:, -1].argmax(-1, keepdim=True)

@@ -1,0 +1,280 @@
+"""The command line, as a user types it."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from typer.main import get_command
+
+from analysis.captures import load_run
+from analysis.cli import measures
+from analysis.cli.output import shown, tell
+from analysis.cli.program import any_encoding
+from analysis.metrics import metrics
+from analysis.statistics import Interval
+from app.cli import commands, main
+from l2kv.policies import POLICIES
+from tests.support.paths import BUNDLED, ROOT
+
+TEXT = "The old man looked at the sea, and the sea looked at the old man, and neither of them said a word."
+
+DEMO, STUDY = str(BUNDLED / "demo.safetensors"), str(BUNDLED / "study.safetensors")
+COMMANDS = [command.name for command in get_command(commands()).commands.values()]
+
+
+def test_a_text_file_becomes_a_run_that_can_be_read_and_told(tmp_path, capsys):
+    text, out = tmp_path / "text.txt", tmp_path / "run.safetensors"
+    text.write_text(TEXT)
+    assert main(["capture", str(text), "--out", str(out), "--model", "books-5m", "--device", "cpu"]) == 0
+    assert "6 layers" in capsys.readouterr().out
+    assert load_run(out).text == TEXT
+    assert main(["heads", str(out)]) == 0
+    told = capsys.readouterr().out
+    assert told.count("\n") == 3 + 48 + 1 and "Does low norm predict attention in books-5m?" in told
+
+
+@pytest.mark.parametrize(
+    "text,model,reason",
+    [
+        ("", "books-5m", "empty"),
+        (None, "books-5m", "cannot be read"),
+        (b"\xff\xfe\x00", "books-5m", "UTF-8"),
+        (TEXT, "no such model", "No such model"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_no_file(tmp_path, capsys, text, model, reason):
+    file, out = tmp_path / "text.txt", tmp_path / "run.safetensors"
+    if text is not None:
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert main(["capture", str(file), "--out", str(out), "--model", model]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and reason in error and error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_a_file_that_is_no_run_is_refused(tmp_path, capsys):
+    (tmp_path / "x.safetensors").write_bytes(b"nonsense")
+    assert main(["heads", str(tmp_path / "x.safetensors")]) == 2
+    assert "x.safetensors is not a run" in capsys.readouterr().err
+
+
+def test_the_demo_run_is_what_a_capture_of_its_text_gives():
+    from analysis import capture, load_model
+    from analysis.demo.presets import bundled_results
+
+    shipped = load_run(bundled_results("books-5m").demo)
+    fresh = capture(load_model("books-5m", device="cpu"), shipped.text)
+    assert shipped.labels == fresh.labels
+    assert abs(shipped.key_norm - fresh.key_norm).max() < 1e-3
+    assert abs(shipped.probe_attention - fresh.probe_attention).max() < 1e-4
+
+
+# Exit statuses of a real process
+
+
+def process(*arguments: str, module: str = "app.cli", code: str = "", **options) -> subprocess.Popen:
+    command = ["-c", code] if code else ["-m", module]
+    command = [sys.executable, *command, *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+@pytest.mark.parametrize("module", ["app.cli", "analysis"])
+@pytest.mark.parametrize("arguments", [["heads", "nowhere"], ["heads", "--probe", "x", DEMO], ["heads"], ["none"], []])
+def test_a_users_mistake_ends_a_process_with_status_2_and_one_line(module, arguments):
+    done = process(*arguments, module=module)
+    told, error = done.communicate()
+    assert done.returncode == 2 and not told
+    assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_a_mistake_of_ours_ends_a_process_with_status_1_and_a_traceback():
+    broken = "import sys, analysis.captures as c; c.load_run = lambda file: 1 / 0; from app.cli import main; "
+    done = process("heads", DEMO, code=broken + "sys.exit(main())")
+    told, error = done.communicate()
+    assert done.returncode == 1 and not told
+    assert error.startswith("Traceback (most recent call last)")
+    assert error.endswith("ZeroDivisionError: division by zero\n")
+
+
+def test_ctrl_c_ends_a_process_with_status_130():
+    waits = "import sys, time, analysis.captures as c; c.load_run = lambda _: print('on', flush=True) or time.sleep(60)"
+    done = process("heads", DEMO, code=f"{waits}; from app.cli import main; sys.exit(main())")
+    assert done.stdout.readline() == "on\n"
+    time.sleep(0.1)
+    done.send_signal(signal.SIGINT)
+    _, error = done.communicate(timeout=30)
+    assert done.returncode == 130 and error.strip() == "cancelled"
+
+
+def test_a_closed_pipe_is_quiet():
+    done = process("heads", DEMO)
+    done.stdout.close()
+    assert done.stderr.read() == "" and done.wait() == 1
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["evaluate", "--help"], ["report", "--help"], ["plan"], ["nothing"]])
+def test_help_and_mistakes_wait_for_no_heavy_import(arguments):
+    code = "import sys; from app.cli import main; status = main(); "
+    done = process(*arguments, code=code + "print({'torch', 'transformers', 'streamlit', 'pandas'} & set(sys.modules))")
+    told, _ = done.communicate()
+    assert told.splitlines()[-1] == "set()"
+
+
+# Names, tables, JSON and progress
+
+
+def test_help_lists_what_registries_hold_when_it_is_asked_for(monkeypatch, capsys):
+    assert main(["savings", "--help"]) == 0
+    assert "toy_policy" not in capsys.readouterr().out
+    monkeypatch.setitem(POLICIES, "toy_policy", POLICIES["random"])
+    assert main(["savings", "--help"]) == 0
+    assert "toy_policy" in capsys.readouterr().out
+    assert main(["savings", "books-5m", "--policy", "toy-policy", "--json"]) == 0  # hyphens are underscores to users
+    assert json.loads(capsys.readouterr().out)["spec"]["policy"] == "toy_policy"
+
+
+def test_json_holds_the_numbers_of_the_table_with_all_their_digits(capsys):
+    assert main(["heads", DEMO, "--json"]) == 0
+    told, run = json.loads(capsys.readouterr().out), load_run(DEMO)
+    assert told["model"] == "books-5m" and told["probe"] == "next token" and told["answer"].startswith("Does low norm")
+    for name in ("gamma", "spearman", "alr_per_token", "sink_share"):
+        expected = metrics(run).of(name)
+        got = np.array([row[name] for row in told["rows"]], dtype=float).reshape(expected.shape)
+        assert np.array_equal(got, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["models"], ["selftest"], ["savings", "books-5m"], ["skip", STUDY, "--count", "1"]]
+)
+def test_json_is_all_that_is_on_standard_output(capsys, arguments):
+    assert main([*arguments, "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)) >= {"rows", "answer"}
+
+
+def test_a_table_is_aligned_says_what_is_undefined_and_is_never_wrapped(capsys):
+    rows = [
+        {"name": "first", "value": 0.25, "over texts": Interval(1.0, 0.5, 1.5), "all": [1.0, 2.0]},
+        {"name": "x" * 300, "value": float("nan"), "over texts": Interval(-1.0, np.nan, np.nan), "all": None},
+    ]
+    tell({"name": "", "value": ".2f", "over texts": "+.1f", "all": ".0f"}, rows, json=False, title="t", answer="a")
+    title, head, first, second, answer = capsys.readouterr().out.splitlines()
+    assert (title, answer) == ("t", "a")
+    assert first.split() == ["first", "0.25", "+1.0", "[+0.5,", "+1.5]", "1", "2"]
+    assert second.split() == ["x" * 300, "undefined", "-1.0"]
+    for number, heading in (("0.25", "value"), ("[+0.5, +1.5]", "over texts"), ("undefined", "value")):
+        line = second if number == "undefined" else first
+        assert line.index(number) + len(number) == head.index(heading) + len(heading)  # numbers end below their heading
+    tell({"name": ""}, rows, json=True, model="m")
+    told = json.loads(capsys.readouterr().out)
+    assert told["rows"][1]["value"] is None and told["rows"][0]["over texts"] == {"value": 1.0, "low": 0.5, "high": 1.5}
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_is_shown_to_who_looks_and_not_to_a_file(monkeypatch):
+    for stream, looks in ((Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with shown("pass") as progress:
+            for done in (1, 1, 2):
+                progress(done, 2, "passes")
+                time.sleep(0.15)  # a bar is drawn ten times a second at most
+            progress(1, 3, "answers")
+        told = stream.getvalue()
+        assert ("passes" in told and "2/2" in told and "pass/s" in told and "answers" in told) if looks else not told
+
+
+# Any encoding of standard output
+
+ENCODINGS = ["utf-8", "cp1252", "ascii", "latin-1", "cp437", "cp932", "koi8-r"]
+
+
+def printed(encoding: str, arguments: list[str]) -> tuple[int, str]:
+    """What a command prints where standard output and error are of an encoding, and its exit status."""
+    with pytest.MonkeyPatch.context() as patched:
+        streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
+        patched.setattr(sys, "stdout", streams[0])
+        patched.setattr(sys, "stderr", streams[1])
+        try:
+            status = main(arguments)
+        except SystemExit as end:
+            status = end.code
+        for stream in streams:
+            stream.flush()
+        return status, "".join(stream.buffer.getvalue().decode(encoding) for stream in streams)
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory):
+    """A run of a text that no small encoding has, in a file whose name has no characters at all."""
+    folder = tmp_path_factory.mktemp("runs")
+    out = folder / os.fsdecode(b"run\xff.safetensors")
+    (folder / "text.txt").write_text(f"{TEXT} Γ 🙂 日本語, déjà vu.", encoding="utf-8")
+    assert main(["capture", str(folder / "text.txt"), "--out", str(out), "-m", "books-5m", "--device", "cpu"]) == 0
+    return out
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_help_of_every_command_is_printed_in_any_encoding(encoding):
+    for words in ([], *([name] for name in COMMANDS)):
+        status, told = printed(encoding, [*words, "--help"])
+        assert status == 0 and "Usage: l2kv" in told and told.isascii()
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_results_and_mistakes_are_printed_in_any_encoding(run_file, encoding):
+    status, told = printed(encoding, ["heads", str(run_file)])
+    assert status == 0 and "Does low norm predict attention in books-5m?" in told
+    assert ("Γ" if encoding in ("utf-8", "cp437", "cp932") else "Gamma") in told
+    text = str(run_file.parent / "text.txt")
+    assert printed(encoding, ["generate", text, "-m", "books-5m", "--new-tokens", "2"])[0] == 0
+    status, told = printed(encoding, ["capture", os.fsdecode(b"\xff \xce\x93 missing"), "-o", "x"])
+    assert status == 2 and "missing cannot be read" in told and "Traceback" not in told
+
+
+def test_a_process_whose_output_is_not_utf_8_ends_well():
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    command = [sys.executable, "-m", "analysis", "heads", str(BUNDLED / "demo.safetensors")]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True)
+    assert done.returncode == 0 and not done.stderr and b"Gamma" in done.stdout
+
+
+def test_a_stream_that_is_not_there_or_no_text_stream_is_left_alone():
+    any_encoding(None, io.StringIO())
+
+
+def test_a_mistake_of_ours_is_not_dressed_up_as_the_users(monkeypatch):
+    """It is raised, so that Python prints where it came from and ends with status 1; a user's is one line and 2."""
+    for ours in (ValueError("shapes do not match"), TypeError("no"), ZeroDivisionError("by zero")):
+        monkeypatch.setattr(measures, "tell", lambda *_, ours=ours, **__: (_ for _ in ()).throw(ours))
+        with pytest.raises(type(ours)):
+            main(["heads", DEMO])
+
+
+@pytest.mark.parametrize(
+    "options,reason",
+    [
+        (["--keys", "0"], "at least one key"),
+        (["--depths", "2"], "depth must be from 0 to 1"),
+        (["--keep-ratios", "1.5"], "keep_ratio must be from 0 to 1"),
+        (["--keep-ratios", "half"], "must be a list such as 1,2,3, got 'half'"),
+        (["--skip-layers", "77"], "layers are 0 to 5"),
+        (["--policies", "luck"], "policy must be one of"),
+        (["--policies", "low_nrom"], "Did you mean 'low_norm'?"),
+        (["--keys", "few"], "'--keys'"),
+        (["--nothing"], "No such option: --nothing"),
+    ],
+)
+def test_settings_that_do_not_fit_are_one_line_and_status_2(capsys, options, reason):
+    passkey = ["evaluate", "passkey", "-m", "books-5m", "--lengths", "120", "--depths", "0.5", "--keys", "1"]
+    assert main([*passkey, *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and reason in error and error.count("\n") == 1

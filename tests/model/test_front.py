@@ -1,0 +1,367 @@
+"""The front: what is measured against single measurements, its sentences by hand, equal bytes, files from strangers."""
+
+import json
+import math
+import statistics
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from analysis import ModelError, RecordError, TextError, capture, loss_curves
+from analysis.demo import presets
+from analysis.evaluation.run import continuation_nll
+from analysis.models.load import LoadedModel
+from analysis.plans.ablation import head_costs
+from analysis.plans.allocation import BudgetError
+from analysis.plans.curves import LossCurves
+from analysis.plans.front import Front, FrontPoint, measure_front, passes
+from analysis.plans.strategies import KINDS, WAYS
+from analysis.statistics import MIN_TEXTS, RESAMPLES, Interval, simultaneous
+from analysis.texts.excerpts import excerpts
+from analysis.texts.tokens import tokenize
+from l2kv import CompressionSpec
+from l2kv.config import CacheShape
+from tests.support.models import build
+from tests.support.paths import ROOT
+
+LENGTHS = {"prompt_tokens": 100, "new_tokens": 3}
+KEEPS = (0.2, 0.6)
+
+
+@pytest.fixture(scope="module")
+def texts(loaded):
+    return excerpts(loaded.tokenizer, presets.bundled_texts(), n_tokens=110, at_most=5)
+
+
+@pytest.fixture(scope="module")
+def calls() -> list[tuple[int, int]]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def front(loaded, texts, calls) -> Front:
+    return measure_front(
+        loaded, texts[:3], texts[3:], keeps=KEEPS, protect_last=8, on_done=lambda *call: calls.append(call), **LENGTHS
+    )
+
+
+def test_every_way_is_measured_at_every_budget_or_named_as_left_out(front, calls):
+    assert {(p.line, p.keep) for p in front.points} | {
+        (words.split(", keep")[0], float(words.split("keep ")[1].split(":")[0])) for words in front.left_out
+    } == {(way, keep) for way in WAYS for keep in KEEPS}
+    assert any(words.startswith("skip 0 and 1, low norm, keep 0.2: layers 0 and 1") for words in front.left_out)
+    assert list(dict.fromkeys(done for done, _ in calls)) == list(range(calls[-1][1] + 1))
+    assert calls[-1][1] == 3 + 3 * (1 + 24) + 2 + 2 * (1 + len({p.spec for p in front.points}))
+    assert calls[0] == (0, passes(3, 2, keeps=2, ways=WAYS, kv_heads=24))
+    assert calls[0][1] - calls[-1][1] == 2 * (2 * len(WAYS) - len({p.spec for p in front.points}))
+    inside = [call for call in calls[: calls.index((1, calls[0][1]))] if call[0] == 0]
+    assert len(inside) > 6  # of the first capture, layer by layer
+
+
+def test_ways_at_one_budget_hold_equal_bytes(front):
+    pair = 2 * 32 * 4  # a key and a value of 32 float32 each
+    for keep in KEEPS:
+        sizes = [p.nbytes for p in front.points if p.keep == keep]
+        # 102 tokens are in the cache at last; a head may round up by a pair, and a ratio is of whole percents.
+        assert all(abs(size - keep * front.full_nbytes) <= 24 * (1 + 0.01 * 102) * pair for size in sizes)
+    assert front.full_nbytes == 24 * 102 * pair
+
+
+@pytest.mark.parametrize("line", ["plan by head", "skip 0 and 1, low norm", "first and latest"])
+def test_a_point_is_what_its_spec_costs_against_the_full_cache(loaded, texts, front, line):
+    point = next(p for p in front.lines[line] if p.keep == 0.6)
+    for (_, text, _), change in zip(texts[3:], point.nll_change, strict=True):
+        nll = [continuation_nll(loaded, text, spec, **LENGTHS) for spec in (point.spec, None)]
+        assert change == pytest.approx(nll[0] - nll[1], abs=1e-5)
+    assert front.measured_on == tuple(excerpt.name for excerpt in texts[3:])
+
+
+def test_plans_are_made_from_the_planning_texts_alone(loaded, texts, front):
+    runs = [capture(loaded, text[: tokenize(loaded.tokenizer, text).spans[99, 1]]) for _, text, _ in texts[:3]]
+    curves = loss_curves(*runs, protect_last=8)
+    by_direction = WAYS["uniform, measured directions"].make(curves, 0.2)
+    costs = head_costs(loaded, [text for _, text, _ in texts[:3]], by_direction, **LENGTHS)
+    curves = curves.weighed(costs.mean(axis=0), 0.2)
+    for point in front.points:
+        assert point.spec == WAYS[point.line].make(curves, point.keep)
+    whole = next(p for p in front.points if p.line == "uniform, low norm" and p.keep == 0.6)
+    lost = [curves.low[layer, head, 60] for layer in range(6) for head in range(4)]
+    assert whole.planned_loss == pytest.approx(sum(lost) / 24)
+    assert all(math.isnan(p.measured_loss) == (p.line == "first and latest") for p in front.points)
+
+
+def test_bad_requests_are_refused(loaded, texts):
+    with pytest.raises(TextError, match="planned on, too"):
+        measure_front(loaded, texts[:2], texts[1:3], **LENGTHS)
+    with pytest.raises(TextError, match="others to measure on"):
+        measure_front(loaded, texts[:2], [], **LENGTHS)
+    with pytest.raises(ValueError, match="ways must be of"):
+        measure_front(loaded, texts[:1], texts[1:2], ways=["my own"], **LENGTHS)
+    calls = []
+    for wrong in (1.5, -0.1, math.nan, True):
+        with pytest.raises(ValueError, match="keeps must be from 0 to 1"):
+            measure_front(
+                loaded, texts[:1], texts[1:2], keeps=[0.5, wrong], on_done=lambda *call: calls.append(call), **LENGTHS
+            )
+    assert not calls  # before anything is run
+
+
+def test_a_way_that_fails_for_another_reason_than_its_budget_is_not_left_out(loaded, texts, monkeypatch):
+    def broken(curves, keep):
+        raise ValueError("a defect")
+
+    monkeypatch.setitem(WAYS, "random", replace(WAYS["random"], make=broken))
+    with pytest.raises(ValueError, match="a defect"):
+        measure_front(loaded, texts[:1], texts[1:2], keeps=[0.5], ways=["random"], **LENGTHS)
+
+
+def test_a_model_of_sliding_windows_alone_is_refused_before_it_is_run(loaded, texts):
+    sliding = build("qwen2", use_sliding_window=True, sliding_window=8, layer_types=["sliding_attention"] * 3)
+    with pytest.raises(ModelError, match="no layer that can be compressed"):
+        measure_front(LoadedModel(sliding, loaded.tokenizer, "sliding"), texts[:1], texts[1:2], **LENGTHS)
+
+
+def test_it_is_cancelled_by_raising(loaded, texts):
+    class Cancelled(Exception):
+        pass
+
+    def stop(done, total):
+        if done == 3:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        measure_front(loaded, texts[:1], texts[1:2], keeps=(0.5,), on_done=stop, **LENGTHS)
+
+
+def curves_of(n_layers: int, *, n_tokens: int, protect_last: int) -> LossCurves:
+    """Of a model in which all heads are alike."""
+    falling = np.broadcast_to(np.linspace(1, 0, 101), (n_layers, 2, 101))
+    return LossCurves(
+        low=falling,
+        high=falling,
+        compressible=np.ones(n_layers, bool),
+        status=np.full((n_layers, 2), "ok", dtype=object),
+        gammas=np.zeros((1, n_layers, 2)),
+        protect_last=protect_last,
+        least_bin=math.ceil(100 * protect_last / n_tokens),
+    )
+
+
+@pytest.mark.parametrize("n_layers", [6, 32, 80])
+@pytest.mark.parametrize("keep", [0.05, 0.1, 0.12, 0.13, 0.3, 0.5])
+def test_no_way_holds_more_than_its_budget_however_many_layers_are_protected(n_layers, keep):
+    curves, shape = curves_of(n_layers, n_tokens=448, protect_last=32), CacheShape(tuple(range(n_layers)), 2, 2, 8, 4)
+    pair, budget = 2 * 8 * 4, keep * shape.nbytes(448)
+    for name in ("uniform, low norm", "skip 0 and 1, low norm", "plan by head", "random"):
+        ratio = (keep * n_layers - 2) / (n_layers - 2) if name.startswith("skip") else keep
+        if ratio < 0.08:  # 32 of 448 tokens are 0.0714 of them, and bins are whole percents
+            with pytest.raises(BudgetError):
+                WAYS[name].make(curves, keep)
+            continue
+        spec = WAYS[name].make(curves, keep)
+        assert shape.nbytes(448, spec) <= budget + n_layers * 2 * pair  # a head may round up by a pair
+
+
+# ------------------------------------------------------------------------------------------------------- made up
+
+
+def made_up(**changes_by_line) -> Front:
+    """A front at one budget whose points cost so much on each of 8 texts, give or take the same for all."""
+    wobble = np.linspace(-0.01, 0.01, 8)
+    return Front(
+        model="made up",
+        planned_on=("a",),
+        measured_on=tuple("bcdefghi"),
+        prompt_tokens=10,
+        new_tokens=2,
+        full_nbytes=4096,
+        full_nll=(3.0,) * 8,
+        points=tuple(
+            FrontPoint(line, 0.5, CompressionSpec(), 2048, tuple((change + wobble * (i + 1)).tolist()), loss, loss)
+            for i, (line, (change, loss)) in enumerate(changes_by_line.items())
+        ),
+    )
+
+
+LOW, HIGH, PLAN, RANDOM = "uniform, low norm", "uniform, high norm", "plan by head", "random"
+
+
+def test_the_answer_names_a_plan_that_beats_the_best_uniform_rule():
+    answer = made_up(**{LOW: (0.3, 0.4), HIGH: (0.1, 0.3), PLAN: (0.04, 0.2), RANDOM: (0.5, 0.5)}).answer()
+    assert answer.startswith("Yes: at keep 0.5 a plan beats the best uniform rule by norm at equal bytes")
+    assert "(2.0 KiB), plan by head against uniform, high norm: −0.060 (95 %" in answer
+    assert "over 8 texts that hold for all comparisons at once, 1 of 1 are won and 0 lost" in answer
+    assert "But" not in answer
+
+
+def test_the_answer_says_that_none_does_and_that_dice_do_as_well():
+    answer = made_up(**{LOW: (0.3, 0.4), HIGH: (0.1, 0.3), PLAN: (0.2, 0.2), RANDOM: (0.1, 0.5)}).answer()
+    assert answer.startswith("Not shown: no plan beats") and "+0.100" in answer
+    assert "0 of 1 are won and 1 lost" in answer
+    assert "no worse than all of them: random at keep 0.5 (+0.000 at 0.5)." in answer
+    assert "cannot tell" in made_up(**{LOW: (0.3, 0.4)}).answer()
+
+
+def test_every_yardstick_is_named_with_the_budgets_that_it_is_as_good_at():
+    def point(line, keep, change):
+        return FrontPoint(line, keep, CompressionSpec(), 2048, (change,) * 8)
+
+    first = "first and latest"
+    costs = {LOW: (0.5, 0.3, 0.1), RANDOM: (0.4, 0.2, 0.3), first: (0.6, 0.6, 0.05)}
+    points = tuple(
+        point(line, keep, cost) for line, of in costs.items() for keep, cost in zip((0.1, 0.2, 0.3), of, strict=True)
+    )
+    points += tuple(point(PLAN, keep, 0.9) for keep in (0.1, 0.2, 0.3))
+    answer = replace(made_up(), points=points).answer()
+    assert answer.endswith(
+        "no worse than all of them: random at keep 0.1, 0.2 (−0.100 at 0.1); first and latest at keep 0.3 "
+        "(−0.050 at 0.3)."
+    )
+
+
+def test_too_few_texts_tell_nothing():
+    front = made_up(**{LOW: (0.3, 0.4), PLAN: (0.04, 0.2)})
+    few = [replace(p, nll_change=p.nll_change[: MIN_TEXTS - 1]) for p in front.points]
+    few = replace(front, points=tuple(few), measured_on=front.measured_on[: MIN_TEXTS - 1], full_nll=(3.0,) * 5)
+    assert few.answer() == "This front cannot tell: it was measured on 5 texts, and 6 are the least."
+    (one,) = few.comparisons()
+    assert one.verdict == "not told apart" and math.isnan(one.less.low)
+
+
+def test_the_best_plan_is_compared_with_the_best_uniform_way_text_by_text():
+    costs = {LOW: (0.3, 0.4), HIGH: (0.25, 0.4), PLAN: (0.2, 0.2), "plan by layer": (0.22, 0.2), RANDOM: (0.1, 0.5)}
+    (one,) = made_up(**costs).comparisons()
+    assert [c.plan.keep for c in random_front(np.random.default_rng(0)).comparisons()] == [0.1, 0.2, 0.3, 0.5, 0.7]
+    assert (one.plan.line, one.uniform.line, one.verdict) == (PLAN, HIGH, "better")
+    assert one.less.value == pytest.approx(np.mean(one.plan.nll_change) - np.mean(one.uniform.nll_change))
+    assert one.less.high - one.less.low < 0.04 < np.ptp(one.plan.nll_change)  # texts differ more than the ways do
+    assert made_up(**{LOW: (0.3, 0.4), RANDOM: (0.2, 0.2)}).comparisons() == ()
+
+
+def random_front(rng, *, better: float = 0.0) -> Front:
+    """8 plans and 3 uniform ways at 5 budgets that cost the same, but for chance, on 16 texts; or plans `better`."""
+    names = {kind: [name for name, way in WAYS.items() if way.kind == kind] for kind in ("uniform", "plan")}
+    texts = rng.normal(0.3, 0.2, 16)  # some are hard for all
+    points = [
+        FrontPoint(line, keep, CompressionSpec(), 2048, tuple(texts + rng.normal(-better * (kind == "plan"), 0.05, 16)))
+        for kind, lines in names.items()
+        for line in lines
+        for keep in (0.1, 0.2, 0.3, 0.5, 0.7)
+    ]
+    return replace(made_up(), measured_on=tuple("bcdefghijklmnopq"), full_nll=(3.0,) * 16, points=tuple(points))
+
+
+def test_where_plans_are_no_better_the_answer_is_hardly_ever_yes():
+    rng = np.random.default_rng(0)
+    answers = [random_front(rng).answer() for _ in range(60)]
+    assert sum(answer.startswith("Yes") for answer in answers) <= 6  # 3 expected at most, of 60
+    assert sum("and 0 lost" not in answer for answer in answers) <= 6
+    assert random_front(rng, better=0.1).answer().startswith("Yes: at keep 0.1, 0.2, 0.3, 0.5, 0.7")
+
+
+def test_simultaneous_intervals_are_those_of_a_plain_loop():
+    values = np.random.default_rng(3).normal(size=(7, 3)) * [1, 5, 0.1]
+    got = simultaneous(values, seed=2)
+    largest = []
+    for signs in np.random.default_rng(2).choice([-1.0, 1.0], size=(RESAMPLES, 7)):
+        flipped = [
+            [sign * (row[k] - values[:, k].mean()) for row, sign in zip(values, signs, strict=True)] for k in range(3)
+        ]
+        largest.append(max(abs(statistics.mean(c)) / (statistics.stdev(c) / math.sqrt(7)) for c in flipped))
+    c = np.quantile(largest, 0.95)
+    for k, interval in enumerate(got):
+        error = statistics.stdev(values[:, k]) / math.sqrt(7)
+        mean = statistics.mean(values[:, k])
+        assert (interval.value, interval.low, interval.high) == pytest.approx(
+            (mean, mean - c * error, mean + c * error)
+        )
+
+
+@pytest.mark.parametrize("n", [6, 16])
+def test_simultaneous_intervals_all_hold_in_95_of_100_cases(n):
+    rng, missed = np.random.default_rng(0), 0
+    for _ in range(200):
+        values = rng.normal(size=(n, 40)) + rng.normal(size=(n, 1))  # of one text, they have something in common
+        missed += any(interval.low > 0 or interval.high < 0 for interval in simultaneous(values))
+    assert missed <= 20  # 10 are expected; by an interval of each alone it is most
+
+
+def test_what_does_not_vary_or_is_undefined_spoils_no_other_interval():
+    values = np.random.default_rng(0).normal(size=(8, 2))
+    alone = simultaneous(values)
+    same, undefined = np.full((8, 1), 0.25), np.where(np.arange(8)[:, None] == 3, np.nan, 1.0)
+    both = simultaneous(np.hstack([values, same, undefined]))
+    assert both[:2] == alone and both[2] == Interval(0.25, 0.25, 0.25)
+    assert math.isnan(both[3].value) and math.isnan(both[3].low)
+
+
+def test_expected_loss_that_orders_the_points_as_their_cost_agrees_fully():
+    rising = made_up(**{LOW: (0.3, 0.4), HIGH: (0.2, 0.3), PLAN: (0.1, 0.2)})
+    assert rising.agreement() == {0.5: pytest.approx(1)}
+    assert made_up(**{LOW: (0.1, 0.4), HIGH: (0.2, 0.3), PLAN: (0.3, 0.2)}).agreement() == {0.5: pytest.approx(-1)}
+    assert math.isnan(made_up(**{LOW: (0.1, 0.4), HIGH: (0.2, 0.3)}).agreement()[0.5])
+
+
+# --------------------------------------------------------------------------------------------------------- files
+
+
+def test_a_front_is_read_back_as_it_was_written(front):
+    assert Front.from_json(front.to_json()).to_json() == front.to_json()
+    told = [p for p in front.points if p.line != "first and latest"]  # NaN is not equal to itself
+    assert [p for p in Front.from_json(front.to_json()).points if p.line != "first and latest"] == told
+    undefined = replace(front.points[0], nll_change=(math.nan, 0.1))
+    (point,) = Front.from_json(replace(front, points=(undefined,)).to_json()).points
+    assert math.isnan(point.nll_change[0]) and point.nll_change[1] == 0.1
+
+
+@pytest.mark.parametrize(
+    "change,reason",
+    [
+        ({"points": [{}]}, "it has no"),
+        ({"points": 3}, "not iterable"),
+        ({"model": 7}, "must be text"),
+        ({"full_nll": [1.0]}, "8 texts"),
+        ({"full_nbytes": -1}, "whole number"),
+        ({"l2kv_front": 99}, "version 1"),
+        ({"spec": {"keep_ratio": 7}}, "keep_ratio must be from 0 to 1"),
+        ({"keep": 2}, "keep must be"),
+        ({"nll_change": ["x"] * 8}, "number is needed"),
+        ({"nll_change": [10**400] * 8}, "too large"),
+        ({"full_nbytes": 10**400}, "whole number"),
+        ({"measured_on": [], "full_nll": []}, "0 texts"),
+        ({"measured_on": [], "full_nll": [], "points": []}, "0 texts"),
+        ({"documents": ["x"]}, "documents are not of its 8 texts"),
+        ({"documents": [1] * 8}, "must be text"),
+    ],
+)
+def test_a_strangers_file_is_refused_with_the_reason(change, reason):
+    content = json.loads(made_up(**{LOW: (0.3, 0.4)}).to_json())
+    if set(change) <= set(content):
+        content |= change
+    else:
+        content["points"][0] |= change
+    with pytest.raises(RecordError, match=reason):
+        Front.from_json(json.dumps(content))
+
+
+def test_a_front_keeps_its_documents_and_its_intervals_resample_them():
+    by_texts = made_up(**{LOW: (0.3, 0.4), PLAN: (0.1, 0.2)})
+    by_documents = Front.from_json(replace(by_texts, documents=tuple("xxxxyyyy")).to_json())
+    assert by_documents.documents == tuple("xxxxyyyy") and by_texts.documents == ()
+    wide, narrow = (front.interval(front.points[0]) for front in (by_documents, by_texts))
+    assert wide.value == narrow.value and wide.high - wide.low > 1.2 * (narrow.high - narrow.low)
+    assert "only 2 documents" in by_documents.answer() and "document" not in by_texts.answer()
+
+
+def test_reading_a_front_or_a_check_does_not_wait_for_torch():
+    code = "import sys, analysis.plans.front, analysis.plans.ablation; "
+    code += "print('torch' in sys.modules, 'transformers' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert out.stdout.split() == ["False", "False"]
+
+
+def test_every_way_is_of_a_kind_and_says_what_it_is():
+    assert all(way.kind in KINDS and way.about for way in WAYS.values())
