@@ -12,6 +12,7 @@ from analysis.captures import Capture
 from analysis.errors import SettingsError
 from analysis.measures import by_kv_head
 from analysis.metrics import STATUSES, metrics
+from analysis.records import kind_of
 from analysis.statistics import MIN_TEXTS, means
 from analysis.ties import evened
 from analysis.verdicts import WEAK
@@ -191,9 +192,9 @@ def curves_of(study: Study) -> LossCurves:
         SettingsError: the study has none, as in files of version 3 and before.
     """
     if study.curves is None or study.curve_status is None or study.curve_gammas is None:
-        from analysis.studies import AGAIN
-
-        raise SettingsError(f"this study has no loss curves, as older ones do not. Make it again: {AGAIN}")
+        raise SettingsError(
+            f"this study has no loss curves, as older ones do not. Make it again: {kind_of(type(study)).again}"
+        )
     status = np.array(STATUSES, dtype=object)[study.curve_status]
     texts = [
         TextCurves(*parts) for parts in zip(study.curves.astype(np.float64), status, study.curve_gammas, strict=True)
