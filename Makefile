@@ -12,7 +12,7 @@ ARGS ?=
 FETCH = $(BIN)/python -m analysis models smollm2 || true
 PYTEST = $(BIN)/python -m pytest -n auto --dist loadgroup
 
-.PHONY: app test test-unit test-model test-browser lint wheel bench demo picture
+.PHONY: app test test-unit test-model test-browser lint wheel docs bench demo picture
 app: $(VENV)/app.stamp  ## MODELS=folder offers the models in it, GGUF files too
 	@$(FETCH)
 	$(if $(MODELS),L2KV_MODEL_DIRS="$(MODELS)") $(BIN)/python -m app --server.port $(PORT)
@@ -58,6 +58,9 @@ ifneq ($(PLANS),)
 	$(BIN)/python -m analysis front $(TEXTS) --model $(MODEL) --excerpts 32 -o $(SHOWN)/front.json
 endif
 	$(BIN)/python -m tests.picture
+
+docs: $(VENV)/dev.stamp  ## docs/cli.md and docs/registries.md, from the program
+	$(BIN)/python -m tests.support.docs
 
 picture: $(VENV)/dev.stamp  ## the README's picture, from the app itself
 	$(BIN)/python -m tests.picture

@@ -147,9 +147,9 @@ class Metric:
     of: Callable[[Row], np.ndarray]
     """The numbers, [L, H]; where the status is not "ok" they may be anything."""
     low: float | None = None
-    """Least value there can be; None is open."""
+    """Where the scale of a map begins: at the least value there can be. None: at the least of the map."""
     high: float | None = None
-    """Largest value there can be; None is open."""
+    """Where it ends: at the largest value there can be. None: at the largest of the map."""
     diverging: bool = False
     """Whether its sign is what counts: colours part at 0."""
     skip_first: int = 0
@@ -248,7 +248,6 @@ METRICS: Registry[Metric] = Registry(
             "ALR by the number of tokens; comparable between texts",
             lambda row: alr_of(row) / row.n,
             low=0,
-            high=1,
         ),
         "normalised_alr": Metric(
             "Normalised ALR",

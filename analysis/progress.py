@@ -11,7 +11,8 @@ class Progress(Protocol):
     What it raises cancels the work and passes through, so that a caller need not wait for a step to end.
     """
 
-    def __call__(self, done: int, total: int, what: str, /) -> object: ...
+    def __call__(self, done: int, total: int, what: str, /) -> object:
+        """Hear that `done` of `total` things are done; `what` names them."""
 
 
 def unheard(done: int, total: int, what: str, /) -> None:

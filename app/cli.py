@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from analysis import defaults
-from analysis.cli import commands as commands_of_analysis
+from analysis.__main__ import commands as commands_of_analysis
 from analysis.cli import options
 from analysis.cli.inputs import excerpts_of, loaded_model, texts_of
 from analysis.cli.output import shown, wrote
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def open_app(context: typer.Context) -> None:
-    """Open the app; options such as --server.port=8501 go to Streamlit."""
+    """Open the app. Options such as --server.port=8501 go to Streamlit."""
     from app.__main__ import main as serve
 
     serve(context.args)
@@ -54,7 +54,7 @@ def report(
     front: Annotated[Path | None, typer.Option(parser=Path, help="What `front` wrote.")] = None,
     ablation: Annotated[Path | None, typer.Option(parser=Path, help="What `ablation` wrote.")] = None,
 ) -> None:
-    """Write one page about a run, or about two compared, for a reader who has nothing installed."""
+    """Write one page about a run, or about two compared. Its reader needs nothing installed."""
     if len(runs) > 2 or len(study) > 2:
         raise UserError("A report is of one run or of two, and of two studies at most.")
     from analysis.captures import load_run
@@ -105,7 +105,7 @@ def figures(
     excerpts: options.Excerpts = defaults.EXCERPTS,
     device: options.Device = None,
 ) -> None:
-    """Reproduce the paper's figures for any model, as HTML and JSON."""
+    """Reproduce the paper's figures for any model. As HTML and JSON."""
     chosen, documents = _heads_of(heads), texts_of(texts)
     loaded = loaded_model(model, device)
     from analysis.paper.figures import FIGURES, reproduce, to_json

@@ -66,7 +66,9 @@ class Engine:
         return _tokenizer_and_config(ref) if here else None
 
     @contextmanager
-    def turn(self, ref: str, *, on_wait: Callable[[int], None], on_load: Callable[[], None]) -> Iterator[LoadedModel]:
+    def turn(
+        self, ref: str, *, on_wait: Callable[[int], object], on_load: Callable[[], object]
+    ) -> Iterator[LoadedModel]:
         """The model `ref`, for as long as the block lasts, once all who came before are done.
 
         Args:
@@ -83,6 +85,7 @@ class Engine:
                 on_load()
                 self._unload()  # first: two models may not fit
                 self._loaded, self._ref = load_model(ref), ref
+            assert self._loaded is not None
             yield self._loaded
         finally:
             with self._changed:
@@ -100,7 +103,11 @@ class Engine:
             ModelError: the model is not allowed here, is not there, or is none that can be loaded.
         """
         ref = check_allowed(ref)
-        model_folder(ref, on_fetch=lambda what, done, total: progress(0, 0, f"{what}: {done / total:.0%}"))
+
+        def on_fetch(what: str, done: int, total: int) -> None:
+            progress(0, 0, f"{what}: {done / total:.0%}")
+
+        model_folder(ref, on_fetch=on_fetch)
         with self.turn(
             ref,
             on_wait=lambda ahead: progress(0, 0, f"Waiting: {ahead} ahead of you"),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, wraps
-from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast
 
 import numpy as np
 import streamlit as st
@@ -26,6 +26,8 @@ from analysis.studies import Study, load_study, study_of
 from analysis.verdicts import verdicts
 
 Value = TypeVar("Value")
+_Remembered = dict[str, tuple[object, dict[Any, Any]]]
+"""Name of a function -> what it was asked of, and its answers by settings."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Slot(Generic[Value]):
 
     def get(self) -> Value:
         """Return the value, or the default where there is none."""
-        return st.session_state.get(self.key, self.default)
+        value: Value = st.session_state.get(self.key, self.default)
+        return value
 
     def set(self, value: Value) -> None:
         """Put a value in; before the widget of that key is drawn, if it has one."""
@@ -55,7 +58,9 @@ class Slot(Generic[Value]):
 
     def take(self) -> Value:
         """Return the value and drop it: what is to be said once."""
-        return st.session_state.pop(self.key, self.default)
+        value = self.get()
+        self.drop()
+        return value
 
     def widget(self) -> dict[str, Any]:
         """Arguments that tie a widget to the slot: it begins with its value, and the value outlives the page.
@@ -75,7 +80,7 @@ PLAN = Slot[Plan | None]("plan", None)
 LAYER, HEAD = Slot("layer", 0, ("run",)), Slot("head", 0, ("run",))
 STUDY_LAYER, STUDY_HEAD = Slot("study_layer", 0, ("study",)), Slot("study_head", 0, ("study",))
 GENERATED = Slot[Any]("generated", None, ("run",))
-_REMEMBERED = Slot[dict]("remembered", {}, ("run", "study"))
+_REMEMBERED = Slot[_Remembered]("remembered", {}, ("run", "study"))
 
 # The compression that pages share, and the second one that Generate can set beside it.
 KEEP_RATIO, SECOND_KEEP_RATIO = Slot("keep_ratio", defaults.KEEP_RATIO), Slot("second_keep_ratio", 0.25)
@@ -116,18 +121,18 @@ def _drop_all_of(what: str) -> None:
             slot.drop()
 
 
-_MOST_REMEMBERED = 16  # answers of one function
 Thing = TypeVar("Thing")
 Settings = ParamSpec("Settings")
 Answer = TypeVar("Answer")
 
-_OF_THE_DEMO: dict[str, tuple[object, dict]] = {}
+_MOST_REMEMBERED = 16  # answers of one function
+_OF_THE_DEMO: _Remembered = {}
 
 
 def remembered(
     work: Callable[Concatenate[Thing, Settings], Answer],
 ) -> Callable[Concatenate[Thing, Settings], Answer]:
-    """Have a function of a run or a study, and of settings by position, work each answer out once.
+    """Have a function of a run or a study, and of settings, work each answer out once.
 
     The session keeps the latest answers on one thing; not the process, which would keep the runs of closed tabs. Only
     those on the demo run are kept for all.
@@ -135,15 +140,17 @@ def remembered(
     name = f"{work.__module__}.{work.__qualname__}"
 
     @wraps(work)
-    def ask(thing: Thing, *settings: Settings.args) -> Answer:
+    def ask(thing: Thing, *settings: Settings.args, **named: Settings.kwargs) -> Answer:
         kept = _OF_THE_DEMO if thing is demo_run() else _own_answers()
-        of, answers = kept.get(name, (None, None))
+        of, answers = kept.get(name, (None, {}))
         if of is not thing:
             answers = {}
             kept[name] = thing, answers
+        asked = settings, tuple(named.items())
         with suppress(KeyError):
-            return answers[settings]
-        answer = answers[settings] = work(thing, *settings)
+            return cast(Answer, answers[asked])
+        answer: Answer = work(thing, *settings, **named)
+        answers[asked] = answer
         for oldest in list(answers)[:-_MOST_REMEMBERED]:
             answers.pop(oldest, None)  # another session may have been first
         return answer
@@ -151,7 +158,7 @@ def remembered(
     return ask
 
 
-def _own_answers() -> dict[str, tuple[object, dict]]:
+def _own_answers() -> _Remembered:
     if not _REMEMBERED.held():
         _REMEMBERED.set({})
     return _REMEMBERED.get()
@@ -160,7 +167,9 @@ def _own_answers() -> dict[str, tuple[object, dict]]:
 @lru_cache(maxsize=2)
 def bundled_run(model: str) -> Capture:
     """The run of a model that comes with the program, one of `BUNDLED_RUNS`."""
-    return load_run(bundled_results(model).demo)
+    run = bundled_results(model).demo
+    assert run is not None
+    return load_run(run)
 
 
 def demo_run() -> Capture:

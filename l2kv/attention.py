@@ -1,5 +1,7 @@
-"""Attention over a compressed layer: through the model's own, of all heads at once where they hold the same number of
-pairs, else head by head; of a single token, as most are, over the pages of all heads at once.
+"""Attention over a compressed layer. Knows no policy.
+
+It goes through the model's own: for all heads at once where they hold the same number of pairs, else head by head. A
+single token, as most are, attends to the pages of all heads at once.
 """
 
 from __future__ import annotations
@@ -32,10 +34,16 @@ def attend(
     """Attention of the latest queries [B, H, q, D] to all that the layer holds: ([B, q, H, D], None).
 
     Args:
-        inner: the model's own attention, of the attention layer `module`.
-        mask: of the longest layer [B or 1, 1, q, n], or None where it hides nothing but what causality does.
-        options: of the attention call.
+        layer: what is attended to.
+        inner: the model's own attention.
+        module: its attention layer.
+        query: after rotary embedding.
+        mask: that of the longest layer, [B or 1, 1, q, n], or None where it hides the future alone.
+        options: options of the attention call.
         times: how often the model's own attention expects each kv head repeated.
+
+    Raises:
+        UnsupportedModelError: a position bias or a window, which go by the place in the cache.
     """
     if options.get("position_bias") is not None:
         raise UnsupportedModelError(
@@ -61,7 +69,7 @@ def attend(
 
 
 def _of_one_token(layer: CompressedLayer, query: Tensor, options: dict[str, Any]) -> Tensor:
-    """sdpa for a single token, of which nothing is hidden: [B, H, 1, D] -> [B, 1, H, D].
+    """sdpa for a single token that sees everything: [B, H, 1, D] -> [B, 1, H, D].
 
     The query heads that share keys are given as queries of one head: the same sum, but the keys are read once, instead
     of once a query head.
@@ -78,7 +86,7 @@ def _of_one_token(layer: CompressedLayer, query: Tensor, options: dict[str, Any]
 
 
 def _in_one_call(query: Tensor, pages: Pages) -> bool:
-    """Whether torch has a kernel for `_of_pages` that says what it summed: so far only on a CPU."""
+    """Whether torch has a kernel for `_of_pages` that returns its log-sum-exp: so far only on a CPU."""
     return (
         query.device.type == "cpu"
         and query.dtype == pages.keys.dtype == pages.values.dtype
@@ -88,7 +96,7 @@ def _in_one_call(query: Tensor, pages: Pages) -> bool:
 
 
 def _of_pages(query: Tensor, pages: Pages, scale: float | None) -> Tensor:
-    """Attention of one token's queries [B, Hkv, G, D] to the pages of their heads, in one call; of that shape.
+    """Attention of one token's queries [B, Hkv, G, D] to the pages of their heads, in one call: the same shape.
 
     The parts of a softmax over a head's pages, put together by their log-sum-exp, as flash attention does (Dao et al.,
     arXiv 2205.14135, section 3.1).
@@ -102,7 +110,7 @@ def _of_pages(query: Tensor, pages: Pages, scale: float | None) -> Tensor:
 
 
 def _head_by_head(query: Tensor, parts: Sequence[Part], scale: float | None, dropout: float) -> Tensor:
-    """The same, in one call a head."""
+    """The same, in one call per head."""
     outputs = [
         scaled_dot_product_attention(of_head, part.keys, part.values, dropout_p=dropout, scale=scale)
         for of_head, part in zip(query.split(1, dim=1), parts, strict=True)
@@ -129,7 +137,7 @@ def _shown(mask: Tensor) -> Tensor:
 
 
 def _masks(layer: CompressedLayer, query: Tensor, mask: Tensor | None) -> Iterator[Tensor | None]:
-    """The mask of each part. All that was held before precedes all queries, so only the length differs..."""
+    """Mask of each part. All that was held before precedes all queries, so only the length differs..."""
     if layer.first_real is None:
         for part in layer.parts():
             yield mask if mask is None else mask[..., -part.held :]
@@ -150,7 +158,7 @@ def _masks(layer: CompressedLayer, query: Tensor, mask: Tensor | None) -> Iterat
 
 
 class _Heads:
-    """An attention layer as some of its heads see it: the sinks of gpt-oss are its own, one for each query head."""
+    """An attention layer as some of its heads see it: gpt-oss has its sinks there, one for each query head."""
 
     def __init__(self, module: nn.Module, heads: tuple[int, ...], kv_heads: int) -> None:
         self._module, self._heads, self._kv_heads = module, heads, kv_heads

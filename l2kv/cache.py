@@ -22,7 +22,7 @@ from transformers.cache_utils import (
 
 from l2kv.config import check_compressible, kv_heads_by_layer
 from l2kv.errors import SpecError, UnsupportedModelError
-from l2kv.hooks import Giving
+from l2kv.hooks import TracedCache
 from l2kv.layer import CompressedHybridLayer, CompressedLayer
 from l2kv.padding import check_padding, first_real
 from l2kv.policies import POLICIES
@@ -33,7 +33,7 @@ Layer: TypeAlias = CacheLayerMixin | LinearAttentionCacheLayerMixin | DummyLayer
 AnyLayer = TypeVar("AnyLayer", bound=Layer)
 
 
-class CompressedCache(Giving):
+class CompressedCache(TracedCache):
     """A transformers cache that evicts tokens after every step, and frees their memory.
 
     Use it inside `compressible(model)`, as `past_key_values` of a forward pass or of `generate()`. Sliding-window
@@ -79,8 +79,7 @@ class CompressedCache(Giving):
             SpecError: the policy needs queries or filters, which a full cache does not hold; or as the constructor.
             ValueError: the mask hides anything but padding on the left.
         """
-        if POLICIES[spec.policy].needs_attention or POLICIES[spec.policy].needs_calibration:
-            raise SpecError(f"The policy {spec.policy} needs more than a cache: run the prompt into a CompressedCache.")
+        _check_keys_alone(spec, "run the prompt into a CompressedCache")
         cache = cls(config, spec)
         for i, (layer, source) in enumerate(zip(cache.layers, full.layers, strict=True)):
             if isinstance(layer, CompressedLayer):
@@ -94,7 +93,7 @@ class CompressedCache(Giving):
     @classmethod
     def _holding(cls, layers: list[Layer], spec: CompressionSpec) -> CompressedCache:
         cache = cls.__new__(cls)
-        Giving.__init__(cache, layers=layers)
+        TracedCache.__init__(cache, layers=layers)
         cache.spec, cache.serving = spec, False
         return cache
 
@@ -147,7 +146,7 @@ class CompressedCache(Giving):
         layer = self.layers[layer_idx]
         if not isinstance(layer, CompressedLayer):
             what = NEVER_EVICTING.get(type(layer), "something else")
-            raise ValueError(f"Layer {layer_idx} has {what}: it is left to transformers, and never evicts.")
+            raise ValueError(f"Layer {layer_idx} has {what}, and never evicts.")
         return layer.kept_positions()
 
     @property
@@ -231,8 +230,7 @@ def l2_compress(
         seed=seed,
         schedule="reference",  # of what is held
     )
-    if POLICIES[policy].needs_attention or POLICIES[policy].needs_calibration:
-        raise SpecError(f"The policy {policy} needs more than a cache: use a CompressedCache from the start.")
+    _check_keys_alone(spec, "use a CompressedCache from the start")
     if not isinstance(past_key_values, (DynamicCache, CompressedCache)):
         raise TypeError(
             "l2_compress needs the past_key_values of a model called with use_cache=True (a DynamicCache), "
@@ -243,6 +241,13 @@ def l2_compress(
     _check_layers(spec, len(past_key_values.layers))
     layers = [_compressed_once(spec, i, layer, attention_mask) for i, layer in enumerate(past_key_values.layers)]
     return CompressedCache._holding(layers, CompressionSpec(keep_ratio=1.0))
+
+
+def _check_keys_alone(spec: CompressionSpec, instead: str) -> None:
+    """Raise SpecError if the policy needs what a cache that is full already does not tell."""
+    policy = POLICIES[spec.policy]
+    if policy.needs_attention or policy.needs_filters:
+        raise SpecError(f"The policy {spec.policy} needs more than a cache: {instead}.")
 
 
 def _compressed_once(spec: CompressionSpec, layer_idx: int, source: Layer, attention_mask: Tensor | None) -> Layer:

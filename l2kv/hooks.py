@@ -3,7 +3,7 @@
 transformers lets anyone register an attention function under a name, and a mask function with it. `attention_hook`
 puts such a name into the configs that the model's attention reads, for as long as a `with` block lasts, and hands our
 function the model's own attention to delegate to, so that nothing a model adds to attention (soft caps, sinks) is lost.
-`Giving` tells whose pairs such a call is about, and `watching` shows them. Knows no statistics.
+`TracedCache` tells whose pairs such a call is about, and `watching` shows them. Knows no statistics.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ _PREFIX = "l2kv_"
 def attention_hook(
     model: PreTrainedModel, attend: Callable[..., tuple[Tensor, Tensor | None]]
 ) -> Iterator[Callable[[], bool]]:
-    """Within the block, `model` calls `attend(inner, module, query, key, value, mask, **kwargs)` for attention.
+    """Have `model` call `attend(inner, module, query, key, value, mask, **kwargs)` for attention, within the block.
 
     `inner` is the attention that the model used before, called the same way without `inner`. Towers for images and
     sounds keep their own. Blocks nest, and end in any order; other models of the same config object are not touched.
     Restored on exit, whatever happens. A copy of the model that is made meanwhile has the model's own attention.
 
-    Yields a function that tells whether calls still come by, or another attention was chosen for the model meanwhile.
+    Yields a function that tells whether the hook is still in place: another attention may be chosen for the model.
 
     Raises:
         UnsupportedModelError: the model does not read its attention function from transformers' registry.
@@ -75,7 +75,7 @@ def attention_hook(
 
 
 class _Name(str):
-    """The name of a hook, in the place of a config's own attention, which it remembers; counts who use it there."""
+    """Name of a hook, put in place of a config's own attention, which it remembers; counts the hooks that use it."""
 
     own: str | None
     users: int
@@ -153,7 +153,7 @@ def _attention_of(module: nn.Module, base: str) -> Attention:
 
 
 def _language_configs(model: PreTrainedModel) -> list[tuple[PretrainedConfig, bool]]:
-    """The config objects that a model's language part reads, and those around it, which masks may be made by.
+    """Config objects that a model's language part reads, and those around it, by which masks may be made.
 
     With each, whether its model can do with sdpa. Towers are left out: their eager attention may be another function.
     """
@@ -181,8 +181,8 @@ def _language_configs(model: PreTrainedModel) -> list[tuple[PretrainedConfig, bo
 
 
 _passing: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[Attention]]] = weakref.WeakKeyDictionary()
-"""What the attention calls of each module of a hooked model pass through, the innermost first. Each is held by its
-`attention_hook` alone: from here it would keep a model alive that nobody else holds."""
+"""Functions that the attention calls of each module of a hooked model pass through, the innermost first. Its
+`attention_hook` alone holds each: a reference from here would keep a model alive that nobody else holds."""
 
 
 def _weakly(attend: Attention) -> weakref.ref[Attention]:
@@ -198,7 +198,7 @@ class Repeats(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """Whose pairs an attention call is given."""
+    """The pairs of a cache that an attention call is given."""
 
     layer_idx: int
     source: int
@@ -208,7 +208,7 @@ class Taken(NamedTuple):
     repeats: Repeats
 
 
-class Giving(Cache):
+class TracedCache(Cache):
     """A cache that remembers which layer's pairs it gave out last, and so whose attention a call is.
 
     A model's modules need not say which layer they are, nor be one layer only; and a call that is given none of the
@@ -220,7 +220,7 @@ class Giving(Cache):
         self.forget_given()
 
     def forget_given(self) -> None:
-        """A forward pass is over, or begins: no attention is waited for."""
+        """Forget what was given out: a forward pass begins, or is over."""
         self._given: tuple[int, Tensor, Tensor] | None = None
         self._lent: dict[int, tuple[weakref.ref[Tensor], weakref.ref[Tensor]]] = {}
         self._latest = -1  # layer whose attention came by
@@ -234,7 +234,7 @@ class Giving(Cache):
         return keys, values
 
     def take(self, key: Tensor, value: Tensor) -> Taken | None:
-        """Whose pairs a call of attention is given; None where they are none of ours.
+        """Find the layer whose pairs an attention call is given; None where they are not from this cache.
 
         Raises:
             UnsupportedModelError: it is given others than the cache holds, so that norms of cached keys say nothing.
@@ -263,7 +263,7 @@ class Giving(Cache):
 
 
 def _repeats(key: Tensor, keys: Tensor, value: Tensor, values: Tensor) -> Repeats | None:
-    """How the key and value of a call repeat the heads of those given; None if they are something else."""
+    """How the key and value of a call repeat the heads of those given out; None if they are something else."""
     if key is keys and value is values:
         return Repeats()
     times = key.shape[1] // keys.shape[1]
@@ -278,8 +278,8 @@ def _is_repeated(used: Tensor, held: Tensor, way: Repeats) -> bool:
     return used.shape == again.shape and torch.equal(used, again.to(used.dtype))
 
 
-class WatchedCache(Giving, DynamicCache):
-    """A plain cache, for `watching`."""
+class WatchedCache(TracedCache, DynamicCache):
+    """A full cache, for `watching`."""
 
 
 class Look(NamedTuple):
@@ -299,7 +299,7 @@ class Look(NamedTuple):
 
 @contextmanager
 def watching(model: PreTrainedModel, cache: WatchedCache, look: Callable[[Look], object]) -> Iterator[None]:
-    """Within the block, `look` is called before each attention of a forward pass over `cache`.
+    """Call `look` before each attention of a forward pass over `cache`, within the block.
 
     Raises:
         UnsupportedModelError: the model's attention cannot be reached, or is of a kind that cannot be worked out again.

@@ -24,7 +24,7 @@ _BLOCK = 128  # queries whose attention is worked out at a time
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The pairs of kv heads that hold as many each, in storage order."""
+    """Pairs of kv heads that hold the same number each, in storage order."""
 
     heads: tuple[int, ...]
     keys: Tensor  # [B, h, held, D]
@@ -82,6 +82,7 @@ class CompressedLayer(CacheLayerMixin):
         return len(self._targets)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Begin with the first pairs [B, Hkv, T, D]."""
         self.dtype, self.device = key_states.dtype, key_states.device
         head_dim = key_states.shape[-1]
         if self._filters is not None and self._filters.shape[-1] != head_dim:
@@ -136,7 +137,7 @@ class CompressedLayer(CacheLayerMixin):
 
     @property
     def ragged(self) -> bool:
-        """Whether heads hold different numbers of pairs, or did."""
+        """Whether kv heads hold different numbers of pairs, or once did."""
         return isinstance(self._stored, PagedStorage)
 
     @property
@@ -146,7 +147,7 @@ class CompressedLayer(CacheLayerMixin):
         return self._stored.pages
 
     def parts(self) -> list[Part]:
-        """All that is held: of all heads at once, or head by head where they may differ."""
+        """All pairs held: one part, or one for each kv head of a `ragged` layer."""
         stored = self._stored
         return [Part(*part) for part in zip(stored.heads, stored[KEYS], stored[VALUES], strict=True)] if stored else []
 
@@ -196,14 +197,14 @@ class CompressedLayer(CacheLayerMixin):
         self._show()
 
     def positions(self) -> list[Tensor]:
-        """Per part, the true positions of the pairs held, [B, h, held] int64 in storage order."""
+        """True positions of the pairs held, per part: int64 [B, h, held] in storage order."""
         if self._storage.has(RANKS):
             return [ranks.position(of_part) for of_part in self._storage[RANKS]]
         held = torch.arange(self.seen - self.held, self.seen, device=self.device)  # all, in order
         return [held.expand(part.keys.shape[:3]) for part in self.parts()]
 
     def kept_positions(self) -> list[Tensor]:
-        """Per kv head, the true positions of the pairs held: ascending, int64 [B, held]."""
+        """True positions of the pairs held, per kv head: int64 [B, held], ascending."""
         by_part = self.positions() if self.is_initialized else []
         return [head.sort(dim=-1).values for part in by_part for head in part.unbind(dim=1)]
 
@@ -220,7 +221,7 @@ class CompressedLayer(CacheLayerMixin):
         return ranks.rank(score, positions, self.first_real).expand(part.keys.shape[:3])
 
     def _order(self, options: Mapping[str, Any]) -> Tensor:
-        """The order in which pairs stay, int64 slot by slot: by score, and the protected above all."""
+        """Ranks of all pairs held, laid out like a `whole` buffer: by score, and the protected above all."""
         storage = self._storage
         if not storage.has(RANKS):
             self._add_ranks(self.positions())
@@ -255,7 +256,7 @@ class CompressedLayer(CacheLayerMixin):
         )
 
     def visible(self, queries: int) -> list[Tensor]:
-        """Per part, what the latest queries may look at, of rows that are padded: bool [B, h or 1, q, held].
+        """What the latest queries may attend to where rows are padded, per part: bool [B, h or 1, q, held].
 
         A query of the padding may look at all that precedes it: it must not look at nothing, and is looked at by none.
         """
@@ -301,7 +302,7 @@ class CompressedLayer(CacheLayerMixin):
         return (probabilities if self.first_real is None else probabilities.nan_to_num(0.0)).view(shape)
 
     def get_seq_length(self) -> int:
-        """Tokens SEEN, not held: transformers derives the positions of new tokens from it."""
+        """Number of tokens SEEN, not held: transformers derives the positions of new tokens from it."""
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -309,6 +310,7 @@ class CompressedLayer(CacheLayerMixin):
         return self.held + query_length, self.seen - self.held
 
     def get_max_length(self) -> int:
+        """-1: there is no maximum."""
         return -1
 
     @property
@@ -318,10 +320,11 @@ class CompressedLayer(CacheLayerMixin):
 
     @property
     def used_nbytes(self) -> int:
-        """Bytes of the keys and values held."""
+        """Bytes of the keys and values held, without slack."""
         return self._stored.used_nbytes if self._stored else 0
 
     def crop(self, tokens_to_remove: int) -> None:
+        """Refuse to take tokens back. Raises ValueError, unless there are none to take."""
         if tokens_to_remove:
             raise ValueError(
                 "A compressed cache cannot be cropped: what it has evicted cannot come back. "
@@ -329,12 +332,15 @@ class CompressedLayer(CacheLayerMixin):
             )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Replace the rows of the batch by those of `beam_idx` [B]."""
         self._map_rows(lambda b: b.index_select(0, beam_idx.to(b.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row of the batch."""
         self._map_rows(lambda b: b.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows of the batch that `indices` names."""
         self._map_rows(lambda b: b[indices.to(b.device)])
 
     def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -354,15 +360,18 @@ class CompressedHybridLayer(CompressedLayer, LinearAttentionAndFullAttentionLaye
     is_croppable = False
 
     def lazy_initialization(self, *pairs: Tensor, **states: Any) -> None:  # type: ignore[override]  # as its parent
+        """Begin with the first pairs, or with the first states."""
         if pairs:
             CompressedLayer.lazy_initialization(self, *pairs)
         else:
             LinearAttentionLayer.lazy_initialization(self, **states)
 
     def reset(self) -> None:
+        """Forget all pairs and states."""
         CompressedLayer.reset(self)
         LinearAttentionLayer.reset(self)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Replace the rows of pairs and states by those of `beam_idx` [B]."""
         CompressedLayer.reorder_cache(self, beam_idx)
         LinearAttentionLayer.reorder_cache(self, beam_idx)  # type: ignore[arg-type]

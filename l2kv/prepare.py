@@ -28,13 +28,13 @@ from l2kv.padding import check_padding, first_real
 
 
 class compressible:
-    """Prepare `model` for compressed caches, at once; give it back at the end of the `with` block, or at `restore()`.
+    """Prepare `model` for compressed caches at once, and restore it at the end of the `with` block or by `restore()`.
 
         with compressible(model):
             model.generate(**inputs, past_key_values=CompressedCache(model.config, CompressionSpec(keep_ratio=0.5)))
 
-    Other caches work as before meanwhile. A model that is prepared several times is given back at the last restoring.
-    One forward pass of a model at a time.
+    Other caches work as before meanwhile. A model that is prepared several times is restored by the last `restore()`.
+    Run one forward pass of a model at a time.
 
     Raises:
         UnsupportedModelError: the model caches no keys, or its attention cannot be reached.
@@ -183,20 +183,20 @@ class _Preparation:
 
 
 def _argument(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a forward pass of `module` is given by this name, or in its place; None where it is not given."""
+    """Argument of a forward pass of `module`, by name or by place; None where it is not given."""
     if name in kwargs or not args:
         return kwargs.get(name)
     return dict(zip(inspect.signature(module.forward).parameters, args, strict=False)).get(name)
 
 
 def _new_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """How many tokens a forward pass is given."""
+    """Number of tokens that a forward pass is given; None where it is given none."""
     given = (_argument(name, module, args, kwargs) for name in ("input_ids", "inputs_embeds"))
     return next((tokens.shape[1] for tokens in given if tokens is not None), None)
 
 
 def _check_columns(mask: object, seen: int, new: int | None) -> None:
-    """A mask of the new tokens only, say, would be filled up with zeros, and hide them."""
+    """Raise ValueError unless a mask covers all tokens: a shorter one would be filled up with zeros, which hide."""
     if isinstance(mask, Tensor) and mask.dim() == 2 and new is not None and mask.shape[1] != seen + new:
         raise ValueError(
             f"attention_mask has {mask.shape[1]} columns, but the cache has seen {seen} tokens and {new} are new: "
@@ -205,4 +205,4 @@ def _check_columns(mask: object, seen: int, new: int | None) -> None:
 
 
 _preparations: WeakKeyDictionary[PreTrainedModel, ref[_Preparation]] = WeakKeyDictionary()
-"""Held by the hooks on the model itself: a model that is dropped while it is prepared goes, and all that with it."""
+"""Each is held by the hooks on its model alone, so a model that is dropped while it is prepared is freed with them."""

@@ -1,4 +1,4 @@
-"""Attention probabilities, worked out beside a model's own attention for those who look on."""
+"""Attention probabilities, computed beside a model's own attention, which returns none. Knows no mask of its own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CAST = 2**20  # numbers of half precision keys that are held in float32 at a ti
 def attention_probabilities(
     query: Tensor, key: Tensor, hide: Callable[[Tensor], object], options: Mapping[str, Any]
 ) -> Tensor:
-    """The attention of queries [B, H, q, D] to keys [B, Hkv, n, D]: float32 [B, H, q, n].
+    """Attention probabilities of queries [B, H, q, D] over keys [B, Hkv, n, D]: float32 [B, H, q, n].
 
     Float32 from the products on, whatever the dtype of queries and keys, under autocast too: a product of theirs that
     is rounded to bfloat16 is off by 0.4 %, and of a logit of 100 that is e^0.4 times the attention.

@@ -15,7 +15,7 @@ _LAST = -0x80000000
 
 
 def rank(score: Tensor, positions: Tensor, starts: Tensor | None) -> Tensor:
-    """Scores and positions that broadcast to [B, h, T] -> ranks.
+    """Ranks of scores and positions that broadcast to [B, h, T], int64.
 
     Args:
         starts: [B], where a row begins that is padded on the left: what is before ranks last. None: no row is.
@@ -28,12 +28,12 @@ def rank(score: Tensor, positions: Tensor, starts: Tensor | None) -> Tensor:
 
 
 def position(ranks: Tensor) -> Tensor:
-    """Where in the text the pairs of these ranks were."""
+    """Positions in the text of the pairs of these ranks."""
     return _LOW_HALF - (ranks & _LOW_HALF)
 
 
 def protect(ranks: Tensor, *, first: int, last: int, seen: int, starts: Tensor | None) -> Tensor:
-    """The ranks, those of the `first` and the `last` of the tokens seen raised above all others."""
+    """Raise the ranks of the `first` and the `last` of the tokens `seen` above all others."""
     if not first and not last:
         return ranks
     place = ranks & _LOW_HALF  # counts down from the first token
@@ -45,5 +45,5 @@ def protect(ranks: Tensor, *, first: int, last: int, seen: int, starts: Tensor |
 
 
 def in_text(positions: Tensor, starts: Tensor | None) -> Tensor:
-    """Positions in the text of a row, which begins after what it is padded with (there they are negative)."""
+    """Positions counted from where the text of each row begins: negative in its padding."""
     return positions if starts is None else positions - starts.to(positions.device)[:, None, None]

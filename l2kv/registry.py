@@ -34,7 +34,7 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         del self._entries[name]
 
     def find(self, name: object) -> Entry:
-        """The entry of a name that a user gave. Raises `error`, with the choices and the nearest of them."""
+        """Entry of a name that a user gave. Raises `error`, with the choices and the nearest of them."""
         if isinstance(name, str) and name in self._entries:
             return self._entries[name]
         close = get_close_matches(name, self._entries, n=1) if isinstance(name, str) else []

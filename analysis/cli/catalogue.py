@@ -43,7 +43,7 @@ def demo(
     ] = False,
     to: Annotated[Path | None, out("a folder; by default the app's own, of the model's name")] = None,
 ) -> None:
-    """Find presets for a model, and make the run that the app opens with."""
+    """Make what the app opens with: presets and a run. Presets are searched for in the texts."""
     documents = texts_of(texts)
     loaded = loaded_model(model, "cpu")
     from analysis.captures import save_run

@@ -40,7 +40,7 @@ def skip(
     to: Annotated[Path | None, out("plan.json")] = None,
     json: options.Json = False,
 ) -> None:
-    """Choose layers to skip: by a single-layer ablation, or, as a proxy, by ALR."""
+    """Choose layers to skip. By a single-layer ablation, or, as a proxy, by the ALR of runs or of a study."""
     from l2kv.spec import CompressionSpec
 
     if (threshold is not None) + (count is not None) + gap > 1:
@@ -112,7 +112,7 @@ def plan(
     to: Annotated[Path | None, out("plan.json")] = None,
     json: options.Json = False,
 ) -> None:
-    """Allocate a budget to layers or heads, by loss curves measured on texts."""
+    """Allocate a budget to layers or heads. By loss curves, which are measured on the texts."""
     documents = texts_of(texts)
     loaded = loaded_model(model, device)
     from analysis import recorder
@@ -200,7 +200,7 @@ def savings(
     lengths: options.Lengths = _SAVINGS_AT,
     json: options.Json = False,
 ) -> None:
-    """Work out what a compression saves in a model, which need not be at hand."""
+    """Work out what a compression saves in a model. Its weights need not be at hand."""
     from analysis.models.memory import human_bytes
     from analysis.models.sizes import model_size
     from analysis.plans import export

@@ -30,7 +30,7 @@ def ablation(
     device: options.Device = None,
     json: options.Json = False,
 ) -> None:
-    """Measure the NLL change when only one layer is compressed, for each layer, beside its ALR."""
+    """Compress each layer alone, and measure the NLL change. It is told beside the layer's ALR."""
     documents = texts_of(texts)
     loaded = loaded_model(model, device)
     from analysis.plans.ablation import causal_check
@@ -86,7 +86,7 @@ def front(
     device: options.Device = None,
     json: options.Json = False,
 ) -> None:
-    """Compare allocation strategies at several budgets, on texts that they were not planned on: a Pareto front."""
+    """Compare allocation strategies at several budgets. On texts that they were not planned on: a Pareto front."""
     documents, planned = texts_of(texts), texts_of(plan_texts) if plan_texts else None
     loaded = loaded_model(model, device)
     from analysis.plans.front import measure_front
@@ -198,6 +198,7 @@ def _passkey(
     to: Path | None,
     json: bool,
 ) -> None:
+    """Say a number that was told in a long text, exactly; the question comes after compression."""
     from scipy.stats import binomtest
 
     from analysis.evaluation.run import passkey_grid, passkeys

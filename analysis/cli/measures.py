@@ -98,7 +98,7 @@ def study(
     device: options.Device = None,
     json: options.Json = False,
 ) -> None:
-    """Measure the heads over many texts, with intervals. A study that was stopped goes on."""
+    """Measure the heads over many texts, with intervals. The same command resumes a study that was stopped."""
     documents = texts_of(texts)
     loaded = loaded_model(model, device)
     from analysis import studies
@@ -173,7 +173,7 @@ def selftest(
     to: Annotated[Path | None, out("run.safetensors")] = None,
     json: options.Json = False,
 ) -> None:
-    """Check the metrics by a synthetic run whose values are known: gamma of -1, 0 and +1."""
+    """Check the metrics by a synthetic run. Its values are known beforehand: gamma is -1, 0 and +1."""
     from analysis import selftest
     from analysis.captures import save_run
 

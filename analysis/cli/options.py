@@ -31,6 +31,7 @@ class Named:
     noun: str
 
     def __call__(self, given: str) -> str:
+        """Name of the entry that a user means. Raises BadParameter, with the nearest, where there is none."""
         entries = self.registry()
         for name in entries:
             if _typed(name) == _typed(given):
@@ -51,6 +52,7 @@ class Listed:
     of: Callable[[str], Any]
 
     def __call__(self, given: str | Sequence[Any]) -> tuple[Any, ...]:
+        """The values of the list, converted by `of`. Raises BadParameter."""
         if not isinstance(given, str):  # a default
             return tuple(given)
         try:

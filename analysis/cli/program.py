@@ -28,6 +28,7 @@ class Command(TyperCommand):
     """A command whose help lists the names that its options take, as the registries hold them at that moment."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help, with the names as they are now."""
         for parameter in self.params:
             parser = parameter.type_descriptor.parameter_info.parser  # type: ignore[attr-defined]
             if names := str(parser) if isinstance(parser, (Named, Listed)) else "":

@@ -119,6 +119,7 @@ class GgufTensor:
 
     @property
     def n_weights(self) -> int:
+        """Number of weights in it."""
         return math.prod(self.shape)
 
 
@@ -133,6 +134,7 @@ class GgufFile:
 
     @property
     def architecture(self) -> str:
+        """Name of the model's architecture, such as "llama"."""
         return self.metadata["general.architecture"]
 
     def of_architecture(self, key: str) -> Value | None:
@@ -141,6 +143,7 @@ class GgufFile:
 
     @property
     def tensor_names(self) -> frozenset[str]:
+        """Names of all tensors, as llama.cpp has them."""
         return frozenset(tensor.name for tensor in self.tensors)
 
     @property
@@ -158,6 +161,7 @@ class GgufFile:
 
     @property
     def n_weights(self) -> int:
+        """Number of weights in all tensors."""
         return sum(tensor.n_weights for tensor in self.tensors)
 
     @property

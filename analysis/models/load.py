@@ -52,6 +52,7 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
+        """Device that the model is on."""
         return self.model.device
 
     @property

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import plotly.graph_objects as go
 import streamlit as st
+
+from app import session
 
 LONGEST_WAIT = 10.0  # seconds, for a browser to draw its first chart
 _FIRST_CHART = st.components.v2.component(
@@ -38,10 +40,11 @@ def first_is_drawn() -> bool:
     The library of charts takes a browser a second or more to load, and then it draws all charts it was sent before any
     is seen: so the first one is sent alone. Without a browser there is nothing to wait for, and no page waits for long.
     """
-    waiting_since = st.session_state.setdefault("first_chart_sent", time.monotonic())
-    if "chart_drawn" in st.session_state or not _in_a_browser() or time.monotonic() - waiting_since > LONGEST_WAIT:
+    if (sent := session.FIRST_CHART_SENT.get()) is None:
+        session.FIRST_CHART_SENT.set(sent := time.monotonic())
+    if session.CHART_DRAWN.get() or not _in_a_browser() or time.monotonic() - sent > LONGEST_WAIT:
         return True
-    _FIRST_CHART(key="first_chart", on_drawn_change=lambda: st.session_state.update(chart_drawn=True))
+    _FIRST_CHART(key="first_chart", on_drawn_change=lambda: session.CHART_DRAWN.set(True))
     return False
 
 
@@ -55,21 +58,21 @@ def show(
     key: str,
     alt: str,
     caption: str,
-    table: Mapping[str, Any] | None = None,
+    table: Mapping[str, Iterable[Any]] | None = None,
     on_head: Callable[[int, int], None] | None = None,
 ) -> None:
     """Draw a figure. `on_head(layer, head)` is called when a head in it is clicked."""
-    selecting = {}
-    if on_head is not None:
-        # A callback, so that the choice is known before the page is drawn. A second click deselects: ignore it.
-        def clicked() -> None:
-            points = st.session_state[key].selection.points
-            if points:
-                layer, head = points[0]["customdata"]
-                on_head(int(layer), int(head))
 
-        selecting = {"on_select": clicked, "selection_mode": "points"}
-    st.plotly_chart(figure, key=key, alt=alt, config={"displaylogo": False}, **selecting)
+    def clicked() -> None:
+        points = st.session_state[key].selection.points
+        if points and on_head is not None:  # a second click deselects: ignore it
+            on_head(*map(int, points[0]["customdata"]))
+
+    # A callback, so that the choice is known before the page is drawn.
+    st.plotly_chart(
+        figure, key=key, alt=alt, config={"displaylogo": False}, selection_mode="points",
+        on_select="ignore" if on_head is None else clicked,
+    )  # fmt: skip
     st.caption(caption)
     if table is not None:
         with st.expander("The numbers", icon=":material/table:"):

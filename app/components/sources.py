@@ -26,8 +26,9 @@ OTHER = "Another model (hub id, folder or GGUF file)"
 def ref_of(model: str, engine: Engine | None = None) -> str | None:
     """What a model is asked for by, given its name, if it is at hand: by name, in an allowed folder, or in memory."""
     here = next((ref for ref in allowed_models() if name_of(ref) == model), None)
-    resident = engine.loaded if engine else None
-    return engine.ref if here is None and resident is not None and resident.name == model else here
+    if here is None and engine is not None and engine.loaded is not None and engine.loaded.name == model:
+        return engine.ref
+    return here
 
 
 def name_of(ref: str) -> str:
@@ -52,14 +53,15 @@ def model_input() -> str:
         if ref is None and "/" in run.model:
             session.MODEL_REF.set(run.model)  # of the hub
     session.MODEL_CHOSEN_FOR.set(run.model)
-    chosen = st.selectbox("Model", [*allowed_models(), OTHER], **session.MODEL.widget())
+    chosen: str = st.selectbox("Model", [*allowed_models(), OTHER], **session.MODEL.widget())
     if chosen != OTHER:
         return chosen
-    return st.text_input(
+    named: str = st.text_input(
         "Hugging Face id, folder or GGUF file", **session.MODEL_REF.widget(), placeholder="Qwen/Qwen3-0.6B",
         help="Any decoder-only model with safetensors or GGUF weights. No remote code is run. Folders must be "
         "allowed by whoever runs the app (L2KV_MODEL_DIRS).",
     )  # fmt: skip
+    return named
 
 
 def texts_input() -> Mapping[str, str]:

@@ -7,12 +7,13 @@ transparent and ordinary text has no colour of its own, so light and dark are th
 also draws headings and captions.
 """
 
-from app.figures.comparing import gamma_against, gamma_spread, verdict_bars
-from app.figures.heads import head_map, head_quadrant
-from app.figures.layers import kept_by_layer, layer_alr, layer_costs
-from app.figures.paper import excess_loss, factor_plane, key_dimensions, zeroed_dimensions
-from app.figures.plans import Line, direction_map, front, ratio_map
-from app.figures.texts import head_over_texts, means_by_layer, order_agreement
+from app.figures.comparing import gamma_spread, verdict_bars
+from app.figures.layers import kept_by_layer, layer_alr, layer_costs, means_by_layer
+from app.figures.maps import direction_map, head_map, ratio_map
+from app.figures.paper import excess_loss, key_dimensions, zeroed_dimensions
+from app.figures.planes import factor_plane, gamma_against, head_quadrant
+from app.figures.plans import Line, front
+from app.figures.texts import head_over_texts, order_agreement
 from app.figures.tokens import gamma_by_query, loss_curves, norm_and_attention, norm_attention_scatter, pooled_map
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Two runs beside each other (`gamma_against`, `gamma_spread`, `verdict_bars`)."""
+"""Runs beside each other as a whole: `gamma_spread` and `verdict_bars`."""
 
 from __future__ import annotations
 
@@ -7,46 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 import plotly.graph_objects as go
 
-from app.figures.style import (
-    CONTRAST,
-    FULL_GREY,
-    LAYERS,
-    PRIMARY,
-    as_customdata,
-    axis,
-    colorbar,
-    literal,
-    new_figure,
-    tick_values,
-)
+from app.figures.style import CONTRAST, PRIMARY, ZERO_LINE, axis, correlation_axis, literal, new_figure
 
 _SIDES = (PRIMARY, CONTRAST)
-_SIGNED = dict(
-    range=[-1.05, 1.05], tickvals=[-1, -0.5, 0, 0.5, 1], ticktext=["−1", "−0.5", "0", "+0.5", "+1"],
-    zeroline=True, zerolinecolor=FULL_GREY,
-)  # fmt: skip
-
-
-def gamma_against(first: np.ndarray, second: np.ndarray, *, names: tuple[str, str]) -> go.Figure:
-    """Γ of every head in one run (x) against that in another (y), [L, H] each; colour = layer. NaN is left out."""
-    layer, head = np.nonzero(np.isfinite(first) & np.isfinite(second))
-    n_layers = len(first)
-    figure = new_figure(height=480)
-    figure.add_shape(type="line", x0=-1, y0=-1, x1=1, y1=1, line=dict(color=FULL_GREY, width=1.5, dash="dot"))
-    figure.add_scatter(
-        x=first[layer, head], y=second[layer, head], mode="markers", cliponaxis=False, showlegend=False,
-        customdata=as_customdata(layer, head),
-        marker=dict(
-            size=11, opacity=0.85, line=dict(width=1, color=FULL_GREY), color=layer, cmin=0,
-            cmax=max(n_layers - 1, 1), colorscale=LAYERS,
-            colorbar=colorbar("layer", tickvals=tick_values(n_layers, most=8)),
-        ),
-        hovertemplate="layer %{customdata[0]}, head %{customdata[1]}<br>Γ %{x:+.2f}, then %{y:+.2f}<extra></extra>",
-    )  # fmt: skip
-    figure.update_layout(
-        xaxis=axis(f"Γ, {literal(names[0])}", **_SIGNED), yaxis=axis(f"Γ, {literal(names[1])}", **_SIGNED)
-    )
-    return figure
 
 
 def gamma_spread(gammas: Mapping[str, np.ndarray]) -> go.Figure:
@@ -58,7 +21,7 @@ def gamma_spread(gammas: Mapping[str, np.ndarray]) -> go.Figure:
             y=values[np.isfinite(values)], name=literal(name), boxpoints="all", jitter=0.5, pointpos=-1.6,
             marker=dict(color=color, size=6, opacity=0.7), line=dict(color=color), hoverinfo="y",
         )  # fmt: skip
-    figure.update_layout(xaxis=axis("", showgrid=False), yaxis=axis("Γ", **_SIGNED))
+    figure.update_layout(xaxis=axis("", showgrid=False), yaxis=correlation_axis("Γ", **ZERO_LINE))
     return figure
 
 

@@ -1,4 +1,4 @@
-"""The paper's figures: what is lost beyond the ideal, a sink's key, dimensions zeroed; and length against direction."""
+"""The paper's figures: what is lost beyond the ideal, a sink's key, dimensions zeroed."""
 
 from __future__ import annotations
 
@@ -7,17 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import plotly.graph_objects as go
 
-from app.figures.style import (
-    CONTRAST,
-    FULL_GREY,
-    LAYERS,
-    PRIMARY,
-    as_customdata,
-    axis,
-    colorbar,
-    new_figure,
-    tick_values,
-)
+from app.figures.style import CONTRAST, FULL_GREY, PRIMARY, axis, new_figure
 
 _BAND = "rgba(138,143,152,0.3)"
 
@@ -97,39 +87,6 @@ def zeroed_dimensions(measures: Mapping[str, tuple[float | None, float, np.ndarr
     figure.update_layout(
         xaxis=axis("share of the attention", tickformat=".0%", range=[-0.02, 1.02]),
         yaxis=axis("", range=[len(columns) - 0.5, -0.5], showgrid=False, fixedrange=True, **ticks),
-    )
-    return figure
-
-
-def factor_plane(without_length: np.ndarray, without_direction: np.ndarray) -> go.Figure:
-    """How far attention moves when all keys are equally long (x), and when all point alike (y); [L, H], 0 to 1.
-
-    Above the diagonal the direction makes the attention, below it the length. Heads with NaN are left out.
-    """
-    layer, head = np.nonzero(np.isfinite(without_length) & np.isfinite(without_direction))
-    n_layers = len(without_length)
-    figure = new_figure(height=480, margin=dict(l=56, r=8, t=28, b=64))
-    figure.add_shape(type="line", x0=0, y0=0, x1=1, y1=1, line=dict(color=FULL_GREY, width=1.5, dash="dot"))
-    figure.add_scatter(
-        x=without_length[layer, head], y=without_direction[layer, head], mode="markers", cliponaxis=False,
-        customdata=as_customdata(layer, head), showlegend=False,
-        marker=dict(
-            size=11, opacity=0.85, line=dict(width=1, color=FULL_GREY), color=layer, cmin=0,
-            cmax=max(n_layers - 1, 1), colorscale=LAYERS,
-            colorbar=colorbar("layer", tickvals=tick_values(n_layers, most=8)),
-        ),
-        hovertemplate="layer %{customdata[0]}, head %{customdata[1]}<br>moved by equal lengths %{x:.0%}"
-        "<br>moved by equal directions %{y:.0%}<extra></extra>",
-    )  # fmt: skip
-    for x, y, name in ((0, 1, "↖ the direction makes it"), (1, 0, "the length makes it ↘")):
-        figure.add_annotation(
-            x=x, y=y, xanchor="right" if x else "left", yanchor="top" if x else "bottom", yshift=-4 if x else 6,
-            text=f"<i>{name}</i>", showarrow=False,
-        )  # fmt: skip
-    scale = dict(range=[-0.03, 1.03], tickformat=".0%", dtick=0.25)
-    figure.update_layout(
-        xaxis=axis("attention moved when all keys are equally long", ticklabelstandoff=16, **scale),
-        yaxis=axis("… when all point alike", **scale),
     )
     return figure
 

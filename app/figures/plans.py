@@ -1,4 +1,4 @@
-"""Figures of plans: `ratio_map` and `direction_map` of kv heads, and `front`, what each way to spend bytes costs."""
+"""The Pareto front: `front`, of `Line`s."""
 
 from __future__ import annotations
 
@@ -9,23 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import plotly.graph_objects as go
 
-from app.figures.style import (
-    CONTRAST,
-    DIVERGING,
-    FULL_GREY,
-    PRIMARY,
-    axis,
-    colorbar,
-    error_bars,
-    index_axis,
-    literal,
-    new_figure,
-)
-
-KEPT = [[0.0, "#EFEDFB"], [0.5, "#A79DF5"], [1.0, "#4A38C9"]]  # kept is purple, everywhere
-PALE = 0.77  # of KEPT, below which black reads better on it than white
-_LOW, _HIGH = DIVERGING[0][1], DIVERGING[-1][1]  # as in maps of Γ
-_MOST_WRITTEN = 16  # a side: larger maps have no room for a number in each cell
+from app.figures.style import CONTRAST, FULL_GREY, PRIMARY, axis, error_bars, level, literal, new_figure
 
 # Lines of a front: kinds are told apart by dash and filling, those of a kind by colour and marker.
 _DASHES = {"uniform": "dash", "plan": "solid", "yardstick": "dot"}
@@ -49,32 +33,6 @@ class Line:
     kind: str  # "uniform", "plan" or "yardstick"
 
 
-def ratio_map(ratios: np.ndarray) -> go.Figure:
-    """The share of the tokens that each kv head keeps, [L, Hkv], 0 to 1. Layer 0 at the top."""
-    figure = _map(ratios.shape)
-    figure.add_heatmap(
-        z=ratios, zmin=0, zmax=1, colorscale=KEPT, xgap=1, ygap=1,
-        colorbar=colorbar("kept", tickformat=".0%", len=1, nticks=5),
-        hovertemplate="layer %{y}, kv head %{x}<br>keeps %{z:.0%}<extra></extra>",
-    )  # fmt: skip
-    _write(figure, np.vectorize("{:.2f}".format)(ratios), ratios < PALE)
-    return figure
-
-
-def direction_map(high: np.ndarray) -> go.Figure:
-    """Which norms stay in each kv head, [L, Hkv] bool: True high ones, False low ones. Layer 0 at the top."""
-    words = np.where(high, "high", "low")
-    figure = _map(high.shape)
-    figure.add_heatmap(
-        z=high.astype(np.int8), zmin=0, zmax=1, xgap=1, ygap=1, text=words,
-        colorscale=[[0.0, _LOW], [0.5, _LOW], [0.5, _HIGH], [1.0, _HIGH]],
-        colorbar=colorbar("stays", tickvals=[0.25, 0.75], ticktext=["low", "high"], len=1),
-        hovertemplate="layer %{y}, kv head %{x}<br>%{text} norms stay<extra></extra>",
-    )  # fmt: skip
-    _write(figure, words, np.zeros(high.shape, dtype=bool))
-    return figure
-
-
 def front(lines: Mapping[str, Line], *, full_mib: float, shown: Collection[str] | None = None) -> go.Figure:
     """The bytes of the cache (x) against what it costs in prediction (y), a line a way, with intervals.
 
@@ -82,8 +40,8 @@ def front(lines: Mapping[str, Line], *, full_mib: float, shown: Collection[str] 
     grey cross at no change. Only the lines `shown` are drawn; a line looks the same whichever they are.
     """
     figure = new_figure(height=560, legend=dict(orientation="h", x=0, y=-0.16, yanchor="top", title_text=""))
-    figure.add_hline(y=0, line=dict(color=FULL_GREY, width=1.5, dash="dot"))
-    drawn = Counter()
+    level(figure, 0)
+    drawn: Counter[str] = Counter()
     for name, line in lines.items():
         place, colors = drawn[line.kind], _COLORS[line.kind]
         color, symbol = colors[place % len(colors)], _MARKERS[place % len(_MARKERS)]
@@ -107,25 +65,3 @@ def front(lines: Mapping[str, Line], *, full_mib: float, shown: Collection[str] 
         xaxis=axis("cache, MiB", rangemode="tozero"), yaxis=axis("NLL change, nats a token"), hoverdistance=15
     )
     return figure
-
-
-def _map(shape: tuple[int, int]) -> go.Figure:
-    layers, heads = shape
-    height = int(np.clip(480 // max(layers, 1), 14, 34)) * layers
-    figure = new_figure(height=height + 56, margin=dict(l=52, r=8, t=8, b=48))
-    figure.update_xaxes(**index_axis(heads, "kv head", most=12))
-    figure.update_yaxes(**index_axis(layers, "layer", most=max(height // 18, 1)), autorange=False)
-    figure.update_yaxes(range=[layers - 0.5, -0.5])
-    return figure
-
-
-def _write(figure: go.Figure, words: np.ndarray, pale: np.ndarray) -> None:
-    """A word in each cell, black where the cell is pale and white elsewhere; none where there is no room."""
-    if max(words.shape) > _MOST_WRITTEN:
-        return
-    for members, color in ((pale, "#000000"), (~pale, "#FFFFFF")):
-        layer, head = np.nonzero(members)
-        figure.add_scatter(
-            x=head, y=layer, mode="text", text=words[layer, head], textfont=dict(size=12, color=color),
-            hoverinfo="skip", showlegend=False,
-        )  # fmt: skip

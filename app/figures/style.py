@@ -26,6 +26,8 @@ LAYERS = [[0.0, "#5B5BB5"], [0.33, "#2C8C9B"], [0.67, "#3BB273"], [1.0, "#C9C22B
 
 MOST_POINTS = 4000  # SVG markers a browser still pans smoothly
 MOST_SAMPLES = 500  # points of a line: more than a screen has use for
+OF_HEAD = "layer %{customdata[0]}, head %{customdata[1]}<br>"  # hover text begins so, over `as_customdata`
+ZERO_LINE = dict(zeroline=True, zerolinecolor=FULL_GREY)
 DECADES = 6  # depth of a logarithmic attention axis below its largest value
 LONGEST_LABEL = 40
 
@@ -45,8 +47,20 @@ def new_figure(*, height: int, **layout: Any) -> go.Figure:
 
 
 def axis(title: str, **options: Any) -> dict[str, Any]:
+    """An axis with grid lines and a title; `options` are Plotly's."""
     grid = dict(showgrid=True, gridcolor=GRID, zeroline=False)
     return dict(title=dict(text=title, standoff=10), automargin=True) | grid | options
+
+
+def correlation_axis(title: str, **options: Any) -> dict[str, Any]:
+    """An axis of Γ or a correlation: -1 to +1, whatever the data reach."""
+    ticks = dict(tickvals=[-1, -0.5, 0, 0.5, 1], ticktext=["−1", "−0.5", "0", "+0.5", "+1"])
+    return axis(title, range=[-1.05, 1.05], **ticks, **options)
+
+
+def normalised_alr_axis() -> dict[str, Any]:
+    """An axis of ALR over chance: 0 the ideal order, 1 a random one, 2 the worst."""
+    return axis("ALR / chance", range=[-0.05, 2.05], dtick=0.5)
 
 
 def index_axis(count: int, title: str, *, most: int) -> dict[str, Any]:
@@ -64,8 +78,17 @@ def tick_values(count: int, *, most: int) -> list[int]:
 
 
 def colorbar(title: str, **options: Any) -> dict[str, Any]:
+    """A narrow colour bar; `options` are Plotly's."""
     side = "right" if len(title) > 2 else "top"  # a lone Γ must not lie on its side
     return dict(title=dict(text=title, side=side), thickness=10, xpad=6, outlinewidth=0) | options
+
+
+def level(
+    figure: go.Figure, y: float, name: str = "", *, color: str = FULL_GREY, dash: str = "dot", width: float = 1.5
+) -> None:
+    """Draw a level line across a figure; its name is in the legend, since beside the line it would lie under points."""
+    named = dict(name=name, showlegend=True) if name else {}
+    figure.add_hline(y=y, line=dict(color=color, width=width, dash=dash), **named)
 
 
 def log_axis(attention: np.ndarray) -> tuple[float, dict[str, Any]]:
@@ -79,9 +102,7 @@ def log_axis(attention: np.ndarray) -> tuple[float, dict[str, Any]]:
     decades = range(exponent, int(np.floor(span[1])) + 1)
     texts = [f"{10.0 ** (decade + 2):.{max(-decade - 2, 0)}f} %" for decade in decades]
     texts[0] = f"≤ {texts[0]}"  # the floor: what lies below it is drawn on it
-    options = dict(range=span, tickvals=[10.0**decade for decade in decades])
-    options |= dict(type="log", ticktext=texts)
-    return 10.0**exponent, options
+    return 10.0**exponent, dict(type="log", range=span, tickvals=[10.0**d for d in decades], ticktext=texts)
 
 
 def salient(*series: np.ndarray) -> np.ndarray:
@@ -102,7 +123,7 @@ def salient(*series: np.ndarray) -> np.ndarray:
 
 def as_customdata(layer: np.ndarray, head: np.ndarray) -> list[list[int]]:
     """customdata (layer, head) as plain lists: what a click brings back is then a list, not a typed array."""
-    return np.stack([layer, head], axis=1).tolist()
+    return [[int(i), int(h)] for i, h in zip(layer, head, strict=True)]
 
 
 def error_bars(mean: np.ndarray, low: np.ndarray, high: np.ndarray, *, color: str) -> dict[str, Any]:

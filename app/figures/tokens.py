@@ -13,8 +13,10 @@ from app.figures.style import (
     FULL_GREY,
     MOST_SAMPLES,
     PRIMARY,
+    ZERO_LINE,
     axis,
     colorbar,
+    correlation_axis,
     largest,
     literal,
     log_axis,
@@ -134,17 +136,15 @@ def gamma_by_query(
         ends = dict(x=[first_position - 0.5, end - 0.5], y=[mean, mean], hoverinfo="skip")
         line = dict(color=PRIMARY, width=1.5, dash="dot")
         figure.add_scatter(**ends, mode="lines", line=line, name=f"their mean, {number(mean, signed=True)}")
-    ticks = dict(tickvals=[-1, -0.5, 0, 0.5, 1], ticktext=["−1", "−0.5", "0", "+0.5", "+1"])
     span = [first_position - 0.75, end + 0.75]
     figure.update_layout(
         xaxis=axis("position of the query", range=span, tickformat="d", showgrid=False),
-        yaxis=axis("Γ", range=[-1.05, 1.05], fixedrange=True, **ticks)
-        | dict(zeroline=True, zerolinecolor=FULL_GREY, zerolinewidth=1.5),
+        yaxis=correlation_axis("Γ", fixedrange=True, zerolinewidth=1.5, **ZERO_LINE),
     )
     return figure
 
 
-def _kept_and_evicted(kept: np.ndarray | None, shown: np.ndarray) -> list[tuple[str, np.ndarray, dict]]:
+def _kept_and_evicted(kept: np.ndarray | None, shown: np.ndarray) -> list[tuple[str, np.ndarray, dict[str, Any]]]:
     """(name, mask over `shown`, marker) for each group of tokens that has members."""
     solid = dict(color=PRIMARY, size=6, opacity=0.85)
     hollow = dict(color=FULL_GREY, size=6, opacity=0.75, symbol="circle-open")

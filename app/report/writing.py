@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from app.components.markup import printable
 
+Table = Mapping[str, Iterable[Any]]
+"""Columns of a table by name, all of one length."""
 MOST_ROWS = 2000  # of a table: all numbers are in the JSON
 
 _PAGE = Path(__file__).parent / "page"
@@ -37,7 +39,7 @@ class Drawing:
     alt: str  # what it is, for those who cannot see it
     caption: str
     title: str = ""
-    table: Mapping[str, Sequence] | None = None  # its numbers: column -> values
+    table: Table | None = None  # its numbers: column -> values
     rows: int = 1  # that it takes, where others stand beside it
 
 
@@ -49,7 +51,7 @@ class Section:
     words: tuple[str, ...] = ()  # paragraphs
     drawings: tuple[Drawing, ...] = ()
     columns: int = 1
-    table: Mapping[str, Sequence] | None = None  # open
+    table: Table | None = None  # open
     code: tuple[tuple[str, str], ...] = ()  # (what it is, source)
     links: tuple[tuple[str, str], ...] = ()  # (words, file beside this page)
 
@@ -70,26 +72,25 @@ def _templates() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        keep_trailing_newline=False,
     )
     templates.filters |= {"cells": _cells, "script_json": _script_json}
     return templates
 
 
 @cache
-def _plotly() -> Markup:
-    """The bundle as the page holds it, compressed, in base64, which needs no escaping."""
-    return Markup(base64.b64encode(_PLOTLY.read_bytes()).decode("ascii"))
+def _plotly() -> str:
+    """The bundle as the page holds it, compressed, in base64."""
+    return base64.b64encode(_PLOTLY.read_bytes()).decode("ascii")
 
 
 def _printable(value: object) -> object:
-    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    return printable(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
-def _script_json(text: str) -> Markup:
+def _script_json(text: str) -> str:
     """A JSON text that cannot end a script element: "<" stands in strings only, where it may be escaped."""
     json.loads(text)  # ours to get right: a reader could not
-    return Markup(text.replace("<", "\\u003c"))
+    return text.replace("<", "\\u003c")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,7 @@ class _Cells:
     hidden: int  # rows left out
 
 
-def _cells(table: Mapping[str, Sequence]) -> _Cells:
+def _cells(table: Table) -> _Cells:
     rows = list(zip(*table.values(), strict=True))
     return _Cells(list(table), [list(map(_cell, row)) for row in rows[:MOST_ROWS]], max(len(rows) - MOST_ROWS, 0))
 

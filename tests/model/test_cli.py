@@ -129,14 +129,17 @@ def test_help_and_mistakes_wait_for_no_heavy_import(arguments):
 # Names, tables, JSON and progress
 
 
-def test_help_lists_what_registries_hold_when_it_is_asked_for(monkeypatch, capsys):
+def test_help_lists_what_registries_hold_when_it_is_asked_for(capsys):
     assert main(["savings", "--help"]) == 0
     assert "toy_policy" not in capsys.readouterr().out
-    monkeypatch.setitem(POLICIES, "toy_policy", POLICIES["random"])
-    assert main(["savings", "--help"]) == 0
-    assert "toy_policy" in capsys.readouterr().out
-    assert main(["savings", "books-5m", "--policy", "toy-policy", "--json"]) == 0  # hyphens are underscores to users
-    assert json.loads(capsys.readouterr().out)["spec"]["policy"] == "toy_policy"
+    POLICIES.register("toy_policy", POLICIES["random"])
+    try:
+        assert main(["savings", "--help"]) == 0
+        assert "toy_policy" in capsys.readouterr().out
+        assert main(["savings", "books-5m", "--policy", "toy-policy", "--json"]) == 0  # hyphens are underscores here
+        assert json.loads(capsys.readouterr().out)["spec"]["policy"] == "toy_policy"
+    finally:
+        POLICIES.remove("toy_policy")
 
 
 def test_json_holds_the_numbers_of_the_table_with_all_their_digits(capsys):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from analysis import TextError, records
-from analysis.cli import main
+from analysis.__main__ import main
 from analysis.demo import finding, presets, questions
 from analysis.demo.finding import BREAKS_SPEC, CALM_SPEC, Criteria, find_presets
 from analysis.demo.presets import FoundPresets, Preset

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from analysis import ModelError, load_model
-from analysis.cli import main
+from analysis.__main__ import main
 from analysis.models import load, packaged
 from analysis.models.packaged import MADE, PACKAGED, PackagedModel, UnreachableError, fetch, folder_of, is_fetched
 from tests.support.gguf_files import CHARACTERS, TOKENS, write_gguf

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from analysis import Plan
-from analysis.cli import main
+from analysis.__main__ import main
 from analysis.demo import presets
 from analysis.models.sizes import model_size
 from analysis.plans.ablation import CausalCheck

@@ -10,8 +10,8 @@ from streamlit.testing.v1 import AppTest
 
 from analysis import by_query
 from analysis import selftest as synthetic_module
+from analysis.__main__ import main
 from analysis.captures import Capture, load_run, save_run
-from analysis.cli import main
 from analysis.demo.presets import bundled_results
 from analysis.measures import by_kv_head
 from analysis.metrics import METRICS, PROBES, STATUSES, metrics

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from analysis import alr, correlation, records
-from analysis.cli import main
+from analysis.__main__ import main
 from analysis.defaults import RECENT_WINDOW
 from analysis.demo import presets
 from analysis.errors import RecordError, SettingsError, TextError

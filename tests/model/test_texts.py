@@ -7,7 +7,7 @@ from tokenizers import processors
 from transformers import AutoTokenizer
 
 from analysis import capture
-from analysis.cli import main
+from analysis.__main__ import main
 from analysis.evaluation.run import continuation_nll
 from analysis.models.load import LoadedModel, load_model
 from analysis.preview import stream

@@ -73,6 +73,7 @@ def test_test_files_share_helpers_through_support_alone():
     for file in (ROOT / "tests").rglob("test_*.py"):
         shared = re.findall(r"^ *(?:from|import) (tests\b[\w.]*)", file.read_text(encoding="utf-8"), flags=re.M)
         assert all(module.startswith("tests.support.") for module in shared), (file, shared)
+        assert file.parent.parent == ROOT / "tests", f"{file}: a test stands in a tier: tests/unit, model or browser"
 
 
 def test_what_the_first_paint_needs_does_not_wait_for_torch():

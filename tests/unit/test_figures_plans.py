@@ -16,7 +16,7 @@ from app.figures import (
     order_agreement,
     ratio_map,
 )
-from app.figures.plans import KEPT
+from app.figures.maps import KEPT
 from app.figures.style import FULL_GREY, PRIMARY, error_bars
 
 

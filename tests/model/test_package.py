@@ -167,6 +167,17 @@ def test_a_misspelt_name_is_an_error_to_the_type_checker(tmp_path):
         assert message in of_line[line]
 
 
+def test_the_command_is_there(installed, tmp_path):
+    (command,) = PROJECT["scripts"].items()
+    code = f"""
+from importlib.metadata import distribution
+(point,) = distribution("l2kv").entry_points
+assert (point.name, point.value) == {command}
+raise SystemExit(point.load()(["--help"]))
+"""
+    assert "report" in python("-c", code, cwd=tmp_path, PYTHONPATH=str(installed))
+
+
 def test_the_apps_settings_are_found_wherever_it_is_started(tmp_path):
     code = (
         "from streamlit import config\n"

@@ -1,0 +1,127 @@
+"""kvpress's data frames as examples, so that it and this program can run the same file. Knows no model."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from analysis.errors import RecordError, SettingsError
+from analysis.evaluation.examples import Example
+from analysis.evaluation.longbench import LONGBENCH
+from analysis.evaluation.ruler import RULER
+from analysis.evaluation.scoring import SCORERS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLUMNS = ("context", "question", "answer_prefix", "task", "max_new_tokens")
+"""Columns that a frame must have, beside `answer` or `answers`."""
+
+
+def read_frame(path: str | Path, *, scorer: str | None = None) -> tuple[Example, ...]:
+    """Read examples from a data frame as kvpress evaluates them: .csv, .parquet, .jsonl or .json.
+
+    Args:
+        scorer: one of `SCORERS`, for tasks that are neither RULER's nor LongBench's; theirs have their own.
+
+    Raises:
+        RecordError: it is no such frame, or a row is not such; says which.
+        SettingsError: no scorer is known for a task, or there is no such scorer.
+    """
+    path = Path(path)
+    frame = _frame(path)
+    named = "answers" if "answers" in frame else "answer"
+    if missing := [name for name in (*COLUMNS, named) if name not in frame]:
+        raise RecordError(
+            f"{path} lacks the columns {', '.join(missing)}; it has {', '.join(map(str, frame.columns))}."
+        )
+    if frame.empty:
+        raise RecordError(f"{path} holds no examples.")
+    rows = frame.rename(columns={named: "answers"}).to_dict("records")
+    return tuple(_example(f"{path}, row {number}", number, row, scorer) for number, row in enumerate(rows))
+
+
+def scorer_of(task: str) -> str | None:
+    """Name of the scorer that a task of RULER, LongBench or LongBench v2 has; None for others."""
+    if task in RULER:
+        return RULER[task].scorer
+    if (base := task.removesuffix("_e").removesuffix("-e")) in LONGBENCH:
+        return LONGBENCH[base].scorer
+    return "choice" if task in ("longbench2", "0shot") else None
+
+
+def _frame(path: Path) -> pd.DataFrame:
+    import pandas as pd  # takes half a second, which few commands need
+
+    readers: dict[str, Callable[[Path], pd.DataFrame]] = {
+        ".csv": lambda file: pd.read_csv(file, dtype=str, keep_default_na=False),
+        ".parquet": pd.read_parquet,
+        ".jsonl": lambda file: pd.read_json(file, lines=True, dtype=False),
+        ".json": lambda file: pd.read_json(file, dtype=False),
+    }
+    if path.suffix not in readers:
+        raise RecordError(f"{path} must end in {', '.join(readers)}.")
+    try:
+        return readers[path.suffix](path)
+    except Exception as error:  # each reader has errors of its own, the parquet engine's among them
+        raise RecordError(f"{path} cannot be read: {str(error)[:300]}.") from error
+
+
+def _example(where: str, number: int, row: Mapping[Hashable, Any], scorer: str | None) -> Example:
+    texts = {name: row[name] for name in ("context", "question", "answer_prefix", "task")}
+    if wrong := next((name for name, value in texts.items() if not isinstance(value, str)), None):
+        raise RecordError(f"{where}: `{wrong}` must be text, got {texts[wrong]!r:.60}.")
+    task, answers = str(row["task"]), _texts(where, "answers", row["answers"])
+    if not answers:
+        raise RecordError(f"{where}: `answers` must hold at least one, got none.")
+    name = scorer or scorer_of(task)
+    if name is None:
+        raise SettingsError(f"{where}: no scorer is known for the task {task!r}. Name one of {', '.join(SCORERS)}.")
+    SCORERS.find(name)
+    return Example(
+        f"{task} {number}",
+        task,
+        row["context"],
+        row["question"],
+        row["answer_prefix"],
+        answers,
+        _count(where, row["max_new_tokens"]),
+        name,
+        _texts(where, "all_classes", row.get("all_classes")),
+    )
+
+
+def _texts(where: str, name: str, cell: Any) -> tuple[str, ...]:
+    """The texts of a cell: a list of them, one, or the text of a list, as .csv files hold it."""
+    if cell is None or (isinstance(cell, float) and cell != cell):
+        return ()
+    if not isinstance(cell, str):
+        return tuple(map(str, cell)) if hasattr(cell, "__iter__") else (str(cell),)
+    if not cell.startswith("["):
+        return (cell,) if cell else ()
+    if (listed := _listed(cell)) is None:
+        raise RecordError(f"{where}: `{name}` begins as a list, but is none: {cell[:60]!r}. Write it as JSON.")
+    return tuple(map(str, listed))
+
+
+def _listed(text: str) -> list[Any] | None:
+    """The list that JSON or Python wrote as this text."""
+    with suppress(ValueError, RecursionError):
+        return list(json.loads(text))
+    with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+        tree = ast.parse(text, mode="eval").body
+        if isinstance(tree, ast.List) and all(isinstance(item, ast.Constant) for item in tree.elts):
+            listed = [item.value for item in tree.elts if isinstance(item, ast.Constant)]
+            return listed if repr(listed) == text else None  # NumPy writes ['a' 'b'], which Python reads as ['ab']
+    return None
+
+
+def _count(where: str, cell: Any) -> int:
+    text = str(cell).removesuffix(".0")
+    if not text.isdecimal() or int(text) < 1:
+        raise RecordError(f"{where}: `max_new_tokens` must be a number of tokens, 1 or more, got {cell!r}.")
+    return int(text)

@@ -1,0 +1,151 @@
+"""Maps of layer x head, layer 0 at the top: `head_map`, which is clickable, `ratio_map` and `direction_map`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.colors import sample_colorscale
+
+from app.figures.style import (
+    CLEAR,
+    DIVERGING,
+    FULL_GREY,
+    OF_HEAD,
+    SEQUENTIAL,
+    UNDEFINED,
+    as_customdata,
+    colorbar,
+    index_axis,
+    largest,
+    literal,
+    new_figure,
+    number,
+)
+
+KEPT = [[0.0, "#EFEDFB"], [0.5, "#A79DF5"], [1.0, "#4A38C9"]]  # kept is purple, everywhere
+PALE = 0.77  # of KEPT, below which black reads better on it than white
+_LOW, _HIGH = DIVERGING[0][1], DIVERGING[-1][1]
+
+
+def head_map(
+    values: np.ndarray,
+    *,
+    title: str,
+    diverging: bool,
+    status: np.ndarray | None = None,
+    zmax: float | None = None,
+) -> go.Figure:
+    """One clickable cell per head.
+
+    values [L, H], NaN = undefined; status [L, H] of str says why, and is shown where it is not "ok".
+    diverging: the scale is fixed to [-1, 1]. Otherwise it runs from 0 to `zmax`, or to the largest value: give
+    `zmax` to make two maps comparable. A click arrives with customdata (layer, head).
+    """
+    low, high = (-1.0, 1.0) if diverging else (0.0, zmax or largest(values, default=1.0))
+    scale = DIVERGING if diverging else SEQUENTIAL
+    figure, plot_height = _map(values.shape, "head", hoverdistance=-1)
+    figure.add_heatmap(
+        z=values, zmin=low, zmax=high, colorscale=scale, xgap=1, ygap=1, hoverinfo="skip",
+        colorbar=colorbar(title, len=min(plot_height, 320), lenmode="pixels", y=1, yanchor="top", nticks=5),
+    )  # fmt: skip
+    defined = np.isfinite(values)
+    if not defined.all():
+        figure.add_heatmap(
+            z=np.where(defined, np.nan, 0.0), colorscale=[[0, UNDEFINED], [1, UNDEFINED]],
+            xgap=1, ygap=1, hoverinfo="skip", showscale=False,
+        )  # fmt: skip
+    fraction = np.clip((np.where(defined, values, low) - low) / (high - low), 0, 1)
+    pale = _luminance(sample_colorscale(scale, fraction.ravel(), colortype="tuple")) > 0.179  # where both read alike
+    _write(figure, _written(values, signed=diverging), pale.reshape(values.shape), defined, most=12)
+
+    # A click on a heat map does not reach Streamlit, a click on a marker does. No wider than the smallest
+    # cell: the pointer is equally near to all markers that it is inside of, and would pick the wrong one of two.
+    layer, head = np.indices(values.shape).reshape(2, -1)
+    figure.add_scatter(
+        x=head, y=layer, mode="markers", marker=dict(size=6, color=CLEAR), showlegend=False,
+        customdata=as_customdata(layer, head), text=_notes(values, title, status, signed=diverging),
+        hovertemplate=OF_HEAD + "%{text}<extra></extra>",
+    )  # fmt: skip
+    return figure
+
+
+def ratio_map(ratios: np.ndarray) -> go.Figure:
+    """The share of the tokens that each kv head keeps, [L, Hkv], 0 to 1."""
+    figure, _ = _map(ratios.shape, "kv head")
+    figure.add_heatmap(
+        z=ratios, zmin=0, zmax=1, colorscale=KEPT, xgap=1, ygap=1,
+        colorbar=colorbar("kept", tickformat=".0%", len=1, nticks=5),
+        hovertemplate="layer %{y}, kv head %{x}<br>keeps %{z:.0%}<extra></extra>",
+    )  # fmt: skip
+    _write(figure, _written(ratios, signed=False), ratios < PALE)
+    return figure
+
+
+def direction_map(high: np.ndarray) -> go.Figure:
+    """Which norms stay in each kv head, [L, Hkv] bool: True high ones, False low ones."""
+    words = np.where(high, "high", "low")
+    figure, _ = _map(high.shape, "kv head")
+    figure.add_heatmap(
+        z=high.astype(np.int8), zmin=0, zmax=1, xgap=1, ygap=1, text=words,
+        colorscale=[[0.0, _LOW], [0.5, _LOW], [0.5, _HIGH], [1.0, _HIGH]],
+        colorbar=colorbar("stays", tickvals=[0.25, 0.75], ticktext=["low", "high"], len=1),
+        hovertemplate="layer %{y}, kv head %{x}<br>%{text} norms stay<extra></extra>",
+    )  # fmt: skip
+    _write(figure, words, np.zeros(high.shape, dtype=bool))
+    return figure
+
+
+def _map(shape: tuple[int, ...], unit: str, **layout: Any) -> tuple[go.Figure, int]:
+    """An empty map, and how high its cells stand together, in pixels."""
+    layers, heads = shape
+    row = int(np.clip(480 // max(layers, 1), 14, 34))  # px: 32 layers without scrolling, none under 14
+    height = row * layers
+    figure = new_figure(height=height + 56, margin=dict(l=52, r=8, t=8, b=48), **layout)
+    figure.update_xaxes(**index_axis(heads, unit, most=12))
+    figure.update_yaxes(**index_axis(layers, "layer", most=height // 18), autorange=False)
+    figure.update_yaxes(range=[layers - 0.5, -0.5])
+    return figure, height
+
+
+def _write(
+    figure: go.Figure, words: np.ndarray, pale: np.ndarray, defined: np.ndarray | None = None, *, most: int = 16
+) -> None:
+    """Words in the cells [L, H], black on pale ones and white elsewhere; in the page's colour where undefined.
+
+    None at all on a map of more than `most` cells a side: there is no room.
+    """
+    if max(words.shape) > most:
+        return
+    defined = np.ones(words.shape, dtype=bool) if defined is None else defined
+    for members, color in ((defined & pale, "#000000"), (defined & ~pale, "#FFFFFF"), (~defined, None)):
+        layer, head = np.nonzero(members)
+        if len(layer):
+            figure.add_scatter(
+                x=head, y=layer, mode="text", text=words[members], hoverinfo="skip", showlegend=False,
+                textfont=dict(size=12 if words.shape[1] <= 8 else 10, color=color),
+                unselected=dict(textfont=dict(color=color or FULL_GREY)),  # a click must not fade the others
+            )  # fmt: skip
+
+
+def _written(values: np.ndarray, *, signed: bool) -> np.ndarray:
+    """Two decimals for each cell; a dash where it is undefined."""
+    return np.array([number(value, signed=signed) for value in values.ravel()], dtype=object).reshape(values.shape)
+
+
+def _notes(values: np.ndarray, title: str, status: np.ndarray | None, *, signed: bool) -> list[str]:
+    """Hover text of each cell: its value, and its status where that says more."""
+    reasons = np.full(values.shape, "ok", dtype=object) if status is None else status
+    notes = []
+    for value, reason in zip(values.ravel(), map(str, reasons.ravel()), strict=True):
+        note = f"{title} {number(value, signed=signed)}" if np.isfinite(value) else f"{title} undefined"
+        notes.append(note if reason == "ok" else f"{note}: {literal(reason)}")
+    return notes
+
+
+def _luminance(colors: list[tuple[float, float, float]]) -> np.ndarray:
+    """WCAG relative luminance of sRGB colours, each channel 0..1."""
+    channels = np.asarray(colors, dtype=float)
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    return np.asarray(linear @ np.array([0.2126, 0.7152, 0.0722]))

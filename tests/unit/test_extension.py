@@ -1,0 +1,50 @@
+"""What the architecture promises: an entry in a registry is all that an extension takes.
+
+A toy is registered, and found in the command line's help and in the docs' table, with nothing else touched.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+
+from analysis.metrics import METRICS
+from analysis.plans.strategies import WAYS
+from app.cli import main
+from l2kv.policies import POLICIES
+from l2kv.registry import Registry
+from tests.support.docs import registries
+
+REGISTRIES = {  # and a command that offers its entries
+    "policy": (POLICIES, "generate"),
+    "metric": (METRICS, "study"),
+    "strategy": (WAYS, "plan"),
+}
+
+
+@pytest.fixture(params=REGISTRIES)
+def command(request, monkeypatch) -> Iterator[str]:
+    """A command that offers the entries of a registry in which there is a toy now."""
+    registry, name = REGISTRIES[request.param]
+    toy = next(iter(registry.values()))
+    if not isinstance(registry, Registry):
+        monkeypatch.setitem(registry, "a_toy", toy)
+        yield name
+        return
+    registry.register("a_toy", toy)
+    yield name
+    registry.remove("a_toy")
+
+
+def test_help_offers_it(command, capsys):
+    assert main([command, "--help"]) == 0
+    assert "a_toy" in capsys.readouterr().out
+
+
+def test_the_docs_list_it(command):
+    assert "| `a_toy` |" in registries()
+
+
+def test_without_it_neither_does(capsys):
+    for _, command in REGISTRIES.values():
+        assert main([command, "--help"]) == 0
+    assert "a_toy" not in capsys.readouterr().out + registries()

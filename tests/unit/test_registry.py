@@ -1,0 +1,64 @@
+"""What can be chosen by name, and the policies, which are such."""
+
+import pytest
+import torch
+
+from l2kv import POLICIES, CompressionSpec, Registry, SpecError, register_policy
+from l2kv.layer import CompressedLayer
+
+
+@pytest.fixture
+def fruit():
+    return Registry[int]("fruit", LookupError, {"apple": 1, "pear": 2})
+
+
+def test_entries_are_found_in_the_order_in_which_they_came(fruit):
+    assert fruit.register("fig", 3) == 3
+    assert list(fruit.items()) == [("apple", 1), ("pear", 2), ("fig", 3)]
+    fruit.remove("apple")
+    assert "apple" not in fruit and len(fruit) == 2 and fruit.find("pear") == fruit["pear"] == 2
+
+
+def test_a_name_is_registered_once(fruit):
+    with pytest.raises(ValueError, match="there is a fruit 'pear' already"):
+        fruit.register("pear", 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("aple", "fruit must be one of apple, pear, got 'aple'. Did you mean 'apple'?"),
+        ("zucchini", "fruit must be one of apple, pear, got 'zucchini'."),
+        (["apple"], "fruit must be one of apple, pear, got ['apple']."),
+    ],
+)
+def test_a_name_that_is_not_there_is_refused_with_the_nearest(fruit, name, said):
+    with pytest.raises(LookupError) as error:
+        fruit.find(name)
+    assert str(error.value) == said
+
+
+def test_a_policy_that_is_registered_evicts():
+    def middle(pairs):
+        """Keep the tokens nearest to the fifth."""
+        return -(pairs.positions - 4.0).abs()
+
+    policy = register_policy("middle", middle, title="Around the fifth")
+    try:
+        assert POLICIES["middle"] is policy and policy.about == "Keep the tokens nearest to the fifth."
+        layer = CompressedLayer(CompressionSpec(budget=3, policy="middle"), 0)
+        layer.update(torch.randn(1, 2, 10, 4), torch.randn(1, 2, 10, 4))
+        layer.evict_now()
+        assert [held.tolist() for held in layer.kept_positions()] == [[[3, 4, 5]]] * 2
+        with pytest.raises(SpecError, match="Did you mean 'middle'"):
+            CompressionSpec(policy="midle")
+    finally:
+        POLICIES.remove("middle")
+    with pytest.raises(SpecError, match=r"policy must be one of low_norm, .*, got 'middle'"):
+        CompressionSpec(policy="middle")
+
+
+def test_a_policy_that_scores_pairs_as_they_arrive_cannot_need_attention():
+    with pytest.raises(ValueError, match="give on_arrival=False"):
+        register_policy("toy", lambda pairs: pairs.received, title="Toy", needs_received=True)
+    assert "toy" not in POLICIES
