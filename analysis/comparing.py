@@ -112,7 +112,7 @@ def _unpaired(gammas: Sequence[np.ndarray], documents: Sequence[Sequence[str]], 
     ends = np.full((2, *defined.shape), np.nan)
     told = defined >= 2
     ends[:, told] = np.nanquantile((drawn[1] - drawn[0])[:, told], [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-    return Means(both[1].mean - both[0].mean, *ends, defined)
+    return Means(both[1].mean - both[0].mean, ends[0], ends[1], defined)
 
 
 def _median(values: np.ndarray) -> float:

@@ -14,7 +14,6 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -153,13 +152,13 @@ def load(cls: type[Record], path: str | Path) -> Record:
             metadata = file.metadata() or {}
             if f"l2kv_{kind.name}" not in metadata:
                 raise RecordError(f"{path.name} is a safetensors file, but not {kind.title}.")
-            content = msgspec.json.decode(metadata.get("header", "null").encode(), type=Any)
-            if not isinstance(content, dict):
+            header = msgspec.json.decode(metadata.get("header", "null").encode(), type=Any)
+            if not isinstance(header, dict):
                 raise ValueError("its header is no JSON object")
             version = metadata[f"l2kv_{kind.name}"]
-            number = int(version) if version.isdecimal() and len(version) < 6 else version
-            content |= {name: file.metadata()[name] for name in metadata if name not in ("header", f"l2kv_{kind.name}")}
-            content = _of_this_version(kind, number, content, called=path.name)
+            number: int | str = int(version) if version.isdecimal() and len(version) < 6 else version
+            beside = {name: metadata[name] for name in metadata if name not in ("header", f"l2kv_{kind.name}")}
+            content = _of_this_version(kind, number, header | beside, called=path.name)
             opened = ArrayFile(path, int(number), content, frozenset(file.keys()), file.get_tensor)
             arrays = dict(kind.unpack(opened) if kind.unpack else {name: opened.read(name) for name in opened.names})
             _check_names(set(arrays), cls)
@@ -199,10 +198,14 @@ def json_text(content: Mapping[str, Any]) -> str:
     return json.dumps(_plain(content), indent=2, ensure_ascii=False) + "\n"
 
 
-@cache
+_AXES: dict[type, dict[str, tuple[str, tuple[str, ...]]]] = {}
+
+
 def _axes_of(cls: type) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """The arrays of a class: name -> (dtype, axes)."""
-    axes = {}
+    """The arrays of a class: name -> (dtype, axes). Type hints are slow to read, so they are read once."""
+    if cls in _AXES:
+        return _AXES[cls]
+    axes = _AXES[cls] = {}
     for name, hint in get_type_hints(cls, include_extras=True).items():
         for one in (hint, *get_args(hint)):  # optional arrays are a union
             if get_origin(one) is Annotated and get_args(one)[0] in (np.ndarray,):

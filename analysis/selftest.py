@@ -7,6 +7,7 @@ with the rank of the norm among the tokens before it, or is alike at both ends o
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,8 +21,8 @@ GAMMA = (-1.0, 0.0, 1.0)  # of each layer
 TOLERANCE = 1e-6  # attention is float32
 _TOKENS, _GROUP, _QUERIES = 97, 2, 16
 _MASS = 0.9  # of a query's attention; it pays the rest to itself
-# Of a token's place from the favoured end, 1..n: how the attention is spread, one way for each head.
-_PROFILES = (
+# Of a token's place from the favoured end, 1..n: how the attention is spread, each head's.
+_PROFILES: tuple[Callable[[np.ndarray, int], np.ndarray], ...] = (
     lambda place, n: place**-4.0,  # where the first token stands at that end it takes nearly all: a sink
     lambda place, n: 1 / place,
     lambda place, n: n + 1 - place,

@@ -171,16 +171,16 @@ def study(
     """
     from analysis.recorder import capture  # waits for torch, which reading a study need not
 
-    texts = tuple(Excerpt(*text) for text in texts)
-    if not texts:
+    given = tuple(Excerpt(*text) for text in texts)
+    if not given:
         raise TextError("There are no texts to study.")
-    if len(texts) > MOST_TEXTS:
-        raise TextError(f"A study is of {MOST_TEXTS:,} texts at most, got {len(texts):,}.")
+    if len(given) > MOST_TEXTS:
+        raise TextError(f"A study is of {MOST_TEXTS:,} texts at most, got {len(given):,}.")
     weights = _digest_of_model(loaded)
-    done = written = _resumed(path, loaded.name, weights, texts)
+    done = written = _resumed(path, loaded.name, weights, given)
     due = 0.0
     try:
-        for name, text, document in texts[len(done.names) if done else 0 :]:
+        for name, text, document in given[len(done.names) if done else 0 :]:
             try:
                 run = capture(loaded, text, on_layer=on_layer)
             except TextError as error:
@@ -188,12 +188,12 @@ def study(
             one = replace(
                 study_of(run),
                 weights=weights,
-                texts=len(texts),
+                texts=len(given),
                 names=(name,),
                 documents=(document or name,),
-                **_parts(text_curves(run, protect_last=RECENT_WINDOW)),
             )
-            done = _joined(done, one)
+            one = _with_curves(one, text_curves(run, protect_last=RECENT_WINDOW))
+            done = one if done is None else _joined(done, one)
             del run  # before the next is made: two do not fit where one does
             # The file is the whole table: written at every text, its bytes would grow with the square of the texts.
             if path is not None and (len(done.names) <= _EACH or time.monotonic() >= due):
@@ -202,7 +202,7 @@ def study(
             if on_text is not None:
                 on_text(done)
     finally:
-        if path is not None and done is not written:
+        if path is not None and done is not None and done is not written:
             save_study(done, path)
     assert done is not None  # there is a text
     return done
@@ -259,23 +259,28 @@ def _digest_of_model(loaded: LoadedModel) -> str:
     return digest.hexdigest()
 
 
-def _parts(curves: TextCurves) -> dict[str, np.ndarray]:
-    """Fields of a study of one text that its curves are."""
-    code = {name: i for i, name in enumerate(STATUSES)}
-    return {
-        "curves": curves.lost[None].astype(np.float32),
-        "curve_status": np.vectorize(code.__getitem__, otypes=[np.uint8])(curves.status)[None],
-        "curve_gammas": curves.gammas[None],
-    }
+def _with_curves(one: Study, curves: TextCurves) -> Study:
+    """A study of one text, and its loss curves."""
+    code = np.select([curves.status == name for name in STATUSES], np.arange(len(STATUSES))).astype(np.uint8)
+    lost = curves.lost.astype(np.float32)
+    return replace(one, curves=lost[None], curve_status=code[None], curve_gammas=curves.gammas[None])
 
 
-def _joined(done: Study | None, one: Study) -> Study:
+def _joined(done: Study, one: Study) -> Study:
     """The texts of a study, and one more. A study from a file without curves stays without."""
-    if done is None:
-        return one
-    lists = {name: (*getattr(done, name), *getattr(one, name)) for name in ("names", "digests", "documents")}
-    arrays = {
-        name: None if getattr(done, name) is None else np.concatenate([getattr(done, name), getattr(one, name)])
-        for name in ("n_tokens", "values", "status", "curves", "curve_status", "curve_gammas")
-    }
-    return replace(one, **lists, **arrays)
+    return replace(
+        one,
+        names=done.names + one.names,
+        digests=done.digests + one.digests,
+        documents=done.documents + one.documents,
+        n_tokens=np.concatenate([done.n_tokens, one.n_tokens]),
+        values=np.concatenate([done.values, one.values]),
+        status=np.concatenate([done.status, one.status]),
+        curves=_both(done.curves, one.curves),
+        curve_status=_both(done.curve_status, one.curve_status),
+        curve_gammas=_both(done.curve_gammas, one.curve_gammas),
+    )
+
+
+def _both(done: np.ndarray | None, one: np.ndarray | None) -> np.ndarray | None:
+    return None if done is None or one is None else np.concatenate([done, one])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -84,7 +84,7 @@ def four_heads(capture: Capture, heads: Sequence[tuple[int, int]] | None = None)
             raise TextError(_NO_ORDER)
         values = gamma[tuple(defined.T)]
         nearest = [abs(values - aim).argmin() for aim in np.quantile(values, [0, 1 / 3, 2 / 3, 1])]
-        heads = [tuple(map(int, defined[i])) for i in dict.fromkeys(nearest)]
+        heads = [_head(defined[i]) for i in dict.fromkeys(nearest)]
     heads = tuple(heads)
     if not all(0 <= layer < capture.n_layers and 0 <= head < capture.n_heads for layer, head in heads):
         raise SettingsError(f"there are {capture.n_layers} layers of {capture.n_heads} heads, got {heads}")
@@ -149,11 +149,16 @@ def best_and_worst(chunks: OverChunks) -> BestAndWorst:
     """Their curves. Raises TextError where no head is defined."""
     if not chunks.defined.any():
         raise TextError(_NO_ORDER)
-    best, worst = (np.unravel_index(pick(chunks.alr), chunks.alr.shape) for pick in (np.nanargmin, np.nanargmax))
+    best, worst = (_head(np.unravel_index(pick(chunks.alr), chunks.alr.shape)) for pick in (np.nanargmin, np.nanargmax))
     excess = np.stack([chunks.excess[best], chunks.excess[worst]])
-    heads = tuple(tuple(map(int, head)) for head in (best, worst))
+    heads = (best, worst)
     loss = np.array([chunks.alr[head] for head in heads])
     return BestAndWorst(heads, loss, chunks.dropped, excess, excess.max(axis=1), chunks.n_tokens)
+
+
+def _head(place: Iterable[Any]) -> tuple[int, int]:
+    layer, head = place
+    return int(layer), int(head)
 
 
 OnStage = Callable[[str, int, int], object]

@@ -228,7 +228,8 @@ def _effect(vectors: HeadVectors, head: int, keys: np.ndarray) -> tuple[float, f
     for before, after in zip(attention_rows(vectors, head), attention_rows(vectors, head, keys=keys), strict=True):
         share.append(after[:, 0])
         moved.append(_distance(before, after))
-    return tuple(float(np.fromiter(chain(*each), np.float64)[1:].mean()) for each in (share, moved))
+    first, second = (float(np.fromiter(chain(*each), np.float64)[1:].mean()) for each in (share, moved))
+    return first, second
 
 
 def _distance(row: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from analysis.studies import Study
 from l2kv.spec import CompressionSpec
 
 # The loss of a policy against that of a random order, from Γ of low_norm: low and high order are one measurement.
-_AGAINST_CHANCE = {
+_AGAINST_CHANCE: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
     "low_norm": lambda ratio: ratio,
     "high_norm": lambda ratio: 2 - ratio,
     "random": lambda ratio: np.where(np.isnan(ratio), np.nan, 1.0),
