@@ -12,13 +12,13 @@ from __future__ import annotations
 import math
 import re
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, count, islice, pairwise, repeat
 from random import Random
 from string import ascii_lowercase, ascii_uppercase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from analysis.demo.presets import bundled_texts
 from analysis.errors import SettingsError
@@ -41,11 +41,22 @@ _CODED = 6  # letters of a coded word
 _SHOWN_TOKENS = 500  # of the solved example of variable tracking, at most half of all
 
 
+class Prompt(NamedTuple):
+    """What an example says."""
+
+    context: str
+    question: str
+    answer_prefix: str
+    references: Sequence[str]
+
+
 @dataclass(frozen=True, slots=True)
 class Material:
     """What examples are made from beside chance."""
 
     n_tokens: int
+    number: int = 0
+    """Number of the example in its set."""
     words: tuple[str, ...] = ()
     """Words of the essay."""
     starts: tuple[int, ...] = ()
@@ -83,8 +94,8 @@ class RulerTask:
     about: str
     """What is asked, in a line."""
     max_new_tokens: int
-    make: Callable[[Random, int, Material, int], tuple[str, str, str, Sequence[str]]]
-    """(chance, size, material, number of the example) -> context, question, answer prefix, references."""
+    make: Callable[[Random, int, Material], Prompt]
+    """Makes the example of a size."""
     least: int
     """Smallest size, in the units that `make` has."""
     question: re.Pattern[str]
@@ -123,35 +134,48 @@ def ruler_examples(
     entry = RULER.find(task)
     if entry.needs == "questions" and questions is None:
         raise SettingsError(f"{task} is made from a file of questions in SQuAD's or HotpotQA's JSON: give its path.")
-    material = Material(n_tokens, questions=questions)
+    material = Material(n_tokens, questions=questions and _shuffled(questions, seed))
     if entry.needs == "essay":
         material = _with_essay(material, "\n\n".join(bundled_texts().values()) if essay is None else essay)
     if task == "vt":
         material = _with_shown_lines(material, tokenizer)
     examples, size = [], 0
     for number in range(n_samples):
-        make = partial(_example, task, material, seed, number)
+        make = partial(_example, task, seed, replace(material, number=number))
         example, size = fill(tokenizer, make, n_tokens=n_tokens, least=entry.least, guess=size)
         examples.append(example)
     return tuple(examples)
 
 
-def _example(task: str, material: Material, seed: int, number: int, size: int) -> Example:
+def _example(task: str, seed: int, material: Material, size: int) -> Example:
     """The example of a size: chance falls the same for all sizes, as far as they go."""
     entry = RULER[task]
-    context, question, prefix, references = entry.make(Random(f"{task} {seed} {number}"), size, material, number)
-    name = f"{task} {material.n_tokens} seed {seed} {number}"
-    return labelled(
-        Example(name, task, context, question, prefix, tuple(references), entry.max_new_tokens, entry.scorer)
+    prompt = entry.make(Random(f"{task} {seed} {material.number}"), size, material)
+    name = f"{task} {material.n_tokens} seed {seed} {material.number}"
+    return example_of(name, task, prompt, {"n_tokens": material.n_tokens})
+
+
+def example_of(name: str, task: str, prompt: Prompt, labels: Mapping[str, float]) -> Example:
+    """Make a prompt an example of a task. A single needle's depth is a label: the share of the context before it."""
+    entry = RULER[task]
+    if task.startswith("niah") and len(prompt.references) == 1 and prompt.references[0] in prompt.context:
+        labels = {**labels, "depth": prompt.context.index(prompt.references[0]) / len(prompt.context)}
+    return Example(
+        name,
+        task,
+        prompt.context,
+        prompt.question,
+        prompt.answer_prefix,
+        tuple(prompt.references),
+        entry.max_new_tokens,
+        entry.scorer,
+        labels=labels,
     )
 
 
-def labelled(example: Example) -> Example:
-    """The example with the depth at which its needle lies, if it has one: the share of the context before it."""
-    if not example.task.startswith("niah") or len(example.references) > 1:
-        return example
-    at = example.context.find(example.references[0])
-    return replace(example, labels={"depth": at / len(example.context)}) if at >= 0 else example
+def _shuffled(questions: Questions, seed: int) -> Questions:
+    """The questions in an order in which the first few are of several articles."""
+    return replace(questions, asked=tuple(Random(f"questions {seed}").sample(questions.asked, len(questions.asked))))
 
 
 def _with_essay(material: Material, essay: str) -> Material:
@@ -177,7 +201,6 @@ def _niah(
     rng: Random,
     size: int,
     material: Material,
-    number: int,
     *,
     haystack: str,
     key: str = "words",
@@ -185,7 +208,7 @@ def _niah(
     keys: int = 1,
     values: int = 1,
     queries: int = 1,
-) -> tuple[str, str, str, list[str]]:
+) -> Prompt:
     """Needles that give values of keys, and a question for the values of some. Sizes are words, lines or needles."""
     new_keys, new_values = _distinct(_DRAW[key], rng), _distinct(_DRAW[value], rng)
     hidden = [(name, list(islice(new_values, values))) for name in islice(new_keys, keys)]
@@ -204,7 +227,7 @@ def _niah(
     query = ", ".join(names[:-1]) + ", and " + names[-1] if len(names) > 1 else names[0]
     one = queries * values == 1
     what, some, are, all_are = (value[:-1], "A", "is", "is") if one else (value, "Some", "are", "are all")
-    return (
+    return Prompt(
         f"{some} special magic {what} {are} hidden within the following text. Make sure to memorize it. "
         f"I will quiz you about the {what} afterwards.\n{context}\n",
         f"What {all_are} the special magic {what} for {query} mentioned in the provided text?",
@@ -217,11 +240,11 @@ def _needle(value: str, name: str, held: str) -> str:
     return f"One of the special magic {value} for {name} is: {held}."
 
 
-def _tracking(rng: Random, size: int, material: Material, number: int) -> tuple[str, str, str, list[str]]:
+def _tracking(rng: Random, size: int, material: Material) -> Prompt:
     """Variables that are assigned one value, each by the one before, in lines of noise. Sizes are lines."""
     shown = _shown_chain(rng, material.shown_lines)
     context, question, prefix, names = _chain(rng, size, letters=5)
-    return f"{shown}\n\n{context}", question, prefix, names
+    return Prompt(f"{shown}\n\n{context}", question, prefix, names)
 
 
 def _shown_chain(rng: Random, lines: int) -> str:
@@ -229,12 +252,12 @@ def _shown_chain(rng: Random, lines: int) -> str:
     return f"{context}{question}{prefix} {' '.join(names)}"
 
 
-def _chain(rng: Random, lines: int, *, letters: int) -> tuple[str, str, str, list[str]]:
+def _chain(rng: Random, lines: int, *, letters: int) -> Prompt:
     names = list(islice(_distinct(lambda rng: "".join(rng.choices(ascii_uppercase, k=letters)), rng), _HOPS + 1))
     value = str(rng.randrange(10_000, 99_999))
     chained = [f"VAR {names[0]} = {value}", *(f"VAR {b} = VAR {a} " for a, b in pairwise(names))]
     context = "\n".join(_inserted([NOISE] * lines, chained, sorted(rng.sample(range(lines), len(chained)))))
-    return (
+    return Prompt(
         f"Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\n",
         f"Question: Find all variables that are assigned the value {value} in the text above.",
         f" Answer: According to the chain(s) of variable assignment in the text above, {len(names)} variables are "
@@ -243,21 +266,21 @@ def _chain(rng: Random, lines: int, *, letters: int) -> tuple[str, str, str, lis
     )
 
 
-def _common_words(rng: Random, size: int, material: Material, number: int) -> tuple[str, str, str, list[str]]:
+def _common_words(rng: Random, size: int, material: Material) -> Prompt:
     """A numbered list of words of which ten are more common, after a solved one. Sizes are different words."""
     (shown, few, once), (often, seldom) = ((40, 10, 3), (30, 3)) if material.n_tokens >= _LONG else ((20, 3, 1), (6, 1))
     context, question, prefix, words = _word_list(rng, shown, few, once)
     solved = f"{context}{question}{prefix} {_numbered(words)}\n"
     context, question, prefix, words = _word_list(rng, size, often, seldom)
-    return solved + context, question, prefix, words
+    return Prompt(solved + context, question, prefix, words)
 
 
-def _word_list(rng: Random, n: int, often: int, seldom: int) -> tuple[str, str, str, list[str]]:
+def _word_list(rng: Random, n: int, often: int, seldom: int) -> Prompt:
     words = rng.sample([*_WORDS, *islice(_distinct(_compound, rng), max(0, n - len(_WORDS)))], n)
     common, uncommon = words[:_COMMON], words[_COMMON:]
     listed = common * often + uncommon * seldom
     rng.shuffle(listed)
-    return (
+    return Prompt(
         "Below is a numbered list of words. In these words, some appear more often than others. "
         f"Memorize the ones that appear most often.\n{_numbered(listed)}\n",
         "Question: What are the 10 most common words in the above list?",
@@ -270,14 +293,14 @@ def _numbered(words: Sequence[str]) -> str:
     return " ".join(f"{place}. {word}" for place, word in enumerate(words, 1))
 
 
-def _frequent_words(rng: Random, size: int, material: Material, number: int) -> tuple[str, str, str, list[str]]:
+def _frequent_words(rng: Random, size: int, material: Material) -> Prompt:
     """Coded words whose counts fall as 1 / rank², the first of them dots. Sizes are words, the rarest not counted."""
     n_words = max(5, (material.n_tokens - 50) // 50)
     words = ["...", *islice(_distinct(lambda rng: "".join(rng.choices(ascii_lowercase, k=_CODED)), rng), n_words - 1)]
     share = 6 / math.pi**2  # of the first: 1 / zeta(2)
     coded = [word for rank, word in enumerate(words, 1) for _ in range(int(size * share / rank**2))]
     rng.shuffle(coded)
-    return (
+    return Prompt(
         "Read the following coded text and track the frequency of each coded word. Find the three most frequently "
         f"appeared coded words. {' '.join(coded)}\n",
         "Question: Do not provide any explanation. Please ignore the dots '....'. What are the three most frequently "
@@ -287,11 +310,11 @@ def _frequent_words(rng: Random, size: int, material: Material, number: int) -> 
     )
 
 
-def _questions(rng: Random, size: int, material: Material, number: int) -> tuple[str, str, str, tuple[str, ...]]:
+def _questions(rng: Random, size: int, material: Material) -> Prompt:
     """A question about one of many documents. Sizes are documents beyond those that are needed."""
     assert material.questions is not None
     documents, asked = material.questions.documents, material.questions.asked
-    one = asked[number % len(asked)]
+    one = asked[material.number % len(asked)]
     others = [i for i in range(len(documents)) if i not in {*one.needed, *one.near}]
     beside = [*rng.sample(one.near, len(one.near)), *rng.sample(others, len(others))]
     beside = [*beside, *islice(chain.from_iterable(repeat(range(len(documents)))), max(0, size - len(beside)))][:size]
@@ -301,7 +324,7 @@ def _questions(rng: Random, size: int, material: Material, number: int) -> tuple
         "Answer the question based on the given documents. Only give me the answer and do not output any other words."
     )
     listed = "\n\n".join(f"Document {place}:\n{documents[i]}" for place, i in enumerate(held, 1))
-    return (
+    return Prompt(
         f"{task}\n\nThe following are given documents.\n\n{listed}\n\n",
         f"{task}\n\nQuestion: {one.question}",
         " Answer:",

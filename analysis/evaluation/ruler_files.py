@@ -8,7 +8,7 @@ import msgspec
 
 from analysis.errors import RecordError
 from analysis.evaluation.examples import Example, read_items
-from analysis.evaluation.ruler import RULER, Asked, Questions, labelled
+from analysis.evaluation.ruler import RULER, Asked, Prompt, Questions, example_of
 from analysis.texts.read import read_text
 
 
@@ -95,10 +95,7 @@ def _read_line(path: Path, task: str, number: int, line: _Line) -> Example:
         if answer is None:
             raise RecordError(f"{where}: there is no `answer_prefix`, nor does `input` end with one of {task}.")
         question, prefix = question[: answer.start()], question[answer.start() :]
-    name = f"{task} {path.stem} {number}"
-    return labelled(
-        Example(name, task, context, question, prefix, tuple(line.outputs), entry.max_new_tokens, entry.scorer)
-    )
+    return example_of(f"{task} {path.stem} {number}", task, Prompt(context, question, prefix, line.outputs), {})
 
 
 def _squad(read: _SquadFile) -> Questions:
