@@ -6,7 +6,7 @@ new token already comes from the compressed cache, which flatters nobody.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,12 +17,14 @@ from analysis.errors import ModelError
 from analysis.evaluation.tasks import prompt_tokens
 from analysis.models.load import LoadedModel
 from analysis.models.memory import memory_errors
-from analysis.recorder import OnLayer, check_length
+from analysis.recorder import check_length
 from analysis.texts.tokens import Tokens
 from l2kv import CompressedCache, CompressionSpec, UnsupportedModelError, compressible
 from l2kv.cache import cache_nbytes
 from l2kv.decoding import decode_one_token, new_cache, prefill
 from l2kv.hooks import Attention, attention_hook
+
+OnLayer = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)

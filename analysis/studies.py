@@ -23,11 +23,11 @@ from analysis.defaults import RECENT_WINDOW
 from analysis.errors import RecordError, SettingsError, TextError
 from analysis.metrics import METRICS, PROBES, STATUSES, metrics
 from analysis.plans.curves import TextCurves, text_curves
+from analysis.progress import Progress, unheard
 from analysis.texts.excerpts import Excerpt
 
 if TYPE_CHECKING:
     from analysis.models.load import LoadedModel
-    from analysis.recorder import OnLayer
 
 MOST_TEXTS = 10_000  # of a study: intervals over more take more memory than a study of them does
 AGAIN = "l2kv study TEXTS --out FILE"
@@ -151,7 +151,7 @@ def study(
     path: str | Path | None = None,
     *,
     on_text: OnText | None = None,
-    on_layer: OnLayer | None = None,
+    progress: Progress = unheard,
 ) -> Study:
     """Capture each text and keep what `analysis.metrics` says of it, and its loss curves.
 
@@ -160,7 +160,8 @@ def study(
         path: where to keep the table. If it is there, it is gone on with: what it holds must be the first of `texts`,
             in the same model. Whatever ends the study, the texts done are in it; a process that is killed loses those
             of its last few seconds.
-        on_text, on_layer: for progress and cancelling; `on_layer` as in `capture`.
+        on_text: hears of the study so far.
+        progress: told the texts done, also within each.
 
     Raises:
         RecordError: the file is of another model, of other texts or of other metrics, or cannot be read or written;
@@ -180,9 +181,10 @@ def study(
     done = written = _resumed(path, loaded.name, weights, given)
     due = 0.0
     try:
-        for name, text, document in given[len(done.names) if done else 0 :]:
+        first = len(done.names) if done else 0
+        for i, (name, text, document) in enumerate(given[first:], first):
             try:
-                run = capture(loaded, text, on_layer=on_layer)
+                run = capture(loaded, text, progress=lambda *_, i=i: progress(i, len(given), "texts"))
             except TextError as error:
                 raise TextError(f"{name}: {error}") from error
             one = replace(
@@ -201,6 +203,7 @@ def study(
                 written, due = done, time.monotonic() + _PAUSE
             if on_text is not None:
                 on_text(done)
+            progress(i + 1, len(given), "texts")
     finally:
         if path is not None and done is not None and done is not written:
             save_study(done, path)

@@ -39,7 +39,7 @@ def capture(
     for warning in recorder.readable(loaded, content)[1]:  # before a run that may take long
         print(f"warning: {warning}", file=sys.stderr)
     with shown("layer") as progress:
-        run = recorder.capture(loaded, content, on_layer=lambda done, total: progress(done, total, "layers"))
+        run = recorder.capture(loaded, content, progress=progress)
     wrote(save_run(run, to))
     print(f"{run.model}: {run.n_tokens} tokens, {run.n_layers} layers, {run.seconds:.1f} s on {run.device}")
     print(f"{_QUESTION} {run.model}? {answer(study_of(run))}")
@@ -109,7 +109,7 @@ def study(
     given = excerpts_of(loaded, documents, n_tokens=min(tokens, most), at_most=excerpts)
     try:
         with shown("text") as progress:
-            done = studies.study(loaded, given, to, on_text=lambda now: progress(len(now.names), now.texts, "texts"))
+            done = studies.study(loaded, given, to, progress=progress)
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on after the last text that was done.", file=sys.stderr)
         raise

@@ -8,7 +8,7 @@ Source: Devoto et al., EMNLP 2024, arXiv 2406.11430. Its numbers are quoted wher
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from analysis.errors import SettingsError, TextError
 from analysis.measures import attention_loss
 from analysis.metrics import correlation, metrics
 from analysis.models.load import LoadedModel
+from analysis.progress import Progress, unheard
 from analysis.records import json_text
 from analysis.statistics import nanmean
 
@@ -161,17 +162,13 @@ def _head(place: Iterable[Any]) -> tuple[int, int]:
     return int(layer), int(head)
 
 
-OnStage = Callable[[str, int, int], object]
-"""Called as (what is being done, done, total). What it raises cancels."""
-
-
 def reproduce(
     loaded: LoadedModel,
     texts: Sequence[str],
     *,
     only: Sequence[str] = tuple(FIGURES),
     heads: Sequence[tuple[int, int]] | None = None,
-    on_stage: OnStage = lambda stage, done, total: None,
+    progress: Progress = unheard,
 ) -> Iterator[tuple[str, object]]:
     """(name, numbers) of each figure of `FIGURES` that is asked for, as it is done.
 
@@ -190,8 +187,8 @@ def reproduce(
     from analysis.recorder import capture
 
     def run_of(i: int) -> Capture:
-        run = capture(loaded, texts[i], on_layer=lambda *_: on_stage("excerpts", i, len(texts)))
-        on_stage("excerpts", i + 1, len(texts))
+        run = capture(loaded, texts[i], progress=lambda *_: progress(i, len(texts), "excerpts"))
+        progress(i + 1, len(texts), "excerpts")
         return run
 
     def chunks() -> Iterator[Capture]:
@@ -208,7 +205,7 @@ def reproduce(
     if {"fig8", "fig9"} & set(only):
         yield from _of_a_sink(loaded, texts[0], first, only)
     if "factors" in only:
-        yield "factors", _factors(loaded, texts[0], on_stage)
+        yield "factors", _factors(loaded, texts[0], progress)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -238,7 +235,7 @@ def _of_a_sink(loaded: LoadedModel, text: str, run: Capture, only: Sequence[str]
         yield "fig9", OfSink(sink, zeroing(vectors, sink.head, key.peaks))
 
 
-def _factors(loaded: LoadedModel, text: str, on_stage: OnStage) -> Factors:
+def _factors(loaded: LoadedModel, text: str, progress: Progress) -> Factors:
     from analysis.paper.vectors import each_layer
     from analysis.paper.why import Factors, factors
 
@@ -247,6 +244,6 @@ def _factors(loaded: LoadedModel, text: str, on_stage: OnStage) -> Factors:
         loaded,
         text,
         lambda vectors: layers.append(factors(vectors)),
-        on_layer=lambda done, total: on_stage("factors", done, total),
+        progress=progress,
     )
     return Factors.of(layers)

@@ -130,7 +130,7 @@ def causal_check(
     losses, total = [], len(texts) * (2 + len(layers))
     for i, text in enumerate(texts):
         prompt = prompt_of(loaded, text, prompt_tokens)
-        run = capture(loaded, prompt, last_queries=0, on_layer=lambda *_, done=i: on_done(done, total))
+        run = capture(loaded, prompt, last_queries=0, progress=lambda *_, done=i: on_done(done, total))
         losses.append(layer_loss(run, spec.policy))
         on_done(i + 1, total)
     alone = {str(layer): replace(spec, skip_layers=tuple(k for k in range(n_layers) if k != layer)) for layer in layers}

@@ -94,7 +94,7 @@ def measure_front(
 
     def captured(text: str, done: int) -> Capture:
         prompt = prompt_of(loaded, text, prompt_tokens)
-        run = slim(capture(loaded, prompt, last_queries=0, on_layer=lambda *_: on_done(done, total)))
+        run = slim(capture(loaded, prompt, last_queries=0, progress=lambda *_: on_done(done, total)))
         on_done(done + 1, total)
         return run
 

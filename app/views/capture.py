@@ -114,7 +114,7 @@ def _run(engine: Engine, ref: str, text: str, heads_page: StreamlitPage) -> None
     def captured(loaded: LoadedModel, progress: Progress) -> Capture:
         from analysis.recorder import capture
 
-        return capture(loaded, text, on_layer=lambda done, total: progress(done, total, "layers"))
+        return capture(loaded, text, progress=progress)
 
     cancelled = "The text and the run on screen before are as they were."
     run = jobs.run(engine, Job("run_capture", "Run", ref, captured, cancelled=cancelled, done=""))

@@ -78,20 +78,14 @@ def _study(loaded: LoadedModel, task: _Task, progress: Progress) -> Study:
     texts = excerpts(loaded.tokenizer, dict(task.sources), n_tokens=min(task.n_tokens, most), at_most=task.at_most)
     sources.noted(loaded, texts)
     unfinished = st.session_state.setdefault("unfinished_studies", set())
-    so_far = len(load_study(task.path).names) if task.path.exists() else 0
 
     def on_text(found: Study) -> None:
-        nonlocal so_far
-        so_far = len(found.names)
         session.show_study(found)  # at every text: a click may end this here
         unfinished.add(task.path)
         if found.complete:
             unfinished.remove(task.path)
 
-    def on_layer(done: int, total: int) -> None:
-        progress(so_far, len(texts), "texts")
-
-    return study(loaded, texts, task.path, on_text=on_text, on_layer=on_layer)
+    return study(loaded, texts, task.path, on_text=on_text, progress=progress)
 
 
 def files(study: Study | None) -> None:

@@ -171,7 +171,10 @@ def test_a_study_that_was_cancelled_goes_on_where_it_stopped(tmp_path, loaded, t
     half = load_study(path)
     assert len(half.names) == after and not half.complete
     seen.clear()
-    assert_same(study(loaded, iter(texts), path, on_text=seen.append), whole)
+    told = []
+    again = study(loaded, iter(texts), path, on_text=seen.append, progress=lambda *step: told.append(step))
+    assert_same(again, whole)
+    assert set(told) == {(i, 4, "texts") for i in range(after, 5)} and told == sorted(told)
     assert [len(so_far.names) for so_far in seen] == list(range(after + 1, 5))
     assert_same(load_study(path), whole)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
@@ -180,13 +183,13 @@ def test_a_study_that_was_cancelled_goes_on_where_it_stopped(tmp_path, loaded, t
 def test_a_cancelled_capture_leaves_the_texts_before_it(tmp_path, loaded, texts, whole):
     path, calls = tmp_path / "study.safetensors", []
 
-    def stop(done, total):
+    def stop(done, total, what):
         calls.append(done)
         if path.exists():
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        study(loaded, texts, path, on_layer=stop)
+        study(loaded, texts, path, progress=stop)
     assert len(load_study(path).names) == 1
     assert_same(study(loaded, texts, path), whole)
 
@@ -222,7 +225,7 @@ def test_the_table_is_written_now_and_then_and_however_the_study_ends(tmp_path, 
 def test_a_finished_study_runs_nothing_again_and_more_texts_are_added(tmp_path, loaded, texts, whole):
     path = tmp_path / "study.safetensors"
     study(loaded, texts[:2], path)
-    study(loaded, texts[:2], path, on_layer=lambda *_: pytest.fail("it ran"))
+    study(loaded, texts[:2], path, progress=lambda *_: pytest.fail("it ran"))
     assert_same(study(loaded, texts, path), whole)
 
 
