@@ -7,6 +7,14 @@ from analysis.errors import OutOfMemoryError as OutOfMemoryError
 from analysis.errors import RecordError as RecordError
 from analysis.errors import TextError as TextError
 from analysis.errors import UserError as UserError
+from analysis.evaluation.lm import LmSettings as LmSettings
+from analysis.evaluation.passkey import PasskeySettings as PasskeySettings
+from analysis.evaluation.results import Results as Results
+from analysis.evaluation.run import evaluate as evaluate
+from analysis.evaluation.task import Sample as Sample
+from analysis.evaluation.task import Scoring as Scoring
+from analysis.evaluation.task import Task as Task
+from analysis.evaluation.tasks import TASKS as TASKS
 from analysis.measures import AttentionLoss as AttentionLoss
 from analysis.measures import attention_loss as attention_loss
 from analysis.metrics import METRICS as METRICS
@@ -18,10 +26,9 @@ from analysis.models.load import load_model as load_model
 from analysis.models.sizes import model_size as model_size
 from analysis.paper.figures import reproduce as reproduce
 from analysis.paper.vectors import head_vectors as head_vectors
-from analysis.plans.ablation import CausalCheck as CausalCheck
-from analysis.plans.ablation import causal_check as causal_check
+from analysis.plans.ablation import Ablation as Ablation
+from analysis.plans.ablation import ablate_layers as ablate_layers
 from analysis.plans.allocation import AllocationPlan as AllocationPlan
-from analysis.plans.allocation import plan as plan
 from analysis.plans.curves import LossCurves as LossCurves
 from analysis.plans.curves import curves_of as curves_of
 from analysis.plans.curves import loss_curves as loss_curves
@@ -34,6 +41,9 @@ from analysis.plans.front import measure_front as measure_front
 from analysis.plans.skip import Plan as Plan
 from analysis.plans.skip import skip_list as skip_list
 from analysis.plans.skip import suggest_skip_layers as suggest_skip_layers
+from analysis.plans.strategies import STRATEGIES as STRATEGIES
+from analysis.plans.strategies import Strategy as Strategy
+from analysis.plans.strategies import plan as plan
 from analysis.recorder import capture as capture
 from analysis.studies import Study as Study
 from analysis.studies import load_study as load_study

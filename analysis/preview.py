@@ -6,7 +6,7 @@ new token already comes from the compressed cache, which flatters nobody.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,17 +14,16 @@ import torch
 from transformers import Cache
 
 from analysis.errors import ModelError
-from analysis.evaluation.tasks import prompt_tokens
+from analysis.evaluation.prompts import prompt_tokens
 from analysis.models.load import LoadedModel
 from analysis.models.memory import memory_errors
+from analysis.progress import Progress, unheard
 from analysis.recorder import check_length
 from analysis.texts.tokens import Tokens
 from l2kv import CompressedCache, CompressionSpec, UnsupportedModelError, compressible
 from l2kv.cache import cache_nbytes
 from l2kv.decoding import decode_one_token, new_cache, prefill
 from l2kv.hooks import Attention, attention_hook
-
-OnLayer = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +46,7 @@ def stream(
     *,
     max_new_tokens: int,
     chat: bool = False,
-    on_layer: OnLayer | None = None,
+    progress: Progress = unheard,
 ) -> Iterator[tuple[Step, ...]]:
     """Yield, after each new token, the state of all columns; None among the specs is the full cache.
 
@@ -56,8 +55,7 @@ def stream(
 
     Args:
         chat: put the prompt to the model as a user's question, through its chat template.
-        on_layer: called as (layers done, layers to do) while the prompt is read, into one cache after the other; what
-            it raises ends the work.
+        progress: counts layers while the prompt is read, into one cache after the other.
 
     Raises:
         TextError, OutOfMemoryError: as `capture`.
@@ -67,7 +65,7 @@ def stream(
     tokens = prompt_tokens(loaded.tokenizer, prompt, chat=chat)
     check_length(loaded, tokens, new_tokens=max_new_tokens)
     with prepared(loaded):
-        with _watched(loaded, len(specs), on_layer):
+        with _watched(loaded, len(specs), progress):
             columns = [_Column(loaded, tokens, spec) for spec in specs]
         for _ in range(max_new_tokens):
             yield tuple(column.step() for column in columns)
@@ -83,7 +81,7 @@ class _Column:
         prefill(loaded.model, ids[:, :-1], self._cache)
         self._next, self._new = ids[:, -1:], []
         self._last: Step | None = None
-        self._ends = _end_tokens(loaded)
+        self._ends = end_tokens(loaded)
 
     @property
     def finished(self) -> bool:
@@ -98,7 +96,7 @@ class _Column:
         shown = self._new[:-1] if finished else self._new
         self._last = Step(
             token_ids=tuple(self._new),
-            text=_whole_characters(self._loaded.tokenizer.decode(shown, skip_special_tokens=True)),
+            text=whole_characters(self._loaded.tokenizer.decode(shown, skip_special_tokens=True)),
             held=_held(self._cache),
             nbytes=nbytes,
             slack_nbytes=cache_nbytes(self._cache) - nbytes,
@@ -118,15 +116,14 @@ def prepared(loaded: LoadedModel) -> Iterator[None]:
 
 
 @contextmanager
-def _watched(loaded: LoadedModel, passes: int, on_layer: OnLayer | None) -> Iterator[None]:
-    """Within the block, `on_layer` hears of every layer of so many forward passes."""
+def _watched(loaded: LoadedModel, passes: int, progress: Progress) -> Iterator[None]:
+    """Within the block, `progress` hears of every layer of so many forward passes."""
     done, total = 0, passes * loaded.config.num_hidden_layers
 
     def heard(inner: Attention, *args, **kwargs):
         nonlocal done
         done += 1
-        if on_layer is not None:
-            on_layer(min(done, total), total)
+        progress(min(done, total), total, "layers")
         return inner(*args, **kwargs)
 
     with attention_hook(loaded.model, heard):
@@ -140,12 +137,12 @@ def _held(cache: Cache) -> tuple[int, ...]:
     return tuple(0 if of_layer is None else of_layer.shape[-2] for of_layer in keys)
 
 
-def _end_tokens(loaded: LoadedModel) -> set[int]:
-    """As the model, its config and its tokenizer name them: a chat's turn may end otherwise than a text does."""
+def end_tokens(loaded: LoadedModel) -> set[int]:
+    """Tokens that end a text, as the model, its config and its tokenizer name them: a chat's turn may have its own."""
     named = [of.eos_token_id for of in (loaded.model.generation_config, loaded.config, loaded.tokenizer)]
     return {end for ends in named for end in (ends if isinstance(ends, list) else [ends]) if end is not None}
 
 
-def _whole_characters(text: str) -> str:
-    """Without the replacement characters at the end: the bytes of a character that is not complete yet."""
+def whole_characters(text: str) -> str:
+    """The text without the replacement characters at its end: bytes of a character that is not complete yet."""
     return text.rstrip("\N{REPLACEMENT CHARACTER}")

@@ -14,6 +14,7 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -26,6 +27,7 @@ from analysis.errors import RecordError, TextError
 from analysis.texts import read as texts
 
 Record = TypeVar("Record")
+Axes = dict[str, tuple[str, tuple[str, ...]]]
 Content = dict[str, Any]
 """What a file says, before it is checked: the JSON object without its heading."""
 
@@ -44,6 +46,8 @@ class Kind:
     """The command that makes one again, for those who cannot read theirs."""
     upgrade: Callable[[int, Content], Content] | None = None
     """(version of the file, what it says) -> what this version would say. Raises ValueError where it cannot."""
+    formerly: str = ""
+    """What older versions were headed by, if by another name."""
     pack: Callable[[Any], tuple[Mapping[str, np.ndarray], Content]] | None = None
     """(record) -> the arrays to write in the place of its own, and what to say beside them."""
     unpack: Callable[[ArrayFile], Mapping[str, np.ndarray]] | None = None
@@ -68,6 +72,7 @@ def record(
     title: str = "",
     again: str = "",
     upgrade: Callable[[int, Content], Content] | None = None,
+    formerly: str = "",
     pack: Callable[[Any], tuple[Mapping[str, np.ndarray], Content]] | None = None,
     unpack: Callable[[ArrayFile], Mapping[str, np.ndarray]] | None = None,
 ) -> Callable[[type[Record]], type[Record]]:
@@ -78,7 +83,7 @@ def record(
     """
 
     def mark(cls: type[Record]) -> type[Record]:
-        cls.__record__ = Kind(name, version, title or f"a {name}", again, upgrade, pack, unpack)  # type: ignore[attr-defined]
+        cls.__record__ = Kind(name, version, title or f"a {name}", again, upgrade, formerly, pack, unpack)  # type: ignore[attr-defined]
         return cls
 
     return mark
@@ -100,10 +105,11 @@ def from_json(cls: type[Record], text: str) -> Record:
     """Read what `to_json` wrote of a record without arrays. Raises RecordError."""
     kind = kind_of(cls)
     with _refusing(kind, f"This is not {kind.title} that can be read"):
-        content = msgspec.json.decode(text.encode(), type=Any)
+        content = msgspec.json.decode(text.encode())
         if not isinstance(content, dict):
             raise RecordError(f"This is not {kind.title}: it is not a JSON object.")
-        return _checked(cls, _of_this_version(kind, content.pop(f"l2kv_{kind.name}", None), content))
+        headed = kind.name if f"l2kv_{kind.name}" in content else kind.formerly
+        return _checked(cls, _of_this_version(kind, content.pop(f"l2kv_{headed}", None), content))
 
 
 def save(thing: object, path: str | Path) -> Path:
@@ -152,7 +158,7 @@ def load(cls: type[Record], path: str | Path) -> Record:
             metadata = file.metadata() or {}
             if f"l2kv_{kind.name}" not in metadata:
                 raise RecordError(f"{path.name} is a safetensors file, but not {kind.title}.")
-            header = msgspec.json.decode(metadata.get("header", "null").encode(), type=Any)
+            header = msgspec.json.decode(metadata.get("header", "null").encode())
             if not isinstance(header, dict):
                 raise ValueError("its header is no JSON object")
             version = metadata[f"l2kv_{kind.name}"]
@@ -198,20 +204,18 @@ def json_text(content: Mapping[str, Any]) -> str:
     return json.dumps(_plain(content), indent=2, ensure_ascii=False) + "\n"
 
 
-_AXES: dict[type, dict[str, tuple[str, tuple[str, ...]]]] = {}
-
-
-def _axes_of(cls: type) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """The arrays of a class: name -> (dtype, axes). Type hints are slow to read, so they are read once."""
-    if cls in _AXES:
-        return _AXES[cls]
-    axes = _AXES[cls] = {}
+def _declared(cls: type) -> Axes:
+    """The arrays of a class: name -> (dtype, axes)."""
+    axes = {}
     for name, hint in get_type_hints(cls, include_extras=True).items():
         for one in (hint, *get_args(hint)):  # optional arrays are a union
             if get_origin(one) is Annotated and get_args(one)[0] in (np.ndarray,):
                 dtype, *names = get_args(one)[1].split()
                 axes[name] = dtype, tuple(names)
     return axes
+
+
+_axes_of: Callable[[type], Axes] = cache(_declared)
 
 
 def _fields_of(cls: type) -> tuple[str, ...]:
@@ -225,7 +229,7 @@ def _arrays_of(thing: object) -> dict[str, np.ndarray]:
 
 def _checked(cls: type[Record], content: Content, arrays: Mapping[str, np.ndarray] | None = None) -> Record:
     """The record that a file's content is. Raises ValueError, or msgspec's ValidationError."""
-    hints = get_type_hints(cls)
+    hints = _hints_of(cls)
     for name in set(content) & set(hints):  # on the outermost level others may add what they like
         _check_known(name, content[name], hints[name])
     return msgspec.convert({**content, **(arrays or {})}, cls, dec_hook=_array)
@@ -236,12 +240,20 @@ def _check_known(where: str, content: object, hint: Any) -> None:
     if isinstance(content, list):
         for item in content:
             _check_known(where, item, hint)
+    elif isinstance(content, dict) and get_origin(hint) is Mapping:
+        for name, value in content.items():
+            _check_known(f"{where}.{name}", value, get_args(hint)[1])
     elif isinstance(content, dict) and (inner := _dataclass_in(hint)):
-        hints = get_type_hints(inner)
+        hints = _hints_of(inner)
         if unknown := set(content) - set(hints):
             raise ValueError(f"{where} has no field {', '.join(sorted(map(repr, unknown)))}")
         for name, value in content.items():
             _check_known(f"{where}.{name}", value, hints[name])
+
+
+@cache
+def _hints_of(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
 
 
 def _dataclass_in(hint: Any) -> type | None:

@@ -8,7 +8,6 @@ all. What the table says is worked out in `analysis.statistics` and `analysis.ve
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from analysis.captures import Capture
 from analysis.defaults import RECENT_WINDOW
 from analysis.errors import RecordError, SettingsError, TextError
 from analysis.metrics import METRICS, PROBES, STATUSES, metrics
+from analysis.models.digest import digest_of
 from analysis.plans.curves import TextCurves, text_curves
 from analysis.progress import Progress, unheard
 from analysis.texts.excerpts import Excerpt
@@ -177,7 +177,7 @@ def study(
         raise TextError("There are no texts to study.")
     if len(given) > MOST_TEXTS:
         raise TextError(f"A study is of {MOST_TEXTS:,} texts at most, got {len(given):,}.")
-    weights = _digest_of_model(loaded)
+    weights = digest_of(loaded)
     done = written = _resumed(path, loaded.name, weights, given)
     due = 0.0
     try:
@@ -247,19 +247,6 @@ def _resumed(path: str | Path | None, model: str, weights: str, texts: tuple[Exc
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _digest_of_model(loaded: LoadedModel) -> str:
-    """Of every weight its name, dtype, shape and 64 of its numbers, and of the vocabulary all of it.
-
-    64 are enough to tell a model from any that was trained on; to read all of a large one would take as long as a text.
-    """
-    digest = hashlib.sha256(json.dumps(loaded.tokenizer.get_vocab(), sort_keys=True).encode())
-    for name, weight in loaded.model.state_dict().items():
-        flat = weight.detach().flatten()
-        some = flat[:: max(1, len(flat) // 64)].float().cpu().numpy()
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode() + some.tobytes())
-    return digest.hexdigest()
 
 
 def _with_curves(one: Study, curves: TextCurves) -> Study:

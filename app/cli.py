@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import Annotated
 
 import typer
 
@@ -17,12 +17,7 @@ from analysis.cli import options
 from analysis.cli.inputs import excerpts_of, loaded_model, texts_of
 from analysis.cli.output import shown, wrote
 from analysis.cli.program import Command, run
-from analysis.errors import RecordError, UserError
-
-if TYPE_CHECKING:
-    from analysis.plans.ablation import CausalCheck
-
-Read = TypeVar("Read")
+from analysis.errors import UserError
 
 
 def commands() -> typer.Typer:
@@ -58,37 +53,19 @@ def report(
     if len(runs) > 2 or len(study) > 2:
         raise UserError("A report is of one run or of two, and of two studies at most.")
     from analysis.captures import load_run
+    from analysis.plans.ablation import Ablation
     from analysis.plans.front import Front
-    from analysis.records import write_text
+    from analysis.records import load, write_text
     from analysis.studies import load_study
     from app import report as reports
 
     page = reports.report(
         [load_run(file) for file in runs],
         studies=[load_study(file) for file in study],
-        front=_read(front, Front.from_json),
-        causal=_read(ablation, _ablation_of),
+        front=load(Front, front) if front else None,
+        ablation=load(Ablation, ablation) if ablation else None,
     )
     wrote(write_text(page, to))
-
-
-def _ablation_of(text: str) -> CausalCheck:
-    from analysis.plans.ablation import CausalCheck  # waits for torch
-
-    return CausalCheck.from_json(text)
-
-
-def _read(file: Path | None, reader: Callable[[str], Read]) -> Read | None:
-    """What a file holds, or None without one; a mistake names the file."""
-    if file is None:
-        return None
-    from analysis.files import read_text
-
-    text = read_text(file)
-    try:
-        return reader(text)
-    except RecordError as error:
-        raise RecordError(f"{file}: {error}") from error
 
 
 def figures(

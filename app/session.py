@@ -102,7 +102,7 @@ UPLOADS = Slot("uploads", 0)  # the number of the uploader: another one is empty
 PASTED = Slot("pasted", "")
 EXCERPTS = Slot("continued", defaults.EXCERPTS)
 PROMPT_TOKENS = Slot("prompt_tokens", defaults.PROMPT_TOKENS)
-PREDICTED_TOKENS = Slot("predicted", 32)
+PREDICTED_TOKENS = Slot("predicted", defaults.NEW_TOKENS)
 
 # To be said once.
 REFUSED = Slot[tuple[str, ...]]("refused", ())  # files that could not be read, and why
@@ -140,7 +140,7 @@ def remembered(
     name = f"{work.__module__}.{work.__qualname__}"
 
     @wraps(work)
-    def ask(thing: Thing, *settings: Settings.args, **named: Settings.kwargs) -> Answer:
+    def ask(thing: Thing, /, *settings: Settings.args, **named: Settings.kwargs) -> Answer:
         kept = _OF_THE_DEMO if thing is demo_run() else _own_answers()
         of, answers = kept.get(name, (None, {}))
         if of is not thing:

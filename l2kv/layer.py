@@ -51,7 +51,7 @@ class CompressedLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, spec: CompressionSpec, layer_idx: int, filters: Tensor | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(**kwargs)  # type: ignore[no-untyped-call]  # theirs
         self.spec, self._layer_idx, self._filters = spec, layer_idx, filters
         self.reset()
 

@@ -54,9 +54,7 @@ def demo(
     from analysis.records import save
 
     with shown("prompt") as progress:
-        found = find_presets(
-            loaded, documents, tasks=not without_tasks, on_done=lambda done, total: progress(done, total, "prompts")
-        )
+        found = find_presets(loaded, documents, tasks=not without_tasks, progress=progress)
     folder = to or BUNDLED / found.model
     first = next(iter(bundled_texts().values()))
     text = next((preset.text for preset in found.presets if preset.name == ARTICLE), first)

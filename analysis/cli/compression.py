@@ -72,13 +72,13 @@ def skip(
 
 def _skip_by_ablation(file: Path, rule: dict[str, Any]) -> tuple[str, CompressionSpec, str]:
     """The model, the spec that was measured with its costliest layers skipped, and why."""
-    from analysis.files import read_text
-    from analysis.plans.ablation import CausalCheck, suggest_by_cost
+    from analysis.plans.ablation import Ablation, suggest_by_ablation
+    from analysis.records import load
 
-    check = CausalCheck.from_json(read_text(file))
-    suggestion = suggest_by_cost(check, **rule)
-    skipped = (*check.spec.skip_layers, *suggestion.layers)
-    return check.model, replace(check.spec, skip_layers=skipped), suggestion.rule
+    ablation = load(Ablation, file)
+    suggestion = suggest_by_ablation(ablation, **rule)
+    skipped = (*ablation.spec.skip_layers, *suggestion.layers)
+    return ablation.model, replace(ablation.spec, skip_layers=skipped), suggestion.rule
 
 
 def _skip_by_alr(files: list[Path], policy: str, rule: dict[str, Any]) -> tuple[str, SkipSuggestion]:
@@ -103,7 +103,7 @@ def plan(
     texts: options.Texts,
     model: options.Model = defaults.MODEL,
     keep_ratio: options.KeepRatio = defaults.KEEP_RATIO,
-    strategy: options.Strategy = "plan by head",
+    strategy: options.Strategy = "by_head",
     protect_last: options.ProtectLast = defaults.RECENT_WINDOW,
     excerpts: options.Excerpts = defaults.EXCERPTS,
     prompt_tokens: options.PromptTokens = defaults.PROMPT_TOKENS,
@@ -116,37 +116,29 @@ def plan(
     documents = texts_of(texts)
     loaded = loaded_model(model, device)
     from analysis import recorder
-    from analysis.evaluation.run import prompt_of
+    from analysis.evaluation.lm import LmSettings, prompt_of
     from analysis.models.memory import DTYPES, human_bytes
-    from analysis.plans.ablation import weighed_by_cost
+    from analysis.plans import strategies
+    from analysis.plans.ablation import with_head_costs
     from analysis.plans.curves import loss_curves, slim
-    from analysis.plans.strategies import WAYS
-    from analysis.texts.excerpts import SPARE
 
-    chosen = WAYS[strategy]
-    tokens = prompt_tokens + (new_tokens + SPARE) * chosen.needs_costs
+    chosen, settings = strategies.STRATEGIES[strategy], LmSettings(prompt_tokens, new_tokens)
+    tokens = settings.n_tokens if chosen.needs_costs else prompt_tokens
     given = excerpts_of(loaded, documents, n_tokens=tokens, at_most=excerpts)
     with shown("step") as progress:
         runs = []
         for i, excerpt in enumerate(given):
-            prompt = prompt_of(loaded, excerpt.text, prompt_tokens) if chosen.needs_costs else excerpt.text
+            prompt = prompt_of(loaded.tokenizer, excerpt.text, prompt_tokens) if chosen.needs_costs else excerpt.text
             runs.append(slim(recorder.capture(loaded, prompt, last_queries=0)))
             progress(i + 1, len(given), "texts")
         curves = loss_curves(*runs, protect_last=protect_last, documents=[excerpt.document for excerpt in given])
         if chosen.needs_costs:
-            curves = weighed_by_cost(
-                curves,
-                loaded,
-                [excerpt.text for excerpt in given],
-                prompt_tokens=prompt_tokens,
-                new_tokens=new_tokens,
-                on_done=lambda done, total: progress(done, total, "passes"),
-            )
-    spec = chosen.make(curves, keep_ratio)
+            curves = with_head_costs(curves, loaded, given, settings=settings, progress=progress)
+    made = strategies.plan(curves, keep_ratio, strategy)
+    spec = made.to_spec()
     shape = replace(runs[0].cache_shape, itemsize=DTYPES.get(loaded.stored, 2))
     full, kept = shape.nbytes(4096), shape.nbytes(4096, spec)
-    uniform = replace(spec, keep_ratio=keep_ratio, budget=None, layer_ratios=None, head_ratios=None, skip_layers=())
-    losses = {"expected_loss": curves.loss_of(spec), "uniform_loss": curves.loss_of(uniform)}
+    losses = {"expected_loss": made.expected_loss, "uniform_loss": made.uniform_loss, "bound": made.bound}
     note = f"{strategy}, keep ratio {keep_ratio:g}, planned on {len(runs)} texts"
     heads = range(shape.n_kv_heads)
     tell(
@@ -163,8 +155,9 @@ def plan(
         ],
         json=json,
         title=f"{loaded.name}: {note} of {min(r.n_tokens for r in runs)} to {max(r.n_tokens for r in runs)} tokens",
-        answer=f"attention expected to be lost: {losses['expected_loss']:.4f}, with one keep ratio for all "
-        f"{losses['uniform_loss']:.4f}, on the texts that it was planned on: `front` measures on others\n"
+        answer=f"attention expected to be lost: {made.expected_loss:.4f}, with one keep ratio for all "
+        f"{made.uniform_loss:.4f}, by no allocation to heads less than {made.bound:.4f}, on the texts that it was "
+        "planned on: `front` measures on others\n"
         f"at 4096 tokens {human_bytes(kept)} instead of {human_bytes(full)}: {1 - kept / full:.0%} saved",
         model=loaded.name,
         strategy=strategy,
@@ -272,8 +265,10 @@ def generate(
     if new_tokens < 1:
         raise UserError(f"--new-tokens must be 1 or more, got {new_tokens}")
     loaded = loaded_model(model, device)
-    from analysis.evaluation.run import nll_changes
-    from analysis.evaluation.tasks import chat_text
+    from analysis.evaluation.lm import LmSettings
+    from analysis.evaluation.prompts import chat_text
+    from analysis.evaluation.results import FULL
+    from analysis.evaluation.run import evaluate
     from analysis.models.memory import human_bytes
     from analysis.preview import stream
     from analysis.texts.tokens import tokenize
@@ -295,8 +290,9 @@ def generate(
     prompt = len(tokenize(loaded.tokenizer, read))
     change = None
     if (new := len(tokenize(loaded.tokenizer, read + full.text)) - prompt) > 0:
-        (measured,) = nll_changes(loaded, [read + full.text], {"": spec}, prompt_tokens=prompt, new_tokens=new)
-        change = measured.mean
+        whole, settings = [("text", read + full.text)], LmSettings(prompt, new)
+        measured = evaluate(loaded, "lm", {FULL: None, "compressed": spec}, texts=whole, settings=settings)
+        change = float(measured.change("compressed")[0])
     tell(
         {},
         [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ from analysis.cli import options
 from analysis.cli.inputs import excerpts_of, loaded_model, tell_notes, texts_of
 from analysis.cli.options import out, spec_of
 from analysis.cli.output import shown, tell, wrote
+from analysis.errors import UserError
 
 
 def ablation(
@@ -33,24 +35,16 @@ def ablation(
     """Compress each layer alone, and measure the NLL change. It is told beside the layer's ALR."""
     documents = texts_of(texts)
     loaded = loaded_model(model, device)
-    from analysis.plans.ablation import causal_check
-    from analysis.records import write_text
-    from analysis.texts.excerpts import SPARE
+    from analysis.evaluation.lm import LmSettings
+    from analysis.plans.ablation import ablate_layers
+    from analysis.records import save
 
     spec = spec_of(None, keep_ratio, policy, skip_layers, protect_last, config=loaded.config)
-    tokens = prompt_tokens + new_tokens + SPARE
-    given = excerpts_of(loaded, documents, n_tokens=tokens, at_most=excerpts)
+    settings = LmSettings(prompt_tokens, new_tokens)
+    given = excerpts_of(loaded, documents, n_tokens=settings.n_tokens, at_most=excerpts)
     with shown("pass") as progress:
-        found = causal_check(
-            loaded,
-            [excerpt.text for excerpt in given],
-            spec,
-            prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
-            documents=[excerpt.document for excerpt in given],
-            on_done=lambda done, total: progress(done, total, "passes"),
-        )
-    wrote(write_text(found.to_json(), to))
+        found = ablate_layers(loaded, given, spec, settings=settings, progress=progress)
+    wrote(save(found, to))
     tell(
         {"layer": "d", "normalised_alr": ".2f", "alr": ".2f", "nll_change": "+.4f"},
         [
@@ -60,7 +54,9 @@ def ablation(
                 "alr": float(alr.mean()),
                 "nll_change": float(nll.mean()),
             }
-            for layer, loss, alr, nll in zip(found.layers, found.loss, found.paper, found.nll_change, strict=True)
+            for layer, loss, alr, nll in zip(
+                found.layers, found.normalised_alr, found.alr, found.nll_change, strict=True
+            )
         ],
         json=json,
         title=f"{found.model}: NLL change in nats/token when only this layer is compressed",
@@ -79,6 +75,7 @@ def front(
         typer.Option(parser=Path, help="A file to plan on, in place of a part of TEXTS; again for more files."),
     ] = [],  # noqa: B006
     keep_ratios: options.KeepRatios = defaults.KEEP_RATIOS,
+    strategies: options.Strategies = (),
     protect_last: options.ProtectLast = defaults.RECENT_WINDOW,
     excerpts: options.Excerpts = defaults.EXCERPTS,
     prompt_tokens: options.PromptTokens = defaults.PROMPT_TOKENS,
@@ -89,11 +86,14 @@ def front(
     """Compare allocation strategies at several budgets. On texts that they were not planned on: a Pareto front."""
     documents, planned = texts_of(texts), texts_of(plan_texts) if plan_texts else None
     loaded = loaded_model(model, device)
+    from analysis.evaluation.lm import LmSettings
     from analysis.plans.front import measure_front
-    from analysis.records import write_text
-    from analysis.texts.excerpts import SPARE, SPLIT, planning_and_measuring
+    from analysis.plans.strategies import title_of
+    from analysis.records import save
+    from analysis.texts.excerpts import SPLIT, planning_and_measuring
 
-    tokens = prompt_tokens + new_tokens + SPARE
+    settings = LmSettings(prompt_tokens, new_tokens)
+    tokens = settings.n_tokens
     if planned:
         planning = excerpts_of(loaded, planned, n_tokens=tokens, at_most=excerpts)
         measuring = excerpts_of(loaded, documents, n_tokens=tokens, at_most=excerpts)
@@ -105,17 +105,17 @@ def front(
             loaded,
             planning,
             measuring,
-            keeps=keep_ratios,
-            prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
+            keep_ratios=keep_ratios,
+            strategies=strategies or None,
+            settings=settings,
             protect_last=protect_last,
-            on_done=lambda done, total: progress(done, total, "passes"),
+            progress=progress,
         )
-    wrote(write_text(found.to_json(), to))
+    wrote(save(found, to))
     agreement = ", ".join(f"{value:+.2f} at keep ratio {keep:g}" for keep, value in found.agreement().items())
     comparisons = [
-        f"keep ratio {one.plan.keep:g}: {one.plan.line} against {one.uniform.line}: {one.less.value:+.3f} "
-        f"[{one.less.low:+.3f}, {one.less.high:+.3f}], {one.verdict}"
+        f"keep ratio {one.plan.keep_ratio:g}: {title_of(one.plan.strategy)} against {title_of(one.uniform.strategy)}: "
+        f"{one.less.value:+.3f} [{one.less.low:+.3f}, {one.less.high:+.3f}], {one.verdict}"
         for one in found.comparisons()
     ]
     tell(
@@ -130,7 +130,7 @@ def front(
         [
             {
                 "strategy": name,
-                "keep_ratio": point.keep,
+                "keep_ratio": point.keep_ratio,
                 "MiB": point.nbytes / 2**20,
                 "nll_change": found.interval(point),
                 "planned_loss": point.planned_loss if point.planned_loss >= 0 else None,
@@ -156,88 +156,95 @@ def front(
     )
 
 
-def _tasks() -> dict[str, Any]:
-    return {"passkey": _passkey}
-
-
 def evaluate(
-    task: Annotated[
-        str, typer.Argument(parser=options.Named(_tasks, "task"), help="The task to solve with each cache.")
-    ],
+    task: Annotated[str, typer.Argument(parser=options.TASKS, help="What is solved with each cache.")],
+    texts: Annotated[
+        list[Path],
+        typer.Argument(parser=Path, metavar="TEXTS", help="Text files, or folders of them, where the task needs any."),
+    ] = [],  # noqa: B006
     model: options.Model = defaults.MODEL,
     keep_ratios: options.KeepRatios = (0.5, 0.25),
     policies: options.Policies = ("low_norm", "high_norm", "random", "streaming", "keydiff"),
     skip_layers: options.SkipLayers = "0,1",
     protect_last: options.ProtectLast = defaults.RECENT_WINDOW,
-    lengths: options.Lengths = (400, 1000, 2000),
+    excerpts: options.Excerpts = defaults.EXCERPTS,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(help="Of `lm`: tokens of each excerpt that are compressed.")
+    ] = None,
+    new_tokens: Annotated[int | None, typer.Option(help="Of `lm`: tokens after them that are predicted.")] = None,
+    lengths: Annotated[
+        Sequence[int] | None,
+        typer.Option(parser=options.Listed(int), metavar="LIST", help="Of `passkey`: tokens of the prompts."),
+    ] = None,
     depths: Annotated[
-        Sequence[float],
-        typer.Option(parser=options.Listed(float), metavar="LIST", help="Where in the prompt the passkey is, 0 to 1."),
-    ] = (0.1, 0.3, 0.5, 0.7, 0.9),
-    keys: Annotated[int, typer.Option(help="Passkeys at each length and depth.")] = 4,
+        Sequence[float] | None,
+        typer.Option(
+            parser=options.Listed(float), metavar="LIST", help="Of `passkey`: where the key is told, from 0 to 1."
+        ),
+    ] = None,
+    keys: Annotated[int | None, typer.Option(help="Of `passkey`: keys at each length and depth.")] = None,
     device: options.Device = None,
-    to: Annotated[Path | None, out("passkey.json")] = None,
+    to: Annotated[Path | None, out("results.json")] = None,
     json: options.Json = False,
 ) -> None:
     """Solve a task with the full cache and with compressed ones."""
+    from analysis.evaluation.tasks import TASKS
+
+    given = {
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "lengths": lengths,
+        "depths": depths,
+        "keys": keys,
+    }
+    settings = _settings(
+        task, TASKS[task].settings, {name: value for name, value in given.items() if value is not None}
+    )
+    documents = texts_of(texts) if TASKS[task].needs_texts else {}
     loaded = loaded_model(model, device)
-    methods = {"full cache": None} | {
+    from analysis.evaluation.results import FULL
+    from analysis.evaluation.run import evaluate as run_task
+    from analysis.records import save
+
+    methods = {FULL: None} | {
         f"{policy} {keep_ratio:g}": spec_of(None, keep_ratio, policy, skip_layers, protect_last, config=loaded.config)
         for keep_ratio in keep_ratios
         for policy in policies
     }
-    _tasks()[task](loaded, methods, lengths, depths, keys, to, json)
-
-
-def _passkey(
-    loaded: Any,
-    methods: dict[str, Any],
-    lengths: Sequence[int],
-    depths: Sequence[float],
-    keys: int,
-    to: Path | None,
-    json: bool,
-) -> None:
-    """Say a number that was told in a long text, exactly; the question comes after compression."""
-    from scipy.stats import binomtest
-
-    from analysis.evaluation.run import passkey_grid, passkeys
-    from analysis.records import json_text, write_text
-    from analysis.statistics import Interval
-
-    with shown("answer") as progress:
-        scores = passkey_grid(
-            loaded,
-            methods,
-            lengths=lengths,
-            depths=depths,
-            keys=passkeys(keys),
-            on_done=lambda done, total: progress(done, total, "answers"),
-        )
-    rows = []
-    for method in methods:
-        for length in sorted(set(lengths)):
-            here = [score for score in scores if (score.spec, score.n_tokens) == (method, length)]
-            found, trials = sum(score.found for score in here), sum(score.trials for score in here)
-            ends = binomtest(found, trials).proportion_ci(method="wilson")
-            share = Interval(found / trials, ends.low, ends.high)
-            rows.append({"method": method, "tokens": length, "found": found, "of": trials, "share": share})
-            if method == "full cache" and not found:
-                print(f"note: of {length} tokens the full cache finds none, so the rest says nothing.", file=sys.stderr)
-    for length in sorted(set(lengths)):
-        if length > loaded.positions:
-            print(
-                f"note: {loaded.name} was trained on {loaded.positions:,} tokens at once; {length:,} are more.",
-                file=sys.stderr,
-            )
-    about = {"model": loaded.name, "specs": methods, "scores": scores}
+    cut = excerpts_of(loaded, documents, n_tokens=settings.n_tokens, at_most=excerpts) if documents else ()
+    with shown("sample") as progress:
+        results = run_task(loaded, task, methods, texts=cut, settings=settings, progress=progress)
+    rows = results.summary()
+    if TASKS[task].higher_is_better:
+        for row in rows:
+            if row["method"] == FULL and not row["score"].value:
+                print(f"note: the full cache scores 0 where {_place(row)}, so the rest says nothing.", file=sys.stderr)
     tell(
-        {"method": "", "tokens": "d", "found": "d", "of": "d", "share": ".0%"},
+        {name: _FORMS.get(name, "g") for name in rows[0]},
         rows,
         json=json,
-        title=f"{loaded.name}: passkeys found, with 95 % Wilson intervals; {len(depths)} depths, {keys} keys each; the "
-        "question comes after compression",
-        **about,
+        title=f"{loaded.name}: {TASKS[task].title}, score in {TASKS[task].unit} with 95 % intervals; "
+        + ", ".join(f"{name} {value}" for name, value in results.settings.items()),
+        model=loaded.name,
+        task=task,
+        settings=results.settings,
+        specs=methods,
     )
     if to:
-        wrote(write_text(json_text(about), to))
+        wrote(save(results, to))
+
+
+_FORMS = {"method": "", "samples": "d", "MiB": ".2f", "score": ".3f", "change": "+.3f"}
+
+
+def _settings(task: str, kind: type, given: dict[str, Any]) -> Any:
+    """The settings of a task, as far as they were given. Raises UserError for those that it does not have."""
+    known, given = [field.name for field in fields(kind)], {n: value for n, value in given.items() if value is not None}
+    if foreign := [name for name in given if name not in known]:
+        shown_names = ", ".join(f"--{name.replace('_', '-')}" for name in foreign)
+        raise UserError(f"The task {task} has no {shown_names}.")
+    return kind(**given)
+
+
+def _place(row: dict[str, Any]) -> str:
+    return ", ".join(f"{name} is {value:g}" for name, value in row.items() if name not in _FORMS) or "it was asked"

@@ -81,7 +81,8 @@ def _entries(module: str, name: str) -> Callable[[], Mapping[str, Any]]:
 POLICIES = Named(_entries("l2kv.policies", "POLICIES"), "policy")
 METRICS = Named(_entries("analysis.metrics", "METRICS"), "metric")
 PROBES = Named(_entries("analysis.metrics", "PROBES"), "probe")
-STRATEGIES = Named(_entries("analysis.plans.strategies", "WAYS"), "strategy")
+STRATEGIES = Named(_entries("analysis.plans.strategies", "STRATEGIES"), "strategy")
+TASKS = Named(_entries("analysis.evaluation.tasks", "TASKS"), "task")
 FIGURES = Named(_entries("analysis.paper.figures", "FIGURES"), "figure")
 
 # Of texts and models. What a parser takes is not checked to be UTF-8: names of files need not be.
@@ -115,6 +116,9 @@ PlanFile = Annotated[
 # Of what is told.
 Probe = Annotated[str, typer.Option(parser=PROBES, help="Whose attention.")]
 Metric = Annotated[str | None, typer.Option(parser=METRICS, help="A metric to tell of each layer.")]
+Strategies = Annotated[
+    Sequence[str], typer.Option(parser=Listed(STRATEGIES), metavar="LIST", help="Which; by default all of them.")
+]
 Strategy = Annotated[str, typer.Option(parser=STRATEGIES, help="How the budget is allocated to layers and heads.")]
 Lengths = Annotated[
     Sequence[int], typer.Option(parser=Listed(int), metavar="LIST", help="Numbers of tokens: 400,1000.")

@@ -6,6 +6,7 @@ import codecs
 import os
 import sys
 from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 from typing import Any, TextIO
 
 import typer
@@ -78,7 +79,7 @@ def any_encoding(*streams: TextIO | None) -> None:
     """
     codecs.register_error("l2kv", _in_other_letters)
     for stream in streams:
-        if hasattr(stream, "reconfigure"):  # None where there is no console, and anything in a test
+        if isinstance(stream, TextIOWrapper):  # None where there is no console, and anything in a test
             stream.reconfigure(errors="l2kv")
 
 

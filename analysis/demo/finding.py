@@ -23,8 +23,12 @@ from itertools import chain, islice, zip_longest
 from analysis.demo.presets import FoundPresets, Preset
 from analysis.demo.questions import NotFoundError, find_task_presets
 from analysis.errors import TextError
-from analysis.evaluation.run import OnDone, continuation_nll, ignore, nll_changes
+from analysis.evaluation.lm import LmSettings, lm_sample
+from analysis.evaluation.run import measure
+from analysis.evaluation.task import Sample
 from analysis.models.load import LoadedModel
+from analysis.progress import Progress, unheard
+from analysis.texts.excerpts import Excerpt
 from analysis.texts.tokens import Passage, passages
 from l2kv import CompressionSpec
 
@@ -60,7 +64,7 @@ def find_presets(
     *,
     criteria: Criteria | None = None,
     tasks: bool = True,
-    on_done: OnDone = ignore,
+    progress: Progress = unheard,
 ) -> FoundPresets:
     """Search for presets with a task and an article, or in a model without tasks for a calm and a breaking passage.
 
@@ -69,17 +73,17 @@ def find_presets(
         texts: by name.
         criteria: other than the usual ones.
         tasks: whether the model is to solve those of `analysis.demo.questions`. A small one cannot.
-        on_done: called as (candidates measured, candidates), for each search.
+        progress: counts answers, or passages by each compression.
 
     Raises:
         NotFoundError: nothing meets one of the criteria.
-        TextError, ModelError, OutOfMemoryError: as `continuation_nll`.
+        TextError, ModelError, OutOfMemoryError: as `measure`.
     """
     criteria = criteria or Criteria()
     if tasks:
-        found = (*find_task_presets(loaded, on_done=on_done), _article(loaded, texts, criteria))
+        found = (*find_task_presets(loaded, progress=progress), _article(loaded, texts, criteria))
     else:
-        measured = _measure(loaded, _candidates(loaded, texts, criteria), criteria, on_done)
+        measured = _measure(loaded, _candidates(loaded, texts, criteria), criteria, progress)
         found = (_calm(loaded.name, measured, criteria), _breaks(loaded.name, measured, criteria))
     return FoundPresets(loaded.name, found)
 
@@ -124,37 +128,29 @@ def _passages(loaded: LoadedModel, name: str, text: str, length: int, following:
 
 
 def _measure(
-    loaded: LoadedModel, candidates: Sequence[tuple[str, Passage]], criteria: Criteria, on_done: OnDone
+    loaded: LoadedModel, candidates: Sequence[tuple[str, Passage]], criteria: Criteria, progress: Progress
 ) -> list[_Measured]:
-    measured = []
-    for source, passage in candidates:
-        full, calm, breaks = (
-            continuation_nll(
-                loaded,
-                passage.prompt + passage.following,
-                spec,
-                prompt_tokens=passage.prompt_tokens,
-                new_tokens=criteria.new_tokens,
-            )
-            for spec in (None, CALM_SPEC, BREAKS_SPEC)
-        )
-        measured.append(_Measured(source, passage.prompt, passage.prompt_tokens, full, calm, breaks))
-        on_done(len(measured), len(candidates))
-    return measured
+    samples = [_sample(loaded, str(i), passage, criteria) for i, (_, passage) in enumerate(candidates)]
+    methods = {"full": None, "calm": CALM_SPEC, "breaks": BREAKS_SPEC}
+    nll = {(row.sample, row.method): row.score for row in measure(loaded, samples, methods, progress=progress)}
+    return [
+        _Measured(source, passage.prompt, passage.prompt_tokens, **{name: nll[str(i), name] for name in methods})
+        for i, (source, passage) in enumerate(candidates)
+    ]
+
+
+def _sample(loaded: LoadedModel, name: str, passage: Passage, criteria: Criteria) -> Sample:
+    text = Excerpt(name, passage.prompt + passage.following)
+    return lm_sample(loaded.tokenizer, text, LmSettings(passage.prompt_tokens, criteria.new_tokens))
 
 
 def _article(loaded: LoadedModel, texts: Mapping[str, str], criteria: Criteria) -> Preset:
     """The first long passage, and what half the cache by three policies changes in it."""
     one = replace(criteria, lengths=(criteria.article,), most=1)
     ((source, passage),) = _candidates(loaded, texts, one)
-    changes = nll_changes(
-        loaded,
-        [passage.prompt + passage.following],
-        {policy.replace("_", " "): replace(CALM_SPEC, policy=policy) for policy in ("low_norm", "random", "keydiff")},
-        prompt_tokens=passage.prompt_tokens,
-        new_tokens=criteria.new_tokens,
-    )
-    told = ", ".join(f"{change.mean:+.3f} by {change.spec}" for change in changes)
+    compressed = {name.replace("_", " "): replace(CALM_SPEC, policy=name) for name in ("low_norm", "random", "keydiff")}
+    full, *rows = measure(loaded, [_sample(loaded, source, passage, criteria)], {"full": None, **compressed})
+    told = ", ".join(f"{row.score - full.score:+.3f} by {row.method}" for row in rows)
     why = (
         f"A long text: {passage.prompt_tokens} tokens of {source}, the first passage of {criteria.article} tokens or "
         f"more. The mean NLL of the {criteria.new_tokens} tokens after it changes by {told} (nats/token; half the "

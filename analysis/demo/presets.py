@@ -18,17 +18,10 @@ RESULT_FILES = {
     "demo": "demo.safetensors",
     "study": "study.safetensors",
     "front": "front.json",
-    "causal": "causal.json",
+    "ablation": "causal.json",
     "presets": "presets.json",
 }
 _TEXTS = BUNDLED / "texts"
-
-PASSKEY_TASK = (
-    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
-    "I will quiz you about the important information there."
-)
-PASSKEY_FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-PASSKEY_QUESTION = "What is the pass key? The pass key is"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +53,7 @@ class BundledResults:
     demo: Path | None = None  # a run
     study: Path | None = None
     front: Path | None = None
-    causal: Path | None = None
+    ablation: Path | None = None
     presets: Path | None = None
 
 
@@ -104,24 +97,6 @@ def bundled_texts() -> Mapping[str, str]:
         "Anne of Avonlea (L. M. Montgomery, 1909)": _read("anne.txt"),
         "The Tomb of Keats (Oscar Wilde, 1877)": _read("keats.txt"),
     }
-
-
-def passkey(key: int, *, before: int, after: int) -> str:
-    """The paper's passkey prompt, with its filler repeated `before` and `after` times; what follows should be `key`."""
-    return " ".join(
-        [
-            PASSKEY_TASK,
-            *[PASSKEY_FILLER] * before,
-            passkey_sentence(key),
-            *[PASSKEY_FILLER] * after,
-            PASSKEY_QUESTION,
-        ]
-    )
-
-
-def passkey_sentence(key: int) -> str:
-    """What is hidden in the filler."""
-    return f"The pass key is {key}. Remember it. {key} is the pass key."
 
 
 def _read(name: str) -> str:

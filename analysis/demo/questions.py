@@ -8,31 +8,41 @@ the ratio. Each is asked as the page Generate does it: the question is in the pr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from analysis.demo.presets import Preset
 from analysis.errors import UserError
-from analysis.evaluation.run import OnDone, ignore, passkey_text, passkeys
-from analysis.evaluation.tasks import can_chat, decided, found
+from analysis.evaluation.passkey import passkey_text, passkeys
+from analysis.evaluation.prompts import can_chat, decided, found, prompt_tokens
+from analysis.evaluation.run import measure
+from analysis.evaluation.task import Sample, Scoring
 from analysis.models.load import BUNDLED, LoadedModel
-from analysis.preview import stream
+from analysis.progress import Progress, unheard
 from l2kv import CompressionSpec
 
 HALF = CompressionSpec(keep_ratio=0.5, skip_layers=(0, 1), protect_last=32)
 """Half the cache by low norm, as the paper's retrieval tasks have it: layers 0 and 1 skipped."""
 QUARTER = replace(HALF, keep_ratio=0.25)
+SCORING = Scoring(
+    lambda sample, text: float(found(sample.answer, text)), lambda sample, text: decided(sample.answer, text)
+)
+"""Answers are scored as `evaluation.prompts.found` says."""
 _FULL = {"the full cache": None}
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A prompt, and what should be generated after it (see `tasks.found`)."""
+    """A prompt, and what should be generated after it."""
 
     prompt: str
     answer: str
     chat: bool = False
+
+    def sample(self, loaded: LoadedModel, name: str, *, new_tokens: int) -> Sample:
+        """The question as the page Generate asks it: all of the prompt but its last token is compressed."""
+        ids = prompt_tokens(loaded.tokenizer, self.prompt, chat=self.chat).ids
+        return Sample(name, ids[:-1], ids[-1:], answer=self.answer, new_tokens=new_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +69,13 @@ class NotFoundError(UserError):
 
 
 def find_task_presets(
-    loaded: LoadedModel, searches: Sequence[Search] | None = None, *, on_done: OnDone = ignore
+    loaded: LoadedModel, searches: Sequence[Search] | None = None, *, progress: Progress = unheard
 ) -> tuple[Preset, ...]:
     """One preset for each search.
 
     Args:
         searches: `SEARCHES`, if not given; those that need a chat template are left out where there is none.
-        on_done: called as (candidates asked, candidates), for each search.
+        progress: counts answers, for each search.
 
     Raises:
         NotFoundError: nothing meets the criterion of a search, the full cache being part of each.
@@ -75,37 +85,21 @@ def find_task_presets(
     for search in SEARCHES if searches is None else searches:
         questions = [q for q in search.candidates(loaded) if not q.chat or can_chat(loaded.tokenizer)]
         if questions:
-            presets.append(_first(loaded, search, questions, on_done))
+            presets.append(_first(loaded, search, questions, progress))
     return tuple(presets)
 
 
-def answers(loaded: LoadedModel, question: Question, spec: CompressionSpec | None, *, new_tokens: int = 12) -> bool:
-    """Whether a cache finds the answer. Raises as `stream`."""
-    steps = stream(loaded, question.prompt, [spec], max_new_tokens=new_tokens, chat=question.chat)
-    with closing(steps):
-        for (step,) in steps:
-            if decided(question.answer, step.text):
-                break
-    return found(question.answer, step.text)
-
-
-def _first(loaded: LoadedModel, search: Search, questions: Sequence[Question], on_done: OnDone) -> Preset:
-    wanted = {name: True for name in search.found_by} | {name: False for name in search.lost_by}
-    specs = {**search.found_by, **search.lost_by}
-    meeting, right = [], dict.fromkeys(wanted, 0)
-    for done, question in enumerate(questions, 1):
-        met = True
-        for name, spec in specs.items():
-            ok = answers(loaded, question, spec, new_tokens=search.new_tokens) is wanted[name]
-            right[name] += ok
-            met &= ok
-        if met:
-            meeting.append(question)
-        on_done(done, len(questions))
+def _first(loaded: LoadedModel, search: Search, questions: Sequence[Question], progress: Progress) -> Preset:
+    methods = {**search.found_by, **search.lost_by}
+    samples = [question.sample(loaded, str(i), new_tokens=search.new_tokens) for i, question in enumerate(questions)]
+    rows = measure(loaded, samples, methods, scoring=SCORING, progress=progress)
+    right = {(row.method, row.sample) for row in rows if bool(row.score) is (row.method in search.found_by)}
+    meeting = [q for i, q in enumerate(questions) if all((name, str(i)) in right for name in methods)]
     if not meeting:
         told = "; ".join(
-            f"{name} {'finds' if wanted[name] else 'loses'} it in {count} of {len(questions)}"
-            for name, count in right.items()
+            f"{name} {'finds' if name in search.found_by else 'loses'} it in "
+            f"{sum(method == name for method, _ in right)} of {len(questions)}"
+            for name in methods
         )
         raise NotFoundError(
             f"None of {len(questions)} prompts meets the criterion of “{search.name}” in {loaded.name}: {told}. For a "

@@ -13,7 +13,7 @@ from analysis.errors import RecordError, SettingsError
 from analysis.evaluation.examples import Example
 from analysis.evaluation.longbench import LONGBENCH
 from analysis.evaluation.ruler import RULER
-from analysis.evaluation.scoring import SCORERS
+from analysis.evaluation.scoring import SCORERS, check_scorable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,13 +76,10 @@ def _example(where: str, number: int, row: Mapping[Hashable, Any], scorer: str |
     if wrong := next((name for name, value in texts.items() if not isinstance(value, str)), None):
         raise RecordError(f"{where}: `{wrong}` must be text, got {texts[wrong]!r:.60}.")
     task, answers = str(row["task"]), _texts(where, "answers", row["answers"])
-    if not answers:
-        raise RecordError(f"{where}: `answers` must hold at least one, got none.")
     name = scorer or scorer_of(task)
     if name is None:
         raise SettingsError(f"{where}: no scorer is known for the task {task!r}. Name one of {', '.join(SCORERS)}.")
-    SCORERS.find(name)
-    return Example(
+    example = Example(
         f"{task} {number}",
         task,
         row["context"],
@@ -93,6 +90,7 @@ def _example(where: str, number: int, row: Mapping[Hashable, Any], scorer: str |
         name,
         _texts(where, "all_classes", row.get("all_classes")),
     )
+    return check_scorable(example, where)
 
 
 def _texts(where: str, name: str, cell: Any) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ import msgspec
 
 from analysis.errors import RecordError
 from analysis.evaluation.examples import Example, count_tokens, fill, read_items
+from analysis.evaluation.scoring import check_scorable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -112,10 +113,6 @@ def _of_line(where: str, number: int, line: _Line) -> tuple[str, Example]:
             "by words that a segmenter must find, and there is none here."
         )
     put = LONGBENCH[task]
-    if not line.answers:
-        raise RecordError(f"{where}: `answers` must hold at least one, got none.")
-    if put.scorer == "classification" and not line.all_classes:
-        raise RecordError(f"{where}: `all_classes` must hold the classes of {task}, got none.")
     example = Example(
         f"{task} {line.id or number}",
         task,
@@ -128,7 +125,7 @@ def _of_line(where: str, number: int, line: _Line) -> tuple[str, Example]:
         tuple(line.all_classes or ()),
         {"language": line.language, "words": line.length},
     )
-    return put.before, example
+    return put.before, check_scorable(example, where)
 
 
 def _of_choice(item: _Choice, begun: bool) -> Example:

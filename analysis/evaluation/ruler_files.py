@@ -9,6 +9,7 @@ import msgspec
 from analysis.errors import RecordError
 from analysis.evaluation.examples import Example, read_items
 from analysis.evaluation.ruler import RULER, Asked, Prompt, Questions, example_of
+from analysis.evaluation.scoring import check_scorable
 from analysis.texts.read import read_text
 
 
@@ -84,8 +85,6 @@ class _SquadFile(msgspec.Struct):
 def _read_line(path: Path, task: str, number: int, line: _Line) -> Example:
     entry = RULER.find(task)
     where = f"{path}, example {number}"
-    if not line.outputs or not all(output.strip() for output in line.outputs):
-        raise RecordError(f"{where}: `outputs` must hold the right answers, got {line.outputs}.")
     begins = [match.start() for match in entry.question.finditer(line.input)]
     if not begins:
         raise RecordError(f"{where}: `input` holds no question of {task} ({entry.question.pattern!r}). Name its task.")
@@ -95,7 +94,8 @@ def _read_line(path: Path, task: str, number: int, line: _Line) -> Example:
         if answer is None:
             raise RecordError(f"{where}: there is no `answer_prefix`, nor does `input` end with one of {task}.")
         question, prefix = question[: answer.start()], question[answer.start() :]
-    return example_of(f"{task} {path.stem} {number}", task, Prompt(context, question, prefix, line.outputs), {})
+    example = example_of(f"{task} {path.stem} {number}", task, Prompt(context, question, prefix, line.outputs), {})
+    return check_scorable(example, where)
 
 
 def _squad(read: _SquadFile) -> Questions:

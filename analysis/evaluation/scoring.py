@@ -13,11 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
-from analysis.errors import SettingsError
+from analysis.errors import RecordError, SettingsError
 from analysis.evaluation.examples import Example
 from l2kv.registry import Registry
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PARAGRAPH = re.compile(r"Paragraph (\d+)")
 _CHOICE = re.compile(r"The correct answer is \(([A-D])\)")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -30,6 +31,29 @@ def score(example: Example, text: str) -> float:
 def decided(example: Example, text: str) -> bool:
     """Whether the score of an answer that is being generated stays as it is, however the answer goes on."""
     return SCORERS.find(example.scorer).decided(text, example)
+
+
+def check_scorable(example: Example, where: str) -> Example:
+    """Return an example that came from a file, if its answers are such as its scorer takes.
+
+    Raises:
+        RecordError: they are not; says where, and why.
+        SettingsError: there is no such scorer.
+    """
+    SCORERS.find(example.scorer)
+    answers, scorer = example.references, example.scorer
+    wrong = {
+        "it has no right answer": not answers,
+        "a right answer is empty": scorer.startswith("string_match") and not all(map(str.strip, answers)),
+        "it has no classes to choose from": scorer == "classification" and not example.all_classes,
+        'a right answer names no paragraph, as "Paragraph 3" does': (
+            scorer == "retrieval" and not all(map(_PARAGRAPH.search, answers))
+        ),
+    }
+    for reason, applies in wrong.items():
+        if applies:
+            raise RecordError(f"{where}: {reason}, got {list(answers)}. The task {example.task} cannot be scored.")
+    return example
 
 
 def string_match_all(text: str, references: tuple[str, ...]) -> float:
@@ -53,12 +77,12 @@ def token_f1(text: str, reference: str) -> float:
 
 
 def rouge_l(text: str, reference: str) -> float:
-    """ROUGE-L as LongBench has it, from the package `rouge`: F1 of different words, of which the shared ones are those
-    in a longest common subsequence of a sentence of either text.
+    """F1 of the words that two texts share in order: ROUGE-L as LongBench has it, from the package `rouge`.
 
-    Case counts, sentences end at every ".", and a word counts once however often it stands. The package `rouge-score`
-    counts every word, in one subsequence of the whole texts, without case and punctuation. Of one sentence of
-    different lower-case words both say the same.
+    Shared are the words in a longest common subsequence of a sentence of the one and a sentence of the other. Sentences
+    end at every ".", case counts, and a word counts once however often it stands. The package `rouge-score` counts
+    every word, in one subsequence of the whole texts, without case and punctuation; of single sentences of different
+    lower-case words both say the same.
     """
     sentences, wanted = _rouge_sentences(text), _rouge_sentences(reference)
     shared = {word for one in wanted for other in sentences for word in _common_subsequence(one, other)}
@@ -77,8 +101,9 @@ def classification(text: str, reference: str, all_classes: tuple[str, ...]) -> f
 
 def retrieval(text: str, reference: str) -> float:
     """Share of the numbers in a text that are the reference's paragraph: 0.5 for "Paragraph 3, or 7" of paragraph 3."""
-    paragraph = re.search(r"(?:Paragraph |段落)(\d+)", reference)
-    return count(text, paragraph[1]) if paragraph else 0.0
+    paragraph = _PARAGRAPH.search(reference)
+    assert paragraph, "check_scorable lets none through that names no paragraph"
+    return count(text, paragraph[1])
 
 
 def count(text: str, reference: str) -> float:

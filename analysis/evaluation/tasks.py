@@ -1,81 +1,11 @@
-"""A question put to a model: through its chat template or as plain text, and whether the answer is right.
-
-Knows tokenizers and text; knows no model.
-"""
+"""The registry of tasks. The command line and the app list it: a task added here, or by a caller, is offered there."""
 
 from __future__ import annotations
 
-import re
-from typing import TYPE_CHECKING
+from analysis.errors import SettingsError
+from analysis.evaluation.lm import LM
+from analysis.evaluation.passkey import PASSKEY
+from analysis.evaluation.task import Task
+from l2kv.registry import Registry
 
-import numpy as np
-
-from analysis.errors import TextError
-from analysis.texts.tokens import Tokens, check_text, tokenize
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-
-def found(answer: str, text: str) -> bool:
-    """Whether a generated text gives the expected answer, the one rule by which tasks are scored.
-
-    A key of digits is found where the first digits of the text begin with it, wherever they stand ("48213", "The pass
-    key is 48213."); other answers where the text holds them, whatever the case of letters ("paris" in "It is Paris.").
-
-    Raises:
-        ValueError: there is no answer to expect.
-    """
-    if not answer.strip():
-        raise ValueError("a task needs the answer that is expected")
-    answer = answer.strip()
-    if answer.isdecimal():
-        digits = re.search(r"\d+", text)
-        return digits is not None and digits[0].startswith(answer)
-    return answer.casefold() in text.casefold()
-
-
-def decided(answer: str, text: str) -> bool:
-    """Whether `found` of a text that is still being generated will stay as it is, however it goes on."""
-    if found(answer, text):
-        return True
-    answer, digits = answer.strip(), re.search(r"\d+", text)
-    if not answer.isdecimal() or digits is None:
-        return False
-    ended = digits.end() < len(text)
-    return ended or not answer.startswith(digits[0])
-
-
-def can_chat(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the model was taught to answer what a chat template puts to it."""
-    return bool(getattr(tokenizer, "chat_template", None))
-
-
-def chat_text(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
-    """What the model reads when a user asks a question: the template as it is, with its own system message if any.
-
-    Raises:
-        TextError: the question is empty or no valid Unicode, or the tokenizer has no template that takes it.
-    """
-    check_text(question)
-    if not can_chat(tokenizer):
-        raise TextError("This model has no chat template: give it plain text.")
-    messages = [{"role": "user", "content": question}]
-    try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except Exception as error:  # a template is a program, and raises what it likes
-        raise TextError(f"The model's chat template does not take this question: {str(error)[:200]}") from error
-
-
-def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool = False) -> Tokens:
-    """The tokens of a prompt: of a question put through the chat template, or of plain text as `tokenize` makes them.
-
-    Those of a chat have neither spans nor labels: most of their characters are not the user's. Raises TextError as
-    `chat_text` and `tokenize`.
-    """
-    if not chat:
-        return tokenize(tokenizer, prompt)
-    text = chat_text(tokenizer, prompt)
-    # The template writes the special tokens itself.
-    ids = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
-    return Tokens(ids, np.zeros((len(ids), 2), dtype=np.int32), ())
+TASKS: Registry[Task] = Registry("task", SettingsError, {"lm": LM, "passkey": PASSKEY})

@@ -11,9 +11,9 @@ import math
 import stat
 import struct
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from analysis.errors import ModelError
 from analysis.models.vet import BOUNDS, short
@@ -135,10 +135,10 @@ class GgufFile:
     @property
     def architecture(self) -> str:
         """Name of the model's architecture, such as "llama"."""
-        return self.metadata["general.architecture"]
+        return str(self.metadata["general.architecture"])
 
-    def of_architecture(self, key: str) -> Value | None:
-        """A value under the architecture's name, such as "block_count"."""
+    def of_architecture(self, key: str) -> Any:
+        """A value under the architecture's name, such as "block_count"; sizes have been checked, None is not there."""
         return self.metadata.get(f"{self.architecture}.{key}")
 
     @property
@@ -154,7 +154,7 @@ class GgufFile:
     @property
     def stored(self) -> str:
         """The type that most bytes of the matrices are stored in, such as "Q4_1" or "float16"."""
-        nbytes = Counter()
+        nbytes = Counter[str]()
         for tensor in self.tensors:
             nbytes[tensor.type] += tensor.nbytes * (len(tensor.shape) > 1)
         return nbytes.most_common(1)[0][0]
@@ -237,7 +237,11 @@ class _Reader:
         return self.file.read(n)
 
     def number(self, form: str, what: str) -> int | float:
-        return struct.unpack(form, self.take(struct.calcsize(form), what))[0]
+        number: int | float = struct.unpack(form, self.take(struct.calcsize(form), what))[0]
+        return number
+
+    def whole(self, form: str, what: str) -> int:
+        return int(self.number(form, what))
 
     def keep(self, n: int, what: str) -> None:
         """Raise if with `n` bytes more too much would be kept."""
@@ -246,7 +250,7 @@ class _Reader:
             raise self.error(f"its metadata up to {what} takes more than {_KEPT:,} bytes")
 
     def string(self, what: str) -> str:
-        if (n := self.number("<Q", f"the length of {what}")) > _STRING:
+        if (n := self.whole("<Q", f"the length of {what}")) > _STRING:
             raise self.error(f"{what} is a string of {n:,} bytes at byte {self.at:,}, and at most {_STRING:,} are read")
         self.keep(n, what)
         try:
@@ -255,7 +259,7 @@ class _Reader:
             raise self.error(f"{what} is not text in UTF-8, at byte {self.at - n:,}") from None
 
     def value(self, what: str) -> Value:
-        kind = self.number("<I", f"the type of {what}")
+        kind = self.whole("<I", f"the type of {what}")
         if kind == _STR:
             return self.string(what)
         if kind == _ARRAY:
@@ -268,7 +272,7 @@ class _Reader:
         return bool(number) if kind == _BOOL else number
 
     def array(self, what: str) -> GgufArray:
-        kind, count = self.number("<I", f"the type of {what}"), self.number("<Q", f"the length of {what}")
+        kind, count = self.whole("<I", f"the type of {what}"), self.whole("<Q", f"the length of {what}")
         if kind == _ARRAY:
             raise self.error(f"{what} is an array of arrays, which is not supported", _CONVERT)
         if kind not in _KINDS:
@@ -318,12 +322,12 @@ def _read_metadata(reader: _Reader) -> tuple[dict[str, Value], int]:
     """All keys and values, and the number of tensors."""
     if (magic := reader.take(4, "the magic")) != MAGIC:
         raise reader.error(f"it is not a GGUF file: it begins with {magic!r}, not with {MAGIC!r}", "Give a GGUF file")
-    version = reader.number("<I", "the version")
+    version = reader.whole("<I", "the version")
     if version in (0x02000000, 0x03000000):
         raise reader.error("it is big-endian, which is not supported", _CONVERT)
     if version not in (2, 3):
         raise reader.error(f"it is GGUF version {version}; versions 2 and 3 are supported", _CONVERT)
-    n_tensors, n_keys = reader.number("<Q", "the number of tensors"), reader.number("<Q", "the number of keys")
+    n_tensors, n_keys = reader.whole("<Q", "the number of tensors"), reader.whole("<Q", "the number of keys")
     for what, n, bound in (("tensors", n_tensors, _TENSORS), ("keys", n_keys, _KEYS)):
         if n > bound:
             raise reader.error(f"it announces {n:,} {what}, which is out of range (at most {bound:,})")
@@ -351,10 +355,10 @@ def _read_tensors(reader: _Reader, n_tensors: int, alignment: int) -> tuple[Gguf
     for i in range(n_tensors):
         name = reader.string(f"the name of tensor {i}")
         what = f"the tensor {name!r:.80}"
-        if not 1 <= (n_dims := reader.number("<I", what)) <= 4:
+        if not 1 <= (n_dims := reader.whole("<I", what)) <= 4:
             raise reader.error(f"{what} has {n_dims} dimensions, which is out of range (1 to 4)")
         dims = struct.unpack(f"<{n_dims}Q", reader.take(8 * n_dims, what))
-        type_id, offset = reader.number("<I", what), reader.number("<Q", what)
+        type_id, offset = reader.whole("<I", what), reader.whole("<Q", what)
         if type_id not in _TYPES:
             raise reader.error(f"{what} has type {type_id}, which cannot be dequantised", _CONVERT)
         type_name, block, block_bytes = _TYPES[type_id]
@@ -362,9 +366,9 @@ def _read_tensors(reader: _Reader, n_tensors: int, alignment: int) -> tuple[Gguf
             raise reader.error(f"{what} has dimensions {list(dims)}, but {type_name} stores rows in blocks of {block}")
         if offset % alignment:
             raise reader.error(f"{what} begins at {offset:,}, which is not a multiple of the alignment, {alignment}")
-        table.append((name, dims[::-1], type_name, type_id, offset, math.prod(dims) // block * block_bytes))
+        table.append(GgufTensor(name, dims[::-1], type_name, type_id, offset, math.prod(dims) // block * block_bytes))
     begin = -(-reader.at // alignment) * alignment
-    tensors = tuple(GgufTensor(*rest, begin + offset, nbytes) for *rest, offset, nbytes in table)
+    tensors = tuple(replace(tensor, start=begin + tensor.start) for tensor in table)
     by_place = sorted(tensors, key=lambda tensor: tensor.start)
     for tensor, after in zip(by_place, [*by_place[1:], None], strict=True):
         if (end := tensor.start + tensor.nbytes) > reader.size:
@@ -440,8 +444,10 @@ def _check_model(gguf: GgufFile) -> None:
 def _check_tokenizer(gguf: GgufFile) -> None:
     """Refuse a file without a whole tokenizer that can be rebuilt."""
     start = "tokenizer.ggml."
-    told = {key.removeprefix(start): value for key, value in gguf.metadata.items() if key.startswith(start)}
-    kind, tokens = told.get("model"), told.get("tokens")
+    told: dict[str, Any] = {
+        key.removeprefix(start): value for key, value in gguf.metadata.items() if key.startswith(start)
+    }
+    kind = told.get("model")
 
     def refuse(wrong: str) -> ModelError:
         return ModelError(f"{gguf.name}: {wrong}. {_CONVERT}.")
@@ -459,6 +465,7 @@ def _check_tokenizer(gguf: GgufFile) -> None:
     if kind not in ("gpt2", "llama"):
         raise refuse(f"its tokenizer is {_shown(kind)} (tokenizer.ggml.model); gpt2 and llama are supported")
     counted("tokens", "string")
+    tokens = told["tokens"]
     if not 0 < tokens.count <= gguf.vocab_size:
         raise refuse(f"its tokenizer has {tokens.count:,} tokens, but its embedding has {gguf.vocab_size:,} rows")
     if not counted("merges", "string") and not (kind == "llama" and counted("scores", "number")):

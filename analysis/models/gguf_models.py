@@ -12,7 +12,8 @@ llama.cpp's converter drops. Up to that length these models are the same.
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from analysis.errors import ModelError
 from analysis.models.gguf import GgufArray, GgufFile, GgufTensor
@@ -46,12 +47,12 @@ def gguf_config(gguf: GgufFile) -> PretrainedConfig:
 
 def _config(gguf: GgufFile) -> PretrainedConfig:
     from transformers import AutoConfig
-    from transformers.integrations import GGUF_CONFIG_DEFAULTS_MAPPING, GGUF_CONFIG_MAPPING
+    from transformers.integrations.ggml import GGUF_CONFIG_DEFAULTS_MAPPING, GGUF_CONFIG_MAPPING
 
     architecture = gguf.architecture
     model_type = _MODEL_TYPES.get(architecture, architecture)
-    names = GGUF_CONFIG_MAPPING.get(architecture) or GGUF_CONFIG_MAPPING[model_type]
-    told = GGUF_CONFIG_DEFAULTS_MAPPING.get(model_type, {}) | {
+    names: dict[str, str | None] = GGUF_CONFIG_MAPPING.get(architecture) or GGUF_CONFIG_MAPPING[model_type]
+    told: dict[str, Any] = GGUF_CONFIG_DEFAULTS_MAPPING.get(model_type, {}) | {
         name: gguf.of_architecture(key) for key, name in names.items() if name
     }
     told = {name: value for name, value in told.items() if value is not None}
@@ -78,8 +79,11 @@ def gguf_tokenizer(gguf: GgufFile) -> PreTrainedTokenizerBase:
     """The tokenizer in a GGUF file. Its chat template is the file's: transformers runs such templates in a sandbox."""
     from tokenizers import pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import (
+        GGUF_PRE_TOKENIZER_SPLITS,
+        convert_gguf_tokenizer,
+        get_gguf_tokenizer,
+    )
 
     split = gguf.metadata.get("tokenizer.ggml.pre")
     known = {*GGUF_PRE_TOKENIZER_SPLITS, *_GPT2_SPLIT, *_DIGITS_APART}
@@ -106,7 +110,7 @@ def gguf_tokenizer(gguf: GgufFile) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _with_special_tokens(backend: Tokenizer, content: dict) -> Tokenizer:
+def _with_special_tokens(backend: Tokenizer, content: dict[str, Any]) -> Tokenizer:
     """The tokenizer with the special tokens that the file has, as it spells them, and no others.
 
     transformers adds those of the class that it builds (GPT-2's `<|endoftext|>`), beyond the vocabulary. And in a
@@ -140,7 +144,7 @@ def _with_special_tokens(backend: Tokenizer, content: dict) -> Tokenizer:
     return backend
 
 
-def gguf_model(gguf: GgufFile, config: PretrainedConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, dict]:
+def gguf_model(gguf: GgufFile, config: PretrainedConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model with the weights of a GGUF file, dequantised to `dtype`, on the CPU; and transformers' loading info.
 
     Raises:
@@ -225,10 +229,10 @@ def _head_dim(gguf: GgufFile) -> int:
     return keys
 
 
-def _rope(gguf: GgufFile) -> dict:
+def _rope(gguf: GgufFile) -> dict[str, Any]:
     """The rotary embedding in transformers' terms. Raises ModelError for one that is not known here."""
     told, architecture = gguf.of_architecture, gguf.architecture
-    rope = {"rope_type": "default", "rope_theta": told("rope.freq_base") or 10_000.0}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": told("rope.freq_base") or 10_000.0}
     head_dim = _head_dim(gguf)
     if (rotated := told("rope.dimension_count") or head_dim) != head_dim:
         if architecture != "phi3":
@@ -256,7 +260,7 @@ def _rope(gguf: GgufFile) -> dict:
     return {"full_attention": rope, "sliding_attention": local}
 
 
-def _llama3(gguf: GgufFile, tensor: GgufTensor, theta: float) -> dict:
+def _llama3(gguf: GgufFile, tensor: GgufTensor, theta: float) -> dict[str, Any]:
     """Llama 3.1's scaling, from the divisors of all frequencies that a GGUF file has in its place.
 
     The divisors do not say how they came about. They are taken for Llama 3.1's (the largest is its factor) if its
@@ -278,7 +282,7 @@ def _llama3(gguf: GgufFile, tensor: GgufTensor, theta: float) -> dict:
     return rope
 
 
-def _longrope(gguf: GgufFile, tensors: dict[str, GgufTensor]) -> dict:
+def _longrope(gguf: GgufFile, tensors: dict[str, GgufTensor]) -> dict[str, Any]:
     """Phi-3's scaling: two lists of divisors, and the length up to which the short one holds."""
     told = gguf.of_architecture
     lists = {
@@ -295,7 +299,7 @@ def _longrope(gguf: GgufFile, tensors: dict[str, GgufTensor]) -> dict:
     return rope
 
 
-def _gemma(gguf: GgufFile) -> dict:
+def _gemma(gguf: GgufFile) -> dict[str, Any]:
     """What Gemma 2 and 3 have besides: scale and caps of attention, and which layers have a window."""
     told, config = gguf.of_architecture, {}
     if told("attention.sliding_window") is None:
@@ -309,7 +313,7 @@ def _gemma(gguf: GgufFile) -> dict:
             config[key] = told(key)
     pattern = told("attention.sliding_window_pattern")
     if isinstance(pattern, GgufArray) and pattern.kind == "bool" and pattern.count == told("block_count"):
-        slides = pattern.items
+        slides: Sequence[float] = pattern.items or ()
     elif type(pattern) is int and pattern > 0:
         slides = [(i + 1) % pattern for i in range(told("block_count"))]
     elif pattern is None:
@@ -319,7 +323,7 @@ def _gemma(gguf: GgufFile) -> dict:
     return config | {"layer_types": ["sliding_attention" if slide else "full_attention" for slide in slides]}
 
 
-def _experts(gguf: GgufFile) -> dict:
+def _experts(gguf: GgufFile) -> dict[str, Any]:
     """The width of a mixture's experts, which transformers' table leaves out."""
     if None in map(gguf.of_architecture, ("expert_count", "expert_used_count", "expert_feed_forward_length")):
         raise _not_reproduced(gguf, "it has experts, and does not say how many or how wide")

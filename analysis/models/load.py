@@ -14,7 +14,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from analysis.errors import ModelError, OutOfMemoryError
 from analysis.models.gguf import gguf_name, is_gguf, read_gguf
@@ -61,9 +61,10 @@ class LoadedModel:
         return dtype_name(self.model.dtype)
 
     @property
-    def config(self):
+    def config(self) -> PretrainedConfig:
         """The config of the language model, in models that have others too."""
-        return self.model.config.get_text_config(decoder=True)
+        config: PretrainedConfig = self.model.config.get_text_config(decoder=True)
+        return config
 
     @property
     def positions(self) -> int:
@@ -94,11 +95,11 @@ def load_model(
     """
     path, name = model_folder(ref, on_fetch=on_fetch), model_name(ref)
     with reading(name, "weights"):
-        device, dtype = _device_and_dtype(device, dtype)
-    model, tokenizer, stored = (_load_gguf if path.is_file() else _load_folder)(path, name, dtype, device)
+        place, dtype = _device_and_dtype(device, dtype)
+    model, tokenizer, stored = (_load_gguf if path.is_file() else _load_folder)(path, name, dtype, place)
     check_tokenizer(tokenizer, name)
     with reading(name, "weights"):
-        model = model.eval().to(device)
+        model = model.eval().to(place)
     return LoadedModel(model, tokenizer, name, stored)
 
 
@@ -181,9 +182,10 @@ def _load_folder(
         _check_size(config, folder, name)
     with reading(name, "weights"):
         # Wrong shapes are refused below: the error that transformers raises for them does not name one.
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **_SAFE
         )
+        model, info = loaded
         _check_whole(info, name, "config.json")
         return model, _tokenizer(folder, name), _stored(folder)
 
@@ -251,7 +253,7 @@ def _tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder, **_SAFE)
 
 
-def _check_whole(info: dict, name: str, source: str) -> None:
+def _check_whole(info: dict[str, Any], name: str, source: str) -> None:
     """Refuse weights that are missing, or of another shape than the config asks for. `info`: as transformers has it."""
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"{name} is incomplete: {len(missing)} weights are missing, the first is {missing[0]}.")
@@ -275,7 +277,7 @@ def _stored(folder: Path) -> str:
                 slice_ = file.get_slice(key)
                 if len(shape := slice_.get_shape()) > 1:
                     n_weights[slice_.get_dtype()] += math.prod(shape)
-    most = max(n_weights, key=n_weights.get, default="")
+    most = max(n_weights, key=lambda dtype: n_weights[dtype], default="")
     return _SAFETENSORS.get(most, most)
 
 

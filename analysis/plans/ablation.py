@@ -1,170 +1,229 @@
-"""Does ALR tell which layers to leave whole? Each layer compressed alone, and what that costs, beside its ALR.
+"""The single-layer ablation: the NLL change when only this layer is compressed, and the layer's ALR beside it.
 
-ALR is read off attention; the cost is measured by predicting text. Where the two order layers alike, ALR may choose:
-the paper chooses by ALR itself, `analysis.plans.skip` by ALR / chance, and both are held against the cost. A check is a
-record on disk.
+ALR is read off attention; the NLL change is measured by predicting text. Where the two order layers alike, ALR may
+choose which to skip: the paper chooses by ALR itself, `analysis.plans.skip` by normalised ALR, and both are held
+against the NLL change. A view of results of the task `lm`, and a record on disk. Reading one waits for no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 
-from analysis.errors import ModelError, RecordError, SettingsError, TextError
-from analysis.files import content_of, record
-from analysis.plans.allocation import plan
-from analysis.plans.skip import RULES, SkipSuggestion, layer_loss, spec_of, widest_gap
+from analysis.errors import ModelError, SettingsError
+from analysis.evaluation.lm import LmSettings, prompt_of
+from analysis.evaluation.results import FULL, Results, of_changes
+from analysis.plans.skip import RULES, SkipSuggestion, layer_loss, widest_gap
+from analysis.plans.strategies import plan
+from analysis.progress import Progress, part_of, unheard
+from analysis.records import record
 from analysis.statistics import MIN_TEXTS, Interval, means, resamples, spearman, told_of_documents
+from analysis.texts.excerpts import Excerpt
 from l2kv.config import CacheShape
 from l2kv.spec import CompressionSpec
 
 if TYPE_CHECKING:
-    from analysis.evaluation.run import OnDone
     from analysis.models.load import LoadedModel
     from analysis.plans.curves import LossCurves
 
-VERSION = 1
 COSTS_AT = 0.2  # the ratio at which each head is compressed alone: small, so that a cost stands out
 POLICIES = ("low_norm", "high_norm")  # those that ALR speaks of, and that differ from chance
+Rows = tuple[tuple[float | None, ...], ...]
+"""A number for each of K layers and N texts; None is undefined."""
+Texts = Sequence[Excerpt | tuple[str, str]]
+"""Excerpts, or (name, text) of each."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class CausalCheck:
-    """What compressing one layer alone costs, and its ALR, for K layers and N texts."""
+@dataclass(frozen=True, slots=True)
+class _Old:
+    """A "causal check", as this record was called in version 1."""
 
     model: str
-    spec: CompressionSpec  # of the layer that is compressed
-    layers: tuple[int, ...]  # K, those that can be compressed
-    nll_change: np.ndarray  # [K, N] nats a token, against the full cache
-    loss: np.ndarray  # [K, N] ALR / chance of the layer on the prompt, by the policy of the spec; NaN is undefined
-    agreement: Interval  # Spearman over layers of the means over texts, of cost and `loss`
-    paper: np.ndarray | None = None  # [K, N] the paper's ALR, as `loss`; None of files older than this field
-    documents: tuple[str, ...] = ()  # N, names of what the texts are excerpts of; none of older files: not known
+    spec: CompressionSpec
+    layers: tuple[int, ...]
+    nll_change: Rows
+    loss: Rows
+    paper: Rows | None = None
+    documents: tuple[str, ...] = ()
+
+
+def _upgrade(version: int, content: dict[str, Any]) -> dict[str, Any]:
+    old = msgspec.convert(content, _Old)
+    n_texts = len(old.nll_change[0]) if old.nll_change else 0
+    if len(old.nll_change) != len(old.layers) or len(old.documents) not in (0, n_texts):
+        raise ValueError(f"it must have a row for each of {len(old.layers)} layers, and a document for each text")
+    results = of_changes(
+        old.model,
+        {_method(layer): row for layer, row in zip(old.layers, old.nll_change, strict=True)},
+        {_method(layer): _alone(old.spec, layer, max(old.layers) + 1) for layer in old.layers},
+        samples=[str(i) for i in range(n_texts)],
+        documents=old.documents,
+    )
+    kept = {"spec": old.spec, "layers": old.layers, "normalised_alr_rows": old.loss, "alr_rows": old.paper}
+    return msgspec.to_builtins({"results": results, **kept})
+
+
+@record(
+    "ablation", version=2, title="a single-layer ablation", again="l2kv ablation", upgrade=_upgrade, formerly="causal"
+)
+@dataclass(frozen=True)
+class Ablation:
+    """NLL change of compressing one layer alone, and its ALR, for K layers and N texts."""
+
+    spec: CompressionSpec
+    """How the one layer is compressed."""
+    layers: tuple[int, ...]
+    """The K layers, those that can be compressed."""
+    results: Results
+    """Of the task `lm`, a method for each layer."""
+    normalised_alr_rows: Rows
+    """ALR over the chance level of each layer on each prompt, by the policy of the spec."""
+    alr_rows: Rows | None = None
+    """The paper's ALR; None of files older than this field."""
+
+    def __post_init__(self) -> None:
+        shape = len(self.layers), len(self.results.samples)
+        for rows in (self.normalised_alr_rows, self.alr_rows or self.normalised_alr_rows):
+            if len(rows) != shape[0] or {len(row) for row in rows} != {shape[1]} or not shape[1]:
+                raise ValueError(f"ALR must be of a row for each of {shape[0]} layers and a number for each text")
+        if unknown := {_method(layer) for layer in self.layers} - set(self.results.methods):
+            raise ValueError(f"its results lack {', '.join(sorted(unknown))}")
+        _ = self.results.full
 
     @property
-    def paper_agreement(self) -> Interval | None:
-        """As `agreement`, of cost and the paper's ALR; None where that was not kept."""
-        return None if self.paper is None else agreement(self.nll_change, self.paper, documents=self.documents)
+    def model(self) -> str:
+        """Name of the model."""
+        return self.results.model
+
+    @property
+    def documents(self) -> tuple[str, ...]:
+        """Names of what the N texts are excerpts of."""
+        return self.results.documents
+
+    @cached_property
+    def nll_change(self) -> np.ndarray:
+        """NLL change of compressing each layer alone, nats/token against the full cache, [K, N]."""
+        return np.array([self.results.change(_method(layer)) for layer in self.layers])
+
+    @cached_property
+    def normalised_alr(self) -> np.ndarray:
+        """ALR over the chance level, [K, N]; NaN is undefined."""
+        return np.array(self.normalised_alr_rows, dtype=np.float64)
+
+    @cached_property
+    def alr(self) -> np.ndarray | None:
+        """The paper's ALR, [K, N]; None where the file does not keep it."""
+        return None if self.alr_rows is None else np.array(self.alr_rows, dtype=np.float64)
+
+    @cached_property
+    def agreement(self) -> Interval:
+        """Spearman over layers of NLL change and normalised ALR, means over texts."""
+        return agreement(self.nll_change, self.normalised_alr, documents=self.documents)
+
+    @cached_property
+    def alr_agreement(self) -> Interval | None:
+        """Spearman of NLL change and the paper's ALR; None where that was not kept."""
+        return None if self.alr is None else agreement(self.nll_change, self.alr, documents=self.documents)
 
     def __str__(self) -> str:
-        n = self.loss.shape[1]
-        by_paper = "" if self.paper is None else f"; of the paper's ALR and that cost: {self.paper_agreement}"
+        n = self.normalised_alr.shape[1]
+        by_alr = "" if self.alr is None else f"; of the paper's ALR and that change: {self.alr_agreement}"
         return (
-            f"Spearman of ALR / chance and of the cost of compressing one layer alone, over {len(self.layers)} layers "
-            f"and {n} text{'s' * (n != 1)}: {self.agreement}{by_paper}. {told_of_documents(self.documents)}"
+            f"Spearman of normalised ALR and of the NLL change when only this layer is compressed, over "
+            f"{len(self.layers)} layers and {n} text{'s' * (n != 1)}: {self.agreement}{by_alr}. "
+            f"{told_of_documents(self.documents)}"
         ).strip()
 
-    def to_json(self) -> str:
-        """The file's text."""
-        return record("causal", VERSION, asdict(self))
 
-    @classmethod
-    def from_json(cls, text: str) -> CausalCheck:
-        """Read a check, which may come from anyone. Raises RecordError, with the reason."""
-        content = content_of(text, "causal", VERSION, called="check of layers")
-        try:
-            model, layers = content["model"], tuple(content["layers"])
-            if not isinstance(model, str) or not all(type(layer) is int and layer >= 0 for layer in layers):
-                raise TypeError(f"model must be text and layers numbers, got {model!r:.60} and {layers!r:.60}")
-            spec, paper = spec_of(content["spec"]), content.get("paper")
-            nll_change, loss = (np.array(content[name], dtype=np.float64) for name in ("nll_change", "loss"))
-            paper = None if paper is None else np.array(paper, dtype=np.float64)
-            shapes = {nll_change.shape, loss.shape, loss.shape if paper is None else paper.shape}
-            if len(shapes) > 1 or loss.ndim != 2 or len(loss) != len(layers) or not loss.size:
-                raise ValueError(f"nll_change, loss and paper must be of a row for each of {len(layers)} layers")
-            documents = tuple(content.get("documents", ()))
-            if len(documents) not in (0, loss.shape[1]) or not all(isinstance(name, str) for name in documents):
-                raise ValueError(f"documents must be {loss.shape[1]} names")
-            agreed = agreement(nll_change, loss, documents=documents)
-            return cls(model, spec, layers, nll_change, loss, agreed, paper, documents)
-        except KeyError as error:
-            raise RecordError(f"This is not a causal check that can be read: it has no {error}.") from error
-        except (ValueError, TypeError, AttributeError, RecursionError, ArithmeticError) as error:
-            raise RecordError(f"This is not a causal check that can be read: {str(error)[:200]}") from error
+def _method(layer: int) -> str:
+    return f"layer {layer}"
 
 
-def causal_check(
+def _alone(spec: CompressionSpec, layer: int, n_layers: int) -> CompressionSpec:
+    return replace(spec, skip_layers=tuple(k for k in range(n_layers) if k != layer))
+
+
+def ablate_layers(
     loaded: LoadedModel,
-    texts: Sequence[str],
+    texts: Texts,
     spec: CompressionSpec,
     *,
-    prompt_tokens: int,
-    new_tokens: int,
-    documents: Sequence[str] = (),
-    on_done: OnDone | None = None,
-) -> CausalCheck:
-    """Compress each layer alone by `spec`, all others whole, and measure the change of `continuation_nll`.
+    settings: LmSettings | None = None,
+    progress: Progress = unheard,
+) -> Ablation:
+    """Compress each layer alone by `spec`, skip all others, and measure the NLL change.
 
-    Takes N captures of the prompts, and N * (K + 1) continuations of `new_tokens` tokens.
+    Takes N captures of the prompts, and N * (K + 1) continuations.
 
     Args:
         spec: how; its `skip_layers` are left out of the comparison. Its policy is one of `POLICIES`.
-        documents: names of what the texts are excerpts of, if that is known: intervals resample them.
-        on_done: for progress and cancelling, as `analysis.evaluation.run.OnDone`: after each capture and
-            continuation, and with the same numbers in the middle of one.
+        progress: counts captures and continuations ("passes").
 
     Raises:
         TextError: there are no texts, or one is empty or too short.
         ModelError: no layer can be compressed, or as `capture`.
-        SettingsError: the policy is none of `POLICIES`, or as `continuation_nll`.
+        SettingsError: the policy is none of `POLICIES`, or as `evaluate`.
     """
-    from analysis.evaluation.run import (  # waits for torch, which reading a check need not
-        ignore,
-        nll_changes,
-        prompt_of,
-    )
-    from analysis.recorder import capture
+    from analysis.recorder import capture  # waits for torch, which reading an ablation need not
 
-    on_done = on_done or ignore
+    settings, given = settings or LmSettings(), [Excerpt(*text) for text in texts]
     if spec.policy not in POLICIES:
         raise SettingsError(f"the policy must be one of {', '.join(POLICIES)}, got {spec.policy!r}")
-    if not texts:
-        raise TextError("There are no texts to measure on.")
-    shape, n_layers = CacheShape.of(loaded.config, loaded.model.dtype.itemsize), loaded.config.num_hidden_layers
+    shape = CacheShape.of(loaded.config, loaded.model.dtype.itemsize)
     layers = tuple(layer for layer in shape.layers if layer not in spec.skip_layers)
     if not layers:
         raise ModelError(f"{loaded.name} has no layer that the spec compresses.")
-    losses, total = [], len(texts) * (2 + len(layers))
-    for i, text in enumerate(texts):
-        prompt = prompt_of(loaded, text, prompt_tokens)
-        run = capture(loaded, prompt, last_queries=0, progress=lambda *_, done=i: on_done(done, total))
+    losses, total = [], len(given) * (2 + len(layers))
+    for i, text in enumerate(given):
+        prompt = prompt_of(loaded.tokenizer, text.text, settings.prompt_tokens)
+        run = capture(loaded, prompt, last_queries=0, progress=lambda *_, done=i: progress(done, total, "passes"))
         losses.append(layer_loss(run, spec.policy))
-        on_done(i + 1, total)
-    alone = {str(layer): replace(spec, skip_layers=tuple(k for k in range(n_layers) if k != layer)) for layer in layers}
-    changes = nll_changes(
-        loaded,
-        texts,
-        alone,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        on_done=lambda done, _: on_done(len(texts) + done, total),
+        progress(i + 1, total, "passes")
+    alone = {_method(layer): _alone(spec, layer, loaded.config.num_hidden_layers) for layer in layers}
+    results = _lm(loaded, given, alone, settings, part_of(progress, len(given), total, "passes"))
+    return Ablation(
+        spec,
+        layers,
+        results,
+        _rows(np.stack([one.by_layer for one in losses], axis=1)[list(layers)]),
+        _rows(np.stack([one.paper for one in losses], axis=1)[list(layers)]),
     )
-    nll_change = np.array([change.by_text for change in changes])
-    loss, paper = (
-        np.stack(by_text, axis=1)[list(layers)]
-        for by_text in zip(*((one.by_layer, one.paper) for one in losses), strict=True)
-    )
-    documents = tuple(documents)
-    agreed = agreement(nll_change, loss, documents=documents)
-    return CausalCheck(loaded.name, spec, layers, nll_change, loss, agreed, paper, documents)
 
 
-COSTLY = 0.01  # nats a token: a layer that costs this or more, alone, raises the perplexity by one percent
+def _rows(values: np.ndarray) -> Rows:
+    return tuple(tuple(value if np.isfinite(value) else None for value in row) for row in values.tolist())
 
 
-def suggest_by_cost(
-    check: CausalCheck, *, rule: str = "threshold", threshold: float = COSTLY, count: int = 2
+def _lm(
+    loaded: LoadedModel,
+    texts: Sequence[Excerpt],
+    methods: Mapping[str, CompressionSpec],
+    settings: LmSettings,
+    progress: Progress,
+) -> Results:
+    from analysis.evaluation.run import evaluate
+
+    return evaluate(loaded, "lm", {FULL: None, **methods}, texts=texts, settings=settings, progress=progress)
+
+
+COSTLY = 0.01  # nats/token: a layer that changes the NLL by this or more, alone, raises the perplexity by one percent
+
+
+def suggest_by_ablation(
+    ablation: Ablation, *, rule: str = "threshold", threshold: float = COSTLY, count: int = 2
 ) -> SkipSuggestion:
-    """Which layers to keep whole, by what was measured: the costliest to compress alone, mean over the texts.
+    """Layers to skip by what was measured: those of largest NLL change when compressed alone, mean over the texts.
 
     Every layer takes the same bytes, so the order of the nats saved is that of the nats saved for a byte.
 
     Args:
-        rule: one of `skip.RULES`, of the cost in the place of ALR / chance.
-        threshold: of the rule "threshold", nats a token. Layers whose interval holds 0 are not suggested.
+        rule: one of `skip.RULES`, of the NLL change in the place of normalised ALR.
+        threshold: of the rule "threshold", nats/token. Layers whose interval holds 0 are not suggested.
         count: of the rule "count".
 
     Raises:
@@ -172,28 +231,28 @@ def suggest_by_cost(
     """
     if rule not in RULES:
         raise SettingsError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
-    cost, n = means(check.nll_change.T, documents=check.documents), check.nll_change.shape[1]
-    costliest_first = np.argsort(-cost.mean, kind="stable")
+    change, n = means(ablation.nll_change.T, documents=ablation.documents), ablation.nll_change.shape[1]
+    largest_first = np.argsort(-change.mean, kind="stable")
     if rule == "threshold":
-        chosen = [i for i in costliest_first if cost.mean[i] >= threshold and not cost.low[i] <= 0]
-        words = f"Skip every layer that costs {threshold:g} nats a token or more when it is compressed alone."
+        chosen = [i for i in largest_first if change.mean[i] >= threshold and not change.low[i] <= 0]
+        words = f"Skip every layer that costs {threshold:g} nats/token or more when it is compressed alone."
     elif rule == "count":
-        if not 0 <= count <= len(check.layers):
-            raise SettingsError(f"count must be from 0 to {len(check.layers)} layers, got {count}")
-        chosen = costliest_first[:count].tolist()
+        if not 0 <= count <= len(ablation.layers):
+            raise SettingsError(f"count must be from 0 to {len(ablation.layers)} layers, got {count}")
+        chosen = largest_first[:count].tolist()
         words = f"Skip the {count} layers that cost most when each is compressed alone."
     else:
         widest, words = widest_gap(
-            cost.mean[costliest_first], "in what each costs when it is compressed alone", "nats a token"
+            change.mean[largest_first], "in what each costs when it is compressed alone", "nats/token"
         )
-        chosen = costliest_first[:widest].tolist()
+        chosen = largest_first[:widest].tolist()
     if chosen:
-        told = ", ".join(f"layer {check.layers[i]} {cost.mean[i]:+.3f}" for i in chosen[:6])
-        words += f" In nats a token, {told}{', …' * (len(chosen) > 6)}."
-    words += f" Measured by prediction, {_told(check.spec)}, on {n} text{'s' * (n != 1)}."
+        told = ", ".join(f"layer {ablation.layers[i]} {change.mean[i]:+.3f}" for i in chosen[:6])
+        words += f" In nats/token, {told}{', …' * (len(chosen) > 6)}."
+    words += f" Measured by prediction, {_told(ablation.spec)}, on {n} text{'s' * (n != 1)}."
     if n < MIN_TEXTS:
         words += " So few only give a hint."
-    return SkipSuggestion(tuple(sorted(check.layers[i] for i in chosen)), words)
+    return SkipSuggestion(tuple(sorted(ablation.layers[i] for i in chosen)), words)
 
 
 def _told(spec: CompressionSpec) -> str:
@@ -203,51 +262,45 @@ def _told(spec: CompressionSpec) -> str:
 
 def head_costs(
     loaded: LoadedModel,
-    texts: Sequence[str],
+    texts: Texts,
     spec: CompressionSpec,
     *,
-    prompt_tokens: int,
-    new_tokens: int,
-    on_done: OnDone | None = None,
+    settings: LmSettings | None = None,
+    progress: Progress = unheard,
 ) -> np.ndarray:
-    """What it costs to compress each kv head alone by `spec`, all others whole: [N, L, Hkv] nats a token.
+    """NLL change of compressing each kv head alone by `spec`, all others kept: [N, L, Hkv] nats/token.
 
-    NaN in layers that are never compressed. Takes N continuations of `new_tokens` tokens for each kv head.
-
-    Raises:
-        As `causal_check`.
+    NaN in layers that are never compressed. Takes N continuations for each kv head. Raises as `evaluate`.
     """
-    from analysis.evaluation.run import ignore, nll_changes
-
-    if not texts:
-        raise TextError("There are no texts to measure on.")
     shape = CacheShape.of(loaded.config, loaded.model.dtype.itemsize)
-    heads = [(layer, head) for layer in shape.layers for head in range(shape.n_kv_heads)]
-    others_whole = replace(spec, keep_ratio=1.0, budget=None, layer_ratios=None, skip_layers=())
-    alone = {str(head): replace(others_whole, head_ratios={head: spec.target_of(*head).ratio}) for head in heads}
-    changes = nll_changes(
-        loaded, texts, alone, prompt_tokens=prompt_tokens, new_tokens=new_tokens, on_done=on_done or ignore
-    )
+    heads = {f"{layer}.{head}": (layer, head) for layer in shape.layers for head in range(shape.n_kv_heads)}
+    others_kept = replace(spec, keep_ratio=1.0, budget=None, layer_ratios=None, skip_layers=())
+    alone = {
+        name: replace(others_kept, head_ratios={head: spec.target_of(*head).ratio}) for name, head in heads.items()
+    }
+    results = _lm(loaded, [Excerpt(*text) for text in texts], alone, settings or LmSettings(), progress)
     costs = np.full((len(texts), loaded.config.num_hidden_layers, shape.n_kv_heads), np.nan)
-    for (layer, head), change in zip(heads, changes, strict=True):
-        costs[:, layer, head] = change.by_text
+    for name, (layer, head) in heads.items():
+        costs[:, layer, head] = results.change(name)
     return costs
 
 
-def weighed_by_cost(
+def with_head_costs(
     curves: LossCurves,
     loaded: LoadedModel,
-    texts: Sequence[str],
+    texts: Texts,
     *,
-    prompt_tokens: int,
-    new_tokens: int,
-    on_done: OnDone | None = None,
+    settings: LmSettings | None = None,
+    progress: Progress = unheard,
 ) -> LossCurves:
-    """The curves, `weighed` by `head_costs` at `COSTS_AT`, or at the least ratio there is. Raises as `causal_check`."""
-    keep = max(COSTS_AT, curves.least_bin / curves.bins)
-    spec = plan(curves, keep, method="uniform").to_spec()
-    costs = head_costs(loaded, texts, spec, prompt_tokens=prompt_tokens, new_tokens=new_tokens, on_done=on_done)
-    return curves.weighed(costs.mean(axis=0), keep)
+    """The curves with a weight for each head, by `head_costs` at `COSTS_AT` or the least ratio there is.
+
+    Raises as `evaluate`.
+    """
+    keep_ratio = max(COSTS_AT, curves.least_bin / curves.bins)
+    spec = plan(curves, keep_ratio, "uniform_signed").to_spec()
+    costs = head_costs(loaded, texts, spec, settings=settings, progress=progress)
+    return curves.weighed(costs.mean(axis=0), keep_ratio)
 
 
 def agreement(nll_change: np.ndarray, loss: np.ndarray, *, documents: Sequence[str] = (), seed: int = 0) -> Interval:

@@ -1,86 +1,377 @@
-"""The front: what each way to share out a cache's bytes costs in prediction, on texts it was not made from.
+"""The Pareto front: bytes against prediction of every allocation strategy, on texts that plans were not made from.
 
-What comes of it is a `Front`, a record on disk (`analysis.plans.front_record`). Texts are split into those that plans
-are made from and those that they are measured on by `analysis.texts.excerpts.planning_and_measuring`.
+A view of results of the task `lm`, and a record on disk: each point is one strategy at one budget, with the bytes that
+its cache held and the change of the negative log likelihood, text by text; beside it the attention that it was expected
+to lose, which is what plans go by. Reading one waits for no torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 
+from analysis.defaults import KEEP_RATIOS, RECENT_WINDOW
 from analysis.errors import ModelError, SettingsError, TextError
+from analysis.evaluation.lm import LmSettings, prompt_of
+from analysis.evaluation.results import FULL, Results, of_changes
+from analysis.models.memory import human_bytes
 from analysis.plans.allocation import BudgetError
 from analysis.plans.curves import loss_curves, slim
-from analysis.plans.front_record import Front, FrontPoint
-from analysis.plans.strategies import WAYS
+from analysis.plans.strategies import STRATEGIES, plan, title_of
+from analysis.progress import Progress, part_of, unheard
+from analysis.records import record
+from analysis.statistics import MIN_TEXTS, Interval, simultaneous, spearman, told_of_documents
 from analysis.texts.excerpts import Excerpt
 from l2kv.config import CacheShape
+from l2kv.spec import CompressionSpec
 
 if TYPE_CHECKING:
     from analysis.captures import Capture
-    from analysis.evaluation.run import OnDone
     from analysis.models.load import LoadedModel
 
-KEEPS = (0.1, 0.2, 0.3, 0.5, 0.7)
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """One strategy at one budget, before it is measured."""
+
+    strategy: str
+    keep_ratio: float
+    """The budget: a share of the pairs of the layers that can be compressed."""
+    method: str
+    """Its name in the results."""
+    planned_loss: float | None = None
+    """Attention expected to be lost (`LossCurves.loss_of`) on the planning texts; None of those that read no norms."""
+    measured_loss: float | None = None
+    """The same on the prompts of the measured texts."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.keep_ratio <= 1:
+            raise ValueError(f"keep_ratio must be from 0 to 1, got {self.keep_ratio!r}")
 
 
-def passes(n_planning: int, n_measuring: int, *, keeps: int, ways: Iterable[str], kv_heads: int) -> int:
-    """How many captures and continuations `measure_front` announces; fewer are run where ways agree on a spec.
+@dataclass(frozen=True, slots=True)
+class FrontPoint:
+    """One strategy at one budget, measured on N texts."""
+
+    strategy: str
+    keep_ratio: float
+    spec: CompressionSpec
+    nbytes: int  # held after the last token, mean over texts
+    nll_change: tuple[float, ...]  # N, nats/token against the full cache
+    planned_loss: float  # NaN of strategies that read no norms, as is the next
+    measured_loss: float
+
+    @property
+    def mean(self) -> float:
+        """The mean NLL change over texts."""
+        return float(np.mean(self.nll_change))
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A plan beside a uniform strategy, at one budget."""
+
+    plan: FrontPoint
+    uniform: FrontPoint
+    less: Interval  # NLL of the plan less that of the uniform one; holds at once with those of all others of the front
+
+    @property
+    def verdict(self) -> str:
+        """The plan is "better" or "worse" where the whole interval says so, else "not told apart"."""
+        return "better" if self.less.high < 0 else "worse" if self.less.low > 0 else "not told apart"
+
+
+@dataclass(frozen=True, slots=True)
+class _OldPoint:
+    line: str
+    keep: float
+    spec: CompressionSpec
+    nbytes: int
+    nll_change: tuple[float | None, ...]
+    planned_loss: float | None = None
+    measured_loss: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Old:
+    """A front as version 1 had it."""
+
+    model: str
+    planned_on: tuple[str, ...]
+    measured_on: tuple[str, ...]
+    prompt_tokens: int
+    new_tokens: int
+    full_nbytes: int
+    full_nll: tuple[float | None, ...]
+    points: tuple[_OldPoint, ...]
+    left_out: tuple[str, ...] = ()
+    documents: tuple[str, ...] = ()
+
+
+_FORMERLY = {
+    "uniform, low norm": "uniform_low",
+    "uniform, high norm": "uniform_high",
+    "uniform, measured directions": "uniform_signed",
+    "skip 0 and 1, low norm": "skip_first_two",
+    "suggested skip list, low norm": "skip_suggested",
+    "plan by layer": "by_layer",
+    "plan by head": "by_head",
+    "plan by head, no signal whole": "by_head_with_signal",
+    "plan by head, weighed by cost": "by_head_by_cost",
+    "global threshold": "global_threshold",
+    "AdaKV's shares": "adakv",
+    "first and latest": "streaming",
+}
+
+
+def _upgrade(version: int, content: dict[str, Any]) -> dict[str, Any]:
+    old = msgspec.convert(content, _Old)
+    if len(old.documents) not in (0, len(old.measured_on)):
+        raise ValueError(f"its documents are not of its {len(old.measured_on)} texts")
+    made = [
+        (
+            Planned(strategy, one.keep, f"{strategy} {one.keep:.9g}", one.planned_loss, one.measured_loss),
+            one,
+        )
+        for one in old.points
+        for strategy in [_FORMERLY.get(one.line, one.line)]
+    ]
+    results = of_changes(
+        old.model,
+        {planned.method: one.nll_change for planned, one in made},
+        {planned.method: one.spec for planned, one in made},
+        samples=old.measured_on,
+        full_nll=old.full_nll,
+        nbytes={FULL: old.full_nbytes} | {planned.method: one.nbytes for planned, one in made},
+        documents=old.documents,
+        settings={"prompt_tokens": old.prompt_tokens, "new_tokens": old.new_tokens},
+    )
+    names = sorted(_FORMERLY, key=len, reverse=True)
+    left_out = [
+        next((_FORMERLY[n] + each[len(n) :] for n in names if each.startswith(n)), each) for each in old.left_out
+    ]
+    return msgspec.to_builtins(
+        {"planned_on": old.planned_on, "results": results, "plans": [one for one, _ in made], "left_out": left_out}
+    )
+
+
+@record("front", version=2, title="a Pareto front", again="l2kv front", upgrade=_upgrade)
+@dataclass(frozen=True)
+class Front:
+    """Allocation strategies at several budgets, measured in one model on N texts."""
+
+    planned_on: tuple[str, ...]
+    """Names of the texts that plans were made from."""
+    results: Results
+    """Of the task `lm`, on others."""
+    plans: tuple[Planned, ...]
+    left_out: tuple[str, ...] = ()
+    """Strategies that a budget is too small for: "by_head, keep ratio 0.1: ..."."""
+
+    def __post_init__(self) -> None:
+        if not self.measured_on:
+            raise ValueError("it was measured on no texts")
+        if unknown := {one.method for one in self.plans} - set(self.results.methods):
+            raise ValueError(f"its results lack {', '.join(sorted(unknown))}")
+        if any(self.results.methods[one.method] is None for one in self.plans):
+            raise ValueError("the full cache is no plan")
+        _ = self.results.full
+
+    @property
+    def model(self) -> str:
+        """Name of the model."""
+        return self.results.model
+
+    @property
+    def measured_on(self) -> tuple[str, ...]:
+        """Names of the N texts that were measured on."""
+        return self.results.samples
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Tokens of each prompt, and tokens predicted after it; 0 where the file does not say."""
+        return tuple(int(self.results.settings.get(name, 0)) for name in ("prompt_tokens", "new_tokens"))
+
+    @property
+    def full_nbytes(self) -> int:
+        """Bytes that the full cache held, as `FrontPoint.nbytes`."""
+        return self.results.nbytes(self.results.full)
+
+    @cached_property
+    def points(self) -> tuple[FrontPoint, ...]:
+        """The points, in the order in which they were planned."""
+        return tuple(
+            FrontPoint(
+                one.strategy,
+                one.keep_ratio,
+                self.results.methods[one.method],
+                self.results.nbytes(one.method),
+                tuple(self.results.change(one.method).tolist()),
+                *(np.nan if loss is None else loss for loss in (one.planned_loss, one.measured_loss)),
+            )
+            for one in self.plans
+        )
+
+    @property
+    def lines(self) -> dict[str, tuple[FrontPoint, ...]]:
+        """Points of each strategy, by rising bytes, in the order in which strategies were measured."""
+        names = dict.fromkeys(point.strategy for point in self.points)
+        return {
+            name: tuple(sorted((p for p in self.points if p.strategy == name), key=lambda p: p.nbytes))
+            for name in names
+        }
+
+    def interval(self, point: FrontPoint) -> Interval:
+        """The mean of a point's NLL change over texts and its 95 % interval; documents are resampled."""
+        return self.results.interval(np.array(point.nll_change))
+
+    def _of_kind(self, kind: str) -> list[FrontPoint]:
+        return [p for p in self.points if p.strategy in STRATEGIES and STRATEGIES[p.strategy].kind == kind]
+
+    def best(self, kind: str) -> dict[float, FrontPoint]:
+        """At each budget the point of least mean NLL among strategies of a kind (`analysis.plans.strategies.KINDS`)."""
+        points = [point for point in self._of_kind(kind) if np.isfinite(point.mean)]
+        return {
+            keep: min((p for p in points if p.keep_ratio == keep), key=lambda p: p.mean)
+            for keep in sorted({p.keep_ratio for p in points})
+        }
+
+    def agreement(self) -> dict[float, float]:
+        """At each budget, Spearman over its points of `measured_loss` and mean NLL change: whether what plans go by is
+        what counts. Under 3 points it is undefined, NaN."""
+        known = [point for point in self.points if np.isfinite(point.measured_loss)]
+        result = {}
+        for keep in sorted({p.keep_ratio for p in self.points}):
+            points = [p for p in known if p.keep_ratio == keep]
+            loss, change = np.array([p.measured_loss for p in points]), np.array([p.mean for p in points])
+            result[keep] = float(spearman(loss, change))
+        return result
+
+    def comparisons(self) -> tuple[Comparison, ...]:
+        """At each budget the best plan beside the best uniform strategy.
+
+        Both are the best on the texts that they are compared on, so the intervals hold for every plan beside every
+        uniform strategy at every budget at once (`simultaneous`): whichever are picked.
+        """
+        plans = self.best("plan")
+        best = (one for one in self._against_best_uniform() if one.plan is plans[one.plan.keep_ratio])
+        return tuple(sorted(best, key=lambda one: one.plan.keep_ratio))
+
+    def _against_best_uniform(self) -> list[Comparison]:
+        """Every plan, beside the best uniform strategy at its budget."""
+        uniform = self._of_kind("uniform")
+        pairs = [(p, other) for p in self._of_kind("plan") for other in uniform if other.keep_ratio == p.keep_ratio]
+        if not pairs:
+            return []
+        less = np.array([np.subtract(p.nll_change, other.nll_change) for p, other in pairs])
+        best = self.best("uniform")
+        return [
+            Comparison(p, other, interval)
+            for (p, other), interval in zip(pairs, simultaneous(less.T, documents=self.results.documents), strict=True)
+            if other is best.get(other.keep_ratio) and np.isfinite(interval.value)
+        ]
+
+    def answer(self) -> str:
+        """Does a plan beat one ratio for all at equal bytes? In two or three sentences."""
+        compared, n = self._against_best_uniform(), len(self.measured_on)
+        if not compared:
+            return "This front cannot tell: it has no plan beside a uniform strategy at the same budget."
+        if n < MIN_TEXTS:
+            return f"This front cannot tell: it was measured on {n} text{'s' * (n != 1)}, and it takes {MIN_TEXTS}."
+        won = [one for one in compared if one.verdict == "better"]
+        lost = sum(one.verdict == "worse" for one in compared)
+        most = min(won or compared, key=lambda one: one.less.value)
+        best = f"at keep ratio {most.plan.keep_ratio:g} ({human_bytes(most.uniform.nbytes)}), "
+        best += f"{title_of(most.plan.strategy)} against {title_of(most.uniform.strategy)}: {_nats(most.less)}"
+        if won:
+            where = _listed(sorted({one.plan.keep_ratio for one in won}))
+            told = (
+                f"Yes: at keep ratio {where} a plan beats the best uniform strategy at equal bytes. The largest gain "
+            )
+            told += f"is {best}."
+        else:
+            told = "Not shown: no plan beats the best uniform strategy at equal bytes by more than texts differ. The "
+            told += f"nearest comes {best}."
+        told += f" Over {n} texts, by intervals that hold for all comparisons at once, plans win {len(won)} of "
+        told += f"{len(compared)} and lose {lost}."
+        of_few = told_of_documents(self.results.documents)
+        return f"{told}{f' {of_few}' if of_few else ''}{self._told_of_baselines()}"
+
+    def _told_of_baselines(self) -> str:
+        """Where what reads no norms is as good as all that do, which a front of norms must not hide."""
+        uniform, plans = self.best("uniform"), self.best("plan")
+        by_norm = {keep: min(one.mean, plans.get(keep, one).mean) for keep, one in uniform.items()}
+        as_good: dict[str, dict[float, float]] = {}  # by strategy and budget, NLL less that of the best by norm
+        for keep, point in self.best("baseline").items():
+            if keep in by_norm and point.mean <= by_norm[keep]:
+                as_good.setdefault(point.strategy, {})[keep] = point.mean - by_norm[keep]
+        if not as_good:
+            return ""
+        lines = [
+            f"{title_of(name)} at keep ratio {_listed(less)} ({_signed(min(less.values()))} at "
+            f"{min(less, key=less.__getitem__):g})"
+            for name, less in as_good.items()
+        ]
+        return f" But a baseline that reads no norms is, on average, no worse than any of them: {'; '.join(lines)}."
+
+
+def passes(n_planning: int, n_measuring: int, *, keep_ratios: int, strategies: Iterable[str], kv_heads: int) -> int:
+    """Number of captures and continuations that `measure_front` takes at most; strategies that agree on a spec share.
 
     Args:
         n_planning, n_measuring: texts.
-        keeps: how many budgets.
-        kv_heads: of all layers that can be compressed; each is compressed alone where a way goes by costs.
+        keep_ratios: how many budgets.
+        kv_heads: of all layers that can be compressed; each is compressed alone where a strategy goes by costs.
     """
-    ways = tuple(ways)
-    costly = any(WAYS[way].needs_costs for way in ways)
-    return n_planning * (1 + costly * (1 + kv_heads)) + n_measuring * (2 + len(ways) * keeps)
+    strategies = tuple(strategies)
+    costly = any(STRATEGIES[name].needs_costs for name in strategies)
+    return n_planning * (1 + costly * (1 + kv_heads)) + n_measuring * (2 + len(strategies) * keep_ratios)
 
 
 def measure_front(
     loaded: LoadedModel,
-    plan_texts: Sequence[Excerpt | tuple[str, str]],
-    test_texts: Sequence[Excerpt | tuple[str, str]],
+    planning: Sequence[Excerpt | tuple[str, str]],
+    measuring: Sequence[Excerpt | tuple[str, str]],
     *,
-    keeps: Sequence[float] = KEEPS,
-    ways: Iterable[str] = tuple(WAYS),
-    prompt_tokens: int,
-    new_tokens: int,
-    protect_last: int = 32,
-    on_done: OnDone | None = None,
+    keep_ratios: Sequence[float] = KEEP_RATIOS,
+    strategies: Iterable[str] | None = None,
+    settings: LmSettings | None = None,
+    protect_last: int = RECENT_WINDOW,
+    progress: Progress = unheard,
 ) -> Front:
-    """Make the specs of all ways from the prompts of the planning texts, and measure them on the others.
+    """Make the specs of all strategies from the prompts of some texts, and measure them on others.
 
-    Takes a capture of each text's prompt, and for each of the N test texts a continuation by the full cache and by
-    each spec; where a way goes by costs, one for each planning text and kv head as well. A way that cannot be had at a
-    budget is left out, and named in `Front.left_out`.
+    Takes a capture of each text's prompt, and for each text to measure on a continuation by the full cache and by each
+    spec; where a strategy goes by costs, one for each planning text and kv head as well. A strategy that a budget is
+    too small for is named in `Front.left_out`.
 
     Args:
-        plan_texts, test_texts: (name, text) of each, or `excerpts`; none may be in both.
-        keeps: budgets, shares of the pairs of the layers that can be compressed.
-        ways: names in `analysis.plans.strategies.WAYS`.
-        on_done: for progress and cancelling, as `analysis.evaluation.run.OnDone`: after each capture and
-            continuation, and with the same numbers in the middle of one.
+        planning, measuring: (name, text) of each, or `excerpts`; none may be in both.
+        keep_ratios: budgets, shares of the pairs of the layers that can be compressed.
+        strategies: names in `STRATEGIES`; all of them, if not given.
+        progress: counts captures and continuations ("passes").
 
     Raises:
         TextError: there are no texts, one is in both, empty or too short.
         ModelError: no layer can be compressed, or as `capture`.
         OutOfMemoryError: as `capture`.
-        SettingsError: a way is unknown, a keep is not from 0 to 1, or as `continuations`.
+        SettingsError: a strategy is unknown, a keep ratio is not from 0 to 1, or as `evaluate`.
     """
-    from analysis.evaluation.run import continuations, ignore, prompt_of  # waits for torch
-    from analysis.plans.ablation import weighed_by_cost
+    from analysis.evaluation.run import evaluate  # waits for torch
+    from analysis.plans.ablation import with_head_costs
     from analysis.recorder import capture
 
-    on_done, ways = on_done or ignore, tuple(ways)
-    plan_texts, test_texts = ([Excerpt(*text) for text in texts] for texts in (plan_texts, test_texts))
-    if wrong := [keep for keep in keeps if isinstance(keep, bool) or not 0 <= keep <= 1]:
-        raise SettingsError(f"keeps must be from 0 to 1, got {', '.join(map(str, wrong))}")
-    if unknown := [way for way in ways if way not in WAYS]:
-        raise SettingsError(f"ways must be of {', '.join(WAYS)}; got {', '.join(map(repr, unknown))}")
+    names, settings = tuple(STRATEGIES if strategies is None else strategies), settings or LmSettings()
+    plan_texts, test_texts = ([Excerpt(*text) for text in texts] for texts in (planning, measuring))
+    if wrong := [keep for keep in keep_ratios if isinstance(keep, bool) or not 0 <= keep <= 1]:
+        raise SettingsError(f"keep_ratios must be from 0 to 1, got {', '.join(map(str, wrong))}")
+    for name in names:
+        STRATEGIES.find(name)
     if not plan_texts or not test_texts:
         raise TextError("A front takes texts to plan on, and others to measure on.")
     if both := {one.text for one in plan_texts} & {one.text for one in test_texts}:
@@ -88,75 +379,58 @@ def measure_front(
     shape = CacheShape.of(loaded.config, loaded.model.dtype.itemsize)
     if not shape.layers:
         raise ModelError(f"{loaded.name} has no layer that can be compressed: all have a sliding window.")
-    kv_heads = len(shape.layers) * shape.n_kv_heads
-    before = passes(len(plan_texts), 0, keeps=len(keeps), ways=ways, kv_heads=kv_heads)
-    total = passes(len(plan_texts), len(test_texts), keeps=len(keeps), ways=ways, kv_heads=kv_heads)
+    counts = {"keep_ratios": len(keep_ratios), "strategies": names, "kv_heads": len(shape.layers) * shape.n_kv_heads}
+    before, total = (passes(len(plan_texts), n, **counts) for n in (0, len(test_texts)))
 
     def captured(text: str, done: int) -> Capture:
-        prompt = prompt_of(loaded, text, prompt_tokens)
-        run = slim(capture(loaded, prompt, last_queries=0, progress=lambda *_: on_done(done, total)))
-        on_done(done + 1, total)
+        prompt = prompt_of(loaded.tokenizer, text, settings.prompt_tokens)
+        run = slim(capture(loaded, prompt, last_queries=0, progress=lambda *_: progress(done, total, "passes")))
+        progress(done + 1, total, "passes")
         return run
 
     runs = [captured(one.text, i) for i, one in enumerate(plan_texts)]
     documents = [one.document or one.name for one in plan_texts]
     curves = loss_curves(*runs, protect_last=protect_last, documents=documents)
-    if any(WAYS[way].needs_costs for way in ways):
-        curves = weighed_by_cost(
-            curves,
-            loaded,
-            [one.text for one in plan_texts],
-            prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
-            on_done=lambda done, _: on_done(len(plan_texts) + done, total),
-        )
+    if any(STRATEGIES[name].needs_costs for name in names):
+        told = part_of(progress, len(plan_texts), total, "passes")
+        curves = with_head_costs(curves, loaded, plan_texts, settings=settings, progress=told)
     made, left_out = {}, []
-    for way in ways:
-        for keep in keeps:
+    for name in names:
+        for keep in keep_ratios:
             try:
-                made[way, keep] = WAYS[way].make(curves, keep)
+                made[name, float(keep)] = plan(curves, keep, name).to_spec()
             except BudgetError as error:
-                left_out.append(f"{way}, keep {keep:g}: {error}")
-    specs = tuple(dict.fromkeys(made.values()))
-    losses = np.zeros((len(test_texts), len(specs)))
-    for i, measured in enumerate(test_texts):
-        one = loss_curves(captured(measured.text, before + i), protect_last=protect_last)
-        losses[i] = [one.loss_of(spec) for spec in specs]
+                left_out.append(f"{name}, keep ratio {keep:g}: {error}")
+    losses = np.zeros((len(test_texts), len(made)))
+    for i, text in enumerate(test_texts):
+        one = loss_curves(captured(text.text, before + i), protect_last=protect_last)
+        losses[i] = [one.loss_of(spec) for spec in made.values()]
     before += len(test_texts)
-    total = before + len(test_texts) * (1 + len(specs))
-    full, *rows = continuations(
+    methods = {f"{name} {keep:.9g}": spec for (name, keep), spec in made.items()}
+    total = before + len(test_texts) * len({None, *methods.values()})
+    results = evaluate(
         loaded,
-        [one.text for one in test_texts],
-        (None, *specs),
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        on_done=lambda done, _: on_done(before + done, total),
+        "lm",
+        {FULL: None, **methods},
+        texts=test_texts,
+        settings=settings,
+        progress=part_of(progress, before, total, "passes"),
     )
-    rows, expected = dict(zip(specs, rows, strict=True)), dict(zip(specs, losses.mean(axis=0), strict=True))
-    return Front(
-        model=loaded.name,
-        planned_on=tuple(one.name for one in plan_texts),
-        measured_on=tuple(one.name for one in test_texts),
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        full_nbytes=_mean_bytes(full),
-        full_nll=tuple(one.nll for one in full),
-        points=tuple(
-            FrontPoint(
-                line=way,
-                keep=float(keep),
-                spec=spec,
-                nbytes=_mean_bytes(rows[spec]),
-                nll_change=tuple(one.nll - whole.nll for one, whole in zip(rows[spec], full, strict=True)),
-                planned_loss=curves.loss_of(spec),
-                measured_loss=float(expected[spec]),
-            )
-            for (way, keep), spec in made.items()
-        ),
-        left_out=tuple(left_out),
-        documents=tuple(one.document or one.name for one in test_texts),
+    plans = tuple(
+        Planned(name, keep, method, *(None if np.isnan(loss) else float(loss) for loss in (curves.loss_of(spec), lost)))
+        for ((name, keep), spec), method, lost in zip(made.items(), methods, losses.mean(axis=0), strict=True)
     )
+    return Front(tuple(one.name for one in plan_texts), results, plans, tuple(left_out))
 
 
-def _mean_bytes(row) -> int:
-    return round(sum(one.nbytes for one in row) / len(row))
+def _listed(keeps: Iterable[float]) -> str:
+    return ", ".join(f"{keep:g}" for keep in keeps)
+
+
+def _signed(nats: float) -> str:
+    """Three decimals: what plans differ by is less than a hundredth."""
+    return f"{nats:+.3f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _nats(interval: Interval) -> str:
+    return f"{_signed(interval.value)} nats/token (95 % {_signed(interval.low)} to {_signed(interval.high)})"

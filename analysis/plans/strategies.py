@@ -1,7 +1,8 @@
-"""Ways to share out a cache's bytes, by name: each makes a `CompressionSpec` at a budget. Knows loss curves, no model.
+"""Allocation strategies: how much of a budget each kv head gets. Knows loss curves, no model.
 
-A budget is a share of the pairs of the layers that can be compressed. All ways hold equal bytes at an equal budget, but
-for heads that round up to a whole pair, and for ratios that come in whole percents.
+A strategy is a function from a budget to a keep ratio for each kv head. To add one, write it and name it in
+`STRATEGIES`: the command line, the page Plan and the Pareto front list it from there. All hold equal bytes at an equal
+budget, but for heads that round up to a whole pair.
 """
 
 from __future__ import annotations
@@ -11,86 +12,224 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.plans.allocation import BudgetError, plan
-from analysis.plans.curves import TINY, LossCurves
-from l2kv.spec import CompressionSpec
+from analysis.defaults import KEEP_RATIO
+from analysis.errors import SettingsError
+from analysis.measures import by_kv_head
+from analysis.plans.allocation import AllocationPlan, Budget
+from analysis.plans.curves import BY_NORM, TINY, LossCurves, check_choice
+from analysis.plans.skip import layer_loss, suggest_skip_layers
+from l2kv.registry import Registry
 
-Make = Callable[[LossCurves, float], CompressionSpec]
-"""(curves of the planning texts, keep) -> spec. Raises BudgetError, with the reason, where the budget is too small."""
-
-KINDS = ("uniform", "plan", "yardstick")
+ADAKV_FLOOR = 0.2  # of its even share, that AdaKV leaves to every head
+KINDS = ("uniform", "plan", "baseline")
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
-    """How a budget is shared out."""
+class Strategy:
+    """How a budget is divided among the kv heads."""
 
-    kind: str
-    """"uniform": one ratio for all, by norm; "plan": shared out by norm; "yardstick": reads no norms."""
+    title: str
     about: str
-    make: Make
+    """What it does, in a line."""
+    kind: str
+    """"uniform": one ratio for all, by norm; "plan": divided by norm; "baseline": reads no norms."""
+    allocate: Callable[[Budget], np.ndarray]
+    """(budget) -> the keep ratio [N] of each kv head. Raises BudgetError where the budget is too small."""
+    policy: str = "signed_norm"
+    """What stays in each head."""
     needs_costs: bool = False
-    """The curves must be `weighed`."""
+    """The curves must be `weighed`: attention counts by what compressing each head alone costs."""
+    needs_captures: bool = False
+    """The curves must come with their captures: it looks at single tokens."""
 
 
-def _uniform(policy: str) -> Make:
-    def make(curves: LossCurves, keep: float) -> CompressionSpec:
-        _check_pays_for_protected(curves, keep)
-        return CompressionSpec(keep_ratio=keep, policy=policy, protect_last=curves.protect_last)
+def plan(
+    curves: LossCurves, keep_ratio: float = KEEP_RATIO, strategy: str = "by_head", *, policy: str | None = None
+) -> AllocationPlan:
+    """Divide a budget among the kv heads.
 
-    return make
+    Args:
+        keep_ratio: the budget, a share of the pairs of the layers that can be compressed. A cache rounds each head up
+            to whole pairs, and holds less than one pair a head more.
+        strategy: a name in `STRATEGIES`.
+        policy: what stays, where it is not the strategy's own: "low_norm", "high_norm", or "signed_norm": in each head
+            the direction that loses less at its ratio (low, where they lose the same).
+
+    Raises:
+        SettingsError: a name is unknown, there is nothing to compress, or the curves lack what the strategy needs.
+        BudgetError: the budget is too small for what must stay; the message names the least one.
+    """
+    chosen = STRATEGIES.find(strategy)
+    if policy is not None:
+        check_choice("policy", policy, BY_NORM)
+    if isinstance(keep_ratio, bool) or not 0 <= keep_ratio <= 1:
+        raise SettingsError(f"keep_ratio must be from 0 to 1, got {keep_ratio!r}")
+    if chosen.needs_costs and curves.weights is None:
+        raise SettingsError(f"{strategy} needs what each head costs: measure that first (LossCurves.weighed)")
+    budget = Budget.of(curves, keep_ratio, policy or chosen.policy, weighted=chosen.needs_costs)
+    spent = chosen.allocate(budget)
+    ratios = np.ones(curves.low.shape[:2])
+    ratios[curves.compressible] = spent.reshape(-1, curves.low.shape[1])
+    loss = budget.mean_loss(spent)
+    return AllocationPlan(
+        strategy=strategy,
+        policy=budget.policy,
+        ratios=ratios,
+        directions=_directions(curves, ratios) if budget.policy == "signed_norm" else None,
+        compressible=curves.compressible,
+        keep_ratio=budget.keep_ratio,
+        used=float(min(spent.mean(), budget.keep_ratio)),  # a mean of ratios rounds
+        expected_loss=loss,
+        uniform_loss=budget.mean_loss(np.full(len(spent), budget.keep_ratio)),
+        bound=float(min(budget.bound(), loss)),  # they may differ by rounding where they are the same
+        protect_last=curves.protect_last,
+    )
 
 
-def _planned(**options) -> Make:
-    def make(curves: LossCurves, keep: float) -> CompressionSpec:
-        return plan(curves, keep, **options).to_spec()
+def _directions(curves: LossCurves, ratios: np.ndarray) -> tuple[tuple[str, ...], ...]:
+    def lost(curve: np.ndarray, head: tuple[int, ...]) -> float:
+        return float(np.interp(ratios[head], curves.ratios, curve[head]))
 
-    return make
-
-
-def _first_two_whole(curves: LossCurves, keep: float) -> CompressionSpec:
-    layers = np.flatnonzero(curves.compressible)
-    whole = [int(layer) for layer in layers if layer in (0, 1)]
-    others = len(layers) - len(whole)
-    rest = (keep * len(layers) - len(whole)) / others if others else -1.0
-    if rest < 0:
-        raise BudgetError(f"layers 0 and 1 alone hold more than {keep:g} of {len(layers)} layers")
-    _check_pays_for_protected(curves, rest)
-    return CompressionSpec(keep_ratio=round(rest, 9), skip_layers=tuple(whole), protect_last=curves.protect_last)
+    high = [lost(curves.high, head) < lost(curves.low, head) for head in np.ndindex(ratios.shape)]
+    return tuple(tuple(row) for row in np.where(np.reshape(high, ratios.shape), "high", "low").tolist())
 
 
-def _check_pays_for_protected(curves: LossCurves, ratio: float) -> None:
-    """Below it a cache holds its protected tokens all the same, and more bytes than its budget."""
-    least = curves.least_bin / curves.bins
-    if ratio < least - TINY:
-        raise BudgetError(
-            f"that leaves {ratio:.3g} of the tokens to a head, and the last {curves.protect_last} take {least:.3g}"
-        )
+def _skip_first_two(budget: Budget) -> np.ndarray:
+    return budget.even(np.isin(budget.layer, (0, 1)))
 
 
-WAYS: dict[str, Way] = {
-    "uniform, low norm": Way("uniform", "the paper's rule, everywhere the same", _uniform("low_norm")),
-    "uniform, high norm": Way("uniform", "its mirror, everywhere the same", _uniform("high_norm")),
-    "uniform, measured directions": Way(
-        "uniform", "low norms in some kv heads and high ones in others, as measured", _planned(method="uniform")
-    ),
-    "skip 0 and 1, low norm": Way("plan", "the paper's skip list; the other layers keep less", _first_two_whole),
-    "suggested skip list, low norm": Way(
-        "plan", "layers worse than dice stay whole; the others keep less", _planned(method="skip", policy="low_norm")
-    ),
-    "plan by layer": Way("plan", "a ratio for each layer, of least expected loss", _planned(by="layer")),
-    "plan by head": Way("plan", "a ratio for each kv head, of least expected loss", _planned()),
-    "plan by head, no signal whole": Way(
-        "plan", "as plan by head; heads without a signal stay whole", _planned(whole_without_signal=True)
-    ),
-    "plan by head, weighed by cost": Way(
-        "plan",
-        "as plan by head; attention counts by what it costs to compress each head alone",
-        _planned(weighed=True),
-        needs_costs=True,
-    ),
-    "global threshold": Way("plan", "one threshold on norms for all heads", _planned(method="global")),
-    "AdaKV's shares": Way("plan", "heads share their layer's budget by top attention", _planned(method="adakv")),
-    "random": Way("yardstick", "any tokens: what a rule must beat", _uniform("random")),
-    "first and latest": Way("yardstick", "the first four tokens and the latest (StreamingLLM)", _uniform("streaming")),
-}
+def _skip_suggested(budget: Budget) -> np.ndarray:
+    """The suggested layers are skipped, as many of them, the worst first, as the budget can pay for."""
+    policy = "low_norm" if budget.policy == "signed_norm" else budget.policy  # the list is of one direction
+    suggested = np.array(suggest_skip_layers(budget.captures, policy).layers, dtype=int)
+    by_layer = np.stack([layer_loss(capture, policy).by_layer for capture in budget.captures])
+    badness = np.where(np.isnan(by_layer), np.inf, by_layer).mean(axis=0)
+    skipped, least = np.zeros(len(budget.layer), dtype=bool), budget.curves.least_bin
+    for layer in suggested[np.argsort(-badness[suggested], kind="stable")]:
+        more = skipped | (budget.layer == layer)
+        if np.where(more, budget.curves.bins, least).sum() > budget.bins:
+            break
+        skipped = more
+    return budget.even(skipped)
+
+
+def _by_head_with_signal(budget: Budget) -> np.ndarray:
+    signal = budget.curves.has_signal(budget.keep_ratio, budget.policy)
+    return budget.best(skipped=~signal[budget.curves.compressible].ravel())
+
+
+def _global_threshold(budget: Budget) -> np.ndarray:
+    """The pairs kept are those whose norm, over the median of their head, is the most extreme in the head's direction.
+
+    Under signed_norm that is the direction of the mean Γ.
+    """
+    sign = {"low_norm": -1.0, "high_norm": 1.0}.get(budget.policy)
+    gammas = np.nan_to_num(budget.curves.gammas)[:, budget.curves.compressible].mean(axis=0).ravel()
+    signs = np.where(gammas > 0, 1.0, -1.0) if sign is None else np.full(len(gammas), sign)
+    kept = []
+    for capture in budget.captures:
+        norms = np.maximum(capture.key_norm[budget.curves.compressible].astype(np.float64), TINY)
+        norms = norms.reshape(len(signs), -1)
+        score = signs[:, None] * np.log(norms / np.median(norms, axis=1, keepdims=True))
+        kept.append(_share_of_top(score, budget))
+    return budget.scaled(np.mean(kept, axis=0))
+
+
+def _adakv(budget: Budget) -> np.ndarray:
+    """Ada-KV: B_i = (1 - α) f_i + α B / h; f_i of the layer's top B attention probabilities are in head i of h."""
+    shares = np.zeros(len(budget.layer))
+    for capture in budget.captures:
+        attention = by_kv_head(capture).probe_attention
+        for layer in np.flatnonzero(budget.curves.compressible):
+            top = _share_of_top(attention[layer], budget)
+            shares[budget.layer == layer] += (1 - ADAKV_FLOOR) * top + ADAKV_FLOOR * budget.keep_ratio
+    return budget.scaled(shares / len(budget.captures))
+
+
+def _share_of_top(score: np.ndarray, budget: Budget) -> np.ndarray:
+    """Of scores [heads, T], the share of each head's tokens among the budget's best of all; the latest are in first."""
+    heads, n = score.shape
+    score = score.astype(np.float64)
+    score[:, n - min(budget.curves.protect_last, n) :] = np.inf
+    top = np.argsort(-score, axis=None, kind="stable")[: int(np.floor(budget.keep_ratio * heads * n + 1e-9))]
+    return np.bincount(top // n, minlength=heads) / n
+
+
+STRATEGIES: Registry[Strategy] = Registry(
+    "strategy",
+    SettingsError,
+    {
+        "uniform_low": Strategy(
+            "Uniform (low norm)", "The paper's rule, the same ratio everywhere.", "uniform", Budget.even, "low_norm"
+        ),
+        "uniform_high": Strategy(
+            "Uniform (high norm)", "The mirror of it, the same ratio everywhere.", "uniform", Budget.even, "high_norm"
+        ),
+        "uniform_signed": Strategy(
+            "Uniform (measured directions)",
+            "Low norms in some kv heads and high norms in others, as measured; the same ratio everywhere.",
+            "uniform",
+            Budget.even,
+        ),
+        "skip_first_two": Strategy(
+            "Layers 0 and 1 skipped",
+            "The paper's skip list; the other layers keep less.",
+            "plan",
+            _skip_first_two,
+            "low_norm",
+        ),
+        "skip_suggested": Strategy(
+            "Suggested layers skipped",
+            "Layers whose norms order worse than chance are skipped; the others keep less.",
+            "plan",
+            _skip_suggested,
+            "low_norm",
+            needs_captures=True,
+        ),
+        "by_layer": Strategy(
+            "By layer",
+            "A ratio for each layer, of least expected attention loss.",
+            "plan",
+            lambda budget: budget.best(by_layer=True),
+        ),
+        "by_head": Strategy(
+            "By head", "A ratio for each kv head, of least expected attention loss.", "plan", Budget.best
+        ),
+        "by_head_with_signal": Strategy(
+            "By head (signal only)",
+            "As by head; kv heads whose norms tell nothing of attention keep everything.",
+            "plan",
+            _by_head_with_signal,
+        ),
+        "by_head_by_cost": Strategy(
+            "By head (by cost)",
+            "As by head; lost attention counts by what compressing each kv head alone costs in prediction.",
+            "plan",
+            Budget.best,
+            needs_costs=True,
+        ),
+        "global_threshold": Strategy(
+            "Global threshold",
+            "One threshold for all heads, on a key's norm over the median norm of its head.",
+            "plan",
+            _global_threshold,
+            needs_captures=True,
+        ),
+        "adakv": Strategy(
+            "AdaKV",
+            "Every layer the same; its heads share by top attention (Feng et al., arXiv 2407.11550), a fifth evenly.",
+            "plan",
+            _adakv,
+            needs_captures=True,
+        ),
+        "random": Strategy("Random", "Any tokens: the baseline to beat.", "baseline", Budget.even, "random"),
+        "streaming": Strategy(
+            "StreamingLLM", "The first four tokens and the latest.", "baseline", Budget.even, "streaming"
+        ),
+    },
+)
+
+
+def title_of(name: str) -> str:
+    """The title of a strategy; of one that is not registered here, its name."""
+    return STRATEGIES[name].title if name in STRATEGIES else name

@@ -71,7 +71,8 @@ def excerpts(
             raise TextError(f"{name}: {error}") from error
     names = list(texts)
     open_ = [names[i] for i in _spread_order(len(names))]
-    wanted, found = dict.fromkeys(open_, 0), dict.fromkeys(open_, ())
+    wanted = dict.fromkeys(open_, 0)
+    found: dict[str, dict[int, str]] = {name: {} for name in open_}
     while open_ and (missing := at_most - sum(map(len, found.values()))) > 0:
         for name in islice(cycle(open_), missing):
             wanted[name] += 1

@@ -10,7 +10,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -58,7 +58,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tokens:
     """
     check_text(text)
     ids, spans, notes = _encoded(tokenizer, text)
-    names = tokenizer.convert_ids_to_tokens(ids.tolist())
+    names = list(tokenizer.convert_ids_to_tokens(ids.tolist()))
     if spans is None:  # the tokens' own names must do
         return Tokens(ids, np.zeros((len(ids), 2), dtype=np.int32), tuple(names), notes)
     # SentencePiece puts a space before a text, and claims the first character for it: that token has no characters.
@@ -100,13 +100,13 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[np.ndarray,
     return ids[start:end], None if spans is None else _covering(text, spans[start:end]), tuple(notes)
 
 
-def _called(tokenizer: PreTrainedTokenizerBase, text: str, **options) -> Mapping[str, list]:
+def _called(tokenizer: PreTrainedTokenizerBase, text: str, **options: bool) -> Mapping[str, list[Any]]:
     """What the tokenizer makes of a text. Raises TextError where it cannot, or not within `MOST_SECONDS`.
 
     A long text is left to a thread, for what a tokenizer has begun cannot be ended: it dies with the program. So what
     can be known before to take too long is not begun.
     """
-    outcome: queue.SimpleQueue[Mapping[str, list] | BaseException] = queue.SimpleQueue()
+    outcome: queue.SimpleQueue[Mapping[str, list[Any]] | BaseException] = queue.SimpleQueue()
 
     def call() -> None:
         try:

@@ -14,20 +14,16 @@ from analysis.errors import ModelError
 from analysis.models.memory import DTYPES
 from analysis.models.sizes import checkpoint_dtype
 from app import session
+from app.components import choices
 from l2kv.policies import POLICIES
 from l2kv.spec import CompressionSpec
 
 BY_NORM = ("low_norm", "high_norm", "random")  # what a run can tell the loss of
 
 
-def policies() -> dict[str, str]:
-    """The policies that the controls offer, name -> title: those that need nothing measured on the model."""
-    return {name: title(name) for name, policy in POLICIES.items() if not policy.needs_calibration}
-
-
 def title(policy: str) -> str:
     """What users read for a policy, by its name."""
-    return POLICIES[policy].title if policy in POLICIES else policy
+    return POLICIES[policy].title if policy in POLICIES else policy  # of a file, of a policy that is not here
 
 
 def ratio_input(*, second: bool = False) -> None:
@@ -39,18 +35,18 @@ def ratio_input(*, second: bool = False) -> None:
     )  # fmt: skip
 
 
-def policy_input(choices: Sequence[str] = (), *, second: bool = False) -> None:
-    """Which tokens stay, by one of the choices, or of all `policies`.
+def policy_input(names: Sequence[str] = (), *, second: bool = False) -> None:
+    """Which tokens stay, by one of the names, or of all of `choices.policies`.
 
-    A policy of another page that is no choice here gives way to the paper's.
+    A policy of another page that is no choice here gives way to the first.
     """
-    choices = choices or list(policies())
+    offered = {name: POLICIES[name] for name in names} or choices.policies()
     slot = session.SECOND_POLICY if second else session.POLICY
-    if slot.get() not in choices:
-        slot.set(choices[0])
+    if slot.get() not in offered:
+        slot.set(next(iter(offered)))
     st.selectbox(
-        "Which stay in the second" if second else "Which tokens stay", choices, format_func=title, **slot.widget(),
-        help="\n".join(f"- **{title(name)}**: {POLICIES[name].about}" for name in choices),
+        "Which stay in the second" if second else "Which tokens stay", list(offered), format_func=title,
+        help=choices.explained(offered), **slot.widget(),
     )  # fmt: skip
 
 

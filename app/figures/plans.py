@@ -12,11 +12,11 @@ import plotly.graph_objects as go
 from app.figures.style import CONTRAST, FULL_GREY, PRIMARY, axis, error_bars, level, literal, new_figure
 
 # Lines of a front: kinds are told apart by dash and filling, those of a kind by colour and marker.
-_DASHES = {"uniform": "dash", "plan": "solid", "yardstick": "dot"}
+_DASHES = {"uniform": "dash", "plan": "solid", "baseline": "dot"}
 _COLORS = {
     "uniform": (PRIMARY, CONTRAST, "#2C8C9B"),
     "plan": ("#3E7CD6", "#B8456F", "#2C8C9B", "#A08A00", PRIMARY, "#8A5A2B", "#D98C00", "#E05299"),
-    "yardstick": (FULL_GREY,),
+    "baseline": (FULL_GREY,),
 }
 _MARKERS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "star", "pentagon", "x")
 
@@ -30,13 +30,13 @@ class Line:
     low: np.ndarray  # ends of its interval
     high: np.ndarray
     keep: np.ndarray  # the budget asked for, 0 to 1
-    kind: str  # "uniform", "plan" or "yardstick"
+    kind: str  # "uniform", "plan" or "baseline"
 
 
 def front(lines: Mapping[str, Line], *, full_mib: float, shown: Collection[str] | None = None) -> go.Figure:
     """The bytes of the cache (x) against what it costs in prediction (y), a line a way, with intervals.
 
-    Plans are solid with filled markers, uniform ways dashed and hollow, yardsticks dotted grey; the full cache is a
+    Plans are solid with filled markers, uniform ways dashed and hollow, baselines dotted grey; the full cache is a
     grey cross at no change. Only the lines `shown` are drawn; a line looks the same whichever they are.
     """
     figure = new_figure(height=560, legend=dict(orientation="h", x=0, y=-0.16, yanchor="top", title_text=""))

@@ -19,7 +19,7 @@ from analysis.metrics import METRICS
 from analysis.models.load import BUNDLED_MODELS
 from analysis.models.memory import DTYPES
 from analysis.models.sizes import checkpoint_dtype
-from analysis.plans.ablation import CausalCheck
+from analysis.plans.ablation import Ablation
 from analysis.plans.export import LENGTHS, kvpress_code, library_code
 from analysis.plans.front import Front
 from analysis.plans.skip import layer_loss, suggest_skip_layers
@@ -66,14 +66,14 @@ def report(
     *,
     studies: Sequence[Study] = (),
     front: Front | None = None,
-    causal: CausalCheck | None = None,
+    ablation: Ablation | None = None,
 ) -> str:
     """The HTML of a report.
 
     Args:
         runs: one, or two that are compared.
         studies: of many texts; two are compared.
-        front, causal: shown where they are given; whichever model they are of is named.
+        front, ablation: shown where they are given; whichever model they are of is named.
 
     Raises:
         ValueError: there is no run, or more than two runs or studies.
@@ -95,7 +95,7 @@ def report(
     sections += [chapters.of_study(study, name) for study, name in zip(studies, study_names, strict=True)]
     if len(studies) == 2:
         sections.append(chapters.of_comparison(compare(*studies, names=study_names)))
-    for given, section in ((front, chapters.of_front), (causal, chapters.of_causal)):
+    for given, section in ((front, chapters.of_front), (ablation, chapters.of_ablation)):
         if given is not None:
             sections.append(section(given))
     table = {"figure": list(_READING), "meaning": list(_READING.values())}

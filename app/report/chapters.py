@@ -1,4 +1,4 @@
-"""Sections of a report beyond one run: many texts, the measured front, the causal check, two compared."""
+"""Sections of a report beyond one run: many texts, the Pareto front, the single-layer ablation, two compared."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import numpy as np
 
 from analysis import statistics
 from analysis.comparing import Comparison
-from analysis.plans.ablation import CausalCheck
+from analysis.plans.ablation import Ablation
 from analysis.plans.front import Front, FrontPoint
-from analysis.plans.strategies import WAYS
+from analysis.plans.strategies import STRATEGIES, title_of
 from analysis.studies import Study
 from analysis.verdicts import answer, meanings, verdict_counts, verdicts
 from analysis.words import counted, span
@@ -76,7 +76,7 @@ _AGREEMENT = ("texts", "spearman", "kendall")
 
 
 def of_front(front: Front) -> Section:
-    """What each way to share out the cache's bytes costs in prediction."""
+    """What each allocation strategy costs in prediction."""
     n = len(front.measured_on)
     points = [point for line in front.lines.values() for point in line]
     intervals = [front.interval(point) for point in points]
@@ -84,35 +84,37 @@ def of_front(front: Front) -> Section:
     left_out = (f"Left out, since the budget is too small for them: {too_small}.",) if too_small else ()
     drawing = Drawing(
         figures.front(front_lines(front), full_mib=front.full_nbytes / _MIB),
-        alt="Bytes of the cache against the change of the negative log likelihood, a line for each way",
+        alt="Bytes of the cache against the change of the negative log likelihood, a line for each strategy",
         caption=f"The mean over {n} text{'s' * (n != 1)} and its 95 % interval; lower left is better. Bytes "
-        f"are counted in the caches after a prompt of {front.prompt_tokens} tokens and {front.new_tokens} more. Plans "
+        f"are counted in the caches after a prompt of {front.lengths[0]} tokens and {front.lengths[1]} more. Plans "
         f"were made from {len(front.planned_on)} other texts.",
         table={
-            "way": [point.line for point in points],
-            "keep": [point.keep for point in points],
+            "strategy": [title_of(point.strategy) for point in points],
+            "keep ratio": [point.keep_ratio for point in points],
             "MiB": [point.nbytes / _MIB for point in points],
             "NLL change": [interval.value for interval in intervals],
             "from": [interval.low for interval in intervals],
             "to": [interval.high for interval in intervals],
         },
     )
-    return Section(f"What each way to spend the bytes costs: {front.model}", (front.answer(), *left_out), (drawing,))
+    return Section(f"What each allocation strategy costs: {front.model}", (front.answer(), *left_out), (drawing,))
 
 
 def front_lines(front: Front) -> dict[str, figures.Line]:
-    """What the figure of a front draws, for each way."""
-    return {name: _line(front, name, points) for name, points in front.lines.items()}
+    """What the figure of a front draws, by the title of each strategy."""
+    return {title_of(name): _line(front, name, points) for name, points in front.lines.items()}
 
 
-def of_causal(check: CausalCheck) -> Section:
+def of_ablation(check: Ablation) -> Section:
     """Each layer compressed alone, beside its ALR."""
-    change, loss = (statistics.means(of.T, documents=check.documents) for of in (check.nll_change, check.loss))
+    change, loss = (
+        statistics.means(of.T, documents=check.documents) for of in (check.nll_change, check.normalised_alr)
+    )
     drawing = Drawing(
         figures.layer_costs(check.layers, loss.mean, (loss.low, loss.high), change.mean, (change.low, change.high)),
         alt="What compressing one layer alone costs against its ALR, a point for each layer",
         caption="A numbered point a layer, with 95 % intervals over texts. If ALR can tell, points rise to the right.",
-        table=causal_table(check),
+        table=ablation_table(check),
     )
     spec = check.spec
     kept = f"{spec.budget} tokens" if spec.budget is not None else f"{spec.keep_ratio:.0%}"
@@ -128,12 +130,12 @@ def of_causal(check: CausalCheck) -> Section:
     )
 
 
-def causal_table(check: CausalCheck) -> dict[str, Sequence]:
+def ablation_table(check: Ablation) -> dict[str, Sequence]:
     """The numbers of a check, a row for each layer; the paper's ALR where the file keeps it."""
     change = statistics.means(check.nll_change.T, documents=check.documents)
-    paper = {} if check.paper is None else {"the paper's ALR": statistics.means(check.paper.T).mean}
+    paper = {} if check.alr is None else {"the paper's ALR": statistics.means(check.alr.T).mean}
     return (
-        {"layer": check.layers, "ALR / chance": statistics.means(check.loss.T).mean}
+        {"layer": check.layers, "ALR / chance": statistics.means(check.normalised_alr.T).mean}
         | paper
         | {"NLL change, nats a token": change.mean, "from": change.low, "to": change.high}
     )
@@ -210,6 +212,6 @@ def _line(front: Front, name: str, points: Sequence[FrontPoint]) -> figures.Line
         change=np.array([interval.value for interval in intervals]),
         low=np.array([interval.low for interval in intervals]),
         high=np.array([interval.high for interval in intervals]),
-        keep=np.array([point.keep for point in points]),
-        kind=WAYS[name].kind if name in WAYS else "plan",
+        keep=np.array([point.keep_ratio for point in points]),
+        kind=STRATEGIES[name].kind if name in STRATEGIES else "plan",
     )

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Iterable
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import streamlit as st
 
 from analysis.captures import Capture
+from analysis.defaults import KEEP_RATIOS
 from analysis.demo.presets import bundled_results
-from analysis.files import read_text
-from analysis.plans.front import KEEPS, Front, measure_front, passes
+from analysis.evaluation.lm import LmSettings
+from analysis.plans.front import Front, measure_front, passes
 from analysis.plans.skip import Plan
-from analysis.plans.strategies import WAYS
+from analysis.plans.strategies import STRATEGIES, title_of
 from analysis.progress import Progress
+from analysis.records import from_json, load, to_json
 from analysis.statistics import Interval
 from analysis.texts.excerpts import SPLIT
 from app import figures, session
@@ -31,13 +34,13 @@ if TYPE_CHECKING:
     from analysis.models.load import LoadedModel
 
 _MIB = 2**20
-_FIRST_WAYS = (
-    "uniform, low norm",
-    "uniform, high norm",
-    "uniform, measured directions",
-    "plan by head",
-    "plan by head, weighed by cost",
-    "AdaKV's shares",
+_FIRST = (
+    "uniform_low",
+    "uniform_high",
+    "uniform_signed",
+    "by_head",
+    "by_head_by_cost",
+    "adakv",
     "random",
 )
 
@@ -45,10 +48,18 @@ _FIRST_WAYS = (
 @lru_cache(maxsize=4)
 def _bundled(model: str) -> Front | None:
     file = bundled_results(model).front
-    return Front.from_json(read_text(file)) if file else None
+    return load(Front, file) if file else None
 
 
-FRONT = Kind("front", "front", Front.from_json, Front.to_json, _bundled)
+FRONT: Kind[Front] = Kind("front", "front", partial(from_json, Front), to_json, _bundled)
+
+
+def _title(name: str) -> str:
+    return markup.plain(title_of(name))
+
+
+def _about(names: Iterable[str]) -> str:
+    return "\n".join(f"- **{_title(name)}**: {STRATEGIES[name].about}" for name in names)
 
 
 def answer(run: Capture) -> None:
@@ -79,9 +90,9 @@ def _draw(front: Front) -> None:
     n = len(front.measured_on)
     lines = list(front.lines)
     shown = st.pills(
-        "Ways", lines, selection_mode="multi", key=f"front_ways_{id(front)}", format_func=markup.plain,
-        default=[name for name in lines if name in _FIRST_WAYS] or lines,
-        help="\n".join(f"- **{markup.plain(name)}**: {WAYS[name].about}" for name in front.lines if name in WAYS),
+        "Ways", lines, selection_mode="multi", key=f"front_ways_{id(front)}", format_func=_title,
+        default=[name for name in lines if name in _FIRST] or lines,
+        help=_about(name for name in lines if name in STRATEGIES),
     )  # fmt: skip
     points = [point for name in shown for point in front.lines[name]]
     intervals = [front.interval(point) for point in points]
@@ -89,18 +100,18 @@ def _draw(front: Front) -> None:
         figures.front(
             front_lines(front),
             full_mib=front.full_nbytes / _MIB,
-            shown=shown,
+            shown=[title_of(name) for name in shown],
         ),
         key="front",
         alt="Bytes of the cache against the change of the negative log likelihood",
         caption=f"Bytes that the caches held, counted, against the change of NLL: the mean over {n} texts and its 95 % "
-        f"interval. Lower left is better. Each text: a prompt of {front.prompt_tokens} tokens, then {front.new_tokens} "
+        f"interval. Lower left is better. Each text: a prompt of {front.lengths[0]} tokens, then {front.lengths[1]} "
         f"more predicted over the compressed cache. Plans (solid) were made on {len(front.planned_on)} other texts; "
         "uniform ways (dashed) give every head the same share. Intervals of two ways overlap even where one is better "
         "in every text: the table compares them text by text.",
         table={
-            "way": [point.line for point in points],
-            "keep": [point.keep for point in points],
+            "way": [title_of(point.strategy) for point in points],
+            "keep": [point.keep_ratio for point in points],
             "MiB": [point.nbytes / _MIB for point in points],
             "NLL change": [interval.value for interval in intervals],
             "from": [interval.low for interval in intervals],
@@ -117,18 +128,18 @@ def _draw(front: Front) -> None:
 
 def _compared(front: Front) -> None:
     """At each budget the best plan beside the best uniform way, paired by text."""
-    compared = sorted(front.comparisons(), key=lambda one: one.plan.keep)
+    compared = sorted(front.comparisons(), key=lambda one: one.plan.keep_ratio)
     if not compared:
         return
     st.markdown("**At equal bytes: the best plan against the best uniform way**")
     st.dataframe(
         {
-            "keep": [f"{one.plan.keep:.0%}" for one in compared],
+            "keep": [f"{one.plan.keep_ratio:.0%}" for one in compared],
             "the plan is": [one.verdict for one in compared],
             "plan less uniform, nats": [_nats(one.less.value) for one in compared],
             "95 %, of all at once": [_ends(one.less) for one in compared],
-            "best plan": [one.plan.line for one in compared],
-            "best uniform": [one.uniform.line for one in compared],
+            "best plan": [title_of(one.plan.strategy) for one in compared],
+            "best uniform": [title_of(one.uniform.strategy) for one in compared],
             "MiB": [f"{one.plan.nbytes / _MIB:.2f}" for one in compared],
         },
         hide_index=True,
@@ -150,11 +161,11 @@ def _nats(value: float) -> str:
 def _pick(front: Front, generate_page: StreamlitPage) -> None:
     """A point of the front, to be used in Generate."""
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        name = st.selectbox("Use a point: way", list(front.lines), key="front_way")
-        by_keep = {point.keep: point for point in front.lines[name]}
+        name = st.selectbox("Use a point: way", list(front.lines), format_func=_title, key="front_way")
+        by_keep = {point.keep_ratio: point for point in front.lines[name]}
         keep = st.selectbox("keep", list(by_keep), format_func=lambda keep: f"{keep:.0%}", key="front_keep")
         if st.button("Use it in Generate", icon=":material/compare:", key="use_point"):
-            note = f"{name}, keep {keep:g}, of the measured front"
+            note = f"{title_of(name)}, keep ratio {keep:g}, of the measured front"
             session.use_plan(Plan(front.model, by_keep[keep].spec, note=note))
             st.switch_page(generate_page)
     st.caption(
@@ -166,23 +177,25 @@ def _measure(run: Capture) -> Job[Front]:
     ref = sources.model_input()
     texts = sources.texts_input()
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        keeps = st.multiselect("Budgets (keep)", KEEPS, default=[0.3, 0.5], key="front_keeps", persist_state="session")
+        keeps = st.multiselect(
+            "Budgets (keep)", KEEP_RATIOS, default=[0.3, 0.5], key="front_keeps", persist_state="session"
+        )
         ways = st.multiselect(
-            "Ways", list(WAYS), default=_FIRST_WAYS, key="front_measured_ways", persist_state="session",
-            help="\n".join(f"- **{name}**: {way.about}" for name, way in WAYS.items()),
+            "Ways", list(STRATEGIES), default=_FIRST, format_func=_title, key="front_measured_ways",
+            persist_state="session", help=_about(STRATEGIES),
         )  # fmt: skip
     continued = sources.continued_input(
         "Texts to plan on, and to measure on",
         "At most so many of each, cut from what was given. With fewer than 16 the intervals are too narrow.",
     )
     protect_last = controls.current_spec().protect_last
-    costly = any(WAYS[way].needs_costs for way in ways)
+    costly = any(STRATEGIES[name].needs_costs for name in ways)
     known = sources.name_of(ref) == run.model  # else nobody knows yet how many kv heads it has
     runs = passes(
         continued.texts,
         continued.texts,
-        keeps=len(keeps),
-        ways=ways,
+        keep_ratios=len(keeps),
+        strategies=ways,
         kv_heads=len(run.cache_shape.layers) * run.n_kv_heads if known else 0,
     )
     estimate = (
@@ -198,12 +211,11 @@ def _measure(run: Capture) -> Job[Front]:
         return measure_front(
             loaded,
             *continued.planning_and_measuring(loaded, texts),
-            keeps=keeps,
-            ways=ways,
-            prompt_tokens=continued.prompt_tokens,
-            new_tokens=continued.new_tokens,
+            keep_ratios=keeps,
+            strategies=ways,
+            settings=LmSettings(continued.prompt_tokens, continued.new_tokens),
             protect_last=protect_last,
-            on_done=lambda done, total: progress(done, total, "runs"),
+            progress=progress,
         )
 
     return Job(

@@ -15,7 +15,7 @@ import streamlit as st
 from analysis.captures import Capture
 from analysis.demo.presets import Preset, presets
 from analysis.errors import UserError
-from analysis.evaluation.tasks import can_chat, decided, found, prompt_tokens
+from analysis.evaluation.prompts import can_chat, decided, found, prompt_tokens
 from analysis.models.memory import DTYPES, human_bytes
 from analysis.plans.skip import Plan
 from analysis.selftest import is_synthetic
@@ -314,13 +314,13 @@ def _generate(engine: Engine, preview: Preview, boxes: DeltaGenerator) -> None:
                 # Closed before the turn ends: the next session must find the model as it was.
                 bar = st.progress(0.0, "Reading the prompt …")
 
-                def on_layer(done: int, total: int) -> None:
+                def on_layer(done: int, total: int, _: str) -> None:
                     layers = total // len(specs)
                     cache, layer = divmod(done - 1, layers)
                     whose = "the full cache" if cache == 0 else f"the {preview.columns[cache - 1].name} one"
                     bar.progress(done / total, f"Reading the prompt into {whose}: layer {layer + 1} of {layers}")
 
-                rows = stream(loaded, preview.prompt, specs, max_new_tokens=n_new, chat=preview.chat, on_layer=on_layer)
+                rows = stream(loaded, preview.prompt, specs, max_new_tokens=n_new, chat=preview.chat, progress=on_layer)
                 with closing(rows):
                     for row in rows:
                         bar.empty()

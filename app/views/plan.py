@@ -9,10 +9,10 @@ import streamlit as st
 
 from analysis.captures import Capture
 from analysis.errors import RecordError, SettingsError
-from analysis.plans import allocation
-from analysis.plans.allocation import METHODS, AllocationPlan
+from analysis.plans.allocation import AllocationPlan
 from analysis.plans.curves import BY_NORM
 from analysis.plans.skip import Plan
+from analysis.plans.strategies import STRATEGIES, plan, title_of
 from app import figures, session
 from app.components import controls, markup, uploads
 from app.components.charts import show
@@ -22,8 +22,12 @@ from app.views import export, front, savings
 if TYPE_CHECKING:
     from streamlit.navigation.page import Page as StreamlitPage
 
-_UNITS = {"head": "each kv head", "layer": "each layer"}
-_BY_BOTH = ("dp", "hull")  # methods that can give one ratio to a layer; the others go by head
+_OWN = "as the method has it"
+
+
+def strategies() -> dict[str, str]:
+    """The allocation strategies that the page offers, name -> title: those that a run is enough for."""
+    return {name: strategy.title for name, strategy in STRATEGIES.items() if not strategy.needs_costs}
 
 
 def page(engine: Engine, generate_page: StreamlitPage) -> None:
@@ -71,44 +75,37 @@ def _make(run: Capture) -> Plan | None:
         controls.ratio_input()
         controls.protect_last_input()
         policy = st.selectbox(
-            "Which norms stay", BY_NORM, format_func=controls.title, key="plan_policy", persist_state="session",
-            help="By head: in each the direction that loses less here.",
+            "Which norms stay", (_OWN, *BY_NORM), format_func=controls.title, key="plan_policy",
+            persist_state="session", help="By head: in each the direction that loses less here.",
         )  # fmt: skip
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        method = st.selectbox(
-            "Method", list(METHODS), key="plan_method", persist_state="session",
-            help="\n".join(f"- **{name}**: {about}" for name, about in METHODS.items()),
-        )  # fmt: skip
-        by = st.segmented_control(
-            "A ratio for", list(_UNITS), default="head", required=True, format_func=_UNITS.get, key="plan_by",
-            persist_state="session", disabled=method not in _BY_BOTH,
-        )  # fmt: skip
-        whole = st.toggle(
-            "Heads without a signal stay whole", key="plan_whole", persist_state="session",
-            help="Where norms tell nothing of attention, nothing is thrown away, and the other heads pay for it.",
+        offered = strategies()
+        strategy = st.selectbox(
+            "Method", list(offered), index=list(offered).index("by_head"), format_func=title_of, key="plan_strategy",
+            persist_state="session",
+            help="\n".join(f"- **{title}**: {STRATEGIES[name].about}" for name, title in offered.items()),
         )  # fmt: skip
     spec = controls.current_spec()
     try:
-        plan = _plan(run, spec.protect_last, spec.keep_ratio, by, method, policy, whole)
+        plan = _plan(run, spec.protect_last, spec.keep_ratio, strategy, None if policy == _OWN else policy)
     except SettingsError as error:
         st.warning(f"There is no such plan: {markup.plain(str(error))}.", icon=":material/warning:")
         return None
     _expected(run, plan)
     _maps(plan)
-    unit = "by kv head" if by == "head" or method not in _BY_BOTH else "by layer"
-    note = f"{method} {unit}, from {run.n_tokens} tokens of one text"
+    note = f"{title_of(strategy)}, from {run.n_tokens} tokens of one text"
     return Plan(run.model, plan.to_spec(), note=note)
 
 
 @session.remembered
-def _plan(
-    run: Capture, protect_last: int, keep: float, by: str, method: str, policy: str, whole: bool
-) -> AllocationPlan:
-    curves = session.curves_of(run, protect_last)
-    return allocation.plan(curves, keep, by=by, method=method, policy=policy, whole_without_signal=whole)
+def _plan(run: Capture, protect_last: int, keep_ratio: float, strategy: str, policy: str | None) -> AllocationPlan:
+    return plan(session.curves_of(run, protect_last), keep_ratio, strategy, policy=policy)
 
 
 def _expected(run: Capture, plan: AllocationPlan) -> None:
+    if np.isnan(plan.expected_loss):
+        st.markdown("It reads no norms, so nothing is known of what it would lose.")
+        return
     less = 1 - plan.expected_loss / plan.uniform_loss if plan.uniform_loss else 0.0
     verdict = f"**{less:.0%} less** than" if less >= 0.005 else f"**{-less:.0%} more** than" if less < -0.005 else "as"
     st.markdown(

@@ -11,7 +11,7 @@ import streamlit as st
 from analysis.captures import Capture
 from analysis.errors import RecordError
 from analysis.models.memory import human_bytes
-from analysis.plans.ablation import COSTLY, CausalCheck, suggest_by_cost
+from analysis.plans.ablation import COSTLY, Ablation, suggest_by_ablation
 from analysis.plans.export import LENGTHS
 from analysis.plans.skip import RULES, Plan, SkipSuggestion, layer_loss, skip_list, suggest_skip_layers
 from analysis.studies import Study
@@ -19,7 +19,7 @@ from app import figures, session
 from app.components import controls, markup, sources, uploads
 from app.components.charts import show
 from app.engine import Engine
-from app.views import causal, export
+from app.views import ablation, export
 from l2kv.spec import CompressionSpec
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def page(engine: Engine, generate_page: StreamlitPage) -> None:
         controls.policy_input(controls.BY_NORM)
         controls.ratio_input()
     spec = controls.current_spec()
-    check = causal.CHECK.of(run)
+    check = ablation.ABLATION.of(run)
     if check is not None and check.spec.policy == spec.policy:
         suggestion, threshold = _by_cost(check), None
         _suggest(run, spec, suggestion, check)
@@ -78,7 +78,7 @@ def page(engine: Engine, generate_page: StreamlitPage) -> None:
     _bytes(run, spec)
     _export(run, spec, generate_page)
     st.divider()
-    causal.section(engine, run)
+    ablation.section(engine, run)
 
 
 def _rule(of: str, key: str) -> str:
@@ -90,7 +90,7 @@ def _rule(of: str, key: str) -> str:
     )  # fmt: skip
 
 
-def _by_cost(check: CausalCheck) -> SkipSuggestion:
+def _by_cost(check: Ablation) -> SkipSuggestion:
     """The layers that a rule suggests by what compressing each alone was measured to cost."""
     with st.container(horizontal=True, vertical_alignment="bottom"):
         rule, options = _rule("the measured cost", "skip_rule"), {}
@@ -104,7 +104,7 @@ def _by_cost(check: CausalCheck) -> SkipSuggestion:
             options["count"] = st.number_input(
                 "Layers", 0, most, min(2, most), key="skip_count", persist_state="session", width=130
             )
-    return suggest_by_cost(check, rule=rule, **options)
+    return suggest_by_ablation(check, rule=rule, **options)
 
 
 def _by_alr(run: Capture, policy: str) -> tuple[SkipSuggestion, float | None]:
@@ -138,7 +138,7 @@ def _by_alr(run: Capture, policy: str) -> tuple[SkipSuggestion, float | None]:
     return suggest_skip_layers(measured, policy, rule=rule, **options), options.get("threshold")
 
 
-def _suggest(run: Capture, spec: CompressionSpec, suggestion: SkipSuggestion, check: CausalCheck | None) -> None:
+def _suggest(run: Capture, spec: CompressionSpec, suggestion: SkipSuggestion, check: Ablation | None) -> None:
     """Say which layers are suggested, and by what: `check` where they were measured, else ALR."""
     full = [i for i, kind in enumerate(run.layer_kinds) if kind == "full"]
     chosen, rule, policy = list(suggestion.layers), markup.plain(suggestion.rule), spec.policy

@@ -173,6 +173,14 @@ def test_the_map_is_seen_before_any_other_chart_is_there(browser, address):
     assert at_first == 1
 
 
+def test_the_page_that_opens_first_has_an_address_like_the_others(page, address):
+    page.goto(f"{address}/heads")
+    settled(page)
+    assert page.get_by_role("heading", name=re.compile(HEADERS["Heads"])).is_visible()
+    assert page.get_by_text("Page not found").count() == 0
+    assert page.get_by_role("link", name="Heads", exact=True).count() == 1
+
+
 def test_the_first_thing_seen_is_the_answer_for_the_demo_run(page):
     assert page.get_by_role("heading", name=re.compile("Does low norm predict attention in books-5m")).is_visible()
     assert page.get_by_text(re.compile(r"In \d+ of 48 heads low-norm keys get the attention")).is_visible()

@@ -3,6 +3,7 @@
 import re
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ from streamlit.testing.v1 import AppTest
 from analysis import ModelError, TextError
 from app import engine as engine_module
 from app import session
-from app.components import controls, jobs, markup, uploads
+from app.components import choices, controls, jobs, markup, uploads
 from app.engine import Engine, check_allowed
 from app.views.generate import Column, Parting, Preview
 from l2kv import POLICIES
@@ -320,7 +321,21 @@ def test_what_a_progress_raises_cancels_a_job_and_frees_its_turn(loads, monkeypa
 
 
 def test_every_policy_that_needs_no_calibration_is_offered():
-    assert set(controls.policies()) == {name for name, policy in POLICIES.items() if not policy.needs_calibration}
+    assert set(choices.policies()) == {name for name, policy in POLICIES.items() if not policy.needs_calibration}
+
+
+def test_a_policy_that_is_registered_is_offered_with_its_title_and_its_line():
+    def page():
+        from app.components import controls
+
+        controls.policy_input()
+
+    POLICIES.register("toy", replace(POLICIES["random"], title="A toy"))
+    try:
+        box = AppTest.from_function(page, default_timeout=60).run().selectbox(key="policy")
+    finally:
+        POLICIES.remove("toy")
+    assert "A toy" in box.options and f"- **A toy**: {POLICIES['random'].about}" in box.help
 
 
 def test_a_preset_sets_the_controls_to_its_compression():

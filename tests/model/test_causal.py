@@ -10,140 +10,176 @@ from scipy import stats
 
 from analysis import RecordError, TextError, capture
 from analysis.demo import presets
-from analysis.evaluation.run import continuation_nll
+from analysis.evaluation.lm import LmSettings
 from analysis.metrics import alr
 from analysis.plans import ablation
-from analysis.plans.ablation import CausalCheck, agreement, causal_check, head_costs, suggest_by_cost
+from analysis.plans.ablation import Ablation, ablate_layers, agreement, head_costs, suggest_by_ablation
 from analysis.plans.skip import layer_loss
+from analysis.records import from_json, to_json
 from analysis.statistics import MIN_TEXTS, RESAMPLES
-from analysis.texts.excerpts import excerpts
+from analysis.texts.excerpts import Excerpt, excerpts
 from analysis.texts.tokens import tokenize
 from l2kv import CompressionSpec
+from tests.support.evaluation import ablation_of, continuation_nll
 
 KEATS = presets.bundled_texts()["The Tomb of Keats (Oscar Wilde, 1877)"]
 SPEC = CompressionSpec(keep_ratio=0.3)
 LENGTHS = {"prompt_tokens": 24, "new_tokens": 4}
+SETTINGS = LmSettings(**LENGTHS)
 
 
 @pytest.fixture(scope="module")
-def texts(loaded) -> list[str]:
-    return [excerpt.text for excerpt in excerpts(loaded.tokenizer, {"Keats": KEATS}, n_tokens=32, at_most=2)]
+def texts(loaded) -> list[Excerpt]:
+    found = excerpts(loaded.tokenizer, {"Keats": KEATS}, n_tokens=32, at_most=2)
+    return [Excerpt(one.name, one.text) for one in found]  # as if of two documents
 
 
 def test_the_cost_of_a_layer_is_that_of_compressing_it_and_no_other(loaded, texts):
     calls = []
-    check = causal_check(loaded, texts, SPEC, **LENGTHS, on_done=lambda *call: calls.append(call))
+    check = ablate_layers(loaded, texts, SPEC, settings=SETTINGS, progress=lambda *call: calls.append(call[:2]))
     assert list(dict.fromkeys(calls)) == [(i, 2 * (2 + 6)) for i in range(17)]
     assert calls.count((0, 16)) > 6 and calls.count((2, 16)) == 1 + 4  # in the middle of a capture; at every token
-    assert check.layers == tuple(range(6)) and check.nll_change.shape == check.loss.shape == (6, 2)
-    for i, text in enumerate(texts):
+    assert check.layers == tuple(range(6)) and check.nll_change.shape == check.normalised_alr.shape == (6, 2)
+    for i, (_, text, _) in enumerate(texts):
         full = continuation_nll(loaded, text, None, **LENGTHS)
         run = capture(loaded, text[: tokenize(loaded.tokenizer, text).spans[23, 1]])
         assert run.n_tokens == 24
-        np.testing.assert_allclose(check.loss[:, i], layer_loss(run).by_layer)
-        np.testing.assert_allclose(check.paper[:, i], alr(run).mean(axis=1))
+        np.testing.assert_allclose(check.normalised_alr[:, i], layer_loss(run).by_layer)
+        np.testing.assert_allclose(check.alr[:, i], alr(run).mean(axis=1))
         for layer in range(6):
             # The same cache said in another way: all layers are kept whole by their ratio but one.
             whole = {other: 1.0 for other in range(6) if other != layer}
             alone = continuation_nll(loaded, text, replace(SPEC, layer_ratios=whole), **LENGTHS)
             assert check.nll_change[layer, i] == pytest.approx(alone - full, abs=1e-5)
     assert abs(check.nll_change).max() > 1e-3
-    by_paper = stats.spearmanr(check.nll_change.mean(axis=1), check.paper.mean(axis=1)).statistic
-    assert check.paper_agreement.value == pytest.approx(by_paper)
+    by_paper = stats.spearmanr(check.nll_change.mean(axis=1), check.alr.mean(axis=1)).statistic
+    assert check.alr_agreement.value == pytest.approx(by_paper)
     assert "over 6 layers and 2 texts" in str(check) and "no interval" in str(check)
-    assert f"the paper's ALR and that cost: {check.paper_agreement}." in str(check)
+    assert f"the paper's ALR and that change: {check.alr_agreement}." in str(check)
 
 
 def test_the_cost_of_a_head_is_that_of_compressing_it_and_no_other(loaded, texts):
     spec = CompressionSpec(keep_ratio=0.9, head_ratios={(3, 1): 0.2, (5, 0): 0.4})
     calls = []
-    costs = head_costs(loaded, texts, spec, **LENGTHS, on_done=lambda *call: calls.append(call))
+    costs = head_costs(loaded, texts, spec, settings=SETTINGS, progress=lambda *call: calls.append(call[:2]))
     heads = loaded.config.num_key_value_heads
     assert costs.shape == (2, 6, heads) and calls[-1] == (2 * (1 + 6 * heads),) * 2
     for layer, head, ratio in ((3, 1, 0.2), (5, 0, 0.4), (0, 1, 0.9)):
         rows = [[1.0] * heads for _ in range(6)]
         rows[layer][head] = ratio
-        for i, text in enumerate(texts):
+        for i, (_, text, _) in enumerate(texts):
             full, alone = (
                 continuation_nll(loaded, text, s, **LENGTHS) for s in (None, replace(spec, head_ratios=rows))
             )
             assert costs[i, layer, head] == pytest.approx(alone - full, abs=1e-5)
     assert abs(costs[:, 3, 1]).max() > 1e-4
     with pytest.raises(TextError):
-        head_costs(loaded, [], spec, **LENGTHS)
+        head_costs(loaded, [], spec, settings=SETTINGS)
 
 
-def test_a_check_is_read_back_as_it_was_written(loaded, texts):
-    check = causal_check(loaded, texts[:1], replace(SPEC, skip_layers=(0, 4, 5)), **LENGTHS)
-    read = CausalCheck.from_json(check.to_json())
-    assert read.to_json() == check.to_json() and str(read) == str(check)
-    undefined = replace(check, loss=np.where(np.arange(3)[:, None] == 1, np.nan, check.loss))
-    assert np.isnan(CausalCheck.from_json(undefined.to_json()).loss[:, 0]).tolist() == [False, True, False]
+def test_an_ablation_is_read_back_as_it_was_written(loaded, texts):
+    check = ablate_layers(loaded, texts[:1], replace(SPEC, skip_layers=(0, 4, 5)), settings=SETTINGS)
+    read = from_json(Ablation, to_json(check))
+    assert read == check and str(read) == str(check)
+    undefined = ablation_of([[0.1]] * 3, [[1.0], [np.nan], [1.0]])
+    again = from_json(Ablation, to_json(undefined))
+    assert np.isnan(again.normalised_alr[:, 0]).tolist() == [False, True, False]
 
 
-def test_a_check_from_before_the_papers_alr_was_kept_says_nothing_of_it():
-    content = json.loads(made_check().to_json())
-    del content["paper"]
-    old = CausalCheck.from_json(json.dumps(content))
-    assert old.paper is None and old.paper_agreement is None and "paper" not in str(old)
-    assert CausalCheck.from_json(old.to_json()).to_json() == old.to_json()
+OLD = {
+    "l2kv_causal": 1,
+    "model": "old",
+    "spec": {"keep_ratio": 0.3, "policy": "high_norm"},
+    "layers": [0, 2, 3],
+    "nll_change": [[0.1, 0.3], [0.2, 0.4], [0.5, 0.7]],
+    "loss": [[0.5, 0.7], [0.6, None], [0.9, 0.8]],
+    "agreement": {"value": 1.0, "low": None, "high": None},
+    "paper": [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]],
+    "documents": ["x", "y"],
+}
 
 
-def made_check() -> CausalCheck:
-    numbers = np.arange(3.0)[:, None]
-    return CausalCheck("made up", SPEC, (0, 1, 2), numbers, numbers, agreement(numbers, numbers), numbers)
+def test_a_causal_check_of_version_1_opens_as_an_ablation():
+    old = from_json(Ablation, json.dumps(OLD))
+    assert (old.model, old.layers, old.spec) == ("old", (0, 2, 3), CompressionSpec(0.3, policy="high_norm"))
+    np.testing.assert_array_equal(old.nll_change, OLD["nll_change"])
+    np.testing.assert_array_equal(old.normalised_alr, np.array(OLD["loss"], float))
+    np.testing.assert_array_equal(old.alr, OLD["paper"])
+    assert old.documents == ("x", "y") and old.alr_agreement.value == pytest.approx(1)
+    assert from_json(Ablation, to_json(old)) == old
+    before = from_json(Ablation, json.dumps({name: value for name, value in OLD.items() if name != "paper"}))
+    assert before.alr is None and before.alr_agreement is None and "paper" not in str(before)
 
 
 @pytest.mark.parametrize(
     "change,reason",
     [
-        ({"layers": [0, -1, 2]}, "layers numbers"),
-        ({"loss": [[1.0], [2.0]]}, "a row for each of 3 layers"),
-        ({"paper": [[1.0], [2.0]]}, "a row for each of 3 layers"),
-        ({"nll_change": [[10**400], [1], [2]]}, "too large"),
-        ({"loss": [[], [], []], "nll_change": [[], [], []], "paper": None}, "a row for each"),
-        ({"layers": [], "loss": [], "nll_change": [], "paper": None}, "a row for each"),
-        ({"loss": [["x"], [1], [2]]}, "could not convert"),
-        ({"nll_change": [[1.0], [2.0, 3.0], [4.0]]}, "not a causal check"),
+        ({"layers": [0, "one", 2]}, "Expected `int`"),
+        ({"loss": [[1.0, 1.0], [2.0, 2.0]]}, "a row for each of 3 layers"),
+        ({"paper": [[1.0, 1.0], [2.0, 2.0]]}, "a row for each of 3 layers"),
+        ({"nll_change": [[10**400, 1], [1, 1], [2, 2]]}, "out of range"),
+        ({"loss": [[], [], []], "nll_change": [[], [], []], "paper": None, "documents": []}, "a row for each"),
+        (
+            {"layers": [], "loss": [], "nll_change": [], "paper": None, "documents": []},
+            r"(one|a) row for each",
+        ),
+        ({"loss": [["x", 1], [1, 1], [2, 1]]}, "Expected `float"),
+        ({"nll_change": [[1.0, 1.0], [2.0], [4.0, 1.0]]}, r"shorter|longer"),
         ({"spec": {"policy": "worst"}}, "policy must be one of"),
-        ({"l2kv_causal": 2}, "version 1"),
-        ({"documents": ["x", "y"]}, "documents must be 1 names"),
-        ({"documents": [3]}, "documents must be 1 names"),
+        ({"l2kv_causal": 3}, "version 2 or before"),
+        ({"documents": ["x"]}, "a document for each text"),
+        ({"documents": [3, 4]}, "Expected `str`"),
     ],
 )
 def test_a_strangers_check_is_refused_with_the_reason(change, reason):
     with pytest.raises(RecordError, match=reason):
-        CausalCheck.from_json(json.dumps(json.loads(made_check().to_json()) | change))
+        from_json(Ablation, json.dumps(OLD | change))
+
+
+@pytest.mark.parametrize(
+    "change,reason",
+    [
+        ({"layers": [0, 1, 7]}, "results lack layer 7"),
+        ({"normalised_alr_rows": [[1.0]]}, "a row for each of 3 layers"),
+        ({"results": {}}, "missing required field"),
+    ],
+)
+def test_a_strangers_ablation_is_refused_with_the_reason(change, reason):
+    content = json.loads(to_json(ablation_of([[0.1], [0.2], [0.3]]))) | change
+    with pytest.raises(RecordError, match=reason):
+        from_json(Ablation, json.dumps(content))
 
 
 def test_layers_that_the_spec_skips_are_not_compared(loaded, texts):
-    check = causal_check(loaded, texts[:1], replace(SPEC, policy="high_norm", skip_layers=(0, 4, 5)), **LENGTHS)
-    assert check.layers == (1, 2, 3) and check.loss.shape == (3, 1)
-    low = causal_check(loaded, texts[:1], replace(SPEC, skip_layers=(0, 4, 5)), **LENGTHS)
-    np.testing.assert_allclose(check.loss, 2 - low.loss)  # the mirror of one measurement
+    high, low = (
+        ablate_layers(loaded, texts[:1], replace(SPEC, policy=policy, skip_layers=(0, 4, 5)), settings=SETTINGS)
+        for policy in ("high_norm", "low_norm")
+    )
+    assert high.layers == (1, 2, 3) and high.normalised_alr.shape == (3, 1)
+    np.testing.assert_allclose(high.normalised_alr, 2 - low.normalised_alr)  # the mirror of one measurement
 
 
 def test_it_is_cancelled_by_raising(loaded, texts):
     class Cancelled(Exception):
         pass
 
-    def stop(done, total):
+    def stop(done, total, what):
         if done == 4:
             raise Cancelled
 
     with pytest.raises(Cancelled):
-        causal_check(loaded, texts, SPEC, **LENGTHS, on_done=stop)
+        ablate_layers(loaded, texts, SPEC, settings=SETTINGS, progress=stop)
 
 
 def test_what_cannot_be_measured_is_refused_with_the_reason(loaded, texts):
     with pytest.raises(TextError, match="no texts"):
-        causal_check(loaded, [], SPEC, **LENGTHS)
+        ablate_layers(loaded, [], SPEC, settings=SETTINGS)
     with pytest.raises(TextError, match="prompt of 24"):
-        causal_check(loaded, ["Too short by far."], SPEC, **LENGTHS)
+        ablate_layers(loaded, [("short", "Too short by far.")], SPEC, settings=SETTINGS)
     with pytest.raises(ValueError, match="low_norm, high_norm"):
-        causal_check(loaded, texts, replace(SPEC, policy="keydiff"), **LENGTHS)
+        ablate_layers(loaded, texts, replace(SPEC, policy="keydiff"), settings=SETTINGS)
     with pytest.raises(ablation.ModelError, match="no layer"):
-        causal_check(loaded, texts, replace(SPEC, skip_layers=tuple(range(6))), **LENGTHS)
+        ablate_layers(loaded, texts, replace(SPEC, skip_layers=tuple(range(6))), settings=SETTINGS)
 
 
 def test_the_agreement_is_that_of_a_plain_loop_over_resamples():
@@ -158,7 +194,7 @@ def test_the_agreement_is_that_of_a_plain_loop_over_resamples():
     assert (got.low, got.high) == pytest.approx(np.quantile(rhos, [0.025, 0.975]), abs=1e-9)
 
 
-def test_the_agreement_resamples_documents_and_a_check_keeps_them(loaded, texts):
+def test_the_agreement_resamples_documents_and_an_ablation_keeps_them(loaded, texts):
     """Where all excerpts of a document are one text, as the documents alone would have it."""
     rng = np.random.default_rng(1)
     loss = rng.normal(size=(5, 7))
@@ -166,8 +202,9 @@ def test_the_agreement_resamples_documents_and_a_check_keeps_them(loaded, texts)
     alone, names = agreement(change, loss), [f"d{i}" for i in range(7) for _ in range(3)]
     each = agreement(change.repeat(3, axis=1), loss.repeat(3, axis=1), documents=names)
     assert (each.value, each.low, each.high) == pytest.approx((alone.value, alone.low, alone.high), abs=0.06)
-    check = causal_check(loaded, texts, replace(SPEC, skip_layers=(0, 4, 5)), documents=["x", "x"], **LENGTHS)
-    assert check.documents == CausalCheck.from_json(check.to_json()).documents == ("x", "x")
+    both = [Excerpt(one.name, one.text, "x") for one in texts]
+    check = ablate_layers(loaded, both, replace(SPEC, skip_layers=(0, 4, 5)), settings=SETTINGS)
+    assert check.documents == from_json(Ablation, to_json(check)).documents == ("x", "x")
     assert "excerpts of one document" in str(check)
 
 
@@ -190,41 +227,34 @@ def test_too_little_to_compare_is_undefined():
     assert agreement(loss, holed) == agreement(rest, rest)
 
 
-# Suggestions by cost
-
-
-def check_of(cost, spec=SPEC, layers=None):
-    """A check of layers with these costs, [K, N] nats a token."""
-    cost = np.asarray(cost, float)
-    layers = tuple(range(len(cost))) if layers is None else layers
-    return CausalCheck("made up", spec, layers, cost, np.ones_like(cost), agreement(cost, np.ones_like(cost)))
+# Suggestions by ablation
 
 
 def test_the_costliest_layers_are_skipped_by_what_was_measured():
     cost = np.array([0.004, 0.122, 0.033, -0.01])[:, None] + np.array([-0.001, 0, 0.001])
-    check = check_of(cost, layers=(0, 20, 15, 3))
-    assert suggest_by_cost(check).layers == (15, 20)
-    assert suggest_by_cost(check, threshold=0.05).layers == (20,)
-    assert suggest_by_cost(check, threshold=1.0).layers == ()
+    check = ablation_of(cost, layers=(0, 20, 15, 3))
+    assert suggest_by_ablation(check).layers == (15, 20)
+    assert suggest_by_ablation(check, threshold=0.05).layers == (20,)
+    assert suggest_by_ablation(check, threshold=1.0).layers == ()
     for count, layers in enumerate([(), (20,), (15, 20), (0, 15, 20)]):
-        assert suggest_by_cost(check, rule="count", count=count).layers == layers
-    assert suggest_by_cost(check, rule="gap").layers == (20,)
-    words = suggest_by_cost(check).rule
+        assert suggest_by_ablation(check, rule="count", count=count).layers == layers
+    assert suggest_by_ablation(check, rule="gap").layers == (20,)
+    words = suggest_by_ablation(check).rule
     assert "layer 20 +0.122, layer 15 +0.033" in words and "3 texts. So few only give a hint." in words
     assert "30% kept by low norm" in words
 
 
 def test_a_layer_whose_cost_may_as_well_be_none_is_not_suggested_by_threshold():
-    check = check_of([[0.5, -0.3, 0.4, -0.2, 0.5, -0.1], [0.125] * 6])
+    check = ablation_of([[0.5, -0.3, 0.4, -0.2, 0.5, -0.1], [0.125] * 6])
     assert check.nll_change.mean(axis=1).min() > 0.1 - 1e-9
-    assert suggest_by_cost(check, threshold=0.1).layers == (1,)
-    assert suggest_by_cost(check_of([[0.2]])).layers == (0,)  # of one text there is no interval
-    assert "hint" not in suggest_by_cost(check).rule
+    assert suggest_by_ablation(check, threshold=0.1).layers == (1,)
+    assert suggest_by_ablation(ablation_of([[0.2]])).layers == (0,)  # of one text there is no interval
+    assert "hint" not in suggest_by_ablation(check).rule
 
 
 def test_bad_requests_for_a_suggestion_are_refused():
     with pytest.raises(ValueError, match="rule must be one of"):
-        suggest_by_cost(check_of([[0.1]]), rule="median")
+        suggest_by_ablation(ablation_of([[0.1]]), rule="median")
     for wrong in (-1, 2):
         with pytest.raises(ValueError, match="count must be from 0 to 1"):
-            suggest_by_cost(check_of([[0.1]]), rule="count", count=wrong)
+            suggest_by_ablation(ablation_of([[0.1]]), rule="count", count=wrong)

@@ -12,25 +12,32 @@ import torch
 
 from analysis import TextError, records
 from analysis.__main__ import main
-from analysis.demo import finding, presets, questions
+from analysis.demo import finding, presets
 from analysis.demo.finding import BREAKS_SPEC, CALM_SPEC, Criteria, find_presets
 from analysis.demo.presets import FoundPresets, Preset
 from analysis.demo.questions import SEARCHES, NotFoundError, Question, Search, find_task_presets
-from analysis.errors import RecordError
+from analysis.errors import RecordError, SettingsError
 from analysis.evaluation import run
-from analysis.evaluation.run import (
-    continuation_nll,
-    continuations,
-    nll_changes,
-    passkey_grid,
+from analysis.evaluation.lm import LmSettings
+from analysis.evaluation.passkey import (
+    FILLER,
+    PASSKEY,
+    PasskeySettings,
     passkey_prompt,
+    passkey_sample,
+    passkey_sentence,
     passkey_text,
     passkeys,
 )
+from analysis.evaluation.results import FULL, Results, Row
+from analysis.evaluation.run import evaluate, measure
+from analysis.evaluation.tasks import TASKS
 from analysis.models.load import BUNDLED_MODELS, LoadedModel
-from analysis.preview import Step, prepared
+from analysis.preview import prefill
+from analysis.texts.excerpts import Excerpt
 from analysis.texts.tokens import passages, tokenize
 from l2kv import CompressionSpec
+from tests.support.evaluation import continuation_nll
 from tests.support.models import build
 from tests.support.oracle import masked_forward
 
@@ -75,31 +82,67 @@ def test_a_compressed_continuation_is_that_of_a_pass_with_the_evicted_tokens_mas
     assert abs(value - continuation_nll(loaded, TEXT, None, prompt_tokens=40, new_tokens=20)) > 1e-3
 
 
-def test_a_text_among_others_is_continued_as_if_alone_however_they_are_batched(loaded, monkeypatch):
-    texts, specs = [TEXT[:400], TEXT[400:900], TEXT[900:1400]], [None, CompressionSpec(0.4, protect_last=4)]
-    lengths = {"prompt_tokens": 30, "new_tokens": 4}
-    together = continuations(loaded, texts, specs, **lengths)
+def lm(loaded, texts, methods, *, prompt_tokens=30, new_tokens=4, progress=lambda *_: None) -> Results:
+    named = [(str(i), text) for i, text in enumerate(texts)]
+    settings = LmSettings(prompt_tokens, new_tokens)
+    return evaluate(loaded, "lm", methods, texts=named, settings=settings, progress=progress)
+
+
+@pytest.mark.parametrize("policy", ["low_norm", "accumulated", "signed_norm"])
+def test_a_text_among_others_is_continued_as_if_alone_however_they_are_batched(loaded, monkeypatch, policy):
+    texts, directions = [TEXT[:400], TEXT[400:900], TEXT[900:1400]], (("low", "high", "high", "low"),) * 6
+    needs = {"directions": directions} if policy == "signed_norm" else {}
+    spec = CompressionSpec(0.4, protect_last=4, policy=policy, **needs)
+    methods = {"whole": None, "some": spec}
+    together = lm(loaded, texts, methods)
     monkeypatch.setattr(run, "_TOKENS_AT_ONCE", 2 * 34)  # two rows, and then the third
-    for spec, row, in_two in zip(specs, together, continuations(loaded, texts, specs, **lengths), strict=True):
-        for text, one, other in zip(texts, row, in_two, strict=True):
-            alone = continuation_nll(loaded, text, spec, **lengths)
-            assert (one.nll, other.nll) == pytest.approx((alone, alone), rel=1e-5)
+    in_two = lm(loaded, texts, methods)
+    for name, spec in methods.items():
+        for text, one, other in zip(texts, together.of(name), in_two.of(name), strict=True):
+            alone = continuation_nll(loaded, text, spec, prompt_tokens=30, new_tokens=4)
+            assert (one.score, other.score) == pytest.approx((alone, alone), rel=1e-5)
         # 33 tokens have been seen; 14 is the least whole number above 0.4 of them. 6 layers, 4 heads, 2 x 32 float32.
-        assert {one.nbytes for one in (*row, *in_two)} == {(33 if spec is None else 14) * 6 * 4 * 2 * 32 * 4}
+        held = {row.nbytes for row in (*together.of(name), *in_two.of(name))}
+        assert held == {(33 if spec is None else 14) * 6 * 4 * 2 * 32 * 4}
+
+
+def test_texts_of_other_lengths_are_batches_of_their_own(loaded):
+    short, long = TEXT[:400], TEXT[400:1000]
+    samples = [
+        run.TASKS["lm"].build(loaded, LmSettings(prompt, 3), [Excerpt(name, text)])[0]
+        for name, prompt, text in (("a", 20, short), ("b", 20, long), ("c", 30, short), ("d", 20, short))
+    ]
+    assert [len(batch) for batch in run._batches(samples)] == [2, 1, 1]
+    rows = measure(loaded, samples, {"half": CompressionSpec()})
+    for row, (prompt, text) in zip(rows, ((20, short), (20, long), (30, short), (20, short)), strict=True):
+        alone = continuation_nll(loaded, text, CompressionSpec(), prompt_tokens=prompt, new_tokens=3)
+        assert row.score == pytest.approx(alone, rel=1e-5)
+
+
+def test_a_context_is_run_once_for_all_specs_and_equal_specs_once(loaded, monkeypatch):
+    passes = []
+    monkeypatch.setattr(run, "prefill", lambda *args: passes.append(args[1].shape) or prefill(*args))
+    seen = []
+    methods = {"a": CompressionSpec(), FULL: None, "same": CompressionSpec(), "b": CompressionSpec(0.2)}
+    found = lm(loaded, [TEXT[:400], TEXT[400:900]], methods, progress=lambda *call: seen.append(call))
+    assert passes == [(2, 29)] and seen[-1] == (6, 6, "samples")  # two texts by three specs
+    assert [row.score for row in found.of("a")] == [row.score for row in found.of("same")]
+    assert list(found.methods) == ["a", FULL, "same", "b"] and len(found.rows) == 8
 
 
 def test_changes_are_differences_to_the_full_cache_text_by_text(loaded):
     texts, specs = [TEXT[:400], TEXT[400:900]], {"half": CompressionSpec(), "all": CompressionSpec(keep_ratio=1.0)}
     seen = []
-    half, whole = nll_changes(
-        loaded, texts, specs, prompt_tokens=30, new_tokens=5, on_done=lambda done, total: seen.append((done, total))
-    )
-    assert (half.spec, whole.spec) == ("half", "all") and list(dict.fromkeys(seen)) == [(i, 6) for i in range(7)]
+    results = lm(loaded, texts, {FULL: None, **specs}, new_tokens=5, progress=lambda *call: seen.append(call[:2]))
+    assert results.full == FULL and list(dict.fromkeys(seen)) == [(i, 6) for i in range(7)]
+    half = results.change("half")
     for i, text in enumerate(texts):
         nll = [continuation_nll(loaded, text, s, prompt_tokens=30, new_tokens=5) for s in (CompressionSpec(), None)]
-        assert half.by_text[i] == pytest.approx(nll[0] - nll[1])
-    assert half.mean == pytest.approx(sum(half.by_text) / 2)
-    assert whole.mean == pytest.approx(0, abs=1e-5)
+        assert half[i] == pytest.approx(nll[0] - nll[1], abs=1e-6)
+    assert results.interval(half).value == pytest.approx(sum(half) / 2)
+    assert results.change("all").tolist() == pytest.approx([0, 0], abs=1e-5)
+    with pytest.raises(SettingsError, match="no full cache"):
+        lm(loaded, texts[:1], {"half": CompressionSpec()}).change("half")
 
 
 def test_bad_requests_are_refused_and_leave_the_model_as_it_was(loaded):
@@ -113,26 +156,32 @@ def test_bad_requests_are_refused_and_leave_the_model_as_it_was(loaded):
     with pytest.raises(TextError, match="do not belong together"):
         continuation_nll(foreign, TEXT, None, prompt_tokens=20, new_tokens=3)
     with pytest.raises(TextError, match="do not belong together"):
-        passkey_grid(foreign, {"full": None}, lengths=[200], depths=[0.5], keys=[53128])
+        evaluate(foreign, "passkey", {"full": None}, settings=PasskeySettings((200,), (0.5,), 1))
+    with pytest.raises(SettingsError, match="Did you mean 'passkey'"):
+        evaluate(loaded, "passkeys", {})
+    with pytest.raises(SettingsError, match="must be LmSettings"):
+        evaluate(loaded, "lm", {"full": None}, texts=[("a", TEXT)], settings=PasskeySettings())
+    with pytest.raises(TextError, match="no texts"):
+        evaluate(loaded, "lm", {"full": None})
+    with pytest.raises(SettingsError, match="two samples have one name"):
+        evaluate(loaded, "lm", {"full": None}, texts=[("a", TEXT), ("a", TEXT)], settings=LmSettings(20, 3))
     assert loaded.model.config._attn_implementation == "sdpa"
 
 
 def test_a_batch_can_be_cancelled_at_every_token_of_it(loaded):
     calls = []
-    texts = [TEXT[:400], TEXT[400:900]]
-    continuations(
-        loaded, texts, [None, CompressionSpec()], prompt_tokens=30, new_tokens=3, on_done=lambda *c: calls.append(c)
-    )
+    texts, methods = [TEXT[:400], TEXT[400:900]], {"some": CompressionSpec(), FULL: None}
+    lm(loaded, texts, methods, new_tokens=3, progress=lambda *call: calls.append(call[:2]))
     assert calls == [(0, 4)] * 3 + [(1, 4)] + [(2, 4)] * (1 + 3) + [(3, 4), (4, 4)]  # both rows are one batch
 
     class Cancelled(Exception):
         pass
 
-    def stop(done, total):
+    def stop(done, total, what):
         raise Cancelled
 
     with pytest.raises(Cancelled):
-        continuations(loaded, texts, [None], prompt_tokens=30, new_tokens=3, on_done=stop)
+        lm(loaded, texts, {FULL: None}, progress=stop)
     assert loaded.model.config._attn_implementation == "sdpa"
 
 
@@ -143,12 +192,12 @@ def test_a_batch_can_be_cancelled_at_every_token_of_it(loaded):
 @pytest.mark.parametrize("n_tokens", [110, 300, 500])
 def test_a_passkey_prompt_has_the_length_and_the_depth_asked_for(loaded, n_tokens, depth):
     text = passkey_text(loaded.tokenizer, 40302, n_tokens=n_tokens, depth=depth)
-    filler = len(loaded.tokenizer(f" {presets.PASSKEY_FILLER}", add_special_tokens=False).input_ids)
+    filler = len(loaded.tokenizer(f" {FILLER}", add_special_tokens=False).input_ids)
     assert n_tokens - filler < len(tokenize(loaded.tokenizer, text)) <= n_tokens
-    before, after = text.split(presets.passkey_sentence(40302))
-    before, after = before.count(presets.PASSKEY_FILLER), after.count(presets.PASSKEY_FILLER)
+    before, after = text.split(passkey_sentence(40302))
+    before, after = before.count(FILLER), after.count(FILLER)
     assert abs(before - depth * (before + after)) <= 0.5
-    prompt = passkey_prompt(loaded.tokenizer, 40302, n_tokens=n_tokens, depth=depth)
+    prompt = passkey_sample(loaded.tokenizer, 40302, n_tokens=n_tokens, depth=depth)
     decoded = [loaded.tokenizer.decode(part, skip_special_tokens=True) for part in (prompt.context, prompt.question)]
     assert decoded[1] == " What is the pass key? The pass key is" and "".join(decoded) == text
     assert len(prompt.context) + len(prompt.question) <= n_tokens
@@ -156,9 +205,9 @@ def test_a_passkey_prompt_has_the_length_and_the_depth_asked_for(loaded, n_token
 
 def test_a_passkey_prompt_that_cannot_be_is_refused(loaded):
     with pytest.raises(TextError, match=r"takes .* tokens without any filler, more than the 30"):
-        passkey_prompt(loaded.tokenizer, 40302, n_tokens=30, depth=0)
+        passkey_sample(loaded.tokenizer, 40302, n_tokens=30, depth=0)
     with pytest.raises(ValueError, match="depth must be from 0 to 1"):
-        passkey_prompt(loaded.tokenizer, 40302, n_tokens=300, depth=1.5)
+        passkey_sample(loaded.tokenizer, 40302, n_tokens=300, depth=1.5)
 
 
 def test_keys_have_five_digits_and_come_again():
@@ -166,34 +215,41 @@ def test_keys_have_five_digits_and_come_again():
     assert passkeys(5) == passkeys(5) != passkeys(5, seed=1)
 
 
-class Reader:
-    """A stand-in for a model that finds every key which its cache still holds, and says it token by token."""
+@pytest.fixture
+def answering(loaded, monkeypatch):
+    """In place of the model, `answer(context, question, spec)` gives the text that is said, token by token."""
 
-    def __init__(self, tokenizer, says=" {key}."):
-        self.tokenizer, self.says = tokenizer, says
+    def install(answer):
+        def caches_after(loaded, context, specs):
+            for spec in specs:
+                yield spec, {"context": context[0].tolist(), "spec": spec}
 
-    def caches_after(self, loaded, ids, specs):
-        tokens = ids[0].tolist()
-        for spec in specs:  # keeps the latest tokens, so that what is told early is lost first
-            yield {"held": tokens[-math.ceil(spec.keep_ratio * len(tokens)) :] if spec else tokens}
+        def decode_one_token(model, ids, cache):
+            if "answer" not in cache:
+                text = answer(cache["context"], ids[0].tolist(), cache["spec"])
+                cache["answer"] = iter(loaded.tokenizer(text, add_special_tokens=False).input_ids)
+            return torch.tensor([[next(cache["answer"], loaded.tokenizer.eos_token_id)]])
 
-    def decode_one_token(self, model, ids, cache):
-        if ids.shape[1] > 1:
-            assert self.tokenizer.decode(ids[0]) == " What is the pass key? The pass key is"
-            told = re.findall(r"(\d{5}) is the pass key", self.tokenizer.decode(cache["held"]))
-            answer = self.says.format(key=told[0]) if told else " lost"
-            cache["answer"] = iter(self.tokenizer(answer, add_special_tokens=False).input_ids)
-        return torch.tensor([[next(cache["answer"], 1)]])
+        monkeypatch.setattr(run, "prepared", lambda _: nullcontext())
+        monkeypatch.setattr(run, "_caches_after", caches_after)
+        monkeypatch.setattr(run, "decode_one_token", decode_one_token)
+        monkeypatch.setattr(run, "cache_nbytes", lambda cache, slack: 0)
+
+    return install
 
 
 @pytest.fixture
-def reader(loaded, monkeypatch):
-    def install(**options):
-        reader = Reader(loaded.tokenizer, **options)
+def reader(loaded, answering):
+    """A stand-in for a model that finds every key which its cache still holds, and says it."""
 
-        monkeypatch.setattr(run, "prepared", lambda _: nullcontext())
-        monkeypatch.setattr(run, "_caches_after", reader.caches_after)
-        monkeypatch.setattr(run, "decode_one_token", reader.decode_one_token)
+    def install(says=" {key}."):
+        def answer(context, question, spec):  # keeps the latest tokens, so that what is told early is lost first
+            assert loaded.tokenizer.decode(question) == " What is the pass key? The pass key is"
+            held = context[-math.ceil(spec.keep_ratio * len(context)) :] if spec else context
+            told = re.findall(r"(\d{5}) is the pass key", loaded.tokenizer.decode(held))
+            return says.format(key=told[0]) if told else " lost"
+
+        answering(answer)
 
     return install
 
@@ -201,20 +257,19 @@ def reader(loaded, monkeypatch):
 def test_a_key_is_found_as_long_as_the_cache_holds_it(loaded, reader):
     reader()
     seen = []
-    scores = passkey_grid(
-        loaded,
-        {"full": None, "half": CompressionSpec(keep_ratio=0.5), "little": CompressionSpec(keep_ratio=0.01)},
-        lengths=[300, 500],
-        depths=[0.0, 1.0],
-        keys=passkeys(3),
-        on_done=lambda done, total: seen.append((done, total)),
-    )
-    found = {(s.spec, s.n_tokens, s.depth): s.found for s in scores}
-    assert len(scores) == 12 and all(s.trials == 3 for s in scores) and seen == [(i, 36) for i in range(1, 37)]
+    methods = {"full": None, "half": CompressionSpec(keep_ratio=0.5), "little": CompressionSpec(keep_ratio=0.01)}
+    settings = PasskeySettings(lengths=(300, 500), depths=(0.0, 1.0), keys=3)
+    results = evaluate(loaded, "passkey", methods, settings=settings, progress=lambda *call: seen.append(call[:2]))
+    assert len(results.rows) == 36 and list(dict.fromkeys(seen)) == [(i, 36) for i in range(37)]
+    found = {name: results.scores_by(name, "n_tokens", "depth") for name in methods}
+    assert all(len(scores) == 3 for grid in found.values() for scores in grid.values())
     for length in (300, 500):
-        assert [found["full", length, d] for d in (0.0, 1.0)] == [3, 3]
-        assert [found["half", length, d] for d in (0.0, 1.0)] == [0, 3]
-    assert found["little", 300, 1.0] == 0  # 3 tokens do not hold the sentence
+        assert [found["full"][length, depth].sum() for depth in (0.0, 1.0)] == [3, 3]
+        assert [found["half"][length, depth].sum() for depth in (0.0, 1.0)] == [0, 3]
+    assert found["little"][300, 1.0].sum() == 0  # 3 tokens do not hold the sentence
+    by_length = results.scores_by("half", "n_tokens")
+    assert list(by_length) == [(300,), (500,)] and [scores.mean() for scores in by_length.values()] == [0.5, 0.5]
+    assert {row.text for row in results.of("little")} == {" lost"[: len(row.text)] for row in results.of("little")}
 
 
 @pytest.mark.parametrize(
@@ -223,20 +278,21 @@ def test_a_key_is_found_as_long_as_the_cache_holds_it(loaded, reader):
 )
 def test_only_the_exact_key_counts(loaded, reader, says, right):
     reader(says=says)
-    (score,) = passkey_grid(loaded, {"full": None}, lengths=[200], depths=[0.5], keys=[53128])
-    assert score.found == right
+    sample = passkey_sample(loaded.tokenizer, 53128, n_tokens=200, depth=0.5)
+    (row,) = measure(loaded, [sample], {"full": None}, scoring=PASSKEY.scoring)
+    assert row.score == right and row.at == {"n_tokens": 200, "depth": 0.5}
 
 
 def test_passkeys_run_on_a_real_model_and_stop_when_told_to(loaded):
     policies = ("low_norm", "random", "accumulated")  # the last is measured as the model reads: a pass of its own
     specs = {policy: CompressionSpec(policy=policy, protect_last=8) for policy in policies}
 
-    def stop(done, total):
+    def stop(done, total, what):
         if done == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        passkey_grid(loaded, specs, lengths=[120], depths=[0.5], keys=passkeys(1), on_done=stop)
+        evaluate(loaded, "passkey", specs, settings=PasskeySettings((120,), (0.5,), 1), progress=stop)
     assert loaded.model.config._attn_implementation == "sdpa"
 
 
@@ -244,20 +300,68 @@ def test_passkeys_run_on_a_real_model_and_stop_when_told_to(loaded):
     "spec", [None, CompressionSpec(keep_ratio=0.3), CompressionSpec(keep_ratio=0.4, policy="high_norm", protect_last=6)]
 )
 def test_the_answer_is_what_a_pass_with_the_evicted_tokens_masked_would_say(loaded, spec):
-    prompt = passkey_prompt(loaded.tokenizer, 53128, n_tokens=150, depth=0.5)
-    context, question = len(prompt.context), len(prompt.question)
-    ids = torch.from_numpy(np.concatenate([prompt.context, prompt.question]))[None]
+    sample = passkey_sample(loaded.tokenizer, 53128, n_tokens=150, depth=0.5)
+    context, question = len(sample.context), len(sample.question)
+    ids = torch.from_numpy(np.concatenate([sample.context, sample.question]))[None]
     for step in range(5):  # the question is asked after compression, in one pass, and then token by token
         chunks = (context, question, *[1] * step)
         logits, _ = masked_forward(loaded.model, ids, chunks, spec or CompressionSpec(keep_ratio=1.0))
         ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
     said = loaded.tokenizer.decode(ids[0, context + question :]).strip()
     assert len(said) >= 4
-    context = torch.from_numpy(prompt.context)[None]
-    with torch.inference_mode(), prepared(loaded):
-        right, wrong = run._caches_after(loaded, context, [spec, spec])
-        assert run._says_key(loaded, replace(prompt, key=said), right)
-        assert not run._says_key(loaded, replace(prompt, key=said[:-1] + "#"), wrong)
+    samples = [replace(sample, name="right", answer=said), replace(sample, name="wrong", answer=said[:-1] + "#")]
+    right, wrong = measure(loaded, samples, {"it": spec}, scoring=PASSKEY.scoring)
+    assert (right.score, wrong.score) == (1, 0) and right.text.strip() == said
+    pairs = context + question if spec is None else math.ceil(spec.keep_ratio * (context + question))
+    assert right.nbytes == pairs * 6 * 4 * 2 * 32 * 4  # after the question, however long the answer is
+
+
+def test_every_task_is_registered_with_what_is_shown_of_it():
+    for name, task in TASKS.items():
+        assert task.title and task.about.endswith(".") and task.unit and name == name.lower()
+        assert task.settings() == task.settings()  # all have defaults
+
+
+# ------------------------------------------------------------------------------------------------------------ results
+
+
+def test_results_are_read_back_as_they_were_written_and_flat_rows_hold_all_of_them(loaded, reader, tmp_path):
+    reader()
+    methods = {FULL: None, "half": CompressionSpec(head_ratios={(0, 1): 0.2})}
+    results = evaluate(loaded, "passkey", methods, settings=PasskeySettings((120,), (0.0, 0.5), 2))
+    path = records.save(results, tmp_path / "results.json")
+    assert records.load(Results, path) == results
+    assert results.settings == {"lengths": [120], "depths": [0.0, 0.5], "keys": 2, "seed": 0}
+    assert len(results.weights) == 64 and results.model == "books-5m" and results.task == "passkey"
+    row = results.table()[-1]
+    assert (row["method"], row["n_tokens"], row["depth"]) == ("half", 120, 0.5) and len(results.table()) == 8
+
+
+def test_results_that_do_not_fit_together_are_refused(tmp_path):
+    rows = tuple(Row(method, sample, 1.0, 0) for method in ("a", "b") for sample in "xy")
+    made = Results("m", "", "lm", {}, {"a": None, "b": CompressionSpec()}, rows)
+    undefined = replace(made, rows=(replace(rows[0], score=None), *rows[1:]))
+    again = records.from_json(Results, records.to_json(undefined))
+    assert again == undefined and np.isnan(again.scores("a")).tolist() == [True, False]
+    for wrong in (rows[:3], (*rows, rows[0]), (replace(rows[0], method="c"), *rows[1:])):
+        text = records.to_json(made).replace('"rows": [', '"ignored": [')
+        content = json.loads(text) | {"rows": [vars_of(row) for row in wrong]}
+        with pytest.raises(RecordError, match=r"one row for each sample|do not have: c"):
+            records.from_json(Results, json.dumps(content))
+
+
+def vars_of(row):
+    return {"method": row.method, "sample": row.sample, "score": row.score, "nbytes": row.nbytes}
+
+
+def test_intervals_resample_documents():
+    scores = np.random.default_rng(0).normal(size=4).repeat(4)
+    rows = tuple(Row("a", str(i), float(score), 0, document=str(i // 4)) for i, score in enumerate(scores))
+    results = Results("m", "", "lm", {}, {"a": None}, rows)
+    alone = replace(results, rows=tuple(replace(row, document="") for row in rows))
+    assert results.documents == tuple("0000111122223333") and alone.documents == alone.samples
+    wide, narrow = (each.interval(each.scores("a")) for each in (results, alone))
+    assert wide.value == narrow.value and wide.high - wide.low > 1.5 * (narrow.high - narrow.low)
 
 
 # ----------------------------------------------------------------------------------------------------------- passages
@@ -288,10 +392,8 @@ TEXTS = {"anne": presets.bundled_texts()["Anne of Avonlea (L. M. Montgomery, 190
 
 def test_presets_are_the_first_passages_that_meet_the_criteria_with_the_figures_measured(loaded):
     seen = []
-    found = find_presets(
-        loaded, TEXTS, criteria=EASY, tasks=False, on_done=lambda done, total: seen.append((done, total))
-    )
-    assert seen == [(i, 5) for i in range(1, 6)] and found.model == "books-5m"
+    found = find_presets(loaded, TEXTS, criteria=EASY, tasks=False, progress=lambda *call: seen.append(call[:2]))
+    assert list(dict.fromkeys(seen)) == [(i, 15) for i in range(16)] and found.model == "books-5m"
     calm, breaks = found.presets
     assert TEXTS["anne"].startswith(calm.text) and calm.text == breaks.text
     assert (calm.spec, breaks.spec) == (CALM_SPEC, BREAKS_SPEC)
@@ -331,17 +433,15 @@ def test_texts_too_short_for_any_passage_are_refused(loaded):
 
 
 @pytest.fixture
-def says(monkeypatch):
-    """A stand-in for `stream`: a cache says the answer where `knows(prompt, spec)`, and something else elsewhere."""
+def says(loaded, answering):
+    """A stand-in for a model: a cache says the answer where `knows(prompt, spec)`, and something else elsewhere."""
 
     def install(knows):
-        def stream(loaded, prompt, specs, *, max_new_tokens, chat):
-            (spec,) = specs
-            text = " it is 48213." if knows(prompt, spec) else " it is 99999."
-            for n in range(1, max_new_tokens + 1):
-                yield (Step(tuple(range(n)), text[: 3 * n], (0,), 0, 0, False),)
+        def answer(context, question, spec):
+            prompt = loaded.tokenizer.decode([*context, *question], skip_special_tokens=True)
+            return " it is 48213." if knows(prompt, spec) else " it is 99999."
 
-        monkeypatch.setattr(questions, "stream", stream)
+        answering(answer)
 
     return install
 
@@ -354,18 +454,22 @@ def search(prompts, **changes):
 
 
 def test_a_task_preset_is_the_first_prompt_on_which_each_cache_does_as_the_search_says(loaded, says):
-    says(lambda prompt, spec: spec is None or spec.policy == "low_norm" or prompt == "easy")
+    says(lambda prompt, spec: spec is None or spec.policy == "low_norm" or prompt == "An easy prompt")
     seen = []
-    (preset,) = find_task_presets(loaded, [search(["easy", "one", "two"])], on_done=lambda *done: seen.append(done))
-    assert (preset.text, preset.answer, preset.chat) == ("one", "48213", False)
-    assert preset.spec == CompressionSpec(protect_last=8) and seen == [(1, 3), (2, 3), (3, 3)]
+    (preset,) = find_task_presets(
+        loaded,
+        [search(["An easy prompt", "Prompt number one", "Prompt number two"])],
+        progress=lambda *call: seen.append(call[:2]),
+    )
+    assert (preset.text, preset.answer, preset.chat) == ("Prompt number one", "48213", False)
+    assert preset.spec == CompressionSpec(protect_last=8) and seen[-1] == (9, 9)
     assert "2 of 3 prompts tried show this" in preset.why and "the last 8 tokens protected" in preset.why
 
 
 def test_where_no_prompt_meets_a_search_it_says_what_each_cache_did(loaded, says):
-    says(lambda prompt, spec: spec is None or prompt == "easy")
+    says(lambda prompt, spec: spec is None or prompt == "An easy prompt")
     with pytest.raises(NotFoundError) as error:
-        find_task_presets(loaded, [search(["easy", "one", "two"])])
+        find_task_presets(loaded, [search(["An easy prompt", "Prompt number one", "Prompt number two"])])
     told = "the full cache finds it in 3 of 3; low norm finds it in 1 of 3; random loses it in 2 of 3"
     assert told in str(error.value) and "--without-tasks" in str(error.value)
 
@@ -388,7 +492,7 @@ def test_all_caches_of_a_search_protect_the_same_tokens_and_skip_the_same_layers
 
 def test_found_presets_are_read_back_as_they_were_and_offered_after_the_texts(tmp_path):
     spec = CompressionSpec(keep_ratio=0.3, protect_last=16, skip_layers=(0, 2), seed=3)
-    key = Preset("Key", presets.passkey(12345, before=1, after=2), "Lost – at 0.3.", spec, answer="12345")
+    key = Preset("Key", passkey_prompt(12345, before=1, after=2), "Lost – at 0.3.", spec, answer="12345")
     asked = Preset("Asked", "Which town?", "By chat.", CALM_SPEC, answer="Paris", chat=True, beside=BREAKS_SPEC)
     found = FoundPresets("a model", (Preset("Calm", "A text.\n", "Hardly.", CALM_SPEC), asked, key))
     path = records.save(found, tmp_path / "presets.json")
@@ -441,12 +545,22 @@ def test_the_passkey_command_prints_what_was_found_of_what_was_asked(capsys, tmp
     passkey = ["evaluate", "passkey", "-m", "books-5m"]
     assert main([*passkey, *sizes, "--skip-layers", "0", "-o", str(out)]) == 0
     rows = [re.split("  +", line.strip()) for line in capsys.readouterr().out.splitlines()[2:]]
-    scores = json.loads(out.read_text())["scores"]
-    assert [row[:4] for row in rows] == [
-        [score["spec"], str(score["n_tokens"]), str(score["found"]), "2"] for score in scores
-    ]
+    results = records.load(Results, out)
     low = 1 - 1 / (1 + 1.96**2 / 2)  # of none of two, Wilson's upper end by hand: z^2 / (n + z^2)
-    assert rows[0][2] == "0" and rows[0][4] == f"0% [0%, {low:.0%}]"
+    assert [row[:3] for row in rows] == [[method, str(n), "2"] for method in (FULL, "low_norm 0.5") for n in (120, 160)]
+    assert not results.scores(FULL).any() and rows[0][4] == f"0.000 [0.000, {low:.3f}]"
+    assert [float(row[3]) for row in rows[:2]] == [
+        round(np.mean([row.nbytes for row in results.of(FULL) if row.at["n_tokens"] == n]) / 2**20, 2)
+        for n in (120, 160)
+    ]
+    texts = tmp_path / "prose.txt"
+    texts.write_text(TEXT)
+    lm_of = ["evaluate", "lm", str(texts), "-m", "books-5m", "--prompt-tokens", "40", "--excerpts", "2", "--json"]
+    assert main([*lm_of, "--new-tokens", "3", "--policies", "low_norm", "--keep-ratios", "0.5"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [row["method"] for row in told["rows"]] == [FULL, "low_norm 0.5"] and told["rows"][0]["change"]["value"] == 0
+    assert main([*lm_of, "--depths", "0.5"]) == 2
+    assert "task lm has no --depths" in capsys.readouterr().err
     assert main([*passkey, "--lengths", "10"]) == 2
     assert main([*passkey, "--keep-ratios", "2"]) == 2
     assert main([*passkey, "--policies", "none"]) == 2

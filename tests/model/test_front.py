@@ -5,29 +5,31 @@ import math
 import statistics
 import subprocess
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from analysis import ModelError, RecordError, TextError, capture, loss_curves
 from analysis.demo import presets
-from analysis.evaluation.run import continuation_nll
+from analysis.evaluation.lm import LmSettings
 from analysis.models.load import LoadedModel
 from analysis.plans.ablation import head_costs
 from analysis.plans.allocation import BudgetError
 from analysis.plans.curves import LossCurves
-from analysis.plans.front import Front, FrontPoint, measure_front, passes
-from analysis.plans.strategies import KINDS, WAYS
+from analysis.plans.front import _FORMERLY, Front, measure_front, passes
+from analysis.plans.strategies import KINDS, STRATEGIES, Strategy, plan, title_of
+from analysis.records import from_json, to_json
 from analysis.statistics import MIN_TEXTS, RESAMPLES, Interval, simultaneous
 from analysis.texts.excerpts import excerpts
 from analysis.texts.tokens import tokenize
 from l2kv import CompressionSpec
 from l2kv.config import CacheShape
+from tests.support.evaluation import continuation_nll, front_of
 from tests.support.models import build
 from tests.support.paths import ROOT
 
 LENGTHS = {"prompt_tokens": 100, "new_tokens": 3}
+SETTINGS = LmSettings(**LENGTHS)
 KEEPS = (0.2, 0.6)
 
 
@@ -44,35 +46,41 @@ def calls() -> list[tuple[int, int]]:
 @pytest.fixture(scope="module")
 def front(loaded, texts, calls) -> Front:
     return measure_front(
-        loaded, texts[:3], texts[3:], keeps=KEEPS, protect_last=8, on_done=lambda *call: calls.append(call), **LENGTHS
+        loaded,
+        texts[:3],
+        texts[3:],
+        keep_ratios=KEEPS,
+        settings=SETTINGS,
+        protect_last=8,
+        progress=lambda *call: calls.append(call[:2]),
     )
 
 
-def test_every_way_is_measured_at_every_budget_or_named_as_left_out(front, calls):
-    assert {(p.line, p.keep) for p in front.points} | {
-        (words.split(", keep")[0], float(words.split("keep ")[1].split(":")[0])) for words in front.left_out
-    } == {(way, keep) for way in WAYS for keep in KEEPS}
-    assert any(words.startswith("skip 0 and 1, low norm, keep 0.2: layers 0 and 1") for words in front.left_out)
+def test_every_strategy_is_measured_at_every_budget_or_named_as_left_out(front, calls):
+    assert {(p.strategy, p.keep_ratio) for p in front.points} | {
+        (words.split(", keep")[0], float(words.split("keep ratio ")[1].split(":")[0])) for words in front.left_out
+    } == {(name, keep) for name in STRATEGIES for keep in KEEPS}
+    assert any(words.startswith("skip_first_two, keep ratio 0.2: the keep ratio must be") for words in front.left_out)
     assert list(dict.fromkeys(done for done, _ in calls)) == list(range(calls[-1][1] + 1))
     assert calls[-1][1] == 3 + 3 * (1 + 24) + 2 + 2 * (1 + len({p.spec for p in front.points}))
-    assert calls[0] == (0, passes(3, 2, keeps=2, ways=WAYS, kv_heads=24))
-    assert calls[0][1] - calls[-1][1] == 2 * (2 * len(WAYS) - len({p.spec for p in front.points}))
+    assert calls[0] == (0, passes(3, 2, keep_ratios=2, strategies=STRATEGIES, kv_heads=24))
+    assert calls[0][1] - calls[-1][1] == 2 * (2 * len(STRATEGIES) - len({p.spec for p in front.points}))
     inside = [call for call in calls[: calls.index((1, calls[0][1]))] if call[0] == 0]
     assert len(inside) > 6  # of the first capture, layer by layer
 
 
-def test_ways_at_one_budget_hold_equal_bytes(front):
+def test_strategies_at_one_budget_hold_equal_bytes(front):
     pair = 2 * 32 * 4  # a key and a value of 32 float32 each
     for keep in KEEPS:
-        sizes = [p.nbytes for p in front.points if p.keep == keep]
+        sizes = [p.nbytes for p in front.points if p.keep_ratio == keep]
         # 102 tokens are in the cache at last; a head may round up by a pair, and a ratio is of whole percents.
         assert all(abs(size - keep * front.full_nbytes) <= 24 * (1 + 0.01 * 102) * pair for size in sizes)
     assert front.full_nbytes == 24 * 102 * pair
 
 
-@pytest.mark.parametrize("line", ["plan by head", "skip 0 and 1, low norm", "first and latest"])
-def test_a_point_is_what_its_spec_costs_against_the_full_cache(loaded, texts, front, line):
-    point = next(p for p in front.lines[line] if p.keep == 0.6)
+@pytest.mark.parametrize("strategy", ["by_head", "skip_first_two", "streaming"])
+def test_a_point_is_what_its_spec_costs_against_the_full_cache(loaded, texts, front, strategy):
+    point = next(p for p in front.lines[strategy] if p.keep_ratio == 0.6)
     for (_, text, _), change in zip(texts[3:], point.nll_change, strict=True):
         nll = [continuation_nll(loaded, text, spec, **LENGTHS) for spec in (point.spec, None)]
         assert change == pytest.approx(nll[0] - nll[1], abs=1e-5)
@@ -82,58 +90,85 @@ def test_a_point_is_what_its_spec_costs_against_the_full_cache(loaded, texts, fr
 def test_plans_are_made_from_the_planning_texts_alone(loaded, texts, front):
     runs = [capture(loaded, text[: tokenize(loaded.tokenizer, text).spans[99, 1]]) for _, text, _ in texts[:3]]
     curves = loss_curves(*runs, protect_last=8)
-    by_direction = WAYS["uniform, measured directions"].make(curves, 0.2)
-    costs = head_costs(loaded, [text for _, text, _ in texts[:3]], by_direction, **LENGTHS)
+    by_direction = plan(curves, 0.2, "uniform_signed").to_spec()
+    costs = head_costs(loaded, texts[:3], by_direction, settings=SETTINGS)
     curves = curves.weighed(costs.mean(axis=0), 0.2)
     for point in front.points:
-        assert point.spec == WAYS[point.line].make(curves, point.keep)
-    whole = next(p for p in front.points if p.line == "uniform, low norm" and p.keep == 0.6)
+        assert point.spec == plan(curves, point.keep_ratio, point.strategy).to_spec()
+    whole = next(p for p in front.points if p.strategy == "uniform_low" and p.keep_ratio == 0.6)
     lost = [curves.low[layer, head, 60] for layer in range(6) for head in range(4)]
     assert whole.planned_loss == pytest.approx(sum(lost) / 24)
-    assert all(math.isnan(p.measured_loss) == (p.line == "first and latest") for p in front.points)
+    assert all(math.isnan(p.measured_loss) == (p.strategy == "streaming") for p in front.points)
 
 
 def test_bad_requests_are_refused(loaded, texts):
     with pytest.raises(TextError, match="planned on, too"):
-        measure_front(loaded, texts[:2], texts[1:3], **LENGTHS)
+        measure_front(loaded, texts[:2], texts[1:3], settings=SETTINGS)
     with pytest.raises(TextError, match="others to measure on"):
-        measure_front(loaded, texts[:2], [], **LENGTHS)
-    with pytest.raises(ValueError, match="ways must be of"):
-        measure_front(loaded, texts[:1], texts[1:2], ways=["my own"], **LENGTHS)
+        measure_front(loaded, texts[:2], [], settings=SETTINGS)
+    with pytest.raises(ValueError, match="Did you mean 'by_head'"):
+        measure_front(loaded, texts[:1], texts[1:2], strategies=["by_heads"], settings=SETTINGS)
     calls = []
     for wrong in (1.5, -0.1, math.nan, True):
-        with pytest.raises(ValueError, match="keeps must be from 0 to 1"):
+        with pytest.raises(ValueError, match="keep_ratios must be from 0 to 1"):
             measure_front(
-                loaded, texts[:1], texts[1:2], keeps=[0.5, wrong], on_done=lambda *call: calls.append(call), **LENGTHS
+                loaded,
+                texts[:1],
+                texts[1:2],
+                keep_ratios=[0.5, wrong],
+                settings=SETTINGS,
+                progress=lambda *call: calls.append(call),
             )
     assert not calls  # before anything is run
 
 
-def test_a_way_that_fails_for_another_reason_than_its_budget_is_not_left_out(loaded, texts, monkeypatch):
-    def broken(curves, keep):
+@pytest.fixture
+def registered():
+    """Register a strategy, for the time of a test."""
+    names = []
+
+    def register(name, allocate):
+        STRATEGIES.register(name, Strategy("Toy", "A toy.", "plan", allocate, "low_norm"))
+        names.append(name)
+
+    yield register
+    for name in names:
+        STRATEGIES.remove(name)
+
+
+def test_a_strategy_that_fails_for_another_reason_than_its_budget_is_not_left_out(loaded, texts, registered):
+    def broken(budget):
         raise ValueError("a defect")
 
-    monkeypatch.setitem(WAYS, "random", replace(WAYS["random"], make=broken))
+    registered("broken", broken)
     with pytest.raises(ValueError, match="a defect"):
-        measure_front(loaded, texts[:1], texts[1:2], keeps=[0.5], ways=["random"], **LENGTHS)
+        measure_front(loaded, texts[:1], texts[1:2], keep_ratios=[0.5], strategies=["broken"], settings=SETTINGS)
+
+
+def test_a_strategy_that_is_registered_elsewhere_is_measured_with_all_others(loaded, texts, registered):
+    registered("toy", lambda budget: np.linspace(0, 2 * budget.keep_ratio, len(budget.layer)))
+    names = ["uniform_low", "toy"]
+    front = measure_front(loaded, texts[:1], texts[1:2], keep_ratios=[0.5], strategies=names, settings=SETTINGS)
+    assert list(front.lines) == names and front.points[1].spec.target_of(5, 3).ratio == 1.0
+    assert title_of("toy") == "Toy" and title_of("forgotten") == "forgotten"
 
 
 def test_a_model_of_sliding_windows_alone_is_refused_before_it_is_run(loaded, texts):
     sliding = build("qwen2", use_sliding_window=True, sliding_window=8, layer_types=["sliding_attention"] * 3)
     with pytest.raises(ModelError, match="no layer that can be compressed"):
-        measure_front(LoadedModel(sliding, loaded.tokenizer, "sliding"), texts[:1], texts[1:2], **LENGTHS)
+        measure_front(LoadedModel(sliding, loaded.tokenizer, "sliding"), texts[:1], texts[1:2], settings=SETTINGS)
 
 
 def test_it_is_cancelled_by_raising(loaded, texts):
     class Cancelled(Exception):
         pass
 
-    def stop(done, total):
+    def stop(done, total, what):
         if done == 3:
             raise Cancelled
 
     with pytest.raises(Cancelled):
-        measure_front(loaded, texts[:1], texts[1:2], keeps=(0.5,), on_done=stop, **LENGTHS)
+        measure_front(loaded, texts[:1], texts[1:2], keep_ratios=(0.5,), settings=SETTINGS, progress=stop)
 
 
 def curves_of(n_layers: int, *, n_tokens: int, protect_last: int) -> LossCurves:
@@ -152,114 +187,112 @@ def curves_of(n_layers: int, *, n_tokens: int, protect_last: int) -> LossCurves:
 
 @pytest.mark.parametrize("n_layers", [6, 32, 80])
 @pytest.mark.parametrize("keep", [0.05, 0.1, 0.12, 0.13, 0.3, 0.5])
-def test_no_way_holds_more_than_its_budget_however_many_layers_are_protected(n_layers, keep):
+def test_no_strategy_holds_more_than_its_budget_however_many_layers_are_protected(n_layers, keep):
     curves, shape = curves_of(n_layers, n_tokens=448, protect_last=32), CacheShape(tuple(range(n_layers)), 2, 2, 8, 4)
     pair, budget = 2 * 8 * 4, keep * shape.nbytes(448)
-    for name in ("uniform, low norm", "skip 0 and 1, low norm", "plan by head", "random"):
+    for name in ("uniform_low", "skip_first_two", "by_head", "random"):
         ratio = (keep * n_layers - 2) / (n_layers - 2) if name.startswith("skip") else keep
         if ratio < 0.08:  # 32 of 448 tokens are 0.0714 of them, and bins are whole percents
             with pytest.raises(BudgetError):
-                WAYS[name].make(curves, keep)
+                plan(curves, keep, name)
             continue
-        spec = WAYS[name].make(curves, keep)
+        spec = plan(curves, keep, name).to_spec()
         assert shape.nbytes(448, spec) <= budget + n_layers * 2 * pair  # a head may round up by a pair
 
 
 # ------------------------------------------------------------------------------------------------------- made up
 
 
-def made_up(**changes_by_line) -> Front:
+def made_up(**changes_by_strategy) -> Front:
     """A front at one budget whose points cost so much on each of 8 texts, give or take the same for all."""
     wobble = np.linspace(-0.01, 0.01, 8)
-    return Front(
-        model="made up",
-        planned_on=("a",),
-        measured_on=tuple("bcdefghi"),
-        prompt_tokens=10,
-        new_tokens=2,
-        full_nbytes=4096,
-        full_nll=(3.0,) * 8,
-        points=tuple(
-            FrontPoint(line, 0.5, CompressionSpec(), 2048, tuple((change + wobble * (i + 1)).tolist()), loss, loss)
-            for i, (line, (change, loss)) in enumerate(changes_by_line.items())
-        ),
+    return front_of(
+        [
+            (strategy, 0.5, CompressionSpec(), (change + wobble * (i + 1)).tolist())
+            for i, (strategy, (change, _)) in enumerate(changes_by_strategy.items())
+        ],
+        losses={strategy: loss for strategy, (_, loss) in changes_by_strategy.items()},
     )
 
 
-LOW, HIGH, PLAN, RANDOM = "uniform, low norm", "uniform, high norm", "plan by head", "random"
+LOW, HIGH, PLAN, RANDOM = "uniform_low", "uniform_high", "by_head", "random"
 
 
-def test_the_answer_names_a_plan_that_beats_the_best_uniform_rule():
+def test_the_answer_names_a_plan_that_beats_the_best_uniform_strategy():
     answer = made_up(**{LOW: (0.3, 0.4), HIGH: (0.1, 0.3), PLAN: (0.04, 0.2), RANDOM: (0.5, 0.5)}).answer()
-    assert answer.startswith("Yes: at keep 0.5 a plan beats the best uniform rule by norm at equal bytes")
-    assert "(2.0 KiB), plan by head against uniform, high norm: −0.060 (95 %" in answer
-    assert "over 8 texts that hold for all comparisons at once, 1 of 1 are won and 0 lost" in answer
+    assert answer.startswith("Yes: at keep ratio 0.5 a plan beats the best uniform strategy at equal bytes.")
+    assert "(2.0 KiB), By head against Uniform (high norm): −0.060 nats/token (95 %" in answer
+    assert "Over 8 texts, by intervals that hold for all comparisons at once, plans win 1 of 1 and lose 0." in answer
     assert "But" not in answer
 
 
-def test_the_answer_says_that_none_does_and_that_dice_do_as_well():
+def test_the_answer_says_that_none_does_and_that_random_does_as_well():
     answer = made_up(**{LOW: (0.3, 0.4), HIGH: (0.1, 0.3), PLAN: (0.2, 0.2), RANDOM: (0.1, 0.5)}).answer()
     assert answer.startswith("Not shown: no plan beats") and "+0.100" in answer
-    assert "0 of 1 are won and 1 lost" in answer
-    assert "no worse than all of them: random at keep 0.5 (+0.000 at 0.5)." in answer
+    assert "plans win 0 of 1 and lose 1" in answer
+    assert "no worse than any of them: Random at keep ratio 0.5 (+0.000 at 0.5)." in answer
     assert "cannot tell" in made_up(**{LOW: (0.3, 0.4)}).answer()
 
 
-def test_every_yardstick_is_named_with_the_budgets_that_it_is_as_good_at():
-    def point(line, keep, change):
-        return FrontPoint(line, keep, CompressionSpec(), 2048, (change,) * 8)
-
-    first = "first and latest"
-    costs = {LOW: (0.5, 0.3, 0.1), RANDOM: (0.4, 0.2, 0.3), first: (0.6, 0.6, 0.05)}
-    points = tuple(
-        point(line, keep, cost) for line, of in costs.items() for keep, cost in zip((0.1, 0.2, 0.3), of, strict=True)
+def test_every_baseline_is_named_with_the_budgets_that_it_is_as_good_at():
+    costs = {LOW: (0.5, 0.3, 0.1), RANDOM: (0.4, 0.2, 0.3), "streaming": (0.6, 0.6, 0.05), PLAN: (0.9, 0.9, 0.9)}
+    front = front_of(
+        [
+            (strategy, keep, CompressionSpec(), (cost,) * 8)
+            for strategy, of in costs.items()
+            for keep, cost in zip((0.1, 0.2, 0.3), of, strict=True)
+        ]
     )
-    points += tuple(point(PLAN, keep, 0.9) for keep in (0.1, 0.2, 0.3))
-    answer = replace(made_up(), points=points).answer()
-    assert answer.endswith(
-        "no worse than all of them: random at keep 0.1, 0.2 (−0.100 at 0.1); first and latest at keep 0.3 "
+    assert front.answer().endswith(
+        "no worse than any of them: Random at keep ratio 0.1, 0.2 (−0.100 at 0.1); StreamingLLM at keep ratio 0.3 "
         "(−0.050 at 0.3)."
     )
 
 
 def test_too_few_texts_tell_nothing():
-    front = made_up(**{LOW: (0.3, 0.4), PLAN: (0.04, 0.2)})
-    few = [replace(p, nll_change=p.nll_change[: MIN_TEXTS - 1]) for p in front.points]
-    few = replace(front, points=tuple(few), measured_on=front.measured_on[: MIN_TEXTS - 1], full_nll=(3.0,) * 5)
-    assert few.answer() == "This front cannot tell: it was measured on 5 texts, and 6 are the least."
+    few = front_of([(LOW, 0.5, CompressionSpec(), (0.3,) * 5), (PLAN, 0.5, CompressionSpec(), (0.04,) * 5)])
+    assert MIN_TEXTS == 6
+    assert few.answer() == "This front cannot tell: it was measured on 5 texts, and it takes 6."
     (one,) = few.comparisons()
     assert one.verdict == "not told apart" and math.isnan(one.less.low)
 
 
-def test_the_best_plan_is_compared_with_the_best_uniform_way_text_by_text():
-    costs = {LOW: (0.3, 0.4), HIGH: (0.25, 0.4), PLAN: (0.2, 0.2), "plan by layer": (0.22, 0.2), RANDOM: (0.1, 0.5)}
+def test_the_best_plan_is_compared_with_the_best_uniform_strategy_text_by_text():
+    costs = {LOW: (0.3, 0.4), HIGH: (0.25, 0.4), PLAN: (0.2, 0.2), "by_layer": (0.22, 0.2), RANDOM: (0.1, 0.5)}
     (one,) = made_up(**costs).comparisons()
-    assert [c.plan.keep for c in random_front(np.random.default_rng(0)).comparisons()] == [0.1, 0.2, 0.3, 0.5, 0.7]
-    assert (one.plan.line, one.uniform.line, one.verdict) == (PLAN, HIGH, "better")
+    assert [c.plan.keep_ratio for c in random_front(np.random.default_rng(0)).comparisons()] == [
+        0.1,
+        0.2,
+        0.3,
+        0.5,
+        0.7,
+    ]
+    assert (one.plan.strategy, one.uniform.strategy, one.verdict) == (PLAN, HIGH, "better")
     assert one.less.value == pytest.approx(np.mean(one.plan.nll_change) - np.mean(one.uniform.nll_change))
-    assert one.less.high - one.less.low < 0.04 < np.ptp(one.plan.nll_change)  # texts differ more than the ways do
+    assert one.less.high - one.less.low < 0.04 < np.ptp(one.plan.nll_change)  # texts differ more than the strategies do
     assert made_up(**{LOW: (0.3, 0.4), RANDOM: (0.2, 0.2)}).comparisons() == ()
 
 
 def random_front(rng, *, better: float = 0.0) -> Front:
-    """8 plans and 3 uniform ways at 5 budgets that cost the same, but for chance, on 16 texts; or plans `better`."""
-    names = {kind: [name for name, way in WAYS.items() if way.kind == kind] for kind in ("uniform", "plan")}
+    """8 plans and 3 uniform strategies at 5 budgets, the same but for chance, on 16 texts; or plans `better`."""
+    kinds = ("uniform", "plan")
+    names = {kind: [name for name, one in STRATEGIES.items() if one.kind == kind] for kind in kinds}
     texts = rng.normal(0.3, 0.2, 16)  # some are hard for all
     points = [
-        FrontPoint(line, keep, CompressionSpec(), 2048, tuple(texts + rng.normal(-better * (kind == "plan"), 0.05, 16)))
+        (line, keep, CompressionSpec(), tuple(texts + rng.normal(-better * (kind == "plan"), 0.05, 16)))
         for kind, lines in names.items()
         for line in lines
         for keep in (0.1, 0.2, 0.3, 0.5, 0.7)
     ]
-    return replace(made_up(), measured_on=tuple("bcdefghijklmnopq"), full_nll=(3.0,) * 16, points=tuple(points))
+    return front_of(points)
 
 
 def test_where_plans_are_no_better_the_answer_is_hardly_ever_yes():
     rng = np.random.default_rng(0)
     answers = [random_front(rng).answer() for _ in range(60)]
     assert sum(answer.startswith("Yes") for answer in answers) <= 6  # 3 expected at most, of 60
-    assert sum("and 0 lost" not in answer for answer in answers) <= 6
-    assert random_front(rng, better=0.1).answer().startswith("Yes: at keep 0.1, 0.2, 0.3, 0.5, 0.7")
+    assert sum("and lose 0" not in answer for answer in answers) <= 6
+    assert random_front(rng, better=0.1).answer().startswith("Yes: at keep ratio 0.1, 0.2, 0.3, 0.5, 0.7")
 
 
 def test_simultaneous_intervals_are_those_of_a_plain_loop():
@@ -309,48 +342,102 @@ def test_expected_loss_that_orders_the_points_as_their_cost_agrees_fully():
 
 
 def test_a_front_is_read_back_as_it_was_written(front):
-    assert Front.from_json(front.to_json()).to_json() == front.to_json()
-    told = [p for p in front.points if p.line != "first and latest"]  # NaN is not equal to itself
-    assert [p for p in Front.from_json(front.to_json()).points if p.line != "first and latest"] == told
-    undefined = replace(front.points[0], nll_change=(math.nan, 0.1))
-    (point,) = Front.from_json(replace(front, points=(undefined,)).to_json()).points
-    assert math.isnan(point.nll_change[0]) and point.nll_change[1] == 0.1
+    assert from_json(Front, to_json(front)) == front
+    assert [p.strategy for p in front.points if math.isnan(p.measured_loss)] == ["streaming"] * 2
+    undefined = front_of([(LOW, 0.5, CompressionSpec(), (None, 0.1))])
+    (point,) = from_json(Front, to_json(undefined)).points
+    assert math.isnan(point.nll_change[0]) and point.nll_change[1] == pytest.approx(0.1)
+
+
+OLD = {
+    "l2kv_front": 1,
+    "model": "old",
+    "planned_on": ["a"],
+    "measured_on": ["b", "c"],
+    "prompt_tokens": 10,
+    "new_tokens": 2,
+    "full_nbytes": 4096,
+    "full_nll": [3.0, 4.0],
+    "points": [
+        {
+            "line": "plan by head, weighed by cost",
+            "keep": 0.5,
+            "spec": {"keep_ratio": 0.5, "skip_layers": [1], "head_ratios": [[[0, 1], 0.25]]},
+            "nbytes": 2048,
+            "nll_change": [0.5, None],
+            "planned_loss": 0.1,
+            "measured_loss": None,
+        },
+        {"line": "my own", "keep": 0.5, "spec": {}, "nbytes": 1024, "nll_change": [0.25, 0.125]},
+    ],
+    "left_out": ["plan by head, no signal whole, keep 0.1: too small"],
+}
+
+
+def test_a_front_of_version_1_opens_with_its_strategies_by_todays_names():
+    front = from_json(Front, json.dumps(OLD))
+    first, second = front.points
+    assert (first.strategy, second.strategy) == ("by_head_by_cost", "my own")
+    assert first.spec == CompressionSpec(skip_layers=(1,), head_ratios={(0, 1): 0.25}) and first.nbytes == 2048
+    assert first.nll_change[0] == 0.5 and math.isnan(first.nll_change[1]) and second.nll_change == (0.25, 0.125)
+    assert first.planned_loss == 0.1 and math.isnan(first.measured_loss)
+    assert front.results.scores(front.results.full).tolist() == [3, 4] and front.full_nbytes == 4096
+    assert (front.model, front.measured_on, front.lengths) == ("old", ("b", "c"), (10, 2))
+    assert front.left_out == ("by_head_with_signal, keep 0.1: too small",)
+    assert from_json(Front, to_json(front)).points[1] == second
+    assert set(_FORMERLY.values()) <= set(STRATEGIES)
 
 
 @pytest.mark.parametrize(
     "change,reason",
     [
-        ({"points": [{}]}, "it has no"),
-        ({"points": 3}, "not iterable"),
-        ({"model": 7}, "must be text"),
-        ({"full_nll": [1.0]}, "8 texts"),
-        ({"full_nbytes": -1}, "whole number"),
-        ({"l2kv_front": 99}, "version 1"),
+        ({"points": [{}]}, "missing required field"),
+        ({"points": 3}, "Expected `array`"),
+        ({"model": 7}, "Expected `str`"),
+        ({"full_nll": [1.0]}, r"shorter|longer"),
+        ({"l2kv_front": 99}, "version 2 or before"),
         ({"spec": {"keep_ratio": 7}}, "keep_ratio must be from 0 to 1"),
-        ({"keep": 2}, "keep must be"),
-        ({"nll_change": ["x"] * 8}, "number is needed"),
-        ({"nll_change": [10**400] * 8}, "too large"),
-        ({"full_nbytes": 10**400}, "whole number"),
-        ({"measured_on": [], "full_nll": []}, "0 texts"),
-        ({"measured_on": [], "full_nll": [], "points": []}, "0 texts"),
-        ({"documents": ["x"]}, "documents are not of its 8 texts"),
-        ({"documents": [1] * 8}, "must be text"),
+        ({"keep": 2}, "keep_ratio must be"),
+        ({"nll_change": ["x"] * 2}, "Expected `float"),
+        ({"nll_change": [10**400] * 2}, "out of range"),
+        ({"full_nbytes": 10**400}, "nbytes must be"),
+        ({"full_nbytes": -1}, "nbytes must be"),
+        ({"measured_on": [], "full_nll": [], "points": []}, "no texts"),
+        ({"documents": ["x"]}, "documents are not of its 2 texts"),
+        ({"documents": [1] * 2}, "Expected `str`"),
     ],
 )
 def test_a_strangers_file_is_refused_with_the_reason(change, reason):
-    content = json.loads(made_up(**{LOW: (0.3, 0.4)}).to_json())
-    if set(change) <= set(content):
+    content = json.loads(json.dumps(OLD))
+    if set(change) <= {*content, "documents"}:
         content |= change
     else:
         content["points"][0] |= change
     with pytest.raises(RecordError, match=reason):
-        Front.from_json(json.dumps(content))
+        from_json(Front, json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "change,reason",
+    [
+        ({"plans": [{}]}, "missing required field"),
+        ({"plans": [{"strategy": "by_head", "keep_ratio": 0.5, "method": "nowhere"}]}, "results lack nowhere"),
+        ({"plans": [{"strategy": "by_head", "keep_ratio": 0.5, "method": "full cache"}]}, "no plan"),
+        ({"plans": [{"strategy": "by_head", "keep_ratio": -1, "method": "by_head 0.5"}]}, "from 0 to 1"),
+        ({"results": {}}, "missing required field"),
+        ({"planned_on": "a"}, "Expected `array`"),
+    ],
+)
+def test_a_strangers_new_file_is_refused_with_the_reason(change, reason):
+    content = json.loads(to_json(made_up(**{LOW: (0.3, 0.4)}))) | change
+    with pytest.raises(RecordError, match=reason):
+        from_json(Front, json.dumps(content))
 
 
 def test_a_front_keeps_its_documents_and_its_intervals_resample_them():
-    by_texts = made_up(**{LOW: (0.3, 0.4), PLAN: (0.1, 0.2)})
-    by_documents = Front.from_json(replace(by_texts, documents=tuple("xxxxyyyy")).to_json())
-    assert by_documents.documents == tuple("xxxxyyyy") and by_texts.documents == ()
+    points = [(LOW, 0.5, CompressionSpec(), np.linspace(0.2, 0.4, 8)), (PLAN, 0.5, CompressionSpec(), (0.1,) * 8)]
+    by_texts, by_documents = front_of(points), front_of(points, documents=tuple("xxxxyyyy"))
+    assert from_json(Front, to_json(by_documents)).results.documents == tuple("xxxxyyyy")
     wide, narrow = (front.interval(front.points[0]) for front in (by_documents, by_texts))
     assert wide.value == narrow.value and wide.high - wide.low > 1.2 * (narrow.high - narrow.low)
     assert "only 2 documents" in by_documents.answer() and "document" not in by_texts.answer()
@@ -363,5 +450,5 @@ def test_reading_a_front_or_a_check_does_not_wait_for_torch():
     assert out.stdout.split() == ["False", "False"]
 
 
-def test_every_way_is_of_a_kind_and_says_what_it_is():
-    assert all(way.kind in KINDS and way.about for way in WAYS.values())
+def test_every_strategy_is_of_a_kind_and_says_what_it_is():
+    assert all(one.kind in KINDS and one.title and one.about.endswith(".") for one in STRATEGIES.values())

@@ -14,17 +14,18 @@ from analysis.captures import load_run, save_run
 from analysis.demo.presets import BundledResults, FoundPresets, Preset, bundled_results
 from analysis.metrics import METRICS, PROBES
 from analysis.models.load import BUNDLED_MODELS
-from analysis.plans.ablation import CausalCheck
-from analysis.plans.front import Front, FrontPoint
+from analysis.plans.ablation import Ablation
+from analysis.plans.front import Front
 from analysis.records import load, to_json
 from analysis.selftest import synthetic_run
-from analysis.statistics import Interval
 from analysis.studies import Study, save_study
 from app import session
 from app.components import controls, sources
 from app.views import generate
 from app.views.generate import Column
+from app.views.plan import strategies
 from l2kv import CompressionSpec
+from tests.support.evaluation import ablation_of, front_of
 from tests.support.paths import BUNDLED, ROOT
 from tests.support.texts import TEMPLATE
 
@@ -83,23 +84,22 @@ def a_study(n=8, texts=None):
 
 
 def a_front(model="books-5m"):
-    def point(line, keep, change, **spec):
+    def point(strategy, keep, change, **spec):
         spec = CompressionSpec(keep_ratio=keep, protect_last=32, **spec)
-        return FrontPoint(line, keep, spec, int(1e6 * keep), tuple(change + 0.01 * i for i in range(8)))
+        return strategy, keep, spec, tuple(change + 0.01 * i for i in range(8))
 
-    names = tuple(f"m{i}" for i in range(8))
     heads = {(layer, head): 0.4 for layer in range(N_LAYERS) for head in range(4)} | {(0, 0): 0.9}
     points = [
-        *(point("uniform, low norm", keep, 0.5 - keep / 2) for keep in (0.3, 0.5)),
-        *(point("plan by head", keep, 0.3 - keep / 2, head_ratios=heads) for keep in (0.3, 0.5)),
+        *(point("uniform_low", keep, 0.5 - keep / 2) for keep in (0.3, 0.5)),
+        *(point("by_head", keep, 0.3 - keep / 2, head_ratios=heads) for keep in (0.3, 0.5)),
     ]
-    return Front(model, ("p0",), names, 384, 32, 1_000_000, (3.0,) * 8, tuple(points))
+    return front_of(points, model=model, nbytes={0.3: 300_000, 0.5: 500_000}, full_nbytes=1_000_000)
 
 
-def a_check(model="books-5m"):
+def a_check(model="books-5m", alr=None):
     change = np.outer(np.arange(N_LAYERS), np.ones(8)) / 100 + 0.001 * np.arange(8)
     spec = CompressionSpec(keep_ratio=0.5, protect_last=32)
-    return CausalCheck(model, spec, tuple(range(N_LAYERS)), change, 1 + change, Interval(1.0, 0.9, 1.0))
+    return ablation_of(change, 1 + change, spec=spec, model=model, alr=alr)
 
 
 @pytest.mark.parametrize("page", ["heads", "capture", "texts", "skip", "plan", "generate"])
@@ -116,9 +116,9 @@ def test_what_is_bundled_can_be_read_and_is_of_the_model_that_it_is_bundled_with
         assert load_study(found.study).complete and load_study(found.study).model == model
     if found.presets:
         assert load(FoundPresets, found.presets).model == model
-    for file, kind in ((found.front, Front), (found.causal, CausalCheck)):
+    for file, kind in ((found.front, Front), (found.ablation, Ablation)):
         if file:
-            assert kind.from_json(file.read_text(encoding="utf-8")).model == model
+            assert load(kind, file).model == model
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "texts", "/etc", "Qwen/Qwen3-0.6B", "a" * 5000, "\0"])
@@ -294,8 +294,8 @@ def test_a_plan_is_made_from_the_run_and_said_to_be_in_sample():
     app = opened("plan")
     told = words(app)
     assert not app.exception and "In-sample" in told and "less** than one ratio for all" in told
-    for method in ("uniform", "skip", "adakv"):
-        app.selectbox(key="plan_method").set_value(method).run()
+    for strategy in strategies():
+        app.selectbox(key="plan_strategy").set_value(strategy).run()
         assert not app.exception and not app.error
     app.selectbox(key="plan_policy").set_value("low_norm").run()
     assert not app.exception
@@ -303,7 +303,7 @@ def test_a_plan_is_made_from_the_run_and_said_to_be_in_sample():
 
 def test_a_budget_that_is_too_small_is_a_warning_that_names_the_least_one():
     app = opened("plan", keep_ratio=0.05)
-    assert not app.exception and any("There is no such plan: keep must be" in w.value for w in app.warning)
+    assert not app.exception and any("There is no such plan: the keep ratio must be" in w.value for w in app.warning)
 
 
 def test_a_plan_is_taken_to_generate_and_dropped_there():
@@ -347,18 +347,18 @@ def test_the_front_answers_first_compares_at_equal_bytes_and_gives_a_point_to_ge
     told = words(app)
     assert not app.exception and charts(app) == 3
     assert any(line.startswith("##### Yes") for line in told.splitlines())
-    app.selectbox(key="front_way").set_value("plan by head").run()
+    app.selectbox(key="front_way").set_value("by_head").run()
     button(app, "Use it in Generate").click().run()
     assert app.session_state["plan"].spec == a_front().points[2].spec
 
 
 def test_another_front_may_have_other_ways():
     app = opened("plan", front=a_front())
-    app.selectbox(key="front_way").set_value("plan by head").run()
+    app.selectbox(key="front_way").set_value("by_head").run()
     front = a_front()
-    app.session_state["front"] = replace(front, points=front.points[:2])
+    app.session_state["front"] = replace(front, plans=front.plans[:2])
     app.run()
-    assert not app.exception and app.selectbox(key="front_way").value == "uniform, low norm"
+    assert not app.exception and app.selectbox(key="front_way").value == "uniform_low"
 
 
 def test_a_front_of_another_model_is_not_shown():
@@ -418,11 +418,11 @@ def test_without_the_weights_no_time_and_no_number_of_sequences_is_told():
 
 
 def test_the_announced_runs_are_those_that_are_made():
-    chosen = dict(front_keeps=[0.3, 0.5], front_measured_ways=["uniform, low norm", "plan by head"], continued=3)
+    chosen = dict(front_keeps=[0.3, 0.5], front_measured_ways=["uniform_low", "by_head"], continued=3)
     app = opened("plan", **chosen)
     # 3 + 3 captures, then 3 continuations by the full cache and by 4 specs
     assert f"At most {3 + 3 + 3 * 5} runs" in words(app)
-    app = opened("plan", **chosen | {"front_measured_ways": ["plan by head, weighed by cost"]})
+    app = opened("plan", **chosen | {"front_measured_ways": ["by_head_by_cost"]})
     # and each of the 24 kv heads alone, and the full cache, on the 3 planning texts
     assert f"At most {3 + 3 + 3 * 3 + 3 * 25} runs" in words(app)
 
@@ -469,7 +469,7 @@ def of_a_model_that_nothing_was_measured_of(**changes):
 
 
 def test_layers_are_suggested_by_what_was_measured_where_it_was():
-    app = opened("skip", causal=a_check())
+    app = opened("skip", ablation=a_check())
     for rule, said in RULES_SAY:
         app.session_state["skip_rule"] = rule
         app.run()
@@ -506,24 +506,24 @@ def test_a_skip_list_is_opened_on_its_page_and_a_bad_one_refused():
 
 
 def test_what_each_layer_costs_alone_is_shown_for_the_model_that_it_is_of():
-    app = opened("skip", causal=a_check())
-    assert not app.exception and charts(app) == 2 and "Spearman of ALR / chance" in words(app)
-    app = opened("skip", causal=a_check("other"), run=of_a_model_that_nothing_was_measured_of())
+    app = opened("skip", ablation=a_check())
+    assert not app.exception and charts(app) == 2 and "Spearman of normalised ALR" in words(app)
+    app = opened("skip", ablation=a_check("other"), run=of_a_model_that_nothing_was_measured_of())
     assert charts(app) == 1 and "The check that you have is of other" in words(app)
     assert "Nothing was measured for elsewhere yet" in words(app) and "Spearman of ALR" not in words(app)
 
 
 def test_a_check_that_keeps_the_papers_alr_tells_of_both():
     check = a_check()
-    app = opened("skip", causal=replace(check, paper=-check.nll_change))
+    app = opened("skip", ablation=a_check(alr=-check.nll_change))
     table = next(table.value for table in app.dataframe if "NLL change, nats a token" in table.value)
-    assert not app.exception and "of the paper's ALR and that cost: −1.00" in words(app)
+    assert not app.exception and "of the paper's ALR and that change: −1.00" in words(app)
     assert np.allclose(table["the paper's ALR"], -table["NLL change, nats a token"])
 
 
 def test_a_bad_check_is_refused_in_one_sentence():
     app = opened("skip")
-    upload(app, "causal_file", "causal.json", b'{"l2kv_causal": 1, "model": "m"}')
+    upload(app, "ablation_file", "causal.json", b'{"l2kv_causal": 1, "model": "m"}')
     assert not app.exception and len(app.error) == 1
 
 

@@ -10,9 +10,9 @@ from analysis import Plan
 from analysis.__main__ import main
 from analysis.demo import presets
 from analysis.models.sizes import model_size
-from analysis.plans.ablation import CausalCheck
+from analysis.plans.ablation import Ablation
 from analysis.plans.front import Front
-from analysis.records import from_json, to_json
+from analysis.records import from_json, load, to_json
 from analysis.texts.excerpts import SPLIT
 from l2kv import CompressionSpec
 from l2kv.config import CacheShape
@@ -100,10 +100,10 @@ def test_a_plan_is_printed_and_written_and_generation_takes_it(text, tmp_path, c
     shape = CacheShape(tuple(range(6)), 8, 4, 32, 4)
     saved = 1 - shape.nbytes(4096, plan.spec) / shape.nbytes(4096)
     assert f"{saved:.0%} saved" in said and "2 texts of" in said and saved == pytest.approx(0.6, abs=0.01)
-    by_layer = json.loads(told(capsys, *arguments, "--strategy", "plan-by-layer", "--json"))
+    by_layer = json.loads(told(capsys, *arguments, "--strategy", "by-layer", "--json"))
     assert all(len(set(row["by_kv_head"])) == 1 for row in by_layer["rows"])
     assert by_layer["expected_loss"] < by_layer["uniform_loss"]
-    told(capsys, *arguments, "--strategy", "plan-by-head-weighed-by-cost", "--new-tokens", "2")
+    told(capsys, *arguments, "--strategy", "by_head_by_cost", "--new-tokens", "2")
     short = tmp_path / "short.txt"
     short.write_text("The old man looked at the sea, and the sea looked at the old man, and neither said a word.")
     said = told(capsys, "generate", str(short), "--plan", str(out), "--new-tokens", "4")
@@ -135,9 +135,9 @@ def test_an_ablation_and_a_front_are_written_as_files(text, tmp_path, capsys):
     causal, front = tmp_path / "causal.json", tmp_path / "front.json"
     lengths = ["--prompt-tokens", "40", "--new-tokens", "2", "--protect-last", "4"]
     said = told(capsys, "ablation", text, "--excerpts", "1", *lengths, "--skip-layers", "0,1,2", "-o", str(causal))
-    check = CausalCheck.from_json(causal.read_text())
+    check = load(Ablation, causal)
     assert check.layers == (3, 4, 5) and str(check) in said and check.spec.protect_last == 4
-    assert f"  {check.paper[0].mean():.2f}" in said
+    assert f"  {check.alr[0].mean():.2f}" in said
     plan = tmp_path / "plan.json"
     worst = check.layers[int(check.nll_change.mean(axis=1).argmax())]
     assert "Measured by prediction" in told(capsys, "skip", str(causal), "--count", "1", "-o", str(plan))
@@ -145,10 +145,10 @@ def test_an_ablation_and_a_front_are_written_as_files(text, tmp_path, capsys):
     assert spec.skip_layers == (0, 1, 2, worst) and spec.protect_last == 4
     assert "the one file" in refused(capsys, "skip", str(causal), str(causal))
     said = told(capsys, "front", text, "--excerpts", "2", *lengths, "--keep-ratios", "0.5", "-o", str(front))
-    read = Front.from_json(front.read_text())
+    read = load(Front, front)
     assert read.answer() in said and not set(read.planned_on) & set(read.measured_on) and SPLIT in said
     assert (read.planned_on, read.measured_on) == (("prose 0", "prose 2"), ("prose 1", "prose 3"))  # halves of a file
-    assert len(read.planned_on) == len(read.measured_on) == 2 and {p.keep for p in read.points} == {0.5}
+    assert len(read.planned_on) == len(read.measured_on) == 2 and {p.keep_ratio for p in read.points} == {0.5}
     other = tmp_path / "other.txt"
     other.write_text(Path(text).read_text()[500:1500])
     told(
@@ -165,7 +165,7 @@ def test_an_ablation_and_a_front_are_written_as_files(text, tmp_path, capsys):
         "-o",
         str(front),
     )
-    assert Front.from_json(front.read_text()).planned_on == ("other 0",)
+    assert load(Front, front).planned_on == ("other 0",)
 
 
 def test_savings_of_a_model_that_is_not_there(tmp_path, capsys):

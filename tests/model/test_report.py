@@ -16,15 +16,14 @@ from analysis import correlation, load_run, save_run
 from analysis.comparing import compare
 from analysis.demo import presets
 from analysis.metrics import METRICS
-from analysis.plans.ablation import CausalCheck
-from analysis.plans.front import Front, FrontPoint
-from analysis.statistics import Interval
+from analysis.records import save
 from analysis.studies import Study, save_study, study_of
 from analysis.verdicts import answer, verdicts
 from app.cli import main
 from app.report import VERSION, report
 from app.report.writing import MOST_ROWS, Drawing, Section, document
 from l2kv import CompressionSpec
+from tests.support.evaluation import ablation_of, front_of
 from tests.support.runs import random_run, run_of
 from tests.support.texts import HOSTILE
 
@@ -85,19 +84,19 @@ def studies():
 
 @pytest.fixture
 def front():
-    points = tuple(
-        FrontPoint(line, keep, CompressionSpec(keep_ratio=keep), int(2**20 * keep), (0.1, 0.2 / keep))
-        for line in ("uniform, low norm", "plan by head")
+    points = [
+        (strategy, keep, CompressionSpec(keep_ratio=keep), (0.1, 0.2 / keep))
+        for strategy in ("uniform_low", "by_head")
         for keep in (0.3, 0.5)
-    )
-    return Front("made up", ("a",), ("b", "c"), 100, 10, 2**20, (3.0, 3.1), points)
+    ]
+    return front_of(points, nbytes={0.3: int(0.3 * 2**20), 0.5: 2**19}, full_nbytes=2**20)
 
 
 @pytest.fixture
-def causal():
+def ablation():
     rng = np.random.default_rng(0)
     change, loss = rng.normal(size=(2, 3, 4))
-    return CausalCheck("made up", CompressionSpec(), (0, 1, 2), change, loss, Interval(0.5, np.nan, np.nan))
+    return ablation_of(change, loss)
 
 
 # the page
@@ -152,9 +151,9 @@ def test_a_table_writes_numbers_as_a_reader_wants_them_and_says_what_it_leaves_o
 # the report
 
 
-def test_a_report_answers_first_and_holds_all_that_is_given(studies, front, causal):
+def test_a_report_answers_first_and_holds_all_that_is_given(studies, front, ablation):
     run = random_run()
-    page = Page(report([run], studies=studies[:1], front=front, causal=causal))
+    page = Page(report([run], studies=studies[:1], front=front, ablation=ablation))
     assert page.text.index(answer(study_of(run))) < page.text.index("Where it holds")
     headings = ("Where it holds", "The best and the worst head", "Layers to leave whole", "What it saves", "Over many")
     for words in (
@@ -164,7 +163,7 @@ def test_a_report_answers_first_and_holds_all_that_is_given(studies, front, caus
         "How to read",
     ):
         assert page.text.count(words) >= 2, words  # in the contents, and where it stands
-    assert str(causal) in page.text and front.answer() in page.text and "CompressionSpec(" in page.text
+    assert str(ablation) in page.text and front.answer() in page.text and "CompressionSpec(" in page.text
     assert "Compared" not in page.text
     assert all(attributes["aria-label"] for tag, attributes in page.tags if attributes.get("class") == "plot")
     assert page.data[-1]["l2kv_report"] == VERSION
@@ -265,10 +264,10 @@ def test_a_comparison_of_few_texts_tells_of_no_head_and_of_more_what_chance_give
 # the commands
 
 
-def test_the_report_command_writes_a_page_of_files(tmp_path, capsys, studies, front, causal):
+def test_the_report_command_writes_a_page_of_files(tmp_path, capsys, studies, front, ablation):
     save_study(studies[0], tmp_path / "study.safetensors")
-    (tmp_path / "front.json").write_text(front.to_json())
-    (tmp_path / "causal.json").write_text(causal.to_json())
+    save(front, tmp_path / "front.json")
+    save(ablation, tmp_path / "causal.json")
     run, out = save_run(random_run(), tmp_path / "run.safetensors"), tmp_path / "report.html"
     given = [f"--{name}={tmp_path / file}" for name, file in FILES.items()]
     assert main(["report", str(run), str(presets.bundled_results("books-5m").demo), *given, "-o", str(out)]) == 0

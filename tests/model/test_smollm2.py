@@ -10,8 +10,9 @@ import torch
 from analysis import capture, correlation, load_model
 from analysis.captures import load_run
 from analysis.demo.presets import bundled_results, bundled_texts, presets
-from analysis.demo.questions import HALF, Question, answers
-from analysis.evaluation.run import passkey_grid, passkeys
+from analysis.demo.questions import HALF, SCORING, Question
+from analysis.evaluation.passkey import PasskeySettings
+from analysis.evaluation.run import evaluate, measure
 from analysis.metrics import metrics
 from analysis.models import packaged
 from analysis.models.packaged import SMOLLM2, UnreachableError, folder_of
@@ -78,20 +79,27 @@ def test_passkeys_survive_half_the_cache_by_low_norm_and_not_by_chance(loaded):
         policy: CompressionSpec(keep_ratio=0.5, skip_layers=(0, 1), protect_last=32, policy=policy)
         for policy in ("random", "high_norm")
     }
-    scores = passkey_grid(loaded, specs, lengths=[450], depths=[0.3, 0.7], keys=passkeys(2))
-    found = {name: sum(score.found for score in scores if score.spec == name) for name in specs}
+    results = evaluate(loaded, "passkey", specs, settings=PasskeySettings((450,), (0.3, 0.7), 2))
+    found = {name: results.scores(name).sum() for name in specs}
     assert found["full"] == found["low"] == 4 and found["random"] == found["high_norm"] == 0, found
 
 
+def answers(loaded, question, *specs) -> bool:
+    """Whether every cache gives the answer."""
+    sample = question.sample(loaded, "it", new_tokens=32)
+    methods = dict(enumerate(specs))
+    return all(row.score == 1 for row in measure(loaded, [sample], methods, scoring=SCORING))
+
+
 def test_it_answers_a_question_through_its_template(loaded):
-    assert answers(loaded, Question("What is the capital of France?", "Paris", chat=True), None, new_tokens=16)
+    assert answers(loaded, Question("What is the capital of France?", "Paris", chat=True), None)
 
 
 @pytest.mark.parametrize("name", ["Passkey: found with half the cache", "Chat: a question about a page of text"])
 def test_its_presets_show_what_they_say(loaded, name):
     (preset,) = (preset for preset in presets("smollm2") if preset.name == name)
     question = Question(preset.text, preset.answer, preset.chat)
-    assert answers(loaded, question, None, new_tokens=32) and answers(loaded, question, preset.spec, new_tokens=32)
+    assert answers(loaded, question, None, preset.spec)
 
 
 def test_the_demo_run_is_what_a_capture_of_its_text_gives(loaded):

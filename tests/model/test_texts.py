@@ -8,9 +8,9 @@ from transformers import AutoTokenizer
 
 from analysis import capture
 from analysis.__main__ import main
-from analysis.evaluation.run import continuation_nll
 from analysis.models.load import LoadedModel, load_model
 from analysis.preview import stream
+from tests.support.evaluation import continuation_nll
 from tests.support.paths import BUNDLED
 
 TEXT = "The old man looked at the sea, and the sea looked at the old man. He had nothing to say to it, and so he"

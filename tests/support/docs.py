@@ -39,9 +39,9 @@ def registries() -> str:
 
 
 def _registries() -> Iterator[str]:
-    from analysis.cli.evaluation import _tasks
+    from analysis.evaluation.tasks import TASKS
     from analysis.metrics import METRICS
-    from analysis.plans.strategies import WAYS
+    from analysis.plans.strategies import STRATEGIES
     from l2kv.policies import POLICIES
 
     yield "# Registries\n"
@@ -49,8 +49,8 @@ def _registries() -> Iterator[str]:
     for title, place, entries in (
         ("Policies", "l2kv.POLICIES", POLICIES),
         ("Metrics", "analysis.METRICS", METRICS),
-        ("Tasks", "analysis.TASKS", _tasks()),
-        ("Allocation strategies", "analysis.STRATEGIES", WAYS),
+        ("Tasks", "analysis.TASKS", TASKS),
+        ("Allocation strategies", "analysis.STRATEGIES", STRATEGIES),
     ):
         yield f"\n## {title}\n\n`{place}`\n\n| name | what it is |\n|---|---|"
         yield from _rows(entries)

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from analysis.evaluation.tasks import TASKS
 from analysis.metrics import METRICS
-from analysis.plans.strategies import WAYS
+from analysis.plans.strategies import STRATEGIES
 from app.cli import main
 from l2kv.policies import POLICIES
 from l2kv.registry import Registry
@@ -17,7 +18,8 @@ from tests.support.docs import registries
 REGISTRIES = {  # and a command that offers its entries
     "policy": (POLICIES, "generate"),
     "metric": (METRICS, "study"),
-    "strategy": (WAYS, "plan"),
+    "task": (TASKS, "evaluate"),
+    "strategy": (STRATEGIES, "plan"),
 }
 
 

@@ -157,7 +157,7 @@ def test_a_front_has_a_line_a_way_with_its_intervals_and_the_full_cache_in_grey(
 
 
 def test_kinds_of_ways_are_told_apart_without_colour_and_ways_of_a_kind_by_marker_too():
-    kinds = ["uniform", "uniform", "plan", "plan", "plan", "yardstick", "yardstick"]
+    kinds = ["uniform", "uniform", "plan", "plan", "plan", "baseline", "baseline"]
     figure = front({f"way {i}": a_line(kind) for i, kind in enumerate(kinds)}, full_mib=2)
     drawn = [trace(figure, f"way {i}") for i in range(len(kinds))]
     assert [t.line.dash for t in drawn] == ["dash", "dash", "solid", "solid", "solid", "dot", "dot"]

@@ -87,9 +87,12 @@ def test_a_task_of_no_benchmark_needs_a_scorer_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"answer": []}, "row 1: `answers` must hold at least one"),
+        ({"answer": []}, "row 1: it has no right answer"),
         ({"answer": "['a' 'b']"}, r"row 1: `answers` begins as a list, but is none: .* as JSON"),  # as NumPy writes it
         ({"answer": "['a', f()]"}, "begins as a list"),
+        ({"answer": [" "]}, "row 1: a right answer is empty"),
+        ({"task": "passage_retrieval_en"}, "row 1: a right answer names no paragraph"),
+        ({"task": "trec"}, "row 1: it has no classes to choose from"),
         ({"max_new_tokens": 0}, "row 1: `max_new_tokens` must be"),
         ({"max_new_tokens": "many"}, "row 1: `max_new_tokens` must be"),
     ],

@@ -129,8 +129,9 @@ def without(dataset, field):
     [
         (without("qmsum", "answers"), "line 2: Object missing required field `answers`"),
         (line("qmsum", answers="Anne"), r"line 2: Expected `array`, got `str` - at `\$.answers`"),
-        (line("qmsum", answers=[]), "example 1: `answers` must hold at least one"),
-        (line("trec"), "example 1: `all_classes`"),
+        (line("qmsum", answers=[]), "example 1: it has no right answer"),
+        (line("trec"), "example 1: it has no classes to choose from"),
+        (line("passage_retrieval_en"), "example 1: a right answer names no paragraph"),
         (line("vcsum"), "example 1: `dataset` must be one of .*'vcsum'. Chinese sets"),
         ('{"input": "cut o', "line 2: Input data was truncated"),
     ],

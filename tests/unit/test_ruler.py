@@ -358,11 +358,11 @@ def test_a_prompt_on_one_line_is_split_too(made, tmp_path):
     [
         ('{"input": "Who?", "outputs": ["a"]}', r"example 1: `input` holds no question of vt"),
         (
-            '{"input": "Question: Find all variables that are assigned the value 1", "outputs": ["a"]}',
+            '{"input": "ASK", "outputs": ["a"]}',
             "no `answer_prefix`",
         ),
-        ('{"input": "Who?", "outputs": []}', "example 1: `outputs`"),
-        ('{"input": "Who?", "outputs": [" "]}', "`outputs`"),
+        ('{"input": "ASK", "outputs": [], "answer_prefix": "A"}', "example 1: it has no right answer"),
+        ('{"input": "ASK", "outputs": [" "], "answer_prefix": "A"}', "right answer is empty"),
         ('{"input": "Who?"}', "line 3: Object missing required field `outputs`"),
         ('{"input": 3, "outputs": ["a"]}', r"line 3: Expected `str`, got `int` - at `\$.input`"),
         ("nonsense", "line 3: JSON is malformed"),
@@ -370,6 +370,7 @@ def test_a_prompt_on_one_line_is_split_too(made, tmp_path):
 )
 def test_lines_that_are_not_rulers_are_refused_with_place_and_reason(made, tmp_path, line, reason):
     path = tmp_path / "validation.jsonl"
+    line = line.replace("ASK", "Question: Find all variables that are assigned the value 1")
     path.write_text(f"{json.dumps(as_ruler_writes(made['vt'][0]))}\n\n{line}\n")
     with pytest.raises(RecordError, match=reason):
         read_ruler(path, "vt")

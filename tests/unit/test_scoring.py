@@ -4,10 +4,11 @@ import random
 
 import pytest
 
-from analysis.errors import SettingsError
+from analysis.errors import RecordError, SettingsError
 from analysis.evaluation.examples import Example
 from analysis.evaluation.scoring import (
     SCORERS,
+    check_scorable,
     chosen_letter,
     classification,
     code_similarity,
@@ -133,6 +134,8 @@ def test_numbers_are_counted_among_all_numbers():
     assert retrieval("Paragraph 3, or 7", "Paragraph 3") == 1 / 2
     assert retrieval("13", "Paragraph 3") == 0
     assert retrieval("none", "Paragraph 3") == 0
+    with pytest.raises(RecordError, match="line 1: a right answer names no paragraph"):
+        check_scorable(asking("retrieval", "3"), "line 1")
     assert count("There are 7. Yes, 7 of 9.", "7") == 2 / 3
     assert count("", "7") == 0
 
@@ -175,7 +178,7 @@ def test_the_first_line_alone_counts_where_longbench_takes_it():
 @pytest.mark.parametrize("scorer", SCORERS)
 def test_what_is_decided_stays_as_it_is_however_the_answer_goes_on(scorer):
     classes = ("12", "B")
-    example = asking(scorer, "12", "B", all_classes=classes)
+    example = asking(scorer, {"retrieval": "Paragraph 12", "choice": "B"}.get(scorer, "12"), all_classes=classes)
     pieces = ["", " 12", "B", "\n", " The correct answer is", " (B)", " (A)", "."]
     rng = random.Random(0)
     for _ in range(300):

@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from analysis import TextError
-from analysis.evaluation.tasks import can_chat, chat_text, decided, found, prompt_tokens
+from analysis.evaluation.prompts import can_chat, chat_text, decided, found, prompt_tokens
 from tests.support.paths import BUNDLED
 from tests.support.texts import TEMPLATE
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 import streamlit as st
 
 from analysis.captures import Capture
 from analysis.demo.presets import bundled_results
-from analysis.files import read_text
-from analysis.plans.ablation import POLICIES, CausalCheck, causal_check
+from analysis.evaluation.lm import LmSettings
+from analysis.plans.ablation import POLICIES, Ablation, ablate_layers
 from analysis.progress import Progress
+from analysis.records import from_json, load, to_json
 from analysis.statistics import means
 from app import figures
 from app.components import controls, markup, measured, sources
@@ -20,25 +21,25 @@ from app.components.charts import show
 from app.components.jobs import Job
 from app.components.measured import Kind
 from app.engine import Engine
-from app.report.chapters import causal_table
+from app.report.chapters import ablation_table
 
 if TYPE_CHECKING:
     from analysis.models.load import LoadedModel
 
 
 @lru_cache(maxsize=4)
-def _bundled(model: str) -> CausalCheck | None:
-    file = bundled_results(model).causal
-    return CausalCheck.from_json(read_text(file)) if file else None
+def _bundled(model: str) -> Ablation | None:
+    file = bundled_results(model).ablation
+    return load(Ablation, file) if file else None
 
 
-CHECK = Kind("causal", "check", CausalCheck.from_json, CausalCheck.to_json, _bundled)
+ABLATION: Kind[Ablation] = Kind("ablation", "check", partial(from_json, Ablation), to_json, _bundled)
 
 
 def section(engine: Engine, run: Capture) -> None:
     """Draw the check of the model on screen, and the ways to have one measured or to open one."""
     st.subheader("Measured: each layer compressed alone")
-    check = CHECK.of(run)
+    check = ABLATION.of(run)
     if check is not None:
         _draw(check)
     else:
@@ -48,12 +49,12 @@ def section(engine: Engine, run: Capture) -> None:
             f"for {markup.plain(run.model)}*.",
             icon=":material/info:",
         )
-    measured.section(CHECK, engine, run, _measure)
+    measured.section(ABLATION, engine, run, _measure)
 
 
-def _draw(check: CausalCheck) -> None:
-    change, loss = (means(of.T, documents=check.documents) for of in (check.nll_change, check.loss))
-    n = check.loss.shape[1]
+def _draw(check: Ablation) -> None:
+    change, loss = (means(of.T, documents=check.documents) for of in (check.nll_change, check.normalised_alr))
+    n = check.normalised_alr.shape[1]
     st.markdown(f"**{markup.plain(str(check))}**")
     show(
         figures.layer_costs(check.layers, loss.mean, (loss.low, loss.high), change.mean, (change.low, change.high)),
@@ -63,12 +64,12 @@ def _draw(check: CausalCheck) -> None:
         f"alone, all others whole (up): {controls.in_words(check.spec)}. Means over {n} texts, bars their 95 % "
         "intervals. "
         "Where the points rise to the right, ALR / chance orders the layers as prediction does: a skip list by it is "
-        "sound." + (" The paper's ALR also counts how much there is to lose." if check.paper is not None else ""),
-        table=causal_table(check),
+        "sound." + (" The paper's ALR also counts how much there is to lose." if check.alr is not None else ""),
+        table=ablation_table(check),
     )
 
 
-def _measure() -> Job[CausalCheck]:
+def _measure() -> Job[Ablation]:
     controlled = controls.current_spec()
     ref = sources.model_input()
     texts = sources.texts_input()
@@ -81,20 +82,13 @@ def _measure() -> Job[CausalCheck]:
     if spec.policy not in POLICIES:
         missing = "ALR says nothing of random eviction: choose low or high norm above."
 
-    def measure(loaded: LoadedModel, progress: Progress) -> CausalCheck:
+    def measure(loaded: LoadedModel, progress: Progress) -> Ablation:
         given = continued.excerpts(loaded, texts)
-        return causal_check(
-            loaded,
-            [excerpt.text for excerpt in given],
-            spec,
-            prompt_tokens=continued.prompt_tokens,
-            new_tokens=continued.new_tokens,
-            documents=[excerpt.document for excerpt in given],
-            on_done=lambda done, total: progress(done, total, "runs"),
-        )
+        settings = LmSettings(continued.prompt_tokens, continued.new_tokens)
+        return ablate_layers(loaded, given, spec, settings=settings, progress=progress)
 
     return Job(
-        "run_causal",
+        "run_ablation",
         sources.label("Measure it", ref),
         ref,
         measure,

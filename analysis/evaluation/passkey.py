@@ -1,0 +1,134 @@
+"""The task `passkey`: a number hidden in filler, asked for after compression. Knows tokenizers; runs no model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from analysis.errors import SettingsError, TextError
+from analysis.evaluation.task import Sample, Scoring, Task
+from analysis.texts.excerpts import Excerpt
+from analysis.texts.tokens import tokenize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from analysis.models.load import LoadedModel
+
+TASK = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
+    "I will quiz you about the important information there."
+)
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+QUESTION = "What is the pass key? The pass key is"
+
+
+@dataclass(frozen=True, slots=True)
+class PasskeySettings:
+    """Lengths, depths and number of the keys that are asked for."""
+
+    lengths: tuple[int, ...] = (400, 1000, 2000)
+    """Tokens of the prompts, at most."""
+    depths: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    """Where among the filler the key is told: 0 before all of it, 1 after all of it."""
+    keys: int = 4
+    """Keys asked for at each length and depth."""
+    seed: int = 0
+    """Seed of the keys."""
+
+
+def passkeys(count: int, *, seed: int = 0) -> tuple[int, ...]:
+    """Keys of five digits. Raises SettingsError unless there is one at least."""
+    if count < 1:
+        raise SettingsError(f"at least one key is needed, got {count}")
+    return tuple(int(key) for key in np.random.default_rng(seed).integers(10_000, 100_000, count))
+
+
+def passkey_sentence(key: int) -> str:
+    """The sentence that is hidden in the filler."""
+    return f"The pass key is {key}. Remember it. {key} is the pass key."
+
+
+def passkey_prompt(key: int, *, before: int, after: int) -> str:
+    """The paper's prompt, with its filler repeated `before` and `after` times; what follows should be `key`."""
+    return " ".join([TASK, *[FILLER] * before, passkey_sentence(key), *[FILLER] * after, QUESTION])
+
+
+def passkey_text(tokenizer: PreTrainedTokenizerBase, key: int, *, n_tokens: int, depth: float) -> str:
+    """A passkey prompt of at most `n_tokens` tokens, question included, as many as whole repeats of the filler give.
+
+    Raises:
+        TextError: `n_tokens` are too few for the prompt without any filler.
+        SettingsError: the depth is not from 0 to 1.
+    """
+    if not 0 <= depth <= 1:
+        raise SettingsError(f"depth must be from 0 to 1, got {depth}")
+
+    def prompt(repeats: int) -> str:
+        before = round(depth * repeats)
+        return passkey_prompt(key, before=before, after=repeats - before)
+
+    def length(repeats: int) -> int:
+        return len(tokenize(tokenizer, prompt(repeats)))
+
+    bare = length(0)
+    if n_tokens < bare:
+        raise TextError(f"A passkey prompt takes {bare} tokens without any filler, more than the {n_tokens} asked for.")
+    repeats = (n_tokens - bare) // (length(1) - bare)
+    while length(repeats) > n_tokens:  # a tokenizer may join the parts to other tokens than it makes of each
+        repeats -= 1
+    return prompt(repeats)
+
+
+def passkey_sample(
+    tokenizer: PreTrainedTokenizerBase, key: int, *, n_tokens: int, depth: float, name: str = ""
+) -> Sample:
+    """The sample of one key: a `passkey_text`, cut before its question. Raises as that."""
+    text = passkey_text(tokenizer, key, n_tokens=n_tokens, depth=depth)
+    ids = tokenize(tokenizer, text).ids
+    context = tokenize(tokenizer, text.removesuffix(f" {QUESTION}")).ids
+    shared = min(len(context), len(ids) - 1)
+    same = ids[:shared] == context[:shared]
+    cut = shared if same.all() else int(same.argmin())
+    return Sample(
+        name or str(key),
+        ids[:cut],
+        ids[cut:],
+        answer=str(key),
+        new_tokens=2 * len(str(key)) + 1,  # more than digits: a space may be a token
+        at={"n_tokens": n_tokens, "depth": depth},
+    )
+
+
+def _build(loaded: LoadedModel, settings: PasskeySettings, texts: Sequence[Excerpt]) -> tuple[Sample, ...]:
+    return tuple(
+        passkey_sample(loaded.tokenizer, key, n_tokens=n, depth=depth, name=f"{n} tokens, depth {depth:g}, key {i}")
+        for n in dict.fromkeys(settings.lengths)
+        for depth in dict.fromkeys(settings.depths)
+        for i, key in enumerate(passkeys(settings.keys, seed=settings.seed))
+    )
+
+
+def _says_key(sample: Sample, text: str) -> float:
+    """1 if the text begins with the key, white space aside, else 0."""
+    return float(text.strip().startswith(sample.answer))
+
+
+def _decided(sample: Sample, text: str) -> bool:
+    """Whether the text has the key, or can't begin with it any more."""
+    said = text.strip()
+    return len(said) >= len(sample.answer) or not sample.answer.startswith(said)
+
+
+PASSKEY = Task(
+    title="Passkey",
+    about="Share of hidden numbers that the model says exactly, asked after compression, by length and depth.",
+    unit="share found",
+    higher_is_better=True,
+    build=_build,
+    settings=PasskeySettings,
+    scoring=Scoring(_says_key, _decided),
+)

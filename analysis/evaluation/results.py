@@ -1,0 +1,203 @@
+"""What an evaluation found, as a record: one row a cell of methods x samples, and views of them. Runs nothing.
+
+A Pareto front, a single-layer ablation and a passkey grid are views of results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import isfinite
+from typing import Any
+
+import numpy as np
+
+from analysis.errors import SettingsError
+from analysis.records import record
+from analysis.statistics import Interval, means
+from l2kv.spec import CompressionSpec
+
+Methods = Mapping[str, CompressionSpec | None]
+"""What is compared, by name; None is the full cache."""
+FULL = "full cache"
+"""What the full cache is called where a caller doesn't say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sample by one method."""
+
+    method: str
+    sample: str
+    score: float | None
+    """In the task's unit; None is undefined."""
+    nbytes: int
+    """Payload of the keys and values held, counted from tensors: after the last token where tokens were predicted,
+    after the question where an answer was generated."""
+    text: str = ""
+    """The answer that was generated."""
+    document: str = ""
+    at: Mapping[str, float] = field(default_factory=dict)
+    """Where the sample stands in the task's grid: {"n_tokens": 400, "depth": 0.5}."""
+
+
+@record("results", version=1, title="a file of results", again="l2kv evaluate")
+@dataclass(frozen=True)
+class Results:
+    """Scores and bytes of every method on every sample of a task."""
+
+    model: str
+    weights: str
+    """A digest of weights and vocabulary (`analysis.models.digest`); empty where it is not known."""
+    task: str
+    settings: Mapping[str, Any]
+    methods: Methods
+    rows: tuple[Row, ...]
+
+    def __post_init__(self) -> None:
+        if unknown := {row.method for row in self.rows} - set(self.methods):
+            raise ValueError(f"rows are of methods that the results do not have: {', '.join(sorted(unknown))}")
+        if len(self.rows) != len(self.methods) * len(self.samples) or len(self._cells) != len(self.rows):
+            raise ValueError("each method must have one row for each sample")
+        if not all(row.score is None or isfinite(row.score) for row in self.rows):
+            raise ValueError("a score must be a finite number, or none")
+        if not all(0 <= row.nbytes < 2**63 for row in self.rows):
+            raise ValueError("nbytes must be from 0 to 2^63")
+
+    @cached_property
+    def samples(self) -> tuple[str, ...]:
+        """Names of the N samples, in the order of the rows."""
+        return tuple(dict.fromkeys(row.sample for row in self.rows))
+
+    @cached_property
+    def documents(self) -> tuple[str, ...]:
+        """Names of what the N samples were cut from; a sample that stands for itself has its own."""
+        of = {row.sample: row.document or row.sample for row in self.rows}
+        return tuple(of[sample] for sample in self.samples)
+
+    @cached_property
+    def _cells(self) -> dict[tuple[str, str], Row]:
+        return {(row.method, row.sample): row for row in self.rows}
+
+    @property
+    def full(self) -> str:
+        """The name of the full cache. Raises SettingsError where it was not measured."""
+        names = [name for name, spec in self.methods.items() if spec is None]
+        if not names:
+            raise SettingsError("These results have no full cache to compare with: evaluate it, too.")
+        return names[0]
+
+    def of(self, method: str) -> tuple[Row, ...]:
+        """The N rows of a method. Raises KeyError."""
+        return tuple(self._cells[method, sample] for sample in self.samples)
+
+    def scores(self, method: str) -> np.ndarray:
+        """Scores of a method, [N] float64; NaN where undefined."""
+        return np.array([row.score for row in self.of(method)], dtype=np.float64)
+
+    def change(self, method: str) -> np.ndarray:
+        """Scores of a method less those of the full cache on the same samples, [N]. Raises as `full`."""
+        return self.scores(method) - self.scores(self.full)
+
+    def nbytes(self, method: str) -> int:
+        """Mean bytes that a method held, over samples, rounded."""
+        return round(sum(row.nbytes for row in self.of(method)) / len(self.samples))
+
+    def interval(self, values: np.ndarray, samples: Sequence[str] = ()) -> Interval:
+        """The mean of values [N] over samples (all, if not told which), with its 95 % interval; resamples documents."""
+        of = dict(zip(self.samples, self.documents, strict=True))
+        over = means(values[:, None], documents=[of[sample] for sample in samples or self.samples])
+        return Interval(float(over.mean[0]), float(over.low[0]), float(over.high[0]))
+
+    def grouped(self, *axes: str) -> dict[tuple[float, ...], tuple[str, ...]]:
+        """Samples by where they stand on some axes of the task's grid: {(400, 0.5): names}, for axes n_tokens, depth.
+
+        Raises KeyError for an axis that the task's grid does not have.
+        """
+        groups: dict[tuple[float, ...], tuple[str, ...]] = {}
+        for sample in self.of(next(iter(self.methods))):
+            key = tuple(sample.at[axis] for axis in axes)
+            groups[key] = (*groups.get(key, ()), sample.sample)
+        return groups
+
+    def scores_by(self, method: str, *axes: str) -> dict[tuple[float, ...], np.ndarray]:
+        """Scores of a method in each group of samples, as `grouped`."""
+        return {
+            key: np.array([self._cells[method, sample].score for sample in samples], dtype=np.float64)
+            for key, samples in self.grouped(*axes).items()
+        }
+
+    def summary(self) -> list[dict[str, Any]]:
+        """A row for each method and place on the first axis of the task's grid: samples, bytes, score and NLL change.
+
+        The interval of scores that are all 0 or 1 is Wilson's; of others documents are resampled. "change" is against
+        the full cache, and there only where scores are of another kind and the full cache was measured.
+        """
+        axes = tuple(self.rows[0].at)[:1] if self.rows else ()
+        shares = all(row.score in (0, 1) for row in self.rows)
+        changes = not shares and None in self.methods.values()
+        rows = []
+        for method in self.methods:
+            for key, samples in self.grouped(*axes).items():
+                here = np.array([self._cells[method, sample].score for sample in samples], dtype=np.float64)
+                row = {"method": method} | dict(zip(axes, key, strict=True)) | {"samples": len(samples)}
+                row["MiB"] = np.mean([self._cells[method, sample].nbytes for sample in samples]) / 2**20
+                row["score"] = wilson(here) if shares else self.interval(here, samples)
+                if changes:
+                    full = np.array([self._cells[self.full, sample].score for sample in samples], dtype=np.float64)
+                    row["change"] = self.interval(here - full, samples)
+                rows.append(row)
+        return rows
+
+    def table(self) -> list[dict[str, Any]]:
+        """One flat dict a row, for CSV or a data frame."""
+        common = {"model": self.model, "task": self.task}
+        return [
+            common
+            | {name: getattr(row, name) for name in ("method", "sample", "document", "score", "nbytes", "text")}
+            | dict(row.at)
+            for row in self.rows
+        ]
+
+
+def wilson(scores: np.ndarray) -> Interval:
+    """The share of scores that are 1, of scores of 0 and 1, with Wilson's 95 % interval."""
+    from scipy.stats import binomtest
+
+    ends = binomtest(int(scores.sum()), len(scores)).proportion_ci(method="wilson")
+    return Interval(float(scores.mean()), ends.low, ends.high)
+
+
+def of_changes(
+    model: str,
+    changes: Mapping[str, Sequence[float | None]],
+    specs: Mapping[str, CompressionSpec],
+    *,
+    samples: Sequence[str],
+    full_nll: Sequence[float | None] = (),
+    nbytes: Mapping[str, int] | None = None,
+    documents: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+) -> Results:
+    """Results of the task `lm` as files of before had them: NLL changes against the full cache, [N] by method.
+
+    Args:
+        full_nll: [N] of the full cache; scores are changes, and its own are 0, where the file did not say.
+        nbytes: held by each method, the full cache among them; 0 where it is not known.
+
+    Raises:
+        ValueError: numbers are not of the N samples.
+    """
+    full, names = tuple(full_nll) or (0.0,) * len(samples), tuple(documents) or ("",) * len(samples)
+    settings = dict(settings or {}) | ({} if full_nll else {"scores": "changes against the full cache"})
+    by_method = {FULL: full} | {
+        name: [None if None in (one, base) else one + base for one, base in zip(values, full, strict=True)]
+        for name, values in changes.items()
+    }
+    rows = tuple(
+        Row(name, sample, score, (nbytes or {}).get(name, 0), document=document)
+        for name, scores in by_method.items()
+        for sample, document, score in zip(samples, names, scores, strict=True)
+    )
+    return Results(model, "", "lm", settings, {FULL: None, **specs}, rows)

@@ -1,0 +1,82 @@
+"""What a task is: samples, made from texts or from a template, and a score for each. Runs no model.
+
+A sample is a context, which is compressed, and a question, which is run over what is left of it. Then either given
+tokens are predicted (their likelihood is the score), or an answer is generated and its text is scored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from analysis.texts.excerpts import Excerpt
+
+if TYPE_CHECKING:
+    from analysis.models.load import LoadedModel
+
+
+def _no_tokens() -> np.ndarray:
+    return np.zeros(0, np.int64)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """One thing to ask a model."""
+
+    name: str
+    """Its own among the samples of a task."""
+    context: np.ndarray
+    """[C] int64 token ids, run first and then compressed."""
+    question: np.ndarray
+    """[Q] int64, run over what is left of the context."""
+    target: np.ndarray = field(default_factory=_no_tokens)
+    """[N] int64, the tokens to predict; none where an answer is generated."""
+    answer: str = ""
+    """The expected answer, where one is generated."""
+    new_tokens: int = 0
+    """The most tokens that an answer may take."""
+    document: str = ""
+    """What it was cut from, for intervals resample documents; empty where it stands for itself."""
+    at: Mapping[str, float] = field(default_factory=dict)
+    """Where it stands in the task's grid: {"n_tokens": 400, "depth": 0.5}."""
+
+
+@dataclass(frozen=True, slots=True)
+class NoSettings:
+    """The settings of a task that has none."""
+
+
+Build = Callable[["LoadedModel", Any, Sequence[Excerpt]], Sequence[Sample]]
+"""(model, the task's settings, texts) -> samples. Runs nothing; raises TextError or SettingsError."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """How a generated answer is scored."""
+
+    score: Callable[[Sample, str], float]
+    """(sample, generated text) -> score."""
+    decided: Callable[[Sample, str], bool] = lambda sample, text: False
+    """(sample, text so far) -> whether the score stays as it is, however the text goes on: generation ends there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Samples, and how they are scored."""
+
+    title: str
+    about: str
+    """What it measures, in a line."""
+    unit: str
+    """Unit of the score: "nats/token"."""
+    higher_is_better: bool
+    build: Build
+    settings: type = NoSettings
+    """A dataclass of the settings, all with defaults."""
+    needs_texts: bool = False
+    """Whether samples are cut from texts, or made up; if so, `n_tokens` of its settings says how long they must be."""
+    scoring: Scoring | None = None
+    """None where samples have a target: the score is its mean NLL."""

@@ -1,0 +1,30 @@
+"""What the app offers to choose from: entries of registries, so that a new one is offered on its own. No widgets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from l2kv.policies import POLICIES, Policy
+
+
+class Entry(Protocol):
+    """An entry of a registry, as a user meets it."""
+
+    @property
+    def title(self) -> str:
+        """Its name, for people."""
+
+    @property
+    def about(self) -> str:
+        """What it is, in a line."""
+
+
+def policies() -> dict[str, Policy]:
+    """The policies that need nothing measured on the model."""
+    return {name: policy for name, policy in POLICIES.items() if not policy.needs_calibration}
+
+
+def explained(entries: Mapping[str, Entry]) -> str:
+    """Markdown: a line for each entry, the help of what chooses among them."""
+    return "\n".join(f"- **{entry.title}**: {entry.about}" for entry in entries.values())
