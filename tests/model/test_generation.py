@@ -77,16 +77,16 @@ def test_closing_it_midway_restores_the_model(loaded):
 def test_the_prompt_is_told_layer_by_layer_and_may_be_cancelled_there(loaded):
     told, specs = [], [None, CompressionSpec()]
     plain = next(stream(loaded, PROMPT, specs, max_new_tokens=3))
-    rows = stream(loaded, PROMPT, specs, max_new_tokens=3, on_layer=lambda *layers: told.append(layers))
-    assert next(rows) == plain and told == [(done, 12) for done in range(1, 13)]
+    rows = stream(loaded, PROMPT, specs, max_new_tokens=3, progress=lambda *layers: told.append(layers))
+    assert next(rows) == plain and told == [(done, 12, "layers") for done in range(1, 13)]
     rows.close()
 
-    def cancel(done, total):
+    def cancel(done, total, what):
         if done == 8:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        next(stream(loaded, PROMPT, specs, max_new_tokens=3, on_layer=cancel))
+        next(stream(loaded, PROMPT, specs, max_new_tokens=3, progress=cancel))
     assert loaded.model.config._attn_implementation == "sdpa"
 
 
