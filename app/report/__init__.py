@@ -29,7 +29,7 @@ from analysis.verdicts import answer, meanings, verdict_counts, verdicts
 from analysis.words import human_bytes, layers_listed, signed
 from app import figures
 from app.report import chapters
-from app.report.writing import Drawing, Section, document
+from app.report.writing import Drawing, Section, Table, document
 from l2kv.spec import CompressionSpec
 
 VERSION = 2
@@ -95,9 +95,8 @@ def report(
     sections += [chapters.of_study(study, name) for study, name in zip(studies, study_names, strict=True)]
     if len(studies) == 2:
         sections.append(chapters.of_comparison(compare(*studies, names=study_names)))
-    for given, section in ((front, chapters.of_front), (ablation, chapters.of_ablation)):
-        if given is not None:
-            sections.append(section(given))
+    sections += [chapters.of_front(front)] if front is not None else []
+    sections += [chapters.of_ablation(ablation)] if ablation is not None else []
     table = {"figure": list(_READING), "meaning": list(_READING.values())}
     sections += [
         Section("How to read it", ("Layers and heads count from 0.",), table=table),
@@ -148,9 +147,13 @@ def _heads(run: Capture, study: Study, after: str) -> Section:
         title="With and without the first token",
         rows=2,
         caption="Size is the first token's share of the attention. Lower left follows the paper.",
-        table={"layer": layer, "head": head, "kv head": [run.kv_head(int(h)) for h in head]}
-        | {METRICS[name].title: study.of(name)[0].ravel() for name in study.metrics}
-        | {"verdict": verdict.ravel()},
+        table={
+            "layer": layer,
+            "head": head,
+            "kv head": [run.kv_head(int(h)) for h in head],
+            **{METRICS[name].title: study.of(name)[0].ravel() for name in study.metrics},
+            "verdict": verdict.ravel(),
+        },
     )
     about = (
         f"{_about(run)} in {run.architecture}: {run.n_layers} layers, {run.n_heads} query heads on {run.n_kv_heads} kv "
@@ -226,7 +229,7 @@ def _savings(run: Capture, advice: _Advice, after: str) -> Section:
     whole, uniform, plan = (
         [shape.nbytes(n, each) for n in LENGTHS] for each in (None, replace(spec, skip_layers=()), spec)
     )
-    table = {
+    table: Table = {
         "tokens": list(LENGTHS),
         "full cache": [human_bytes(n) for n in whole],
         f"keep {KEEP_RATIO:.0%} everywhere": [human_bytes(n) for n in uniform],

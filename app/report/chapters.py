@@ -15,7 +15,7 @@ from analysis.studies import Study
 from analysis.verdicts import answer, meanings, verdict_counts, verdicts
 from analysis.words import counted, span
 from app import figures
-from app.report.writing import Drawing, Section
+from app.report.writing import Drawing, Section, Table
 
 _MIB = 2**20
 
@@ -130,7 +130,7 @@ def of_ablation(check: Ablation) -> Section:
     )
 
 
-def ablation_table(check: Ablation) -> dict[str, Sequence]:
+def ablation_table(check: Ablation) -> Table:
     """The numbers of a check, a row for each layer; the paper's ALR where the file keeps it."""
     change = statistics.means(check.nll_change.T, documents=check.documents)
     paper = {} if check.alr is None else {"the paper's ALR": statistics.means(check.alr.T).mean}
@@ -160,7 +160,7 @@ def of_comparison(comparison: Comparison) -> Section:
             title="Γ of all heads",
             caption="Every head a point, beside a box of the quartiles.",
         )
-        drawings = (spread, bars)
+        drawings: tuple[Drawing, ...] = (spread, bars)
     else:
         layer, head = np.indices(difference.mean.shape).reshape(2, -1)
         ends = {} if runs else {"from": difference.low.ravel(), "to": difference.high.ravel()}

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from analysis.paper.figures import FIGURES, BestAndWorst, FourHeads, OfSink, OverChunks
-from analysis.paper.why import Factors
+from analysis.paper.why import Factors, SinkKey, Zeroing
 from analysis.words import counted, signed, span
 from app import figures
 from app.components import markup
@@ -110,6 +110,7 @@ def _fig7(numbers: BestAndWorst) -> Section:
 
 def _fig8(numbers: OfSink) -> Section:
     key = numbers.of
+    assert isinstance(key, SinkKey)
     peaks = ", ".join(map(str, key.peaks))
     return _section(
         "fig8",
@@ -137,7 +138,9 @@ def _fig8(numbers: OfSink) -> Section:
 
 
 def _fig9(numbers: OfSink) -> Section:
-    zeroed, width = numbers.of, numbers.of.tokens_per_bin
+    zeroed = numbers.of
+    assert isinstance(zeroed, Zeroing)
+    width = zeroed.tokens_per_bin
     peaked = ", ".join(map(str, zeroed.peaked.dimensions))
     first = ", ".join(map(str, zeroed.random[0].dimensions))
     maps = [
