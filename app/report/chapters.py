@@ -199,7 +199,7 @@ def of_comparison(comparison: Comparison) -> Section:
     )
 
 
-def verdict_table(counts: Mapping[str, Mapping[str, int]], told: Mapping[str, str]) -> dict[str, list]:
+def verdict_table(counts: Mapping[str, Mapping[str, int]], told: Mapping[str, str]) -> Table:
     """Verdicts, heads with each, and what they mean."""
     of_each = {name if len(counts) > 1 else "heads": [of[verdict] for verdict in told] for name, of in counts.items()}
     return {"verdict": list(told)} | of_each | {"meaning": list(told.values())}
