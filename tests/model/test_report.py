@@ -158,7 +158,7 @@ def test_a_report_answers_first_and_holds_all_that_is_given(studies, front, abla
     headings = ("Where it holds", "The best and the worst head", "Layers to leave whole", "What it saves", "Over many")
     for words in (
         *headings,
-        "What each way to spend",
+        "What each allocation strategy costs",
         "Each layer compressed alone",
         "How to read",
     ):
