@@ -1,8 +1,7 @@
 from analysis.captures import Capture as Capture
 from analysis.captures import load_run as load_run
 from analysis.captures import save_run as save_run
-from analysis.comparing import compare_runs as compare_runs
-from analysis.comparing import compare_studies as compare_studies
+from analysis.comparing import compare as compare
 from analysis.errors import ModelError as ModelError
 from analysis.errors import OutOfMemoryError as OutOfMemoryError
 from analysis.errors import RecordError as RecordError
@@ -17,11 +16,11 @@ from analysis.evaluation.task import Scoring as Scoring
 from analysis.evaluation.task import Task as Task
 from analysis.evaluation.tasks import TASKS as TASKS
 from analysis.measures import AttentionLoss as AttentionLoss
-from analysis.measures import alr as alr
 from analysis.measures import attention_loss as attention_loss
-from analysis.measures import correlation as correlation
-from analysis.measures import verdicts as verdicts
+from analysis.metrics import METRICS as METRICS
+from analysis.metrics import alr as alr
 from analysis.metrics import by_query as by_query
+from analysis.metrics import correlation as correlation
 from analysis.models.load import LoadedModel as LoadedModel
 from analysis.models.load import load_model as load_model
 from analysis.models.sizes import model_size as model_size
@@ -31,6 +30,7 @@ from analysis.plans.ablation import Ablation as Ablation
 from analysis.plans.ablation import ablate_layers as ablate_layers
 from analysis.plans.allocation import AllocationPlan as AllocationPlan
 from analysis.plans.curves import LossCurves as LossCurves
+from analysis.plans.curves import curves_of as curves_of
 from analysis.plans.curves import loss_curves as loss_curves
 from analysis.plans.export import Saving as Saving
 from analysis.plans.export import kvpress_code as kvpress_code
@@ -45,8 +45,10 @@ from analysis.plans.strategies import STRATEGIES as STRATEGIES
 from analysis.plans.strategies import Strategy as Strategy
 from analysis.plans.strategies import plan as plan
 from analysis.recorder import capture as capture
-from analysis.selftest import instrument as instrument
 from analysis.studies import Study as Study
 from analysis.studies import load_study as load_study
+from analysis.studies import study as study
+from analysis.studies import study_of as study_of
 from analysis.texts.read import read_text as read_text
 from analysis.texts.tokens import tokenize as tokenize
+from analysis.verdicts import answer as answer

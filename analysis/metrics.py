@@ -1,8 +1,16 @@
-"""A number per head of a capture, by name: the registry that studies of many texts go through. Knows no file.
+"""Every number per head of a capture: the registry of metrics, and the one program that works them out. Knows no file.
 
-Each metric is taken of the attention of a probe, one of `PROBES`: of one query, or of the mean over many. It comes with
-a status, as in `analysis.measures`, and is NaN exactly where that is not "ok". Letters: a_i is the attention that the
-probe gives to token i of n.
+A metric is taken of the attention of a probe, one of `PROBES`: of one query, or of the mean over many. With `a` the
+attention that the probe gives to the n tokens and ranks ascending (norms that rounding alone tells apart share theirs,
+see `analysis.ties`):
+
+    L^m     = attention of the m tokens of highest key norm         dropping them, as low_norm does; of equals the mean
+    L^m,ref = attention of the m tokens of lowest attention         the ideal order
+    ALR     = sum over m = 1..n of (L^m - L^m,ref)                  Eq. 5-7 of the paper; 0 is ideal
+    Γ       = cov(a, rank(norm)) / cov(a, rank(a))                  -1 ideal, 0 chance, +1 the reverse
+
+and ALR = (1 + Γ) * the ALR expected of a random order. Each number comes with a status, and is NaN exactly where that
+is not "ok". All in float64.
 """
 
 from __future__ import annotations
@@ -15,8 +23,8 @@ import numpy as np
 
 from analysis.captures import Capture
 from analysis.errors import SettingsError
-from analysis.measures import HeadFigures, RankSums, correlation, status_of, verdicts_of
-from analysis.ties import levelled, shared_ranks
+from analysis.ties import shared_ranks
+from l2kv.registry import Registry
 from l2kv.spec import share
 
 PROBES = {
@@ -26,13 +34,16 @@ PROBES = {
 }
 STATUSES = (
     "ok",
-    "constant norms",
+    "constant norms",  # all equal, or within `CONSTANT`
     "no attention",
     "too short",
-    "sliding window",
+    "sliding window",  # the probe sees only the latest tokens, and the others cannot be ranked by it
     "no queries kept",
-    "little attention",
+    "little attention",  # next to none is left, under `LEAST_MASS`, without the first tokens
 )
+"""Why a number is undefined. Files hold their places in this list: add at its end."""
+CONSTANT = 1e-5  # a relative spread of a head's norms below this is no order, of float32 keys either
+LEAST_MASS = 0.01  # of a row's attention: in whatever order less than that is evicted, no more than that is lost
 OVERLAP_RATIO = 0.5
 
 
@@ -53,64 +64,115 @@ class Row:
     ) -> None:
         """attention [L, H, n]; norm [L, Hkv, n]; levels, the same levelled; ranks [2, L, Hkv, n], the lowest and the
         highest of each one's equals (see `ties`); seen [L], how many of the n tokens the probe can see; mass [L, H],
-        the attention to them and to the first tokens that were left out."""
+        the attention to them and to the first tokens that are skipped."""
         self.mass = mass
         self.given, self.attention = attention, attention.astype(np.float64)
         self.norm, self.levels, self.ranks = norm, levels, ranks
         self.seen, self.n = seen, attention.shape[-1]
 
+    def skipping(self, first: int) -> Row:
+        """The same without the first tokens."""
+        return self._without_first.skipping(first - 1) if first else self
+
     @cached_property
-    def without_first(self) -> Row:
-        """The same for all tokens but the first, the usual sink."""
+    def _without_first(self) -> Row:
         seen = np.minimum(self.seen, self.n - 1)
         levels, ranks = self.levels[..., 1:], _without(self.ranks, 0)
         return Row(self.given[..., 1:], self.norm[..., 1:], levels, ranks, seen, self.mass)
 
     @cached_property
     def rank(self) -> np.ndarray:
-        """By ascending norm, [L, Hkv, n]: 1..n, equals share the mean of theirs."""
+        """Ranks by ascending norm, [L, Hkv, n]: 1..n, equals share the mean of theirs."""
         return self.ranks.mean(axis=0)
 
     @cached_property
     def ascending(self) -> np.ndarray:
-        """The attention, sorted, [L, H, n]."""
+        """Attention in ascending order, [L, H, n]."""
         return np.sort(self.given, axis=-1)
 
-    @cached_property
-    def sums(self) -> RankSums:
-        """What Γ and ALR are made of, [L, H] each."""
-        return RankSums(
-            by_norm=_products(self.rank, self.attention),
-            by_attention=self.ascending @ np.arange(1.0, self.n + 1),
-            by_chance=self.attention.sum(axis=-1) * (self.n + 1) / 2,
-        )
+    # The m-th token dropped counts in the n - m + 1 losses that follow: a token's attention is summed as often as its
+    # rank says, in the order of norms, and as its rank from the other end says, in the ideal order. Of equals each is
+    # dropped first as often as last: on average as often as the rank that they share says.
 
     @cached_property
-    def entropy(self) -> np.ndarray:
-        """Of the shares of the attention, [L, H] bits."""
-        shares = self.attention / np.maximum(self.attention.sum(axis=-1, keepdims=True), 1e-300)
-        return -(shares * np.log2(np.where(shares > 0, shares, 1))).sum(axis=-1)
+    def by_norm(self) -> np.ndarray:
+        """Sum of attention times rank by norm, [L, H]."""
+        return _products(self.rank, self.attention)
+
+    @cached_property
+    def by_attention(self) -> np.ndarray:
+        """Sum of attention times rank by attention, [L, H]."""
+        return self.ascending @ np.arange(1.0, self.n + 1)
+
+    @cached_property
+    def by_chance(self) -> np.ndarray:
+        """Sum of attention times the mean rank, [L, H]."""
+        return self.attention.sum(axis=-1) * (self.n + 1) / 2
 
     @cached_property
     def status(self) -> np.ndarray:
-        """[L, H] uint8, index into `STATUSES`: of metrics that compare orders."""
-        words = status_of(self.levels, self.given, mass=self.mass, hidden=self.seen < self.n)
-        return sum(i * (words == word) for i, word in enumerate(STATUSES)).astype(np.uint8)
+        """Status of metrics that compare orders, [L, H] uint8."""
+        if self.n < 3:
+            return np.full(self.given.shape[:2], _CODE["too short"])
+        even = np.ptp(self.given, axis=-1) <= 1e-12  # no mass at all, or spread with no difference
+        little = self.attention.sum(axis=-1) < LEAST_MASS * self.mass
+        constant = np.ptp(self.levels, axis=-1) <= CONSTANT * self.levels.mean(axis=-1)
+        constant = np.repeat(constant, self.given.shape[1] // constant.shape[1], axis=1)
+        hidden = np.broadcast_to(self.seen[:, None] < self.n, even.shape)
+        reasons = {
+            "sliding window": hidden,
+            "constant norms": constant,
+            "no attention": even,
+            "little attention": little,
+        }
+        return np.select(list(reasons.values()), [_CODE[name] for name in reasons], _CODE["ok"])
 
     @cached_property
     def status_of_mass(self) -> np.ndarray:
-        """[L, H] uint8, index into `STATUSES`: of metrics that look at attention alone."""
-        return np.where(self.attention.sum(axis=-1) <= 1e-12, STATUSES.index("no attention"), 0).astype(np.uint8)
+        """Status of metrics that look at attention alone, [L, H] uint8."""
+        return np.where(self.attention.sum(axis=-1) <= 1e-12, _CODE["no attention"], _CODE["ok"])
+
+
+_CODE = {name: np.uint8(i) for i, name in enumerate(STATUSES)}
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A number per head."""
+    """A number per head, and how it is shown."""
 
-    text: str  # one line for a reader
-    of: Callable[[Row], np.ndarray]  # [L, H]
-    leave_out: int = 0  # first tokens that it leaves out
-    ranks: bool = True  # it compares orders, so norms and attention must give one
+    title: str
+    """What tables and maps call it."""
+    about: str
+    """One line for a reader."""
+    of: Callable[[Row], np.ndarray]
+    """The numbers, [L, H]; where the status is not "ok" they may be anything."""
+    low: float | None = None
+    """Where the scale of a map begins: at the least value there can be. None: at the least of the map."""
+    high: float | None = None
+    """Where it ends: at the largest value there can be. None: at the largest of the map."""
+    diverging: bool = False
+    """Whether its sign is what counts: colours part at 0."""
+    skip_first: int = 0
+    """First tokens that it leaves out."""
+    about_sink: bool = False
+    """Whether it is about the first token, and so stays of all tokens where others are shown without that one."""
+    ranks: bool = True
+    """Whether it compares orders, so that norms and attention must give one."""
+
+
+def gamma(row: Row) -> np.ndarray:
+    """Γ, the Gini correlation of norms with attention, [L, H] in [-1, 1]."""
+    return (row.by_norm - row.by_chance) / alr_chance(row)
+
+
+def alr_of(row: Row) -> np.ndarray:
+    """Attention lost by norm order beyond the ideal one, summed over m, [L, H]."""
+    return row.by_norm - (2 * row.by_chance - row.by_attention)
+
+
+def alr_chance(row: Row) -> np.ndarray:
+    """ALR expected of a random order, [L, H]."""
+    return row.by_attention - row.by_chance
 
 
 def overlap(row: Row, ratio: float = OVERLAP_RATIO) -> np.ndarray:
@@ -120,9 +182,7 @@ def overlap(row: Row, ratio: float = OVERLAP_RATIO) -> np.ndarray:
     `ties`) and ideally.
     """
     k = share(ratio, row.n)
-    bar = row.ascending[
-        ..., row.n - k : row.n - k + 1
-    ]  # of the last that is ideally kept, and maybe of some that are not
+    bar = row.ascending[..., row.n - k : row.n - k + 1]  # of the last that is ideally kept, and maybe of some more
     ideal, equal = row.given > bar, row.given == bar
     ideal |= equal & (equal.cumsum(axis=-1) <= k - ideal.sum(axis=-1, keepdims=True))
     first, last = row.ranks
@@ -133,12 +193,13 @@ def overlap(row: Row, ratio: float = OVERLAP_RATIO) -> np.ndarray:
 
 def entropy(row: Row) -> np.ndarray:
     """-sum of p_i log2 p_i, p_i = a_i / sum of a, [L, H] bits in [0, log2 n]."""
-    return row.entropy
+    shares = row.attention / np.maximum(row.attention.sum(axis=-1, keepdims=True), 1e-300)
+    return -(shares * np.log2(np.where(shares > 0, shares, 1))).sum(axis=-1)
 
 
 def entropy_normalised(row: Row) -> np.ndarray:
     """Entropy / log2 of the number of tokens that the probe can see, [L, H] in [0, 1]; 1 is even attention."""
-    return row.entropy / np.log2(np.maximum(row.seen, 2))[:, None]
+    return entropy(row) / np.log2(np.maximum(row.seen, 2))[:, None]
 
 
 def sink_share(row: Row) -> np.ndarray:
@@ -156,72 +217,120 @@ def pearson(row: Row) -> np.ndarray:
     return _correlation(row.norm.astype(np.float64), row.attention)
 
 
-METRICS: dict[str, Metric] = {
-    "gamma": Metric(
-        "Γ: how the order of norms goes with attention; −1 ideal, 0 chance, +1 the mirror", lambda row: row.sums.gamma
-    ),
-    "gamma_without_sink": Metric(
-        "Γ with the first token left out", lambda row: row.without_first.sums.gamma, leave_out=1
-    ),
-    "alr": Metric("the paper's attention loss against the ideal order; grows with the text", lambda row: row.sums.alr),
-    "alr_chance": Metric("the attention loss expected of a random order", lambda row: row.sums.chance),
-    "alr_per_token": Metric("ALR / n, from 0 to 1", lambda row: row.sums.alr / row.n),
-    "alr_against_chance": Metric(
-        "ALR / that of a random order; 0 ideal, 1 chance, 2 worst", lambda row: 1 + row.sums.gamma
-    ),
-    "spearman": Metric("rank correlation of norm and attention", spearman),
-    "pearson": Metric("linear correlation of norm and attention", pearson),
-    "sink_share": Metric("share of the attention that the first token gets", sink_share, ranks=False),
-    "overlap": Metric("share of the half kept by low norm that the ideal half holds too", overlap),
-    "entropy": Metric("entropy of the attention, bits", entropy, ranks=False),
-    "entropy_normalised": Metric("entropy as a share of that of even attention", entropy_normalised, ranks=False),
-}
+METRICS: Registry[Metric] = Registry(
+    "metric",
+    SettingsError,
+    {
+        "gamma": Metric(
+            "Γ",
+            "Gini correlation of key norms with attention: −1 ideal, 0 chance, +1 the mirror of the paper's rule",
+            gamma,
+            low=-1,
+            high=1,
+            diverging=True,
+        ),
+        "gamma_skip_first": Metric(
+            "Γ without the first token",
+            "Γ of all tokens but the first, the usual sink",
+            gamma,
+            low=-1,
+            high=1,
+            diverging=True,
+            skip_first=1,
+            about_sink=True,
+        ),
+        "alr": Metric("ALR", "the paper's attention loss against the ideal order; grows with the text", alr_of, low=0),
+        "alr_chance": Metric(
+            "ALR of a random order", "the attention loss expected of a random order", alr_chance, low=0
+        ),
+        "alr_per_token": Metric(
+            "ALR / n",
+            "ALR by the number of tokens; comparable between texts",
+            lambda row: alr_of(row) / row.n,
+            low=0,
+        ),
+        "normalised_alr": Metric(
+            "Normalised ALR",
+            "ALR over that of a random order; 0 ideal, 1 random, 2 reversed",
+            lambda row: 1 + gamma(row),
+            low=0,
+            high=2,
+        ),
+        "spearman": Metric(
+            "Spearman", "rank correlation of norm and attention", spearman, low=-1, high=1, diverging=True
+        ),
+        "pearson": Metric(
+            "Pearson", "linear correlation of norm and attention", pearson, low=-1, high=1, diverging=True
+        ),
+        "sink_share": Metric(
+            "Share of the first token",
+            "share of the attention that the first token gets",
+            sink_share,
+            low=0,
+            high=1,
+            about_sink=True,
+            ranks=False,
+        ),
+        "overlap": Metric(
+            "Overlap", "share of the half kept by low norm that the ideal half holds too", overlap, low=0, high=1
+        ),
+        "entropy": Metric("Entropy, bits", "entropy of the attention, bits", entropy, low=0, ranks=False),
+        "entropy_normalised": Metric(
+            "Normalised entropy",
+            "entropy as a share of that of even attention",
+            entropy_normalised,
+            low=0,
+            high=1,
+            ranks=False,
+        ),
+    },
+)
+"""Metrics by name. One that is registered is measured, saved and shown like those that are here."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Figures:
-    """Metrics of one capture by one probe: M of them, all of `METRICS` unless fewer were asked for."""
+class HeadValues:
+    """M metrics of every head of one capture by one probe."""
 
+    names: tuple[str, ...]  # M
     values: np.ndarray  # [M, L, H] float64; NaN where the status is not "ok"
     status: np.ndarray  # [M, L, H] uint8, index into `STATUSES`
-    names: tuple[str, ...] = tuple(METRICS)
 
     def of(self, metric: str) -> np.ndarray:
-        """[L, H] of one metric."""
+        """Values of one metric, [L, H]."""
         return self.values[self.names.index(metric)]
 
     def status_of(self, metric: str) -> np.ndarray:
-        """[L, H] of str: "ok", or why the metric is undefined there."""
+        """Status of one metric, [L, H] of str: "ok", or why it is undefined there."""
         return np.array(STATUSES, dtype=object)[self.status[self.names.index(metric)]]
 
 
 def metrics(
-    capture: Capture, *, probe: str = "next token", leave_out: int = 0, names: Collection[str] = tuple(METRICS)
-) -> Figures:
-    """Every metric of every head, or those of some names.
+    capture: Capture, probe: str = "next token", skip_first: int = 0, names: Collection[str] | None = None
+) -> HeadValues:
+    """Work out metrics of every head.
 
     "last queries" is the mean over the queries that define a metric, each of which has its own n; where none does, the
     status is that of the last.
 
     Args:
         probe: whose attention, one of `PROBES`.
-        leave_out: as if the text began after so many tokens.
-        names: which of `METRICS`.
+        skip_first: as if the text began after so many tokens: 1 leaves out the usual sink.
+        names: which of `METRICS`; all by default.
 
     Raises:
-        SettingsError: there is no such probe.
+        SettingsError: there is no such probe or metric.
     """
-    wanted = [METRICS[name] for name in names]
-    rows = [_evaluate(row, wanted) for row in _rows(capture, probe, leave_out)]
+    names = tuple(METRICS) if names is None else tuple(names)
+    wanted = [METRICS.find(name) for name in names]
+    rows = [_evaluate(row, wanted) for row in _rows(capture, probe, skip_first)]
     if not rows:
         shape = (len(wanted), capture.n_layers, capture.n_heads)
-        status = np.full(shape, STATUSES.index("no queries kept"), np.uint8)
-        return Figures(np.full(shape, np.nan), status, tuple(names))
+        return HeadValues(names, np.full(shape, np.nan), np.full(shape, _CODE["no queries kept"]))
     values, status = (np.stack(parts) for parts in zip(*rows, strict=True))  # [queries, M, L, H]
     count = (status == 0).sum(axis=0)
     mean = np.nansum(values, axis=0) / np.maximum(count, 1)
-    status = np.where(count > 0, 0, status[0]).astype(np.uint8)
-    return Figures(np.where(count > 0, mean, np.nan), status, tuple(names))
+    return HeadValues(names, np.where(count > 0, mean, np.nan), np.where(count > 0, _CODE["ok"], status[0]))
 
 
 def by_query(capture: Capture, metric: str = "gamma") -> np.ndarray:
@@ -230,44 +339,57 @@ def by_query(capture: Capture, metric: str = "gamma") -> np.ndarray:
     Raises:
         SettingsError: there is no such metric.
     """
-    if metric not in METRICS:
-        raise SettingsError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
-    found = [_evaluate(row, [METRICS[metric]])[0][0] for row in _rows(capture, "last queries", 0)]
+    wanted = [METRICS.find(metric)]
+    found = [_evaluate(row, wanted)[0][0] for row in _rows(capture, "last queries", 0)]
     return np.array(found[::-1]).reshape(-1, capture.n_layers, capture.n_heads)
 
 
-def figures_of_probe(capture: Capture, probe: str, *, leave_out: int = 0) -> HeadFigures:
-    """`measures.head_figures` with a probe in the place of the next token. Spearman and Pearson are always of all
-    queries, and sink share and verdict, which weigh it, always of all tokens."""
-    names = ("gamma", "gamma_without_sink", "alr", "alr_per_token", "alr_against_chance", "sink_share")
-    whole = metrics(capture, probe=probe, names=names)
-    shown = metrics(capture, probe=probe, leave_out=leave_out, names=names) if leave_out else whole
-    return HeadFigures(
-        gamma=shown.of("gamma"),
-        alr=shown.of("alr"),
-        alr_per_token=shown.of("alr_per_token"),
-        alr_against_chance=shown.of("alr_against_chance"),
-        spearman=correlation(capture, "spearman", leave_out=leave_out),
-        pearson=correlation(capture, "pearson", leave_out=leave_out),
-        sink_share=whole.of("sink_share"),
-        status=shown.status_of("gamma"),
-        verdict=verdicts_of(whole.of("gamma"), whole.of("gamma_without_sink")),
-    )
+_METHODS = {"gini": "gamma", "spearman": "spearman", "pearson": "pearson"}
 
 
-def _rows(capture: Capture, probe: str, leave_out: int) -> Iterator[Row]:
+def correlation(
+    capture: Capture, method: str = "gini", *, probe: str = "next token", skip_first: int = 0
+) -> np.ndarray:
+    """How key norm goes with attention, [L, H] in [-1, 1]; negative is the paper's claim, NaN is undefined (`status`).
+
+    Args:
+        method: "gini" (Γ), "spearman" or "pearson".
+        probe, skip_first: as in `metrics`.
+
+    Raises:
+        SettingsError: there is no such method or probe.
+    """
+    if method not in _METHODS:
+        raise SettingsError(f"method must be one of {', '.join(_METHODS)}, got {method!r}")
+    return metrics(capture, probe, skip_first, [_METHODS[method]]).values[0]
+
+
+def alr(capture: Capture, *, probe: str = "next token", skip_first: int = 0) -> np.ndarray:
+    """The paper's attention loss against the ideal order, [L, H]: a sum over m, so it grows with the text.
+
+    Args:
+        probe, skip_first: as in `metrics`.
+    """
+    return metrics(capture, probe, skip_first, ["alr"]).values[0]
+
+
+def status(capture: Capture, *, probe: str = "next token", skip_first: int = 0) -> np.ndarray:
+    """Why norms and attention give no order to compare, [L, H] of str: one of `STATUSES`, "ok" where they do."""
+    return metrics(capture, probe, skip_first, ["gamma"]).status_of("gamma")
+
+
+def _rows(capture: Capture, probe: str, skip_first: int) -> Iterator[Row]:
     """The row of each query that a probe is made of, the last first."""
     if probe not in PROBES:
         raise SettingsError(f"probe must be one of {', '.join(PROBES)}, got {probe!r}")
-    n, norm = capture.n_tokens, capture.key_norm
-    levels = levelled(norm, capture.dtype)
-    ranks = shared_ranks(levels[..., leave_out:])
+    n, norm, levels = capture.n_tokens, capture.key_norm, capture.levels
+    ranks = shared_ranks(levels[..., skip_first:]) if skip_first else capture.ranks
     # A window of w holds the query's own key as well, which is no column of its row.
     windows = np.array([window - 1 if window else n for window in capture.windows])
 
-    def row(attention: np.ndarray, position: int, seen: np.ndarray | int) -> Row:
-        before = slice(leave_out, position)
-        seen = np.minimum(seen, position - leave_out)
+    def row(attention: np.ndarray, position: int, seen: np.ndarray) -> Row:
+        before = slice(skip_first, position)
+        seen = np.minimum(seen, position - skip_first)
         mass = attention[..., :position].sum(axis=-1, dtype=np.float64)
         return Row(attention[..., before], norm[..., before], levels[..., before], ranks, seen, mass)
 
@@ -287,14 +409,14 @@ def _evaluate(row: Row, wanted: Collection[Metric]) -> tuple[np.ndarray, np.ndar
     """Values and status [M, L, H] of some metrics."""
     if row.n < 2:  # the text's first queries: nothing to compare
         shape = (len(wanted), *row.given.shape[:2])
-        return np.full(shape, np.nan), np.full(shape, STATUSES.index("too short"), np.uint8)
-    status = []
-    for metric in wanted:
-        seen = row.without_first if metric.leave_out else row
-        status.append(seen.status if metric.ranks else seen.status_of_mass)
+        return np.full(shape, np.nan), np.full(shape, _CODE["too short"])
+    rows = [row.skipping(metric.skip_first) for metric in wanted]
+    status = np.stack(
+        [one.status if metric.ranks else one.status_of_mass for one, metric in zip(rows, wanted, strict=True)]
+    )
     with np.errstate(divide="ignore", invalid="ignore"):  # where the status tells
-        values = np.stack([metric.of(row) for metric in wanted]).astype(np.float64)
-    return np.where(np.stack(status) == 0, values, np.nan), np.stack(status)
+        values = np.stack([metric.of(one) for one, metric in zip(rows, wanted, strict=True)]).astype(np.float64)
+    return np.where(status == 0, values, np.nan), status
 
 
 def _without(ranks: np.ndarray, place: int) -> np.ndarray:
@@ -311,7 +433,7 @@ def _correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Pearson's of x [L, Hkv, n] and y [L, H, n]: [L, H]. scipy's works out more, and is slow over many queries."""
     x, y = (values - values.mean(axis=-1, keepdims=True) for values in (x, y))
     spread = np.repeat(np.vecdot(x, x), y.shape[1] // x.shape[1], axis=1)
-    return _products(x, y) / np.sqrt(spread * np.vecdot(y, y))
+    return np.clip(_products(x, y) / np.sqrt(spread * np.vecdot(y, y)), -1, 1)
 
 
 def _products(x: np.ndarray, y: np.ndarray) -> np.ndarray:

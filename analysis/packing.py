@@ -15,7 +15,7 @@ import numpy as np
 ROOT = 10  # nearly logarithmic, with finer steps where the weights are large and errors count
 
 
-def code_type(levels: int) -> type:
+def code_type(levels: int) -> type[np.uint8] | type[np.uint16]:
     """Of the codes of so many levels."""
     return np.uint8 if levels + 2 < 256 else np.uint16
 
@@ -37,7 +37,7 @@ def quantised(weights: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray]
     """
     if not np.isfinite(weights).all() or (weights < 0).any():
         raise ValueError("attention holds values that no run can have")
-    codes = np.zeros(weights.shape, code_type(levels))
+    codes: np.ndarray = np.zeros(weights.shape, code_type(levels))
     ends = np.zeros((*weights.shape[:-1], 4), np.float32)
     for row, code, end in zip(weights, codes, ends, strict=True):  # a part at a time: float64 is large
         row = row.astype(np.float32)
@@ -85,7 +85,7 @@ def deflated(values: np.ndarray, *, along: int | None = None) -> np.ndarray:
     if along is not None:
         values = np.diff(values, axis=along, prepend=values.dtype.type(0))
     planes = np.ascontiguousarray(values).reshape(-1, 1).view(np.uint8).T  # first all first bytes: they are alike
-    return np.frombuffer(zlib.compress(np.ascontiguousarray(planes)), np.uint8)
+    return np.frombuffer(zlib.compress(planes.tobytes()), np.uint8)
 
 
 def inflated(stream: np.ndarray, shape: Sequence[int], dtype: type, *, along: int | None = None) -> np.ndarray:
@@ -103,5 +103,5 @@ def inflated(stream: np.ndarray, shape: Sequence[int], dtype: type, *, along: in
     if len(data) != size or not unpacking.eof or unpacking.unused_data:
         raise ValueError(f"is not of shape {tuple(shape)} when unpacked")
     planes = np.frombuffer(data, np.uint8).reshape(np.dtype(dtype).itemsize, -1)
-    values = np.ascontiguousarray(planes.T).view(dtype).reshape(shape)
+    values: np.ndarray = np.ascontiguousarray(planes.T).view(dtype).reshape(shape)
     return values if along is None else np.add.accumulate(values, axis=along, dtype=dtype)

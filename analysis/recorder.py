@@ -20,19 +20,16 @@ from analysis.captures import Capture
 from analysis.errors import ModelError, OutOfMemoryError, SettingsError, TextError
 from analysis.models.load import LoadedModel
 from analysis.models.memory import BLOCK, LAST_QUERIES, MAX_BINS, RECENT_BYTES, check_fits, memory_errors
+from analysis.progress import Progress, unheard
 from analysis.texts.tokens import LONG, MIN_TOKENS, Tokens, about_tokens, tokenize
 from l2kv import UnsupportedModelError
 from l2kv.config import CacheShape, layer_kinds
 from l2kv.hooks import Look, WatchedCache, watching
 from l2kv.probabilities import attention_probabilities
 
-OnLayer = Callable[[int, int], None]
-"""Called as (layers done, layers), after each layer and before each block of queries in it. What it raises cancels the
-run and passes through."""
-
 
 def capture(
-    loaded: LoadedModel, text: str, *, last_queries: int = LAST_QUERIES, on_layer: OnLayer | None = None
+    loaded: LoadedModel, text: str, *, last_queries: int = LAST_QUERIES, progress: Progress = unheard
 ) -> Capture:
     """Run the model once over a text, and once more for its greedy next token, and keep what each head did.
 
@@ -41,7 +38,7 @@ def capture(
         text: at least a few tokens of it.
         last_queries: how many of the text's last queries to keep the rows of, one by one. Fewer are kept of a text that
             has fewer, and where they would take more than 256 MiB.
-        on_layer: for progress and cancelling.
+        progress: told the layers done, after each and before each block of queries in it.
 
     Raises:
         TextError: empty, too short, or longer than the model's learned positions.
@@ -55,7 +52,7 @@ def capture(
     config, model, started = loaded.config, loaded.model, time.perf_counter()
     ids = torch.from_numpy(tokens.ids)[None].to(loaded.device)
     cache = WatchedCache(config=config)
-    recorder = _Recorder(len(tokens), len(cache.layers), last_queries, on_layer)
+    recorder = _Recorder(len(tokens), len(cache.layers), last_queries, progress)
     with looking_into(loaded, cache, recorder.look):
         logits = last_logits(model, ids, cache)
         check_finite(loaded, logits)
@@ -181,8 +178,8 @@ def last_logits(model: nn.Module, ids: Tensor, cache: WatchedCache) -> Tensor:
 class _Recorder:
     """Looks on, and writes down."""
 
-    def __init__(self, n_tokens: int, n_layers: int, last_queries: int, on_layer: OnLayer | None) -> None:
-        self.n_tokens, self.n_layers, self.on_layer = n_tokens, n_layers, on_layer
+    def __init__(self, n_tokens: int, n_layers: int, last_queries: int, progress: Progress) -> None:
+        self.n_tokens, self.n_layers, self.progress = n_tokens, n_layers, progress
         self.last_queries = min(last_queries, n_tokens)
         self.bin_width = -(-n_tokens // MAX_BINS)
         self.results: dict[str, np.ndarray] = {}  # fields of `Capture`
@@ -236,8 +233,7 @@ class _Recorder:
         self._report()
 
     def _report(self) -> None:
-        if self.on_layer is not None:
-            self.on_layer(self.recorded, self.n_layers)
+        self.progress(self.recorded, self.n_layers, "layers")
 
     def _record_probe(self, attention: _Attention, layer: int) -> None:
         row = attention.probabilities(0, 1)[:, 0, :-1]  # its own column is dropped; the row is not renormalised

@@ -125,7 +125,8 @@ def save(thing: object, path: str | Path) -> Path:
         arrays, beside = kind.pack(thing) if kind.pack else (_arrays_of(thing), {})
     except ValueError as error:
         raise RecordError(f"{kind.title.capitalize()} cannot be written: {error}.") from error
-    header = {name: value for name, value in _plain(thing).items() if name not in _axes_of(type(thing))} | beside
+    said = {name: getattr(thing, name) for name in _fields_of(type(thing)) if name not in _axes_of(type(thing))}
+    header = _plain(said) | _plain(beside)
     metadata = {f"l2kv_{kind.name}": str(kind.version), "header": json.dumps(header)}
     try:
         with _renamed_into(path) as temporary:
@@ -144,7 +145,7 @@ def save(thing: object, path: str | Path) -> Path:
 def load(cls: type[Record], path: str | Path) -> Record:
     """Read what `save` wrote. Raises RecordError, with the file and the reason."""
     path, kind, axes = Path(path), kind_of(cls), _axes_of(cls)
-    if not path.is_file():
+    if not _is_file(path):
         raise RecordError(f"There is no file {path}.")
     if not axes:
         try:
@@ -157,35 +158,34 @@ def load(cls: type[Record], path: str | Path) -> Record:
             metadata = file.metadata() or {}
             if f"l2kv_{kind.name}" not in metadata:
                 raise RecordError(f"{path.name} is a safetensors file, but not {kind.title}.")
-            content = msgspec.json.decode(metadata.get("header", "null").encode())
-            if not isinstance(content, dict):
+            header = msgspec.json.decode(metadata.get("header", "null").encode())
+            if not isinstance(header, dict):
                 raise ValueError("its header is no JSON object")
             version = metadata[f"l2kv_{kind.name}"]
-            number = int(version) if version.isdecimal() and len(version) < 6 else None
-            content |= {name: file.metadata()[name] for name in metadata if name not in ("header", f"l2kv_{kind.name}")}
-            content = _of_this_version(kind, number, content, called=path.name)
-            opened = ArrayFile(path, number or 0, content, frozenset(file.keys()), file.get_tensor)
+            number: int | str = int(version) if version.isdecimal() and len(version) < 6 else version
+            beside = {name: metadata[name] for name in metadata if name not in ("header", f"l2kv_{kind.name}")}
+            content = _of_this_version(kind, number, header | beside, called=path.name)
+            opened = ArrayFile(path, int(number), content, frozenset(file.keys()), file.get_tensor)
             arrays = dict(kind.unpack(opened) if kind.unpack else {name: opened.read(name) for name in opened.names})
             _check_names(set(arrays), cls)
+            _check_dtypes(arrays, cls)
             made = _checked(cls, content, arrays)
-            check_arrays(made)
+            check_shapes(made)
             return made
 
 
-def check_arrays(thing: object) -> None:
-    """Raise ValueError unless the arrays of a record have the dtypes and the shapes that its class declares."""
+def check_shapes(thing: object) -> None:
+    """Raise ValueError unless the arrays of a record have the shapes that its class declares."""
     sizes: dict[str, int] = {}
-    for name, (dtype, axes) in _axes_of(type(thing)).items():
-        array = getattr(thing, name)
-        if array is None:
+    for name, (_, axes) in _axes_of(type(thing)).items():
+        if (array := getattr(thing, name)) is None:
             continue
-        if array.dtype != dtype:
-            raise ValueError(f"{name} must be of type {dtype}, got {array.dtype}")
-        wanted = tuple(int(axis) if axis.isdecimal() else sizes.get(axis, -1) for axis in axes)
-        if array.ndim != len(axes) or any(want not in (-1, got) for want, got in zip(wanted, array.shape, strict=True)):
-            told = ", ".join(axis if want < 0 else str(want) for axis, want in zip(axes, wanted, strict=True))
-            raise ValueError(f"{name} must be of shape ({told}), got {array.shape}")
-        sizes |= {axis: size for axis, size in zip(axes, array.shape, strict=True) if not axis.isdecimal()}
+        told = tuple(axis if axis.isdecimal() else str(sizes.get(axis, axis)) for axis in axes)
+        if len(axes) != array.ndim or any(
+            (int(axis) if axis.isdecimal() else sizes.setdefault(axis, size)) != size
+            for axis, size in zip(axes, array.shape, strict=True)
+        ):
+            raise ValueError(f"{name} must be of shape ({', '.join(told)}), got {array.shape}")
 
 
 def write_text(text: str, path: str | Path) -> Path:
@@ -216,6 +216,10 @@ def _declared(cls: type) -> Axes:
 
 
 _axes_of: Callable[[type], Axes] = cache(_declared)
+
+
+def _fields_of(cls: type) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(cls))
 
 
 def _arrays_of(thing: object) -> dict[str, np.ndarray]:
@@ -283,6 +287,19 @@ def _check_names(arrays: set[str], cls: type) -> None:
         raise ValueError(f"its arrays lack {', '.join(sorted(missing))}")
     if foreign := arrays - declared:
         raise ValueError(f"its arrays hold {', '.join(sorted(foreign))}, which {kind_of(cls).title} does not have")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
+def _check_dtypes(arrays: Mapping[str, np.ndarray], cls: type) -> None:
+    for name, (dtype, _) in _axes_of(cls).items():
+        if name in arrays and arrays[name].dtype != dtype:
+            raise ValueError(f"{name} must be of type {dtype}, got {arrays[name].dtype}")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A run that no model made, whose figures are known beforehand: what the instrument must read off it. Knows no model.
+"""The self-test: a synthetic run, whose numbers are known beforehand, and what is measured on it. Knows no model.
 
 Layers 0, 1 and 2 have Γ = -1, 0 and +1 in every head, for every query. Exactly so: the attention of a query goes down
 with the rank of the norm among the tokens before it, or is alike at both ends of the norms, or goes up.
@@ -7,6 +7,7 @@ with the rank of the norm among the tokens before it, or is alike at both ends o
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,8 +21,8 @@ GAMMA = (-1.0, 0.0, 1.0)  # of each layer
 TOLERANCE = 1e-6  # attention is float32
 _TOKENS, _GROUP, _QUERIES = 97, 2, 16
 _MASS = 0.9  # of a query's attention; it pays the rest to itself
-# Of a token's place from the favoured end, 1..n: how the attention is spread, one way for each head.
-_PROFILES = (
+# Of a token's place from the favoured end, 1..n: how the attention is spread, each head's.
+_PROFILES: tuple[Callable[[np.ndarray, int], np.ndarray], ...] = (
     lambda place, n: place**-4.0,  # where the first token stands at that end it takes nearly all: a sink
     lambda place, n: 1 / place,
     lambda place, n: n + 1 - place,
@@ -31,7 +32,7 @@ _PROFILES = (
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What one figure should be in one layer, and what was read in the head (and by the query) that is most off."""
+    """What one metric should be in one layer, and what was measured in the head (and by the query) that is most off."""
 
     probe: str
     metric: str
@@ -41,7 +42,7 @@ class Reading:
 
     @property
     def error(self) -> float:
-        """How far off it is; infinite where nothing was read."""
+        """How far off it is; infinite where nothing was measured."""
         return math.inf if math.isnan(self.measured) else abs(self.measured - self.known)
 
 
@@ -58,12 +59,12 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether the instrument reads what is there."""
+        """Whether all readings are near enough to what is known."""
         return self.error <= TOLERANCE
 
     def __str__(self) -> str:
-        verdict = "The instrument reads what is there" if self.passed else "The instrument is OFF"
-        return f"{verdict}: at most {self.error:.1e} from the known figures, {TOLERANCE:.0e} is allowed."
+        verdict = "The self-test passed" if self.passed else "The self-test FAILED"
+        return f"{verdict}: at most {self.error:.1e} from the known numbers, {TOLERANCE:.0e} is allowed."
 
 
 def is_synthetic(capture: Capture) -> bool:
@@ -71,7 +72,7 @@ def is_synthetic(capture: Capture) -> bool:
     return capture.model == capture.architecture == SYNTHETIC and capture.n_layers == len(GAMMA)
 
 
-def instrument() -> Capture:
+def synthetic_run() -> Capture:
     """The synthetic run: 3 layers, 4 query heads on 2 kv heads, 97 tokens; in each head the attention is spread
     differently. `attention_received` is spread like a query's, so that its Γ is known, too."""
     layers, heads, n = len(GAMMA), len(_PROFILES), _TOKENS
@@ -112,18 +113,18 @@ def instrument() -> Capture:
 
 
 def check(capture: Capture) -> Check:
-    """What the instrument reads off `instrument()`, however it came here: Γ, ALR / chance and Spearman by every probe,
-    and for the last queries by each of them.
+    """Measure `synthetic_run()`, however it came here: Γ, normalised ALR and Spearman by every probe, and for the last
+    queries by each of them.
 
     Raises:
         ValueError: it is another run.
     """
     if not is_synthetic(capture):
-        raise ValueError(f"only the synthetic run has figures that are known; got one of {capture.model}")
+        raise ValueError(f"only the synthetic run has numbers that are known; got one of {capture.model}")
     readings = []
     for probe in PROBES:
-        for metric, known in (("gamma", 0), ("alr_against_chance", 1), ("spearman", 0)):
-            whole = metrics(capture, probe=probe).of(metric)[None]
+        for metric, known in (("gamma", 0), ("normalised_alr", 1), ("spearman", 0)):
+            whole = metrics(capture, probe, names=[metric]).values
             found = np.concatenate([whole, by_query(capture, metric)]) if probe == "last queries" else whole
             for layer, gamma in enumerate(GAMMA):
                 values = found[:, layer].ravel()

@@ -27,7 +27,7 @@ def _make_ready() -> None:
     from app import session
     from app.views import heads  # noqa: F401
 
-    session.figures_of(session.demo_run(), 0, "next token")
+    session.values_of(session.demo_run(), 0, "next token")
 
 
 if __name__ == "__main__":

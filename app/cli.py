@@ -102,7 +102,7 @@ def figures(
             [excerpt.text for excerpt in given],
             only=only or tuple(FIGURES),
             heads=chosen,
-            on_stage=lambda stage, done, total: progress(done, total, stage),
+            progress=progress,
         ):
             drawn, data = section(name, numbers), to_json(name, numbers, about)
             page = document(drawn.heading, lead, [replace(drawn, heading="")], data=data)

@@ -18,11 +18,12 @@ import streamlit as st
 from analysis import defaults
 from analysis.captures import Capture, load_run
 from analysis.demo.presets import BUNDLED_RUNS, bundled_results, demo_model
-from analysis.measures import HeadFigures, by_kv_head
-from analysis.metrics import by_query, figures_of_probe
+from analysis.measures import by_kv_head
+from analysis.metrics import METRICS, HeadValues, by_query, metrics
 from analysis.plans.curves import LossCurves, loss_curves
 from analysis.plans.skip import Plan
-from analysis.studies import Study, load_study
+from analysis.studies import Study, load_study, study_of
+from analysis.verdicts import verdicts
 
 Value = TypeVar("Value")
 _Remembered = dict[str, tuple[object, dict[Any, Any]]]
@@ -177,21 +178,41 @@ def demo_run() -> Capture:
 
 
 @remembered
-def figures_of(run: Capture, leave_out: int, probe: str = "next token") -> HeadFigures:
-    """The figures of all heads by a probe."""
-    return figures_of_probe(run, probe, leave_out=leave_out)
+def study_of_run(run: Capture, probe: str) -> Study:
+    """The study of one text that a run is, by one probe."""
+    return study_of(run, probes=(probe,))
 
 
 @remembered
-def kv_figures_of(run: Capture, leave_out: int, probe: str) -> HeadFigures:
-    """The figures of all kv heads, [L, Hkv], by the mean attention of the query heads that read each."""
-    return figures_of_probe(by_kv_head(run), probe, leave_out=leave_out)
+def values_of(run: Capture, skip_first: int, probe: str = "next token") -> HeadValues:
+    """Metrics of all heads by a probe. Those that are about the first token are of all tokens, whatever is skipped."""
+    study = study_of_run(run, probe)
+    whole = HeadValues(study.metrics, study.values[0, 0], study.status[0, 0])
+    if not skip_first:
+        return whole
+    others = metrics(run, probe, skip_first)
+    of_all = np.array([METRICS[name].about_sink for name in whole.names])[:, None, None]
+    return HeadValues(
+        whole.names, np.where(of_all, whole.values, others.values), np.where(of_all, whole.status, others.status)
+    )
 
 
 @remembered
-def gamma_by_query(run: Capture, leave_out: int) -> np.ndarray:
+def verdicts_of(run: Capture, probe: str = "next token") -> np.ndarray:
+    """Verdict of each head by a probe, [L, H]."""
+    return verdicts(study_of_run(run, probe), probe=probe)
+
+
+@remembered
+def kv_alr_of(run: Capture, skip_first: int, probe: str) -> np.ndarray:
+    """ALR of all kv heads, [L, Hkv], by the mean attention of the query heads that read each."""
+    return metrics(by_kv_head(run), probe, skip_first, ["alr"]).values[0]
+
+
+@remembered
+def gamma_by_query(run: Capture, skip_first: int) -> np.ndarray:
     """Γ of each of the last queries, [W, L, H], with or without the first token."""
-    return by_query(run, "gamma_without_sink" if leave_out else "gamma")
+    return by_query(run, "gamma_skip_first" if skip_first else "gamma")
 
 
 @remembered
@@ -288,9 +309,9 @@ def chosen_head(run: Capture) -> tuple[int, int]:
     Of those that there is something to see in, if there are any: not one that looks at nothing but the first token.
     """
     if not (LAYER.held() and HEAD.held()):
-        numbers = figures_of(run, 0)
-        gamma = np.where(np.isnan(numbers.gamma), 9.0, numbers.gamma)
-        looks_about = (numbers.sink_share < 0.5) & (gamma < 9)
+        values = values_of(run, 0)
+        gamma = np.where(np.isnan(values.of("gamma")), 9.0, values.of("gamma"))
+        looks_about = (values.of("sink_share") < 0.5) & (gamma < 9)
         best = np.where(looks_about, gamma, 9.0).argmin() if looks_about.any() else gamma.argmin()
         choose_head(*divmod(int(best), run.n_heads))
     return LAYER.get(), HEAD.get()

@@ -33,15 +33,16 @@ def capture(
     loaded = loaded_model(model, device)
     from analysis import recorder
     from analysis.captures import save_run
-    from analysis.measures import answer
+    from analysis.studies import study_of
+    from analysis.verdicts import answer
 
     for warning in recorder.readable(loaded, content)[1]:  # before a run that may take long
         print(f"warning: {warning}", file=sys.stderr)
     with shown("layer") as progress:
-        run = recorder.capture(loaded, content, on_layer=lambda done, total: progress(done, total, "layers"))
+        run = recorder.capture(loaded, content, progress=progress)
     wrote(save_run(run, to))
     print(f"{run.model}: {run.n_tokens} tokens, {run.n_layers} layers, {run.seconds:.1f} s on {run.device}")
-    print(f"{_QUESTION} {run.model}? {answer(run)}")
+    print(f"{_QUESTION} {run.model}? {answer(study_of(run))}")
 
 
 def heads(
@@ -51,38 +52,37 @@ def heads(
 ) -> None:
     """Tell what a saved run says of each head."""
     from analysis.captures import load_run
-    from analysis.measures import answer_of, by_kv_head, verdicts_of
+    from analysis.measures import by_kv_head
     from analysis.metrics import PROBES, metrics
+    from analysis.studies import study_of
+    from analysis.verdicts import answer, verdicts
 
     read = load_run(run)
     if probe == "last queries" and not read.recent_positions:
         raise RecordError(f"{run} holds no last queries. Capture the text again, or take another --probe.")
-    values = metrics(read, probe=probe)
-    by_name = {name: values.of(name) for name in ("gamma", "gamma_without_sink", "alr_per_token", "spearman")}
-    share = values.of("sink_share")
-    verdict = verdicts_of(by_name["gamma"], by_name["gamma_without_sink"])
-    of_group = metrics(by_kv_head(read), probe=probe).of("alr_per_token")
+    study = study_of(read, probes=[probe])
+    verdict = verdicts(study, probe=probe)
+    of_group = metrics(by_kv_head(read), probe, names=["alr_per_token"]).values[0]
     rows = [
         {
             "layer": layer,
             "head": head,
             "kv_head": read.kv_head(head),
-            **{name: float(array[layer, head]) for name, array in by_name.items()},
+            **{name: float(study.of(name, probe=probe)[0, layer, head]) for name in study.metrics},
             "kv_alr_per_token": float(of_group[layer, read.kv_head(head)]),
-            "sink_share": float(share[layer, head]),
             "verdict": str(verdict[layer, head]),
         }
         for layer in range(read.n_layers)
         for head in range(read.n_heads)
     ]
     tell(
-        {"layer": "d", "head": "d", "kv_head": "d", "gamma": "+z.2f", "gamma_without_sink": "+z.2f",
+        {"layer": "d", "head": "d", "kv_head": "d", "gamma": "+z.2f", "gamma_skip_first": "+z.2f",
          "alr_per_token": "z.3f", "kv_alr_per_token": "z.3f", "spearman": "+z.2f", "sink_share": ".2f", "verdict": ""},
         rows,
         json=json,
         title=f"{read.model}, {read.n_tokens} tokens; {probe}: {PROBES[probe]}; layers and heads count from 0\n"
         "kv_alr_per_token: of the mean attention of all query heads that read the kv head, so lose its keys together",
-        answer=f"{_QUESTION} {read.model}? {answer_of(verdict, by_name['gamma'], n_tokens=read.n_tokens)}",
+        answer=f"{_QUESTION} {read.model}? {answer(study, probe=probe)}",
         model=read.model, tokens=read.n_tokens, probe=probe,
     )  # fmt: skip
 
@@ -109,7 +109,7 @@ def study(
     given = excerpts_of(loaded, documents, n_tokens=min(tokens, most), at_most=excerpts)
     try:
         with shown("text") as progress:
-            done = studies.study(loaded, given, to, on_text=lambda now: progress(len(now.names), now.texts, "texts"))
+            done = studies.study(loaded, given, to, progress=progress)
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on after the last text that was done.", file=sys.stderr)
         raise
@@ -119,24 +119,16 @@ def study(
 
 def _tell_study(done: Study, probe: str, metric: str | None, *, json: bool) -> None:
     from analysis.metrics import METRICS, PROBES
-    from analysis.statistics import (
-        Interval,
-        answer,
-        head_means,
-        head_verdicts,
-        layer_losses,
-        layer_means,
-        means,
-        stability,
-    )
+    from analysis.statistics import Interval, head_means, layer_losses, layer_means, means, stability
+    from analysis.verdicts import answer, verdicts
 
-    losses, verdict = layer_losses(done, probe=probe), head_verdicts(done, probe=probe)
+    losses, verdict = layer_losses(done, probe=probe), verdicts(done, probe=probe)
     over_texts = {
         "gamma": layer_means(done, probe=probe),
-        "gamma_without_sink": layer_means(done, "gamma_without_sink", probe=probe),
-        "alr_against_chance": means(losses, documents=done.documents),
+        "gamma_skip_first": layer_means(done, "gamma_skip_first", probe=probe),
+        "normalised_alr": means(losses, documents=done.documents),
     }
-    columns = {"layer": "d", "gamma": "+z.2f", "gamma_without_sink": "+z.2f", "alr_against_chance": "z.2f"}
+    columns = {"layer": "d", "gamma": "+z.2f", "gamma_skip_first": "+z.2f", "normalised_alr": "z.2f"}
     lines = [
         f"{done.model}, {len(done.names)} texts of {done.n_tokens.min()} to {done.n_tokens.max()} tokens",
         "means over heads and texts; 95 % intervals over texts; layers count from 0",
@@ -146,7 +138,7 @@ def _tell_study(done: Study, probe: str, metric: str | None, *, json: bool) -> N
     if metric:
         over_texts[metric] = layer_means(done, metric, probe=probe)
         columns |= {metric: "z.3g", "lowest": "", "highest": ""}
-        lines.append(f"{metric}, in the mean, and in the heads where it is lowest and highest: {METRICS[metric].text}")
+        lines.append(f"{metric}, in the mean, and in the heads where it is lowest and highest: {METRICS[metric].about}")
     columns["verdicts"] = ""
     rows = [
         {
@@ -185,7 +177,7 @@ def selftest(
     from analysis import selftest
     from analysis.captures import save_run
 
-    run = selftest.instrument()
+    run = selftest.synthetic_run()
     if to is not None:
         wrote(save_run(run, to))
     found = selftest.check(run)

@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 
 from analysis.errors import OutOfMemoryError
+from analysis.words import human_bytes as human_bytes
 from l2kv.config import CacheShape
 
 if TYPE_CHECKING:
@@ -92,12 +93,3 @@ def memory_errors() -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     raise OutOfMemoryError("Memory ran out, and what was begun has been freed. Try a shorter text or a smaller model.")
-
-
-def human_bytes(n: float) -> str:
-    """1536 -> "1.5 KiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(n) < 1024 or unit == "TiB":
-            return f"{n:.0f} {unit}" if unit == "B" or n >= 100 else f"{n:.1f} {unit}"
-        n /= 1024
-    raise AssertionError

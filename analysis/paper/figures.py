@@ -1,30 +1,32 @@
 """The paper's figures again, for any model: the numbers behind each, with the paper's own beside them.
 
 Figures 1, 2 and 7 are read off captures here, 8 and 9 and the factors off vectors (`analysis.paper.why`). `reproduce`
-makes them all; a figure's numbers become a record, {"l2kv_figure": 1, ...}. Draws nothing.
+makes them all; a figure's numbers become a record, {"l2kv_figure": 2, ...}. Draws nothing.
 
 Source: Devoto et al., EMNLP 2024, arXiv 2406.11430. Its numbers are quoted where it gives any.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from analysis.captures import Capture
 from analysis.errors import SettingsError, TextError
-from analysis.measures import alr, alr_chance, attention_loss, correlation
+from analysis.measures import attention_loss
+from analysis.metrics import correlation, metrics
 from analysis.models.load import LoadedModel
+from analysis.progress import Progress, unheard
 from analysis.records import json_text
 from analysis.statistics import nanmean
 
 if TYPE_CHECKING:  # they wait for torch, which reading a figure need not
     from analysis.paper.why import Factors, SinkHead, SinkKey, Zeroing
 
-VERSION = 1
+VERSION = 2
 POINTS = 100  # steps of the share dropped
 _NO_ORDER = "In no head of this model do norms and attention of this text give an order to compare. Try a longer text."
 
@@ -56,7 +58,10 @@ FIGURES = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FourHeads:
-    """Fig 1: heads from the most negative Γ to the most positive, K <= 4 of them, on one text of T tokens."""
+    """Fig 1: heads from the most negative Γ to the most positive, K <= 4 of them, on one text of T tokens.
+
+    Γ is of the next token's query; Spearman is of the attention received, which the figure draws.
+    """
 
     heads: tuple[tuple[int, int], ...]  # K of (layer, head)
     key_norm: np.ndarray  # [K, T]
@@ -73,14 +78,14 @@ def four_heads(capture: Capture, heads: Sequence[tuple[int, int]] | None = None)
         TextError: Γ is defined in no head.
         SettingsError: the run has no such head.
     """
-    gamma, rho = correlation(capture), correlation(capture, "spearman")
+    gamma, rho = correlation(capture), correlation(capture, "spearman", probe="all queries")
     if heads is None:
         defined = np.argwhere(np.isfinite(gamma))
         if not len(defined):
             raise TextError(_NO_ORDER)
         values = gamma[tuple(defined.T)]
         nearest = [abs(values - aim).argmin() for aim in np.quantile(values, [0, 1 / 3, 2 / 3, 1])]
-        heads = [tuple(map(int, defined[i])) for i in dict.fromkeys(nearest)]
+        heads = [_head(defined[i]) for i in dict.fromkeys(nearest)]
     heads = tuple(heads)
     if not all(0 <= layer < capture.n_layers and 0 <= head < capture.n_heads for layer, head in heads):
         raise SettingsError(f"there are {capture.n_layers} layers of {capture.n_heads} heads, got {heads}")
@@ -102,7 +107,7 @@ class OverChunks:
     n_tokens: np.ndarray  # [N] int
     alr: np.ndarray  # [L, H]
     alr_per_token: np.ndarray  # [L, H] ALR / n, in [0, 1]
-    alr_against_chance: np.ndarray  # [L, H] 0 ideal, 1 chance, 2 worst
+    normalised_alr: np.ndarray  # [L, H] ALR over chance level: 0 ideal, 1 random, 2 reversed
     defined: np.ndarray  # [L, H] int, chunks in which the head is
     dropped: np.ndarray  # [S] shares of the tokens dropped, 0 to 1
     excess: np.ndarray  # [L, H, S] Y^m there: attention lost by norm order less that of the ideal order
@@ -113,19 +118,20 @@ def over_chunks(captures: Iterable[Capture], *, points: int = POINTS) -> OverChu
     dropped = np.linspace(0, 1, points + 1)
     n_tokens, rows = [], []
     for run in captures:
-        loss = alr(run)
+        found = metrics(run, names=["alr", "alr_per_token", "normalised_alr"])
+        loss = found.of("alr")
         curves = np.full((*loss.shape, len(dropped)), np.nan)
         for layer, head in np.argwhere(np.isfinite(loss)):
             lost = attention_loss(run, layer, head)
             curves[layer, head] = np.interp(dropped, np.linspace(0, 1, run.n_tokens + 1), lost.low_norm - lost.ideal)
         n_tokens.append(run.n_tokens)
-        rows.append((loss, loss / run.n_tokens, loss / np.where(alr_chance(run) > 0, alr_chance(run), np.nan), curves))
+        rows.append((*found.values, curves))
     if not rows:
         raise SettingsError("over_chunks needs at least one capture")
     columns = [np.stack(column) for column in zip(*rows, strict=True)]
     defined = np.isfinite(columns[0]).sum(axis=0)
-    loss, per_token, against_chance, excess = map(nanmean, columns)
-    return OverChunks(np.array(n_tokens), loss, per_token, against_chance, defined, dropped, excess)
+    loss, per_token, normalised, excess = map(nanmean, columns)
+    return OverChunks(np.array(n_tokens), loss, per_token, normalised, defined, dropped, excess)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -144,15 +150,16 @@ def best_and_worst(chunks: OverChunks) -> BestAndWorst:
     """Their curves. Raises TextError where no head is defined."""
     if not chunks.defined.any():
         raise TextError(_NO_ORDER)
-    best, worst = (np.unravel_index(pick(chunks.alr), chunks.alr.shape) for pick in (np.nanargmin, np.nanargmax))
+    best, worst = (_head(np.unravel_index(pick(chunks.alr), chunks.alr.shape)) for pick in (np.nanargmin, np.nanargmax))
     excess = np.stack([chunks.excess[best], chunks.excess[worst]])
-    heads = tuple(tuple(map(int, head)) for head in (best, worst))
+    heads = (best, worst)
     loss = np.array([chunks.alr[head] for head in heads])
     return BestAndWorst(heads, loss, chunks.dropped, excess, excess.max(axis=1), chunks.n_tokens)
 
 
-OnStage = Callable[[str, int, int], object]
-"""Called as (what is being done, done, total). What it raises cancels."""
+def _head(place: Iterable[Any]) -> tuple[int, int]:
+    layer, head = place
+    return int(layer), int(head)
 
 
 def reproduce(
@@ -161,7 +168,7 @@ def reproduce(
     *,
     only: Sequence[str] = tuple(FIGURES),
     heads: Sequence[tuple[int, int]] | None = None,
-    on_stage: OnStage = lambda stage, done, total: None,
+    progress: Progress = unheard,
 ) -> Iterator[tuple[str, object]]:
     """(name, numbers) of each figure of `FIGURES` that is asked for, as it is done.
 
@@ -180,8 +187,8 @@ def reproduce(
     from analysis.recorder import capture
 
     def run_of(i: int) -> Capture:
-        run = capture(loaded, texts[i], on_layer=lambda *_: on_stage("excerpts", i, len(texts)))
-        on_stage("excerpts", i + 1, len(texts))
+        run = capture(loaded, texts[i], progress=lambda *_: progress(i, len(texts), "excerpts"))
+        progress(i + 1, len(texts), "excerpts")
         return run
 
     def chunks() -> Iterator[Capture]:
@@ -198,7 +205,7 @@ def reproduce(
     if {"fig8", "fig9"} & set(only):
         yield from _of_a_sink(loaded, texts[0], first, only)
     if "factors" in only:
-        yield "factors", _factors(loaded, texts[0], on_stage)
+        yield "factors", _factors(loaded, texts[0], progress)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -228,7 +235,7 @@ def _of_a_sink(loaded: LoadedModel, text: str, run: Capture, only: Sequence[str]
         yield "fig9", OfSink(sink, zeroing(vectors, sink.head, key.peaks))
 
 
-def _factors(loaded: LoadedModel, text: str, on_stage: OnStage) -> Factors:
+def _factors(loaded: LoadedModel, text: str, progress: Progress) -> Factors:
     from analysis.paper.vectors import each_layer
     from analysis.paper.why import Factors, factors
 
@@ -237,6 +244,6 @@ def _factors(loaded: LoadedModel, text: str, on_stage: OnStage) -> Factors:
         loaded,
         text,
         lambda vectors: layers.append(factors(vectors)),
-        on_layer=lambda done, total: on_stage("factors", done, total),
+        progress=progress,
     )
     return Factors.of(layers)

@@ -16,7 +16,8 @@ from torch import Tensor
 from analysis.errors import SettingsError
 from analysis.models.load import LoadedModel
 from analysis.models.memory import BLOCK, MAX_BINS
-from analysis.recorder import OnLayer, check_finite, check_shown, last_logits, looking_into, readable
+from analysis.progress import Progress, unheard
+from analysis.recorder import check_finite, check_shown, last_logits, looking_into, readable
 from l2kv import UnsupportedModelError
 from l2kv.hooks import Look, WatchedCache
 from l2kv.probabilities import attention_probabilities
@@ -48,7 +49,7 @@ class HeadVectors:
         return self.keys[head * len(self.keys) // self.n_heads]
 
 
-def head_vectors(loaded: LoadedModel, text: str, layer: int, *, on_layer: OnLayer | None = None) -> HeadVectors:
+def head_vectors(loaded: LoadedModel, text: str, layer: int, *, progress: Progress = unheard) -> HeadVectors:
     """Queries and keys of one layer, from one pass over a text.
 
     Raises:
@@ -59,7 +60,7 @@ def head_vectors(loaded: LoadedModel, text: str, layer: int, *, on_layer: OnLaye
     if not 0 <= layer < n_layers:
         raise SettingsError(f"layer must be 0 to {n_layers - 1}, got {layer}")
     found: list[HeadVectors] = []
-    each_layer(loaded, text, found.append, only=layer, on_layer=on_layer)
+    each_layer(loaded, text, found.append, only=layer, progress=progress)
     return found[0]
 
 
@@ -69,11 +70,11 @@ def each_layer(
     visit: Callable[[HeadVectors], object],
     *,
     only: int | None = None,
-    on_layer: OnLayer | None = None,
+    progress: Progress = unheard,
 ) -> None:
     """Call `visit` with the vectors of each layer, or of one, in one pass over a text: memory holds one layer's.
 
-    `on_layer` is called as (layers done, layers); what it or `visit` raises cancels. Raises as `capture`.
+    `progress` is told the layers done; what it or `visit` raises cancels. Raises as `capture`.
     """
     tokens, _ = readable(loaded, text)
     cache = WatchedCache(config=loaded.config)
@@ -84,8 +85,7 @@ def each_layer(
         if only in (None, at.layer_idx):
             visit(_vectors_of(at, getattr(cache.layers[at.source], "sliding_window", 0)))
         done += 1
-        if on_layer is not None:
-            on_layer(done, n_layers)
+        progress(done, n_layers, "layers")
 
     ids = torch.from_numpy(tokens.ids)[None].to(loaded.device)
     with looking_into(loaded, cache, look):

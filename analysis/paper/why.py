@@ -14,7 +14,7 @@ import numpy as np
 
 from analysis.captures import Capture
 from analysis.errors import TextError
-from analysis.measures import CONSTANT, sink_share, status
+from analysis.metrics import CONSTANT, metrics
 from analysis.paper.vectors import HeadVectors, attention_rows, last_rows, pooled_attention
 from analysis.statistics import LEVEL, spearman
 from analysis.ties import levelled
@@ -45,10 +45,12 @@ def sink_head(capture: Capture) -> SinkHead:
     """The head with the largest sink among those where the first token's key is the shortest; else the largest of all.
 
     Raises:
-        TextError: no head can tell (see `measures.status`).
+        TextError: no head can tell (see `metrics.status`).
     """
-    share = np.where(status(capture) == "ok", sink_share(capture), -1.0)
-    shortest = levelled(capture.key_norm_by_head(), capture.dtype).argmin(axis=-1) == 0  # of equals it comes first
+    found = metrics(capture, names=["gamma", "sink_share"])
+    share = np.where(found.status_of("gamma") == "ok", found.of("sink_share"), -1.0)
+    shortest = capture.levels.argmin(axis=-1) == 0  # of equals it comes first
+    shortest = np.repeat(shortest, capture.n_heads // capture.n_kv_heads, axis=1)
     if (share < 0).all():
         raise TextError("In no head of this model do norms and attention of this text give an order to compare.")
     low_norm = bool((shortest & (share >= 0)).any())
@@ -226,7 +228,8 @@ def _effect(vectors: HeadVectors, head: int, keys: np.ndarray) -> tuple[float, f
     for before, after in zip(attention_rows(vectors, head), attention_rows(vectors, head, keys=keys), strict=True):
         share.append(after[:, 0])
         moved.append(_distance(before, after))
-    return tuple(float(np.fromiter(chain(*each), np.float64)[1:].mean()) for each in (share, moved))
+    first, second = (float(np.fromiter(chain(*each), np.float64)[1:].mean()) for each in (share, moved))
+    return first, second
 
 
 def _distance(row: np.ndarray, other: np.ndarray) -> np.ndarray:

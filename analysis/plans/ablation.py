@@ -181,7 +181,7 @@ def ablate_layers(
     losses, total = [], len(given) * (2 + len(layers))
     for i, text in enumerate(given):
         prompt = prompt_of(loaded.tokenizer, text.text, settings.prompt_tokens)
-        run = capture(loaded, prompt, last_queries=0, on_layer=lambda *_, done=i: progress(done, total, "passes"))
+        run = capture(loaded, prompt, last_queries=0, progress=lambda *_, done=i: progress(done, total, "passes"))
         losses.append(layer_loss(run, spec.policy))
         progress(i + 1, total, "passes")
     alone = {_method(layer): _alone(spec, layer, loaded.config.num_hidden_layers) for layer in layers}

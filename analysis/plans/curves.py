@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from analysis.captures import Capture
 from analysis.errors import SettingsError
-from analysis.measures import WEAK, by_kv_head, correlation, status
+from analysis.measures import by_kv_head
+from analysis.metrics import STATUSES, metrics
+from analysis.records import kind_of
 from analysis.statistics import MIN_TEXTS, means
-from analysis.ties import evened, levelled
+from analysis.ties import evened
+from analysis.verdicts import WEAK
 from l2kv.spec import CompressionSpec, share
+
+if TYPE_CHECKING:
+    from analysis.studies import Study
+
+BINS = 100
+"""Steps of the keep ratio from 0 to 1: every percent is met exactly."""
 
 BY_NORM = ("signed_norm", "low_norm", "high_norm")
 """Policies that there are curves of."""
@@ -34,11 +44,11 @@ class LossCurves:
     low: np.ndarray  # [L, Hkv, B + 1] low norms kept
     high: np.ndarray  # [L, Hkv, B + 1] high norms kept
     compressible: np.ndarray  # [L] bool
-    status: np.ndarray  # [L, Hkv] of str: "ok", or why norms give no order in one of the texts (`measures.status`)
+    status: np.ndarray  # [L, Hkv] of str: "ok", or why norms give no order in one of the texts (`metrics.status`)
     gammas: np.ndarray  # [texts, L, Hkv] Γ of the group's mean attention, NaN where undefined
     protect_last: int = 0
     least_bin: int = 0  # below it the protected tokens alone hold more: nothing is saved there
-    over_chance: np.ndarray | None = None  # [2, texts, L, Hkv, B + 1] loss of low and of high less that of dice
+    over_chance: np.ndarray | None = None  # [2, texts, L, Hkv, B + 1] loss of low and of high, less the random one
     captures: tuple[Capture, ...] = ()  # what they are of, `slim`; the methods that look at single tokens need it
     documents: tuple[str, ...] = ()  # texts, names of what each is an excerpt of; none where it is not known
     weights: np.ndarray | None = None  # [L, Hkv] what lost attention costs in a head, of 1 in the mean: see `weighed`
@@ -122,10 +132,31 @@ class LossCurves:
         return self.of(spec.policy) if spec.policy in BY_NORM else None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class TextCurves:
+    """Loss curves of one text."""
+
+    lost: np.ndarray  # [3, L, Hkv, B + 1] low norms kept, high norms kept, and expected of a random order
+    status: np.ndarray  # [L, Hkv] of str: "ok", or why norms give no order (`metrics.status`)
+    gammas: np.ndarray  # [L, Hkv] Γ of the group's mean attention, NaN where undefined
+
+
+def text_curves(capture: Capture, *, bins: int = BINS, protect_last: int = 0) -> TextCurves:
+    """Loss curves of one text; the arguments are those of `loss_curves`."""
+    run = by_kv_head(slim(capture))
+    found = metrics(run, names=["gamma"])
+    status = found.status_of("gamma")
+    compressible = np.array([kind == "full" for kind in run.layer_kinds])
+    no_order = np.full_like(status, "a random order")
+    orders = ((1, status), (-1, status), (1, no_order))
+    lost = np.stack([_curves(run, state, sign, bins, protect_last) for sign, state in orders])
+    return TextCurves(lost * compressible[:, None, None], status, found.of("gamma"))
+
+
 def loss_curves(
-    *captures: Capture, bins: int = 100, protect_last: int = 0, documents: Sequence[str] = ()
+    *captures: Capture, bins: int = BINS, protect_last: int = 0, documents: Sequence[str] = ()
 ) -> LossCurves:
-    """Loss curves of one text or of several in the same model.
+    """Measure the loss curves of one text, or of several in the same model.
 
     A kv head is judged by the mean attention of the query heads that read it. At keep ratio r of n tokens it keeps
     `ceil(r n)`, as the cache does, the latest `protect_last` among them. Of tokens of equal norm (see `ties`) each is
@@ -134,7 +165,7 @@ def loss_curves(
 
     Args:
         captures: one or more; of one model, of any lengths.
-        bins: steps of the keep ratio from 0 to 1. With 100, every percent is met exactly.
+        bins: steps of the keep ratio from 0 to 1.
         protect_last: as in the spec that will be used.
         documents: names of what the texts are excerpts of, if that is known: intervals resample them.
 
@@ -147,36 +178,58 @@ def loss_curves(
         raise SettingsError(f"all captures must be of one model, got {', '.join(sorted({c.model for c in captures}))}")
     if bins < 1 or protect_last < 0:
         raise SettingsError(f"bins must be 1 or more and protect_last 0 or more, got {bins} and {protect_last}")
-    captures = tuple(map(slim, captures))
-    runs = [by_kv_head(capture) for capture in captures]
-    states = np.stack([status(run) for run in runs])
-    worst = (states != "ok").argmax(axis=0)  # the first text without an order, else the first text
-    compressible = np.array([kind == "full" for kind in captures[0].layer_kinds])
-    random = [np.full_like(state, "by dice") for state in states]
-    low, high, dice = (
-        np.array([_curves(run, state, sign, bins, protect_last) for run, state in zip(runs, orders, strict=True)])
-        * compressible[:, None, None]
-        for sign, orders in ((1, states), (-1, states), (1, random))
+    texts = [text_curves(capture, bins=bins, protect_last=protect_last) for capture in captures]
+    curves = _of_texts(
+        texts, captures[0].layer_kinds, [capture.n_tokens for capture in captures], protect_last, documents
     )
-    protected = max(min(protect_last, run.n_tokens) / run.n_tokens for run in runs)
+    return replace(curves, captures=tuple(map(slim, captures)))
+
+
+def curves_of(study: Study) -> LossCurves:
+    """Loss curves of the texts of a study, at its `protect_last`. They come without captures.
+
+    Raises:
+        SettingsError: the study has none, as in files of version 3 and before.
+    """
+    if study.curves is None or study.curve_status is None or study.curve_gammas is None:
+        raise SettingsError(
+            f"this study has no loss curves, as older ones do not. Make it again: {kind_of(type(study)).again}"
+        )
+    status = np.array(STATUSES, dtype=object)[study.curve_status]
+    texts = [
+        TextCurves(*parts) for parts in zip(study.curves.astype(np.float64), status, study.curve_gammas, strict=True)
+    ]
+    return _of_texts(texts, study.layer_kinds, study.n_tokens.tolist(), study.protect_last, study.documents)
+
+
+def _of_texts(
+    texts: Sequence[TextCurves],
+    layer_kinds: Sequence[str],
+    n_tokens: Sequence[int],
+    protect_last: int,
+    documents: Sequence[str],
+) -> LossCurves:
+    """The mean of the curves of texts."""
+    low, high, random = np.stack([text.lost for text in texts], axis=1)
+    states = np.stack([text.status for text in texts])
+    worst = (states != "ok").argmax(axis=0)  # the first text without an order, else the first text
+    protected = max(min(protect_last, n) / n for n in n_tokens)
     return LossCurves(
         low=low.mean(axis=0),
         high=high.mean(axis=0),
-        compressible=compressible,
+        compressible=np.array([kind == "full" for kind in layer_kinds]),
         status=np.take_along_axis(states, worst[None], axis=0)[0],
-        gammas=np.stack([correlation(run) for run in runs]),
+        gammas=np.stack([text.gammas for text in texts]),
         protect_last=protect_last,
-        least_bin=int(np.ceil(protected * bins - TINY)),
+        least_bin=int(np.ceil(protected * (low.shape[-1] - 1) - TINY)),
         documents=tuple(documents),
-        over_chance=np.stack([low, high]) - dice,
-        captures=captures,
+        over_chance=np.stack([low, high]) - random,
     )
 
 
 def slim(capture: Capture) -> Capture:
     """The run without what curves and plans do not read: its last queries' rows and its maps, most of its bytes."""
-    return replace(
-        capture,
+    return capture.with_attention(
         tokens_per_bin=capture.n_tokens,
         recent_attention=np.zeros((0, *capture.probe_attention.shape), np.float32),  # a slice would hold on to the rows
         pooled_attention=np.zeros((*capture.pooled_scale.shape, 1, 1), np.uint8),
@@ -187,7 +240,7 @@ def slim(capture: Capture) -> Capture:
 def _curves(run: Capture, state: np.ndarray, sign: int, bins: int, protect_last: int) -> np.ndarray:
     """[L, Hkv, B + 1] of a run by kv head; `sign` 1 keeps low norms, -1 high ones."""
     n, last = run.n_tokens, min(protect_last, run.n_tokens)
-    rank_by = sign * levelled(run.key_norm, run.dtype)
+    rank_by = sign * run.levels
     rank_by[..., n - last :] = -np.inf
     first_kept = evened(run.probe_attention, rank_by)
     others = n - last

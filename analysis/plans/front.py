@@ -22,11 +22,10 @@ from analysis.evaluation.results import FULL, Results, of_changes
 from analysis.models.memory import human_bytes
 from analysis.plans.allocation import BudgetError
 from analysis.plans.curves import loss_curves, slim
-from analysis.plans.simultaneous import simultaneous
 from analysis.plans.strategies import STRATEGIES, plan, title_of
 from analysis.progress import Progress, part_of, unheard
 from analysis.records import record
-from analysis.statistics import MIN_TEXTS, Interval, spearman, told_of_documents
+from analysis.statistics import MIN_TEXTS, Interval, simultaneous, spearman, told_of_documents
 from analysis.texts.excerpts import Excerpt
 from l2kv.config import CacheShape
 from l2kv.spec import CompressionSpec
@@ -385,7 +384,7 @@ def measure_front(
 
     def captured(text: str, done: int) -> Capture:
         prompt = prompt_of(loaded.tokenizer, text, settings.prompt_tokens)
-        run = slim(capture(loaded, prompt, last_queries=0, on_layer=lambda *_: progress(done, total, "passes")))
+        run = slim(capture(loaded, prompt, last_queries=0, progress=lambda *_: progress(done, total, "passes")))
         progress(done + 1, total, "passes")
         return run
 

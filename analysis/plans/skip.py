@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from analysis.captures import Capture
 from analysis.errors import RecordError, SettingsError
-from analysis.measures import alr, alr_chance
+from analysis.metrics import metrics
 from analysis.records import from_json, record
 from analysis.statistics import layer_losses, means
 from analysis.studies import Study
 from l2kv.spec import CompressionSpec
 
 # The loss of a policy against that of a random order, from Γ of low_norm: low and high order are one measurement.
-_AGAINST_CHANCE = {
+_AGAINST_CHANCE: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
     "low_norm": lambda ratio: ratio,
     "high_norm": lambda ratio: 2 - ratio,
     "random": lambda ratio: np.where(np.isnan(ratio), np.nan, 1.0),
@@ -25,10 +25,10 @@ _AGAINST_CHANCE = {
 
 @dataclass(frozen=True, slots=True)
 class LayerLoss:
-    """ALR of a policy, by head and by layer. 0 is the ideal order, 1 a random one, 2 the worst."""
+    """ALR of a policy, by head and by layer, normalised: 0 is the ideal order, 1 a random one, 2 the reverse."""
 
-    by_head: np.ndarray  # [L, H] ALR / ALR of chance
-    by_layer: np.ndarray  # [L] mean ALR of the heads / mean ALR of chance: heads count by what there is to lose
+    by_head: np.ndarray  # [L, H] normalised ALR
+    by_layer: np.ndarray  # [L] mean ALR of the heads / their mean chance level: heads count by what there is to lose
     paper: np.ndarray  # [L] mean ALR of the heads, in the paper's units (of this policy)
 
 
@@ -40,9 +40,9 @@ class SkipSuggestion:
     rule: str
 
 
-def layer_loss(capture: Capture, policy: str = "low_norm", *, leave_out: int = 0) -> LayerLoss:
+def layer_loss(capture: Capture, policy: str = "low_norm", *, skip_first: int = 0) -> LayerLoss:
     """What compressing each layer would lose by a policy, on the captured text. NaN where no head is defined."""
-    low, chance = alr(capture, leave_out=leave_out), alr_chance(capture, leave_out=leave_out)
+    low, chance = metrics(capture, skip_first=skip_first, names=["alr", "alr_chance"]).values
     defined = np.isfinite(low) & (chance > 0)
     by_head = np.full(low.shape, np.nan)
     by_head[defined] = _AGAINST_CHANCE[policy](low[defined] / chance[defined])
@@ -60,7 +60,7 @@ def suggest_skip_layers(
     rule: str = "threshold",
     threshold: float = 1.0,
     count: int = 2,
-    leave_out: int = 0,
+    skip_first: int = 0,
 ) -> SkipSuggestion:
     """Which layers to keep whole, from one text, from captures of several, or from a study: the worst by ALR / chance.
 
@@ -70,24 +70,28 @@ def suggest_skip_layers(
 
     Args:
         rule: one of `RULES`.
-        threshold: of the rule "threshold". 1 is the natural one: from there on the policy throws attention away faster
-            than dice would.
+        threshold: of the rule "threshold". 1, the chance level, is the natural one: from there on the policy loses
+            attention as fast as a random order, or faster.
         count: of the rule "count".
-        leave_out: the first tokens are left out (not of a study, which keeps no tokens).
+        skip_first: as in `metrics` (not of a study, which keeps no tokens).
 
     Raises:
         SettingsError: the rule is unknown, a number out of range, there is no capture, or captures of several models.
     """
     if rule not in RULES:
         raise SettingsError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
-    of = _Measured.of(measured, policy, leave_out)
+    of = _Measured.of(measured, policy, skip_first)
     loss = np.where(of.compressed, of.loss, -np.inf)
     undefined = np.isnan(loss)
     worst_first = [int(i) for i in np.argsort(-loss, kind="stable") if np.isfinite(loss[i])]
     kept = policy.replace("_", " ")
     if rule == "threshold":
         chosen = [i for i in worst_first if loss[i] >= threshold]
-        bar = "no less than a random order would" if threshold == 1 else f"at least {threshold:g} times what dice would"
+        bar = (
+            "no less than a random order would"
+            if threshold == 1
+            else f"at least {threshold:g} times what a random order would"
+        )
         words = (
             f"Skip every layer in which keeping by {kept} loses {bar}, both counted beyond what the ideal order loses "
             f"(ALR / chance ≥ {threshold:g})."
@@ -141,10 +145,10 @@ class _Measured:
     on: str  # what it was measured on, in words
 
     @classmethod
-    def of(cls, measured: Capture | Sequence[Capture] | Study, policy: str, leave_out: int) -> _Measured:
+    def of(cls, measured: Capture | Sequence[Capture] | Study, policy: str, skip_first: int) -> _Measured:
         if isinstance(measured, Study):
-            if leave_out:
-                raise SettingsError("a study keeps no tokens to leave out: suggest from captures")
+            if skip_first:
+                raise SettingsError("a study keeps no tokens to skip: suggest from captures")
             kinds, n_tokens = [measured.layer_kinds], measured.n_tokens
             by_text = _AGAINST_CHANCE[policy](layer_losses(measured))
         else:
@@ -152,7 +156,7 @@ class _Measured:
             kinds, n_tokens = [c.layer_kinds for c in captures], np.array([c.n_tokens for c in captures])
             if len({(c.model, c.layer_kinds) for c in captures}) != 1:
                 raise SettingsError("layers are suggested from captures of one model, and there must be one at least")
-            by_text = np.array([layer_loss(c, policy, leave_out=leave_out).by_layer for c in captures])
+            by_text = np.array([layer_loss(c, policy, skip_first=skip_first).by_layer for c in captures])
         compressed = np.array([kind == "full" for kind in kinds[0]])
         if len(n_tokens) == 1:
             return cls(by_text[0], compressed, f"this text of {n_tokens[0]} tokens")

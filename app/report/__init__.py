@@ -12,25 +12,27 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from analysis.captures import Capture
-from analysis.comparing import compare_runs, compare_studies
-from analysis.measures import VERDICTS, HeadFigures, answer, attention_loss, head_figures, signed, verdict_counts
+from analysis.comparing import compare
+from analysis.defaults import KEEP_RATIO, RECENT_WINDOW
+from analysis.measures import attention_loss
+from analysis.metrics import METRICS
 from analysis.models.load import BUNDLED_MODELS
-from analysis.models.memory import DTYPES, human_bytes
+from analysis.models.memory import DTYPES
 from analysis.models.sizes import checkpoint_dtype
 from analysis.plans.ablation import Ablation
 from analysis.plans.export import LENGTHS, kvpress_code, library_code
 from analysis.plans.front import Front
 from analysis.plans.skip import layer_loss, suggest_skip_layers
 from analysis.records import json_text
-from analysis.studies import Study
+from analysis.studies import Study, study_of
+from analysis.verdicts import answer, meanings, verdict_counts, verdicts
+from analysis.words import human_bytes, layers_listed, signed
 from app import figures
 from app.report import chapters
 from app.report.writing import Drawing, Section, document
 from l2kv.spec import CompressionSpec
 
-VERSION = 1
-KEEP = 0.5
-PROTECTED = 32
+VERSION = 2
 
 _READING = {
     "Γ": "Gini correlation of the norms' ranks with the attention of the next token: −1 low norms get it all (the "
@@ -38,10 +40,16 @@ _READING = {
     "ALR": "The paper's Eq. 5-7: the attention lost by evicting high norms first, less that of the ideal order, summed "
     "over how much is evicted. It is (1 + Γ) times the ALR of a random order, and grows with the text.",
     "ALR / n": "ALR by the number of tokens, from 0 to 1: what two texts may be compared by.",
-    "Spearman": "Of key norm and the attention that a key receives, the mean over the queries that see it. It counts "
-    "every token alike, so it does not notice a sink.",
+    "Spearman": "Rank correlation of key norm and the attention of the next token. It counts every token alike, so it "
+    "does not notice a sink.",
     "sink": "A token, mostly the first, that draws attention whatever the text says. Figures are given with and "
     "without the first token, since it can carry all of an effect.",
+}
+_MAPS = {
+    "gamma": "Purple: low norms get the attention, as the paper says. Orange: high norms do.",
+    "spearman": "Of norm and attention. It counts every token alike.",
+    "alr": "The paper's figure, of lost attention: pale is good. It grows with the text.",
+    "alr_per_token": "The same by the token: what two texts may be compared by.",
 }
 _LIMITS = (
     "One text is an anecdote. Γ and ALR of a run are of one query, the next token, and its verdicts are signs without "
@@ -72,21 +80,21 @@ def report(
     """
     if not 1 <= len(runs) <= 2 or len(studies) > 2:
         raise ValueError(f"a report is of 1 or 2 runs and up to 2 studies, got {len(runs)} and {len(studies)}")
-    names, measured = _names(runs, "run"), [head_figures(run) for run in runs]
+    names, measured = _names(runs, "run"), [study_of(run, probes=("next token",)) for run in runs]
     advice = [_Advice.of(run, studies) for run in runs]
     sections: list[Section] = []
     if len(runs) == 2:
-        compared = chapters.of_two_runs(compare_runs(*runs, names=names))
+        compared = chapters.of_comparison(compare(*measured, names=names))
         of = " ".join(f"{name}: {_about(run)}." for name, run in zip(names, runs, strict=True))
         sections.append(replace(compared, words=(*compared.words, of)))
-    for name, run, numbers, advised in zip(names, runs, measured, advice, strict=True):
+    for name, run, study, advised in zip(names, runs, measured, advice, strict=True):
         after = f": {name}" if len(runs) > 1 else ""
-        sections += [section(run, numbers, after) for section in (_heads, _extremes)]
+        sections += [section(run, study, after) for section in (_heads, _extremes)]
         sections += [section(run, advised, after) for section in (_layers, _savings)]
     study_names = _names(studies, "study")
     sections += [chapters.of_study(study, name) for study, name in zip(studies, study_names, strict=True)]
     if len(studies) == 2:
-        sections.append(chapters.of_two_studies(compare_studies(*studies, names=study_names)))
+        sections.append(chapters.of_comparison(compare(*studies, names=study_names)))
     for given, section in ((front, chapters.of_front), (ablation, chapters.of_ablation)):
         if given is not None:
             sections.append(section(given))
@@ -97,7 +105,9 @@ def report(
     ]
     title = f"Does low norm predict attention in {' and in '.join(dict.fromkeys(run.model for run in runs))}?"
     lead = (
-        answer(runs[0]) if len(runs) == 1 else "\n".join(f"{n}: {answer(r)}" for n, r in zip(names, runs, strict=True))
+        answer(measured[0])
+        if len(runs) == 1
+        else "\n".join(f"{name}: {answer(study)}" for name, study in zip(names, measured, strict=True))
     )
     return document(title, lead, sections, data=_data(runs, names, measured, advice))
 
@@ -115,64 +125,49 @@ def _about(run: Capture) -> str:
     return f"{run.n_tokens} tokens of “{beginning}”"
 
 
-def _heads(run: Capture, numbers: HeadFigures, after: str) -> Section:
-    without = head_figures(run, leave_out=1).gamma
-    layer, head = np.indices(numbers.gamma.shape).reshape(2, -1)
-    counts = verdict_counts(numbers.verdict)
+def _heads(run: Capture, study: Study, after: str) -> Section:
+    verdict = verdicts(study)
+    layer, head = np.indices(verdict.shape).reshape(2, -1)
     maps = [
         Drawing(
-            figures.head_map(values, title=title, diverging=diverging, status=numbers.status),
-            alt=f"Map of {title} by layer and head",
-            title=title,
+            figures.head_map(
+                study.of(name)[0], title=METRICS[name].title, diverging=METRICS[name].diverging,
+                status=study.status_of(name)[0],
+            ),
+            alt=f"Map of {METRICS[name].title} by layer and head",
+            title=METRICS[name].title,
             caption=caption,
         )
-        for title, values, diverging, caption in (
-            (
-                "Γ",
-                numbers.gamma,
-                True,
-                "Purple: low norms get the attention, as the paper says. Orange: high norms do.",
-            ),
-            ("Spearman", numbers.spearman, True, "Of norm and attention received, over all queries."),
-            ("ALR", numbers.alr, False, "The paper's figure, of lost attention: pale is good. It grows with the text."),
-            ("ALR / n", numbers.alr_per_token, False, "The same by the token: what two texts may be compared by."),
-        )
-    ]
+        for name, caption in _MAPS.items()
+    ]  # fmt: skip
     quadrant = Drawing(
-        figures.head_quadrant(numbers.gamma, without, numbers.sink_share, status=numbers.verdict),
+        figures.head_quadrant(
+            *(study.of(name)[0] for name in ("gamma", "gamma_skip_first", "sink_share")), status=verdict
+        ),
         alt="All heads by Γ with the first token and without it",
         title="With and without the first token",
         rows=2,
         caption="Size is the first token's share of the attention. Lower left follows the paper.",
-        table={
-            "layer": layer,
-            "head": head,
-            "kv head": [run.kv_head(int(h)) for h in head],
-            "Γ": numbers.gamma.ravel(),
-            "without the first": without.ravel(),
-            "ALR": numbers.alr.ravel(),
-            "ALR / n": numbers.alr_per_token.ravel(),
-            "ALR / chance": numbers.alr_against_chance.ravel(),
-            "Spearman": numbers.spearman.ravel(),
-            "share of the first": numbers.sink_share.ravel(),
-            "verdict": numbers.verdict.ravel(),
-        },
+        table={"layer": layer, "head": head, "kv head": [run.kv_head(int(h)) for h in head]}
+        | {METRICS[name].title: study.of(name)[0].ravel() for name in study.metrics}
+        | {"verdict": verdict.ravel()},
     )
     about = (
         f"{_about(run)} in {run.architecture}: {run.n_layers} layers, {run.n_heads} query heads on {run.n_kv_heads} kv "
-        f"heads of {run.head_dim}, {run.dtype}. Γ and ALR are of one query, the next token."
+        f"heads of {run.head_dim}, {run.dtype}. Numbers of a head are of one query, the next token."
     )
-    table = chapters.verdict_table({run.model: counts}, VERDICTS)
+    table = chapters.verdict_table({run.model: verdict_counts(verdict)}, meanings(1))
     return Section(f"Where it holds{after}", (about, *run.warnings), (maps[0], quadrant, *maps[1:]), 2, table)
 
 
-def _extremes(run: Capture, numbers: HeadFigures, after: str) -> Section:
+def _extremes(run: Capture, study: Study, after: str) -> Section:
     heading = f"The best and the worst head{after}"
-    if not np.isfinite(numbers.gamma).any():
+    gamma = study.of("gamma")[0]
+    if not np.isfinite(gamma).any():
         return Section(heading, ("No head has a defined Γ.",))
     drawings = []
     for pick, which in ((np.nanargmin, "Best"), (np.nanargmax, "Worst")):
-        layer, head = map(int, np.unravel_index(pick(numbers.gamma), numbers.gamma.shape))
+        layer, head = map(int, np.unravel_index(pick(gamma), gamma.shape))
         loss = attention_loss(run, layer, head)
         dropped = np.linspace(0, 1, len(loss.ideal))
         curves = {
@@ -183,10 +178,10 @@ def _extremes(run: Capture, numbers: HeadFigures, after: str) -> Section:
         }
         drawings.append(
             Drawing(
-                figures.loss_curves(dropped, curves, keep_ratio=KEEP),
+                figures.loss_curves(dropped, curves, keep_ratio=KEEP_RATIO),
                 alt=f"Attention lost by share of tokens evicted, layer {layer}, head {head}",
-                title=f"{which}: layer {layer}, head {head}, Γ {signed(numbers.gamma[layer, head])}, "
-                f"ALR {numbers.alr[layer, head]:.1f}",
+                title=f"{which}: layer {layer}, head {head}, Γ {signed(gamma[layer, head])}, "
+                f"ALR {study.of('alr')[0, layer, head]:.1f}",
                 caption="The area between keep low norm and ideal order is the ALR. Above random order is worse than "
                 "chance.",
                 table={"evicted": dropped} | {f"lost, {name}": lost for name, lost in curves.items()},
@@ -201,19 +196,20 @@ def _extremes(run: Capture, numbers: HeadFigures, after: str) -> Section:
 
 def _layers(run: Capture, advice: _Advice, after: str) -> Section:
     loss, kept = layer_loss(run, advice.policy), advice.policy.replace("_", " ")
-    words = [f"Suggestion, keeping by {kept}: {_listed(advice.skipped)}. {advice.rule}"]
+    words = [f"Suggestion, keeping by {kept}: {layers_listed(advice.skipped)}. {advice.rule}"]
     if advice.policy == "high_norm":
         words.insert(
-            0, "Here the mirror of the paper's rule, keeping HIGH norms, beats dice in more layers than the rule."
+            0,
+            "Here the mirror of the paper's rule, keeping HIGH norms, beats chance in more layers than the rule.",
         )
     drawing = Drawing(
         figures.layer_alr(loss.by_head, loss.by_layer, threshold=None, skipped=advice.skipped),
-        alt="ALR against chance, by layer",
+        alt="Normalised ALR by layer",
         caption=f"What keeping by {kept} loses beyond the ideal order, as a share of what a random order loses, on the "
         "text of this run: points are heads, diamonds layers. Suggested layers are shaded.",
         table={
             "layer": range(run.n_layers),
-            "ALR / chance": loss.by_layer,
+            "Normalised ALR": loss.by_layer,
             "ALR, mean over heads": loss.paper,
             "skipped": [layer in advice.skipped for layer in range(run.n_layers)],
         },
@@ -233,14 +229,14 @@ def _savings(run: Capture, advice: _Advice, after: str) -> Section:
     table = {
         "tokens": list(LENGTHS),
         "full cache": [human_bytes(n) for n in whole],
-        f"keep {KEEP:.0%} everywhere": [human_bytes(n) for n in uniform],
+        f"keep {KEEP_RATIO:.0%} everywhere": [human_bytes(n) for n in uniform],
         "with the skip list": [human_bytes(n) for n in plan],
         "saved": [f"{1 - kept / full:.0%}" for kept, full in zip(plan, whole, strict=True)],
     }
     words = [
         f"Keys and values of one sequence in {dtype or f'{run.dtype}, as it was run'}, by arithmetic, at keep ratio "
-        f"{KEEP:g} with the last {PROTECTED} tokens protected; skipped: {_listed(spec.skip_layers)}. The model need "
-        "not work at all of these lengths."
+        f"{KEEP_RATIO:g} with the last {RECENT_WINDOW} tokens protected; skipped: "
+        f"{layers_listed(spec.skip_layers)}. The model need not work at all of these lengths."
     ]
     code = [("With this library", library_code(spec, run.model))]
     if spec.policy == "low_norm":
@@ -274,25 +270,22 @@ class _Advice:
 
     @property
     def spec(self) -> CompressionSpec:
-        return CompressionSpec(keep_ratio=KEEP, policy=self.policy, skip_layers=self.skipped, protect_last=PROTECTED)
+        return CompressionSpec(
+            keep_ratio=KEEP_RATIO, policy=self.policy, skip_layers=self.skipped, protect_last=RECENT_WINDOW
+        )
 
 
-def _listed(layers: Sequence[int]) -> str:
-    return f"layer{'s' * (len(layers) != 1)} {', '.join(map(str, layers))}" if layers else "no layer"
-
-
-def _data(
-    runs: Sequence[Capture], names: Sequence[str], measured: Sequence[HeadFigures], advice: Sequence[_Advice]
-) -> str:
+def _data(runs: Sequence[Capture], names: Sequence[str], measured: Sequence[Study], advice: Sequence[_Advice]) -> str:
     told = [
         {
             "name": name,
             "model": run.model,
             "n_tokens": run.n_tokens,
-            "answer": answer(run),
-            "heads": asdict(numbers),
+            "answer": answer(study),
+            "probe": "next token",
+            "heads": {name: study.of(name)[0] for name in study.metrics} | {"verdict": verdicts(study)},
             "spec": asdict(each.spec),
         }
-        for name, run, numbers, each in zip(names, runs, measured, advice, strict=True)
+        for name, run, study, each in zip(names, runs, measured, advice, strict=True)
     ]
     return json_text({"l2kv_report": VERSION, "runs": told})

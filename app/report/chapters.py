@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from analysis import statistics
-from analysis.comparing import RunComparison, StudyComparison
-from analysis.measures import VERDICTS, verdict_counts
+from analysis.comparing import Comparison
 from analysis.plans.ablation import Ablation
 from analysis.plans.front import Front, FrontPoint
 from analysis.plans.strategies import STRATEGIES, title_of
 from analysis.studies import Study
+from analysis.verdicts import answer, meanings, verdict_counts, verdicts
+from analysis.words import counted, span
 from app import figures
 from app.report.writing import Drawing, Section
 
@@ -21,7 +22,7 @@ _MIB = 2**20
 
 def of_study(study: Study, name: str) -> Section:
     """What the heads do over many texts, with intervals."""
-    gamma, verdict = statistics.head_means(study), statistics.head_verdicts(study)
+    gamma, verdict = statistics.head_means(study), verdicts(study)
     loss = statistics.means(statistics.layer_losses(study), documents=study.documents)
     stability = statistics.stability(statistics.layer_losses(study))
     layer, head = np.indices(gamma.mean.shape).reshape(2, -1)
@@ -45,10 +46,10 @@ def of_study(study: Study, name: str) -> Section:
         ),
         Drawing(
             figures.means_by_layer(loss.mean, loss.low, loss.high),
-            alt="ALR against chance of each layer, with intervals over texts",
-            title="ALR / chance of each layer",
-            caption="0 is the ideal order, 1 a random one, 2 the worst. Bars are 95 % intervals, by resampling texts.",
-            table={"layer": range(len(loss.mean)), "ALR / chance": loss.mean, "from": loss.low, "to": loss.high},
+            alt="Normalised ALR of each layer, with intervals over texts",
+            title="Normalised ALR of each layer",
+            caption="0 is the ideal order, 1 a random one, 2 the reverse. Bars: 95 % intervals, by resampling texts.",
+            table={"layer": range(len(loss.mean)), "Normalised ALR": loss.mean, "from": loss.low, "to": loss.high},
         ),
     ]
     if stability.by_texts:
@@ -62,17 +63,12 @@ def of_study(study: Study, name: str) -> Section:
                 table=dict(zip(("texts in each half", "Spearman", "Kendall"), columns, strict=True)),
             )
         )
-    least, most = int(study.n_tokens.min()), int(study.n_tokens.max())
-    length = f"{least}" if least == most else f"{least} to {most}"
     return Section(
         f"Over many texts: {name}",
-        (
-            statistics.answer(study),
-            f"{n} texts of {length} tokens.{unfinished} {stability}",
-        ),
+        (answer(study), f"{counted(n, 'text')} of {span(study.n_tokens.tolist())} tokens.{unfinished} {stability}"),
         tuple(drawings),
         columns=2,
-        table=verdict_table({name: verdict_counts(verdict, statistics.VERDICTS)}, statistics.VERDICTS),
+        table=verdict_table({name: verdict_counts(verdict)}, meanings(n)),
     )
 
 
@@ -145,90 +141,68 @@ def ablation_table(check: Ablation) -> dict[str, Sequence]:
     )
 
 
-def of_two_runs(comparison: RunComparison) -> Section:
-    """Two runs head by head, or as distributions where the shapes differ."""
-    names = comparison.names
+def of_comparison(comparison: Comparison) -> Section:
+    """Two runs or two studies head by head, or as distributions where the shapes differ."""
+    names, difference, runs = comparison.names, comparison.difference, comparison.texts == (1, 1)
     counts = dict(zip(names, comparison.verdicts, strict=True))
+    first, second = (means.mean for means in comparison.means)
+    mean, told = "" if runs else "mean ", meanings(max(comparison.texts))
     bars = Drawing(
-        figures.verdict_bars(counts),
-        alt="Share of the heads with each verdict, in both runs",
+        figures.verdict_bars({name: {verdict: of[verdict] for verdict in told} for name, of in counts.items()}),
+        alt="Share of the heads with each verdict, in both",
         title="Verdicts",
         caption="Shares, since the two may have different numbers of heads.",
     )
-    if comparison.difference is None:
-        first = Drawing(
-            figures.gamma_spread(dict(zip(names, comparison.gammas, strict=True))),
-            alt="Γ of all heads of both runs",
+    if difference is None:
+        spread = Drawing(
+            figures.gamma_spread(dict(zip(names, (first, second), strict=True))),
+            alt="Γ of all heads of both",
             title="Γ of all heads",
             caption="Every head a point, beside a box of the quartiles.",
         )
-        drawings = (first, bars)
+        drawings = (spread, bars)
     else:
-        layer, head = np.indices(comparison.difference.shape).reshape(2, -1)
-        first, second = comparison.gammas
+        layer, head = np.indices(difference.mean.shape).reshape(2, -1)
+        ends = {} if runs else {"from": difference.low.ravel(), "to": difference.high.ravel()}
+        intervals = "" if runs else " The table has the 95 % intervals, by resampling texts."
         drawings = (
             Drawing(
-                figures.head_map(comparison.difference, title="ΔΓ", diverging=True),
-                alt="Map of the difference of Γ by layer and head",
-                title="Γ of the second less that of the first",
-                caption="Purple: low norms get more of the attention in the second. Colours end at ±1, numbers do not.",
+                figures.head_map(difference.mean, title="ΔΓ", diverging=True),
+                alt=f"Map of the difference of the {mean}Γ by layer and head",
+                title=f"The {mean}Γ of the second less that of the first",
+                caption="Purple: low norms get more of the attention in the second. Colours end at ±1, numbers do "
+                f"not.{intervals}",
                 table={
                     "layer": layer,
                     "head": head,
                     f"Γ, {names[0]}": first.ravel(),
                     f"Γ, {names[1]}": second.ravel(),
-                    "difference": comparison.difference.ravel(),
-                },
+                    "difference": difference.mean.ravel(),
+                }
+                | ends,
             ),
             Drawing(
                 figures.gamma_against(first, second, names=names),
-                alt="Γ of every head in the second run against the first",
+                alt=f"The {mean}Γ of every head in the second against the first",
                 title="Head by head",
                 caption="On the line nothing changed. Colour is the layer.",
                 rows=2,
             ),
             bars,
         )
-    table = verdict_table(counts, VERDICTS)
-    return Section("Compared", (f"{names[0]} against {names[1]}. {comparison}",), drawings, columns=2, table=table)
+    return Section(
+        "Compared" if runs else "Compared over many texts",
+        (f"{names[0]} against {names[1]}. {comparison}",),
+        drawings,
+        columns=2,
+        table=verdict_table(counts, told),
+    )
 
 
-def of_two_studies(comparison: StudyComparison) -> Section:
-    """Two studies head by head, with intervals."""
-    names, difference = comparison.names, comparison.difference
-    drawings: tuple[Drawing, ...] = ()
-    if difference is not None:
-        layer, head = np.indices(difference.mean.shape).reshape(2, -1)
-        drawings = (
-            Drawing(
-                figures.head_map(difference.mean, title="ΔΓ", diverging=True),
-                alt="Map of the difference of the mean Γ by layer and head",
-                title="Mean Γ of the second less that of the first",
-                caption="Colours end at ±1, numbers do not. The table has the 95 % intervals, by resampling texts.",
-                table={
-                    "layer": layer,
-                    "head": head,
-                    "difference": difference.mean.ravel(),
-                    "from": difference.low.ravel(),
-                    "to": difference.high.ravel(),
-                },
-            ),
-            Drawing(
-                figures.gamma_against(comparison.means[0].mean, comparison.means[1].mean, names=names),
-                alt="Mean Γ of every head in the second study against the first",
-                title="Head by head",
-                caption="On the line nothing changed. Colour is the layer.",
-            ),
-        )
-    table = verdict_table(dict(zip(names, comparison.verdicts, strict=True)), statistics.VERDICTS)
-    lead = f"{names[0]} against {names[1]}. {comparison}"
-    return Section("Compared over many texts", (lead,), drawings, columns=2, table=table)
-
-
-def verdict_table(counts: Mapping[str, Mapping[str, int]], meanings: Mapping[str, str]) -> dict[str, list]:
+def verdict_table(counts: Mapping[str, Mapping[str, int]], told: Mapping[str, str]) -> dict[str, list]:
     """Verdicts, heads with each, and what they mean."""
-    of_runs = {name if len(counts) > 1 else "heads": list(of.values()) for name, of in counts.items()}
-    return {"verdict": list(meanings)} | of_runs | {"meaning": list(meanings.values())}
+    of_each = {name if len(counts) > 1 else "heads": [of[verdict] for verdict in told] for name, of in counts.items()}
+    return {"verdict": list(told)} | of_each | {"meaning": list(told.values())}
 
 
 def _line(front: Front, name: str, points: Sequence[FrontPoint]) -> figures.Line:

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from analysis.measures import signed
 from analysis.paper.figures import FIGURES, BestAndWorst, FourHeads, OfSink, OverChunks
 from analysis.paper.why import Factors
+from analysis.words import counted, signed, span
 from app import figures
 from app.components import markup
 from app.report.writing import Drawing, Section
@@ -62,14 +62,14 @@ def _fig2(numbers: OverChunks) -> Section:
         for title, values, top, caption in (
             ("ALR", numbers.alr, None, "The paper's figure: a sum over the tokens, so it grows with the excerpt."),
             ("ALR / n", numbers.alr_per_token, None, "From 0 to 1: what texts of other lengths may be compared by."),
-            ("ALR / chance", numbers.alr_against_chance, 2.0, "0 the ideal order, 1 a random one, 2 the worst."),
+            ("Normalised ALR", numbers.normalised_alr, 2.0, "0 the ideal order, 1 a random one, 2 the reverse."),
         )
     ]
     flat = {title: getattr(numbers, name).ravel() for title, name in _COLUMNS.items()}
     drawings[0] = replace(drawings[0], table={"layer": layer, "head": head, **flat})
     finite = numbers.alr[np.isfinite(numbers.alr)]
     spread = f"ALR is {finite.min():.3g} to {finite.max():.3g}" if len(finite) else "ALR is undefined in all heads"
-    worse = int((numbers.alr_against_chance > 1).sum())
+    worse = int((numbers.normalised_alr > 1).sum())
     return _section(
         "fig2",
         f"{spread}, the mean over {_excerpts(numbers.n_tokens)}; in {worse} of {numbers.alr.size} heads norm order is "
@@ -82,7 +82,7 @@ def _fig2(numbers: OverChunks) -> Section:
 
 
 _COLUMNS = {
-    "ALR": "alr", "ALR / n": "alr_per_token", "ALR / chance": "alr_against_chance", "excerpts it is of": "defined",
+    "ALR": "alr", "ALR / n": "alr_per_token", "Normalised ALR": "normalised_alr", "excerpts it is of": "defined",
 }  # fmt: skip
 
 
@@ -234,6 +234,4 @@ def _section(name: str, *words: str, drawings, columns: int = 1) -> Section:
 
 
 def _excerpts(n_tokens: np.ndarray) -> str:
-    n, least, most = len(n_tokens), n_tokens.min(), n_tokens.max()
-    length = f"{least}" if least == most else f"{least} to {most}"
-    return f"{n} excerpt{'s' * (n != 1)} of {length} tokens"
+    return f"{counted(len(n_tokens), 'excerpt')} of {span(n_tokens.tolist())} tokens"

@@ -9,11 +9,12 @@ import streamlit as st
 from analysis.captures import Capture, load_run, save_run
 from analysis.demo.presets import BUNDLED_RUNS, demo_model, presets
 from analysis.errors import RecordError, UserError
-from analysis.models.memory import capture_bytes, human_bytes
+from analysis.models.memory import capture_bytes
 from analysis.progress import Progress
-from analysis.selftest import instrument
+from analysis.selftest import synthetic_run
 from analysis.texts.read import plain_text
 from analysis.texts.tokens import tokenize
+from analysis.words import human_bytes
 from app import session
 from app.components import jobs, markup, sources, uploads
 from app.components.jobs import Job
@@ -113,7 +114,7 @@ def _run(engine: Engine, ref: str, text: str, heads_page: StreamlitPage) -> None
     def captured(loaded: LoadedModel, progress: Progress) -> Capture:
         from analysis.recorder import capture
 
-        return capture(loaded, text, on_layer=lambda done, total: progress(done, total, "layers"))
+        return capture(loaded, text, progress=progress)
 
     cancelled = "The text and the run on screen before are as they were."
     run = jobs.run(engine, Job("run_capture", "Run", ref, captured, cancelled=cancelled, done=""))
@@ -144,7 +145,7 @@ def _files(heads_page: StreamlitPage) -> None:
                 st.button(f"Open the run of {model}", icon=":material/home:", on_click=session.show_run, args=(demo,))
         st.caption("The file holds the text. `python -m analysis capture` writes the same kind.")
         if st.button("Open the synthetic check", icon=":material/science:"):
-            session.show_run(instrument())
+            session.show_run(synthetic_run())
             st.switch_page(heads_page)
         st.caption("A run of no model, whose Γ are known to be −1, 0 and +1: does this instrument read what is there?")
     with right:

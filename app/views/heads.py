@@ -6,9 +6,10 @@ import numpy as np
 import streamlit as st
 
 from analysis.captures import Capture
-from analysis.measures import VERDICTS, HeadFigures, answer_of, signed
-from analysis.metrics import PROBES
+from analysis.metrics import METRICS, PROBES, HeadValues
 from analysis.selftest import check, is_synthetic
+from analysis.verdicts import answer, meanings
+from analysis.words import signed
 from app import figures, session
 from app.components import markup
 from app.components.charts import first_is_drawn, show
@@ -22,14 +23,13 @@ WHOSE = {
     "all queries": "Of the attention that each token receives, the mean over all queries that see it.",
 }
 MAPS = {
-    "Γ": "**Γ** of each head, −1 to +1. Purple: the keys of low norm get the attention, as the paper says. Orange: "
+    "gamma": "**Γ** of each head, −1 to +1. Purple: the keys of low norm get the attention, as the paper says. Orange: "
     "those of high norm do. It weighs tokens by their attention. {whose}",
-    "ALR": "**ALR**, the paper's figure: how much more attention is lost by evicting high norms first than by the "
+    "alr": "**ALR**, the paper's figure: how much more attention is lost by evicting high norms first than by the "
     "ideal order. Pale is good. It is a sum over the tokens, so it grows with the text, and with how much there is "
     "to lose. {whose}",
-    "Spearman": "**Spearman's ρ** of key norm and the attention that a key receives, the mean over all queries that "
-    "see it, whichever are chosen above. It counts every token alike, so it does not notice a sink. In layer 0 equal "
-    "tokens have equal norms.",
+    "spearman": "**Spearman's ρ** of key norm and attention. It counts every token alike, so it does not notice a "
+    "sink. In layer 0 equal tokens have equal norms. {whose}",
 }
 
 
@@ -40,31 +40,30 @@ def page() -> None:
         _synthetic(run)
     else:
         st.header(f"Does low norm predict attention in {markup.plain(run.model)}?")
-        answer = st.empty()
+        place = st.empty()
         _about(run)
     with st.container(horizontal=True, vertical_alignment="bottom", gap="large"):
         probe = _probe(run)
         without = st.toggle(
             "Leave out the first token (the usual sink)",
-            key="leave_out",
+            key="skip_first",
             persist_state="session",
             help="One token often draws most of the attention. The figures and plots below are then of the others; "
             "verdicts, which weigh both, and the strip of tokens stay of all.",
         )
-    leave_out = int(without)
-    numbers = session.figures_of(run, leave_out, probe)
+    skip_first = int(without)
+    values = session.values_of(run, skip_first, probe)
     if not is_synthetic(run):
-        of_all = session.figures_of(run, 0, probe)
-        answer.markdown(markup.headline(answer_of(of_all.verdict, of_all.gamma, n_tokens=run.n_tokens)))
-    if not _maps(run, numbers, leave_out, probe):
+        place.markdown(markup.headline(answer(session.study_of_run(run, probe), probe=probe)))
+    if not _maps(run, values, skip_first, probe):
         return
     layer, head = session.chosen_head(run)
     st.markdown(
-        f"Open below: **layer {layer}, head {head}**, {numbers.verdict[layer, head]}, "
-        f"Γ {signed(numbers.gamma[layer, head])}."
+        f"Open below: **layer {layer}, head {head}**, {session.verdicts_of(run, probe)[layer, head]}, "
+        f"Γ {signed(values.of('gamma')[layer, head])}."
     )
     st.divider()
-    one_head(run, numbers, leave_out, probe)
+    one_head(run, values, skip_first, probe)
     st.divider()
     two_runs.section(run)
 
@@ -117,7 +116,7 @@ def _dtypes(run: Capture) -> str:
     return f"{markup.plain(run.dtype)}{other}"
 
 
-def _maps(run: Capture, numbers: HeadFigures, leave_out: int, probe: str) -> bool:
+def _maps(run: Capture, values: HeadValues, skip_first: int, probe: str) -> bool:
     """Draw them. False where so far it is the first one only, and nothing should follow."""
     whose = WHOSE[probe].format(w=len(run.recent_positions))
     left, right = st.columns([3, 2], gap="large")
@@ -125,17 +124,20 @@ def _maps(run: Capture, numbers: HeadFigures, leave_out: int, probe: str) -> boo
         which = st.segmented_control(
             "Map",
             list(MAPS),
-            default="Γ",
+            format_func=lambda name: METRICS[name].title,
+            default="gamma",
             required=True,
             key="map",
             persist_state="session",
             label_visibility="collapsed",
         )
-        values = {"Γ": numbers.gamma, "ALR": numbers.alr, "Spearman": numbers.spearman}[which]
+        of = METRICS[which]
         show(
-            figures.head_map(values, title=which, diverging=which != "ALR", status=numbers.status),
-            key=f"map_{which}_{leave_out}_{probe}",
-            alt=f"Map of {which} by layer and head",
+            figures.head_map(
+                values.of(which), title=of.title, diverging=of.diverging, status=values.status_of(which), zmax=of.high
+            ),
+            key=f"map_{which}_{skip_first}_{probe}",
+            alt=f"Map of {of.title} by layer and head",
             caption=f"{MAPS[which].format(whose=whose)} Rows are layers, columns query heads. "
             "Click a cell to open that head.",
             on_head=session.choose_head,
@@ -143,12 +145,12 @@ def _maps(run: Capture, numbers: HeadFigures, leave_out: int, probe: str) -> boo
     if not first_is_drawn():
         return False
     with left:
-        _all_heads(run, numbers, probe)
+        _all_heads(run, values, probe)
     with right:
         st.markdown("**With and without the first token**")
-        gammas = (session.figures_of(run, first, probe).gamma for first in (0, 1))
+        gammas = (session.values_of(run, 0, probe).of(name) for name in ("gamma", "gamma_skip_first"))
         show(
-            figures.head_quadrant(*gammas, numbers.sink_share, status=numbers.verdict),
+            figures.head_quadrant(*gammas, values.of("sink_share"), status=session.verdicts_of(run, probe)),
             key=f"quadrant_{probe}",
             alt="All heads by Γ with the first token and without it",
             caption="Every head by Γ with the first token (across) and without it (up); size is the first token's "
@@ -159,8 +161,9 @@ def _maps(run: Capture, numbers: HeadFigures, leave_out: int, probe: str) -> boo
     return True
 
 
-def _all_heads(run: Capture, numbers: HeadFigures, probe: str) -> None:
-    layer, head = np.indices(numbers.gamma.shape).reshape(2, -1)
+def _all_heads(run: Capture, values: HeadValues, probe: str) -> None:
+    verdict = session.verdicts_of(run, probe)
+    layer, head = np.indices(verdict.shape).reshape(2, -1)
     with st.expander("All heads as a table", icon=":material/table:"):
 
         def chosen() -> None:
@@ -172,20 +175,12 @@ def _all_heads(run: Capture, numbers: HeadFigures, probe: str) -> None:
                 "layer": layer,
                 "head": head,
                 "kv head": head * run.n_kv_heads // run.n_heads,
-                "Γ": numbers.gamma.ravel(),
-                "Γ without the first": session.figures_of(run, 1, probe).gamma.ravel(),
-                "ALR": numbers.alr.ravel(),
-                "ALR / n": numbers.alr_per_token.ravel(),
-                "ALR / chance": numbers.alr_against_chance.ravel(),
-                "Spearman": numbers.spearman.ravel(),
-                "Pearson": numbers.pearson.ravel(),
-                "share of the first": numbers.sink_share.ravel(),
-                "verdict": numbers.verdict.ravel().astype(str),
-                "status": numbers.status.ravel().astype(str),
-            },
+            }
+            | {METRICS[name].title: values.of(name).ravel() for name in values.names}
+            | {"verdict": verdict.ravel().astype(str), "status": values.status_of("gamma").ravel().astype(str)},
             hide_index=True,
             key="all_heads",
             on_select=chosen,
             selection_mode="single-row",
         )
-        st.caption(" · ".join(f"**{name}**: {markup.plain(meaning)}" for name, meaning in VERDICTS.items()))
+        st.caption(" · ".join(f"**{name}**: {markup.plain(meaning)}" for name, meaning in meanings(1).items()))

@@ -6,26 +6,29 @@ import numpy as np
 import streamlit as st
 
 from analysis.captures import Capture
-from analysis.measures import VERDICTS, HeadFigures, attention_loss, kept_tokens, signed
+from analysis.measures import attention_loss, kept_tokens
+from analysis.metrics import HeadValues
 from analysis.selftest import is_synthetic
+from analysis.verdicts import meanings
+from analysis.words import signed
 from app import figures, session
 from app.components import controls, markup
 from app.components.charts import show
 from l2kv.spec import CompressionSpec, share
 
 
-def one_head(run: Capture, numbers: HeadFigures, leave_out: int, probe: str) -> None:
-    """Draw the open head: `numbers` are of the probe that is chosen, the plots say what each is of."""
+def one_head(run: Capture, values: HeadValues, skip_first: int, probe: str) -> None:
+    """Draw the open head: `values` are of the probe that is chosen, the plots say what each is of."""
     layer, head = _choose(run)
-    verdict = str(numbers.verdict[layer, head])
+    verdict = str(session.verdicts_of(run, probe)[layer, head])
     st.subheader(f"Layer {layer}, head {head}: {verdict}")
     whose = {"last queries": f"the last {len(run.recent_positions)} queries", "all queries": "all queries"}
     st.caption(
-        f"By {whose.get(probe, 'the next token')}: {markup.plain(VERDICTS[verdict])}. It reads kv head "
+        f"By {whose.get(probe, 'the next token')}: {markup.plain(meanings(1)[verdict])}. It reads kv head "
         f"{run.kv_head(head)}. {_layer_note(run, layer)}"
     )
-    _numbers(run, numbers, layer, head, leave_out, probe)
-    _queries(run, layer, head, leave_out)
+    _numbers(run, values, layer, head, skip_first, probe)
+    _queries(run, layer, head, skip_first)
 
     labels = [markup.visible(label) for label in run.labels]
     norm = run.key_norm[layer, run.kv_head(head)]
@@ -57,7 +60,7 @@ def one_head(run: Capture, numbers: HeadFigures, leave_out: int, probe: str) -> 
         "· is a space, ⏎ a line end. The latest tokens are protected as set above."
     )
 
-    shown = slice(leave_out, None)
+    shown = slice(skip_first, None)
     show(
         figures.norm_and_attention(
             norm[shown],
@@ -65,7 +68,7 @@ def one_head(run: Capture, numbers: HeadFigures, leave_out: int, probe: str) -> 
             labels[shown],
             kept=kept[shown],
             attention_label="attention of the next token",
-            first_position=leave_out,
+            first_position=skip_first,
         ),
         key="by_position",
         alt=f"Key norm and attention by position, layer {layer}, head {head}",
@@ -83,24 +86,24 @@ def one_head(run: Capture, numbers: HeadFigures, leave_out: int, probe: str) -> 
     )
     left, right = st.columns(2, gap="large")
     with left:
-        rho = numbers.spearman[layer, head]
+        rho = session.values_of(run, skip_first, "all queries").of("spearman")[layer, head]
         show(
             figures.norm_attention_scatter(
                 norm[shown],
                 run.attention_received[layer, head][shown],
                 labels[shown],
                 rho=None if np.isnan(rho) else float(rho),
-                n=run.n_tokens - leave_out,
-                first_position=leave_out,
+                n=run.n_tokens - skip_first,
+                first_position=skip_first,
             ),
             key="scatter",
             alt="Scatter of key norm and attention received",
             caption="Each token by key norm and by the attention it receives, the mean over all queries that see it "
             "(log scale). A slope down to the right is the paper's claim. No p-value: tokens are not independent.",
         )
-        _losses(run, layer, head, leave_out, spec)
+        _losses(run, layer, head, skip_first, spec)
     with right:
-        _pooled(run, layer, head, leave_out)
+        _pooled(run, layer, head, skip_first)
 
 
 def _choose(run: Capture) -> tuple[int, int]:
@@ -139,29 +142,29 @@ def _layer_note(run: Capture, layer: int) -> str:
     return ""
 
 
-def _numbers(run: Capture, numbers: HeadFigures, layer: int, head: int, leave_out: int, probe: str) -> None:
-    without = session.figures_of(run, 1, probe).gamma[layer, head]
-    group_alr = session.kv_figures_of(run, leave_out, probe).alr[layer, run.kv_head(head)]
-    n = run.n_tokens - leave_out
+def _numbers(run: Capture, values: HeadValues, layer: int, head: int, skip_first: int, probe: str) -> None:
+    number = {name: values.of(name)[layer, head] for name in values.names}
+    group_alr = session.kv_alr_of(run, skip_first, probe)[layer, run.kv_head(head)]
+    n = run.n_tokens - skip_first
     ranked = f"{n - len(run.recent_positions)} to {n - 1}" if probe == "last queries" else n
     shown = {
-        "Γ": (signed(numbers.gamma[layer, head]), "−1 the paper's claim, 0 chance, +1 the opposite"),
+        "Γ": (signed(number["gamma"]), "−1 the paper's claim, 0 chance, +1 the opposite"),
         "Γ without the first": (
-            signed(without),
+            signed(number["gamma_skip_first"]),
             "the same, with the first token left out; undefined where the others get less than 1 % of the attention, "
             "or have no order",
         ),
-        "ALR": (f"{numbers.alr[layer, head]:z.1f}", f"the paper's sum, of n = {ranked} tokens"),
+        "ALR": (f"{number['alr']:z.1f}", f"the paper's sum, of n = {ranked} tokens"),
         "ALR of its kv head": (
             f"{group_alr:z.1f}",
             f"of the mean attention of the {run.n_heads // run.n_kv_heads} query heads that read it, since a key is "
             "evicted for all of them at once; not the mean of their ALRs",
         ),
-        "ALR / n": (f"{numbers.alr_per_token[layer, head]:z.3f}", "comparable between texts, 0 to 1"),
-        "ALR / chance": (f"{numbers.alr_against_chance[layer, head]:z.2f}", "0 ideal, 1 random, 2 the worst order"),
-        "Spearman ρ": (signed(numbers.spearman[layer, head]), "norm against attention received, all queries"),
-        "Pearson r": (signed(numbers.pearson[layer, head]), "the same, linear"),
-        "Share of the first": (f"{numbers.sink_share[layer, head]:.0%}", "of that attention"),
+        "ALR / n": (f"{number['alr_per_token']:z.3f}", "comparable between texts, 0 to 1"),
+        "Normalised ALR": (f"{number['normalised_alr']:z.2f}", "0 ideal, 1 random, 2 reversed"),
+        "Spearman ρ": (signed(number["spearman"]), "norm against that attention, by rank"),
+        "Pearson r": (signed(number["pearson"]), "the same, linear"),
+        "Share of the first": (f"{number['sink_share']:.0%}", "of that attention"),
     }
     with st.container(horizontal=True):
         for name, (value, help_text) in shown.items():
@@ -172,13 +175,13 @@ def _numbers(run: Capture, numbers: HeadFigures, layer: int, head: int, leave_ou
     )
 
 
-def _queries(run: Capture, layer: int, head: int, leave_out: int) -> None:
+def _queries(run: Capture, layer: int, head: int, skip_first: int) -> None:
     positions = run.recent_positions
     if not positions:
         st.caption("The run on screen keeps no last queries. Capture the text again to see how queries differ.")
         return
-    gamma = session.gamma_by_query(run, leave_out)[:, layer, head]
-    next_token = float(session.figures_of(run, leave_out).gamma[layer, head])
+    gamma = session.gamma_by_query(run, skip_first)[:, layer, head]
+    next_token = float(session.values_of(run, skip_first).of("gamma")[layer, head])
     labels = [markup.visible(run.labels[position]) for position in positions]
     show(
         figures.gamma_by_query(
@@ -197,16 +200,16 @@ def _queries(run: Capture, layer: int, head: int, leave_out: int) -> None:
     )  # fmt: skip
 
 
-def _losses(run: Capture, layer: int, head: int, leave_out: int, spec: CompressionSpec) -> None:
+def _losses(run: Capture, layer: int, head: int, skip_first: int, spec: CompressionSpec) -> None:
     """With the tokens protected that are protected above, so that one number is told of one thing."""
-    loss = attention_loss(run, layer, head, leave_out=leave_out, protect_last=spec.protect_last)
+    loss = attention_loss(run, layer, head, skip_first=skip_first, protect_last=spec.protect_last)
     curves = {
         "keep low norm": loss.low_norm,
         "keep high norm": loss.high_norm,
         "ideal order": loss.ideal,
         "random order": loss.chance,
     }
-    dropped = np.arange(len(loss.ideal)) / max(run.n_tokens - leave_out, 1)
+    dropped = np.arange(len(loss.ideal)) / max(run.n_tokens - skip_first, 1)
     protected = (
         f"the last {spec.protect_last} are protected, as set above, and are never evicted. With nothing protected the "
         "area between *keep low norm* and *ideal order* is the ALR."
@@ -223,9 +226,9 @@ def _losses(run: Capture, layer: int, head: int, leave_out: int, spec: Compressi
     )
 
 
-def _pooled(run: Capture, layer: int, head: int, leave_out: int) -> None:
+def _pooled(run: Capture, layer: int, head: int, skip_first: int) -> None:
     pooled = run.pooled(layer, head)
-    if leave_out:
+    if skip_first:
         pooled[:, 0] = np.nan  # the bin that holds the first token: what is left gets the colours
     show(
         figures.pooled_map(pooled, tokens_per_bin=run.tokens_per_bin, n_tokens=run.n_tokens),
@@ -233,5 +236,5 @@ def _pooled(run: Capture, layer: int, head: int, leave_out: int) -> None:
         alt="Attention map, pooled",
         caption=f"Who looks where: each row is {run.tokens_per_bin} queries, each column as many keys, "
         "the first at the top left. A bright first column is a sink, a bright diagonal is recency. Of all queries"
-        + (", the first column left out." if leave_out else "."),
+        + (", the first column left out." if skip_first else "."),
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import streamlit as st
 
+from analysis.defaults import EXCERPT_TOKENS, STUDY_EXCERPTS
 from analysis.errors import RecordError
 from analysis.progress import Progress
 from analysis.studies import Study, load_study, save_study
@@ -47,11 +48,11 @@ def run(engine: Engine) -> None:
     texts = sources.texts_input()
     with st.container(horizontal=True, vertical_alignment="bottom"):
         n_tokens = st.number_input(
-            "Tokens an excerpt", 16, 131_072, 512, 64, key="excerpt_tokens", persist_state="session",
+            "Tokens an excerpt", 16, 131_072, EXCERPT_TOKENS, 64, key="excerpt_tokens", persist_state="session",
             help="At most what the model was trained on. Shorter texts are left out.",
         )  # fmt: skip
         at_most = st.number_input(
-            "Excerpts at most", 1, 1000, 24, 8, key="excerpts", persist_state="session",
+            "Excerpts at most", 1, 1000, STUDY_EXCERPTS, 8, key="excerpts", persist_state="session",
             help="Spread over each text, and over all of them: excerpts of many texts say more than as many of one.",
         )  # fmt: skip
     task = _Task(ref, tuple(texts.items()), int(n_tokens), int(at_most))
@@ -77,20 +78,14 @@ def _study(loaded: LoadedModel, task: _Task, progress: Progress) -> Study:
     texts = excerpts(loaded.tokenizer, dict(task.sources), n_tokens=min(task.n_tokens, most), at_most=task.at_most)
     sources.noted(loaded, texts)
     unfinished = st.session_state.setdefault("unfinished_studies", set())
-    so_far = len(load_study(task.path).names) if task.path.exists() else 0
 
     def on_text(found: Study) -> None:
-        nonlocal so_far
-        so_far = len(found.names)
         session.show_study(found)  # at every text: a click may end this here
         unfinished.add(task.path)
         if found.complete:
             unfinished.remove(task.path)
 
-    def on_layer(done: int, total: int) -> None:
-        progress(so_far, len(texts), "texts")
-
-    return study(loaded, texts, task.path, on_text=on_text, on_layer=on_layer)
+    return study(loaded, texts, task.path, on_text=on_text, progress=progress)
 
 
 def files(study: Study | None) -> None:

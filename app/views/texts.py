@@ -7,22 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import streamlit as st
 
-from analysis.measures import signed, verdict_counts
-from analysis.metrics import METRICS, PROBES
-from analysis.statistics import (
-    MIN_TEXTS,
-    STABLE,
-    VERDICTS,
-    Means,
-    Stability,
-    answer,
-    head_means,
-    head_verdicts,
-    layer_losses,
-    means,
-    stability,
-)
+from analysis.metrics import METRICS, PROBES, Metric
+from analysis.statistics import MIN_TEXTS, STABLE, Means, Stability, head_means, layer_losses, means, stability
 from analysis.studies import Study
+from analysis.verdicts import answer, meanings, verdict_counts, verdicts
+from analysis.words import signed, span
 from app import figures, session
 from app.components import markup
 from app.components.charts import show
@@ -30,31 +19,6 @@ from app.engine import Engine
 from app.views import studies
 
 _WITHOUT = "without the first token"
-
-
-@dataclass(frozen=True, slots=True)
-class _Map:
-    """How a metric is called and coloured."""
-
-    title: str
-    signed: bool = False  # from -1 to +1; others begin at 0
-    most: float | None = None  # where the colours of the others end; None: at the largest value
-
-
-MAPS = {
-    "gamma": _Map("Γ", signed=True),
-    "gamma_without_sink": _Map("Γ without the first", signed=True),
-    "alr": _Map("ALR"),
-    "alr_chance": _Map("ALR of chance"),
-    "alr_per_token": _Map("ALR / n"),
-    "alr_against_chance": _Map("ALR / chance", most=2.0),
-    "spearman": _Map("Spearman", signed=True),
-    "pearson": _Map("Pearson", signed=True),
-    "sink_share": _Map("share of the first", most=1.0),
-    "overlap": _Map("overlap", most=1.0),
-    "entropy": _Map("entropy, bits"),
-    "entropy_normalised": _Map("entropy, share", most=1.0),
-}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,11 +39,16 @@ def _numbers(study: Study, probe: str) -> _Numbers:
     return _Numbers(
         answer(study, probe=probe),
         head_means(study, probe=probe),
-        head_means(study, "gamma_without_sink", probe=probe),
-        head_verdicts(study, probe=probe),
+        head_means(study, "gamma_skip_first", probe=probe),
+        verdicts(study, probe=probe),
         means(losses, documents=study.documents),
         stability(losses),
     )
+
+
+def metric_of(name: str) -> Metric:
+    """What is known of a metric of a study; of one that is registered no more, its name."""
+    return METRICS.get(name, Metric(title=name, about=name, of=lambda row: row.mass))
 
 
 @session.remembered
@@ -125,7 +94,7 @@ def _nothing_yet(model: str) -> None:
 def _results(study: Study) -> None:
     place = st.empty()
     probe = st.segmented_control(
-        "Attention of", list(PROBES), default=next(iter(PROBES)), required=True, key="study_probe",
+        "Attention of", study.probes, default=study.probes[0], required=True, key="study_probe",
         persist_state="session", help="\n".join(f"- **{name}**: {about}" for name, about in PROBES.items()),
     )  # fmt: skip
     numbers = _numbers(study, probe)
@@ -138,16 +107,15 @@ def _results(study: Study) -> None:
         _layers(numbers)
     with right:
         _order(numbers)
-    _verdicts(numbers)
+    _verdicts(numbers, len(study.names))
 
 
 def _about(study: Study) -> None:
     source = "Your study" if session.STUDY.get() else "The bundled study"
-    least, most = int(study.n_tokens.min()), int(study.n_tokens.max())
-    tokens = f"{least}" if least == most else f"{least} to {most}"
     names = ", ".join(markup.plain(name) for name in study.names[:4]) + (", …" if len(study.names) > 4 else "")
     st.caption(
-        f"{source}: {len(study.names)} texts of {tokens} tokens ({names}). Intervals come from resampling "
+        f"{source}: {len(study.names)} texts of {span(study.n_tokens.tolist())} tokens ({names}). Intervals come from "
+        "resampling "
         + ("documents and the texts of each" if study.documents else "the texts")
         + ", since tokens of one text are not independent."
         + " They are too narrow if the texts are excerpts of few documents, which is not known." * (not study.documents)
@@ -157,7 +125,7 @@ def _about(study: Study) -> None:
             f"{len(study.names)} of {study.texts} texts are done. What is shown is of those.",
             icon=":material/timelapse:",
         )
-    if len(study.names) < MIN_TEXTS:
+    if 1 < len(study.names) < MIN_TEXTS:
         st.warning(
             f"With fewer than {MIN_TEXTS} texts no head gets a verdict: chance alone would give one sign to all.",
             icon=":material/warning:",
@@ -169,21 +137,22 @@ def _heads(study: Study, numbers: _Numbers, probe: str) -> None:
     left, right = st.columns([3, 2], gap="large")
     with left:
         metric = st.selectbox(
-            "Map of", list(MAPS), format_func=lambda name: MAPS[name].title, key="study_map", persist_state="session",
-            help="\n".join(f"- **{of.title}**: {METRICS[name].text}" for name, of in MAPS.items()),
+            "Map of", study.metrics, format_func=lambda name: metric_of(name).title, key="study_map",
+            persist_state="session",
+            help="\n".join(f"- **{of.title}**: {of.about}" for of in map(metric_of, study.metrics)),
         )  # fmt: skip
-        shown, of = _means_of(study, metric, probe), MAPS[metric]
+        shown, of = _means_of(study, metric, probe), metric_of(metric)
         colours = (
             "Purple is below 0: for Γ and correlations that is the paper's claim, the keys of low norm get the "
             "attention. Orange is above."
-            if of.signed
+            if of.diverging
             else "The colours begin at 0."
         )
         show(
-            figures.head_map(shown.mean, title=of.title, diverging=of.signed, status=numbers.verdict, zmax=of.most),
+            figures.head_map(shown.mean, title=of.title, diverging=of.diverging, status=numbers.verdict, zmax=of.high),
             key=f"study_map_{metric}_{probe}",
             alt=f"Map of {of.title}, mean over texts, by layer and head",
-            caption=f"The mean over the texts of **{METRICS[metric].text}**. {colours} Rows are layers, columns "
+            caption=f"The mean over the texts of **{of.about}**. {colours} Rows are layers, columns "
             "query heads. Click a cell to see the single texts.",
             on_head=_choose,
         )
@@ -196,10 +165,10 @@ def _heads(study: Study, numbers: _Numbers, probe: str) -> None:
         verdict = str(numbers.verdict[layer, head])
         gamma, without = (_with_ends(of, layer, head) for of in (numbers.gamma, numbers.without))
         st.markdown(
-            f"**Layer {layer}, head {head}: {verdict}.** {markup.plain(VERDICTS[verdict])}. Γ {gamma}; {_WITHOUT} "
-            f"{without}."
+            f"**Layer {layer}, head {head}: {verdict}.** {markup.plain(meanings(len(study.names))[verdict])}. "
+            f"Γ {gamma}; {_WITHOUT} {without}."
         )
-        single = [study.of(name, probe=probe)[:, layer, head] for name in ("gamma", "gamma_without_sink")]
+        single = [study.of(name, probe=probe)[:, layer, head] for name in ("gamma", "gamma_skip_first")]
         show(
             figures.head_over_texts(
                 *single, study.names, mean=numbers.gamma.mean[layer, head],
@@ -254,11 +223,12 @@ def _order(numbers: _Numbers) -> None:
     )
 
 
-def _verdicts(numbers: _Numbers) -> None:
+def _verdicts(numbers: _Numbers, n_texts: int) -> None:
     st.markdown("**The verdict on each head**")
-    counts = list(verdict_counts(numbers.verdict, VERDICTS).values())
+    told = meanings(n_texts)
+    counts = list(verdict_counts(numbers.verdict, told).values())
     st.dataframe(
-        {"verdict": list(VERDICTS), "heads": counts, "meaning": list(VERDICTS.values())},
+        {"verdict": list(told), "heads": counts, "meaning": list(told.values())},
         hide_index=True,
         column_config={
             "heads": st.column_config.ProgressColumn(
@@ -272,7 +242,7 @@ def _verdicts(numbers: _Numbers) -> None:
 def _all_heads(numbers: _Numbers, title: str, shown: Means) -> None:
     """Γ with and without the first token, the figure of the map if it is neither, and the verdict."""
     layer, head = np.indices(numbers.verdict.shape).reshape(2, -1)
-    maps = {"Γ": numbers.gamma, MAPS["gamma_without_sink"].title: numbers.without, title: shown}
+    maps = {"Γ": numbers.gamma, METRICS["gamma_skip_first"].title: numbers.without, title: shown}
     intervals = {
         f"{name}{end}": values.ravel()
         for name, of in maps.items()

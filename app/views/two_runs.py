@@ -5,12 +5,13 @@ from __future__ import annotations
 import streamlit as st
 
 from analysis.captures import Capture, load_run
-from analysis.comparing import RunComparison, compare_runs
+from analysis.comparing import Comparison, compare
 from analysis.errors import RecordError
+from analysis.studies import study_of
 from app import session
 from app.components import markup, uploads
 from app.components.charts import show
-from app.report.chapters import of_two_runs
+from app.report.chapters import of_comparison
 
 
 def section(run: Capture) -> None:
@@ -30,7 +31,7 @@ def section(run: Capture) -> None:
         )
         return
     st.caption(f"The other: {_about(other)}. On screen: {_about(run)}.")
-    compared = of_two_runs(_compared(run, other))
+    compared = of_comparison(_compared(run, other))
     for words in compared.words:
         st.markdown(markup.plain(words))
     columns = st.columns(2, gap="large")
@@ -64,8 +65,9 @@ def _choose(run: Capture) -> None:
 
 
 @session.remembered
-def _compared(run: Capture, other: Capture) -> RunComparison:
-    return compare_runs(other, run, names=(f"{other.model} (the other)", f"{run.model} (on screen)"))
+def _compared(run: Capture, other: Capture) -> Comparison:
+    both = [study_of(each, probes=("next token",)) for each in (other, run)]
+    return compare(*both, names=(f"{other.model} (the other)", f"{run.model} (on screen)"))
 
 
 def _about(run: Capture) -> str:

@@ -14,7 +14,8 @@ from transformers import (
 from transformers.cache_utils import CacheLayerMixin
 
 from analysis import ModelError, OutOfMemoryError, TextError, capture, correlation, recorder, suggest_skip_layers
-from analysis.measures import kept_tokens, status
+from analysis.measures import kept_tokens
+from analysis.metrics import status
 from analysis.models import memory as memory_module
 from analysis.models.load import LoadedModel
 from analysis.models.memory import BLOCK, MAX_BINS, capture_bytes, human_bytes
@@ -169,21 +170,21 @@ def test_layers_of_an_unknown_kind_are_refused(load):
 
 def test_progress_comes_per_layer_and_an_exception_in_it_cancels_cleanly(load):
     loaded, calls = load("books-5m"), []
-    capture(loaded, TEXT, on_layer=lambda done, total: calls.append((done, total)))
+    capture(loaded, TEXT, progress=lambda done, total, _: calls.append((done, total)))
     assert sorted(set(calls)) == [(i, 6) for i in range(7)] and calls == sorted(calls)
     calls.clear()
-    capture(loaded, TEXT * 6, on_layer=lambda done, total: calls.append((done, total)))
+    capture(loaded, TEXT * 6, progress=lambda done, total, _: calls.append((done, total)))
     assert calls.count((3, 6)) > 3  # within a long layer there are signs of life, and so ways to cancel
 
     class Cancelled(BaseException):
         pass
 
-    def cancel(done, total):
+    def cancel(done, total, what):
         if done == 3:
             raise Cancelled
 
     with pytest.raises(Cancelled):
-        capture(loaded, TEXT, on_layer=cancel)
+        capture(loaded, TEXT, progress=cancel)
     assert loaded.model.config._attn_implementation == "sdpa"
 
 

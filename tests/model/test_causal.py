@@ -11,7 +11,7 @@ from scipy import stats
 from analysis import RecordError, TextError, capture
 from analysis.demo import presets
 from analysis.evaluation.lm import LmSettings
-from analysis.measures import alr
+from analysis.metrics import alr
 from analysis.plans import ablation
 from analysis.plans.ablation import Ablation, ablate_layers, agreement, head_costs, suggest_by_ablation
 from analysis.plans.skip import layer_loss

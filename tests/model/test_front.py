@@ -17,10 +17,9 @@ from analysis.plans.ablation import head_costs
 from analysis.plans.allocation import BudgetError
 from analysis.plans.curves import LossCurves
 from analysis.plans.front import _FORMERLY, Front, measure_front, passes
-from analysis.plans.simultaneous import simultaneous
 from analysis.plans.strategies import KINDS, STRATEGIES, Strategy, plan, title_of
 from analysis.records import from_json, to_json
-from analysis.statistics import MIN_TEXTS, RESAMPLES, Interval
+from analysis.statistics import MIN_TEXTS, RESAMPLES, Interval, simultaneous
 from analysis.texts.excerpts import excerpts
 from analysis.texts.tokens import tokenize
 from l2kv import CompressionSpec

@@ -17,14 +17,13 @@ from analysis.models.load import BUNDLED_MODELS
 from analysis.plans.ablation import Ablation
 from analysis.plans.front import Front
 from analysis.records import load, to_json
-from analysis.selftest import instrument
+from analysis.selftest import synthetic_run
 from analysis.studies import Study, save_study
 from app import session
 from app.components import controls, sources
 from app.views import generate
 from app.views.generate import Column
 from app.views.plan import strategies
-from app.views.texts import MAPS
 from l2kv import CompressionSpec
 from tests.support.evaluation import ablation_of, front_of
 from tests.support.paths import BUNDLED, ROOT
@@ -76,6 +75,8 @@ def a_study(n=8, texts=None):
         texts=texts or n,
         names=tuple(f"text {i}" for i in range(n)),
         digests=("0" * 64,) * n,
+        probes=tuple(PROBES),
+        metrics=tuple(METRICS),
         n_tokens=np.full(n, 128),
         values=values,
         status=np.zeros(values.shape, np.uint8),
@@ -220,7 +221,6 @@ def test_a_pasted_text_is_cut_studied_and_shown_and_more_of_it_asked_for_goes_on
 
 
 def test_every_metric_of_a_study_has_a_map_and_a_row_for_each_head():
-    assert set(MAPS) == set(METRICS)
     study = a_study()
     for probe in ("next token", "all queries"):
         app = opened(study=study, study_probe=probe)
@@ -229,7 +229,7 @@ def test_every_metric_of_a_study_has_a_map_and_a_row_for_each_head():
             assert not app.exception and not app.error and charts(app) == 4
             shown = next(table.value for table in app.dataframe if "verdict" in table.value and "layer" in table.value)
             mean = sum(study.of(metric, probe=probe)) / len(study.names)
-            assert np.allclose(shown[MAPS[metric].title], mean.ravel())
+            assert np.allclose(shown[METRICS[metric].title], mean.ravel())
 
 
 def test_files_of_one_name_are_both_kept():
@@ -266,7 +266,7 @@ def test_a_run_of_other_heads_is_compared_as_a_whole_and_a_bad_file_refused(tmp_
     before = charts(app)
     upload(app, "other_run_file", "r.safetensors", b"no run")
     assert not app.exception and len(app.error) == 1 and "not a run that can be read" in words(app)
-    upload(app, "other_run_file", "r.safetensors", save_run(instrument(), tmp_path / "r.safetensors").read_bytes())
+    upload(app, "other_run_file", "r.safetensors", save_run(synthetic_run(), tmp_path / "r.safetensors").read_bytes())
     assert not app.exception and not app.error and charts(app) == before + 2
     assert "no head of one is a head of the other" in words(app)
 

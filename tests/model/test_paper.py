@@ -10,8 +10,7 @@ import torch
 from transformers import AutoTokenizer, FalconConfig, FalconForCausalLM
 
 from analysis import ModelError, TextError, capture
-from analysis.files import content_of
-from analysis.measures import correlation
+from analysis.metrics import correlation
 from analysis.models.load import LoadedModel
 from analysis.paper.figures import FIGURES, VERSION, best_and_worst, four_heads, over_chunks, reproduce, to_json
 from analysis.paper.vectors import attention_rows, each_layer, head_vectors, pooled_attention
@@ -82,17 +81,17 @@ def test_the_attention_of_vectors_is_what_output_attentions_shows(load, name, re
 
 def test_one_layer_can_be_asked_for_and_progress_told_and_cancelled(load):
     loaded, calls, layers = load("llama"), [], []
-    one = head_vectors(loaded, TEXT, 1, on_layer=lambda *call: calls.append(call))
+    one = head_vectors(loaded, TEXT, 1, progress=lambda *call: calls.append(call))
     each_layer(loaded, TEXT, layers.append)
     np.testing.assert_array_equal(one.keys, layers[1].keys)
-    assert one.layer == 1 and calls == [(1, 3), (2, 3), (3, 3)]
+    assert one.layer == 1 and calls == [(1, 3, "layers"), (2, 3, "layers"), (3, 3, "layers")]
 
-    def cancel(done, total):
+    def cancel(done, total, what):
         raise KeyboardInterrupt
 
     before = loaded.model.config._attn_implementation
     with pytest.raises(KeyboardInterrupt):
-        head_vectors(loaded, TEXT, 1, on_layer=cancel)
+        head_vectors(loaded, TEXT, 1, progress=cancel)
     assert loaded.model.config._attn_implementation == before
 
 
@@ -154,7 +153,7 @@ def test_the_curves_of_figure_7_are_the_means_of_what_norm_order_loses_beyond_th
     np.testing.assert_allclose(over.alr, sums, atol=1e-5)
     np.testing.assert_allclose(over.alr_per_token, sums / 30, atol=1e-6)
     gammas = np.mean([correlation(run) for run in runs], axis=0)
-    np.testing.assert_allclose(over.alr_against_chance, 1 + gammas, atol=1e-6)
+    np.testing.assert_allclose(over.normalised_alr, 1 + gammas, atol=1e-6)
 
     two = best_and_worst(over)
     assert [sums[head] for head in two.heads] == [sums.min(), sums.max()]
@@ -304,22 +303,23 @@ def test_equal_lengths_leave_no_order_and_directions_that_agree_leave_the_attent
 @pytest.fixture(scope="module")
 def reproduced(load):
     stages = []
-    made = dict(reproduce(load("llama"), [TEXT, TEXT * 2], on_stage=lambda *stage: stages.append(stage)))
-    assert ("excerpts", 2, 2) in stages and ("factors", 3, 3) in stages
+    made = dict(reproduce(load("llama"), [TEXT, TEXT * 2], progress=lambda *stage: stages.append(stage)))
+    assert (2, 2, "excerpts") in stages and (3, 3, "layers") in stages
     return made
 
 
 def test_every_figure_has_numbers_a_record_and_a_page(reproduced):
     assert list(reproduced) == list(FIGURES)
     for name, numbers in reproduced.items():
-        content = content_of(to_json(name, numbers, {"model": "llama"}), "figure", VERSION)
+        content = json.loads(to_json(name, numbers, {"model": "llama"}))
+        assert content["l2kv_figure"] == VERSION
         assert content["figure"] == name and content["model"] == "llama" and content["paper"] == FIGURES[name].paper
         shown = paper.section(name, numbers)
         assert shown.drawings and FIGURES[name].paper in shown.words[-1]
         page = document(shown.heading, "", [shown], data=json.dumps(content))
         assert page.count('class="plot"') == len(shown.drawings)
     np.testing.assert_allclose(
-        content_of(to_json("fig7", reproduced["fig7"], {}), "figure", VERSION)["numbers"]["excess"],
+        json.loads(to_json("fig7", reproduced["fig7"], {}))["numbers"]["excess"],
         reproduced["fig7"].excess,
     )
 

@@ -8,14 +8,16 @@ import pytest
 from scipy import stats
 from streamlit.testing.v1 import AppTest
 
-from analysis import by_query, instrument
+from analysis import by_query
 from analysis import selftest as synthetic_module
 from analysis.__main__ import main
 from analysis.captures import Capture, load_run, save_run
 from analysis.demo.presets import bundled_results
-from analysis.measures import by_kv_head, head_figures, verdict_counts
-from analysis.metrics import METRICS, PROBES, STATUSES, figures_of_probe, metrics
-from analysis.selftest import GAMMA, check, is_synthetic
+from analysis.measures import by_kv_head
+from analysis.metrics import METRICS, PROBES, STATUSES, metrics
+from analysis.selftest import GAMMA, check, is_synthetic, synthetic_run
+from analysis.studies import study_of
+from analysis.verdicts import verdict_counts, verdicts
 from app import figures
 from app.figures.style import PRIMARY
 from tests.support.losses import expected_losses
@@ -65,11 +67,11 @@ def slow_metrics(norms: list[float], attention: list[float], visible: int) -> di
     entropy = -sum(a / total * math.log2(a / total) for a in attention if a > 0)
     return {
         "gamma": loss / chance - 1,
-        "gamma_without_sink": loss_without / chance_without - 1,
+        "gamma_skip_first": loss_without / chance_without - 1,
         "alr": loss,
         "alr_chance": chance,
         "alr_per_token": loss / n,
-        "alr_against_chance": loss / chance,
+        "normalised_alr": loss / chance,
         "spearman": stats.spearmanr(norms, attention).statistic,
         "pearson": stats.pearsonr(norms, attention).statistic,
         "sink_share": attention[0] / total,
@@ -115,8 +117,8 @@ def test_a_query_with_too_few_tokens_before_it_does_not_count():
     run = run_of(rng.gamma(5, size=(1, 1, 5)), rng.gamma(1, size=(1, 1, 5)), recent=rows)
     assert np.isfinite(by_query(run)[:, 0, 0]).tolist() == [False, False, False, True, True]
     assert np.isfinite(by_query(run, "entropy")[:, 0, 0]).tolist() == [False, False, True, True, True]
-    without = metrics(run, probe="last queries", leave_out=1)
-    assert without.of("gamma")[0, 0] == pytest.approx(by_query(run, "gamma_without_sink")[4, 0, 0])
+    without = metrics(run, probe="last queries", skip_first=1)
+    assert without.of("gamma")[0, 0] == pytest.approx(by_query(run, "gamma_skip_first")[4, 0, 0])
     assert metrics(run, probe="last queries").of("gamma")[0, 0] == pytest.approx(by_query(run)[3:, 0, 0].mean())
 
 
@@ -135,32 +137,23 @@ def test_an_unknown_metric_or_probe_is_refused_by_name(run):
         metrics(run, probe="every query")
 
 
-@pytest.mark.parametrize("leave_out", [0, 1])
-def test_the_figures_by_the_next_token_are_those_of_the_functions(run, leave_out):
-    ours, plain = figures_of_probe(run, "next token", leave_out=leave_out), head_figures(run, leave_out=leave_out)
-    for name in ("gamma", "alr", "alr_per_token", "alr_against_chance", "spearman", "pearson", "sink_share"):
-        np.testing.assert_allclose(getattr(ours, name), getattr(plain, name), atol=1e-12, err_msg=name)
-    for name in ("status", "verdict"):
-        np.testing.assert_array_equal(getattr(ours, name), getattr(plain, name))
-
-
-def test_the_figures_by_a_probe_are_of_its_attention_with_and_without_the_first_token(run):
+def test_the_numbers_by_a_probe_are_of_its_attention_with_and_without_the_first_token(run):
     received = replace(run, probe_attention=run.attention_received, windows=(0, 0, 0))
-    for leave_out in (0, 1):
-        ours, plain = (
-            figures_of_probe(run, "all queries", leave_out=leave_out), head_figures(received, leave_out=leave_out),
-        )  # fmt: skip
-        np.testing.assert_allclose(ours.gamma, plain.gamma, atol=1e-12)
-        np.testing.assert_allclose(ours.alr, plain.alr, atol=1e-12)
-        np.testing.assert_array_equal(ours.verdict, plain.verdict)
-        by_last = figures_of_probe(run, "last queries", leave_out=leave_out)
+    for skip_first in (0, 1):
+        ours, plain = metrics(run, "all queries", skip_first), metrics(received, skip_first=skip_first)
+        np.testing.assert_allclose(ours.values, plain.values, atol=1e-12)
+        np.testing.assert_array_equal(ours.status, plain.status)
+        by_last = metrics(run, "last queries", skip_first)
         np.testing.assert_allclose(
-            by_last.gamma, metrics(run, probe="last queries").of("gamma_without_sink" if leave_out else "gamma")
+            by_last.of("gamma"), metrics(run, "last queries").of("gamma_skip_first" if skip_first else "gamma")
         )
-    assert set(by_last.verdict[2]) == {"undefined"} and set(by_last.status[2]) == {"sliding window"}
+    both = study_of(run), study_of(received)
+    np.testing.assert_array_equal(verdicts(both[0], probe="all queries"), verdicts(both[1]))
+    assert set(verdicts(both[0], probe="last queries")[2]) == {"undefined"}
+    assert set(by_last.status_of("gamma")[2]) == {"sliding window"}
 
 
-# The instrument check
+# The self-test
 
 
 def slow_gamma(norms, attention) -> float:
@@ -176,7 +169,7 @@ def slow_gamma(norms, attention) -> float:
 
 
 def test_the_synthetic_run_has_the_figures_that_it_is_said_to_have():
-    run = instrument()
+    run = synthetic_run()
     rows = {run.n_tokens: run.probe_attention, run.n_tokens + 1: run.attention_received}
     rows |= dict(zip(run.recent_positions, run.recent_attention, strict=True))
     assert len(rows) == 18
@@ -192,26 +185,26 @@ def test_the_synthetic_run_has_the_figures_that_it_is_said_to_have():
     assert {run.model, run.architecture, run.text.split()[0], run.probe_label} == {"synthetic"}
 
 
-def test_the_instrument_reads_what_is_there_also_from_a_file(tmp_path):
-    found = check(load_run(save_run(instrument(), tmp_path / "run.safetensors")))
-    assert found.passed and found.error < 1e-12 and "reads what is there" in str(found)
+def test_the_self_test_measures_what_is_known_also_from_a_file(tmp_path):
+    found = check(load_run(save_run(synthetic_run(), tmp_path / "run.safetensors")))
+    assert found.passed and found.error < 1e-12 and "The self-test passed" in str(found)
     assert {reading.probe for reading in found.readings} == set(PROBES) and len(found.readings) == 3 * 3 * 3
 
 
 @pytest.mark.parametrize("damage", ["probe_attention", "recent_attention", "attention_received", "key_norm"])
-def test_an_instrument_that_is_off_is_caught(damage):
-    run = instrument()
+def test_measurements_that_are_off_are_caught(damage):
+    run = synthetic_run()
     values = getattr(run, damage).copy()
     values[..., 1, 3:5] = values[..., 1, 4:2:-1]  # two tokens of one head change places
     found = check(replace(run, **{damage: values}))
-    assert not found.passed and found.error > 1e-4 and "is OFF" in str(found)
+    assert not found.passed and found.error > 1e-4 and "FAILED" in str(found)
 
 
 def test_a_run_of_a_model_has_no_known_figures(run):
-    assert is_synthetic(instrument()) and not is_synthetic(run) and not is_synthetic(replace(run, model="synthetic"))
+    assert is_synthetic(synthetic_run()) and not is_synthetic(run) and not is_synthetic(replace(run, model="synthetic"))
     with pytest.raises(ValueError, match="only the synthetic run"):
         check(run)
-    none = check(replace(instrument(), recent_attention=instrument().recent_attention[:0]))
+    none = check(replace(synthetic_run(), recent_attention=synthetic_run().recent_attention[:0]))
     assert none.error == math.inf and not none.passed  # what cannot be read has not been read right
 
 
@@ -222,17 +215,17 @@ def test_the_command_prints_known_against_measured_and_writes_the_run(tmp_path, 
     out = tmp_path / "run.safetensors"
     assert main(["selftest", "-o", str(out)]) == 0
     told = capsys.readouterr().out.splitlines()
-    assert "last queries  gamma                   0     -1  -1.0000000" in told
-    assert "all queries   alr_against_chance      2     +2  +2.0000000" in told
-    assert told[-1].startswith("The instrument reads what is there")
+    rows = [" ".join(line.split()) for line in told]
+    assert "last queries gamma 0 -1 -1.0000000" in rows and "all queries normalised_alr 2 +2 +2.0000000" in rows
+    assert told[-1].startswith("The self-test passed")
     assert is_synthetic(load_run(out))
 
 
-def test_the_command_fails_where_the_instrument_is_off(monkeypatch, capsys):
-    real = instrument()
-    monkeypatch.setattr(synthetic_module, "instrument", lambda: replace(real, key_norm=real.key_norm[:, :, ::-1]))
+def test_the_command_fails_where_the_self_test_fails(monkeypatch, capsys):
+    real = synthetic_run()
+    monkeypatch.setattr(synthetic_module, "synthetic_run", lambda: replace(real, key_norm=real.key_norm[:, :, ::-1]))
     assert main(["selftest"]) == 1
-    assert "The instrument is OFF: at most 1.9" in capsys.readouterr().out
+    assert "The self-test FAILED: at most 1.9" in capsys.readouterr().out
 
 
 def number(word):
@@ -302,7 +295,7 @@ def test_the_probe_that_is_chosen_is_that_of_maps_table_and_words(app):
         app.run()
         assert not app.exception and told in words(app)
         assert shown_gamma(app) == pytest.approx(metrics(run, probe=probe).of("gamma").ravel().tolist())
-        counts = verdict_counts(figures_of_probe(run, probe=probe).verdict)
+        counts = verdict_counts(verdicts(study_of(run), probe=probe))
         said = app.markdown[0].value
         assert f"In {counts['follows the paper']} of 48 heads low" in said and f"in {counts['mirror']} high" in said
         gamma = metrics(run, probe=probe).of("gamma")[app.session_state["layer"], app.session_state["head"]]
@@ -312,10 +305,10 @@ def test_the_probe_that_is_chosen_is_that_of_maps_table_and_words(app):
 def test_leaving_out_the_first_token_and_choosing_a_probe_go_together(app):
     run = load_run(bundled_results("books-5m").demo)
     app.session_state["probe"] = "last queries"
-    app.session_state["leave_out"] = True
+    app.session_state["skip_first"] = True
     app.run()
     assert not app.exception
-    expected = metrics(run, probe="last queries").of("gamma_without_sink")
+    expected = metrics(run, probe="last queries").of("gamma_skip_first")
     assert shown_gamma(app) == pytest.approx(expected.ravel().tolist())
     assert "n = 443 to 458 tokens" in next(m.help for m in app.metric if m.label == "ALR")
 
@@ -330,11 +323,11 @@ def test_a_run_without_last_queries_offers_none_and_says_why(app):
 
 
 def test_the_synthetic_check_is_opened_and_said_to_be_no_models(app):
-    app.session_state["run"] = instrument()
+    app.session_state["run"] = synthetic_run()
     app.run()
     assert not app.exception and app.header[0].value.startswith("The synthetic check")
     assert "no model made it" in words(app) and "Does low norm predict" not in app.header[0].value
-    assert "reads what is there" in app.success[0].value
+    assert app.success[0].value.startswith("The self")
     assert shown_gamma(app) == pytest.approx([-1] * 4 + [0] * 4 + [1] * 4)
 
 

@@ -13,13 +13,12 @@ import pytest
 from plotly.offline import get_plotlyjs_version
 
 from analysis import correlation, load_run, save_run
-from analysis.comparing import compare_runs, compare_studies
+from analysis.comparing import compare
 from analysis.demo import presets
-from analysis.files import content_of
-from analysis.measures import answer, verdicts
-from analysis.metrics import METRICS, PROBES, metrics
+from analysis.metrics import METRICS
 from analysis.records import save
-from analysis.studies import Study, save_study
+from analysis.studies import Study, save_study, study_of
+from analysis.verdicts import answer, verdicts
 from app.cli import main
 from app.report import VERSION, report
 from app.report.writing import MOST_ROWS, Drawing, Section, document
@@ -68,28 +67,19 @@ class Page(HTMLParser):
         return sum(name == tag for name, _ in self.tags)
 
 
-def study_of(runs, digests) -> Study:
-    found = [[metrics(run, probe=probe) for probe in PROBES] for run in runs]
-    values, status = (np.stack([[getattr(f, k) for f in each] for each in found]) for k in ("values", "status"))
-    assert values.shape[2] == len(METRICS)
-    return Study(
-        model="made up",
-        weights="",
-        layer_kinds=("full",) * runs[0].n_layers,
-        texts=len(runs),
-        names=tuple(f"text {i}" for i in range(len(runs))),
-        digests=tuple(digests),
-        n_tokens=np.array([run.n_tokens for run in runs]),
-        values=values,
-        status=status,
-    )
+def study_over(runs, digests) -> Study:
+    """The study of several texts that runs are."""
+    each = [study_of(run) for run in runs]
+    arrays = {name: np.concatenate([getattr(one, name) for one in each]) for name in ("n_tokens", "values", "status")}
+    names = tuple(f"text {i}" for i in range(len(runs)))
+    return replace(each[0], texts=len(runs), names=names, digests=tuple(digests), **arrays)
 
 
 @pytest.fixture(scope="module")
 def studies():
     first = [random_run(i) for i in range(8)]
     second = [random_run(100 + i) for i in range(8)]
-    return study_of(first, map(str, range(8))), study_of(second, map(str, range(8)))
+    return study_over(first, map(str, range(8))), study_over(second, map(str, range(8)))
 
 
 @pytest.fixture
@@ -164,7 +154,7 @@ def test_a_table_writes_numbers_as_a_reader_wants_them_and_says_what_it_leaves_o
 def test_a_report_answers_first_and_holds_all_that_is_given(studies, front, ablation):
     run = random_run()
     page = Page(report([run], studies=studies[:1], front=front, ablation=ablation))
-    assert page.text.index(answer(run)) < page.text.index("Where it holds")
+    assert page.text.index(answer(study_of(run))) < page.text.index("Where it holds")
     headings = ("Where it holds", "The best and the worst head", "Layers to leave whole", "What it saves", "Over many")
     for words in (
         *headings,
@@ -176,8 +166,10 @@ def test_a_report_answers_first_and_holds_all_that_is_given(studies, front, abla
     assert str(ablation) in page.text and front.answer() in page.text and "CompressionSpec(" in page.text
     assert "Compared" not in page.text
     assert all(attributes["aria-label"] for tag, attributes in page.tags if attributes.get("class") == "plot")
-    told = content_of(json.dumps(page.data[-1]), "report", VERSION)["runs"][0]
+    assert page.data[-1]["l2kv_report"] == VERSION
+    told = page.data[-1]["runs"][0]
     np.testing.assert_allclose(told["heads"]["gamma"], correlation(run))
+    assert set(told["heads"]) == {*METRICS, "verdict"}
     assert CompressionSpec(**told["spec"] | {"skip_layers": tuple(told["spec"]["skip_layers"])}).protect_last == 32
 
 
@@ -217,16 +209,16 @@ def test_two_runs_are_compared_by_head_where_they_can_be():
 
 def test_a_comparison_of_runs_is_a_plain_loop_over_heads():
     first, second = random_run(0), random_run(1)
-    found = compare_runs(first, second)
+    found = compare(study_of(first), study_of(second))
     gammas = [correlation(run) for run in (first, second)]
-    np.testing.assert_array_equal(found.difference, gammas[1] - gammas[0])
+    np.testing.assert_array_equal(found.difference.mean, gammas[1] - gammas[0])
     flat = [list(gamma.ravel()) for gamma in gammas]
     ranks = [[sorted(values).index(value) for value in values] for values in flat]
     n = len(ranks[0])
     rho = 1 - 6 * sum((a - b) ** 2 for a, b in zip(*ranks, strict=True)) / (n**3 - n)
     assert found.agreement == pytest.approx(rho)
     for run, counts in zip((first, second), found.verdicts, strict=True):
-        said = verdicts(run).ravel().tolist()
+        said = verdicts(study_of(run)).ravel().tolist()
         assert counts == {name: said.count(name) for name in counts} and sum(counts.values()) == n
     turned = sum(a * b < 0 for a, b in zip(*flat, strict=True))
     assert f"its sign in {turned} of {n} heads" in str(found)
@@ -234,35 +226,35 @@ def test_a_comparison_of_runs_is_a_plain_loop_over_heads():
 
 def test_studies_of_the_same_texts_are_compared_text_by_text(studies):
     first, second = studies
-    found = compare_studies(first, second)
+    found = compare(first, second)
     by_text = second.of("gamma") - first.of("gamma")
     assert found.paired
     np.testing.assert_allclose(found.difference.mean, by_text.mean(axis=0))
     shifted = replace(second, values=first.values + np.where(np.isfinite(first.values), 0.25, 0))
-    constant = compare_studies(first, shifted).difference
+    constant = compare(first, shifted).difference
     np.testing.assert_allclose([constant.low, constant.high], 0.25)  # paired: no text differs from another
 
 
 def test_studies_of_other_texts_are_resampled_each_by_itself(studies):
     first, second = studies
     apart = replace(second, digests=tuple(map(str, range(8, 16))))
-    found, paired = compare_studies(first, apart), compare_studies(first, second)
+    found, paired = compare(first, apart), compare(first, second)
     assert not found.paired and "different texts" in str(found)
     np.testing.assert_allclose(found.difference.mean, paired.difference.mean)
     spread = [study.of("gamma").std(axis=0) / np.sqrt(8) for study in studies]
     half = (found.difference.high - found.difference.low) / 2
     np.testing.assert_allclose(half, 1.96 * np.hypot(*spread), rtol=0.2)  # the normal approximation, roughly
-    both = "".join(str(compare_studies(first, replace(apart, model="x"))))
+    both = "".join(str(compare(first, replace(apart, model="x"))))
     assert "in x than in made up" in both
-    small = study_of([random_run(i, layers=2, kv_heads=1, group=2) for i in range(6)], "abcdef")
-    assert compare_studies(first, small).difference is None
+    small = study_over([random_run(i, layers=2, kv_heads=1, group=2) for i in range(6)], "abcdef")
+    assert compare(first, small).difference is None
 
 
 def test_a_comparison_of_few_texts_tells_of_no_head_and_of_more_what_chance_gives():
     runs = [random_run(i) for i in range(12)]
-    few = compare_studies(study_of(runs[:5], "abcde"), study_of(runs[5:10], "abcde"))
+    few = compare(study_over(runs[:5], "abcde"), study_over(runs[5:10], "abcde"))
     assert "no head is defined in 6 texts or more" in str(few)
-    found = compare_studies(study_of(runs[:6], "abcdef"), study_of(runs[6:], "abcdef"))
+    found = compare(study_over(runs[:6], "abcdef"), study_over(runs[6:], "abcdef"))
     # Of 6 texts an interval covers 87 % of the time (see test_across): of 18 heads 2.4 are called though none differs.
     assert found.by_chance == pytest.approx(2.4, abs=0.05) and "about 2.4 heads" in str(found)
     above, below = (int((end > 0).sum()) for end in (found.difference.low, -found.difference.high))
@@ -315,7 +307,8 @@ def test_the_figures_command_writes_pages_and_records(tmp_path, capsys):
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
         "fig1.html", "fig1.json", "fig7.html", "fig7.json", "index.html",
     ]  # fmt: skip
-    content = content_of((tmp_path / "out" / "fig1.json").read_text(), "figure", 1)
+    content = json.loads((tmp_path / "out" / "fig1.json").read_text())
+    assert content["l2kv_figure"] == 2
     assert content["numbers"]["heads"] == [[2, 1]] and content["texts"] == ["keats 0", "keats 1"]
     index = Page((tmp_path / "out" / "index.html").read_text())
     assert {"fig7.html", "fig7.json"} <= {attributes.get("href") for _, attributes in index.tags}

@@ -105,7 +105,7 @@ def test_its_presets_show_what_they_say(loaded, name):
 def test_the_demo_run_is_what_a_capture_of_its_text_gives(loaded):
     run = load_run(bundled_results("smollm2").demo)
     again = capture(loaded, run.text)
-    for metric in ("gamma", "gamma_without_sink", "spearman"):
+    for metric in ("gamma", "gamma_skip_first", "spearman"):
         saved, new = metrics(run).of(metric), metrics(again).of(metric)
         both = np.isfinite(saved) & np.isfinite(new)
         assert both.mean() > 0.5 and np.abs(saved - new)[both].max() < 0.02, metric

@@ -7,7 +7,7 @@ import os
 import random
 import re
 import weakref
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,21 +17,19 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from analysis import correlation, files
+from analysis import alr, correlation, records
 from analysis.__main__ import main
+from analysis.defaults import RECENT_WINDOW
 from analysis.demo import presets
-from analysis.errors import RecordError, TextError
-from analysis.measures import alr, alr_chance
-from analysis.metrics import METRICS, PROBES, STATUSES, metrics
+from analysis.errors import RecordError, SettingsError, TextError
+from analysis.metrics import METRICS, PROBES, STATUSES, Metric, gamma, metrics
 from analysis.models.load import LoadedModel
+from analysis.plans.curves import LossCurves, curves_of, loss_curves
 from analysis.plans.skip import layer_loss
-from analysis.statistics import (
-    answer,
-    head_means,
-    layer_losses,
-)
+from analysis.statistics import head_means, layer_losses, stability
 from analysis.studies import Study, load_study, save_study, study
 from analysis.texts.excerpts import Excerpt, excerpts
+from analysis.verdicts import answer, verdicts
 from tests.support.runs import run_of, study_of
 
 TEXTS = presets.bundled_texts()
@@ -52,7 +50,7 @@ def whole(loaded, texts) -> Study:
 def assert_same(one: Study, other: Study) -> None:
     for field in dataclasses.fields(Study):
         a, b = getattr(one, field.name), getattr(other, field.name)
-        if isinstance(a, np.ndarray):
+        if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
             assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes()), field.name
         else:
             assert a == b, field.name
@@ -75,7 +73,7 @@ def test_each_metric_is_a_number_per_head_where_its_status_is_ok_and_nan_elsewhe
     constant, even = ("constant norms", "no attention") if METRICS[name].ranks else ("ok", "ok")
     # Constant norms are said first by `analysis.measures`; in layer 2 there is no attention, then attention like any.
     assert words == ["ok", "ok", constant, constant, "no attention", even]
-    assert METRICS[name].text
+    assert METRICS[name].about
 
 
 def test_synthetic_heads_read_minus_one_zero_and_plus_one():
@@ -84,7 +82,7 @@ def test_synthetic_heads_read_minus_one_zero_and_plus_one():
     run = run_of([[ranks]], [[1 / ranks, (ranks - 201) ** 2, ranks]])
     figures = metrics(run)
     assert figures.of("gamma")[0] == pytest.approx([-1, 0, 1], abs=1e-6)
-    assert figures.of("alr_against_chance")[0] == pytest.approx([0, 1, 2], abs=1e-6)
+    assert figures.of("normalised_alr")[0] == pytest.approx([0, 1, 2], abs=1e-6)
     assert figures.of("spearman")[0] == pytest.approx([-1, 0, 1], abs=1e-6)
     # 201 of 401 are kept: the mirror shares the middle one, and half of the two ends is at the low end (of equals the
     # earlier, so one more).
@@ -117,10 +115,10 @@ def test_a_probe_is_the_attention_that_all_metrics_are_of():
     run, swapped = run_of(norm, row, received), run_of(norm, received, row)
     np.testing.assert_array_equal(metrics(run, probe="all queries").values, metrics(swapped).values)
     np.testing.assert_allclose(metrics(run).of("gamma"), correlation(run))
-    np.testing.assert_allclose(metrics(run).of("gamma_without_sink"), correlation(run, leave_out=1))
+    np.testing.assert_allclose(metrics(run).of("gamma_skip_first"), correlation(run, skip_first=1))
     np.testing.assert_allclose(metrics(run).of("alr_per_token"), alr(run) / 30)
-    np.testing.assert_allclose(metrics(run).of("alr_against_chance"), alr(run) / alr_chance(run))
-    np.testing.assert_allclose(metrics(run, probe="all queries").of("spearman"), correlation(run, "spearman"))
+    np.testing.assert_allclose(metrics(run).of("normalised_alr"), alr(run) / metrics(run).of("alr_chance"))
+    np.testing.assert_allclose(metrics(run, probe="all queries").of("spearman"), correlation(swapped, "spearman"))
     np.testing.assert_allclose(metrics(run).of("sink_share"), row[..., 0] / row.sum(-1), rtol=1e-6)
     with pytest.raises(ValueError, match="next token, last queries, all queries"):
         metrics(run, probe="last query")
@@ -151,7 +149,7 @@ def test_a_study_holds_what_the_metrics_say_of_each_capture(loaded, texts, whole
                 np.testing.assert_allclose(whole.of(name, probe=probe)[i], expected.of(name), rtol=1e-9)
     assert set(whole.status_of("gamma").ravel()) == {"ok"}
     np.testing.assert_allclose(head_means(whole).mean, whole.of("gamma").mean(axis=0))
-    with pytest.raises(ValueError, match="metric must be one of gamma"):
+    with pytest.raises(SettingsError, match="metric must be one of gamma"):
         whole.of("delta")
 
 
@@ -173,7 +171,10 @@ def test_a_study_that_was_cancelled_goes_on_where_it_stopped(tmp_path, loaded, t
     half = load_study(path)
     assert len(half.names) == after and not half.complete
     seen.clear()
-    assert_same(study(loaded, iter(texts), path, on_text=seen.append), whole)
+    told = []
+    again = study(loaded, iter(texts), path, on_text=seen.append, progress=lambda *step: told.append(step))
+    assert_same(again, whole)
+    assert set(told) == {(i, 4, "texts") for i in range(after, 5)} and told == sorted(told)
     assert [len(so_far.names) for so_far in seen] == list(range(after + 1, 5))
     assert_same(load_study(path), whole)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
@@ -182,13 +183,13 @@ def test_a_study_that_was_cancelled_goes_on_where_it_stopped(tmp_path, loaded, t
 def test_a_cancelled_capture_leaves_the_texts_before_it(tmp_path, loaded, texts, whole):
     path, calls = tmp_path / "study.safetensors", []
 
-    def stop(done, total):
+    def stop(done, total, what):
         calls.append(done)
         if path.exists():
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        study(loaded, texts, path, on_layer=stop)
+        study(loaded, texts, path, progress=stop)
     assert len(load_study(path).names) == 1
     assert_same(study(loaded, texts, path), whole)
 
@@ -224,7 +225,7 @@ def test_the_table_is_written_now_and_then_and_however_the_study_ends(tmp_path, 
 def test_a_finished_study_runs_nothing_again_and_more_texts_are_added(tmp_path, loaded, texts, whole):
     path = tmp_path / "study.safetensors"
     study(loaded, texts[:2], path)
-    study(loaded, texts[:2], path, on_layer=lambda *_: pytest.fail("it ran"))
+    study(loaded, texts[:2], path, progress=lambda *_: pytest.fail("it ran"))
     assert_same(study(loaded, texts, path), whole)
 
 
@@ -293,15 +294,116 @@ def test_a_study_knows_what_each_text_is_an_excerpt_of(tmp_path, loaded, texts, 
     assert done.documents == load_study(path).documents == ("Keats", "alone")
 
 
-def test_a_study_without_documents_as_older_files_are_opens_and_is_gone_on_with(tmp_path, loaded, texts, whole):
-    path = tmp_path / "study.safetensors"
-    study(loaded, texts[:2], path)
+OLD_NAMES = {"gamma_skip_first": "gamma_without_sink", "normalised_alr": "alr_against_chance"}
+WITHOUT_CURVES = {"curves": None, "curve_status": None, "curve_gammas": None}
+
+
+def aged(path, version):
+    """The file as the second or the third version wrote it."""
     with safe_open(path, framework="numpy") as file:
         header = json.loads(file.metadata()["header"])
-    del header["documents"]
-    tampered(path, whole_header=header, l2kv_study="2")
-    assert load_study(path).documents == ()
-    assert_same(study(loaded, texts, path), whole)
+        arrays = {name: file.get_tensor(name) for name in ("n_tokens", "values", "status")}
+    del header["protect_last"]
+    if version == 2:
+        del header["documents"]
+    header["metrics"] = [OLD_NAMES.get(name, name) for name in header["metrics"]]
+    save_file(arrays, path, metadata={"header": json.dumps(header), "l2kv_study": str(version)})
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_study_of_an_older_version_opens_and_is_gone_on_with(tmp_path, loaded, texts, whole, version):
+    path = tmp_path / "study.safetensors"
+    study(loaded, texts[:2], path)
+    aged(path, version)
+    old = load_study(path)
+    assert old.documents == (() if version == 2 else ("Keats", "Keats")) and old.curves is None
+    np.testing.assert_array_equal(old.of("gamma_skip_first"), whole.of("gamma_skip_first")[:2])
+    np.testing.assert_array_equal(old.of("normalised_alr"), whole.of("normalised_alr")[:2])
+    with pytest.raises(SettingsError, match=r"no loss curves.*l2kv study"):
+        curves_of(old)
+    assert_same(study(loaded, texts, path), dataclasses.replace(whole, **WITHOUT_CURVES))
+
+
+# Its metrics are its own
+
+
+@contextmanager
+def registered(name: str, metric: Metric):
+    METRICS.register(name, metric)
+    try:
+        yield
+    finally:
+        METRICS.remove(name)
+
+
+HALF_OF_GAMMA = Metric("Half of Γ", "half of Γ", lambda row: gamma(row) / 2, low=-0.5, high=0.5)
+
+
+@pytest.mark.parametrize("model", ["books-5m", "smollm2"])
+def test_a_study_that_was_made_before_a_metric_was_added_opens_and_says_all_that_it_said(model):
+    def told(of: Study) -> list:
+        losses = layer_losses(of)
+        return [answer(of), verdicts(of).tolist(), str(stability(losses)), head_means(of).mean.tolist(), of.metrics]
+
+    path = presets.bundled_results(model).study
+    before = told(load_study(path))
+    with registered("half_of_gamma", HALF_OF_GAMMA):
+        old = load_study(path)
+        assert told(old) == before
+        with pytest.raises(SettingsError, match=r"metric must be one of gamma, .*'half_of_gamma'.* l2kv study"):
+            old.of("half_of_gamma")
+
+
+def test_a_study_with_a_metric_that_is_registered_no_more_opens(tmp_path, loaded, texts):
+    path = tmp_path / "study.safetensors"
+    with registered("half_of_gamma", HALF_OF_GAMMA):
+        made = study(loaded, texts[:2], path)
+    read = load_study(path)
+    assert_same(read, made)
+    np.testing.assert_allclose(read.of("half_of_gamma"), read.of("gamma") / 2)
+    assert answer(read) == answer(made)
+
+
+def test_a_study_of_other_metrics_is_not_gone_on_with(tmp_path, loaded, texts):
+    path = tmp_path / "study.safetensors"
+    study(loaded, texts[:2], path)
+    before = path.read_bytes()
+    with registered("half_of_gamma", HALF_OF_GAMMA), pytest.raises(RecordError, match=r"other metrics.*l2kv study"):
+        study(loaded, texts, path)
+    assert path.read_bytes() == before
+
+
+# Its loss curves
+
+
+def test_the_curves_of_a_study_are_those_of_the_captures_of_its_texts(loaded, texts, whole):
+    from analysis import capture
+
+    documents = [excerpt.document for excerpt in texts]
+    runs = [capture(loaded, excerpt.text) for excerpt in texts]
+    ours = curves_of(whole)
+    plain = loss_curves(*runs, protect_last=RECENT_WINDOW, documents=documents)
+    for field in dataclasses.fields(LossCurves):
+        one, other = getattr(ours, field.name), getattr(plain, field.name)
+        if field.name == "captures":
+            assert one == () and len(other) == 4
+        elif isinstance(other, np.ndarray) and other.dtype == float:
+            np.testing.assert_allclose(one, other, atol=1e-6, err_msg=field.name)
+        elif isinstance(other, np.ndarray):
+            np.testing.assert_array_equal(one, other, err_msg=field.name)
+        else:
+            assert one == other, field.name
+
+
+def test_a_plan_can_be_made_from_a_study(tmp_path, loaded, texts, whole):
+    from analysis import capture, plan
+
+    read = load_study(save_study(whole, tmp_path / "study.safetensors"))
+    runs = [capture(loaded, excerpt.text) for excerpt in texts]
+    made = plan(curves_of(read), 0.7)
+    from_captures = plan(loss_curves(*runs, protect_last=RECENT_WINDOW), 0.7)
+    assert made.expected_loss == pytest.approx(from_captures.expected_loss, abs=1e-6)
+    assert made.to_spec().protect_last == RECENT_WINDOW
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=repr)
@@ -313,7 +415,7 @@ def test_a_failure_while_writing_leaves_the_old_file_and_no_other(tmp_path, monk
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr({"save_file": files, "fsync": os, "replace": Path}[step], step, fail)
+    monkeypatch.setattr({"save_file": records, "fsync": os, "replace": Path}[step], step, fail)
     with pytest.raises(RecordError if isinstance(error, OSError) else KeyboardInterrupt):
         save_study(study_of(np.ones((3, 1, 1))), path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
@@ -326,29 +428,45 @@ def tampered(path, *, header=None, whole_header=None, arrays=None, **metadata):
     save_file(tensors | (arrays or {}), path, metadata=new)
 
 
+CURVES = {
+    "curves": np.zeros((8, 3, 1, 1, 5), np.float32),
+    "curve_status": np.zeros((8, 1, 1), np.uint8),
+    "curve_gammas": np.zeros((8, 1, 1)),
+}
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"l2kv_study": "1"}, "version 1"),
-        ({"l2kv_study": "4"}, "version 4"),
-        ({"header": {"probes": ["next token", "all queries"]}}, "other metrics"),
-        ({"header": {"metrics": ["gamma"]}}, "other metrics"),
-        ({"header": {"model": 5}}, "model should be text"),
-        ({"header": {"names": ["\ud800"] * 8}}, "surrogates"),
+        ({"l2kv_study": "1"}, "version 1 cannot be read"),
+        ({"l2kv_study": "5"}, "version 5"),
+        ({"header": {"probes": ["next token", "all queries"]}}, "shape"),
+        ({"header": {"metrics": ["gamma"]}}, "shape"),
+        ({"header": {"metrics": ["gamma"] * 12}}, "twice"),
+        ({"header": {"metrics": [5] * 12}}, r"\$\.metrics"),
+        ({"header": {"metrics": "gamma"}}, r"\$\.metrics"),
+        ({"header": {"model": 5}}, r"\$\.model"),
+        ({"header": {"names": ["\ud800"] * 8}}, "surrogate"),
         ({"header": {"names": ["one"]}}, "shape"),
         ({"header": {"texts": 3}}, "got 8 of 3 texts"),
-        ({"header": {"texts": 10**400}}, "1 to 10,000 texts"),
-        ({"header": {"names": ["x"] * 10_001}}, "more than 10,000 texts"),
+        ({"header": {"texts": 10**400}}, "not a study that can be read"),
+        ({"header": {"texts": 20_000}}, "1 to 10,000 texts"),
+        ({"header": {"names": ["x"] * 10_001}}, "1 to 10,000 texts"),
         ({"header": {"digests": ["x"]}}, "do not fit 8 texts"),
         ({"header": {"documents": ["x"]}}, "do not fit 8 texts"),
-        ({"header": {"documents": [1] * 8}}, "documents should be text"),
-        ({"header": {"texts": "8"}}, "whole number"),
-        ({"header": {"extra": 1}}, "other parts"),
-        ({"arrays": {"extra": np.ones(2)}}, "other parts"),
-        ({"arrays": {"n_tokens": np.ones(8)}}, "type float64"),
+        ({"header": {"documents": [1] * 8}}, r"\$\.documents"),
+        ({"header": {"texts": "8"}}, r"\$\.texts"),
+        ({"header": {"curves": [1.0]}}, "curves"),
+        ({"header": {"n_tokens": [1]}, "arrays": {"extra": np.ones(2)}}, "hold extra"),
+        ({"arrays": {"n_tokens": np.ones(8)}}, "type int64, got float64"),
         ({"arrays": {"status": np.full((8, 3, 12, 1, 1), 9, np.uint8)}}, "where the status is ok"),
         ({"arrays": {"values": np.full((8, 3, 12, 1, 1), np.nan)}}, "where the status is ok"),
         ({"arrays": {"values": np.zeros(3)}}, "shape"),
+        ({"arrays": CURVES | {"curves": np.full((8, 3, 1, 1, 5), np.nan, np.float32)}}, "curves hold values"),
+        ({"arrays": CURVES | {"curves": np.zeros((8, 3, 1, 1, 1), np.float32)}}, "none that a study can have"),
+        ({"arrays": CURVES | {"curves": np.zeros((8, 2, 1, 1, 5), np.float32)}}, "shape"),
+        ({"arrays": CURVES | {"curve_status": np.full((8, 1, 1), 9, np.uint8)}}, "none that a study can have"),
+        ({"arrays": {"curves": CURVES["curves"]}}, "together"),
     ],
     ids=str,
 )
@@ -383,7 +501,7 @@ def test_a_foreign_file_is_refused_and_not_written_over(tmp_path, loaded, texts,
     with pytest.raises(RecordError, match="no file"):
         load_study(tmp_path / "none")
     save_file({"a": np.ones(3)}, path)
-    with pytest.raises(RecordError, match="but not a saved study"):
+    with pytest.raises(RecordError, match="but not a study"):
         load_study(path)
     with pytest.raises(RecordError, match="cannot be written"):
         save_study(study_of(np.zeros((1, 1, 1))), path / "below")
@@ -444,7 +562,7 @@ def test_the_command_prints_a_metric_of_each_layer(tmp_path, capsys):
     ]
     assert main([*command, "entropy-normalised"]) == 0
     told = capsys.readouterr().out.splitlines()
-    assert METRICS["entropy_normalised"].text in told[3]
+    assert METRICS["entropy_normalised"].about in told[3]
     by_head = load_study(out).of("entropy_normalised").mean(axis=0)
     columns = re.split("  +", told[4])
     assert columns[0] == "layer" and columns[-4:] == ["entropy_normalised", "lowest", "highest", "verdicts"]
@@ -455,7 +573,7 @@ def test_the_command_prints_a_metric_of_each_layer(tmp_path, capsys):
         assert (int(low), int(high)) == (heads.index(min(heads)), heads.index(max(heads)))
         assert (float(least), float(most)) == pytest.approx((min(heads), max(heads)), rel=0.01)
     assert main([*command, "entropy of it"]) == 2
-    assert "'--metric': metric must be one of gamma, gamma_without_sink" in capsys.readouterr().err
+    assert "'--metric': metric must be one of gamma, gamma_skip_first" in capsys.readouterr().err
 
 
 def test_an_interrupted_command_keeps_what_was_done(tmp_path, capsys, monkeypatch):

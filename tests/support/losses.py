@@ -11,10 +11,10 @@ def expected_losses(attention, dropped_by):
     return curve
 
 
-def slow_losses(run, layer, head, leave_out):
+def slow_losses(run, layer, head, skip_first):
     """L^m of keeping low norms, of keeping high norms, and of the ideal order, m = 0..n."""
-    attention = run.probe_attention[layer, head].astype(float).tolist()[leave_out:]
-    norms = run.key_norm[layer, head // 3].tolist()[leave_out:]
+    attention = run.probe_attention[layer, head].astype(float).tolist()[skip_first:]
+    norms = run.key_norm[layer, head // 3].tolist()[skip_first:]
     return (
         expected_losses(attention, norms),
         expected_losses(attention, [-x for x in norms]),

@@ -53,7 +53,7 @@ def study_of(gamma, without=None, *, documents=(), **metric) -> Study:
     gamma = np.asarray(gamma, dtype=float)
     n, layers, heads = gamma.shape
     values = np.zeros((n, len(PROBES), len(METRICS), layers, heads))
-    given = {"gamma": gamma, "gamma_without_sink": gamma if without is None else without} | metric
+    given = {"gamma": gamma, "gamma_skip_first": gamma if without is None else without} | metric
     for name, numbers in given.items():
         values[:, :, list(METRICS).index(name)] = np.asarray(numbers, dtype=float)[:, None]
     return Study(
@@ -63,6 +63,8 @@ def study_of(gamma, without=None, *, documents=(), **metric) -> Study:
         texts=n,
         names=tuple(map(str, range(n))),
         digests=("",) * n,
+        probes=tuple(PROBES),
+        metrics=tuple(METRICS),
         n_tokens=np.full(n, 9),
         values=values,
         status=np.where(np.isfinite(values), 0, 1).astype(np.uint8),

@@ -8,26 +8,23 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from analysis.comparing import compare_studies
-from analysis.plans.simultaneous import simultaneous
+from analysis.comparing import compare
 from analysis.statistics import (
     MIN_TEXTS,
     RESAMPLES,
-    VERDICTS,
-    answer,
     head_means,
-    head_verdicts,
     kendall,
     layer_means,
     means,
     median_gamma,
     misses,
     resamples,
+    simultaneous,
     spearman,
     stability,
     told_of_documents,
-    verdicts,
 )
+from analysis.verdicts import answer, meanings, verdicts, verdicts_of
 from tests.support.runs import study_of
 
 # Means and intervals
@@ -78,7 +75,7 @@ def test_intervals_leave_0_out_by_chance_as_often_as_is_said(n, groups):
         got = means(samples[0])
     else:
         first, second = (study_of(values[:, None]) for values in samples)
-        got = compare_studies(first, dataclasses.replace(second, digests=("other",) * n)).difference
+        got = compare(first, dataclasses.replace(second, digests=("other",) * n)).difference
     assert ((got.low > 0) | (got.high < 0)).mean() == pytest.approx(float(misses(n, groups=groups)), abs=0.02)
 
 
@@ -180,8 +177,8 @@ def test_everything_said_of_a_study_resamples_its_documents():
     known, unknown = study_of(gamma, documents=names(8, 12)), study_of(gamma)
     for of in (head_means, layer_means, median_gamma):
         assert np.all(of(known).low < 0) and np.all(of(unknown).low > 0)
-    assert head_verdicts(known)[0, 0] != head_verdicts(unknown)[0, 0]
-    both = [compare_studies(study_of(0 * gamma, documents=d.documents), d) for d in (known, unknown)]
+    assert verdicts(known)[0, 0] != verdicts(unknown)[0, 0]
+    both = [compare(study_of(0 * gamma, documents=d.documents), d) for d in (known, unknown)]
     assert both[0].paired and both[0].difference.low[0, 0] < 0 < both[1].difference.low[0, 0]
 
 
@@ -238,14 +235,14 @@ ABOVE, BELOW, NEITHER, SPLIT = [0.5] * 8, [-0.5] * 8, [0.05, -0.05] * 4, [0.5, -
     ],
 )
 def test_verdicts_by_hand(with_sink, without, verdict):
-    got = verdicts(*(np.array(gamma)[:, None, None] for gamma in (with_sink, without)))
-    assert got.tolist() == [[verdict]] and verdict in VERDICTS
+    got = verdicts_of(*(np.array(gamma)[:, None, None] for gamma in (with_sink, without)))
+    assert got.tolist() == [[verdict]] and verdict in meanings(len(with_sink))
 
 
 def test_each_head_has_one_verdict_and_the_answer_counts_them():
     gamma = np.array([BELOW] * 8 + [ABOVE] + [SPLIT] + [[np.nan] * 8]).T[:, None]
     made = study_of(gamma)
-    assert head_verdicts(made)[0].tolist() == ["follows the paper"] * 8 + ["mirror", "unstable", "undefined"]
+    assert verdicts(made)[0].tolist() == ["follows the paper"] * 8 + ["mirror", "unstable", "undefined"]
     text = answer(made)
     assert text.startswith("Yes. Layer 0: low norm predicts attention. In 8 of 10 heads low-norm")
     assert "in 1 high-norm" in text and "in 1 the sign changes between texts" in text and "over 8 texts" in text

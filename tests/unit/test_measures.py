@@ -1,4 +1,4 @@
-"""Each figure against a slow loop over its definition, and against examples worked out by hand."""
+"""Each number against a slow loop over its definition, and against examples worked out by hand."""
 
 import itertools
 from dataclasses import replace
@@ -6,24 +6,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from analysis import Plan, alr, attention_loss, correlation, suggest_skip_layers, verdicts
+from analysis import Plan, alr, attention_loss, correlation, suggest_skip_layers
 from analysis.captures import Capture
-from analysis.measures import (
-    LEAST_MASS,
-    alr_chance,
-    answer,
-    by_kv_head,
-    by_layer,
-    head_figures,
-    in_short,
-    kept_tokens,
-    sink_share,
-    status,
-    verdicts_of,
-)
-from analysis.metrics import PROBES, metrics
+from analysis.errors import SettingsError
+from analysis.measures import by_kv_head, kept_tokens
+from analysis.metrics import LEAST_MASS, METRICS, PROBES, metrics, status
 from analysis.plans.skip import layer_loss
 from analysis.records import from_json, to_json
+from analysis.studies import study_of
+from analysis.verdicts import answer, by_layer, in_short, verdicts, verdicts_of
 from l2kv import CompressionSpec
 from tests.support.losses import expected_losses, slow_losses
 from tests.support.runs import run_of
@@ -48,13 +39,13 @@ def test_expected_losses_are_the_mean_over_all_orders_of_equals():
     assert expected_losses(attention, norms) == pytest.approx(mean)
 
 
-@pytest.mark.parametrize("leave_out", [0, 1, 3])
-def test_alr_and_the_loss_curves_are_the_papers_sums(run, leave_out):
-    figures = alr(run, leave_out=leave_out)
+@pytest.mark.parametrize("skip_first", [0, 1, 3])
+def test_alr_and_the_loss_curves_are_the_papers_sums(run, skip_first):
+    figures = alr(run, skip_first=skip_first)
     for layer in range(3):
         for head in range(6):
-            low, high, ideal = slow_losses(run, layer, head, leave_out)
-            curves = attention_loss(run, layer, head, leave_out=leave_out)
+            low, high, ideal = slow_losses(run, layer, head, skip_first)
+            curves = attention_loss(run, layer, head, skip_first=skip_first)
             for got, expected in ((curves.low_norm, low), (curves.high_norm, high), (curves.ideal, ideal)):
                 np.testing.assert_allclose(got, expected, atol=1e-12)
             assert figures[layer, head] == pytest.approx(sum(a - b for a, b in zip(low[1:], ideal[1:], strict=True)))
@@ -110,13 +101,13 @@ def test_the_alr_of_a_kv_head_is_not_the_mean_of_those_of_its_query_heads():
     np.testing.assert_allclose(alr(by_kv_head(run)), [[1]])
 
 
-@pytest.mark.parametrize("leave_out", [0, 1])
-def test_alr_is_chance_times_one_plus_gamma(run, leave_out):
-    chance = alr_chance(run, leave_out=leave_out)
-    gamma = correlation(run, leave_out=leave_out)
-    np.testing.assert_allclose(alr(run, leave_out=leave_out), chance * (1 + gamma), rtol=1e-9, atol=1e-12)
+@pytest.mark.parametrize("skip_first", [0, 1])
+def test_alr_is_chance_times_one_plus_gamma(run, skip_first):
+    chance = metrics(run, skip_first=skip_first).of("alr_chance")
+    gamma = correlation(run, skip_first=skip_first)
+    np.testing.assert_allclose(alr(run, skip_first=skip_first), chance * (1 + gamma), rtol=1e-9, atol=1e-12)
     for layer, head in np.ndindex(3, 6):
-        curves = attention_loss(run, layer, head, leave_out=leave_out)
+        curves = attention_loss(run, layer, head, skip_first=skip_first)
         assert chance[layer, head] == pytest.approx((curves.chance - curves.ideal)[1:].sum())
 
 
@@ -132,14 +123,14 @@ def test_gamma_sees_the_sink_that_spearman_hides():
     norm = [0.1, *range(1, 20)]
     probe = [0.9, *(np.arange(1, 20) / 1900)]
     run = run_of([[norm]], [[probe]])
-    assert correlation(run)[0, 0] < -0.8 and correlation(run, leave_out=1)[0, 0] == pytest.approx(1)
+    assert correlation(run)[0, 0] < -0.8 and correlation(run, skip_first=1)[0, 0] == pytest.approx(1)
     assert correlation(run, "spearman")[0, 0] > 0.5
-    assert verdicts(run)[0, 0] == "sink only"
-    assert sink_share(run)[0, 0] == pytest.approx(0.9)
+    assert verdicts(study_of(run))[0, 0] == "sink only"
+    assert metrics(run).of("sink_share")[0, 0] == pytest.approx(0.9)
 
 
-@pytest.mark.parametrize("leave_out", [0, 1])
-def test_rank_correlations_are_those_of_their_definitions(run, leave_out):
+@pytest.mark.parametrize("skip_first", [0, 1])
+def test_rank_correlations_are_those_of_their_definitions(run, skip_first):
     def pearson(x, y):
         mx, my = sum(x) / len(x), sum(y) / len(y)
         top = sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True))
@@ -149,12 +140,12 @@ def test_rank_correlations_are_those_of_their_definitions(run, leave_out):
         return [sum(b < a for b in x) + (sum(b == a for b in x) + 1) / 2 for a in x]
 
     spearman, plain = (
-        correlation(run, "spearman", leave_out=leave_out),
-        correlation(run, "pearson", leave_out=leave_out),
+        correlation(run, "spearman", skip_first=skip_first),
+        correlation(run, "pearson", skip_first=skip_first),
     )
     for layer, head in np.ndindex(3, 6):
-        x = run.key_norm[layer, head // 3, leave_out:].tolist()
-        y = run.attention_received[layer, head, leave_out:].tolist()
+        x = run.key_norm[layer, head // 3, skip_first:].tolist()
+        y = run.attention_received[layer, head, skip_first:].tolist()
         assert plain[layer, head] == pytest.approx(pearson(x, y))
         assert spearman[layer, head] == pytest.approx(pearson(mean_ranks(x), mean_ranks(y)))
 
@@ -166,14 +157,14 @@ def test_verdicts_by_sign_with_and_without_the_sink():
         [[low_sink], [low_sink], [high_sink], [high_sink]],
         [[[0.9, *falling]], [[0.9, *rising]], [[0.9, *falling]], [[0.9, *rising]]],
     )
-    assert verdicts(run)[:, 0].tolist() == ["follows the paper", "sink only", "hidden by the sink", "mirror"]
+    assert verdicts(study_of(run))[:, 0].tolist() == ["follows the paper", "sink only", "hidden by the sink", "mirror"]
 
 
 def test_what_hangs_on_the_first_token_alone_is_not_said_of_the_others():
     noise = np.tile([0.02, 0.01, 0.01, 0.02], 25)
     run = run_of([[[0.5, *np.arange(1.0, 101)]], [[200.0, *np.arange(1.0, 101)]]], [[[0.9, *noise]]] * 2)
-    assert abs(correlation(run, leave_out=1)).max() < 0.1 < abs(correlation(run)).min()
-    assert verdicts(run)[:, 0].tolist() == ["sink only", "too weak to call"]
+    assert abs(correlation(run, skip_first=1)).max() < 0.1 < abs(correlation(run)).min()
+    assert verdicts(study_of(run))[:, 0].tolist() == ["sink only", "too weak to call"]
 
 
 @pytest.mark.parametrize(
@@ -193,7 +184,7 @@ def test_the_answer_is_a_sentence_that_counts_heads(paper, mirror, weak, begins)
     rows = [1 / ranks] * paper + [ranks / 1000] * mirror + [alternating] * weak
     constant = not rows
     run = run_of([[ranks if rows else np.ones(41)]] * max(len(rows), 1), [[row] for row in rows or [ranks]])
-    text = answer(run)
+    text = answer(study_of(run))
     assert text.startswith(begins)
     if not constant:
         assert (
@@ -249,27 +240,27 @@ def test_a_head_with_next_to_no_attention_outside_the_sink_has_no_figure_without
         row = np.concatenate([[1 - mass], mass * rest / rest.sum()])
         run = run_of([[norm]], [[row]], received=[[row]], recent=[[[row * (np.arange(40) < 39)]]])
         assert status(run)[0, 0] == "ok" and np.isfinite(correlation(run)).all()
-        assert np.isfinite(correlation(run, leave_out=1)).all() == known
-        assert verdicts(run)[0, 0] == ("follows the paper" if known else "sink only")
+        assert np.isfinite(correlation(run, skip_first=1)).all() == known
+        assert verdicts(study_of(run))[0, 0] == ("follows the paper" if known else "sink only")
         for probe in PROBES:
             found = metrics(run, probe=probe)
-            assert (found.status_of("gamma_without_sink")[0, 0] == "ok") == known
+            assert (found.status_of("gamma_skip_first")[0, 0] == "ok") == known
             assert found.status_of("gamma")[0, 0] == "ok"
-        assert (metrics(run, leave_out=1).status_of("gamma")[0, 0] == "ok") == known
+        assert (metrics(run, skip_first=1).status_of("gamma")[0, 0] == "ok") == known
         if not known and mass > 1e-12:
-            assert status(run, leave_out=1)[0, 0] == "little attention"
+            assert status(run, skip_first=1)[0, 0] == "little attention"
 
 
 def test_without_the_others_the_first_token_cannot_be_borne_out():
     gamma = np.array([-0.9, -0.01, 0.9, np.nan])
-    assert verdicts_of(gamma, np.full(4, np.nan)).tolist() == [
+    assert verdicts_of(gamma[None], np.full((1, 4), np.nan)).tolist() == [
         "sink only", "too weak to call", "too weak to call", "undefined",
     ]  # fmt: skip
 
 
 def test_a_handful_of_tokens_gets_no_answer():
     ranks = np.arange(1.0, 6.0)
-    assert answer(run_of([[ranks]], [[1 / ranks]])) == (
+    assert answer(study_of(run_of([[ranks]], [[1 / ranks]]))) == (
         "This run cannot tell: 5 tokens are too few. Take a text of some hundred."
     )
 
@@ -282,8 +273,8 @@ def test_the_undefined_is_named_and_never_a_number():
     assert status(run)[:, 0].tolist() == ["constant norms", "no attention", "ok"]
     for figure in (correlation(run), correlation(run, "spearman"), alr(run)):
         assert np.isnan(figure[:2]).all() and np.isfinite(figure[2]).all()
-    assert verdicts(run)[:, 0].tolist() == ["undefined", "undefined", "follows the paper"]
-    assert set(status(run, leave_out=2).ravel()) == {"too short"} and np.isnan(correlation(run, leave_out=2)).all()
+    assert verdicts(study_of(run))[:, 0].tolist() == ["undefined", "undefined", "follows the paper"]
+    assert set(status(run, skip_first=2).ravel()) == {"too short"} and np.isnan(correlation(run, skip_first=2)).all()
 
 
 def test_an_unknown_method_is_refused(run):
@@ -301,17 +292,42 @@ def test_layers_are_skipped_where_the_policy_is_no_better_than_dice():
     assert "8 tokens" in suggest_skip_layers(run).rule and "skipped, 1 because" in suggest_skip_layers(run).rule
 
 
-def test_the_figures_of_all_heads_are_those_of_the_functions(run):
-    figures = head_figures(run, leave_out=1)
-    np.testing.assert_array_equal(figures.gamma, correlation(run, leave_out=1))
-    np.testing.assert_allclose(figures.alr_per_token, alr(run, leave_out=1) / 39)
-    np.testing.assert_allclose(figures.alr_against_chance, alr(run, leave_out=1) / alr_chance(run, leave_out=1))
+@pytest.mark.parametrize("probe", PROBES)
+def test_the_functions_of_the_library_give_the_metrics_of_their_names(run, probe):
+    run = replace(run, recent_attention=run.probe_attention[None] * (np.arange(40) < 39))
+    found = metrics(run, probe, 1)
+    for method, name in (("gini", "gamma"), ("spearman", "spearman"), ("pearson", "pearson")):
+        np.testing.assert_array_equal(correlation(run, method, probe=probe, skip_first=1), found.of(name))
+    np.testing.assert_array_equal(alr(run, probe=probe, skip_first=1), found.of("alr"))
+    np.testing.assert_array_equal(status(run, probe=probe, skip_first=1), found.status_of("gamma"))
+
+
+def test_alr_by_the_token_and_by_the_chance_level_are_its_quotients(run):
+    found = metrics(run, skip_first=1)
+    np.testing.assert_allclose(found.of("alr_per_token"), found.of("alr") / 39)
+    np.testing.assert_allclose(found.of("normalised_alr"), found.of("alr") / found.of("alr_chance"))
+
+
+def test_asking_for_some_metrics_gives_these_and_a_slip_is_told_the_nearest(run):
+    some = metrics(run, names=["overlap", "gamma"])
+    assert some.names == ("overlap", "gamma") and some.values.shape == (2, 3, 6)
+    np.testing.assert_array_equal(some.of("gamma"), metrics(run).of("gamma"))
+    with pytest.raises(SettingsError, match="Did you mean 'spearman'"):
+        metrics(run, names=["spaerman"])
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_every_metric_stays_within_the_range_that_it_is_shown_on(run, name):
+    values, metric = metrics(run).of(name), METRICS[name]
+    assert (metric.low is None or values.min() >= metric.low - 1e-12) and metric.title and metric.about
+    assert metric.high is None or values.max() <= metric.high + 1e-12
+    assert metric.diverging == (metric.low == -1)
 
 
 def test_the_suggestion_may_leave_the_sink_out():
     ranks = np.arange(1.0, 9.0)
     run = run_of([[[0.5, *ranks]]], [[[20.0, *ranks]]])  # a sink of low norm; among the others the mirror holds
-    assert suggest_skip_layers(run).layers == () and suggest_skip_layers(run, leave_out=1).layers == (0,)
+    assert suggest_skip_layers(run).layers == () and suggest_skip_layers(run, skip_first=1).layers == (0,)
 
 
 def test_a_spread_of_norms_of_a_thousandth_is_an_order():
@@ -320,7 +336,7 @@ def test_a_spread_of_norms_of_a_thousandth_is_an_order():
 
 
 def test_a_layer_counts_its_heads_by_what_there_is_to_lose(run):
-    loss, low, chance = layer_loss(run), alr(run), alr_chance(run)
+    loss, low, chance = layer_loss(run), alr(run), metrics(run).of("alr_chance")
     np.testing.assert_allclose(loss.by_layer, low.mean(1) / chance.mean(1))
     np.testing.assert_allclose(loss.paper, low.mean(1))
     np.testing.assert_allclose(layer_loss(run, "high_norm").by_head, 2 - low / chance)

@@ -122,7 +122,7 @@ def test_arrays_of_other_types_and_shapes_are_refused(tmp_path, arrays, reason):
     [
         ({}, "not a table"),
         ({"l2kv_table": "2", "header": "{}"}, "it is of version 2"),
-        ({"l2kv_table": "one", "header": "{}"}, "it has no version"),
+        ({"l2kv_table": "one", "header": "{}"}, "it is of version 'one'"),
         ({"l2kv_table": "1", "header": "[]"}, "no JSON object"),
         ({"l2kv_table": "1"}, "no JSON object"),
     ],

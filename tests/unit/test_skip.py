@@ -100,7 +100,7 @@ def test_bad_requests_are_refused():
         with pytest.raises(ValueError, match="of one model"):
             suggest_skip_layers(wrong)
     with pytest.raises(ValueError, match="keeps no tokens"):
-        suggest_skip_layers(made_study([[1.0, 2.0, 3.0]]), leave_out=1)
+        suggest_skip_layers(made_study([[1.0, 2.0, 3.0]]), skip_first=1)
 
 
 @pytest.mark.parametrize(

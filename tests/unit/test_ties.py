@@ -1,4 +1,4 @@
-"""Tokens whose norms rounding alone tells apart: what is equal, and that no figure hangs on how it was rounded."""
+"""Tokens whose norms rounding alone tells apart: what is equal, and that no number hangs on how it was rounded."""
 
 import itertools
 import math
@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from analysis import alr, attention_loss, correlation
-from analysis.measures import alr_chance, by_kv_head, head_figures, status
-from analysis.metrics import METRICS, PROBES, by_query, metrics
+from analysis import alr, attention_loss, captures, correlation
+from analysis.measures import by_kv_head
+from analysis.metrics import METRICS, PROBES, by_query, metrics, status
 from analysis.paper.why import factors, sink_head
 from analysis.plans.curves import loss_curves
+from analysis.studies import study_of
 from analysis.ties import evened, levelled, shared_ranks, tolerance
+from analysis.verdicts import verdicts
 from tests.support.runs import made_up, run_of
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -180,28 +182,25 @@ def test_no_figure_hangs_on_how_equal_tokens_were_rounded(dtype, probe):
     run, others = rounded_runs(dtype)
     for other in others:
         assert (np.argsort(other.key_norm) != np.argsort(run.key_norm)).any()
-        for leave_out in (0, 1):
+        for skip_first in (0, 1):
             for view in (lambda x: x, by_kv_head):
-                one, two = (metrics(view(x), probe=probe, leave_out=leave_out) for x in (run, other))
+                one, two = (metrics(view(x), probe=probe, skip_first=skip_first) for x in (run, other))
                 for name in set(METRICS) - {"pearson"}:  # which is of the values
                     np.testing.assert_allclose(one.of(name), two.of(name), atol=1e-12, err_msg=name)
                     np.testing.assert_array_equal(one.status_of(name), two.status_of(name))
 
 
-@pytest.mark.parametrize("leave_out", [0, 1, 4])
+@pytest.mark.parametrize("skip_first", [0, 1, 4])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nor_do_measures_curves_and_single_queries(dtype, leave_out):
+def test_nor_do_measures_curves_and_single_queries(dtype, skip_first):
     run, others = rounded_runs(dtype)
     for other in others:
-        one, two = (head_figures(x, leave_out=leave_out) for x in (run, other))
-        for name in ("gamma", "alr", "alr_per_token", "alr_against_chance", "spearman"):
-            np.testing.assert_allclose(getattr(one, name), getattr(two, name), atol=1e-12, err_msg=name)
-        np.testing.assert_array_equal(one.verdict, two.verdict)
-        np.testing.assert_allclose(
-            alr(other, leave_out=leave_out), alr_chance(run, leave_out=leave_out) * (1 + two.gamma)
-        )
+        np.testing.assert_array_equal(verdicts(study_of(run)), verdicts(study_of(other)))
+        chance = metrics(run, skip_first=skip_first).of("alr_chance")
+        gamma = correlation(other, skip_first=skip_first)
+        np.testing.assert_allclose(alr(other, skip_first=skip_first), chance * (1 + gamma))
         for head in range(6):
-            curves = [attention_loss(x, 1, head, leave_out=leave_out) for x in (run, other)]
+            curves = [attention_loss(x, 1, head, skip_first=skip_first) for x in (run, other)]
             for name in ("low_norm", "high_norm", "ideal", "chance"):
                 np.testing.assert_allclose(*(getattr(each, name) for each in curves), atol=1e-12)
         for last in (0, 7):
@@ -212,7 +211,7 @@ def test_nor_do_measures_curves_and_single_queries(dtype, leave_out):
 
 
 @pytest.mark.parametrize("probe", PROBES)
-def test_a_figure_is_the_same_by_measures_and_by_metrics(probe):
+def test_a_probe_gives_what_its_row_gives_as_that_of_the_next_token(probe):
     run = rounded_runs("bfloat16")[1][0]
     given = {"next token": run.probe_attention, "all queries": run.attention_received}.get(probe)
     if given is None:
@@ -222,9 +221,9 @@ def test_a_figure_is_the_same_by_measures_and_by_metrics(probe):
     else:
         shorter = run_of(run.key_norm, given)
     shorter = replace(shorter, dtype="bfloat16")
-    for name, leave_out in (("gamma", 0), ("gamma_without_sink", 1)):
+    for name, skip_first in (("gamma", 0), ("gamma_skip_first", 1)):
         np.testing.assert_allclose(
-            metrics(run, probe=probe).of(name), correlation(shorter, leave_out=leave_out), atol=1e-12
+            metrics(run, probe=probe).of(name), correlation(shorter, skip_first=skip_first), atol=1e-12
         )
     np.testing.assert_allclose(metrics(run, probe=probe).of("alr"), alr(shorter), atol=1e-12)
 
@@ -262,3 +261,14 @@ def test_lengths_that_rounding_tells_apart_are_one_length():
     assert factors(replace(rounded, dtype="float32")).by_length[0] != pytest.approx(few.by_length[0], abs=1e-4)
     # the attention is that of the rounded keys: only its order counts here, and it hardly changes
     assert factors(rounded).by_length[0] == pytest.approx(few.by_length[0], abs=0.02)
+
+
+def test_the_norms_of_a_run_are_levelled_once(monkeypatch):
+    """However many metrics, probes and views are asked for: it takes longest of all."""
+    run, _ = rounded_runs("bfloat16")
+    calls = []
+    monkeypatch.setattr(captures, "levelled", lambda *given: calls.append(1) or levelled(*given))
+    for probe in PROBES:
+        metrics(run, probe), metrics(run, probe, 1), metrics(by_kv_head(run), probe)
+    loss_curves(run, protect_last=7), attention_loss(run, 1, 2), by_query(run), correlation(run, "spearman")
+    assert len(calls) == 1
