@@ -143,7 +143,7 @@ class Results:
         for method in self.methods:
             for key, samples in self.grouped(*axes).items():
                 here = np.array([self._cells[method, sample].score for sample in samples], dtype=np.float64)
-                row = {"method": method} | dict(zip(axes, key, strict=True)) | {"samples": len(samples)}
+                row: dict[str, Any] = {"method": method} | dict(zip(axes, key, strict=True)) | {"samples": len(samples)}
                 row["MiB"] = np.mean([self._cells[method, sample].nbytes for sample in samples]) / 2**20
                 row["score"] = wilson(here) if shares else self.interval(here, samples)
                 if changes:
@@ -194,7 +194,7 @@ def of_changes(
     full, names = tuple(full_nll) or (0.0,) * len(samples), tuple(documents) or ("",) * len(samples)
     settings = dict(settings or {}) | ({} if full_nll else {"scores": "changes against the full cache"})
     by_method = {FULL: full} | {
-        name: [None if None in (one, base) else one + base for one, base in zip(values, full, strict=True)]
+        name: [None if one is None or base is None else one + base for one, base in zip(values, full, strict=True)]
         for name, values in changes.items()
     }
     rows = tuple(

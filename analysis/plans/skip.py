@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -196,6 +197,6 @@ def skip_list(text: str, *, n_layers: int | None = None) -> tuple[int, ...]:
     return layers
 
 
-def spec_of(given: dict) -> CompressionSpec:
+def spec_of(given: dict[str, Any]) -> CompressionSpec:
     """A spec from what JSON makes of one. Raises ValueError, TypeError or AttributeError, with the reason."""
     return CompressionSpec(**given | {"skip_layers": tuple(given.get("skip_layers", ()))})
