@@ -19,7 +19,6 @@ COMMANDS = (
     compression.plan,
     evaluation.ablation,
     evaluation.front,
-    evaluation.evaluate,
     compression.savings,
     compression.generate,
     catalogue.models,
@@ -29,7 +28,10 @@ COMMANDS = (
 
 def commands() -> typer.Typer:
     """The commands of `analysis`, to which others may be added."""
-    return program(*COMMANDS)
+    made = program(*COMMANDS)
+    about = "Score a model on a task with the full cache and with compressed ones."
+    made.add_typer(typer.Typer(), name="evaluate", cls=evaluation.Tasks, help=about)
+    return made
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -75,10 +75,10 @@ def _skip_by_ablation(file: Path, rule: dict[str, Any]) -> tuple[str, Compressio
     from analysis.plans.ablation import Ablation, suggest_by_ablation
     from analysis.records import load
 
-    ablation = load(Ablation, file)
-    suggestion = suggest_by_ablation(ablation, **rule)
-    skipped = (*ablation.spec.skip_layers, *suggestion.layers)
-    return ablation.model, replace(ablation.spec, skip_layers=skipped), suggestion.rule
+    found = load(Ablation, file)
+    suggestion = suggest_by_ablation(found, **rule)
+    skipped = (*found.spec.skip_layers, *suggestion.layers)
+    return found.model, replace(found.spec, skip_layers=skipped), suggestion.rule
 
 
 def _skip_by_alr(files: list[Path], policy: str, rule: dict[str, Any]) -> tuple[str, SkipSuggestion]:
@@ -122,47 +122,43 @@ def plan(
     from analysis.plans.ablation import with_head_costs
     from analysis.plans.curves import loss_curves, slim
 
-    chosen, settings = strategies.STRATEGIES[strategy], LmSettings(prompt_tokens, new_tokens)
-    tokens = settings.n_tokens if chosen.needs_costs else prompt_tokens
+    costs, settings = strategies.STRATEGIES[strategy].needs_costs, LmSettings(prompt_tokens, new_tokens)
+    tokens = settings.n_tokens if costs else prompt_tokens
     given = excerpts_of(loaded, documents, n_tokens=tokens, at_most=excerpts)
     with shown("step") as progress:
         runs = []
         for i, excerpt in enumerate(given):
-            prompt = prompt_of(loaded.tokenizer, excerpt.text, prompt_tokens) if chosen.needs_costs else excerpt.text
+            prompt = prompt_of(loaded.tokenizer, excerpt.text, prompt_tokens) if costs else excerpt.text
             runs.append(slim(recorder.capture(loaded, prompt, last_queries=0)))
             progress(i + 1, len(given), "texts")
         curves = loss_curves(*runs, protect_last=protect_last, documents=[excerpt.document for excerpt in given])
-        if chosen.needs_costs:
+        if costs:
             curves = with_head_costs(curves, loaded, given, settings=settings, progress=progress)
     made = strategies.plan(curves, keep_ratio, strategy)
-    spec = made.to_spec()
-    shape = replace(runs[0].cache_shape, itemsize=DTYPES.get(loaded.stored, 2))
+    spec, shape = made.to_spec(), replace(runs[0].cache_shape, itemsize=DTYPES.get(loaded.stored, 2))
     full, kept = shape.nbytes(4096), shape.nbytes(4096, spec)
-    losses = {"expected_loss": made.expected_loss, "uniform_loss": made.uniform_loss, "bound": made.bound}
     note = f"{strategy}, keep ratio {keep_ratio:g}, planned on {len(runs)} texts"
-    heads = range(shape.n_kv_heads)
     tell(
         {"layer": "d", "keep_ratio": ".2f", "by_kv_head": ".2f", "direction": ""},
         [
             {
                 "layer": layer,
-                "keep_ratio": sum(ratios) / len(ratios),
-                "by_kv_head": ratios,
-                "direction": list(spec.directions[layer]) if spec.directions else None,
+                "keep_ratio": float(made.ratios[layer].mean()),
+                "by_kv_head": made.ratios[layer].tolist(),
+                "direction": list(made.directions[layer]) if made.directions else None,
             }
             for layer in shape.layers
-            if (ratios := [spec.target_of(layer, head).ratio for head in heads])
         ],
         json=json,
         title=f"{loaded.name}: {note} of {min(r.n_tokens for r in runs)} to {max(r.n_tokens for r in runs)} tokens",
-        answer=f"attention expected to be lost: {made.expected_loss:.4f}, with one keep ratio for all "
-        f"{made.uniform_loss:.4f}, by no allocation to heads less than {made.bound:.4f}, on the texts that it was "
-        "planned on: `front` measures on others\n"
+        answer=f"expected attention loss {made.expected_loss:.4f}; with one ratio for all {made.uniform_loss:.4f}; "
+        f"at most {made.gap:.4f} less by any other allocation. On the texts of the plan: `front` measures on others.\n"
         f"at 4096 tokens {human_bytes(kept)} instead of {human_bytes(full)}: {1 - kept / full:.0%} saved",
         model=loaded.name,
         strategy=strategy,
         spec=spec,
-        **losses,
+        expected_loss=made.expected_loss,
+        uniform_loss=made.uniform_loss,
     )
     _save_plan(to, loaded.name, spec, note)
 
@@ -290,9 +286,10 @@ def generate(
     prompt = len(tokenize(loaded.tokenizer, read))
     change = None
     if (new := len(tokenize(loaded.tokenizer, read + full.text)) - prompt) > 0:
-        whole, settings = [("text", read + full.text)], LmSettings(prompt, new)
-        measured = evaluate(loaded, "lm", {FULL: None, "compressed": spec}, texts=whole, settings=settings)
-        change = float(measured.change("compressed")[0])
+        both = {FULL: None, "compressed": spec}
+        settings = LmSettings(prompt, new)
+        measured = evaluate(loaded, "lm", both, texts=[("text", read + full.text)], settings=settings)
+        change = float(measured.change("compressed").mean())
     tell(
         {},
         [

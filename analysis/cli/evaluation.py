@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
+from typer.core import TyperGroup
+from typer.main import get_command
 
 from analysis import defaults
 from analysis.cli import options
 from analysis.cli.inputs import excerpts_of, loaded_model, tell_notes, texts_of
 from analysis.cli.options import out, spec_of
-from analysis.cli.output import shown, tell, wrote
-from analysis.errors import UserError
+from analysis.cli.output import Row, shown, tell, wrote
+from analysis.cli.program import program
+
+if TYPE_CHECKING:
+    from analysis.models.load import LoadedModel
+    from analysis.plans.front import Front
 
 
 def ablation(
@@ -45,18 +52,12 @@ def ablation(
     with shown("pass") as progress:
         found = ablate_layers(loaded, given, spec, settings=settings, progress=progress)
     wrote(save(found, to))
+    columns = {"normalised_alr": found.normalised_alr, "alr": found.alr, "nll_change": found.nll_change}
     tell(
         {"layer": "d", "normalised_alr": ".2f", "alr": ".2f", "nll_change": "+.4f"},
         [
-            {
-                "layer": layer,
-                "normalised_alr": float(loss.mean()),
-                "alr": float(alr.mean()),
-                "nll_change": float(nll.mean()),
-            }
-            for layer, loss, alr, nll in zip(
-                found.layers, found.normalised_alr, found.alr, found.nll_change, strict=True
-            )
+            {"layer": layer} | {name: float(v[i].mean()) for name, v in columns.items() if v is not None}
+            for i, layer in enumerate(found.layers)
         ],
         json=json,
         title=f"{found.model}: NLL change in nats/token when only this layer is compressed",
@@ -88,7 +89,6 @@ def front(
     loaded = loaded_model(model, device)
     from analysis.evaluation.lm import LmSettings
     from analysis.plans.front import measure_front
-    from analysis.plans.strategies import title_of
     from analysis.records import save
     from analysis.texts.excerpts import SPLIT, planning_and_measuring
 
@@ -112,12 +112,6 @@ def front(
             progress=progress,
         )
     wrote(save(found, to))
-    agreement = ", ".join(f"{value:+.2f} at keep ratio {keep:g}" for keep, value in found.agreement().items())
-    comparisons = [
-        f"keep ratio {one.plan.keep_ratio:g}: {title_of(one.plan.strategy)} against {title_of(one.uniform.strategy)}: "
-        f"{one.less.value:+.3f} [{one.less.low:+.3f}, {one.less.high:+.3f}], {one.verdict}"
-        for one in found.comparisons()
-    ]
     tell(
         {
             "strategy": "",
@@ -129,122 +123,145 @@ def front(
         },
         [
             {
-                "strategy": name,
+                "strategy": point.strategy,
                 "keep_ratio": point.keep_ratio,
                 "MiB": point.nbytes / 2**20,
                 "nll_change": found.interval(point),
-                "planned_loss": point.planned_loss if point.planned_loss >= 0 else None,
-                "measured_loss": point.measured_loss if point.measured_loss >= 0 else None,
+                "planned_loss": point.planned_loss,
+                "measured_loss": point.measured_loss,
             }
-            for name, points in found.lines.items()
+            for points in found.lines.values()
             for point in points
         ],
         json=json,
         title="" if planned else SPLIT,
-        answer="\n".join(
-            [
-                *(f"not possible: {words}" for words in found.left_out),
-                "Spearman over strategies of the attention expected to be lost on the measured texts and of the NLL "
-                f"change: {agreement}.",
-                *comparisons,
-                found.answer(),
-            ]
-        ),
+        answer="\n".join(_of_front(found)),
         model=found.model,
         planned_on=found.planned_on,
         measured_on=found.measured_on,
     )
 
 
-def evaluate(
-    task: Annotated[str, typer.Argument(parser=options.TASKS, help="What is solved with each cache.")],
-    texts: Annotated[
-        list[Path],
-        typer.Argument(parser=Path, metavar="TEXTS", help="Text files, or folders of them, where the task needs any."),
-    ] = [],  # noqa: B006
+def _of_front(found: Front) -> Iterator[str]:
+    yield from (f"not possible: {words}" for words in found.left_out)
+    agreement = ", ".join(f"{value:+.2f} at keep ratio {keep:g}" for keep, value in found.agreement().items())
+    yield f"Spearman over strategies of expected attention loss, on the measured texts, and NLL change: {agreement}"
+    for one in found.comparisons():
+        less = f"{one.less.value:+.3f} [{one.less.low:+.3f}, {one.less.high:+.3f}], {one.verdict}"
+        yield f"keep ratio {one.plan.keep_ratio:g}: {one.plan.strategy} against {one.uniform.strategy}: {less}"
+    yield found.answer()
+
+
+class Tasks(TyperGroup):
+    """A command for each registered task, looked up when it is asked for. Its settings are options."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Names of the tasks that are registered now."""
+        from analysis.evaluation.tasks import TASKS
+
+        return list(TASKS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of a task. Raises SettingsError, with the nearest name, where there is none."""
+        from analysis.evaluation.tasks import TASKS
+
+        task = TASKS.find(cmd_name)
+
+        def command(**given: Any) -> None:
+            _evaluate(cmd_name, **given)
+
+        shared = list(inspect.signature(_evaluate, eval_str=True).parameters.values())[1:-1]
+        if not task.needs_texts:
+            shared = [parameter for parameter in shared if parameter.name not in ("texts", "excerpts")]
+        hints = get_type_hints(task.settings, include_extras=True)
+        own = [
+            inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=_option(hints[field.name])
+            )
+            for field in fields(task.settings)
+        ]
+        command.__signature__ = inspect.Signature([*shared, *own])  # type: ignore[attr-defined]
+        command.__annotations__ = {}
+        command.__name__, command.__doc__ = cmd_name, task.about
+        return get_command(program(command))
+
+
+def _option(hint: Any) -> Any:
+    """The option of a setting: a number, a word, or several of them with commas."""
+    kind, about = get_args(hint)[:2] if get_origin(hint) is Annotated else (hint, None)
+    if several := get_args(kind):
+        return Annotated[Sequence[Any], typer.Option(parser=options.Listed(several[0]), metavar="LIST", help=about)]
+    return Annotated[kind, typer.Option(help=about)]
+
+
+def _evaluate(
+    task: str,
+    *,
+    texts: options.Texts = [],  # noqa: B006
     model: options.Model = defaults.MODEL,
+    plans: Annotated[
+        list[Path], typer.Option("--plan", parser=Path, help="A plan's file to evaluate as well; again for more.")
+    ] = [],  # noqa: B006
     keep_ratios: options.KeepRatios = (0.5, 0.25),
     policies: options.Policies = ("low_norm", "high_norm", "random", "streaming", "keydiff"),
     skip_layers: options.SkipLayers = "0,1",
     protect_last: options.ProtectLast = defaults.RECENT_WINDOW,
     excerpts: options.Excerpts = defaults.EXCERPTS,
-    prompt_tokens: Annotated[
-        int | None, typer.Option(help="Of `lm`: tokens of each excerpt that are compressed.")
-    ] = None,
-    new_tokens: Annotated[int | None, typer.Option(help="Of `lm`: tokens after them that are predicted.")] = None,
-    lengths: Annotated[
-        Sequence[int] | None,
-        typer.Option(parser=options.Listed(int), metavar="LIST", help="Of `passkey`: tokens of the prompts."),
-    ] = None,
-    depths: Annotated[
-        Sequence[float] | None,
-        typer.Option(
-            parser=options.Listed(float), metavar="LIST", help="Of `passkey`: where the key is told, from 0 to 1."
-        ),
-    ] = None,
-    keys: Annotated[int | None, typer.Option(help="Of `passkey`: keys at each length and depth.")] = None,
     device: options.Device = None,
     to: Annotated[Path | None, out("results.json")] = None,
     json: options.Json = False,
+    **settings: Any,
 ) -> None:
-    """Solve a task with the full cache and with compressed ones."""
-    from analysis.evaluation.tasks import TASKS
-
-    given = {
-        "prompt_tokens": prompt_tokens,
-        "new_tokens": new_tokens,
-        "lengths": lengths,
-        "depths": depths,
-        "keys": keys,
-    }
-    settings = _settings(
-        task, TASKS[task].settings, {name: value for name, value in given.items() if value is not None}
-    )
-    documents = texts_of(texts) if TASKS[task].needs_texts else {}
-    loaded = loaded_model(model, device)
+    """Score a model on a task with the full cache and with compressed ones."""
     from analysis.evaluation.results import FULL
-    from analysis.evaluation.run import evaluate as run_task
-    from analysis.records import save
+    from analysis.evaluation.tasks import TASKS
+    from analysis.plans.skip import Plan
+    from analysis.records import load, save
 
-    methods = {FULL: None} | {
+    chosen = TASKS.find(task)
+    set_to = chosen.settings(**settings)
+    saved = {file.stem: load(Plan, file).spec for file in plans}
+    documents = texts_of(texts) if chosen.needs_texts else {}
+    loaded = loaded_model(model, device)
+    from analysis.evaluation.run import evaluate
+
+    specs = {
         f"{policy} {keep_ratio:g}": spec_of(None, keep_ratio, policy, skip_layers, protect_last, config=loaded.config)
         for keep_ratio in keep_ratios
         for policy in policies
     }
-    cut = excerpts_of(loaded, documents, n_tokens=settings.n_tokens, at_most=excerpts) if documents else ()
+    methods = {FULL: None, **saved, **specs}
+    given = excerpts_of(loaded, documents, n_tokens=set_to.n_tokens, at_most=excerpts) if documents else ()
     with shown("sample") as progress:
-        results = run_task(loaded, task, methods, texts=cut, settings=settings, progress=progress)
-    rows = results.summary()
-    if TASKS[task].higher_is_better:
-        for row in rows:
-            if row["method"] == FULL and not row["score"].value:
-                print(f"note: the full cache scores 0 where {_place(row)}, so the rest says nothing.", file=sys.stderr)
-    tell(
-        {name: _FORMS.get(name, "g") for name in rows[0]},
-        rows,
-        json=json,
-        title=f"{loaded.name}: {TASKS[task].title}, score in {TASKS[task].unit} with 95 % intervals; "
-        + ", ".join(f"{name} {value}" for name, value in results.settings.items()),
-        model=loaded.name,
-        task=task,
-        settings=results.settings,
-        specs=methods,
-    )
+        results = evaluate(loaded, task, methods, texts=given, settings=set_to, progress=progress)
     if to:
         wrote(save(results, to))
+    rows = results.summary()
+    for row in rows:
+        if row["method"] == FULL:
+            _warn(loaded, row, useless=chosen.higher_is_better and not row["score"].value)
+    better = "higher" if chosen.higher_is_better else "lower"
+    tell(
+        {name: _FORMS.get(name, "") for name in rows[0]},
+        rows,
+        json=json,
+        title=f"{loaded.name}, {chosen.title}: {chosen.about}\n"
+        f"score in {chosen.unit}, {better} is better; 95 % intervals; change: against the full cache",
+        results=results.table(),
+        **{name: getattr(results, name) for name in ("model", "task", "settings", "methods")},
+    )
 
 
-_FORMS = {"method": "", "samples": "d", "MiB": ".2f", "score": ".3f", "change": "+.3f"}
+_FORMS = {"n_tokens": "d", "samples": "d", "MiB": ".2f", "score": ".3f", "change": "+.3f"}
 
 
-def _settings(task: str, kind: type, given: dict[str, Any]) -> Any:
-    """The settings of a task, as far as they were given. Raises UserError for those that it does not have."""
-    known, given = [field.name for field in fields(kind)], {n: value for n, value in given.items() if value is not None}
-    if foreign := [name for name in given if name not in known]:
-        shown_names = ", ".join(f"--{name.replace('_', '-')}" for name in foreign)
-        raise UserError(f"The task {task} has no {shown_names}.")
-    return kind(**given)
-
-
-def _place(row: dict[str, Any]) -> str:
-    return ", ".join(f"{name} is {value:g}" for name, value in row.items() if name not in _FORMS) or "it was asked"
+def _warn(loaded: LoadedModel, row: Row, *, useless: bool) -> None:
+    """Say on standard error where the full cache fails, or is longer than the model was trained on."""
+    n_tokens = row.get("n_tokens", 0)
+    at = "".join(f" at {name} {row[name]}" for name in row if name not in {"method", *_FORMS} or name == "n_tokens")
+    if useless:
+        print(f"note: the full cache scores 0{at}, so the other rows say nothing.", file=sys.stderr)
+    if n_tokens > loaded.positions:
+        print(
+            f"note: {loaded.name} was trained on {loaded.positions:,} tokens; {n_tokens:,} are more.", file=sys.stderr
+        )

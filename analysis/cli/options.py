@@ -82,7 +82,6 @@ POLICIES = Named(_entries("l2kv.policies", "POLICIES"), "policy")
 METRICS = Named(_entries("analysis.metrics", "METRICS"), "metric")
 PROBES = Named(_entries("analysis.metrics", "PROBES"), "probe")
 STRATEGIES = Named(_entries("analysis.plans.strategies", "STRATEGIES"), "strategy")
-TASKS = Named(_entries("analysis.evaluation.tasks", "TASKS"), "task")
 FIGURES = Named(_entries("analysis.paper.figures", "FIGURES"), "figure")
 
 # Of texts and models. What a parser takes is not checked to be UTF-8: names of files need not be.
@@ -117,7 +116,7 @@ PlanFile = Annotated[
 Probe = Annotated[str, typer.Option(parser=PROBES, help="Whose attention.")]
 Metric = Annotated[str | None, typer.Option(parser=METRICS, help="A metric to tell of each layer.")]
 Strategies = Annotated[
-    Sequence[str], typer.Option(parser=Listed(STRATEGIES), metavar="LIST", help="Which; by default all of them.")
+    Sequence[str], typer.Option(parser=Listed(STRATEGIES), metavar="LIST", help="Which strategies; all by default.")
 ]
 Strategy = Annotated[str, typer.Option(parser=STRATEGIES, help="How the budget is allocated to layers and heads.")]
 Lengths = Annotated[

@@ -42,7 +42,12 @@ def read_frame(path: str | Path, *, scorer: str | None = None) -> tuple[Example,
     if frame.empty:
         raise RecordError(f"{path} holds no examples.")
     rows = frame.rename(columns={named: "answers"}).to_dict("records")
-    return tuple(_example(f"{path}, row {number}", number, row, scorer) for number, row in enumerate(rows))
+    places = [f"{path}, row {number}" for number in range(len(rows))]
+    if path.suffix == ".csv":
+        rows = [_with_lists(where, row) for where, row in zip(places, rows, strict=True)]
+    return tuple(
+        _example(where, number, row, scorer) for number, (where, row) in enumerate(zip(places, rows, strict=True))
+    )
 
 
 def scorer_of(task: str) -> str | None:
@@ -75,7 +80,7 @@ def _example(where: str, number: int, row: Mapping[Hashable, Any], scorer: str |
     texts = {name: row[name] for name in ("context", "question", "answer_prefix", "task")}
     if wrong := next((name for name, value in texts.items() if not isinstance(value, str)), None):
         raise RecordError(f"{where}: `{wrong}` must be text, got {texts[wrong]!r:.60}.")
-    task, answers = str(row["task"]), _texts(where, "answers", row["answers"])
+    task, answers = str(row["task"]), _texts(row["answers"])
     name = scorer or scorer_of(task)
     if name is None:
         raise SettingsError(f"{where}: no scorer is known for the task {task!r}. Name one of {', '.join(SCORERS)}.")
@@ -88,22 +93,30 @@ def _example(where: str, number: int, row: Mapping[Hashable, Any], scorer: str |
         answers,
         _count(where, row["max_new_tokens"]),
         name,
-        _texts(where, "all_classes", row.get("all_classes")),
+        _texts(row.get("all_classes")),
     )
     return check_scorable(example, where)
 
 
-def _texts(where: str, name: str, cell: Any) -> tuple[str, ...]:
-    """The texts of a cell: a list of them, one, or the text of a list, as .csv files hold it."""
-    if cell is None or (isinstance(cell, float) and cell != cell):
-        return ()
-    if not isinstance(cell, str):
-        return tuple(map(str, cell)) if hasattr(cell, "__iter__") else (str(cell),)
-    if not cell.startswith("["):
+def _texts(cell: Any) -> tuple[str, ...]:
+    """The texts of a cell: a list of them, or one."""
+    if isinstance(cell, str):
         return (cell,) if cell else ()
-    if (listed := _listed(cell)) is None:
-        raise RecordError(f"{where}: `{name}` begins as a list, but is none: {cell[:60]!r}. Write it as JSON.")
-    return tuple(map(str, listed))
+    if hasattr(cell, "__iter__"):
+        return tuple(map(str, cell))
+    return () if cell is None or cell != cell else (str(cell),)  # NaN where there is none
+
+
+def _with_lists(where: str, row: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+    """The row of a .csv file, in which lists are text, with the lists that are meant."""
+    lists: dict[Hashable, Any] = {}
+    for name in ("answers", "all_classes"):
+        cell = row.get(name, "")
+        if cell.startswith("["):
+            lists[name] = _listed(cell)
+            if lists[name] is None:
+                raise RecordError(f"{where}: `{name}` begins as a list, but is none: {cell[:60]!r}. Write it as JSON.")
+    return {**row, **lists}
 
 
 def _listed(text: str) -> list[Any] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from analysis.defaults import NEW_TOKENS, PROMPT_TOKENS
 from analysis.errors import SettingsError, TextError
@@ -22,10 +22,8 @@ if TYPE_CHECKING:
 class LmSettings:
     """Lengths of the prompt and of what is predicted after it, in tokens."""
 
-    prompt_tokens: int = PROMPT_TOKENS
-    """Tokens of the prompt, special ones included, 2 or more."""
-    new_tokens: int = NEW_TOKENS
-    """Tokens predicted after it, 1 or more."""
+    prompt_tokens: Annotated[int, "Tokens of each prompt, special ones included, 2 or more."] = PROMPT_TOKENS
+    new_tokens: Annotated[int, "Tokens after it that are predicted, 1 or more."] = NEW_TOKENS
 
     @property
     def n_tokens(self) -> int:

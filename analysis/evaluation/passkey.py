@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 
@@ -30,14 +30,12 @@ QUESTION = "What is the pass key? The pass key is"
 class PasskeySettings:
     """Lengths, depths and number of the keys that are asked for."""
 
-    lengths: tuple[int, ...] = (400, 1000, 2000)
-    """Tokens of the prompts, at most."""
-    depths: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
-    """Where among the filler the key is told: 0 before all of it, 1 after all of it."""
-    keys: int = 4
-    """Keys asked for at each length and depth."""
-    seed: int = 0
-    """Seed of the keys."""
+    lengths: Annotated[tuple[int, ...], "Tokens of the prompts, at most."] = (400, 1000, 2000)
+    depths: Annotated[tuple[float, ...], "Where the key is told: 0 before the filler, 1 after it."] = (
+        0.1, 0.3, 0.5, 0.7, 0.9,
+    )  # fmt: skip
+    keys: Annotated[int, "Keys asked for at each length and depth."] = 4
+    seed: Annotated[int, "Seed of the keys."] = 0
 
 
 def passkeys(count: int, *, seed: int = 0) -> tuple[int, ...]:

@@ -20,6 +20,8 @@ from l2kv.spec import CompressionSpec
 
 Methods = Mapping[str, CompressionSpec | None]
 """What is compared, by name; None is the full cache."""
+Place = tuple[str | float, ...]
+"""Where samples stand on some axes of a task's grid: (400, 0.5)."""
 FULL = "full cache"
 """What the full cache is called where a caller doesn't say."""
 
@@ -38,7 +40,7 @@ class Row:
     text: str = ""
     """The answer that was generated."""
     document: str = ""
-    at: Mapping[str, float] = field(default_factory=dict)
+    at: Mapping[str, str | float] = field(default_factory=dict)
     """Where the sample stands in the task's grid: {"n_tokens": 400, "depth": 0.5}."""
 
 
@@ -110,18 +112,18 @@ class Results:
         over = means(values[:, None], documents=[of[sample] for sample in samples or self.samples])
         return Interval(float(over.mean[0]), float(over.low[0]), float(over.high[0]))
 
-    def grouped(self, *axes: str) -> dict[tuple[float, ...], tuple[str, ...]]:
+    def grouped(self, *axes: str) -> dict[Place, tuple[str, ...]]:
         """Samples by where they stand on some axes of the task's grid: {(400, 0.5): names}, for axes n_tokens, depth.
 
         Raises KeyError for an axis that the task's grid does not have.
         """
-        groups: dict[tuple[float, ...], tuple[str, ...]] = {}
+        groups: dict[Place, tuple[str, ...]] = {}
         for sample in self.of(next(iter(self.methods))):
             key = tuple(sample.at[axis] for axis in axes)
             groups[key] = (*groups.get(key, ()), sample.sample)
         return groups
 
-    def scores_by(self, method: str, *axes: str) -> dict[tuple[float, ...], np.ndarray]:
+    def scores_by(self, method: str, *axes: str) -> dict[Place, np.ndarray]:
         """Scores of a method in each group of samples, as `grouped`."""
         return {
             key: np.array([self._cells[method, sample].score for sample in samples], dtype=np.float64)
@@ -141,7 +143,7 @@ class Results:
         for method in self.methods:
             for key, samples in self.grouped(*axes).items():
                 here = np.array([self._cells[method, sample].score for sample in samples], dtype=np.float64)
-                row = {"method": method} | dict(zip(axes, key, strict=True)) | {"samples": len(samples)}
+                row: dict[str, Any] = {"method": method} | dict(zip(axes, key, strict=True)) | {"samples": len(samples)}
                 row["MiB"] = np.mean([self._cells[method, sample].nbytes for sample in samples]) / 2**20
                 row["score"] = wilson(here) if shares else self.interval(here, samples)
                 if changes:
@@ -192,7 +194,7 @@ def of_changes(
     full, names = tuple(full_nll) or (0.0,) * len(samples), tuple(documents) or ("",) * len(samples)
     settings = dict(settings or {}) | ({} if full_nll else {"scores": "changes against the full cache"})
     by_method = {FULL: full} | {
-        name: [None if None in (one, base) else one + base for one, base in zip(values, full, strict=True)]
+        name: [None if one is None or base is None else one + base for one, base in zip(values, full, strict=True)]
         for name, values in changes.items()
     }
     rows = tuple(

@@ -23,15 +23,13 @@ from typing import TYPE_CHECKING, NamedTuple
 from analysis.demo.presets import bundled_texts
 from analysis.errors import SettingsError
 from analysis.evaluation.examples import Example, fill, largest, sentences
+from analysis.evaluation.passkey import FILLER
 from analysis.evaluation.wordlist import ADJECTIVES, NOUNS, VERBS
 from analysis.texts.tokens import check_text
 from l2kv.registry import Registry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-"""The line that haystacks of noise repeat."""
 
 _DEPTHS = tuple(round(100 * step / 39) for step in range(40))  # per cent of the sentences; needles take different ones
 _LONG = 4096  # tokens from which the word counts are RULER's; below they are those of its shorter variant
@@ -220,7 +218,7 @@ def _niah(
         text = sentences(" ".join(material.words[i % len(material.words)] for i in range(begin, begin + size)))
         context = " ".join(_inserted(text, needles, [len(text) * depth // 100 for depth in depths]))
     else:
-        endless = repeat(NOISE) if haystack == "noise" else map(partial(_needle, value), new_keys, new_values)
+        endless = repeat(FILLER) if haystack == "noise" else map(partial(_needle, value), new_keys, new_values)
         lines = list(islice(endless, size))
         context = "\n".join(_inserted(lines, needles, sorted(rng.sample(range(size), len(needles)))))
     names = [name for name, _ in asked]
@@ -256,7 +254,7 @@ def _chain(rng: Random, lines: int, *, letters: int) -> Prompt:
     names = list(islice(_distinct(lambda rng: "".join(rng.choices(ascii_uppercase, k=letters)), rng), _HOPS + 1))
     value = str(rng.randrange(10_000, 99_999))
     chained = [f"VAR {names[0]} = {value}", *(f"VAR {b} = VAR {a} " for a, b in pairwise(names))]
-    context = "\n".join(_inserted([NOISE] * lines, chained, sorted(rng.sample(range(lines), len(chained)))))
+    context = "\n".join(_inserted([FILLER] * lines, chained, sorted(rng.sample(range(lines), len(chained)))))
     return Prompt(
         f"Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\n",
         f"Question: Find all variables that are assigned the value {value} in the text above.",

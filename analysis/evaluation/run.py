@@ -173,7 +173,7 @@ def _answered(loaded: LoadedModel, sample: Sample, cache: Cache, scoring: Scorin
     nbytes, said = cache_nbytes(cache, slack=False), [int(token)]
     while True:
         ended = said[-1] in ends
-        text = whole_characters(loaded.tokenizer.decode(said[:-1] if ended else said, skip_special_tokens=True))
+        text = whole_characters(str(loaded.tokenizer.decode(said[:-1] if ended else said, skip_special_tokens=True)))
         if ended or len(said) >= sample.new_tokens or scoring.decided(sample, text):
             return scoring.score(sample, text), nbytes, text
         tick()

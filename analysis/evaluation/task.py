@@ -40,8 +40,10 @@ class Sample:
     """The most tokens that an answer may take."""
     document: str = ""
     """What it was cut from, for intervals resample documents; empty where it stands for itself."""
-    at: Mapping[str, float] = field(default_factory=dict)
+    at: Mapping[str, str | float] = field(default_factory=dict)
     """Where it stands in the task's grid: {"n_tokens": 400, "depth": 0.5}."""
+    example: Any = None
+    """What else the task's scoring needs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,8 @@ class Task:
     higher_is_better: bool
     build: Build
     settings: type = NoSettings
-    """A dataclass of the settings, all with defaults."""
+    """A dataclass of the settings, all with defaults. The command line makes them options, and reads what each is from
+    its type: `Annotated[int, "Keys asked for at each length."]`."""
     needs_texts: bool = False
     """Whether samples are cut from texts, or made up; if so, `n_tokens` of its settings says how long they must be."""
     scoring: Scoring | None = None

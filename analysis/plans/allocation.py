@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -52,7 +53,7 @@ class AllocationPlan:
         rows = {layer: [round(float(r), 9) for r in self.ratios[layer]] for layer in layers}
         distinct = {ratio for row in rows.values() for ratio in row}
         if len(distinct) <= 1:
-            ratios = {"keep_ratio": distinct.pop() if distinct else self.keep_ratio}
+            ratios: dict[str, Any] = {"keep_ratio": distinct.pop() if distinct else self.keep_ratio}
         elif all(len(set(row)) == 1 for row in rows.values()):
             ratios = {"keep_ratio": self.keep_ratio, "layer_ratios": {layer: row[0] for layer, row in rows.items()}}
         else:
@@ -262,8 +263,8 @@ class _Hull:
         within = (np.arange(units.losses.shape[1]) - chosen[:, None]) * units.sizes[:, None] <= left
         gain = np.where(within, units.losses[rows, chosen][:, None] - units.losses, -np.inf)
         if gain.size and gain.max() > 0:
-            unit, end = np.unravel_index(gain.argmax(), gain.shape)
-            chosen[unit] = end
+            best = np.unravel_index(gain.argmax(), gain.shape)
+            chosen[best[0]] = best[1]
         return cls(chosen, bound, slope)
 
 

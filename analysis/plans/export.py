@@ -69,9 +69,9 @@ def savings(
     rows = []
     for n in lengths:
         each = [shape.nbytes(n), shape.nbytes(n, spec)]
-        fits = [room // size if size else None for size in each]
+        whole_fits, kept_fits = (room // size if size else None for size in each)
         seconds = [(weights_bytes + batch * size) / bandwidth for size in each]
-        rows.append(Saving(n, batch * each[0], batch * each[1], *fits, *seconds))
+        rows.append(Saving(n, batch * each[0], batch * each[1], whole_fits, kept_fits, *seconds))
     return tuple(rows)
 
 

@@ -65,8 +65,8 @@ def suggest_skip_layers(
     """Suggest layers to skip, from one text, from captures of several, or from a study: the worst by normalised ALR.
 
     A proxy: what compressing a layer costs is measured by a single-layer ablation (`ablation.suggest_by_ablation`).
-    Layers are judged by their mean over the texts. Those without a defined loss give no order to compress by, and are skipped
-    by every rule; layers with a sliding window are never compressed, and never suggested.
+    Layers are judged by their mean over the texts. Those without a defined loss give no order to compress by, and are
+    skipped by every rule; layers with a sliding window are never compressed, and never suggested.
 
     Args:
         rule: one of `RULES`.

@@ -132,18 +132,18 @@ def test_a_question_is_asked_through_the_template_where_there_is_one(tmp_path, c
 
 
 def test_an_ablation_and_a_front_are_written_as_files(text, tmp_path, capsys):
-    causal, front = tmp_path / "causal.json", tmp_path / "front.json"
+    ablation, front = tmp_path / "ablation.json", tmp_path / "front.json"
     lengths = ["--prompt-tokens", "40", "--new-tokens", "2", "--protect-last", "4"]
-    said = told(capsys, "ablation", text, "--excerpts", "1", *lengths, "--skip-layers", "0,1,2", "-o", str(causal))
-    check = load(Ablation, causal)
-    assert check.layers == (3, 4, 5) and str(check) in said and check.spec.protect_last == 4
-    assert f"  {check.alr[0].mean():.2f}" in said
+    said = told(capsys, "ablation", text, "--excerpts", "1", *lengths, "--skip-layers", "0,1,2", "-o", str(ablation))
+    found = load(Ablation, ablation)
+    assert found.layers == (3, 4, 5) and str(found) in said and found.spec.protect_last == 4
+    assert f"  {found.alr[0].mean():.2f}" in said
     plan = tmp_path / "plan.json"
-    worst = check.layers[int(check.nll_change.mean(axis=1).argmax())]
-    assert "Measured by prediction" in told(capsys, "skip", str(causal), "--count", "1", "-o", str(plan))
+    worst = found.layers[int(found.nll_change.mean(axis=1).argmax())]
+    assert "Measured by prediction" in told(capsys, "skip", str(ablation), "--count", "1", "-o", str(plan))
     spec = from_json(Plan, plan.read_text()).spec  # as it was measured, and with the layers that were left out then
     assert spec.skip_layers == (0, 1, 2, worst) and spec.protect_last == 4
-    assert "the one file" in refused(capsys, "skip", str(causal), str(causal))
+    assert "the one file" in refused(capsys, "skip", str(ablation), str(ablation))
     said = told(capsys, "front", text, "--excerpts", "2", *lengths, "--keep-ratios", "0.5", "-o", str(front))
     read = load(Front, front)
     assert read.answer() in said and not set(read.planned_on) & set(read.measured_on) and SPLIT in said
@@ -223,7 +223,7 @@ def test_a_config_that_would_not_be_loaded_is_not_counted(tmp_path, capsys, conf
             ["plan", "TEXT", "--excerpts", "1", "--prompt-tokens", "40", "--strategy", "by_token"],
             "strategy must be one of",
         ),
-        (["plan", "TEXT", "--excerpts", "1", "--prompt-tokens", "40", "--keep-ratio", "0.1"], "keep must be 0.8"),
+        (["plan", "TEXT", "--excerpts", "1", "--prompt-tokens", "40", "--keep-ratio", "0.1"], "keep ratio must be 0.8"),
         (["plan", "nowhere.txt"], "cannot be read"),
         (["ablation", "TEXT", "--policy", "random", "--prompt-tokens", "40", "-o", "OUT"], "the policy must be one of"),
         (["front", "TEXT", "--excerpts", "1", "--prompt-tokens", "99999", "-o", "OUT"], "None of the texts has"),
@@ -233,7 +233,7 @@ def test_a_config_that_would_not_be_loaded_is_not_counted(tmp_path, capsys, conf
         (["savings", "books-5m", "--bandwidth-gb", "nan"], "--bandwidth-gb must be positive and finite"),
         (
             ["front", "TEXT", "--excerpts", "1", "--prompt-tokens", "40", "--keep-ratios", "1.5", "-o", "OUT"],
-            "keeps must be",
+            "keep_ratios must be",
         ),
         (["savings", "books-5m", "--plan", "PLAN"], "names layer 9"),
         (["generate", "TEXT", "--keep-ratio", "2"], "keep_ratio must be from 0 to 1"),

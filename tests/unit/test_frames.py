@@ -59,6 +59,12 @@ def test_a_single_answer_may_be_text_and_longbench_calls_them_answers(tmp_path, 
     assert example.references == ("a summary",) and example.scorer == "rouge_l"
 
 
+def test_text_that_looks_like_a_list_is_one_only_in_csv(tmp_path):
+    rows = [ROWS[1] | {"answer": "[1, 2]"}]
+    assert read_frame(saved(tmp_path, ".parquet", rows))[0].references == ("[1, 2]",)
+    assert read_frame(saved(tmp_path, ".csv", rows))[0].references == ("1", "2")
+
+
 @pytest.mark.parametrize(
     ("task", "scorer"),
     [

@@ -10,13 +10,14 @@ from transformers import AutoTokenizer
 
 from analysis.errors import RecordError, SettingsError, TextError
 from analysis.evaluation.examples import count_tokens, largest, sentences
-from analysis.evaluation.ruler import NOISE, OFFLINE, RULER, ruler_examples
+from analysis.evaluation.ruler import OFFLINE, RULER, ruler_examples
 from analysis.evaluation.ruler_files import read_questions, read_ruler
 from analysis.evaluation.wordlist import ADJECTIVES, NOUNS, VERBS
 from analysis.models.packaged import SMOLLM2, folder_of
 from tests.support.paths import BUNDLED
 
 N_TOKENS = 1000
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NIAH = [task for task in OFFLINE if task.startswith("niah")]
 HEAD = "Below is a numbered list of words. In these words, some appear more often than others."
 
