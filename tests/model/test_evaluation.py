@@ -546,7 +546,7 @@ def test_the_passkey_command_prints_what_was_found_of_what_was_asked(capsys, tmp
     out = tmp_path / "passkeys.json"
     passkey = ["evaluate", "passkey", "-m", "books-5m"]
     assert main([*passkey, *sizes, "--skip-layers", "0", "-o", str(out)]) == 0
-    rows = [re.split("  +", line.strip()) for line in capsys.readouterr().out.splitlines()[2:]]
+    rows = [re.split("  +", line.strip()) for line in capsys.readouterr().out.splitlines()[3:]]
     results = records.load(Results, out)
     low = 1 - 1 / (1 + 1.96**2 / 2)  # of none of two, Wilson's upper end by hand: z^2 / (n + z^2)
     assert [row[:3] for row in rows] == [[method, str(n), "2"] for method in (FULL, "low_norm 0.5") for n in (120, 160)]
