@@ -25,7 +25,7 @@ from analysis.texts.tokens import LONG, MIN_TOKENS, Tokens, about_tokens, tokeni
 from l2kv import UnsupportedModelError
 from l2kv.config import CacheShape, layer_kinds
 from l2kv.hooks import Look, WatchedCache, watching
-from l2kv.probabilities import attention_probabilities
+from l2kv.probabilities import attention_probabilities, hide_unseen
 
 
 def capture(
@@ -260,9 +260,7 @@ class _Attention:
     def _hide(self, scores: Tensor, start: int) -> None:
         rows, seen = scores.shape[2:]
         if self.mask is None:
-            # All keys before the block precede all its queries: only its own square is masked.
-            square = torch.ones(rows, rows, dtype=torch.bool, device=scores.device).triu_(1)
-            scores[..., seen - rows :].masked_fill_(square, -torch.inf)
+            hide_unseen(scores, seen - rows)
             return
         mask = self.mask[..., start : start + rows, :seen]
         if mask.dtype == torch.bool:

@@ -1,4 +1,4 @@
-"""Attention probabilities, computed beside a model's own attention, which returns none. Knows no mask of its own."""
+"""Attention probabilities, computed beside a model's own attention, which returns none. Knows no cache, no policy."""
 
 from __future__ import annotations
 
@@ -34,6 +34,22 @@ def attention_probabilities(
         return scores.softmax(dim=-1)
     sink = sinks.float().reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
     return torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :-1]
+
+
+def hide_unseen(scores: Tensor, first_query: int, window: int = 0) -> None:
+    """Set the scores [..., q, n] of what a causal query does not see to -inf, in place.
+
+    Args:
+        scores: of the queries at positions `first_query` on, over keys at positions 0 to n - 1.
+        window: number of keys that a query sees, its own included; 0 is all up to its own.
+    """
+    queries, n = scores.shape[-2:]
+    # All keys before the first query precede all queries: the future is in the columns from there on.
+    future = scores.new_ones((queries, n - first_query), dtype=torch.bool).triu_(1)
+    scores[..., first_query:].masked_fill_(future, -torch.inf)
+    if window:
+        past = scores.new_ones((queries, n), dtype=torch.bool).tril_(first_query - window)
+        scores.masked_fill_(past, -torch.inf)
 
 
 def _scores(query: Tensor, key: Tensor, scaling: float) -> Tensor:

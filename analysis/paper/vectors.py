@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from analysis.errors import SettingsError
 from analysis.models.load import LoadedModel
@@ -20,7 +20,7 @@ from analysis.progress import Progress, unheard
 from analysis.recorder import check_finite, check_shown, last_logits, looking_into, readable
 from l2kv import UnsupportedModelError
 from l2kv.hooks import Look, WatchedCache
-from l2kv.probabilities import attention_probabilities
+from l2kv.probabilities import attention_probabilities, hide_unseen
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,7 +106,8 @@ def attention_rows(
     key = torch.from_numpy(vectors.keys_of(head) if keys is None else keys)[None, None]
     for start in range(0, vectors.n_tokens, block):
         query = torch.from_numpy(vectors.queries[head, start : start + block])[None, None]
-        yield attention_probabilities(query, key, _hider(start, vectors.window), _options(vectors, head))[0, 0].numpy()
+        hide = partial(hide_unseen, first_query=start, window=vectors.window)
+        yield attention_probabilities(query, key, hide, _options(vectors, head))[0, 0].numpy()
 
 
 def pooled_attention(vectors: HeadVectors, head: int, *, keys: np.ndarray | None = None) -> tuple[np.ndarray, int]:
@@ -138,7 +139,7 @@ def _vectors_of(at: Look, window: int) -> HeadVectors:
     if at.mask is not None:
         shown = at.mask if at.mask.dtype == torch.bool else at.mask == 0
         scores = torch.zeros(1, 1, n, n, device=shown.device)
-        _hider(0, window)(scores)
+        hide_unseen(scores, 0, window)
         if not torch.equal(shown, (scores == 0).expand_as(shown)):
             raise UnsupportedModelError("This model masks its attention in a way that is not looked into yet.")
     return HeadVectors(
@@ -157,13 +158,3 @@ def _options(vectors: HeadVectors, head: int | None = None) -> dict[str, object]
     chosen = slice(None) if head is None else slice(head, head + 1)
     sinks = None if vectors.sinks is None else torch.from_numpy(vectors.sinks[chosen])
     return {"scaling": vectors.scaling, "softcap": vectors.softcap, "s_aux": sinks}
-
-
-def _hider(first_query: int, window: int) -> Callable[[Tensor], None]:
-    def hide(scores: Tensor) -> None:
-        query = torch.arange(first_query, first_query + scores.shape[2], device=scores.device)[:, None]
-        key = torch.arange(scores.shape[3], device=scores.device)
-        gone = key > query
-        scores.masked_fill_(gone | (key <= query - window) if window else gone, -torch.inf)
-
-    return hide

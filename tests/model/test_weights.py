@@ -12,7 +12,7 @@ from analysis.models.load import LoadedModel
 from analysis.recorder import capture
 from l2kv import POLICIES, CompressedCache, CompressionSpec, compressible, probabilities
 from l2kv.hooks import attention_hook
-from l2kv.probabilities import attention_probabilities
+from l2kv.probabilities import attention_probabilities, hide_unseen
 from tests.support.models import TINY, tokens
 from tests.support.paths import BUNDLED
 from tests.support.policies import rescored
@@ -57,6 +57,17 @@ def exactly(query, key, *, hidden=None, scaling=None, softcap=None, sinks=None):
 def misplaced(found, expected) -> float:
     """The largest share of a query's attention that is at other keys."""
     return (abs(found.double() - expected).sum(-1) / 2).max().item()
+
+
+@pytest.mark.parametrize("window", [0, 1, 3, 9])
+@pytest.mark.parametrize(("first", "queries", "keys"), [(0, 6, 6), (4, 3, 7), (2, 3, 9), (0, 1, 1)])
+def test_a_query_sees_itself_and_what_is_before_it_within_its_window(first, queries, keys, window):
+    scores = torch.zeros(2, 1, queries, keys)
+    hide_unseen(scores, first, window)
+    for i in range(queries):
+        for key in range(keys):
+            seen = key <= first + i and (window == 0 or key > first + i - window)
+            assert (scores[..., i, key] == (0 if seen else -torch.inf)).all()
 
 
 @pytest.mark.parametrize("held_at_a_time", [64, 3000, 10**9], ids=["key by key", "some keys", "all keys"])
