@@ -232,7 +232,7 @@ def _savings(run: Capture, advice: _Advice, after: str) -> Section:
     whole, uniform, plan = (
         [shape.nbytes(n, each) for n in LENGTHS] for each in (None, replace(spec, skip_layers=()), spec)
     )
-    table: dict[str, list] = {
+    table: Table = {
         "tokens": list(LENGTHS),
         "full cache": [human_bytes(n) for n in whole],
         f"keep {KEEP_RATIO:.0%} everywhere": [human_bytes(n) for n in uniform],
