@@ -6,9 +6,10 @@ new token already comes from the compressed cache, which flatters nobody.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import Cache
@@ -47,7 +48,7 @@ def stream(
     max_new_tokens: int,
     chat: bool = False,
     progress: Progress = unheard,
-) -> Iterator[tuple[Step, ...]]:
+) -> Generator[tuple[Step, ...], None, None]:
     """Yield, after each new token, the state of all columns; None among the specs is the full cache.
 
     A column that has finished repeats its last step. Close the iterator (`contextlib.closing`) to
@@ -79,7 +80,7 @@ class _Column:
         self._cache = new_cache(loaded.config, spec)
         ids = torch.from_numpy(tokens.ids)[None].to(loaded.device)
         prefill(loaded.model, ids[:, :-1], self._cache)
-        self._next, self._new = ids[:, -1:], []
+        self._next, self._new = ids[:, -1:], list[int]()
         self._last: Step | None = None
         self._ends = end_tokens(loaded)
 
@@ -88,7 +89,7 @@ class _Column:
         return self._last is not None and self._last.finished
 
     def step(self) -> Step:
-        if self.finished:
+        if self._last is not None and self._last.finished:
             return self._last
         self._next = decode_one_token(self._loaded.model, self._next, self._cache)
         self._new.append(int(self._next))
@@ -96,7 +97,7 @@ class _Column:
         shown = self._new[:-1] if finished else self._new
         self._last = Step(
             token_ids=tuple(self._new),
-            text=whole_characters(self._loaded.tokenizer.decode(shown, skip_special_tokens=True)),
+            text=whole_characters(str(self._loaded.tokenizer.decode(shown, skip_special_tokens=True))),
             held=_held(self._cache),
             nbytes=nbytes,
             slack_nbytes=cache_nbytes(self._cache) - nbytes,
@@ -120,7 +121,7 @@ def _watched(loaded: LoadedModel, passes: int, progress: Progress) -> Iterator[N
     """Within the block, `progress` hears of every layer of so many forward passes."""
     done, total = 0, passes * loaded.config.num_hidden_layers
 
-    def heard(inner: Attention, *args, **kwargs):
+    def heard(inner: Attention, *args: Any, **kwargs: Any) -> Any:
         nonlocal done
         done += 1
         progress(min(done, total), total, "layers")

@@ -62,7 +62,7 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
         raise TextError("This model has no chat template: give it plain text.")
     messages = [{"role": "user", "content": question}]
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
     except Exception as error:  # a template is a program, and raises what it likes
         raise TextError(f"The model's chat template does not take this question: {str(error)[:200]}") from error
 

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, DynamicCache
 
 from analysis.errors import SettingsError, TextError
 from analysis.evaluation.results import Methods, Results, Row
@@ -143,7 +143,7 @@ def _caches_after(
             yield spec, cache
             continue
         if full is None:
-            full = new_cache(loaded.config, None)
+            full = DynamicCache(config=loaded.config)
             prefill(loaded.model, context, full)
         yield spec, full if spec is None else CompressedCache.from_full(full, loaded.config, spec)
 
@@ -173,7 +173,7 @@ def _answered(loaded: LoadedModel, sample: Sample, cache: Cache, scoring: Scorin
     nbytes, said = cache_nbytes(cache, slack=False), [int(token)]
     while True:
         ended = said[-1] in ends
-        text = whole_characters(loaded.tokenizer.decode(said[:-1] if ended else said, skip_special_tokens=True))
+        text = whole_characters(str(loaded.tokenizer.decode(said[:-1] if ended else said, skip_special_tokens=True)))
         if ended or len(said) >= sample.new_tokens or scoring.decided(sample, text):
             return scoring.score(sample, text), nbytes, text
         tick()

@@ -276,7 +276,7 @@ def head_costs(
     heads = {f"{layer}.{head}": (layer, head) for layer in shape.layers for head in range(shape.n_kv_heads)}
     others_kept = replace(spec, keep_ratio=1.0, budget=None, layer_ratios=None, skip_layers=())
     alone = {
-        name: replace(others_kept, head_ratios={head: spec.target_of(*head).ratio}) for name, head in heads.items()
+        name: replace(others_kept, head_ratios=((head, spec.target_of(*head).ratio),)) for name, head in heads.items()
     }
     results = _lm(loaded, [Excerpt(*text) for text in texts], alone, settings or LmSettings(), progress)
     costs = np.full((len(texts), loaded.config.num_hidden_layers, shape.n_kv_heads), np.nan)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -51,6 +52,7 @@ class AllocationPlan:
         layers = [int(i) for i in np.flatnonzero(self.compressible & ~whole)]
         rows = {layer: [round(float(r), 9) for r in self.ratios[layer]] for layer in layers}
         distinct = {ratio for row in rows.values() for ratio in row}
+        ratios: dict[str, Any]
         if len(distinct) <= 1:
             ratios = {"keep_ratio": distinct.pop() if distinct else self.keep_ratio}
         elif all(len(set(row)) == 1 for row in rows.values()):
@@ -262,7 +264,7 @@ class _Hull:
         within = (np.arange(units.losses.shape[1]) - chosen[:, None]) * units.sizes[:, None] <= left
         gain = np.where(within, units.losses[rows, chosen][:, None] - units.losses, -np.inf)
         if gain.size and gain.max() > 0:
-            unit, end = np.unravel_index(gain.argmax(), gain.shape)
+            unit, end = map(int, np.unravel_index(gain.argmax(), gain.shape))
             chosen[unit] = end
         return cls(chosen, bound, slope)
 

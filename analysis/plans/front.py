@@ -195,7 +195,8 @@ class Front:
     @property
     def lengths(self) -> tuple[int, int]:
         """Tokens of each prompt, and tokens predicted after it; 0 where the file does not say."""
-        return tuple(int(self.results.settings.get(name, 0)) for name in ("prompt_tokens", "new_tokens"))
+        prompt, new = (int(self.results.settings.get(name, 0)) for name in ("prompt_tokens", "new_tokens"))
+        return prompt, new
 
     @property
     def full_nbytes(self) -> int:
@@ -209,12 +210,13 @@ class Front:
             FrontPoint(
                 one.strategy,
                 one.keep_ratio,
-                self.results.methods[one.method],
+                spec,
                 self.results.nbytes(one.method),
                 tuple(self.results.change(one.method).tolist()),
                 *(np.nan if loss is None else loss for loss in (one.planned_loss, one.measured_loss)),
             )
             for one in self.plans
+            if (spec := self.results.methods[one.method]) is not None
         )
 
     @property
@@ -379,8 +381,16 @@ def measure_front(
     shape = CacheShape.of(loaded.config, loaded.model.dtype.itemsize)
     if not shape.layers:
         raise ModelError(f"{loaded.name} has no layer that can be compressed: all have a sliding window.")
-    counts = {"keep_ratios": len(keep_ratios), "strategies": names, "kv_heads": len(shape.layers) * shape.n_kv_heads}
-    before, total = (passes(len(plan_texts), n, **counts) for n in (0, len(test_texts)))
+    before, total = (
+        passes(
+            len(plan_texts),
+            n_measuring,
+            keep_ratios=len(keep_ratios),
+            strategies=names,
+            kv_heads=len(shape.layers) * shape.n_kv_heads,
+        )
+        for n_measuring in (0, len(test_texts))
+    )
 
     def captured(text: str, done: int) -> Capture:
         prompt = prompt_of(loaded.tokenizer, text, settings.prompt_tokens)

@@ -34,7 +34,7 @@ class LayerLoss:
 
 @dataclass(frozen=True, slots=True)
 class SkipSuggestion:
-    """Layers to keep whole, and the rule that chose them, in words."""
+    """Layers to skip, and the rule that chose them, in words."""
 
     layers: tuple[int, ...]
     rule: str
@@ -62,10 +62,10 @@ def suggest_skip_layers(
     count: int = 2,
     skip_first: int = 0,
 ) -> SkipSuggestion:
-    """Which layers to keep whole, from one text, from captures of several, or from a study: the worst by ALR / chance.
+    """Suggest layers to skip, from one text, from captures of several, or from a study: those of worst normalised ALR.
 
-    A proxy: what compressing a layer costs is measured by a single-layer ablation (`causal.suggest_by_cost`). Layers
-    are judged by their mean over the texts. Those without a defined loss give no order to compress by, and are skipped
+    A proxy: what compressing a layer costs is measured by a single-layer ablation (`suggest_by_ablation`). Layers are
+    judged by their mean over the texts. Those without a defined loss give no order to compress by, and are skipped
     by every rule; layers with a sliding window are never compressed, and never suggested.
 
     Args:
@@ -194,8 +194,3 @@ def skip_list(text: str, *, n_layers: int | None = None) -> tuple[int, ...]:
     if n_layers is not None and layers and max(layers) >= n_layers:
         raise RecordError(f"The list names layer {max(layers)}, but the layers are 0 to {n_layers - 1}.")
     return layers
-
-
-def spec_of(given: dict) -> CompressionSpec:
-    """A spec from what JSON makes of one. Raises ValueError, TypeError or AttributeError, with the reason."""
-    return CompressionSpec(**given | {"skip_layers": tuple(given.get("skip_layers", ()))})
