@@ -174,37 +174,3 @@ def wilson(scores: np.ndarray) -> Interval:
 
     ends = binomtest(int(scores.sum()), len(scores)).proportion_ci(method="wilson")
     return Interval(float(scores.mean()), ends.low, ends.high)
-
-
-def of_changes(
-    model: str,
-    changes: Mapping[str, Sequence[float | None]],
-    specs: Mapping[str, CompressionSpec],
-    *,
-    samples: Sequence[str],
-    full_nll: Sequence[float | None] = (),
-    nbytes: Mapping[str, int] | None = None,
-    documents: Sequence[str] = (),
-    settings: Mapping[str, Any] | None = None,
-) -> Results:
-    """Results of the task `lm` as files of before had them: NLL changes against the full cache, [N] by method.
-
-    Args:
-        full_nll: [N] of the full cache; scores are changes, and its own are 0, where the file did not say.
-        nbytes: held by each method, the full cache among them; 0 where it is not known.
-
-    Raises:
-        ValueError: numbers are not of the N samples.
-    """
-    full, names = tuple(full_nll) or (0.0,) * len(samples), tuple(documents) or ("",) * len(samples)
-    settings = dict(settings or {}) | ({} if full_nll else {"scores": "changes against the full cache"})
-    by_method = {FULL: full} | {
-        name: [None if one is None or base is None else one + base for one, base in zip(values, full, strict=True)]
-        for name, values in changes.items()
-    }
-    rows = tuple(
-        Row(name, sample, score, (nbytes or {}).get(name, 0), document=document)
-        for name, scores in by_method.items()
-        for sample, document, score in zip(samples, names, scores, strict=True)
-    )
-    return Results(model, "", "lm", settings, {FULL: None, **specs}, rows)
