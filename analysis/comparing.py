@@ -18,7 +18,7 @@ from analysis.words import signed
 class Comparison:
     """Γ of every head in two studies, 0 and 1, of the query of the next token."""
 
-    names: tuple[str, str]
+    names: Sequence[str]
     texts: tuple[int, int]  # number of each
     paired: bool  # both are of the same texts, so that differences are taken text by text
     means: tuple[Means, Means]  # [L, H] each, over texts
@@ -70,7 +70,7 @@ class Comparison:
 _OTHER_SHAPES = "The two have other numbers of layers or heads, so no head of one is a head of the other."
 
 
-def compare(first: Study, second: Study, *, names: tuple[str, str] | None = None, seed: int = 0) -> Comparison:
+def compare(first: Study, second: Study, *, names: Sequence[str] | None = None, seed: int = 0) -> Comparison:
     """Compare Γ of every head in two studies, with intervals that resample texts; of both at once if they are the same.
 
     Args:

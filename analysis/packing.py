@@ -1,8 +1,8 @@
 """Arrays made small for a file, and read again from one that may come from anyone. Knows numpy and zlib, no run.
 
-Attention has heavy tails: beside a sink of 0.99 a row may hold weights of 1e-3 and of 1e-12, and the order of all of
+Attention has heavy tails: beside a sink of 0.99 a row may hold values of 1e-3 and of 1e-12, and the order of all of
 them counts. Equal steps make most of such a row one tie; so do steps of the square root. Here a row's steps are equal
-in the tenth root, from its least weight to its third largest, and the two largest are kept as they are.
+in the tenth root, from its least value to its third largest, and the two largest are kept as they are.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-ROOT = 10  # nearly logarithmic, with finer steps where the weights are large and errors count
+ROOT = 10  # nearly logarithmic, with finer steps where the values are large and errors count
 
 
 def code_type(levels: int) -> type[np.uint8] | type[np.uint16]:
@@ -20,26 +20,26 @@ def code_type(levels: int) -> type[np.uint8] | type[np.uint16]:
     return np.uint8 if levels + 2 < 256 else np.uint16
 
 
-def quantised(weights: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of weights as whole numbers: no two change places, and zeros, and weights that are equal, stay so.
+def quantised(values: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of values as whole numbers: no two change places, and zeros, and values that are equal, stay so.
 
     Args:
-        weights: [..., n] float32, from 0.
-        levels: how many different weights a row may have beside 0 and its two largest, from 2.
+        values: [..., n] float32, from 0.
+        levels: how many different values a row may have beside 0 and its two largest, from 2.
 
     Returns:
         codes [..., n], uint8 or uint16: 0 is 0, 1 to `levels` are steps, then come the second largest and the largest;
-        ends [..., 4] float32, of different weights above 0: the least, the third largest, the second, the largest. What
+        ends [..., 4] float32, of different values above 0: the least, the third largest, the second, the largest. What
         a row has too few for is 0.
 
     Raises:
-        ValueError: a weight is no number, or below 0.
+        ValueError: a value is no number, or below 0.
     """
-    if not np.isfinite(weights).all() or (weights < 0).any():
+    if not np.isfinite(values).all() or (values < 0).any():
         raise ValueError("attention holds values that no run can have")
-    codes: np.ndarray = np.zeros(weights.shape, code_type(levels))
-    ends = np.zeros((*weights.shape[:-1], 4), np.float32)
-    for row, code, end in zip(weights, codes, ends, strict=True):  # a part at a time: float64 is large
+    codes: np.ndarray = np.zeros(values.shape, code_type(levels))
+    ends = np.zeros((*values.shape[:-1], 4), np.float32)
+    for row, code, end in zip(values, codes, ends, strict=True):  # a part at a time: float64 is large
         row = row.astype(np.float32)
         top = row.max(axis=-1, keepdims=True, initial=0)
         second = row.max(axis=-1, keepdims=True, initial=0, where=row < top)
@@ -54,7 +54,7 @@ def quantised(weights: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray]
 
 
 def restored(codes: np.ndarray, ends: np.ndarray, levels: int) -> np.ndarray:
-    """The weights [..., n] float32 of `quantised`; quantised again, they stay the same.
+    """The values [..., n] float32 of `quantised`; quantised again, they stay the same.
 
     Raises:
         ValueError: these are no codes, or no ends.
@@ -65,15 +65,15 @@ def restored(codes: np.ndarray, ends: np.ndarray, levels: int) -> np.ndarray:
         raise ValueError("holds values that no run can have")
     if (np.diff(ends) < 0).any():
         raise ValueError("has ends in no order")
-    weights = np.empty(codes.shape, np.float32)
-    for row, code, end in zip(weights, codes, ends, strict=True):
+    values = np.empty(codes.shape, np.float32)
+    for row, code, end in zip(values, codes, ends, strict=True):
         low, high, second, top = np.moveaxis(end, -1, 0)[..., None]
         first, last = (np.float64(values) ** (1 / ROOT) for values in (low, high))
         root = first + (code - 1.0) * ((last - first) / (levels - 1))
         np.clip(root**ROOT, low, high, out=row, casting="same_kind")
-        for step, weight in {1: low, levels: high, levels + 1: second, levels + 2: top, 0: 0}.items():
-            np.copyto(row, weight, where=code == step)  # exactly
-    return weights
+        for step, value in {1: low, levels: high, levels + 1: second, levels + 2: top, 0: 0}.items():
+            np.copyto(row, value, where=code == step)  # exactly
+    return values
 
 
 def deflated(values: np.ndarray, *, along: int | None = None) -> np.ndarray:

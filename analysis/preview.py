@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import Cache
 
 from analysis.errors import ModelError
@@ -121,7 +122,7 @@ def _watched(loaded: LoadedModel, passes: int, progress: Progress) -> Iterator[N
     """Within the block, `progress` hears of every layer of so many forward passes."""
     done, total = 0, passes * loaded.config.num_hidden_layers
 
-    def heard(inner: Attention, *args: Any, **kwargs: Any) -> Any:
+    def heard(inner: Attention, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         nonlocal done
         done += 1
         progress(min(done, total), total, "layers")

@@ -69,7 +69,7 @@ def capture(
         stored=loaded.stored,
         text=text,
         labels=tokens.labels,
-        probe_label=loaded.tokenizer.decode(next_token[0]),
+        probe_label=str(loaded.tokenizer.decode(next_token[0])),
         layer_kinds=tuple("sliding" if window else "full" for window in windows),
         windows=tuple(windows),
         warnings=tuple(warnings),

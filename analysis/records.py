@@ -251,9 +251,7 @@ def _check_known(where: str, content: object, hint: Any) -> None:
             _check_known(f"{where}.{name}", value, hints[name])
 
 
-@cache
-def _hints_of(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls)
+_hints_of: Callable[[type], dict[str, Any]] = cache(get_type_hints)
 
 
 def _dataclass_in(hint: Any) -> type | None:

@@ -194,7 +194,7 @@ def told_of_documents(documents: Sequence[str]) -> str:
 
 
 def layer_losses(study: Study, *, probe: str = "next token") -> np.ndarray:
-    """ALR / chance of each layer on each text, [N, L]: heads count by what there is to lose, as in `skip.layer_loss`.
+    """Normalised ALR of each layer on each text, [N, L]: heads count by what there is to lose, as in `skip.layer_loss`.
 
     NaN where no head of the layer is defined.
     """
@@ -230,7 +230,7 @@ class Stability:
 
 
 def stability(losses: np.ndarray, *, splits: int = SPLITS, seed: int = 0) -> Stability:
-    """How alike two halves of the texts order the layers by mean ALR / chance, for 1, 2, ..., N // 2 texts a half.
+    """How alike two halves of the texts order the layers by mean normalised ALR, for 1, 2, ..., N // 2 texts a half.
 
     Args:
         losses: [N, L], `layer_losses` of a study. Layers that a text leaves undefined are not ordered.

@@ -174,7 +174,7 @@ _LAYER_WORDS: Mapping[str, tuple[str, ...]] = {
     "low norm predicts attention": ("follows the paper",),
     "only through the attention sink": ("sink only",),
     "partly through the attention sink": ("follows the paper", "sink only"),
-    "only with the attention sink left out": ("hidden by the sink",),
+    "only without the attention sink": ("hidden by the sink",),
     "high norm predicts attention": ("mirror",),
     "neither does": ("too weak to call", "no signal", "unstable"),
     "mixed": (),

@@ -104,10 +104,10 @@ class Engine:
         """
         ref = check_allowed(ref)
 
-        def on_fetch(what: str, done: int, total: int) -> None:
+        def fetching(done: int, total: int, what: str) -> None:
             progress(0, 0, f"{what}: {done / total:.0%}")
 
-        model_folder(ref, on_fetch=on_fetch)
+        model_folder(ref, progress=fetching)
         with self.turn(
             ref,
             on_wait=lambda ahead: progress(0, 0, f"Waiting: {ahead} ahead of you"),

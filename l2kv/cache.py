@@ -59,7 +59,7 @@ class CompressedCache(TracedCache):
     @classmethod
     def from_full(
         cls,
-        full: DynamicCache,
+        full: Cache,
         config: PretrainedConfig,
         spec: CompressionSpec,
         *,

@@ -72,7 +72,7 @@ def _fetch(name: str) -> None:
 
     try:
         with shown("B", scale=True) as progress:
-            folder = model_folder(name, on_fetch=lambda what, done, total: progress(done, total, what))
+            folder = model_folder(name, progress=progress)
         print(f"{name} is in {folder}")
     except UnreachableError as unreachable:
         original = f"{name}-original"

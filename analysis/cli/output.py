@@ -11,7 +11,7 @@ from typing import Any
 
 from analysis.progress import Progress, unheard
 
-Row = Mapping[str, object]
+Row = Mapping[str, Any]
 Form = str | Callable[[Any], str]
 """How a value is written: a format, "+.2f", or a function."""
 

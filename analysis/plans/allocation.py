@@ -264,8 +264,8 @@ class _Hull:
         within = (np.arange(units.losses.shape[1]) - chosen[:, None]) * units.sizes[:, None] <= left
         gain = np.where(within, units.losses[rows, chosen][:, None] - units.losses, -np.inf)
         if gain.size and gain.max() > 0:
-            unit, end = map(int, np.unravel_index(gain.argmax(), gain.shape))
-            chosen[unit] = end
+            best = np.unravel_index(gain.argmax(), gain.shape)
+            chosen[best[0]] = best[1]
         return cls(chosen, bound, slope)
 
 

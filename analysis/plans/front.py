@@ -121,8 +121,8 @@ class Front:
     @property
     def lengths(self) -> tuple[int, int]:
         """Tokens of each prompt, and tokens predicted after it; 0 where the file does not say."""
-        prompt, new = (int(self.results.settings.get(name, 0)) for name in ("prompt_tokens", "new_tokens"))
-        return prompt, new
+        told = self.results.settings
+        return int(told.get("prompt_tokens", 0)), int(told.get("new_tokens", 0))
 
     @property
     def full_nbytes(self) -> int:
@@ -132,18 +132,14 @@ class Front:
     @cached_property
     def points(self) -> tuple[FrontPoint, ...]:
         """The points, in the order in which they were planned."""
-        return tuple(
-            FrontPoint(
-                one.strategy,
-                one.keep_ratio,
-                spec,
-                self.results.nbytes(one.method),
-                tuple(self.results.change(one.method).tolist()),
-                *(np.nan if loss is None else loss for loss in (one.planned_loss, one.measured_loss)),
-            )
-            for one in self.plans
-            if (spec := self.results.methods[one.method]) is not None
-        )
+        points = []
+        for one in self.plans:
+            spec, change = self.results.methods[one.method], self.results.change(one.method)
+            assert spec is not None, "checked when it was made"
+            losses = (np.nan if loss is None else loss for loss in (one.planned_loss, one.measured_loss))
+            nbytes = self.results.nbytes(one.method)
+            points.append(FrontPoint(one.strategy, one.keep_ratio, spec, nbytes, tuple(change.tolist()), *losses))
+        return tuple(points)
 
     @property
     def lines(self) -> dict[str, tuple[FrontPoint, ...]]:
@@ -307,15 +303,10 @@ def measure_front(
     shape = CacheShape.of(loaded.config, loaded.model.dtype.itemsize)
     if not shape.layers:
         raise ModelError(f"{loaded.name} has no layer that can be compressed: all have a sliding window.")
+    n_heads = len(shape.layers) * shape.n_kv_heads
     before, total = (
-        passes(
-            len(plan_texts),
-            n_measuring,
-            keep_ratios=len(keep_ratios),
-            strategies=names,
-            kv_heads=len(shape.layers) * shape.n_kv_heads,
-        )
-        for n_measuring in (0, len(test_texts))
+        passes(len(plan_texts), n, keep_ratios=len(keep_ratios), strategies=names, kv_heads=n_heads)
+        for n in (0, len(test_texts))
     )
 
     def captured(text: str, done: int) -> Capture:

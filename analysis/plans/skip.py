@@ -62,11 +62,11 @@ def suggest_skip_layers(
     count: int = 2,
     skip_first: int = 0,
 ) -> SkipSuggestion:
-    """Suggest layers to skip, from one text, from captures of several, or from a study: those of worst normalised ALR.
+    """Suggest layers to skip, from one text, from captures of several, or from a study: the worst by normalised ALR.
 
-    A proxy: what compressing a layer costs is measured by a single-layer ablation (`suggest_by_ablation`). Layers are
-    judged by their mean over the texts. Those without a defined loss give no order to compress by, and are skipped
-    by every rule; layers with a sliding window are never compressed, and never suggested.
+    A proxy: what compressing a layer costs is measured by a single-layer ablation (`ablation.suggest_by_ablation`).
+    Layers are judged by their mean over the texts. Those without a defined loss give no order to compress by, and are
+    skipped by every rule; layers with a sliding window are never compressed, and never suggested.
 
     Args:
         rule: one of `RULES`.
@@ -94,17 +94,17 @@ def suggest_skip_layers(
         )
         words = (
             f"Skip every layer in which keeping by {kept} loses {bar}, both counted beyond what the ideal order loses "
-            f"(ALR / chance ≥ {threshold:g})."
+            f"(normalised ALR ≥ {threshold:g})."
         )
     elif rule == "count":
         if not 0 <= count <= int(of.compressed.sum()):
             raise SettingsError(f"count must be from 0 to {int(of.compressed.sum())} layers, got {count}")
         n = max(count, int(undefined.sum()))
         chosen = worst_first[: n - int(undefined.sum())]
-        words = f"Skip the {n} layers in which keeping by {kept} loses most beyond the ideal order (ALR / chance)."
+        words = f"Skip the {n} layers in which keeping by {kept} loses most beyond the ideal order (normalised ALR)."
     else:
         n, words = widest_gap(
-            loss[worst_first], f"in what keeping by {kept} loses beyond the ideal order", "of ALR / chance"
+            loss[worst_first], f"in what keeping by {kept} loses beyond the ideal order", "of normalised ALR"
         )
         chosen = worst_first[:n]
     words += f" Measured on {of.on}, for the next token."
@@ -114,9 +114,9 @@ def suggest_skip_layers(
 
 
 RULES = {
-    "threshold": "every layer at or above a threshold of ALR / chance",
-    "count": "a number of layers, the worst by ALR / chance",
-    "gap": "the worst layers down to the widest gap in ALR / chance, where one stands out",
+    "threshold": "every layer at or above a threshold of normalised ALR",
+    "count": "a number of layers, the worst by normalised ALR",
+    "gap": "the worst layers down to the widest gap in normalised ALR, where one stands out",
 }
 STANDS_OUT = 2.0  # times the median gap: a gap as wide divides the layers in two
 
@@ -140,7 +140,7 @@ def widest_gap(loss: np.ndarray, of: str, unit: str) -> tuple[int, str]:
 class _Measured:
     """The loss of each layer by a policy, however many texts it comes from."""
 
-    loss: np.ndarray  # [L] ALR / chance, mean over the texts that define it; NaN where none does
+    loss: np.ndarray  # [L] normalised ALR, mean over the texts that define it; NaN where none does
     compressed: np.ndarray  # [L] bool
     on: str  # what it was measured on, in words
 

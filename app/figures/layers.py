@@ -43,12 +43,12 @@ def layer_alr(
     figure.add_scatter(
         x=layer, y=by_head[layer, head], mode="markers", name="head", customdata=as_customdata(layer, head),
         marker=dict(size=6, color=PRIMARY, opacity=0.6),
-        hovertemplate=OF_HEAD + "ALR / chance %{y:.2f}<extra></extra>",
+        hovertemplate=OF_HEAD + "normalised ALR %{y:.2f}<extra></extra>",
     )  # fmt: skip
     figure.add_scatter(
         x=np.arange(n_layers), y=by_layer, mode="markers", name="layer",
         marker=dict(size=12, color=PRIMARY, symbol="diamond", line=dict(width=1.5, color="white")),
-        hovertemplate="layer %{x}<br>ALR / chance %{y:.2f}<extra></extra>",
+        hovertemplate="layer %{x}<br>normalised ALR %{y:.2f}<extra></extra>",
     )  # fmt: skip
     return figure.update_layout(xaxis=index_axis(n_layers, "layer", most=16), yaxis=normalised_alr_axis())
 
@@ -63,7 +63,7 @@ def means_by_layer(mean: np.ndarray, low: np.ndarray, high: np.ndarray) -> go.Fi
         marker=dict(size=10, color=PRIMARY, symbol="diamond"),
         error_y=error_bars(mean[layer], low[layer], high[layer], color=PRIMARY),
         customdata=np.stack([low, high], axis=1)[layer].tolist(),
-        hovertemplate="layer %{x}<br>ALR / chance %{y:.2f}, 95 % %{customdata[0]:.2f} to %{customdata[1]:.2f}"
+        hovertemplate="layer %{x}<br>normalised ALR %{y:.2f}, 95 % %{customdata[0]:.2f} to %{customdata[1]:.2f}"
         "<extra></extra>",
     )  # fmt: skip
     return figure.update_layout(xaxis=index_axis(len(mean), "layer", most=16), yaxis=normalised_alr_axis())
@@ -90,10 +90,10 @@ def layer_costs(
         error_x=error_bars(normalised_alr, *alr_ends, color=PRIMARY) | bars,
         error_y=error_bars(change, *change_ends, color=PRIMARY) | bars,
         customdata=np.stack(change_ends, axis=1).tolist(),
-        hovertemplate="layer %{text}<br>ALR / chance %{x:.2f}<br>NLL %{y:+.4f}, 95 % %{customdata[0]:+.4f} to "
+        hovertemplate="layer %{text}<br>normalised ALR %{x:.2f}<br>NLL %{y:+.4f}, 95 % %{customdata[0]:+.4f} to "
         "%{customdata[1]:+.4f}<extra></extra>",
     )  # fmt: skip
-    figure.update_layout(xaxis=axis("ALR / chance"), yaxis=axis("NLL change, nats a token"))
+    figure.update_layout(xaxis=axis("normalised ALR"), yaxis=axis("NLL change, nats/token"))
     return figure
 
 

@@ -12,7 +12,7 @@ from app.figures.style import CONTRAST, FULL_GREY, PRIMARY, axis, new_figure
 _BAND = "rgba(138,143,152,0.3)"
 
 
-def excess_loss(dropped: np.ndarray, best: np.ndarray, worst: np.ndarray, *, names: tuple[str, str]) -> go.Figure:
+def excess_loss(dropped: np.ndarray, best: np.ndarray, worst: np.ndarray, *, names: Sequence[str]) -> go.Figure:
     """Attention lost by norm order less that of the ideal order, [S] each, by share of tokens dropped [S].
 
     Two panels, each with a scale of its own, as the paper has them: on one, the best head would be a flat line.

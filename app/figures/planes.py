@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import plotly.graph_objects as go
 
@@ -61,7 +63,7 @@ def head_quadrant(
     return figure
 
 
-def gamma_against(first: np.ndarray, second: np.ndarray, *, names: tuple[str, str]) -> go.Figure:
+def gamma_against(first: np.ndarray, second: np.ndarray, *, names: Sequence[str]) -> go.Figure:
     """Γ of every head in one run (x) against that in another (y), [L, H] each. Undefined heads are left out."""
     figure = new_figure(height=480)
     _add_diagonal(figure, -1)

@@ -60,7 +60,7 @@ def correlation_axis(title: str, **options: Any) -> dict[str, Any]:
 
 def normalised_alr_axis() -> dict[str, Any]:
     """An axis of ALR over chance: 0 the ideal order, 1 a random one, 2 the worst."""
-    return axis("ALR / chance", range=[-0.05, 2.05], dtick=0.5)
+    return axis("normalised ALR", range=[-0.05, 2.05], dtick=0.5)
 
 
 def index_axis(count: int, title: str, *, most: int) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from analysis.verdicts import answer, meanings, verdict_counts, verdicts
 from analysis.words import human_bytes, layers_listed, signed
 from app import figures
 from app.report import chapters
-from app.report.writing import Drawing, Section, document
+from app.report.writing import Drawing, Section, Table, document
 from l2kv.spec import CompressionSpec
 
 VERSION = 2
@@ -84,7 +84,7 @@ def report(
     advice = [_Advice.of(run, studies) for run in runs]
     sections: list[Section] = []
     if len(runs) == 2:
-        compared = chapters.of_comparison(compare(*measured, names=names))
+        compared = chapters.of_comparison(compare(*measured, names=_pair(names)))
         of = " ".join(f"{name}: {_about(run)}." for name, run in zip(names, runs, strict=True))
         sections.append(replace(compared, words=(*compared.words, of)))
     for name, run, study, advised in zip(names, runs, measured, advice, strict=True):
@@ -94,10 +94,11 @@ def report(
     study_names = _names(studies, "study")
     sections += [chapters.of_study(study, name) for study, name in zip(studies, study_names, strict=True)]
     if len(studies) == 2:
-        sections.append(chapters.of_comparison(compare(*studies, names=study_names)))
-    for given, section in ((front, chapters.of_front), (ablation, chapters.of_ablation)):
-        if given is not None:
-            sections.append(section(given))
+        sections.append(chapters.of_comparison(compare(*studies, names=_pair(study_names))))
+    if front is not None:
+        sections.append(chapters.of_front(front))
+    if ablation is not None:
+        sections.append(chapters.of_ablation(ablation))
     table = {"figure": list(_READING), "meaning": list(_READING.values())}
     sections += [
         Section("How to read it", ("Layers and heads count from 0.",), table=table),
@@ -118,6 +119,11 @@ def _names(of: Sequence[Capture] | Sequence[Study], what: str) -> tuple[str, ...
     if len(set(models)) == len(models):
         return tuple(models)
     return tuple(f"{model}, {what} {i}" for i, model in enumerate(models, 1))
+
+
+def _pair(names: Sequence[str]) -> tuple[str, str]:
+    first, second = names
+    return first, second
 
 
 def _about(run: Capture) -> str:
@@ -142,13 +148,13 @@ def _heads(run: Capture, study: Study, after: str) -> Section:
     ]  # fmt: skip
     quadrant = Drawing(
         figures.head_quadrant(
-            *(study.of(name)[0] for name in ("gamma", "gamma_skip_first", "sink_share")), status=verdict
+            study.of("gamma")[0], study.of("gamma_skip_first")[0], study.of("sink_share")[0], status=verdict
         ),
         alt="All heads by Γ with the first token and without it",
         title="With and without the first token",
         rows=2,
         caption="Size is the first token's share of the attention. Lower left follows the paper.",
-        table={"layer": layer, "head": head, "kv head": [run.kv_head(int(h)) for h in head]}
+        table={"layer": layer, "head": head, "kv head": head * run.n_kv_heads // run.n_heads}
         | {METRICS[name].title: study.of(name)[0].ravel() for name in study.metrics}
         | {"verdict": verdict.ravel()},
     )
@@ -226,7 +232,7 @@ def _savings(run: Capture, advice: _Advice, after: str) -> Section:
     whole, uniform, plan = (
         [shape.nbytes(n, each) for n in LENGTHS] for each in (None, replace(spec, skip_layers=()), spec)
     )
-    table = {
+    table: dict[str, list] = {
         "tokens": list(LENGTHS),
         "full cache": [human_bytes(n) for n in whole],
         f"keep {KEEP_RATIO:.0%} everywhere": [human_bytes(n) for n in uniform],

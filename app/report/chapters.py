@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -130,14 +130,14 @@ def of_ablation(check: Ablation) -> Section:
     )
 
 
-def ablation_table(check: Ablation) -> dict[str, Sequence]:
-    """The numbers of a check, a row for each layer; the paper's ALR where the file keeps it."""
+def ablation_table(check: Ablation) -> dict[str, Iterable]:
+    """The numbers of an ablation, a row for each layer; the paper's ALR where the file keeps it."""
     change = statistics.means(check.nll_change.T, documents=check.documents)
     paper = {} if check.alr is None else {"the paper's ALR": statistics.means(check.alr.T).mean}
     return (
-        {"layer": check.layers, "ALR / chance": statistics.means(check.normalised_alr.T).mean}
+        {"layer": check.layers, "Normalised ALR": statistics.means(check.normalised_alr.T).mean}
         | paper
-        | {"NLL change, nats a token": change.mean, "from": change.low, "to": change.high}
+        | {"NLL change, nats/token": change.mean, "from": change.low, "to": change.high}
     )
 
 
@@ -160,7 +160,7 @@ def of_comparison(comparison: Comparison) -> Section:
             title="Γ of all heads",
             caption="Every head a point, beside a box of the quartiles.",
         )
-        drawings = (spread, bars)
+        drawings: tuple[Drawing, ...] = (spread, bars)
     else:
         layer, head = np.indices(difference.mean.shape).reshape(2, -1)
         ends = {} if runs else {"from": difference.low.ravel(), "to": difference.high.ravel()}

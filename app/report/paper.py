@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from analysis.paper.figures import FIGURES, BestAndWorst, FourHeads, OfSink, OverChunks
-from analysis.paper.why import Factors
+from analysis.paper.why import Factors, SinkKey, Zeroing
 from analysis.words import counted, signed, span
 from app import figures
 from app.components import markup
@@ -87,7 +87,7 @@ _COLUMNS = {
 
 
 def _fig7(numbers: BestAndWorst) -> Section:
-    names = tuple(
+    one, other = (
         f"layer {layer}, head {head}: ALR {loss:.3g}"
         for (layer, head), loss in zip(numbers.heads, numbers.alr, strict=True)
     )
@@ -99,16 +99,16 @@ def _fig7(numbers: BestAndWorst) -> Section:
         "Best and worst are the heads of lowest and highest ALR, which is the area under these curves, in tokens.",
         drawings=[
             Drawing(
-                figures.excess_loss(numbers.dropped, best, worst, names=names),
+                figures.excess_loss(numbers.dropped, best, worst, names=(one, other)),
                 alt="Attention lost by norm order less that of the ideal order, by share of tokens dropped",
                 caption="Each panel has its own scale. At both ends all orders agree: nothing is dropped, or all.",
-                table={"dropped": numbers.dropped, names[0]: best, names[1]: worst},
+                table={"dropped": numbers.dropped, one: best, other: worst},
             )
         ],
     )
 
 
-def _fig8(numbers: OfSink) -> Section:
+def _fig8(numbers: OfSink[SinkKey]) -> Section:
     key = numbers.of
     peaks = ", ".join(map(str, key.peaks))
     return _section(
@@ -136,7 +136,7 @@ def _fig8(numbers: OfSink) -> Section:
     )
 
 
-def _fig9(numbers: OfSink) -> Section:
+def _fig9(numbers: OfSink[Zeroing]) -> Section:
     zeroed, width = numbers.of, numbers.of.tokens_per_bin
     peaked = ", ".join(map(str, zeroed.peaked.dimensions))
     first = ", ".join(map(str, zeroed.random[0].dimensions))

@@ -89,10 +89,11 @@ def _probe(run: Capture) -> str:
         del names["last queries"]
     if st.session_state.get("probe") not in names:
         st.session_state["probe"] = "next token"
-    return st.segmented_control(
-        "Attention of", list(names), format_func=names.get, required=True, key="probe", persist_state="session",
-        help="\n".join(f"- **{names[probe]}**: {PROBES[probe]}" for probe in names),
+    chosen = st.segmented_control(
+        "Attention of", list(names), format_func=lambda name: names[name], required=True, key="probe",
+        persist_state="session", help="\n".join(f"- **{names[probe]}**: {PROBES[probe]}" for probe in names),
     )  # fmt: skip
+    return chosen or "next token"
 
 
 def _about(run: Capture) -> None:
@@ -148,9 +149,9 @@ def _maps(run: Capture, values: HeadValues, skip_first: int, probe: str) -> bool
         _all_heads(run, values, probe)
     with right:
         st.markdown("**With and without the first token**")
-        gammas = (session.values_of(run, 0, probe).of(name) for name in ("gamma", "gamma_skip_first"))
+        gamma, without = (session.values_of(run, 0, probe).of(name) for name in ("gamma", "gamma_skip_first"))
         show(
-            figures.head_quadrant(*gammas, values.of("sink_share"), status=session.verdicts_of(run, probe)),
+            figures.head_quadrant(gamma, without, values.of("sink_share"), status=session.verdicts_of(run, probe)),
             key=f"quadrant_{probe}",
             alt="All heads by Γ with the first token and without it",
             caption="Every head by Γ with the first token (across) and without it (up); size is the first token's "

@@ -54,7 +54,7 @@ def one_head(run: Capture, values: HeadValues, skip_first: int, probe: str) -> N
         + f", and lose **{row[~kept].sum():.1%}** of the next token's attention. {1 - row.sum():z.1%} of it goes to "
         "that token itself."
     )
-    st.html(markup.token_strip(run.labels, kept))
+    st.html(markup.token_strip(run.labels, kept.tolist()))
     st.caption(
         "The text as this head would keep it if it were compressed once, now: solid tokens stay, hollow ones go. "
         "· is a space, ⏎ a line end. The latest tokens are protected as set above."

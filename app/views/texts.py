@@ -171,7 +171,7 @@ def _heads(study: Study, numbers: _Numbers, probe: str) -> None:
         single = [study.of(name, probe=probe)[:, layer, head] for name in ("gamma", "gamma_skip_first")]
         show(
             figures.head_over_texts(
-                *single, study.names, mean=numbers.gamma.mean[layer, head],
+                single[0], single[1], study.names, mean=numbers.gamma.mean[layer, head],
                 low=numbers.gamma.low[layer, head], high=numbers.gamma.high[layer, head],
             ),
             key="study_single",

@@ -291,7 +291,7 @@ def test_what_belongs_to_a_run_goes_when_another_is_shown_and_the_rest_stays(mon
 
 
 def test_a_job_tells_every_stage_and_what_it_gives_to_one_callback_without_a_page(loads, monkeypatch):
-    monkeypatch.setattr(engine_module, "model_folder", lambda ref, on_fetch: on_fetch("Fetching x", 1, 4))
+    monkeypatch.setattr(engine_module, "model_folder", lambda ref, progress: progress(1, 4, "Fetching x"))
     monkeypatch.setattr(engine_module, "loading_note", lambda ref: "")
     told = []
 
@@ -307,7 +307,7 @@ def test_a_job_tells_every_stage_and_what_it_gives_to_one_callback_without_a_pag
 
 
 def test_what_a_progress_raises_cancels_a_job_and_frees_its_turn(loads, monkeypatch):
-    monkeypatch.setattr(engine_module, "model_folder", lambda ref, on_fetch: None)
+    monkeypatch.setattr(engine_module, "model_folder", lambda ref, progress: None)
     engine = Engine()
 
     def cancel(done, total, what):

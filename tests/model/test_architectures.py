@@ -1,6 +1,5 @@
 """Compressed decoding of every architecture against a full forward pass with the evicted masked, or a refusal."""
 
-import re
 from dataclasses import replace
 from functools import cache
 
@@ -11,15 +10,13 @@ from transformers import DynamicCache
 
 from l2kv import CompressedCache, CompressionSpec, UnsupportedModelError
 from l2kv.layer import CompressedLayer
-from tests.support.architectures import ARCHITECTURES, compress, table
+from tests.support.architectures import ARCHITECTURES, compress
 from tests.support.decoding import IN_CHUNKS, ONE_BY_ONE, decode
 from tests.support.models import tokens
 from tests.support.oracle import attending, replay, target
-from tests.support.paths import ROOT
 
 COMPRESSED = [name for name, architecture in ARCHITECTURES.items() if architecture.refused is None]
 REFUSED = [name for name, architecture in ARCHITECTURES.items() if architecture.refused is not None]
-MARKED = re.compile(r"<!-- architectures -->\n(.*)<!-- /architectures -->", flags=re.S)
 
 
 @cache
@@ -174,8 +171,3 @@ def test_a_kv_head_that_the_layer_has_not_is_refused(name, layer):
 def test_a_model_with_a_cache_of_its_own_is_refused_and_not_stumbled_over(config_class):
     with pytest.raises(UnsupportedModelError, match=r"no cache of plain layers|no attention heads|without a key"):
         CompressedCache(getattr(transformers, config_class)(), CompressionSpec())
-
-
-def test_the_table_of_the_readme_is_what_a_run_of_every_model_gives():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert MARKED.findall(readme) == [table()], "make it anew with: python -m tests.support.architectures"

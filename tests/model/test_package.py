@@ -16,7 +16,11 @@ from tests.support.paths import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 NEEDS = {"l2kv": (), "analysis": ("analysis",), "app": ("analysis", "app")}  # extras of each package
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.S)
+BLOCKS = {
+    f"{page} {number}": block
+    for page in ("README.md", "docs/library.md")
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / page).read_text("utf-8"), flags=re.S))
+}
 pytestmark = pytest.mark.xdist_group("package")  # one wheel for all
 
 
@@ -61,8 +65,8 @@ def test_the_wheel_holds_the_packages_with_their_data_and_nothing_else(wheel):
     assert wheel.stat().st_size < 50 * 2**20
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_what_the_readme_shows_runs_as_printed_far_from_the_checkout(installed, tmp_path, block):
+@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
+def test_what_the_docs_show_run_as_printed_far_from_the_checkout(installed, tmp_path, block):
     where = "\nimport analysis, l2kv\nprint(analysis.__file__, l2kv.__file__, sep='\\n')"
     printed = python("-c", block + where, cwd=tmp_path, PYTHONPATH=str(installed))
     assert printed.splitlines()[-2:] == [str(installed / name / "__init__.py") for name in ("analysis", "l2kv")]

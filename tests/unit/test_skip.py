@@ -15,14 +15,14 @@ RANKS = np.arange(1.0, 41.0)
 def run_of_losses(*shares):
     """A run in whose layers so large a share of the attention is in the worst order for low norm, the rest in the best.
 
-    ALR / chance rises with the share, from 0 to 2, as long as the ideal order of the mixture is that of one of them.
+    Normalised ALR rises with the share, from 0 to 2, as long as the ideal order of the mixture is that of one of them.
     """
     best, worst = RANKS[::-1] / RANKS.sum(), RANKS**3 / (RANKS**3).sum()
     return run_of([[RANKS]] * len(shares), [[best * (1 - share) + worst * share] for share in shares])
 
 
 def made_study(losses):
-    """A study of [N, L] ALR / chance, of one head."""
+    """A study of [N, L] normalised ALR, of one head."""
     alr = np.asarray(losses, float)[..., None]
     return study_of(alr - 1, alr=alr, alr_chance=np.where(np.isnan(alr), np.nan, 1.0))
 
@@ -43,7 +43,7 @@ def test_by_gap_the_layers_above_the_widest_gap_of_the_worse_half_are_skipped():
     #                     sorted: 1.9 1.8 | 1.0 0.9 0.8 0.2; the gap at 0.8 is wider than those of 0.1, but not worst
     suggestion = suggest_skip_layers(made_study([[0.9, 1.9, 0.2, 1.8, 1.0, 0.8]]), rule="gap")
     assert suggestion.layers == (1, 3)
-    assert "0.800 of ALR / chance wide, the median gap 0.100" in suggestion.rule
+    assert "0.800 of normalised ALR wide, the median gap 0.100" in suggestion.rule
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from analysis import RecordError, files, read_text, records
+from analysis import RecordError, read_text, records
 from analysis.cli.inputs import text_of, texts_of
 from analysis.errors import TextError
 from analysis.plans.skip import Plan
@@ -49,12 +49,7 @@ def by_standard_input(data, path):
         return text_of("-")
 
 
-def by_record(data, path):
-    path.write_bytes(data)
-    return files.read_text(path)
-
-
-DOORS = (by_upload, by_file, by_folder, by_library, by_standard_input, by_record)
+DOORS = (by_upload, by_file, by_folder, by_library, by_standard_input)
 
 
 @pytest.mark.parametrize("door", DOORS)
@@ -71,10 +66,21 @@ def test_a_text_is_the_same_whatever_its_encoding_its_line_ends_and_its_door(tmp
     ["déjà".encode("latin-1"), bytes(range(256)), b"a\0b", b"\xff\xfea", "ab".encode("utf-16-le"), b"\xed\xa0\xbd"],
 )
 def test_what_is_no_text_is_refused_by_every_door_with_the_same_reason(tmp_path, door, data):
-    with pytest.raises((TextError, RecordError), match=r"UTF-8|NUL") as refused:
+    with pytest.raises(TextError, match=r"UTF-8|NUL") as refused:
         door(data, tmp_path / "notes.txt")
     assert str(refused.value).startswith(("notes.txt", str(tmp_path), "Standard input"))
     assert "UnicodeDecodeError" not in str(refused.value)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_record_is_read_in_the_encodings_of_a_text(tmp_path, encoding):
+    plan = Plan("déjà vu 😀", CompressionSpec())
+    path = tmp_path / "plan.json"
+    path.write_bytes(ENCODINGS[encoding] + to_json(plan).replace("\n", "\r\n").encode(encoding))
+    assert records.load(Plan, path) == plan
+    path.write_bytes(to_json(plan).encode("latin-1", "ignore"))
+    with pytest.raises(RecordError, match="UTF-8"):
+        records.load(Plan, path)
 
 
 def test_marks_within_a_text_are_left_by_files_that_were_put_together():
