@@ -29,7 +29,7 @@ from analysis.verdicts import answer, meanings, verdict_counts, verdicts
 from analysis.words import human_bytes, layers_listed, signed
 from app import figures
 from app.report import chapters
-from app.report.writing import Drawing, Section, document
+from app.report.writing import Drawing, Section, Table, document
 from l2kv.spec import CompressionSpec
 
 VERSION = 2
