@@ -124,7 +124,7 @@ def of_ablation(check: Ablation) -> Section:
             str(check),
             f"One layer keeps {kept} by {spec.policy.replace('_', ' ')}, with the last {spec.protect_last} tokens "
             "protected, and all others keep everything. ALR is read off attention; the cost is measured by predicting "
-            "text, in nats a token against the full cache.",
+            "text, in nats/token against the full cache.",
         ),
         (drawing,),
     )

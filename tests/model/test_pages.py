@@ -20,10 +20,9 @@ from analysis.records import load, to_json
 from analysis.selftest import synthetic_run
 from analysis.studies import Study, save_study
 from app import session
-from app.components import controls, sources
+from app.components import choices, controls, sources
 from app.views import generate
 from app.views.generate import Column
-from app.views.plan import strategies
 from l2kv import CompressionSpec
 from tests.support.evaluation import ablation_of, front_of
 from tests.support.paths import BUNDLED, ROOT
@@ -294,7 +293,7 @@ def test_a_plan_is_made_from_the_run_and_said_to_be_in_sample():
     app = opened("plan")
     told = words(app)
     assert not app.exception and "In-sample" in told and "less** than one ratio for all" in told
-    for strategy in strategies():
+    for strategy in choices.strategies():
         app.selectbox(key="plan_strategy").set_value(strategy).run()
         assert not app.exception and not app.error
     app.selectbox(key="plan_policy").set_value("low_norm").run()
@@ -516,9 +515,9 @@ def test_what_each_layer_costs_alone_is_shown_for_the_model_that_it_is_of():
 def test_a_check_that_keeps_the_papers_alr_tells_of_both():
     check = a_check()
     app = opened("skip", ablation=a_check(alr=-check.nll_change))
-    table = next(table.value for table in app.dataframe if "NLL change, nats a token" in table.value)
+    table = next(table.value for table in app.dataframe if "NLL change, nats/token" in table.value)
     assert not app.exception and "of the paper's ALR and that change: −1.00" in words(app)
-    assert np.allclose(table["the paper's ALR"], -table["NLL change, nats a token"])
+    assert np.allclose(table["the paper's ALR"], -table["NLL change, nats/token"])
 
 
 def test_a_bad_check_is_refused_in_one_sentence():
