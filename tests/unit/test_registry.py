@@ -1,9 +1,13 @@
 """What can be chosen by name, and the policies, which are such."""
 
+import ast
+import dataclasses
+import inspect
+
 import pytest
 import torch
 
-from l2kv import POLICIES, CompressionSpec, Registry, SpecError, register_policy
+from l2kv import POLICIES, CompressionSpec, Policy, Registry, SpecError, register_policy
 from l2kv.layer import CompressedLayer
 
 
@@ -62,3 +66,20 @@ def test_a_policy_that_scores_pairs_as_they_arrive_cannot_need_attention():
     with pytest.raises(ValueError, match="give on_arrival=False"):
         register_policy("toy", lambda pairs: pairs.received, title="Toy", needs_received=True)
     assert "toy" not in POLICIES
+
+
+def test_a_policy_is_registered_by_all_fields_that_it_has():
+    asked = inspect.signature(register_policy).parameters
+    fields = {field.name: field.default for field in dataclasses.fields(Policy)}
+    assert {name: asked[name].default for name in fields} == {
+        name: inspect.Parameter.empty if default is dataclasses.MISSING else default for name, default in fields.items()
+    }
+    assert asked.keys() - fields.keys() == {"name"}
+
+
+def test_what_type_checkers_are_told_of_making_a_spec_has_its_fields_and_defaults():
+    tree = ast.parse(inspect.getsource(CompressionSpec))
+    (told,) = (node.args for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "__init__")
+    names = [argument.arg for argument in told.args[1:]]
+    defaults = map(ast.literal_eval, told.defaults)
+    assert list(zip(names, defaults, strict=True)) == [(f.name, f.default) for f in dataclasses.fields(CompressionSpec)]
