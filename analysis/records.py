@@ -229,7 +229,7 @@ def _arrays_of(thing: object) -> dict[str, np.ndarray]:
 
 def _checked(cls: type[Record], content: Content, arrays: Mapping[str, np.ndarray] | None = None) -> Record:
     """The record that a file's content is. Raises ValueError, or msgspec's ValidationError."""
-    hints = _hints_of(cls)
+    hints = get_type_hints(cls)
     for name in set(content) & set(hints):  # on the outermost level others may add what they like
         _check_known(name, content[name], hints[name])
     return msgspec.convert({**content, **(arrays or {})}, cls, dec_hook=_array)

@@ -217,12 +217,12 @@ def savings(
         [
             {
                 "tokens": row.n_tokens,
-                "full_bytes": row.whole_bytes,
+                "full_bytes": row.full_bytes,
                 "kept_bytes": row.kept_bytes,
-                "saved": 1 - row.kept_bytes / row.whole_bytes if row.whole_bytes else 0.0,
-                "full_fits": row.whole_fits,
+                "saved": 1 - row.kept_bytes / row.full_bytes if row.full_bytes else 0.0,
+                "full_fits": row.full_fits,
                 "kept_fits": row.kept_fits,
-                "full_ms": 1e3 * row.whole_seconds,
+                "full_ms": 1e3 * row.full_seconds,
                 "kept_ms": 1e3 * row.kept_seconds,
             }
             for row in found

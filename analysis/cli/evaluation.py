@@ -17,7 +17,7 @@ from analysis import defaults
 from analysis.cli import options
 from analysis.cli.inputs import excerpts_of, loaded_model, tell_notes, texts_of
 from analysis.cli.options import out, spec_of
-from analysis.cli.output import Row, shown, tell, wrote
+from analysis.cli.output import shown, tell, wrote
 from analysis.cli.program import program
 
 if TYPE_CHECKING:
@@ -255,13 +255,12 @@ def _evaluate(
 _FORMS = {"n_tokens": "d", "samples": "d", "MiB": ".2f", "score": ".3f", "change": "+.3f"}
 
 
-def _warn(loaded: LoadedModel, row: Row, *, useless: bool) -> None:
-    """Say on standard error where the full cache fails, or is longer than the model was trained on."""
+def _warn(loaded: LoadedModel, row: dict[str, Any], *, useless: bool) -> None:
+    """Say on standard error where the full cache fails, or the prompt is longer than the model was trained on."""
     n_tokens = row.get("n_tokens", 0)
-    at = "".join(f" at {name} {row[name]}" for name in row if name not in {"method", *_FORMS} or name == "n_tokens")
     if useless:
+        at = f" at {n_tokens:,} tokens" if n_tokens else ""
         print(f"note: the full cache scores 0{at}, so the other rows say nothing.", file=sys.stderr)
     if n_tokens > loaded.positions:
-        print(
-            f"note: {loaded.name} was trained on {loaded.positions:,} tokens; {n_tokens:,} are more.", file=sys.stderr
-        )
+        trained = f"{loaded.name} was trained on {loaded.positions:,} tokens at once"
+        print(f"note: {trained}; {n_tokens:,} are more.", file=sys.stderr)

@@ -16,7 +16,6 @@ fails, and says how near the best came.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice, zip_longest
@@ -46,7 +45,7 @@ class Criteria:
     """What a preset has to show, and among how many candidates it is looked for."""
 
     calm: float = 0.02
-    """Nats a token: the NLL must move by less, either way."""
+    """Nats/token: the NLL must move by less, up or down."""
     breaks: float = 0.5
     """Nats a token: the NLL must rise by more."""
     new_tokens: int = 100
@@ -133,17 +132,11 @@ def _measure(
 ) -> list[_Measured]:
     samples = [_sample(loaded, str(i), passage, criteria) for i, (_, passage) in enumerate(candidates)]
     methods = {"full": None, "calm": CALM_SPEC, "breaks": BREAKS_SPEC}
-    rows = measure(loaded, samples, methods, progress=progress)
-    nll = {(row.sample, row.method): _nats(row.score) for row in rows}
+    nll = {(row.sample, row.method): row.value for row in measure(loaded, samples, methods, progress=progress)}
     return [
         _Measured(source, passage.prompt, passage.prompt_tokens, **{name: nll[str(i), name] for name in methods})
         for i, (source, passage) in enumerate(candidates)
     ]
-
-
-def _nats(score: float | None) -> float:
-    """A mean NLL; one that is undefined fits no criterion, and NaN compares so."""
-    return math.nan if score is None else score
 
 
 def _sample(loaded: LoadedModel, name: str, passage: Passage, criteria: Criteria) -> Sample:
@@ -157,7 +150,7 @@ def _article(loaded: LoadedModel, texts: Mapping[str, str], criteria: Criteria) 
     ((source, passage),) = _candidates(loaded, texts, one)
     compressed = {name.replace("_", " "): replace(CALM_SPEC, policy=name) for name in ("low_norm", "random", "keydiff")}
     full, *rows = measure(loaded, [_sample(loaded, source, passage, criteria)], {"full": None, **compressed})
-    told = ", ".join(f"{_nats(row.score) - _nats(full.score):+.3f} by {row.method}" for row in rows)
+    told = ", ".join(f"{row.value - full.value:+.3f} by {row.method}" for row in rows)
     why = (
         f"A long text: {passage.prompt_tokens} tokens of {source}, the first passage of {criteria.article} tokens or "
         f"more. The mean NLL of the {criteria.new_tokens} tokens after it changes by {told} (nats/token; half the "

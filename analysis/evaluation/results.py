@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import isfinite
+from math import isfinite, nan
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,11 @@ class Row:
     document: str = ""
     at: Mapping[str, str | float] = field(default_factory=dict)
     """Where the sample stands in the task's grid: {"n_tokens": 400, "depth": 0.5}."""
+
+    @property
+    def value(self) -> float:
+        """The score; NaN where it is undefined."""
+        return nan if self.score is None else self.score
 
 
 @record("results", version=1, title="a file of results", again="l2kv evaluate")
@@ -96,7 +101,7 @@ class Results:
 
     def scores(self, method: str) -> np.ndarray:
         """Scores of a method, [N] float64; NaN where undefined."""
-        return np.array([row.score for row in self.of(method)], dtype=np.float64)
+        return np.array([row.value for row in self.of(method)])
 
     def change(self, method: str) -> np.ndarray:
         """Scores of a method less those of the full cache on the same samples, [N]. Raises as `full`."""
@@ -126,7 +131,7 @@ class Results:
     def scores_by(self, method: str, *axes: str) -> dict[Place, np.ndarray]:
         """Scores of a method in each group of samples, as `grouped`."""
         return {
-            key: np.array([self._cells[method, sample].score for sample in samples], dtype=np.float64)
+            key: np.array([self._cells[method, sample].value for sample in samples])
             for key, samples in self.grouped(*axes).items()
         }
 
@@ -142,12 +147,12 @@ class Results:
         rows = []
         for method in self.methods:
             for key, samples in self.grouped(*axes).items():
-                here = np.array([self._cells[method, sample].score for sample in samples], dtype=np.float64)
-                row: dict[str, Any] = {"method": method} | dict(zip(axes, key, strict=True)) | {"samples": len(samples)}
+                here = np.array([self._cells[method, sample].value for sample in samples])
+                row: dict[str, Any] = {"method": method, **dict(zip(axes, key, strict=True)), "samples": len(samples)}
                 row["MiB"] = np.mean([self._cells[method, sample].nbytes for sample in samples]) / 2**20
                 row["score"] = wilson(here) if shares else self.interval(here, samples)
                 if changes:
-                    full = np.array([self._cells[self.full, sample].score for sample in samples], dtype=np.float64)
+                    full = np.array([self._cells[self.full, sample].value for sample in samples])
                     row["change"] = self.interval(here - full, samples)
                 rows.append(row)
         return rows
@@ -169,37 +174,3 @@ def wilson(scores: np.ndarray) -> Interval:
 
     ends = binomtest(int(scores.sum()), len(scores)).proportion_ci(method="wilson")
     return Interval(float(scores.mean()), ends.low, ends.high)
-
-
-def of_changes(
-    model: str,
-    changes: Mapping[str, Sequence[float | None]],
-    specs: Mapping[str, CompressionSpec],
-    *,
-    samples: Sequence[str],
-    full_nll: Sequence[float | None] = (),
-    nbytes: Mapping[str, int] | None = None,
-    documents: Sequence[str] = (),
-    settings: Mapping[str, Any] | None = None,
-) -> Results:
-    """Results of the task `lm` as files of before had them: NLL changes against the full cache, [N] by method.
-
-    Args:
-        full_nll: [N] of the full cache; scores are changes, and its own are 0, where the file did not say.
-        nbytes: held by each method, the full cache among them; 0 where it is not known.
-
-    Raises:
-        ValueError: numbers are not of the N samples.
-    """
-    full, names = tuple(full_nll) or (0.0,) * len(samples), tuple(documents) or ("",) * len(samples)
-    settings = dict(settings or {}) | ({} if full_nll else {"scores": "changes against the full cache"})
-    by_method = {FULL: full} | {
-        name: [None if one is None or base is None else one + base for one, base in zip(values, full, strict=True)]
-        for name, values in changes.items()
-    }
-    rows = tuple(
-        Row(name, sample, score, (nbytes or {}).get(name, 0), document=document)
-        for name, scores in by_method.items()
-        for sample, document, score in zip(samples, names, scores, strict=True)
-    )
-    return Results(model, "", "lm", settings, {FULL: None, **specs}, rows)

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, DynamicCache
 
 from analysis.errors import SettingsError, TextError
 from analysis.evaluation.results import Methods, Results, Row
@@ -143,7 +143,7 @@ def _caches_after(
             yield spec, cache
             continue
         if full is None:
-            full = new_cache(loaded.config, None)
+            full = DynamicCache(config=loaded.config)
             prefill(loaded.model, context, full)
         yield spec, full if spec is None else CompressedCache.from_full(full, loaded.config, spec)
 

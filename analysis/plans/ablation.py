@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import msgspec
 import numpy as np
 
 from analysis.errors import ModelError, SettingsError
 from analysis.evaluation.lm import LmSettings, prompt_of
-from analysis.evaluation.results import FULL, Results, of_changes
+from analysis.evaluation.results import FULL, Results
+from analysis.plans import version1
 from analysis.plans.skip import RULES, SkipSuggestion, layer_loss, widest_gap
 from analysis.plans.strategies import plan
 from analysis.progress import Progress, part_of, unheard
@@ -39,37 +39,13 @@ Texts = Sequence[Excerpt | tuple[str, str]]
 """Excerpts, or (name, text) of each."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Old:
-    """A "causal check", as this record was called in version 1."""
-
-    model: str
-    spec: CompressionSpec
-    layers: tuple[int, ...]
-    nll_change: Rows
-    loss: Rows
-    paper: Rows | None = None
-    documents: tuple[str, ...] = ()
-
-
-def _upgrade(version: int, content: dict[str, Any]) -> dict[str, Any]:
-    old = msgspec.convert(content, _Old)
-    n_texts = len(old.nll_change[0]) if old.nll_change else 0
-    if len(old.nll_change) != len(old.layers) or len(old.documents) not in (0, n_texts):
-        raise ValueError(f"it must have a row for each of {len(old.layers)} layers, and a document for each text")
-    results = of_changes(
-        old.model,
-        {_method(layer): row for layer, row in zip(old.layers, old.nll_change, strict=True)},
-        {_method(layer): _alone(old.spec, layer, max(old.layers) + 1) for layer in old.layers},
-        samples=[str(i) for i in range(n_texts)],
-        documents=old.documents,
-    )
-    kept = {"spec": old.spec, "layers": old.layers, "normalised_alr_rows": old.loss, "alr_rows": old.paper}
-    return msgspec.to_builtins({"results": results, **kept})
-
-
 @record(
-    "ablation", version=2, title="a single-layer ablation", again="l2kv ablation", upgrade=_upgrade, formerly="causal"
+    "ablation",
+    version=2,
+    title="a single-layer ablation",
+    again="l2kv ablation",
+    upgrade=version1.ablation,
+    formerly="causal",
 )
 @dataclass(frozen=True)
 class Ablation:

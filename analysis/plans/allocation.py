@@ -52,8 +52,9 @@ class AllocationPlan:
         layers = [int(i) for i in np.flatnonzero(self.compressible & ~whole)]
         rows = {layer: [round(float(r), 9) for r in self.ratios[layer]] for layer in layers}
         distinct = {ratio for row in rows.values() for ratio in row}
+        ratios: dict[str, Any]
         if len(distinct) <= 1:
-            ratios: dict[str, Any] = {"keep_ratio": distinct.pop() if distinct else self.keep_ratio}
+            ratios = {"keep_ratio": distinct.pop() if distinct else self.keep_ratio}
         elif all(len(set(row)) == 1 for row in rows.values()):
             ratios = {"keep_ratio": self.keep_ratio, "layer_ratios": {layer: row[0] for layer, row in rows.items()}}
         else:

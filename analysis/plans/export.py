@@ -21,14 +21,14 @@ LENGTHS = (4096, 32_768, 131_072)  # tokens, that savings are told at
 
 @dataclass(frozen=True, slots=True)
 class Saving:
-    """What a spec saves at one length, for a batch of sequences: whole against compressed. Arithmetic, not measured."""
+    """What a spec saves at one length, for a batch of sequences: full caches against compressed ones, by arithmetic."""
 
     n_tokens: int
-    whole_bytes: int  # of the caches of the batch
+    full_bytes: int  # of the caches of the batch
     kept_bytes: int
-    whole_fits: int | None  # sequences of this length that fit the GPU beside the weights; None: any number
+    full_fits: int | None  # sequences of this length that fit the GPU beside the weights; None: any number
     kept_fits: int | None
-    whole_seconds: float  # a step of a dense model takes at least this: all weights, and caches, are read once
+    full_seconds: float  # a step of a dense model takes at least this: all weights, and caches, are read once
     kept_seconds: float
 
 
@@ -68,10 +68,10 @@ def savings(
     room = max(gpu_bytes - weights_bytes, 0)
     rows = []
     for n in lengths:
-        each = [shape.nbytes(n), shape.nbytes(n, spec)]
-        whole_fits, kept_fits = (room // size if size else None for size in each)
-        seconds = [(weights_bytes + batch * size) / bandwidth for size in each]
-        rows.append(Saving(n, batch * each[0], batch * each[1], whole_fits, kept_fits, *seconds))
+        full, kept = shape.nbytes(n), shape.nbytes(n, spec)
+        full_fits, kept_fits = (room // size if size else None for size in (full, kept))
+        full_seconds, kept_seconds = ((weights_bytes + batch * size) / bandwidth for size in (full, kept))
+        rows.append(Saving(n, batch * full, batch * kept, full_fits, kept_fits, full_seconds, kept_seconds))
     return tuple(rows)
 
 

@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import msgspec
 import numpy as np
 
 from analysis.defaults import KEEP_RATIOS, RECENT_WINDOW
 from analysis.errors import ModelError, SettingsError, TextError
 from analysis.evaluation.lm import LmSettings, prompt_of
-from analysis.evaluation.results import FULL, Results, of_changes
+from analysis.evaluation.results import FULL, Results
 from analysis.models.memory import human_bytes
+from analysis.plans import version1
 from analysis.plans.allocation import BudgetError
 from analysis.plans.curves import loss_curves, slim
 from analysis.plans.strategies import STRATEGIES, plan, title_of
@@ -86,81 +86,7 @@ class Comparison:
         return "better" if self.less.high < 0 else "worse" if self.less.low > 0 else "not told apart"
 
 
-@dataclass(frozen=True, slots=True)
-class _OldPoint:
-    line: str
-    keep: float
-    spec: CompressionSpec
-    nbytes: int
-    nll_change: tuple[float | None, ...]
-    planned_loss: float | None = None
-    measured_loss: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Old:
-    """A front as version 1 had it."""
-
-    model: str
-    planned_on: tuple[str, ...]
-    measured_on: tuple[str, ...]
-    prompt_tokens: int
-    new_tokens: int
-    full_nbytes: int
-    full_nll: tuple[float | None, ...]
-    points: tuple[_OldPoint, ...]
-    left_out: tuple[str, ...] = ()
-    documents: tuple[str, ...] = ()
-
-
-_FORMERLY = {
-    "uniform, low norm": "uniform_low",
-    "uniform, high norm": "uniform_high",
-    "uniform, measured directions": "uniform_signed",
-    "skip 0 and 1, low norm": "skip_first_two",
-    "suggested skip list, low norm": "skip_suggested",
-    "plan by layer": "by_layer",
-    "plan by head": "by_head",
-    "plan by head, no signal whole": "by_head_with_signal",
-    "plan by head, weighed by cost": "by_head_by_cost",
-    "global threshold": "global_threshold",
-    "AdaKV's shares": "adakv",
-    "first and latest": "streaming",
-}
-
-
-def _upgrade(version: int, content: dict[str, Any]) -> dict[str, Any]:
-    old = msgspec.convert(content, _Old)
-    if len(old.documents) not in (0, len(old.measured_on)):
-        raise ValueError(f"its documents are not of its {len(old.measured_on)} texts")
-    made = [
-        (
-            Planned(strategy, one.keep, f"{strategy} {one.keep:.9g}", one.planned_loss, one.measured_loss),
-            one,
-        )
-        for one in old.points
-        for strategy in [_FORMERLY.get(one.line, one.line)]
-    ]
-    results = of_changes(
-        old.model,
-        {planned.method: one.nll_change for planned, one in made},
-        {planned.method: one.spec for planned, one in made},
-        samples=old.measured_on,
-        full_nll=old.full_nll,
-        nbytes={FULL: old.full_nbytes} | {planned.method: one.nbytes for planned, one in made},
-        documents=old.documents,
-        settings={"prompt_tokens": old.prompt_tokens, "new_tokens": old.new_tokens},
-    )
-    names = sorted(_FORMERLY, key=len, reverse=True)
-    left_out = [
-        next((_FORMERLY[n] + each[len(n) :] for n in names if each.startswith(n)), each) for each in old.left_out
-    ]
-    return msgspec.to_builtins(
-        {"planned_on": old.planned_on, "results": results, "plans": [one for one, _ in made], "left_out": left_out}
-    )
-
-
-@record("front", version=2, title="a Pareto front", again="l2kv front", upgrade=_upgrade)
+@record("front", version=2, title="a Pareto front", again="l2kv front", upgrade=version1.front)
 @dataclass(frozen=True)
 class Front:
     """Allocation strategies at several budgets, measured in one model on N texts."""

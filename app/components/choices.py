@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
+from analysis.plans.strategies import STRATEGIES, Strategy
 from l2kv.policies import POLICIES, Policy
 
 
@@ -23,6 +24,11 @@ class Entry(Protocol):
 def policies() -> dict[str, Policy]:
     """The policies that need nothing measured on the model."""
     return {name: policy for name, policy in POLICIES.items() if not policy.needs_calibration}
+
+
+def strategies() -> dict[str, Strategy]:
+    """The allocation strategies that the loss curves of a run are enough for."""
+    return {name: strategy for name, strategy in STRATEGIES.items() if not strategy.needs_costs}
 
 
 def explained(entries: Mapping[str, Entry]) -> str:

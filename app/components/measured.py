@@ -18,7 +18,9 @@ from app.session import Slot
 class OfAModel(Protocol):
     """A record that says which model it is of."""
 
-    model: str
+    @property
+    def model(self) -> str:
+        """Name of the model."""
 
 
 Record = TypeVar("Record", bound=OfAModel)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
@@ -21,7 +20,7 @@ from analysis.records import from_json, load, to_json
 from analysis.statistics import Interval
 from analysis.texts.excerpts import SPLIT
 from app import figures, session
-from app.components import controls, markup, measured, sources
+from app.components import choices, controls, markup, measured, sources
 from app.components.charts import show
 from app.components.jobs import Job
 from app.components.measured import Kind
@@ -58,10 +57,6 @@ def _title(name: str) -> str:
     return markup.plain(title_of(name))
 
 
-def _about(names: Iterable[str]) -> str:
-    return "\n".join(f"- **{_title(name)}**: {STRATEGIES[name].about}" for name in names)
-
-
 def answer(run: Capture) -> None:
     """Does a plan pay in the model on screen? Nothing where it was not measured."""
     if front := FRONT.of(run):
@@ -92,7 +87,7 @@ def _draw(front: Front) -> None:
     shown = st.pills(
         "Ways", lines, selection_mode="multi", key=f"front_ways_{id(front)}", format_func=_title,
         default=[name for name in lines if name in _FIRST] or lines,
-        help=_about(name for name in lines if name in STRATEGIES),
+        help=choices.explained({name: STRATEGIES[name] for name in lines if name in STRATEGIES}),
     )  # fmt: skip
     points = [point for name in shown for point in front.lines[name]]
     intervals = [front.interval(point) for point in points]
@@ -182,7 +177,7 @@ def _measure(run: Capture) -> Job[Front]:
         )
         ways = st.multiselect(
             "Ways", list(STRATEGIES), default=_FIRST, format_func=_title, key="front_measured_ways",
-            persist_state="session", help=_about(STRATEGIES),
+            persist_state="session", help=choices.explained(STRATEGIES),
         )  # fmt: skip
     continued = sources.continued_input(
         "Texts to plan on, and to measure on",

@@ -12,9 +12,9 @@ from analysis.errors import RecordError, SettingsError
 from analysis.plans.allocation import AllocationPlan
 from analysis.plans.curves import BY_NORM
 from analysis.plans.skip import Plan
-from analysis.plans.strategies import STRATEGIES, plan, title_of
+from analysis.plans.strategies import plan, title_of
 from app import figures, session
-from app.components import controls, markup, uploads
+from app.components import choices, controls, markup, uploads
 from app.components.charts import show
 from app.engine import Engine
 from app.views import export, front, savings
@@ -23,11 +23,6 @@ if TYPE_CHECKING:
     from streamlit.navigation.page import Page as StreamlitPage
 
 _OWN = "as the method has it"
-
-
-def strategies() -> dict[str, str]:
-    """The allocation strategies that the page offers, name -> title: those that a run is enough for."""
-    return {name: strategy.title for name, strategy in STRATEGIES.items() if not strategy.needs_costs}
 
 
 def page(engine: Engine, generate_page: StreamlitPage) -> None:
@@ -79,11 +74,10 @@ def _make(run: Capture) -> Plan | None:
             persist_state="session", help="By head: in each the direction that loses less here.",
         )  # fmt: skip
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        offered = strategies()
+        offered = choices.strategies()
         strategy = st.selectbox(
             "Method", list(offered), index=list(offered).index("by_head"), format_func=title_of, key="plan_strategy",
-            persist_state="session",
-            help="\n".join(f"- **{title}**: {STRATEGIES[name].about}" for name, title in offered.items()),
+            persist_state="session", help=choices.explained(offered),
         )  # fmt: skip
     spec = controls.current_spec()
     try:

@@ -117,18 +117,18 @@ def section(engine: Engine, run: Capture) -> None:
 def _bytes(rows: Sequence[Saving]) -> dict[str, list[str]]:
     return {
         "tokens": [f"{row.n_tokens:,}" for row in rows],
-        "full cache": [human_bytes(row.whole_bytes) for row in rows],
+        "full cache": [human_bytes(row.full_bytes) for row in rows],
         "compressed": [human_bytes(row.kept_bytes) for row in rows],
-        "saved": [f"{1 - row.kept_bytes / row.whole_bytes:.0%}" for row in rows],
+        "saved": [f"{1 - row.kept_bytes / row.full_bytes:.0%}" for row in rows],
     }
 
 
 def _on_gpu(rows: Sequence[Saving]) -> dict[str, list[str]]:
     """What needs the bytes of the weights to be known. Columns may not have one name, so spaces tell them apart."""
     return {
-        "sequences that fit, full": [_count(row.whole_fits) for row in rows],
+        "sequences that fit, full": [_count(row.full_fits) for row in rows],
         "compressed ": [_count(row.kept_fits) for row in rows],
-        "a step takes at least, full": [_milliseconds(row.whole_seconds) for row in rows],
+        "a step takes at least, full": [_milliseconds(row.full_seconds) for row in rows],
         "compressed  ": [_milliseconds(row.kept_seconds) for row in rows],
     }
 

@@ -20,10 +20,9 @@ from analysis.records import load, to_json
 from analysis.selftest import synthetic_run
 from analysis.studies import Study, save_study
 from app import session
-from app.components import controls, sources
+from app.components import choices, controls, sources
 from app.views import generate
 from app.views.generate import Column
-from app.views.plan import strategies
 from l2kv import CompressionSpec
 from tests.support.evaluation import ablation_of, front_of
 from tests.support.paths import BUNDLED, ROOT
@@ -294,7 +293,7 @@ def test_a_plan_is_made_from_the_run_and_said_to_be_in_sample():
     app = opened("plan")
     told = words(app)
     assert not app.exception and "In-sample" in told and "less** than one ratio for all" in told
-    for strategy in strategies():
+    for strategy in choices.strategies():
         app.selectbox(key="plan_strategy").set_value(strategy).run()
         assert not app.exception and not app.error
     app.selectbox(key="plan_policy").set_value("low_norm").run()

@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from analysis.evaluation.lm import LmSettings
-from analysis.evaluation.results import FULL, of_changes
+from analysis.evaluation.results import FULL
 from analysis.evaluation.run import evaluate
 from analysis.models.load import LoadedModel
 from analysis.plans.ablation import Ablation
 from analysis.plans.front import Front, Planned
+from analysis.plans.version1 import of_changes
 from l2kv import CompressionSpec
 
 
@@ -35,8 +36,8 @@ def front_of(
     n = len(points[0][-1])
     results = of_changes(
         model,
-        {name: point[-1] for name, point in zip(names, points, strict=True)},
         {name: point[2] for name, point in zip(names, points, strict=True)},
+        {name: point[-1] for name, point in zip(names, points, strict=True)},
         samples=[f"text {i}" for i in range(n)],
         full_nll=(3.0,) * n,
         nbytes={FULL: full_nbytes}
@@ -64,8 +65,8 @@ def ablation_of(
 
     results = of_changes(
         model,
-        {f"layer {layer}": row for layer, row in zip(layers, rows(change), strict=True)},
         {f"layer {layer}": spec for layer in layers},
+        {f"layer {layer}": row for layer, row in zip(layers, rows(change), strict=True)},
         samples=[f"text {i}" for i in range(change.shape[1])],
         documents=documents,
     )

@@ -12,7 +12,6 @@ from analysis.metrics import METRICS
 from analysis.plans.strategies import STRATEGIES
 from app.cli import main
 from l2kv.policies import POLICIES
-from l2kv.registry import Registry
 from tests.support.docs import registries
 
 REGISTRIES = {  # and a command that offers its entries
@@ -24,15 +23,10 @@ REGISTRIES = {  # and a command that offers its entries
 
 
 @pytest.fixture(params=REGISTRIES)
-def command(request, monkeypatch) -> Iterator[str]:
+def command(request) -> Iterator[str]:
     """A command that offers the entries of a registry in which there is a toy now."""
     registry, name = REGISTRIES[request.param]
-    toy = next(iter(registry.values()))
-    if not isinstance(registry, Registry):
-        monkeypatch.setitem(registry, "a_toy", toy)
-        yield name
-        return
-    registry.register("a_toy", toy)
+    registry.register("a_toy", next(iter(registry.values())))
     yield name
     registry.remove("a_toy")
 
@@ -40,6 +34,19 @@ def command(request, monkeypatch) -> Iterator[str]:
 def test_help_offers_it(command, capsys):
     assert main([command, "--help"]) == 0
     assert "a_toy" in capsys.readouterr().out
+
+
+def test_the_page_plan_offers_a_strategy_and_the_controls_a_policy():
+    from app.components.choices import policies, strategies
+
+    STRATEGIES.register("a_toy", STRATEGIES["by_head"])
+    POLICIES.register("a_toy", POLICIES["random"])
+    try:
+        assert "a_toy" in strategies() and "a_toy" in policies()
+    finally:
+        STRATEGIES.remove("a_toy")
+        POLICIES.remove("a_toy")
+    assert "a_toy" not in {*strategies(), *policies()}
 
 
 def test_the_docs_list_it(command):

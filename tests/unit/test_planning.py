@@ -481,15 +481,15 @@ def test_savings_by_hand():
     (four,) = savings(
         shape, CompressionSpec(), weights_bytes=weights, gpu_bytes=gpu, bandwidth=1e9, lengths=[1000], batch=3
     )
-    assert (four.whole_bytes, four.kept_bytes) == (6_144_000, 3_072_000)
-    assert (four.whole_fits, four.kept_fits) == (10, 20)  # 20.48 MB of room for 2.048 MB each
-    assert four.whole_seconds == pytest.approx(0.007144) and four.kept_seconds == pytest.approx(0.004072)
+    assert (four.full_bytes, four.kept_bytes) == (6_144_000, 3_072_000)
+    assert (four.full_fits, four.kept_fits) == (10, 20)  # 20.48 MB of room for 2.048 MB each
+    assert four.full_seconds == pytest.approx(0.007144) and four.kept_seconds == pytest.approx(0.004072)
     lengths = [row.n_tokens for row in savings(shape, CompressionSpec(), weights_bytes=0, gpu_bytes=1, bandwidth=1)]
     assert lengths == [4096, 32768, 131072]
     (none,) = savings(
         shape, CompressionSpec(budget=0), weights_bytes=weights, gpu_bytes=weights - 1, bandwidth=1, lengths=[10]
     )
-    assert none.whole_fits == 0 and none.kept_fits is None
+    assert none.full_fits == 0 and none.kept_fits is None
     with pytest.raises(ValueError, match="each layer has a sliding window"):
         savings(CacheShape((), 8, 4, 64, 2), CompressionSpec(), weights_bytes=0, gpu_bytes=1, bandwidth=1)
     infinite = ({"gpu_bytes": float("inf")}, {"bandwidth": float("inf")})
