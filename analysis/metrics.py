@@ -147,9 +147,9 @@ class Metric:
     of: Callable[[Row], np.ndarray]
     """The numbers, [L, H]; where the status is not "ok" they may be anything."""
     low: float | None = None
-    """Where the scale of a map begins: at the least value there can be. None: at the least of the map."""
+    """Least value there can be, where the scale of a map begins. None: at 0."""
     high: float | None = None
-    """Where it ends: at the largest value there can be. None: at the largest of the map."""
+    """Largest value there can be, where it ends. None: at the largest of the map."""
     diverging: bool = False
     """Whether its sign is what counts: colours part at 0."""
     skip_first: int = 0

@@ -35,15 +35,16 @@ def head_map(
     title: str,
     diverging: bool,
     status: np.ndarray | None = None,
+    zmin: float = 0.0,
     zmax: float | None = None,
 ) -> go.Figure:
     """One clickable cell per head.
 
     values [L, H], NaN = undefined; status [L, H] of str says why, and is shown where it is not "ok".
-    diverging: the scale is fixed to [-1, 1]. Otherwise it runs from 0 to `zmax`, or to the largest value: give
+    diverging: the scale is fixed to [-1, 1]. Otherwise it runs from `zmin` to `zmax`, or to the largest value: give
     `zmax` to make two maps comparable. A click arrives with customdata (layer, head).
     """
-    low, high = (-1.0, 1.0) if diverging else (0.0, zmax or largest(values, default=1.0))
+    low, high = (-1.0, 1.0) if diverging else (zmin, zmax or largest(values, default=1.0))
     scale = DIVERGING if diverging else SEQUENTIAL
     figure, plot_height = _map(values.shape, "head", hoverdistance=-1)
     figure.add_heatmap(

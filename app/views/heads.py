@@ -135,7 +135,12 @@ def _maps(run: Capture, values: HeadValues, skip_first: int, probe: str) -> bool
         of = METRICS[which]
         show(
             figures.head_map(
-                values.of(which), title=of.title, diverging=of.diverging, status=values.status_of(which), zmax=of.high
+                values.of(which),
+                title=of.title,
+                diverging=of.diverging,
+                status=values.status_of(which),
+                zmin=of.low or 0.0,
+                zmax=of.high,
             ),
             key=f"map_{which}_{skip_first}_{probe}",
             alt=f"Map of {of.title} by layer and head",

@@ -151,7 +151,14 @@ def _heads(study: Study, numbers: _Numbers, probe: str) -> None:
             else "The colours begin at 0."
         )
         show(
-            figures.head_map(shown.mean, title=of.title, diverging=of.diverging, status=numbers.verdict, zmax=of.high),
+            figures.head_map(
+                shown.mean,
+                title=of.title,
+                diverging=of.diverging,
+                status=numbers.verdict,
+                zmin=of.low or 0.0,
+                zmax=of.high,
+            ),
             key=f"study_map_{metric}_{probe}",
             alt=f"Map of {of.title}, mean over texts, by layer and head",
             caption=f"The mean over the texts of **{of.about}**. {colours} Rows are layers, columns "
