@@ -131,18 +131,22 @@ class Capture:
 
     @property
     def n_layers(self) -> int:
+        """Number of layers, L."""
         return self.probe_attention.shape[0]
 
     @property
     def n_heads(self) -> int:
+        """Number of query heads in each layer, H."""
         return self.probe_attention.shape[1]
 
     @property
     def n_kv_heads(self) -> int:
+        """Number of kv heads in each layer, Hkv."""
         return self.key_norm.shape[1]
 
     @property
     def n_tokens(self) -> int:
+        """Number of tokens, T."""
         return len(self.token_ids)
 
     @property

@@ -65,6 +65,7 @@ def resamples(n: int, *, documents: Sequence[str] = (), count: int = RESAMPLES, 
 
     Documents are drawn, and of each that is drawn its excerpts: of a single document, these alone. So an interval is as
     wide as documents differ, and not narrower than excerpts do, where a few documents are alike by chance.
+    (`scipy.stats.bootstrap` knows neither documents nor numbers that some texts leave undefined.)
 
     Args:
         documents: n, names of what each text is an excerpt of; a document of its own where they are not known.

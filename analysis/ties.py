@@ -50,7 +50,8 @@ def levelled(norm: np.ndarray, dtype: str) -> np.ndarray:
 def shared_ranks(values: np.ndarray) -> np.ndarray:
     """The lowest and the highest rank [2, ..., n] of each value's equals: 1..n along the last axis, ascending.
 
-    The mean of the two is the rank that equals share (mid-rank).
+    The mean of the two is the rank that equals share (mid-rank), as of `scipy.stats.rankdata`, which would sort twice
+    for both, and takes half a second to import.
     """
     order = np.argsort(values, axis=-1, kind="stable")
     ascending = np.take_along_axis(values, order, axis=-1)

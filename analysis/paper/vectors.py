@@ -38,10 +38,12 @@ class HeadVectors:
 
     @property
     def n_heads(self) -> int:
+        """Number of query heads, H."""
         return self.queries.shape[0]
 
     @property
     def n_tokens(self) -> int:
+        """Number of tokens, T."""
         return self.queries.shape[1]
 
     def keys_of(self, head: int) -> np.ndarray:

@@ -97,7 +97,7 @@ class LossCurves:
         Attention is not worth the same everywhere: a head that copies may cost more than all the others together.
 
         Args:
-            costs: [L, Hkv] nats a token of compressing each kv head alone at `keep`, in the direction that loses less
+            costs: [L, Hkv] nats/token of compressing each kv head alone at `keep`, in the direction that loses less
                 (`analysis.plans.ablation.head_costs`); what is below 0 counts as 0.
         """
         lost = self.of("signed_norm")[..., min(int(np.ceil(keep * self.bins - TINY)), self.bins)]

@@ -29,7 +29,7 @@ from analysis.verdicts import answer, meanings, verdict_counts, verdicts
 from analysis.words import human_bytes, layers_listed, signed
 from app import figures
 from app.report import chapters
-from app.report.writing import Drawing, Section, document
+from app.report.writing import Drawing, Section, Table, document
 from l2kv.spec import CompressionSpec
 
 VERSION = 2
@@ -232,7 +232,7 @@ def _savings(run: Capture, advice: _Advice, after: str) -> Section:
     whole, uniform, plan = (
         [shape.nbytes(n, each) for n in LENGTHS] for each in (None, replace(spec, skip_layers=()), spec)
     )
-    table: dict[str, list] = {
+    table: Table = {
         "tokens": list(LENGTHS),
         "full cache": [human_bytes(n) for n in whole],
         f"keep {KEEP_RATIO:.0%} everywhere": [human_bytes(n) for n in uniform],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from analysis.studies import Study
 from analysis.verdicts import answer, meanings, verdict_counts, verdicts
 from analysis.words import counted, span
 from app import figures
-from app.report.writing import Drawing, Section
+from app.report.writing import Drawing, Section, Table
 
 _MIB = 2**20
 
@@ -124,13 +124,13 @@ def of_ablation(check: Ablation) -> Section:
             str(check),
             f"One layer keeps {kept} by {spec.policy.replace('_', ' ')}, with the last {spec.protect_last} tokens "
             "protected, and all others keep everything. ALR is read off attention; the cost is measured by predicting "
-            "text, in nats a token against the full cache.",
+            "text, in nats/token against the full cache.",
         ),
         (drawing,),
     )
 
 
-def ablation_table(check: Ablation) -> dict[str, Iterable]:
+def ablation_table(check: Ablation) -> Table:
     """The numbers of an ablation, a row for each layer; the paper's ALR where the file keeps it."""
     change = statistics.means(check.nll_change.T, documents=check.documents)
     paper = {} if check.alr is None else {"the paper's ALR": statistics.means(check.alr.T).mean}
@@ -199,7 +199,7 @@ def of_comparison(comparison: Comparison) -> Section:
     )
 
 
-def verdict_table(counts: Mapping[str, Mapping[str, int]], told: Mapping[str, str]) -> dict[str, list]:
+def verdict_table(counts: Mapping[str, Mapping[str, int]], told: Mapping[str, str]) -> Table:
     """Verdicts, heads with each, and what they mean."""
     of_each = {name if len(counts) > 1 else "heads": [of[verdict] for verdict in told] for name, of in counts.items()}
     return {"verdict": list(told)} | of_each | {"meaning": list(told.values())}

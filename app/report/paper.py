@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -226,7 +226,7 @@ _SECTIONS: dict[str, Callable[..., Section]] = {
 }  # fmt: skip
 
 
-def _section(name: str, *words: str, drawings, columns: int = 1) -> Section:
+def _section(name: str, *words: str, drawings: Iterable[Drawing], columns: int = 1) -> Section:
     figure = FIGURES[name]
     words = (*words, f"The paper: {figure.paper}")
     number = f"Figure {name.removeprefix('fig')}: " if name.startswith("fig") else ""

@@ -136,6 +136,8 @@ def _heads(study: Study, numbers: _Numbers, probe: str) -> None:
     layer, head = _chosen(numbers)
     left, right = st.columns([3, 2], gap="large")
     with left:
+        if st.session_state.get("study_map") not in study.metrics:  # one of another study
+            st.session_state.pop("study_map", None)
         metric = st.selectbox(
             "Map of", study.metrics, format_func=lambda name: metric_of(name).title, key="study_map",
             persist_state="session",

@@ -515,9 +515,9 @@ def test_what_each_layer_costs_alone_is_shown_for_the_model_that_it_is_of():
 def test_a_check_that_keeps_the_papers_alr_tells_of_both():
     check = a_check()
     app = opened("skip", ablation=a_check(alr=-check.nll_change))
-    table = next(table.value for table in app.dataframe if "NLL change, nats a token" in table.value)
+    table = next(table.value for table in app.dataframe if "NLL change, nats/token" in table.value)
     assert not app.exception and "of the paper's ALR and that change: −1.00" in words(app)
-    assert np.allclose(table["the paper's ALR"], -table["NLL change, nats a token"])
+    assert np.allclose(table["the paper's ALR"], -table["NLL change, nats/token"])
 
 
 def test_a_bad_check_is_refused_in_one_sentence():
