@@ -434,7 +434,7 @@ def test_presets_are_the_first_passages_that_meet_the_criteria_with_the_figures_
         full, after = (
             continuation_nll(loaded, TEXTS["anne"], spec, prompt_tokens=n, new_tokens=4) for spec in (None, preset.spec)
         )
-        assert f"these {n} of anne goes from {full:.3f} to {after:.3f} nats a token ({after - full:+.3f})" in preset.why
+        assert f"these {n} of anne goes from {full:.3f} to {after:.3f} nats/token ({after - full:+.3f})" in preset.why
         assert "5 of 5 passages tried" in preset.why
     for source, text in TEXTS.items():  # both texts are tried, each under its own name
         assert any(source == name and p.prompt in text for name, p in finding._candidates(loaded, TEXTS, EASY))
@@ -456,7 +456,7 @@ def test_where_nothing_meets_a_criterion_it_fails_and_says_how_near_the_best_cam
     nearest = best(map(abs, changes)) if name == "calm" else best(changes)
     with pytest.raises(NotFoundError, match=rf"None of 5 passages meets the criterion {name}: ") as error:
         find_presets(loaded, TEXTS, criteria=criteria, tasks=False)
-    assert f"{nearest:.3f} nats a token" in str(error.value)
+    assert f"{nearest:.3f} nats/token" in str(error.value)
 
 
 def test_texts_too_short_for_any_passage_are_refused(loaded):
