@@ -236,7 +236,7 @@ def _evaluate(
         results = evaluate(loaded, task, methods, texts=given, settings=set_to, progress=progress)
     if to:
         wrote(save(results, to))
-    rows = results.summary()
+    rows = results.summary(right=chosen.right)
     for row in rows:
         if row["method"] == FULL:
             _warn(loaded, row, useless=chosen.higher_is_better and not row["score"].value)

@@ -93,7 +93,7 @@ class _Measured:
     source: str  # name of the text it is from
     prompt: str
     prompt_tokens: int
-    full: float  # NLL with the full cache, nats a token
+    full: float  # NLL with the full cache, nats/token
     calm: float  # with CALM_SPEC
     breaks: float  # with BREAKS_SPEC
 
@@ -168,7 +168,7 @@ def _calm(model: str, measured: Sequence[_Measured], criteria: Criteria) -> Pres
         lambda one: abs(change(one)) < criteria.calm,
         lambda: (
             f"calm: |change of NLL| below {criteria.calm:g} with {_in_words(CALM_SPEC)}; the smallest is "
-            f"{min(abs(change(one)) for one in measured):.3f} nats a token"
+            f"{min(abs(change(one)) for one in measured):.3f} nats/token"
         ),
     )
     why = (
@@ -187,7 +187,7 @@ def _breaks(model: str, measured: Sequence[_Measured], criteria: Criteria) -> Pr
         lambda one: change(one) > criteria.breaks,
         lambda: (
             f"breaks: change of NLL above {criteria.breaks:g} with {_in_words(BREAKS_SPEC)}; the largest is "
-            f"{max(map(change, measured)):+.3f} nats a token"
+            f"{max(map(change, measured)):+.3f} nats/token"
         ),
     )
     why = (
@@ -212,7 +212,7 @@ def _first(
 def _told(model: str, one: _Measured, with_spec: float, spec: CompressionSpec, criteria: Criteria) -> str:
     return (
         f"With {_in_words(spec)}, the mean NLL of the {criteria.new_tokens} tokens that follow these "
-        f"{one.prompt_tokens} of {one.source} goes from {one.full:.3f} to {with_spec:.3f} nats a token "
+        f"{one.prompt_tokens} of {one.source} goes from {one.full:.3f} to {with_spec:.3f} nats/token "
         f"({with_spec - one.full:+.3f}), in {model}."
     )
 

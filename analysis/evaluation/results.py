@@ -135,14 +135,17 @@ class Results:
             for key, samples in self.grouped(*axes).items()
         }
 
-    def summary(self) -> list[dict[str, Any]]:
+    def summary(self, *, right: float = 1.0) -> list[dict[str, Any]]:
         """A row for each method and place on the first axis of the task's grid: samples, bytes, score and NLL change.
 
-        The interval of scores that are all 0 or 1 is Wilson's; of others documents are resampled. "change" is against
-        the full cache, and there only where scores are of another kind and the full cache was measured.
+        The interval of scores that are all 0 or `right` is Wilson's; of others documents are resampled. "change" is
+        against the full cache, and there only where scores are of another kind and the full cache was measured.
+
+        Args:
+            right: the score of a right answer, as `Task.right`.
         """
         axes = tuple(self.rows[0].at)[:1] if self.rows else ()
-        shares = all(row.score in (0, 1) for row in self.rows)
+        shares = all(row.score in (0, right) for row in self.rows)
         changes = not shares and None in self.methods.values()
         rows = []
         for method in self.methods:
@@ -150,7 +153,7 @@ class Results:
                 here = np.array([self._cells[method, sample].value for sample in samples])
                 row: dict[str, Any] = {"method": method, **dict(zip(axes, key, strict=True)), "samples": len(samples)}
                 row["MiB"] = np.mean([self._cells[method, sample].nbytes for sample in samples]) / 2**20
-                row["score"] = wilson(here) if shares else self.interval(here, samples)
+                row["score"] = wilson(here, right) if shares else self.interval(here, samples)
                 if changes:
                     full = np.array([self._cells[self.full, sample].value for sample in samples])
                     row["change"] = self.interval(here - full, samples)
@@ -168,9 +171,9 @@ class Results:
         ]
 
 
-def wilson(scores: np.ndarray) -> Interval:
-    """The share of scores that are 1, of scores of 0 and 1, with Wilson's 95 % interval."""
+def wilson(scores: np.ndarray, right: float = 1.0) -> Interval:
+    """The mean of scores that are 0 or `right`, with Wilson's 95 % interval."""
     from scipy.stats import binomtest
 
-    ends = binomtest(int(scores.sum()), len(scores)).proportion_ci(method="wilson")
-    return Interval(float(scores.mean()), ends.low, ends.high)
+    ends = binomtest(int((scores == right).sum()), len(scores)).proportion_ci(method="wilson")
+    return Interval(float(scores.mean()), right * ends.low, right * ends.high)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
+from typing import TypeVar
 
 import msgspec
 import numpy as np
@@ -95,6 +96,7 @@ def measure(
     for sample in samples:
         ids = np.concatenate([sample.context, sample.question, sample.target])
         check_length(loaded, Tokens(ids, np.zeros((len(ids), 2), np.int32), ()), new_tokens=sample.new_tokens)
+    assert scoring or all(len(sample.target) for sample in samples), "answers need a scoring"
     specs = tuple(dict.fromkeys(methods.values()))
     cells: dict[tuple[str, CompressionSpec | None], Cell] = {}
     total = len(samples) * len(specs)
@@ -107,6 +109,7 @@ def measure(
                     if scoring
                     else _predicted(loaded, batch, cache, tick)
                 )
+                del cache  # before the next is made
                 for sample, cell in zip(batch, found, strict=True):
                     cells[sample.name, spec] = cell
                     progress(len(cells), total, "samples")
@@ -138,14 +141,19 @@ def _caches_after(
     full = None
     for spec in sorted(specs, key=lambda spec: spec is None):
         if spec is not None and (POLICIES[spec.policy].needs_attention or POLICIES[spec.policy].needs_filters):
-            cache = new_cache(loaded.config, spec)
-            prefill(loaded.model, context, cache)
-            yield spec, cache
+            yield spec, _filled(loaded, context, new_cache(loaded.config, spec))
             continue
         if full is None:
-            full = DynamicCache(config=loaded.config)
-            prefill(loaded.model, context, full)
+            full = _filled(loaded, context, DynamicCache(config=loaded.config))
         yield spec, full if spec is None else CompressedCache.from_full(full, loaded.config, spec)
+
+
+Filled = TypeVar("Filled", bound=Cache)
+
+
+def _filled(loaded: LoadedModel, context: Tensor, cache: Filled) -> Filled:
+    prefill(loaded.model, context, cache)
+    return cache
 
 
 Cell = tuple[float | None, int, str]

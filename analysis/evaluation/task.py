@@ -83,3 +83,5 @@ class Task:
     """Whether samples are cut from texts, or made up; if so, `n_tokens` of its settings says how long they must be."""
     scoring: Scoring | None = None
     """None where samples have a target: the score is its mean NLL."""
+    right: float = 1.0
+    """The score of a right answer; 100 where it is in per cent."""

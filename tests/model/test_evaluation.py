@@ -18,6 +18,7 @@ from analysis.demo.presets import FoundPresets, Preset
 from analysis.demo.questions import SEARCHES, NotFoundError, Question, Search, find_task_presets
 from analysis.errors import RecordError, SettingsError
 from analysis.evaluation import run
+from analysis.evaluation.benchmarks import NeedleSettings, RulerSettings
 from analysis.evaluation.lm import LmSettings
 from analysis.evaluation.passkey import (
     FILLER,
@@ -322,6 +323,37 @@ def test_every_task_is_registered_with_what_is_shown_of_it():
         assert task.settings() == task.settings()  # all have defaults
 
 
+@pytest.mark.parametrize(
+    "task,settings",
+    [
+        ("ruler", RulerSettings(tasks=("niah_single_1", "niah_multikey_1"), lengths=(400,), samples=2)),
+        ("needle", NeedleSettings(lengths=(400,), depths=(0, 1), samples=2)),
+    ],
+)
+def test_a_benchmark_is_scored_by_its_own_rule_on_what_the_model_says(loaded, answering, task, settings):
+    samples = TASKS[task].build(loaded, settings, [])
+    known = {tuple(sample.context.tolist()): sample.example for sample in samples}
+
+    def answer(context, question, spec):
+        return " It is " + ", ".join(known[tuple(context)].references) if spec is None else " I do not know"
+
+    answering(answer)
+    results = evaluate(loaded, task, {FULL: None, "half": CompressionSpec()}, settings=settings)
+    assert len(results.samples) == len(known) == 4
+    assert (results.scores(FULL) == 100).all() and (results.scores("half") == 0).all()
+    assert {row.at["task"] for row in results.rows} == {sample.example.task for sample in samples}
+    full, half = results.summary(right=100)[0]["score"], results.summary(right=100)[-1]["score"]
+    assert (full.value, full.high, half.value, half.low) == (100, 100, 0, 0) and 0 < half.high < 100
+    for sample in samples:  # the question comes after what is compressed
+        assert sample.example.question.strip() in loaded.tokenizer.decode(sample.question)
+
+
+def test_a_task_of_a_file_needs_one(loaded):
+    for task in ("longbench", "longbench2", "frame"):
+        with pytest.raises(SettingsError, match="give its path"):
+            evaluate(loaded, task, {FULL: None})
+
+
 # ------------------------------------------------------------------------------------------------------------ results
 
 
@@ -402,7 +434,7 @@ def test_presets_are_the_first_passages_that_meet_the_criteria_with_the_figures_
         full, after = (
             continuation_nll(loaded, TEXTS["anne"], spec, prompt_tokens=n, new_tokens=4) for spec in (None, preset.spec)
         )
-        assert f"these {n} of anne goes from {full:.3f} to {after:.3f} nats a token ({after - full:+.3f})" in preset.why
+        assert f"these {n} of anne goes from {full:.3f} to {after:.3f} nats/token ({after - full:+.3f})" in preset.why
         assert "5 of 5 passages tried" in preset.why
     for source, text in TEXTS.items():  # both texts are tried, each under its own name
         assert any(source == name and p.prompt in text for name, p in finding._candidates(loaded, TEXTS, EASY))
@@ -424,7 +456,7 @@ def test_where_nothing_meets_a_criterion_it_fails_and_says_how_near_the_best_cam
     nearest = best(map(abs, changes)) if name == "calm" else best(changes)
     with pytest.raises(NotFoundError, match=rf"None of 5 passages meets the criterion {name}: ") as error:
         find_presets(loaded, TEXTS, criteria=criteria, tasks=False)
-    assert f"{nearest:.3f} nats a token" in str(error.value)
+    assert f"{nearest:.3f} nats/token" in str(error.value)
 
 
 def test_texts_too_short_for_any_passage_are_refused(loaded):

@@ -1,6 +1,7 @@
 """Records: what is written comes back; what is foreign is refused in a sentence that says what and where."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -67,6 +68,27 @@ def test_a_record_with_arrays_comes_back_exactly(tmp_path, more):
 def test_an_older_version_is_brought_up_to_date():
     old = json.dumps({"l2kv_curve": 1, "model": "m", "keeps": [0.25], "shares": {}})
     assert from_json(Curve, old) == Curve("m", (Point(0.25, CompressionSpec()),), {})
+
+
+@record("drawing", version=2, upgrade=lambda version, content: content | {"shapes": {}}, formerly="sketch")
+@dataclass(frozen=True)
+class Drawing:
+    model: str
+    shapes: Mapping[str, Point | None]
+
+
+def test_what_was_headed_by_another_name_before_opens():
+    assert from_json(Drawing, '{"l2kv_sketch": 1, "model": "m"}') == Drawing("m", {})
+    with pytest.raises(RecordError, match="version 2 or before"):
+        from_json(Drawing, '{"l2kv_curve": 1, "model": "m"}')
+
+
+def test_dataclasses_in_a_mapping_come_back_and_a_slip_in_one_is_named():
+    drawing = Drawing("m", {"a b": Point(0.5, CompressionSpec()), "none": None})
+    assert from_json(Drawing, to_json(drawing)) == drawing
+    text = to_json(drawing).replace('"keep_ratio"', '"keep_ration"')
+    with pytest.raises(RecordError, match=r"shapes\.a b"):
+        from_json(Drawing, text)
 
 
 @pytest.mark.parametrize(
