@@ -5,6 +5,7 @@ from analysis.comparing import compare as compare
 from analysis.errors import ModelError as ModelError
 from analysis.errors import OutOfMemoryError as OutOfMemoryError
 from analysis.errors import RecordError as RecordError
+from analysis.errors import SettingsError as SettingsError
 from analysis.errors import TextError as TextError
 from analysis.errors import UserError as UserError
 from analysis.evaluation.lm import LmSettings as LmSettings
@@ -18,6 +19,7 @@ from analysis.evaluation.tasks import TASKS as TASKS
 from analysis.measures import AttentionLoss as AttentionLoss
 from analysis.measures import attention_loss as attention_loss
 from analysis.metrics import METRICS as METRICS
+from analysis.metrics import Metric as Metric
 from analysis.metrics import alr as alr
 from analysis.metrics import by_query as by_query
 from analysis.metrics import correlation as correlation
@@ -45,10 +47,13 @@ from analysis.plans.strategies import STRATEGIES as STRATEGIES
 from analysis.plans.strategies import Strategy as Strategy
 from analysis.plans.strategies import plan as plan
 from analysis.recorder import capture as capture
+from analysis.records import load as load
+from analysis.records import save as save
 from analysis.studies import Study as Study
 from analysis.studies import load_study as load_study
 from analysis.studies import study as study
 from analysis.studies import study_of as study_of
+from analysis.texts.excerpts import Excerpt as Excerpt
 from analysis.texts.read import read_text as read_text
 from analysis.texts.tokens import tokenize as tokenize
 from analysis.verdicts import answer as answer

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from analysis.errors import SettingsError
 from analysis.words import counted, signed
 
 if TYPE_CHECKING:
@@ -194,12 +195,26 @@ def told_of_documents(documents: Sequence[str]) -> str:
     return f"All {len(documents)} are excerpts of {few}{' and' * (n == 1)} too narrow for others."
 
 
-def layer_losses(study: Study, *, probe: str = "next token") -> np.ndarray:
-    """Normalised ALR of each layer on each text, [N, L]: heads count by what there is to lose, as in `skip.layer_loss`.
+def policy_alr(study: Study, policy: str = "low_norm", *, probe: str = "next token") -> np.ndarray:
+    """ALR of each head by a policy, [N, L, H]: low and high order are one measurement, and random is the chance level.
 
-    NaN where no head of the layer is defined.
+    Raises:
+        SettingsError: there is no ALR of the policy, or the study does not have it.
     """
-    loss, chance = study.of("alr", probe=probe), study.of("alr_chance", probe=probe)
+    low, chance = study.of("alr", probe=probe), study.of("alr_chance", probe=probe)
+    by_policy = {"low_norm": low, "high_norm": 2 * chance - low, "random": np.where(np.isnan(low), np.nan, chance)}
+    if policy not in by_policy:
+        raise SettingsError(f"policy must be one of {', '.join(by_policy)}: ALR speaks of these; got {policy!r}")
+    return by_policy[policy]
+
+
+def layer_alr(study: Study, policy: str = "low_norm", *, probe: str = "next token") -> np.ndarray:
+    """ALR over the chance level of each layer on each text, [N, L]: 0 is the ideal order, 1 chance, 2 the reverse.
+
+    That of all heads together, so that heads count by what there is to lose; not the mean of theirs. NaN where no head
+    of the layer is defined. Raises as `policy_alr`.
+    """
+    loss, chance = policy_alr(study, policy, probe=probe), study.of("alr_chance", probe=probe)
     possible = np.nansum(chance, axis=2)
     return np.divide(np.nansum(loss, axis=2), possible, where=possible > 0, out=np.full(possible.shape, np.nan))
 
@@ -234,7 +249,7 @@ def stability(losses: np.ndarray, *, splits: int = SPLITS, seed: int = 0) -> Sta
     """How alike two halves of the texts order the layers by mean normalised ALR, for 1, 2, ..., N // 2 texts a half.
 
     Args:
-        losses: [N, L], `layer_losses` of a study. Layers that a text leaves undefined are not ordered.
+        losses: [N, L], `layer_alr` of a study. Layers that a text leaves undefined are not ordered.
     """
     losses = losses[:, np.isfinite(losses).all(axis=0)]
     n, rng = len(losses), np.random.default_rng(seed)

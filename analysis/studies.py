@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,7 +22,7 @@ from analysis.defaults import RECENT_WINDOW
 from analysis.errors import RecordError, SettingsError, TextError
 from analysis.metrics import METRICS, PROBES, STATUSES, metrics
 from analysis.models.digest import digest_of
-from analysis.plans.curves import TextCurves, text_curves
+from analysis.plans.curves import BINS, text_curves
 from analysis.progress import Progress, unheard
 from analysis.texts.excerpts import Excerpt
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 MOST_TEXTS = 10_000  # of a study: intervals over more take more memory than a study of them does
 AGAIN = "l2kv study TEXTS --out FILE"
 """The command that makes a study."""
+_ARRAYS = ("n_tokens", "values", "status", "curves", "curve_status", "curve_gammas")  # a row for each text
 _EACH, _PAUSE = 8, 5.0  # so many texts are each written at once; those after them at most every few seconds
 _OLD_NAMES = {"gamma_without_sink": "gamma_skip_first", "alr_against_chance": "normalised_alr"}  # until version 3
 
@@ -123,14 +124,38 @@ class Study:
         return self.probes.index(probe), self.metrics.index(metric)
 
 
-def study_of(capture: Capture, *, probes: Collection[str] = tuple(PROBES)) -> Study:
-    """The study of one text that a run is.
+def study_of(
+    *captures: Capture,
+    probes: Collection[str] = tuple(PROBES),
+    names: Collection[str] | None = None,
+    protect_last: int = RECENT_WINDOW,
+    documents: Sequence[str] = (),
+) -> Study:
+    """The study that a run is, or several of one model are: a text each, with its loss curves.
 
     Args:
         probes: which of `PROBES`; fewer are quicker.
+        names: which of `METRICS`; all by default.
+        protect_last: recent window of the loss curves.
+        documents: names of what the texts are excerpts of, if that is known.
+
+    Raises:
+        SettingsError: there is no capture, captures are of several models, or a probe or metric is unknown.
     """
-    found = [metrics(capture, probe) for probe in probes]
-    return Study(
+    if len({(c.model, c.layer_kinds, c.n_heads, c.n_kv_heads) for c in captures}) != 1:
+        raise SettingsError("captures must be of one model, and there must be one at least")
+    parts = [_of_text(capture, probes, names, protect_last, BINS) for capture in captures]
+    if len(parts) > 1:
+        parts = [replace(part, names=(f"text {i}",)) for i, part in enumerate(parts)]
+    return replace(_joined(parts), documents=tuple(documents))
+
+
+def _of_text(
+    capture: Capture, probes: Collection[str], names: Collection[str] | None, protect_last: int, bins: int | None
+) -> Study:
+    """The study of one text; without loss curves where there are no bins."""
+    found = [metrics(capture, probe, names=names) for probe in probes]
+    one = Study(
         model=capture.model,
         weights="",
         layer_kinds=capture.layer_kinds,
@@ -142,7 +167,14 @@ def study_of(capture: Capture, *, probes: Collection[str] = tuple(PROBES)) -> St
         n_tokens=np.array([capture.n_tokens]),
         values=np.stack([one.values for one in found])[None],
         status=np.stack([one.status for one in found])[None],
+        protect_last=protect_last,
     )
+    if bins is None:
+        return one
+    curves = text_curves(capture, bins=bins, protect_last=protect_last)
+    code = np.select([curves.status == name for name in STATUSES], np.arange(len(STATUSES))).astype(np.uint8)
+    lost = curves.lost.astype(np.float32)
+    return replace(one, curves=lost[None], curve_status=code[None], curve_gammas=curves.gammas[None])
 
 
 def study(
@@ -158,14 +190,14 @@ def study(
     Args:
         texts: (name, text) of each, or `excerpts`. The texts stay in memory, their captures do not.
         path: where to keep the table. If it is there, it is gone on with: what it holds must be the first of `texts`,
-            in the same model. Whatever ends the study, the texts done are in it; a process that is killed loses those
-            of its last few seconds.
+            in the same model, and the others are measured by its probes, metrics and recent window. Whatever ends the
+            study, the texts done are in it; a process that is killed loses those of its last few seconds.
         on_text: hears of the study so far.
         progress: told the texts done, also within each.
 
     Raises:
-        RecordError: the file is of another model, of other texts or of other metrics, or cannot be read or written;
-            says which.
+        RecordError: the file is of another model, of other texts or of metrics that are registered no more, or cannot
+            be read or written; says which.
         TextError: there are no texts, or more than `MOST_TEXTS`, or one of them cannot be run; says which, and those
             before it are in the file.
         OutOfMemoryError, ModelError: as `capture`.
@@ -179,6 +211,11 @@ def study(
         raise TextError(f"A study is of {MOST_TEXTS:,} texts at most, got {len(given):,}.")
     weights = digest_of(loaded)
     done = written = _resumed(path, loaded.name, weights, given)
+    # What is gone on with is measured as it was begun, whatever is registered or the default today.
+    probes, names, window, bins = tuple(PROBES), None, RECENT_WINDOW, BINS
+    if done is not None:
+        probes, names, window = done.probes, done.metrics, done.protect_last
+        bins = None if done.curves is None else done.curves.shape[-1] - 1
     due = 0.0
     try:
         first = len(done.names) if done else 0
@@ -188,14 +225,13 @@ def study(
             except TextError as error:
                 raise TextError(f"{name}: {error}") from error
             one = replace(
-                study_of(run),
+                _of_text(run, probes, names, window, bins),
                 weights=weights,
                 texts=len(given),
                 names=(name,),
                 documents=(document or name,),
             )
-            one = _with_curves(one, text_curves(run, protect_last=RECENT_WINDOW))
-            done = one if done is None else _joined(done, one)
+            done = one if done is None else _joined([done, one])
             del run  # before the next is made: two do not fit where one does
             # The file is the whole table: written at every text, its bytes would grow with the square of the texts.
             if path is not None and (len(done.names) <= _EACH or time.monotonic() >= due):
@@ -231,9 +267,10 @@ def _resumed(path: str | Path | None, model: str, weights: str, texts: tuple[Exc
             f"{path} holds a study of another model: {done.model}, whose weights, dtype or vocabulary are not those of "
             f"{model}. {instead}"
         )
-    if (done.probes, done.metrics) != (tuple(PROBES), tuple(METRICS)):
+    if gone := [*(set(done.probes) - set(PROBES)), *(set(done.metrics) - set(METRICS))]:
         raise RecordError(
-            f"{path} holds other metrics than are measured now, so it cannot be gone on with. {instead} Then: {AGAIN}"
+            f"{path} holds {', '.join(sorted(gone))}, which cannot be measured now, so it cannot be resumed. {instead} "
+            f"Then: {AGAIN}"
         )
     if len(done.names) > len(texts):
         raise RecordError(f"{path} holds {len(done.names)} texts already, and {len(texts)} were given. {instead}")
@@ -249,28 +286,11 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _with_curves(one: Study, curves: TextCurves) -> Study:
-    """A study of one text, and its loss curves."""
-    code = np.select([curves.status == name for name in STATUSES], np.arange(len(STATUSES))).astype(np.uint8)
-    lost = curves.lost.astype(np.float32)
-    return replace(one, curves=lost[None], curve_status=code[None], curve_gammas=curves.gammas[None])
-
-
-def _joined(done: Study, one: Study) -> Study:
-    """The texts of a study, and one more. A study from a file without curves stays without."""
-    return replace(
-        one,
-        names=done.names + one.names,
-        digests=done.digests + one.digests,
-        documents=done.documents + one.documents,
-        n_tokens=np.concatenate([done.n_tokens, one.n_tokens]),
-        values=np.concatenate([done.values, one.values]),
-        status=np.concatenate([done.status, one.status]),
-        curves=_both(done.curves, one.curves),
-        curve_status=_both(done.curve_status, one.curve_status),
-        curve_gammas=_both(done.curve_gammas, one.curve_gammas),
-    )
-
-
-def _both(done: np.ndarray | None, one: np.ndarray | None) -> np.ndarray | None:
-    return None if done is None or one is None else np.concatenate([done, one])
+def _joined(parts: Sequence[Study]) -> Study:
+    """The texts of several studies of one model, that were measured alike."""
+    assert len({(one.probes, one.metrics, one.protect_last, one.curves is None) for one in parts}) == 1
+    texts = sum(len(one.names) for one in parts)
+    of_texts = {name: sum((getattr(one, name) for one in parts), ()) for name in ("names", "digests", "documents")}
+    arrays = {name: [getattr(one, name) for one in parts] for name in _ARRAYS}
+    joined = {name: np.concatenate(of) for name, of in arrays.items() if of[0] is not None}
+    return replace(parts[-1], texts=max(texts, parts[-1].texts), **of_texts, **joined)

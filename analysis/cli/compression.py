@@ -85,7 +85,7 @@ def _skip_by_alr(files: list[Path], policy: str, rule: dict[str, Any]) -> tuple[
     """The model, and the layers of the highest normalised ALR in runs or in a study of it."""
     from analysis.captures import load_run
     from analysis.plans.skip import suggest_skip_layers
-    from analysis.studies import load_study
+    from analysis.studies import load_study, study_of
 
     if policy not in ("low_norm", "high_norm"):
         raise UserError(f"--policy must be low_norm or high_norm: ALR speaks of these; got {policy!r}")
@@ -96,7 +96,7 @@ def _skip_by_alr(files: list[Path], policy: str, rule: dict[str, Any]) -> tuple[
     if study:
         return study.model, suggest_skip_layers(study, policy, **rule)
     runs = [load_run(file) for file in files]
-    return runs[0].model, suggest_skip_layers(runs, policy, **rule)
+    return runs[0].model, suggest_skip_layers(study_of(*runs, probes=["next token"]), policy, **rule)
 
 
 def plan(

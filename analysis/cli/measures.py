@@ -119,10 +119,10 @@ def study(
 
 def _tell_study(done: Study, probe: str, metric: str | None, *, json: bool) -> None:
     from analysis.metrics import METRICS, PROBES
-    from analysis.statistics import Interval, head_means, layer_losses, layer_means, means, stability
+    from analysis.statistics import Interval, head_means, layer_alr, layer_means, means, stability
     from analysis.verdicts import answer, verdicts
 
-    losses, verdict = layer_losses(done, probe=probe), verdicts(done, probe=probe)
+    losses, verdict = layer_alr(done, probe=probe), verdicts(done, probe=probe)
     over_texts = {
         "gamma": layer_means(done, probe=probe),
         "gamma_skip_first": layer_means(done, "gamma_skip_first", probe=probe),

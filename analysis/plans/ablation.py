@@ -18,11 +18,22 @@ from analysis.errors import ModelError, SettingsError
 from analysis.evaluation.lm import LmSettings, prompt_of
 from analysis.evaluation.results import FULL, Results
 from analysis.plans import version1
-from analysis.plans.skip import RULES, SkipSuggestion, layer_loss, widest_gap
+from analysis.plans.skip import Criterion, SkipSuggestion, choose
 from analysis.plans.strategies import plan
 from analysis.progress import Progress, part_of, unheard
 from analysis.records import record
-from analysis.statistics import MIN_TEXTS, Interval, means, resamples, spearman, told_of_documents
+from analysis.statistics import (
+    MIN_TEXTS,
+    Interval,
+    layer_alr,
+    means,
+    nanmean,
+    policy_alr,
+    resamples,
+    spearman,
+    told_of_documents,
+)
+from analysis.studies import study_of
 from analysis.texts.excerpts import Excerpt
 from l2kv.config import CacheShape
 from l2kv.spec import CompressionSpec
@@ -154,11 +165,11 @@ def ablate_layers(
     layers = tuple(layer for layer in shape.layers if layer not in spec.skip_layers)
     if not layers:
         raise ModelError(f"{loaded.name} has no layer that the spec compresses.")
-    losses, total = [], len(given) * (2 + len(layers))
+    measured, total = [], len(given) * (2 + len(layers))
     for i, text in enumerate(given):
         prompt = prompt_of(loaded.tokenizer, text.text, settings.prompt_tokens)
         run = capture(loaded, prompt, last_queries=0, progress=lambda *_, done=i: progress(done, total, "passes"))
-        losses.append(layer_loss(run, spec.policy))
+        measured.append(study_of(run, probes=("next token",), names=("alr", "alr_chance")))
         progress(i + 1, total, "passes")
     alone = {_method(layer): _alone(spec, layer, loaded.config.num_hidden_layers) for layer in layers}
     results = _lm(loaded, given, alone, settings, part_of(progress, len(given), total, "passes"))
@@ -166,8 +177,8 @@ def ablate_layers(
         spec,
         layers,
         results,
-        _rows(np.stack([one.by_layer for one in losses], axis=1)[list(layers)]),
-        _rows(np.stack([one.paper for one in losses], axis=1)[list(layers)]),
+        _rows(np.stack([layer_alr(one, spec.policy)[0] for one in measured], axis=1)[list(layers)]),
+        _rows(np.stack([nanmean(policy_alr(one, spec.policy)[0].T) for one in measured], axis=1)[list(layers)]),
     )
 
 
@@ -205,24 +216,23 @@ def suggest_by_ablation(
     Raises:
         SettingsError: the rule is unknown, or `count` out of range.
     """
-    if rule not in RULES:
-        raise SettingsError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
     change, n = means(ablation.nll_change.T, documents=ablation.documents), ablation.nll_change.shape[1]
-    largest_first = np.argsort(-change.mean, kind="stable")
-    if rule == "threshold":
-        chosen = [i for i in largest_first if change.mean[i] >= threshold and not change.low[i] <= 0]
-        words = f"Skip every layer that costs {threshold:g} nats/token or more when it is compressed alone."
-    elif rule == "count":
-        if not 0 <= count <= len(ablation.layers):
-            raise SettingsError(f"count must be from 0 to {len(ablation.layers)} layers, got {count}")
-        chosen = largest_first[:count].tolist()
-        words = f"Skip the {count} layers that cost most when each is compressed alone."
-    else:
-        widest, words = widest_gap(
-            change.mean[largest_first], "in what each costs when it is compressed alone", "nats/token"
-        )
-        chosen = largest_first[:widest].tolist()
-    if chosen:
+    known = np.flatnonzero(np.isfinite(change.mean))
+    picked, words = choose(
+        change.mean[known],
+        Criterion(
+            f"that costs {threshold:g} nats/token or more when it is compressed alone",
+            "those that cost most when each is compressed alone",
+            "in what each costs when it is compressed alone",
+            "nats/token",
+        ),
+        rule=rule,
+        threshold=threshold,
+        count=count,
+        sure=~(change.low[known] <= 0),
+    )
+    chosen = known[picked]
+    if len(chosen):
         told = ", ".join(f"layer {ablation.layers[i]} {change.mean[i]:+.3f}" for i in chosen[:6])
         words += f" In nats/token, {told}{', …' * (len(chosen) > 6)}."
     words += f" Measured by prediction, {_told(ablation.spec)}, on {n} text{'s' * (n != 1)}."

@@ -50,6 +50,7 @@ class LossCurves:
     least_bin: int = 0  # below it the protected tokens alone hold more: nothing is saved there
     over_chance: np.ndarray | None = None  # [2, texts, L, Hkv, B + 1] loss of low and of high, less the random one
     captures: tuple[Capture, ...] = ()  # what they are of, `slim`; the methods that look at single tokens need it
+    study: Study | None = None  # what they are of, where they came of a study
     documents: tuple[str, ...] = ()  # texts, names of what each is an excerpt of; none where it is not known
     weights: np.ndarray | None = None  # [L, Hkv] what lost attention costs in a head, of 1 in the mean: see `weighed`
 
@@ -199,7 +200,8 @@ def curves_of(study: Study) -> LossCurves:
     texts = [
         TextCurves(*parts) for parts in zip(study.curves.astype(np.float64), status, study.curve_gammas, strict=True)
     ]
-    return _of_texts(texts, study.layer_kinds, study.n_tokens.tolist(), study.protect_last, study.documents)
+    curves = _of_texts(texts, study.layer_kinds, study.n_tokens.tolist(), study.protect_last, study.documents)
+    return replace(curves, study=study)
 
 
 def _of_texts(

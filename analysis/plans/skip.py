@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.captures import Capture
 from analysis.errors import RecordError, SettingsError
-from analysis.metrics import metrics
 from analysis.records import from_json, record
-from analysis.statistics import layer_losses, means
+from analysis.statistics import layer_alr, nanmean
 from analysis.studies import Study
+from analysis.words import counted, span
 from l2kv.spec import CompressionSpec
-
-# The loss of a policy against that of a random order, from Γ of low_norm: low and high order are one measurement.
-_AGAINST_CHANCE: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
-    "low_norm": lambda ratio: ratio,
-    "high_norm": lambda ratio: 2 - ratio,
-    "random": lambda ratio: np.where(np.isnan(ratio), np.nan, 1.0),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class LayerLoss:
-    """ALR of a policy, by head and by layer, normalised: 0 is the ideal order, 1 a random one, 2 the reverse."""
-
-    by_head: np.ndarray  # [L, H] normalised ALR
-    by_layer: np.ndarray  # [L] mean ALR of the heads / their mean chance level: heads count by what there is to lose
-    paper: np.ndarray  # [L] mean ALR of the heads, in the paper's units (of this policy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,29 +22,18 @@ class SkipSuggestion:
     rule: str
 
 
-def layer_loss(capture: Capture, policy: str = "low_norm", *, skip_first: int = 0) -> LayerLoss:
-    """What compressing each layer would lose by a policy, on the captured text. NaN where no head is defined."""
-    low, chance = metrics(capture, skip_first=skip_first, names=["alr", "alr_chance"]).values
-    defined = np.isfinite(low) & (chance > 0)
-    by_head = np.full(low.shape, np.nan)
-    by_head[defined] = _AGAINST_CHANCE[policy](low[defined] / chance[defined])
-    loss, possible = np.where(defined, by_head * chance, 0.0).sum(axis=1), np.where(defined, chance, 0.0).sum(axis=1)
-    heads = np.maximum(defined.sum(axis=1), 1)
-    empty = ~defined.any(axis=1)
-    by_layer = np.where(empty, np.nan, loss / np.where(empty, 1.0, possible))
-    return LayerLoss(by_head, by_layer, np.where(empty, np.nan, loss / heads))
+RULES = {
+    "threshold": "every layer at or above a threshold of normalised ALR",
+    "count": "a number of layers, the worst by normalised ALR",
+    "gap": "the worst layers down to the widest gap in normalised ALR, where one stands out",
+}
+STANDS_OUT = 2.0  # times the median gap: a gap as wide divides the layers in two
 
 
 def suggest_skip_layers(
-    measured: Capture | Sequence[Capture] | Study,
-    policy: str = "low_norm",
-    *,
-    rule: str = "threshold",
-    threshold: float = 1.0,
-    count: int = 2,
-    skip_first: int = 0,
+    study: Study, policy: str = "low_norm", *, rule: str = "threshold", threshold: float = 1.0, count: int = 2
 ) -> SkipSuggestion:
-    """Suggest layers to skip, from one text, from captures of several, or from a study: the worst by normalised ALR.
+    """Suggest layers to skip, from a study: the worst by normalised ALR. A run is a study of one (`studies.study_of`).
 
     A proxy: what compressing a layer costs is measured by a single-layer ablation (`ablation.suggest_by_ablation`).
     Layers are judged by their mean over the texts. Those without a defined loss give no order to compress by, and are
@@ -73,96 +44,91 @@ def suggest_skip_layers(
         threshold: of the rule "threshold". 1, the chance level, is the natural one: from there on the policy loses
             attention as fast as a random order, or faster.
         count: of the rule "count".
-        skip_first: as in `metrics` (not of a study, which keeps no tokens).
 
     Raises:
-        SettingsError: the rule is unknown, a number out of range, there is no capture, or captures of several models.
+        SettingsError: the rule is unknown, a number out of range, or there is no ALR of the policy.
+    """
+    layers = np.flatnonzero(np.array(study.layer_kinds) == "full")
+    losses, kept = nanmean(layer_alr(study, policy))[layers], policy.replace("_", " ")
+    at_least = "no less than" if threshold == 1 else f"at least {threshold:g} times what"
+    criterion = Criterion(
+        f"in which keeping by {kept} loses {at_least} a random order would, both counted beyond what the ideal order "
+        f"loses (normalised ALR ≥ {threshold:g})",
+        f"those in which keeping by {kept} loses most beyond the ideal order (normalised ALR)",
+        f"in what keeping by {kept} loses beyond the ideal order",
+        "of normalised ALR",
+    )
+    chosen, words = choose(losses, criterion, rule=rule, threshold=threshold, count=count)
+    n = len(study.names)
+    on = "this text" if n == 1 else counted(n, "text")
+    words += f" Measured on {on} of {span(study.n_tokens.tolist())} tokens, for the next token."
+    if undefined := int(np.isnan(losses).sum()):
+        words += (
+            f" Of those skipped, {undefined} because norms or attention give no order there, which every rule skips."
+        )
+    return SkipSuggestion(tuple(sorted(int(layers[i]) for i in chosen)), words)
+
+
+@dataclass(frozen=True, slots=True)
+class Criterion:
+    """What layers are judged by, as the words of a rule have it."""
+
+    over: str
+    """"Skip every layer {over}."""
+    most: str
+    """"Skip 2 layers, {most}."""
+    within: str
+    """"No gap stands out {within}."""
+    unit: str
+    """What follows the width of a gap."""
+
+
+def choose(
+    losses: np.ndarray, criterion: Criterion, *, rule: str, threshold: float, count: int, sure: np.ndarray | None = None
+) -> tuple[list[int], str]:
+    """Places of the layers that a rule picks, the worst first, and the rule in words.
+
+    Args:
+        losses: [K]; those undefined, NaN, are picked by every rule.
+        rule, threshold, count: as in `suggest_skip_layers`.
+        sure: [K] bool, which ones a threshold may pick; all by default.
+
+    Raises:
+        SettingsError: the rule is unknown, or a number out of range.
     """
     if rule not in RULES:
         raise SettingsError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
-    of = _Measured.of(measured, policy, skip_first)
-    loss = np.where(of.compressed, of.loss, -np.inf)
-    undefined = np.isnan(loss)
-    worst_first = [int(i) for i in np.argsort(-loss, kind="stable") if np.isfinite(loss[i])]
-    kept = policy.replace("_", " ")
+    undefined = np.isnan(losses)
+    worst_first, least = np.argsort(-np.where(undefined, np.inf, losses), kind="stable"), int(undefined.sum())
     if rule == "threshold":
-        chosen = [i for i in worst_first if loss[i] >= threshold]
-        bar = (
-            "no less than a random order would"
-            if threshold == 1
-            else f"at least {threshold:g} times what a random order would"
-        )
-        words = (
-            f"Skip every layer in which keeping by {kept} loses {bar}, both counted beyond what the ideal order loses "
-            f"(normalised ALR ≥ {threshold:g})."
-        )
-    elif rule == "count":
-        if not 0 <= count <= int(of.compressed.sum()):
-            raise SettingsError(f"count must be from 0 to {int(of.compressed.sum())} layers, got {count}")
-        n = max(count, int(undefined.sum()))
-        chosen = worst_first[: n - int(undefined.sum())]
-        words = f"Skip the {n} layers in which keeping by {kept} loses most beyond the ideal order (normalised ALR)."
+        if not 0 <= threshold < np.inf:
+            raise SettingsError(f"threshold must be a number from 0 on, got {threshold!r}")
+        picked = undefined | ((losses >= threshold) & (True if sure is None else sure))
+        return [int(i) for i in worst_first if picked[i]], f"Skip every layer {criterion.over}."
+    if rule == "count":
+        if not 0 <= count <= len(losses):
+            raise SettingsError(f"count must be from 0 to {len(losses)} layers, got {count}")
+        n, words = max(count, least), f"Skip {counted(max(count, least), 'layer')}, {criterion.most}."
     else:
-        n, words = widest_gap(
-            loss[worst_first], f"in what keeping by {kept} loses beyond the ideal order", "of normalised ALR"
-        )
-        chosen = worst_first[:n]
-    words += f" Measured on {of.on}, for the next token."
-    if n := int(undefined.sum()):
-        words += f" Of those skipped, {n} because norms or attention give no order there, which every rule skips."
-    return SkipSuggestion(tuple(sorted([*chosen, *np.flatnonzero(undefined).tolist()])), words)
+        n, words = _widest_gap(losses[worst_first[least:]], criterion)
+        n += least
+    return worst_first[:n].tolist(), words
 
 
-RULES = {
-    "threshold": "every layer at or above a threshold of normalised ALR",
-    "count": "a number of layers, the worst by normalised ALR",
-    "gap": "the worst layers down to the widest gap in normalised ALR, where one stands out",
-}
-STANDS_OUT = 2.0  # times the median gap: a gap as wide divides the layers in two
-
-
-def widest_gap(loss: np.ndarray, of: str, unit: str) -> tuple[int, str]:
-    """How many of the worst layers a gap divides from the others, and why; `loss` falls."""
-    gaps = loss[:-1] - loss[1:]
-    worse_half = gaps[: len(loss) // 2]
+def _widest_gap(losses: np.ndarray, criterion: Criterion) -> tuple[int, str]:
+    """How many of the worst layers a gap divides from the others, and why; `losses` fall."""
+    gaps = losses[:-1] - losses[1:]
+    worse_half = gaps[: len(losses) // 2]
     if len(gaps) < 2:
         return 0, "Skip none: a gap takes three layers to stand out among."
     widest, median = float(worse_half.max()), float(np.median(gaps))
-    by = f"{widest:.3f} {unit} wide, the median gap {median:.3f}"
+    by = f"{widest:.3f} {criterion.unit} wide, the median gap {median:.3f}"
     if widest <= 0 or widest < STANDS_OUT * median:
-        return 0, f"Skip none: {of}, no gap stands out among the worse half of the layers; the widest is {by}."
+        told = f"{criterion.within}, no gap stands out among the worse half of the layers"
+        return 0, f"Skip none: {told}; the widest is {by}."
     return int(worse_half.argmax()) + 1, (
-        f"Skip the layers above the widest gap among the worse half, {of}: it is {by}."
+        f"Skip the layers above the widest gap among the worse half, {criterion.within}: it is {by}."
     )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Measured:
-    """The loss of each layer by a policy, however many texts it comes from."""
-
-    loss: np.ndarray  # [L] normalised ALR, mean over the texts that define it; NaN where none does
-    compressed: np.ndarray  # [L] bool
-    on: str  # what it was measured on, in words
-
-    @classmethod
-    def of(cls, measured: Capture | Sequence[Capture] | Study, policy: str, skip_first: int) -> _Measured:
-        if isinstance(measured, Study):
-            if skip_first:
-                raise SettingsError("a study keeps no tokens to skip: suggest from captures")
-            kinds, n_tokens = [measured.layer_kinds], measured.n_tokens
-            by_text = _AGAINST_CHANCE[policy](layer_losses(measured))
-        else:
-            captures = [measured] if isinstance(measured, Capture) else list(measured)
-            kinds, n_tokens = [c.layer_kinds for c in captures], np.array([c.n_tokens for c in captures])
-            if len({(c.model, c.layer_kinds) for c in captures}) != 1:
-                raise SettingsError("layers are suggested from captures of one model, and there must be one at least")
-            by_text = np.array([layer_loss(c, policy, skip_first=skip_first).by_layer for c in captures])
-        compressed = np.array([kind == "full" for kind in kinds[0]])
-        if len(n_tokens) == 1:
-            return cls(by_text[0], compressed, f"this text of {n_tokens[0]} tokens")
-        least, most = n_tokens.min(), n_tokens.max()
-        lengths = f"{least} tokens" if least == most else f"{least} to {most} tokens"
-        return cls(means(by_text).mean, compressed, f"{len(n_tokens)} texts of {lengths}")
 
 
 @record("plan", version=1, again="l2kv plan")

@@ -7,17 +7,20 @@ budget, but for heads that round up to a whole pair.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.defaults import KEEP_RATIO
+from analysis.captures import Capture
+from analysis.defaults import KEEP_RATIO, RECENT_WINDOW
 from analysis.errors import SettingsError
 from analysis.measures import by_kv_head
 from analysis.plans.allocation import AllocationPlan, Budget
-from analysis.plans.curves import BY_NORM, TINY, LossCurves, check_choice
-from analysis.plans.skip import layer_loss, suggest_skip_layers
+from analysis.plans.curves import BY_NORM, TINY, LossCurves, check_choice, curves_of, loss_curves
+from analysis.plans.skip import suggest_skip_layers
+from analysis.statistics import layer_alr
+from analysis.studies import Study, study_of
 from l2kv.registry import Registry
 
 ADAKV_FLOOR = 0.2  # of its even share, that AdaKV leaves to every head
@@ -44,11 +47,16 @@ class Strategy:
 
 
 def plan(
-    curves: LossCurves, keep_ratio: float = KEEP_RATIO, strategy: str = "by_head", *, policy: str | None = None
+    measured: LossCurves | Study | Capture | Sequence[Capture],
+    keep_ratio: float = KEEP_RATIO,
+    strategy: str = "by_head",
+    *,
+    policy: str | None = None,
 ) -> AllocationPlan:
     """Divide a budget among the kv heads.
 
     Args:
+        measured: loss curves, or what they come of: a study, or captures of one model (then at `RECENT_WINDOW`).
         keep_ratio: the budget, a share of the pairs of the layers that can be compressed. A cache rounds each head up
             to whole pairs, and holds less than one pair a head more.
         strategy: a name in `STRATEGIES`.
@@ -59,7 +67,7 @@ def plan(
         SettingsError: a name is unknown, there is nothing to compress, or the curves lack what the strategy needs.
         BudgetError: the budget is too small for what must stay; the message names the least one.
     """
-    chosen = STRATEGIES.find(strategy)
+    chosen, curves = STRATEGIES.find(strategy), _curves_of(measured)
     if policy is not None:
         check_choice("policy", policy, BY_NORM)
     if isinstance(keep_ratio, bool) or not 0 <= keep_ratio <= 1:
@@ -88,6 +96,14 @@ def plan(
     )
 
 
+def _curves_of(measured: LossCurves | Study | Capture | Sequence[Capture]) -> LossCurves:
+    if isinstance(measured, LossCurves):
+        return measured
+    if isinstance(measured, Study):
+        return curves_of(measured)
+    return loss_curves(*([measured] if isinstance(measured, Capture) else measured), protect_last=RECENT_WINDOW)
+
+
 def _directions(curves: LossCurves, ratios: np.ndarray) -> tuple[tuple[str, ...], ...]:
     def lost(curve: np.ndarray, head: tuple[int, ...]) -> float:
         return float(np.interp(ratios[head], curves.ratios, curve[head]))
@@ -103,8 +119,13 @@ def _skip_first_two(budget: Budget) -> np.ndarray:
 def _skip_suggested(budget: Budget) -> np.ndarray:
     """The suggested layers are skipped, as many of them, the worst first, as the budget can pay for."""
     policy = "low_norm" if budget.policy == "signed_norm" else budget.policy  # the list is of one direction
-    suggested = np.array(suggest_skip_layers(budget.curves.captures, policy).layers, dtype=int)
-    by_layer = np.stack([layer_loss(capture, policy).by_layer for capture in budget.curves.captures])
+    study = budget.curves.study
+    if study is None:
+        if not budget.curves.captures:
+            raise SettingsError("skip_suggested goes by ALR, and these curves came without a study or captures")
+        study = study_of(*budget.curves.captures, probes=("next token",), names=("alr", "alr_chance"))
+    suggested = np.array(suggest_skip_layers(study, policy).layers, dtype=int)
+    by_layer = layer_alr(study, policy)
     badness = np.where(np.isnan(by_layer), np.inf, by_layer).mean(axis=0)
     skipped, least = np.zeros(len(budget.layer), dtype=bool), budget.curves.least_bin
     for layer in suggested[np.argsort(-badness[suggested], kind="stable")]:
@@ -186,7 +207,6 @@ STRATEGIES: Registry[Strategy] = Registry(
             "plan",
             _skip_suggested,
             "low_norm",
-            needs_captures=True,
         ),
         "by_layer": Strategy(
             "By layer",

@@ -22,8 +22,9 @@ from analysis.models.sizes import checkpoint_dtype
 from analysis.plans.ablation import Ablation
 from analysis.plans.export import LENGTHS, kvpress_code, library_code
 from analysis.plans.front import Front
-from analysis.plans.skip import layer_loss, suggest_skip_layers
+from analysis.plans.skip import suggest_skip_layers
 from analysis.records import json_text
+from analysis.statistics import layer_alr, nanmean, policy_alr
 from analysis.studies import Study, study_of
 from analysis.verdicts import answer, meanings, verdict_counts, verdicts
 from analysis.words import human_bytes, layers_listed, signed
@@ -81,7 +82,7 @@ def report(
     if not 1 <= len(runs) <= 2 or len(studies) > 2:
         raise ValueError(f"a report is of 1 or 2 runs and up to 2 studies, got {len(runs)} and {len(studies)}")
     names, measured = _names(runs, "run"), [study_of(run, probes=("next token",)) for run in runs]
-    advice = [_Advice.of(run, studies) for run in runs]
+    advice = [_Advice.of(study, studies) for study in measured]
     sections: list[Section] = []
     if len(runs) == 2:
         compared = chapters.of_comparison(compare(*measured, names=_pair(names)))
@@ -90,7 +91,7 @@ def report(
     for name, run, study, advised in zip(names, runs, measured, advice, strict=True):
         after = f": {name}" if len(runs) > 1 else ""
         sections += [section(run, study, after) for section in (_heads, _extremes)]
-        sections += [section(run, advised, after) for section in (_layers, _savings)]
+        sections += [_layers(run, study, advised, after), _savings(run, advised, after)]
     study_names = _names(studies, "study")
     sections += [chapters.of_study(study, name) for study, name in zip(studies, study_names, strict=True)]
     if len(studies) == 2:
@@ -200,8 +201,9 @@ def _extremes(run: Capture, study: Study, after: str) -> Section:
     return Section(heading, (words,), tuple(drawings), columns=2)
 
 
-def _layers(run: Capture, advice: _Advice, after: str) -> Section:
-    loss, kept = layer_loss(run, advice.policy), advice.policy.replace("_", " ")
+def _layers(run: Capture, study: Study, advice: _Advice, after: str) -> Section:
+    kept = advice.policy.replace("_", " ")
+    by_head, by_layer = policy_alr(study, advice.policy)[0], layer_alr(study, advice.policy)[0]
     words = [f"Suggestion, keeping by {kept}: {layers_listed(advice.skipped)}. {advice.rule}"]
     if advice.policy == "high_norm":
         words.insert(
@@ -209,14 +211,14 @@ def _layers(run: Capture, advice: _Advice, after: str) -> Section:
             "Here the mirror of the paper's rule, keeping HIGH norms, beats chance in more layers than the rule.",
         )
     drawing = Drawing(
-        figures.layer_alr(loss.by_head, loss.by_layer, threshold=None, skipped=advice.skipped),
+        figures.layer_alr(by_head / study.of("alr_chance")[0], by_layer, threshold=None, skipped=advice.skipped),
         alt="Normalised ALR by layer",
         caption=f"What keeping by {kept} loses beyond the ideal order, as a share of what a random order loses, on the "
         "text of this run: points are heads, diamonds layers. Suggested layers are shaded.",
         table={
             "layer": range(run.n_layers),
-            "Normalised ALR": loss.by_layer,
-            "ALR, mean over heads": loss.paper,
+            "Normalised ALR": by_layer,
+            "ALR, mean over heads": nanmean(by_head.T),
             "skipped": [layer in advice.skipped for layer in range(run.n_layers)],
         },
     )
@@ -263,7 +265,7 @@ class _Advice:
     rule: str
 
     @classmethod
-    def of(cls, run: Capture, studies: Sequence[Study]) -> _Advice:
+    def of(cls, run: Study, studies: Sequence[Study]) -> _Advice:
         """By the study of the same model if there is one, since one text is an anecdote; else by the run.
 
         Of the paper's rule and its mirror the one that beats a random order in more layers; the paper's on a tie.

@@ -23,8 +23,8 @@ _MIB = 2**20
 def of_study(study: Study, name: str) -> Section:
     """What the heads do over many texts, with intervals."""
     gamma, verdict = statistics.head_means(study), verdicts(study)
-    loss = statistics.means(statistics.layer_losses(study), documents=study.documents)
-    stability = statistics.stability(statistics.layer_losses(study))
+    loss = statistics.means(statistics.layer_alr(study), documents=study.documents)
+    stability = statistics.stability(statistics.layer_alr(study))
     layer, head = np.indices(gamma.mean.shape).reshape(2, -1)
     n = len(study.names)
     unfinished = "" if study.complete else f" {study.texts - n} texts asked for are not done."

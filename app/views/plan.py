@@ -10,9 +10,11 @@ import streamlit as st
 from analysis.captures import Capture
 from analysis.errors import RecordError, SettingsError
 from analysis.plans.allocation import AllocationPlan
-from analysis.plans.curves import BY_NORM
+from analysis.plans.curves import BY_NORM, curves_of
 from analysis.plans.skip import Plan
-from analysis.plans.strategies import plan, title_of
+from analysis.plans.strategies import STRATEGIES, plan, title_of
+from analysis.studies import Study
+from analysis.words import counted
 from app import figures, session
 from app.components import choices, controls, markup, uploads
 from app.components.charts import show
@@ -81,35 +83,60 @@ def _make(run: Capture) -> Plan | None:
         )  # fmt: skip
     spec = controls.current_spec()
     try:
-        plan = _plan(run, spec.protect_last, spec.keep_ratio, strategy, None if policy == _OWN else policy)
+        measured = _measured(run, spec.protect_last, strategy)
+        plan = _plan(measured, spec.protect_last, spec.keep_ratio, strategy, None if policy == _OWN else policy)
     except SettingsError as error:
         st.warning(f"There is no such plan: {markup.plain(str(error))}.", icon=":material/warning:")
         return None
-    _expected(run, plan)
+    _expected(measured, plan)
     _maps(plan)
-    note = f"{title_of(strategy)}, from {run.n_tokens} tokens of one text"
+    of = (
+        f"{counted(len(measured.names), 'text')} of a study"
+        if isinstance(measured, Study)
+        else f"{run.n_tokens} tokens of one text"
+    )
+    note = f"{title_of(strategy)}, from {of}"
     return Plan(run.model, plan.to_spec(), note=note)
 
 
+def _measured(run: Capture, protect_last: int, strategy: str) -> Capture | Study:
+    """The study of the model on screen, where there is one with loss curves that are enough; else the run."""
+    study = session.current_study()
+    alike = study is not None and (study.model, study.layer_kinds) == (run.model, run.layer_kinds)
+    if study is None or not alike or study.curves is None or study.protect_last != protect_last:
+        return run
+    return run if STRATEGIES[strategy].needs_captures else study
+
+
 @session.remembered
-def _plan(run: Capture, protect_last: int, keep_ratio: float, strategy: str, policy: str | None) -> AllocationPlan:
-    return plan(session.curves_of(run, protect_last), keep_ratio, strategy, policy=policy)
+def _plan(
+    measured: Capture | Study, protect_last: int, keep_ratio: float, strategy: str, policy: str | None
+) -> AllocationPlan:
+    curves = curves_of(measured) if isinstance(measured, Study) else session.curves_of(measured, protect_last)
+    return plan(curves, keep_ratio, strategy, policy=policy)
 
 
-def _expected(run: Capture, plan: AllocationPlan) -> None:
+def _expected(measured: Capture | Study, plan: AllocationPlan) -> None:
     if np.isnan(plan.expected_loss):
         st.markdown("It reads no norms, so nothing is known of what it would lose.")
         return
+    if isinstance(measured, Study):
+        on = f"On the {counted(len(measured.names), 'text')} of the study"
+        planned = (
+            f"planned on {counted(len(measured.names), 'text')} and judged on the same ones, for one query of each"
+        )
+    else:
+        on = "On this text"
+        planned = f"planned on the {measured.n_tokens} tokens on screen and judged on the same ones, for one query"
     less = 1 - plan.expected_loss / plan.uniform_loss if plan.uniform_loss else 0.0
     verdict = f"**{less:.0%} less** than" if less >= 0.005 else f"**{-less:.0%} more** than" if less < -0.005 else "as"
     st.markdown(
-        f"On this text it would lose **{plan.expected_loss:.1%}** of the next token's attention, {verdict} one ratio "
+        f"{on} it would lose **{plan.expected_loss:.1%}** of the next token's attention, {verdict} one ratio "
         f"for all ({plan.uniform_loss:.1%}) from the same bytes; no plan of this kind can lose less than "
         f"{plan.bound:.1%}."
     )
     st.caption(
-        f"In-sample: planned on the {run.n_tokens} tokens on screen and judged on the same ones, for one query. That "
-        "flatters a plan. Attention lost is not prediction lost, either: see what was measured below before you "
+        f"In-sample: {planned}. That flatters a plan. Attention lost is not prediction lost, either: see what was measured below before you "
         "believe it."
     )
 

@@ -13,8 +13,8 @@ from analysis.errors import RecordError
 from analysis.models.memory import human_bytes
 from analysis.plans.ablation import COSTLY, Ablation, suggest_by_ablation
 from analysis.plans.export import LENGTHS
-from analysis.plans.skip import RULES, Plan, SkipSuggestion, layer_loss, skip_list, suggest_skip_layers
-from analysis.studies import Study
+from analysis.plans.skip import RULES, Plan, SkipSuggestion, skip_list, suggest_skip_layers
+from analysis.statistics import layer_alr, nanmean, policy_alr
 from app import figures, session
 from app.components import controls, markup, sources, uploads
 from app.components.charts import show
@@ -58,9 +58,11 @@ def page(engine: Engine, generate_page: StreamlitPage) -> None:
     controls.skip_layers_input(run)
     spec = controls.current_spec()
 
-    loss = layer_loss(run, spec.policy)
+    study = session.study_of_run(run, "next token")
+    by_head, by_layer = policy_alr(study, spec.policy)[0], layer_alr(study, spec.policy)[0]
+    paper = nanmean(by_head.T)
     show(
-        figures.layer_alr(loss.by_head, loss.by_layer, threshold=threshold, skipped=spec.skip_layers),
+        figures.layer_alr(by_head / study.of("alr_chance")[0], by_layer, threshold=threshold, skipped=spec.skip_layers),
         key="layer_alr",
         alt="ALR against chance, by layer",
         caption=f"What *{markup.plain(controls.title(spec.policy))}* loses beyond the ideal order, as a share "
@@ -69,9 +71,9 @@ def page(engine: Engine, generate_page: StreamlitPage) -> None:
         "the page *Texts* has the same over many, with intervals.",
         table={
             "layer": np.arange(run.n_layers),
-            "ALR / chance": loss.by_layer,
-            "ALR, mean over heads": loss.paper,
-            "ALR / n": loss.paper / run.n_tokens,
+            "ALR / chance": by_layer,
+            "ALR, mean over heads": paper,
+            "ALR / n": paper / run.n_tokens,
             "skipped": [i in spec.skip_layers for i in range(run.n_layers)],
         },
     )
@@ -114,15 +116,15 @@ def _by_alr(run: Capture, policy: str) -> tuple[SkipSuggestion, float | None]:
         study = None
     with st.container(horizontal=True, vertical_alignment="bottom"):
         rule = _rule("ALR / chance", "skip_rule")
-        measured: Capture | Study = run
+        measured = session.study_of_run(run, "next token")
         if study is not None:
             names = {"text": "this text", "study": f"the study of {len(study.names)} texts"}
             judged = st.segmented_control(
-                "Judged by", list(names), default="text", required=True, format_func=names.get, key="judged_by",
+                "Judged by", list(names), default="study", required=True, format_func=names.get, key="judged_by",
                 persist_state="session",
                 help="A list that hangs on one text may be another one tomorrow: see the page *Texts*.",
             )  # fmt: skip
-            measured = run if judged == "text" else study
+            measured = measured if judged == "text" else study
         options = {}
         if rule == "threshold":
             options["threshold"] = st.slider(

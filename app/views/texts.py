@@ -8,7 +8,7 @@ import numpy as np
 import streamlit as st
 
 from analysis.metrics import METRICS, PROBES, Metric
-from analysis.statistics import MIN_TEXTS, STABLE, Means, Stability, head_means, layer_losses, means, stability
+from analysis.statistics import MIN_TEXTS, STABLE, Means, Stability, head_means, layer_alr, means, stability
 from analysis.studies import Study
 from analysis.verdicts import answer, meanings, verdict_counts, verdicts
 from analysis.words import signed, span
@@ -35,7 +35,7 @@ class _Numbers:
 
 @session.remembered
 def _numbers(study: Study, probe: str) -> _Numbers:
-    losses = layer_losses(study, probe=probe)
+    losses = layer_alr(study, probe=probe)
     return _Numbers(
         answer(study, probe=probe),
         head_means(study, probe=probe),

@@ -14,9 +14,9 @@ from analysis.evaluation.lm import LmSettings
 from analysis.metrics import alr
 from analysis.plans import ablation
 from analysis.plans.ablation import Ablation, ablate_layers, agreement, head_costs, suggest_by_ablation
-from analysis.plans.skip import layer_loss
 from analysis.records import from_json, to_json
-from analysis.statistics import MIN_TEXTS, RESAMPLES
+from analysis.statistics import MIN_TEXTS, RESAMPLES, layer_alr
+from analysis.studies import study_of
 from analysis.texts.excerpts import Excerpt, excerpts
 from analysis.texts.tokens import tokenize
 from l2kv import CompressionSpec
@@ -44,7 +44,7 @@ def test_the_cost_of_a_layer_is_that_of_compressing_it_and_no_other(loaded, text
         full = continuation_nll(loaded, text, None, **LENGTHS)
         run = capture(loaded, text[: tokenize(loaded.tokenizer, text).spans[23, 1]])
         assert run.n_tokens == 24
-        np.testing.assert_allclose(check.normalised_alr[:, i], layer_loss(run).by_layer)
+        np.testing.assert_allclose(check.normalised_alr[:, i], layer_alr(study_of(run))[0])
         np.testing.assert_allclose(check.alr[:, i], alr(run).mean(axis=1))
         for layer in range(6):
             # The same cache said in another way: all layers are kept whole by their ratio but one.

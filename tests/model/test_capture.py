@@ -13,7 +13,16 @@ from transformers import (
 )
 from transformers.cache_utils import CacheLayerMixin
 
-from analysis import ModelError, OutOfMemoryError, TextError, capture, correlation, recorder, suggest_skip_layers
+from analysis import (
+    ModelError,
+    OutOfMemoryError,
+    TextError,
+    capture,
+    correlation,
+    recorder,
+    study_of,
+    suggest_skip_layers,
+)
 from analysis.measures import kept_tokens
 from analysis.metrics import status
 from analysis.models import memory as memory_module
@@ -157,7 +166,7 @@ def test_a_head_with_a_window_is_said_to_be_undefined_not_judged_by_what_it_cann
     assert run.windows == tuple(10 * (kinds == "sliding"))
     assert set(status(run)[kinds == "sliding"].ravel()) == {"sliding window"}
     assert np.isfinite(correlation(run)[kinds == "full"]).all()
-    assert not set(suggest_skip_layers(run, threshold=0).layers) & set(np.flatnonzero(kinds == "sliding"))
+    assert not set(suggest_skip_layers(study_of(run), threshold=0).layers) & set(np.flatnonzero(kinds == "sliding"))
     assert kept_tokens(run, int(np.flatnonzero(kinds == "sliding")[0]), 0, CompressionSpec(0.1)).all()
 
 

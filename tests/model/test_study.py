@@ -18,15 +18,16 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from analysis import alr, correlation, records
+from analysis import studies as measured
 from analysis.__main__ import main
 from analysis.defaults import RECENT_WINDOW
 from analysis.demo import presets
 from analysis.errors import RecordError, SettingsError, TextError
 from analysis.metrics import METRICS, PROBES, STATUSES, Metric, gamma, metrics
+from analysis.models.digest import digest_of
 from analysis.models.load import LoadedModel
 from analysis.plans.curves import LossCurves, curves_of, loss_curves
-from analysis.plans.skip import layer_loss
-from analysis.statistics import head_means, layer_losses, stability
+from analysis.statistics import head_means, layer_alr, stability
 from analysis.studies import Study, load_study, save_study, study
 from analysis.texts.excerpts import Excerpt, excerpts
 from analysis.verdicts import answer, verdicts
@@ -124,13 +125,15 @@ def test_a_probe_is_the_attention_that_all_metrics_are_of():
         metrics(run, probe="last query")
 
 
-def test_losses_of_layers_are_those_that_the_skip_page_shows(loaded, texts, whole):
+def test_alr_of_layers_over_chance_counts_heads_by_what_there_is_to_lose(loaded, texts, whole):
     from analysis import capture
 
-    for row, (_, text, _) in zip(layer_losses(whole), texts, strict=True):
-        np.testing.assert_allclose(row, layer_loss(capture(loaded, text)).by_layer, rtol=1e-9)
+    for row, (_, text, _) in zip(layer_alr(whole), texts, strict=True):
+        found = metrics(capture(loaded, text))
+        by_layer = [sum(alr) / sum(chance) for alr, chance in zip(found.of("alr"), found.of("alr_chance"), strict=True)]
+        np.testing.assert_allclose(row, by_layer, rtol=1e-9)
     undefined = study_of(np.zeros((3, 2, 2)), alr=np.full((3, 2, 2), np.nan), alr_chance=np.full((3, 2, 2), np.nan))
-    assert np.isnan(layer_losses(undefined)).all()
+    assert np.isnan(layer_alr(undefined)).all()
 
 
 # Running, resuming, refusing
@@ -342,7 +345,7 @@ HALF_OF_GAMMA = Metric("Half of Γ", "half of Γ", lambda row: gamma(row) / 2, l
 @pytest.mark.parametrize("model", ["books-5m", "smollm2"])
 def test_a_study_that_was_made_before_a_metric_was_added_opens_and_says_all_that_it_said(model):
     def told(of: Study) -> list:
-        losses = layer_losses(of)
+        losses = layer_alr(of)
         return [answer(of), verdicts(of).tolist(), str(stability(losses)), head_means(of).mean.tolist(), of.metrics]
 
     path = presets.bundled_results(model).study
@@ -364,13 +367,36 @@ def test_a_study_with_a_metric_that_is_registered_no_more_opens(tmp_path, loaded
     assert answer(read) == answer(made)
 
 
-def test_a_study_of_other_metrics_is_not_gone_on_with(tmp_path, loaded, texts):
+def test_a_study_is_resumed_with_its_own_metrics_after_another_was_registered(tmp_path, loaded, texts, whole):
     path = tmp_path / "study.safetensors"
     study(loaded, texts[:2], path)
+    with registered("half_of_gamma", HALF_OF_GAMMA):
+        assert_same(study(loaded, texts, path), whole)
+
+
+def test_a_study_with_a_metric_that_is_registered_no_more_is_not_resumed_and_says_which(tmp_path, loaded, texts):
+    path = tmp_path / "study.safetensors"
+    with registered("half_of_gamma", HALF_OF_GAMMA):
+        study(loaded, texts[:2], path)
     before = path.read_bytes()
-    with registered("half_of_gamma", HALF_OF_GAMMA), pytest.raises(RecordError, match=r"other metrics.*l2kv study"):
+    with pytest.raises(RecordError, match=r"holds half_of_gamma, which cannot be measured now.*l2kv study"):
         study(loaded, texts, path)
     assert path.read_bytes() == before
+
+
+def test_a_study_is_resumed_with_its_own_recent_window_and_probes(tmp_path, loaded, texts):
+    from analysis import capture
+
+    path = tmp_path / "study.safetensors"
+    runs = [capture(loaded, excerpt.text) for excerpt in texts]
+    begun = measured.study_of(runs[0], probes=["all queries"], protect_last=7)
+    first = dataclasses.replace(begun, weights=digest_of(loaded), names=texts[0][:1], documents=("Keats",))
+    save_study(first, path)
+    done = study(loaded, texts, path)
+    alone = measured.study_of(*runs, probes=["all queries"], protect_last=7)
+    assert (done.protect_last, done.probes, done.names) == (7, ("all queries",), tuple(text.name for text in texts))
+    for name in ("values", "curves", "curve_gammas"):
+        np.testing.assert_array_equal(getattr(done, name), getattr(alone, name))
 
 
 # Its loss curves
@@ -387,6 +413,8 @@ def test_the_curves_of_a_study_are_those_of_the_captures_of_its_texts(loaded, te
         one, other = getattr(ours, field.name), getattr(plain, field.name)
         if field.name == "captures":
             assert one == () and len(other) == 4
+        elif field.name == "study":
+            assert one is whole and other is None
         elif isinstance(other, np.ndarray) and other.dtype == float:
             np.testing.assert_allclose(one, other, atol=1e-6, err_msg=field.name)
         elif isinstance(other, np.ndarray):
@@ -404,6 +432,27 @@ def test_a_plan_can_be_made_from_a_study(tmp_path, loaded, texts, whole):
     from_captures = plan(loss_curves(*runs, protect_last=RECENT_WINDOW), 0.7)
     assert made.expected_loss == pytest.approx(from_captures.expected_loss, abs=1e-6)
     assert made.to_spec().protect_last == RECENT_WINDOW
+
+
+def test_a_run_is_a_study_of_one_of_which_plans_are_made_alike(loaded, texts):
+    from analysis import capture, plan
+
+    runs = [capture(loaded, excerpt.text) for excerpt in texts]
+    for given in (runs[:1], runs):
+        curves = curves_of(measured.study_of(*given))
+        plain = loss_curves(*given, protect_last=RECENT_WINDOW)
+        np.testing.assert_allclose(curves.low, plain.low, atol=1e-6)
+        assert curves.least_bin == plain.least_bin
+        made = [plan(of, 0.7) for of in (measured.study_of(*given), given, curves, plain)]
+        for one in made[:-1]:
+            assert one.expected_loss == pytest.approx(made[-1].expected_loss, abs=1e-6)
+            assert one.protect_last == RECENT_WINDOW
+    assert plan(runs[0], 0.7).expected_loss == plan(runs[:1], 0.7).expected_loss
+    # The layers that are suggested come of a study as of captures; what looks at single tokens does not.
+    by_study, by_runs = (plan(of, 0.9, "skip_suggested").to_spec() for of in (measured.study_of(*runs), runs))
+    assert by_study == by_runs
+    with pytest.raises(SettingsError, match="adakv looks at single tokens"):
+        plan(measured.study_of(*runs), 0.7, "adakv")
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=repr)

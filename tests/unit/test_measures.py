@@ -11,8 +11,8 @@ from analysis.captures import Capture
 from analysis.errors import SettingsError
 from analysis.measures import by_kv_head, kept_tokens
 from analysis.metrics import LEAST_MASS, METRICS, PROBES, metrics, status
-from analysis.plans.skip import layer_loss
 from analysis.records import from_json, to_json
+from analysis.statistics import layer_alr, policy_alr
 from analysis.studies import study_of
 from analysis.verdicts import answer, by_layer, in_short, verdicts, verdicts_of
 from l2kv import CompressionSpec
@@ -285,11 +285,12 @@ def test_an_unknown_method_is_refused(run):
 def test_layers_are_skipped_where_the_policy_is_no_better_than_dice():
     ranks = np.arange(1.0, 9.0)
     run = run_of([[ranks], [ranks], [np.ones(8)]], [[1 / ranks], [ranks], [ranks]])
-    assert layer_loss(run).by_layer[:2] == pytest.approx([0, 2])
-    assert suggest_skip_layers(run).layers == (1, 2)
-    assert suggest_skip_layers(run, "high_norm").layers == (0, 2)
-    assert suggest_skip_layers(run, threshold=2.5).layers == (2,)
-    assert "8 tokens" in suggest_skip_layers(run).rule and "skipped, 1 because" in suggest_skip_layers(run).rule
+    study = study_of(run)
+    assert layer_alr(study)[0, :2] == pytest.approx([0, 2])
+    assert suggest_skip_layers(study).layers == (1, 2)
+    assert suggest_skip_layers(study, "high_norm").layers == (0, 2)
+    assert suggest_skip_layers(study, threshold=2.5).layers == (2,)
+    assert "8 tokens" in suggest_skip_layers(study).rule and "skipped, 1 because" in suggest_skip_layers(study).rule
 
 
 @pytest.mark.parametrize("probe", PROBES)
@@ -324,10 +325,11 @@ def test_every_metric_stays_within_the_range_that_it_is_shown_on(run, name):
     assert metric.diverging == (metric.low == -1)
 
 
-def test_the_suggestion_may_leave_the_sink_out():
+def test_a_sink_may_hide_that_the_others_are_in_the_worst_order():
     ranks = np.arange(1.0, 9.0)
     run = run_of([[[0.5, *ranks]]], [[[20.0, *ranks]]])  # a sink of low norm; among the others the mirror holds
-    assert suggest_skip_layers(run).layers == () and suggest_skip_layers(run, skip_first=1).layers == (0,)
+    assert suggest_skip_layers(study_of(run)).layers == ()
+    assert metrics(run, skip_first=1).of("normalised_alr") == pytest.approx(np.array([[2.0]]))
 
 
 def test_a_spread_of_norms_of_a_thousandth_is_an_order():
@@ -336,11 +338,12 @@ def test_a_spread_of_norms_of_a_thousandth_is_an_order():
 
 
 def test_a_layer_counts_its_heads_by_what_there_is_to_lose(run):
-    loss, low, chance = layer_loss(run), alr(run), metrics(run).of("alr_chance")
-    np.testing.assert_allclose(loss.by_layer, low.mean(1) / chance.mean(1))
-    np.testing.assert_allclose(loss.paper, low.mean(1))
-    np.testing.assert_allclose(layer_loss(run, "high_norm").by_head, 2 - low / chance)
-    np.testing.assert_allclose(layer_loss(run, "random").by_layer, 1)
+    study, low, chance = study_of(run), alr(run), metrics(run).of("alr_chance")
+    np.testing.assert_allclose(layer_alr(study)[0], low.mean(1) / chance.mean(1))
+    np.testing.assert_allclose(layer_alr(study, "high_norm")[0], 2 - low.mean(1) / chance.mean(1))
+    np.testing.assert_allclose(policy_alr(study)[0], low)
+    np.testing.assert_allclose(policy_alr(study, "high_norm")[0] / chance, 2 - low / chance)
+    np.testing.assert_allclose(layer_alr(study, "random"), 1)
 
 
 def test_a_plan_is_read_back_as_it_was_written():

@@ -18,6 +18,7 @@ from analysis.plans.curves import LossCurves, loss_curves
 from analysis.plans.export import kvpress_code, library_code, savings
 from analysis.plans.skip import suggest_skip_layers
 from analysis.plans.strategies import STRATEGIES, plan
+from analysis.studies import study_of
 from l2kv import CompressionSpec
 from l2kv.config import CacheShape
 from tests.support.losses import expected_losses
@@ -328,7 +329,7 @@ def test_what_is_left_is_shared_evenly_among_heads_that_are_not_skipped():
 def test_the_suggested_layers_are_skipped_at_equal_bytes():
     ranks = np.arange(1.0, 9.0)
     run = run_of([[ranks]] * 4, [[1 / ranks], [ranks / 36], [1 / ranks], [1 / ranks]])
-    assert suggest_skip_layers(run).layers == (1,)
+    assert suggest_skip_layers(study_of(run)).layers == (1,)
     made = plan(loss_curves(run, bins=12), 0.5, "skip_suggested")
     np.testing.assert_allclose(made.ratios.ravel() * 12, [4, 12, 4, 4])
     spec = made.to_spec()
@@ -340,7 +341,7 @@ def test_the_suggested_layers_are_skipped_at_equal_bytes():
 def test_the_worst_layers_are_skipped_as_far_as_the_budget_goes():
     ranks = np.arange(1.0, 9.0)
     run = run_of([[ranks]] * 3, [[np.array([1, 2, 3, 4, 5, 6, 8, 7]) / 36], [ranks / 36], [1 / ranks]])
-    assert suggest_skip_layers(run).layers == (0, 1)
+    assert suggest_skip_layers(study_of(run)).layers == (0, 1)
     assert plan(loss_curves(run), 0.5, "skip_suggested").to_spec().skip_layers == (1,)
 
 

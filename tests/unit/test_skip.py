@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
-from analysis import Plan, RecordError
-from analysis.plans.skip import RULES, layer_loss, skip_list, suggest_skip_layers
+from analysis import Plan, RecordError, SettingsError, studies
+from analysis.plans.skip import RULES, skip_list, suggest_skip_layers
 from analysis.records import to_json
+from analysis.statistics import layer_alr
+from analysis.words import counted
 from l2kv import CompressionSpec
 from tests.support.runs import run_of, study_of
 
@@ -29,14 +31,17 @@ def made_study(losses):
 
 def test_by_count_the_worst_are_skipped():
     run = run_of_losses(0.2, 0.9, 0.4, 0.8)
-    assert layer_loss(run).by_layer.argsort().tolist() == [0, 2, 3, 1]
+    assert layer_alr(studies.study_of(run))[0].argsort().tolist() == [0, 2, 3, 1]
     for count, layers in enumerate([(), (1,), (1, 3), (1, 2, 3), (0, 1, 2, 3)]):
-        suggestion = suggest_skip_layers(run, rule="count", count=count)
-        assert suggestion.layers == layers and f"the {count} layers" in suggestion.rule
-    assert suggest_skip_layers(run, "high_norm", rule="count", count=2).layers == (0, 2)  # the mirror's worst
+        suggestion = suggest_skip_layers(studies.study_of(run), rule="count", count=count)
+        assert suggestion.layers == layers and f"Skip {counted(count, 'layer')}, those" in suggestion.rule
+    assert suggest_skip_layers(studies.study_of(run), "high_norm", rule="count", count=2).layers == (
+        0,
+        2,
+    )  # the mirror's worst
     for wrong in (-1, 5):
         with pytest.raises(ValueError, match="count must be from 0 to 4"):
-            suggest_skip_layers(run, rule="count", count=wrong)
+            suggest_skip_layers(studies.study_of(run), rule="count", count=wrong)
 
 
 def test_by_gap_the_layers_above_the_widest_gap_of_the_worse_half_are_skipped():
@@ -66,23 +71,23 @@ def test_a_list_hangs_on_the_mean_of_all_texts_not_on_one():
     assert suggestion.layers == (0,) and "3 texts of 9 tokens" in suggestion.rule
     assert suggest_skip_layers(made_study(losses), "high_norm").layers == (1, 2)  # 2 less those: 0.9, 1.7, 1.05
     runs = [run_of_losses(0.1, 0.9, 0.5), run_of_losses(0.1, 0.2, 0.9), run_of_losses(0.1, 0.2, 0.9)]
-    mean = np.mean([layer_loss(run).by_layer for run in runs], axis=0)
-    suggestion = suggest_skip_layers(runs, rule="count", count=1)
+    mean = np.mean([layer_alr(studies.study_of(run))[0] for run in runs], axis=0)
+    suggestion = suggest_skip_layers(studies.study_of(*runs), rule="count", count=1)
     assert suggestion.layers == (int(mean.argmax()),) == (2,) and "3 texts of 40 tokens" in suggestion.rule
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_layer_without_an_order_is_skipped_by_every_rule(rule):
     run = run_of([[RANKS]] * 2 + [[np.ones(40)]] + [[RANKS]], [[1 / RANKS]] * 4)
-    suggestion = suggest_skip_layers(run, rule=rule, count=1)
+    suggestion = suggest_skip_layers(studies.study_of(run), rule=rule, count=1)
     assert suggestion.layers == (2,) and "Of those skipped, 1 because norms" in suggestion.rule
 
 
 def test_the_words_count_the_layers_that_are_skipped_not_those_asked_for():
     run = run_of([[RANKS]] + [[np.ones(40)]] * 3, [[1 / RANKS]] * 4)
-    suggestion = suggest_skip_layers(run, rule="count", count=1)
+    suggestion = suggest_skip_layers(studies.study_of(run), rule="count", count=1)
     assert suggestion.layers == (1, 2, 3)
-    assert "Skip the 3 layers" in suggestion.rule and "Of those skipped, 3 because" in suggestion.rule
+    assert "Skip 3 layers, those" in suggestion.rule and "Of those skipped, 3 because" in suggestion.rule
 
 
 def test_where_low_norm_is_undefined_so_is_random():
@@ -95,12 +100,15 @@ def test_where_low_norm_is_undefined_so_is_random():
 def test_bad_requests_are_refused():
     one, other = run_of_losses(0.2, 0.9), run_of_losses(0.2, 0.9, 0.1)
     with pytest.raises(ValueError, match="rule must be one of threshold, count, gap"):
-        suggest_skip_layers(one, rule="median")
+        suggest_skip_layers(studies.study_of(one), rule="median")
     for wrong in ([], [one, other]):
         with pytest.raises(ValueError, match="of one model"):
-            suggest_skip_layers(wrong)
-    with pytest.raises(ValueError, match="keeps no tokens"):
-        suggest_skip_layers(made_study([[1.0, 2.0, 3.0]]), skip_first=1)
+            studies.study_of(*wrong)
+    with pytest.raises(SettingsError, match="low_norm, high_norm, random: ALR speaks of these; got 'streaming'"):
+        suggest_skip_layers(studies.study_of(one), "streaming")
+    for wrong in (np.nan, np.inf, -1.0):
+        with pytest.raises(SettingsError, match="threshold must be a number from 0 on"):
+            suggest_skip_layers(studies.study_of(one), threshold=wrong)
 
 
 @pytest.mark.parametrize(
