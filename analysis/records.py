@@ -11,12 +11,13 @@ import dataclasses
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 import numpy as np
@@ -96,9 +97,17 @@ def kind_of(cls: type) -> Kind:
 
 
 def to_json(thing: object) -> str:
-    """The text of a record without arrays, or of one whose arrays are few numbers. What is not finite becomes null."""
+    """The text of a record without arrays, or of one whose arrays are few numbers. What is not finite becomes null.
+
+    Raises:
+        ValueError: a record without arrays that could not be read back, as one of other types than it declares, or of
+            undefined numbers where there may be none: a mistake in the program.
+    """
     kind = kind_of(type(thing))
-    return json_text({f"l2kv_{kind.name}": kind.version} | _plain(thing))
+    text = json_text({f"l2kv_{kind.name}": kind.version} | _plain(thing))
+    if not _axes_of(type(thing)):
+        _check_readable(type(thing), text)
+    return text
 
 
 def from_json(cls: type[Record], text: str) -> Record:
@@ -117,6 +126,7 @@ def save(thing: object, path: str | Path) -> Path:
 
     Raises:
         RecordError: it cannot be written there, or cannot be written at all; says which.
+        ValueError: it could not be read back, as in `to_json`; nothing is written.
     """
     path, kind = Path(path), kind_of(type(thing))
     if not _axes_of(type(thing)):
@@ -127,6 +137,7 @@ def save(thing: object, path: str | Path) -> Path:
         raise RecordError(f"{kind.title.capitalize()} cannot be written: {error}.") from error
     said = {name: getattr(thing, name) for name in _fields_of(type(thing)) if name not in _axes_of(type(thing))}
     header = _plain(said) | _plain(beside)
+    _check_readable(type(thing), json.dumps(_plain(said)), _arrays_of(thing))
     metadata = {f"l2kv_{kind.name}": str(kind.version), "header": json.dumps(header)}
     try:
         with _renamed_into(path) as temporary:
@@ -232,33 +243,43 @@ def _checked(cls: type[Record], content: Content, arrays: Mapping[str, np.ndarra
     hints = get_type_hints(cls)
     for name in set(content) & set(hints):  # on the outermost level others may add what they like
         _check_known(name, content[name], hints[name])
-    return msgspec.convert({**content, **(arrays or {})}, cls, dec_hook=_array)
+    return msgspec.convert({**content, **(arrays or {})}, cls, dec_hook=_array, str_keys=True)
+
+
+def _check_readable(cls: type, header: str, arrays: Mapping[str, np.ndarray] | None = None) -> None:
+    """Raise ValueError where `load` would refuse what is to be written: no work may be lost unheard."""
+    try:
+        if arrays is not None:
+            _check_names(set(arrays), cls)
+            _check_dtypes(arrays, cls)
+        made = _checked(cls, msgspec.json.decode(header.encode()), arrays)
+        check_shapes(made)
+    except (msgspec.MsgspecError, ValueError, TypeError) as error:
+        raise ValueError(f"{kind_of(cls).title} could not be read back: {error}") from error
 
 
 def _check_known(where: str, content: object, hint: Any) -> None:
     """Raise ValueError for a field that a dataclass within a record does not have: a slip must not go unseen."""
-    if isinstance(content, list):
-        for item in content:
-            _check_known(where, item, hint)
-    elif isinstance(content, dict) and get_origin(hint) is Mapping:
+    origin, within = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        for one in within:
+            _check_known(where, content, one)
+    elif isinstance(content, list) and origin in (tuple, list, Sequence):
+        each = within if within[-1:] != (...,) and origin is tuple else within[:1] * len(content)
+        for item, of in zip(content, each, strict=False):  # msgspec counts them
+            _check_known(where, item, of)
+    elif isinstance(content, dict) and origin in (Mapping, dict):
         for name, value in content.items():
-            _check_known(f"{where}.{name}", value, get_args(hint)[1])
-    elif isinstance(content, dict) and (inner := _dataclass_in(hint)):
-        hints = _hints_of(inner)
+            _check_known(f"{where}.{name}", value, within[1])
+    elif isinstance(content, dict) and dataclasses.is_dataclass(hint):
+        hints = _hints_of(hint)
         if unknown := set(content) - set(hints):
             raise ValueError(f"{where} has no field {', '.join(sorted(map(repr, unknown)))}")
         for name, value in content.items():
             _check_known(f"{where}.{name}", value, hints[name])
 
 
-_hints_of: Callable[[type], dict[str, Any]] = cache(get_type_hints)
-
-
-def _dataclass_in(hint: Any) -> type | None:
-    """The dataclass that a type is, or is a tuple of, or may be."""
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return hint
-    return next(filter(None, map(_dataclass_in, get_args(hint))), None)
+_hints_of: Callable[[Any], dict[str, Any]] = cache(get_type_hints)
 
 
 def _array(kind: type, value: object) -> object:
@@ -274,7 +295,8 @@ def _of_this_version(kind: Kind, version: object, content: Content, *, called: s
         return kind.upgrade(version, content)
     again = f" Make it again: {kind.again}" if kind.again else ""
     told = "it has no version" if version is None else f"it is of version {version!r:.20}"
-    raise RecordError(f"{called} is not {kind.title} of version {kind.version} or before: {told}.{again}")
+    before = " or before" if kind.upgrade else ""
+    raise RecordError(f"{called} is not {kind.title} of version {kind.version}{before}: {told}.{again}")
 
 
 def _check_names(arrays: set[str], cls: type) -> None:

@@ -17,7 +17,6 @@ import numpy as np
 from analysis.errors import ModelError, SettingsError
 from analysis.evaluation.lm import LmSettings, prompt_of
 from analysis.evaluation.results import FULL, Results
-from analysis.plans import version1
 from analysis.plans.skip import Criterion, SkipSuggestion, choose
 from analysis.plans.strategies import plan
 from analysis.progress import Progress, part_of, unheard
@@ -55,7 +54,6 @@ Texts = Sequence[Excerpt | tuple[str, str]]
     version=2,
     title="a single-layer ablation",
     again="l2kv ablation",
-    upgrade=version1.ablation,
     formerly="causal",
 )
 @dataclass(frozen=True)

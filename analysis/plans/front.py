@@ -19,7 +19,6 @@ from analysis.errors import ModelError, SettingsError, TextError
 from analysis.evaluation.lm import LmSettings, prompt_of
 from analysis.evaluation.results import FULL, Results
 from analysis.models.memory import human_bytes
-from analysis.plans import version1
 from analysis.plans.allocation import BudgetError
 from analysis.plans.curves import loss_curves, slim
 from analysis.plans.strategies import STRATEGIES, plan, title_of
@@ -86,7 +85,7 @@ class Comparison:
         return "better" if self.less.high < 0 else "worse" if self.less.low > 0 else "not told apart"
 
 
-@record("front", version=2, title="a Pareto front", again="l2kv front", upgrade=version1.front)
+@record("front", version=2, title="a Pareto front", again="l2kv front")
 @dataclass(frozen=True)
 class Front:
     """Allocation strategies at several budgets, measured in one model on N texts."""

@@ -121,13 +121,10 @@ def _expected(measured: Capture | Study, plan: AllocationPlan) -> None:
         st.markdown("It reads no norms, so nothing is known of what it would lose.")
         return
     if isinstance(measured, Study):
-        on = f"On the {counted(len(measured.names), 'text')} of the study"
-        planned = (
-            f"planned on {counted(len(measured.names), 'text')} and judged on the same ones, for one query of each"
-        )
+        texts = counted(len(measured.names), "text")
+        on, of = f"On the {texts} of the study", f"{texts} and judged on the same ones, for one query of each"
     else:
-        on = "On this text"
-        planned = f"planned on the {measured.n_tokens} tokens on screen and judged on the same ones, for one query"
+        on, of = "On this text", f"the {measured.n_tokens} tokens on screen and judged on the same ones, for one query"
     less = 1 - plan.expected_loss / plan.uniform_loss if plan.uniform_loss else 0.0
     verdict = f"**{less:.0%} less** than" if less >= 0.005 else f"**{-less:.0%} more** than" if less < -0.005 else "as"
     st.markdown(
@@ -136,8 +133,8 @@ def _expected(measured: Capture | Study, plan: AllocationPlan) -> None:
         f"{plan.bound:.1%}."
     )
     st.caption(
-        f"In-sample: {planned}. That flatters a plan. Attention lost is not prediction lost, either: see what was measured below before you "
-        "believe it."
+        f"In-sample: planned on {of}. That flatters a plan. Attention lost is not prediction lost, either: see what "
+        "was measured below before you believe it."
     )
 
 

@@ -13,7 +13,6 @@ from analysis import ModelError, RecordError, TextError, capture, loss_curves
 from analysis.demo import presets
 from analysis.evaluation.lm import LmSettings
 from analysis.models.load import LoadedModel
-from analysis.plans import version1
 from analysis.plans.ablation import head_costs
 from analysis.plans.allocation import BudgetError
 from analysis.plans.curves import LossCurves
@@ -350,70 +349,42 @@ def test_a_front_is_read_back_as_it_was_written(front):
     assert math.isnan(point.nll_change[0]) and point.nll_change[1] == pytest.approx(0.1)
 
 
-OLD = {
-    "l2kv_front": 1,
-    "model": "old",
-    "planned_on": ["a"],
-    "measured_on": ["b", "c"],
-    "prompt_tokens": 10,
-    "new_tokens": 2,
-    "full_nbytes": 4096,
-    "full_nll": [3.0, 4.0],
-    "points": [
-        {
-            "line": "plan by head, weighed by cost",
-            "keep": 0.5,
-            "spec": {"keep_ratio": 0.5, "skip_layers": [1], "head_ratios": [[[0, 1], 0.25]]},
-            "nbytes": 2048,
-            "nll_change": [0.5, None],
-            "planned_loss": 0.1,
-            "measured_loss": None,
-        },
-        {"line": "my own", "keep": 0.5, "spec": {}, "nbytes": 1024, "nll_change": [0.25, 0.125]},
-    ],
-    "left_out": ["plan by head, no signal whole, keep 0.1: too small"],
-}
+def test_a_front_of_version_1_is_refused_with_the_command_that_makes_it_again():
+    with pytest.raises(RecordError, match=r"front of version 2: it is of version 1\. Make it again: l2kv front"):
+        from_json(Front, '{"l2kv_front": 1, "model": "m"}')
 
 
-def test_a_front_of_version_1_opens_with_its_strategies_by_todays_names():
-    front = from_json(Front, json.dumps(OLD))
-    first, second = front.points
-    assert (first.strategy, second.strategy) == ("by_head_by_cost", "my own")
-    assert first.spec == CompressionSpec(skip_layers=(1,), head_ratios={(0, 1): 0.25}) and first.nbytes == 2048
-    assert first.nll_change[0] == 0.5 and math.isnan(first.nll_change[1]) and second.nll_change == (0.25, 0.125)
-    assert first.planned_loss == 0.1 and math.isnan(first.measured_loss)
-    assert front.results.scores(front.results.full).tolist() == [3, 4] and front.full_nbytes == 4096
-    assert (front.model, front.measured_on, front.lengths) == ("old", ("b", "c"), (10, 2))
-    assert front.left_out == ("by_head_with_signal, keep 0.1: too small",)
-    assert from_json(Front, to_json(front)).points[1] == second
-    assert set(version1.STRATEGIES.values()) <= set(STRATEGIES)
+def content_of_a_front() -> dict:
+    """What the file of a front of one strategy on two texts says."""
+    return json.loads(to_json(front_of([(LOW, 0.5, CompressionSpec(), (0.5, 0.25))], documents=("x", "y"))))
 
 
 @pytest.mark.parametrize(
-    "change,reason",
+    ("place", "value", "reason"),
     [
-        ({"points": [{}]}, "missing required field"),
-        ({"points": 3}, "Expected `array`"),
-        ({"model": 7}, "Expected `str`"),
-        ({"full_nll": [1.0]}, r"shorter|longer"),
-        ({"l2kv_front": 99}, "version 2 or before"),
-        ({"spec": {"keep_ratio": 7}}, "keep_ratio must be from 0 to 1"),
-        ({"keep": 2}, "keep_ratio must be"),
-        ({"nll_change": ["x"] * 2}, "Expected `float"),
-        ({"nll_change": [10**400] * 2}, "out of range"),
-        ({"full_nbytes": 10**400}, "nbytes must be"),
-        ({"full_nbytes": -1}, "nbytes must be"),
-        ({"measured_on": [], "full_nll": [], "points": []}, "no texts"),
-        ({"documents": ["x"]}, r"shorter|longer"),
-        ({"documents": [1] * 2}, "Expected `str`"),
+        (("l2kv_front",), 99, "it is of version 99"),
+        (("results", "rows"), 3, "Expected `array`"),
+        (("results", "rows"), [], "no texts"),
+        (("results", "model"), 7, "Expected `str`"),
+        (("results", "rows", 1, "score"), "x", "Expected `float"),
+        (("results", "rows", 1, "score"), 10**400, "out of range"),
+        (("results", "rows", 1, "nbytes"), 10**400, "nbytes must be"),
+        (("results", "rows", 1, "nbytes"), -1, "nbytes must be"),
+        (("results", "rows", 1, "document"), 1, "Expected `str`"),
+        (("results", "rows", 1, "sample"), "another", "one row for each sample"),
+        (("results", "methods", f"{LOW} 0.5", "keep_ratio"), 7, "keep_ratio must be from 0 to 1"),
+        (("plans", 0, "keep_ratio"), 2, "keep_ratio must be"),
+        (("plans", 0, "keep"), 0.5, r"plans has no field 'keep'"),
     ],
+    ids=str,
 )
-def test_a_strangers_file_is_refused_with_the_reason(change, reason):
-    content = json.loads(json.dumps(OLD))
-    if set(change) <= {*content, "documents"}:
-        content |= change
-    else:
-        content["points"][0] |= change
+def test_a_strangers_file_is_refused_with_the_reason(place, value, reason):
+    within = content = content_of_a_front()
+    for step in place[:-1]:
+        within = within[step]
+    within[place[-1]] = value
+    if place[-1] == "rows" and value == []:
+        content["results"]["methods"], content["plans"] = {"full cache": None}, []
     with pytest.raises(RecordError, match=reason):
         from_json(Front, json.dumps(content))
 

@@ -1,16 +1,16 @@
 """One NLL at a time, and fronts and ablations made up from NLL changes."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from analysis.evaluation.lm import LmSettings
-from analysis.evaluation.results import FULL
+from analysis.evaluation.results import FULL, Methods, Results, Row
 from analysis.evaluation.run import evaluate
 from analysis.models.load import LoadedModel
 from analysis.plans.ablation import Ablation
 from analysis.plans.front import Front, Planned
-from analysis.plans.version1 import of_changes
 from l2kv import CompressionSpec
 
 
@@ -20,6 +20,41 @@ def continuation_nll(
     """The NLL of the tokens after a prompt by one spec, in a run of its own."""
     settings = LmSettings(prompt_tokens, new_tokens)
     return float(evaluate(loaded, "lm", {"it": spec}, texts=[("it", text)], settings=settings).scores("it")[0])
+
+
+def of_changes(
+    model: str,
+    specs: Methods,
+    changes: Mapping[str, Sequence[float | None]],
+    *,
+    samples: Sequence[str],
+    full_nll: Sequence[float | None] = (),
+    nbytes: Mapping[str, int] | None = None,
+    documents: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+) -> Results:
+    """Results of the task `lm` from NLL changes against the full cache, [N] by method.
+
+    Args:
+        full_nll: [N] of the full cache; scores are changes, and its own are 0, where it is not known.
+        nbytes: held by each method, the full cache among them; 0 where it is not known.
+
+    Raises:
+        ValueError: numbers, or documents, are not of the N samples.
+    """
+    full = tuple(full_nll) or (0.0,) * len(samples)
+    settings = dict(settings or {}) | ({} if full_nll else {"scores": "changes against the full cache"})
+    scores: dict[str, Sequence[float | None]] = {FULL: full}
+    for name, values in changes.items():
+        scores[name] = [
+            None if one is None or base is None else one + base for one, base in zip(values, full, strict=True)
+        ]
+    rows = tuple(
+        Row(name, sample, score, (nbytes or {}).get(name, 0), document=document)
+        for name, of in scores.items()
+        for sample, document, score in zip(samples, documents or [""] * len(samples), of, strict=True)
+    )
+    return Results(model, "", "lm", settings, {FULL: None, **specs}, rows)
 
 
 def front_of(
