@@ -7,7 +7,7 @@ to lose, which is what plans go by. Reading one waits for no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -199,6 +199,18 @@ class Front:
             for (p, other), interval in zip(pairs, simultaneous(less.T, documents=self.results.documents), strict=True)
             if other is best.get(other.keep_ratio) and np.isfinite(interval.value)
         ]
+
+    def __str__(self) -> str:
+        return "\n".join(self._sentences())
+
+    def _sentences(self) -> Iterator[str]:
+        yield from (f"not possible: {words}" for words in self.left_out)
+        agreement = ", ".join(f"{value:+.2f} at keep ratio {keep:g}" for keep, value in self.agreement().items())
+        yield f"Spearman over strategies of expected attention loss, on the measured texts, and NLL change: {agreement}"
+        for one in self.comparisons():
+            less = f"{one.less.value:+.3f} [{one.less.low:+.3f}, {one.less.high:+.3f}], {one.verdict}"
+            yield f"keep ratio {one.plan.keep_ratio:g}: {one.plan.strategy} against {one.uniform.strategy}: {less}"
+        yield self.answer()
 
     def answer(self) -> str:
         """Does a plan beat one ratio for all at equal bytes? In two or three sentences."""
