@@ -108,7 +108,9 @@ class Budget:
     def captures(self) -> tuple[Capture, ...]:
         """The captures that the curves are of. Raises SettingsError where they came without."""
         if not self.curves.captures:
-            raise SettingsError("this strategy looks at single tokens, and these curves came without captures")
+            raise SettingsError(
+                "this strategy looks at single tokens, and these curves came without captures: plan from texts"
+            )
         return self.curves.captures
 
     def least(self, skipped: np.ndarray) -> np.ndarray:

@@ -65,9 +65,7 @@ def plan(
     if isinstance(keep_ratio, bool) or not 0 <= keep_ratio <= 1:
         raise SettingsError(f"keep_ratio must be from 0 to 1, got {keep_ratio!r}")
     if chosen.needs_costs and curves.weights is None:
-        raise SettingsError(f"{strategy} needs what each head costs, which no study says: plan from texts, in a model")
-    if chosen.needs_captures and not curves.captures:
-        raise SettingsError(f"{strategy} looks at single tokens, which no study keeps: plan from texts")
+        raise SettingsError(f"{strategy} needs what each head costs, measured in a model: plan from texts")
     budget = Budget.of(curves, keep_ratio, policy or chosen.policy, weighted=chosen.needs_costs)
     spent = chosen.allocate(budget)
     ratios = np.ones(curves.low.shape[:2])

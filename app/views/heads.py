@@ -139,8 +139,8 @@ def _maps(run: Capture, values: HeadValues, skip_first: int, probe: str) -> bool
             ),
             key=f"map_{which}_{skip_first}_{probe}",
             alt=f"Map of {of.title} by layer and head",
-            caption=f"{CAPTIONS.get(which, f'**{of.title}**: {of.about}.')} {whose} Rows are layers, columns query heads. "
-            "Click a cell to open that head.",
+            caption=f"{CAPTIONS.get(which, f'**{of.title}**: {of.about}.')} {whose} Rows are layers, columns query "
+            "heads. Click a cell to open that head.",
             on_head=session.choose_head,
         )
     if not first_is_drawn():
