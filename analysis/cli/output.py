@@ -70,7 +70,7 @@ def shown(unit: str = "it", *, scale: bool = False) -> Iterator[Progress]:
     """
     from tqdm import tqdm
 
-    with tqdm(disable=None, leave=False, unit=unit, unit_scale=scale, desc="") as bar:
+    with tqdm(disable=None, leave=False, unit=unit if scale else f" {unit}", unit_scale=scale, desc="") as bar:
 
         def show(done: int, total: int, what: str, /) -> None:
             if bar.desc != what or bar.total != total:
