@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -75,20 +75,29 @@ def _all(kind: type[Record], read: Sequence[object]) -> list[Record]:
     return [one for one in read if isinstance(one, kind)]
 
 
+def _head(word: str) -> tuple[int, int]:
+    """The (layer, head) of a head that is written as layer.head. Raises BadParameter."""
+    if not re.fullmatch(r"\d+\.\d+", word):
+        raise typer.BadParameter(f"must be heads as layer.head, such as 0.3,2.1, got {word!r}")
+    layer, head = word.split(".")
+    return int(layer), int(head)
+
+
 def figures(
     texts: options.Texts,
     to: Annotated[Path, typer.Option("-o", "--out", parser=Path, help="Folder to write to.")],
     model: options.Model = defaults.MODEL,
     only: Annotated[Sequence[str], options.listed(options.FIGURES, "Figures to make; all by default.")] = (),
     heads: Annotated[
-        str, typer.Option(help="Heads of figure 1, as layer.head: 0.3,2.1. By default from lowest to highest gamma.")
-    ] = "",
+        Sequence[Any],
+        options.listed(_head, "Heads of figure 1, as layer.head: 0.3,2.1. By default from lowest to highest gamma."),
+    ] = (),
     tokens: options.ExcerptTokens = 1024,
     excerpts: options.Excerpts = defaults.EXCERPTS,
     device: options.Device = None,
 ) -> None:
     """Reproduce the paper's figures for any model, as HTML and JSON."""
-    chosen, documents = _heads_of(heads), texts_of(texts)
+    documents = texts_of(texts)
     loaded = loaded_model(model, device)
     from app.report.paper import write_pages
 
@@ -96,18 +105,9 @@ def figures(
     given = excerpts_of(loaded, documents, n_tokens=n_tokens, at_most=excerpts)
     texts_given, names = [excerpt.text for excerpt in given], [excerpt.name for excerpt in given]
     with shown("step") as progress:
-        made = reproduce(loaded, texts_given, only=only or tuple(FIGURES), heads=chosen, progress=progress)
+        made = reproduce(loaded, texts_given, only=only or tuple(FIGURES), heads=heads or None, progress=progress)
         for file in write_pages(made, to, model=loaded.name, names=names, n_tokens=n_tokens):
             wrote(file)
-
-
-def _heads_of(words: str) -> list[tuple[int, int]] | None:
-    """The (layer, head) of each head that is written as layer.head. Raises UserError."""
-    if not words:
-        return None
-    if not re.fullmatch(r"\d+\.\d+(,\d+\.\d+)*", words):
-        raise UserError(f"--heads takes heads as layer.head, such as 0.3,2.1; got {words!r}")
-    return [(int(layer), int(head)) for layer, head in (word.split(".") for word in words.split(","))]
 
 
 if __name__ == "__main__":  # where the package is not installed: python -m app.cli

@@ -10,7 +10,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
 
 from analysis import defaults
@@ -31,7 +30,6 @@ from analysis.plans.skip import Plan, suggest_skip_layers
 from analysis.records import load_any, save
 from analysis.studies import Study, load_study
 from analysis.texts.tokens import tokenize
-from l2kv.config import CacheShape
 from l2kv.spec import CompressionSpec
 
 if TYPE_CHECKING:
@@ -114,29 +112,13 @@ def plan(
             )
         name, n_tokens = loaded.name, [run.n_tokens for run in curves.captures]
     made = strategies.plan(curves, keep_ratio, strategy)
-    spec, layers = made.to_spec(), np.flatnonzero(made.compressible).tolist()
-    heads = made.ratios.shape[1]
-    shape = CacheShape(tuple(layers), heads, heads, head_dim=1, itemsize=1)  # a share asks for no more
-    note = f"{strategy}, keep ratio {keep_ratio:g}, planned on {len(n_tokens)} texts"
-    loss = (
-        f"expected attention loss {made.expected_loss:.4f}; with one ratio for all {made.uniform_loss:.4f}; at most "
-        f"{made.gap:.4f} less by any other allocation. On the texts of the plan: `front` measures on others."
-    )
+    spec, note = made.to_spec(), f"{strategy}, keep ratio {keep_ratio:g}, planned on {len(n_tokens)} texts"
     tell(
         {"layer": "d", "keep_ratio": ".2f", "by_kv_head": ".2f", "direction": ""},
-        [
-            {
-                "layer": layer,
-                "keep_ratio": float(made.ratios[layer].mean()),
-                "by_kv_head": made.ratios[layer].tolist(),
-                "direction": list(made.directions[layer]) if made.directions else None,
-            }
-            for layer in layers
-        ],
+        made.table(),
         json=json,
         title=f"{name}: {note} of {min(n_tokens)} to {max(n_tokens)} tokens",
-        answer=f"{'it reads no norms: its loss is not known' if math.isnan(made.expected_loss) else loss}\n"
-        f"{1 - shape.nbytes(4096, spec) / shape.nbytes(4096):.0%} saved at 4096 tokens; `savings` counts the bytes",
+        answer=str(made),
         model=name,
         strategy=strategy,
         spec=spec,

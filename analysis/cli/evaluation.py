@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +15,7 @@ from analysis import defaults
 from analysis.cli import options
 from analysis.cli.inputs import excerpts_of, loaded_model, tell_notes, texts_of
 from analysis.cli.options import Compression, out
-from analysis.cli.output import Form, form_of, row_of, shown, tell, wrote
+from analysis.cli.output import Form, form_of, shown, tell, wrote
 from analysis.cli.program import program, spread
 from analysis.evaluation.lm import LmSettings
 from analysis.evaluation.results import FULL
@@ -50,14 +49,9 @@ def ablation(
     with shown("pass") as progress:
         found = ablate_layers(loaded, given, spec, settings=lengths, progress=progress)
     wrote(save(found, to))
-    values = {"normalised_alr": found.normalised_alr, "alr": found.alr, "nll_change": found.nll_change}
-    means = {name: rows.mean(axis=1) for name, rows in values.items() if rows is not None}
     tell(
         {"layer": "d", "normalised_alr": form_of("normalised_alr"), "alr": ".2f", "nll_change": "+.4f"},
-        [
-            {"layer": layer} | {name: float(mean[i]) for name, mean in means.items()}
-            for i, layer in enumerate(found.layers)
-        ],
+        found.table(),
         json=json,
         title=f"{found.model}: NLL change in nats/token when only this layer is compressed",
         answer=str(found),
@@ -106,11 +100,10 @@ def front(
             progress=progress,
         )
     wrote(save(found, to))
-    points = chain.from_iterable(found.lines.values())
     columns: dict[str, Form] = {"strategy": "", "keep_ratio": ".2f", "nbytes": human_bytes}
     tell(
         columns | {"nll_change": "+.3f", "planned_loss": ".3f", "measured_loss": ".3f"},
-        [row_of(point, nll_change=found.interval(point)) for point in points],
+        found.table(),
         json=json,
         title="" if planned else SPLIT,
         answer=str(found),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -107,6 +107,15 @@ class Ablation:
     def alr_agreement(self) -> Interval | None:
         """Spearman of NLL change and the paper's ALR; None where that was not kept."""
         return None if self.alr is None else agreement(self.nll_change, self.alr, documents=self.documents)
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row for each layer: means over texts, the NLL change with its interval; `alr` if the file keeps it."""
+        values = {"normalised_alr": self.normalised_alr} | ({} if self.alr is None else {"alr": self.alr})
+        columns = {name: means(rows.T).mean.tolist() for name, rows in values.items()}
+        columns |= {"nll_change": [self.results.interval(change) for change in self.nll_change]}
+        return [
+            {"layer": self.layers[i]} | {name: of[i] for name, of in columns.items()} for i in range(len(self.layers))
+        ]
 
     def __str__(self) -> str:
         n = self.normalised_alr.shape[1]

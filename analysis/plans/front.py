@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -149,6 +149,12 @@ class Front:
             name: tuple(sorted((p for p in self.points if p.strategy == name), key=lambda p: p.nbytes))
             for name in names
         }
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row for each point, by strategy and rising bytes; the NLL change with its interval."""
+        names = ("strategy", "keep_ratio", "nbytes", "planned_loss", "measured_loss")
+        points = [point for line in self.lines.values() for point in line]
+        return [{name: getattr(p, name) for name in names} | {"nll_change": self.interval(p)} for p in points]
 
     def interval(self, point: FrontPoint) -> Interval:
         """The mean of a point's NLL change over texts and its 95 % interval; documents are resampled."""
