@@ -10,7 +10,7 @@ class SettingsError(UserError):
 
 
 class ModelError(UserError):
-    """A model that cannot be loaded or looked into."""
+    """A model that cannot be loaded or inspected."""
 
 
 class TextError(UserError):

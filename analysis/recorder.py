@@ -44,7 +44,7 @@ def capture(
         TextError: empty, too short, or longer than the model's learned positions.
         SettingsError: `last_queries` is below 0.
         OutOfMemoryError: it would not fit into free memory; says what would.
-        ModelError: NaN in the weights, or an architecture that cannot be looked into.
+        ModelError: NaN in the weights, or an architecture whose attention cannot be captured.
     """
     if last_queries < 0:
         raise SettingsError(f"last_queries must be 0 or more, got {last_queries}")
@@ -83,7 +83,7 @@ def capture(
 
 
 def readable(loaded: LoadedModel, text: str, *, last_queries: int = 0) -> tuple[Tokens, list[str]]:
-    """The tokens of a text that the model can be looked into on, and warnings; all that can be known beforehand.
+    """The tokens of a text that the model can be captured on, and warnings; all that can be known beforehand.
 
     Raises:
         TextError, OutOfMemoryError, ModelError: as `capture`.
@@ -92,10 +92,10 @@ def readable(loaded: LoadedModel, text: str, *, last_queries: int = 0) -> tuple[
     tokens = tokenize(loaded.tokenizer, text)
     warnings = [*tokens.notes, *check_length(loaded, tokens)]
     if unknown := set(layer_kinds(loaded.config)) - {"full_attention", "sliding_attention"}:
-        raise ModelError(f"{loaded.name} has layers that are not looked into yet: {', '.join(sorted(unknown))}.")
+        raise ModelError(f"{loaded.name} has layers that are not supported yet: {', '.join(sorted(unknown))}.")
     heterogeneous = getattr(loaded.config, "is_heterogeneous", False)  # Gemma 4
     if heterogeneous and len({layer.num_key_value_heads for layer in loaded.config.per_layer_config}) > 1:
-        raise ModelError(f"{loaded.name} has layers of different numbers of kv heads, which are not looked into yet.")
+        raise ModelError(f"{loaded.name} has layers of different numbers of kv heads, which are not supported yet.")
     check_fits(loaded, len(tokens), last_queries=last_queries)
     return tokens, warnings
 
@@ -191,7 +191,7 @@ class _Recorder:
         if not self.results:
             self._allocate(at.query.shape[1], at.key.shape[1])
         if at.key.shape[1] != self.results["key_norm"].shape[1]:
-            raise UnsupportedModelError("This model has layers of different numbers of kv heads, not looked into yet.")
+            raise UnsupportedModelError("This model has layers of different numbers of kv heads, not supported yet.")
         attention = _Attention(at)
         if self.probing:
             self._record_probe(attention, at.layer_idx)

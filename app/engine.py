@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class Engine:
-    """Whoever works with the model takes a turn; a closed tab gives its turn up at the next sign of life."""
+    """Turns at the model: one session has it at a time. A closed tab gives up its turn at its next step."""
 
     def __init__(self) -> None:
         self._queue: deque[object] = deque()

@@ -137,7 +137,7 @@ def _shown(mask: Tensor) -> Tensor:
 
 
 def _masks(layer: CompressedLayer, query: Tensor, mask: Tensor | None) -> Iterator[Tensor | None]:
-    """Mask of each part. All that was held before precedes all queries, so only the length differs..."""
+    """Masks, one for each part. All that was held before precedes all queries, so only the length differs..."""
     if layer.first_real is None:
         for part in layer.parts():
             yield mask if mask is None else mask[..., -part.held :]

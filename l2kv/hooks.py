@@ -319,12 +319,11 @@ def watching(model: PreTrainedModel, cache: WatchedCache, look: Callable[[Look],
         if taken is not None:
             if taken.repeats.in_turn:
                 raise UnsupportedModelError(
-                    "In this model query heads share keys in another order than as groups of neighbours, which is not "
-                    "looked into yet."
+                    "In this model the query heads that share keys are not neighbours, which is not supported yet."
                 )
             if options.get("position_bias") is not None:
                 raise UnsupportedModelError(
-                    "This model adds a bias to its attention scores that is not looked into yet."
+                    "This model adds a bias to its attention scores that is not supported yet."
                 )
             look(Look(taken.layer_idx, taken.source, query, taken.keys, taken.values, mask, options))
         return inner(module, query, key, value, mask, **options)

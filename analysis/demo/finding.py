@@ -47,7 +47,7 @@ class Criteria:
     calm: float = 0.02
     """Nats/token: the NLL must move by less, up or down."""
     breaks: float = 0.5
-    """Nats a token: the NLL must rise by more."""
+    """Rise of the NLL that is asked for, nats/token."""
     new_tokens: int = 100
     """Tokens after the passage that the NLL is the mean of."""
     lengths: tuple[int, ...] = (256, 400, 520)

@@ -28,7 +28,7 @@ class ModelSize:
     config: PretrainedConfig  # of the language model
     shape: CacheShape
     weights_bytes: int
-    counted: bool  # the weights were counted from the config; else their files were weighed
+    counted: bool  # the weights were counted from the config; else their files' sizes were added up
 
     def check(self, spec: CompressionSpec) -> None:
         """Raise ModelError unless a cache of this model can be compressed by the spec."""
@@ -62,7 +62,7 @@ def model_size(ref: str | Path) -> ModelSize:
     with reading(name, path.name):
         text = config.get_text_config(decoder=True)
         itemsize = dtype.itemsize if isinstance(dtype := getattr(text, "dtype", None), torch.dtype) else 2
-        weights, counted = _weighed(path), False
+        weights, counted = _weight_bytes(path), False
         if not weights:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config)
@@ -76,7 +76,7 @@ def weights_bytes(ref: str | Path) -> int | None:
     Waits for no torch. Raises ModelError, as `model_size`.
     """
     path, _ = _config_file(ref)
-    return read_gguf(path).nbytes if is_gguf(path) else _weighed(path) or None
+    return read_gguf(path).nbytes if is_gguf(path) else _weight_bytes(path) or None
 
 
 def checkpoint_dtype(ref: str | Path) -> str | None:
@@ -122,7 +122,7 @@ def _config_file(ref: str | Path) -> tuple[Path, str]:
         ) from error
 
 
-def _weighed(config: Path) -> int:
+def _weight_bytes(config: Path) -> int:
     """Bytes of the weights beside a config, or those that their index speaks of; 0 if there are none."""
     if files := sum(path.stat().st_size for path in config.parent.glob("model*.safetensors")):
         return files

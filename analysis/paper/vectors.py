@@ -141,7 +141,7 @@ def _vectors_of(at: Look, window: int) -> HeadVectors:
         scores = torch.zeros(1, 1, n, n, device=shown.device)
         hide_unseen(scores, 0, window)
         if not torch.equal(shown, (scores == 0).expand_as(shown)):
-            raise UnsupportedModelError("This model masks its attention in a way that is not looked into yet.")
+            raise UnsupportedModelError("This model masks its attention in a way that is not supported yet.")
     return HeadVectors(
         layer=at.layer_idx,
         queries=at.query[0].float().cpu().numpy(),

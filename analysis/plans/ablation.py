@@ -276,7 +276,7 @@ def with_head_costs(
     keep_ratio = max(COSTS_AT, curves.least_bin / curves.bins)
     spec = plan(curves, keep_ratio, "uniform_signed").to_spec()
     costs = head_costs(loaded, texts, spec, settings=settings, progress=progress)
-    return curves.weighed(costs.mean(axis=0), keep_ratio)
+    return curves.weighted_by(costs.mean(axis=0), keep_ratio)
 
 
 def agreement(nll_change: np.ndarray, loss: np.ndarray, *, documents: Sequence[str] = (), seed: int = 0) -> Interval:

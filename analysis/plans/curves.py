@@ -51,7 +51,7 @@ class LossCurves:
     over_chance: np.ndarray | None = None  # [2, texts, L, Hkv, B + 1] loss of low and of high, less the random one
     captures: tuple[Capture, ...] = ()  # what they are of, `slim`; the methods that look at single tokens need it
     documents: tuple[str, ...] = ()  # texts, names of what each is an excerpt of; none where it is not known
-    weights: np.ndarray | None = None  # [L, Hkv] what lost attention costs in a head, of 1 in the mean: see `weighed`
+    weights: np.ndarray | None = None  # [L, Hkv] what lost attention costs in a head, of 1 in the mean: see `weighted_by`
 
     @property
     def bins(self) -> int:
@@ -80,7 +80,7 @@ class LossCurves:
         if self.over_chance is None or self.over_chance.shape[1] < MIN_TEXTS:
             better = np.stack([self._leans(sign) for sign in (-1, 1)])
         else:
-            b = min(int(np.ceil(keep * self.bins - TINY)), self.bins)
+            b = min(int(np.ceil(keep_ratio * self.bins - TINY)), self.bins)
             better = np.stack([means(texts[..., b], documents=self.documents).high < 0 for texts in self.over_chance])
         return (self.status == "ok") & better[directions].any(axis=0)
 
@@ -91,16 +91,16 @@ class LossCurves:
         agree = (np.sign(self.gammas) == sign).mean(axis=0)  # an undefined one agrees with nothing
         return (sign * mean >= WEAK) & (agree >= SAME_SIGN)
 
-    def weighed(self, costs: np.ndarray, keep: float) -> LossCurves:
+    def weighted_by(self, costs: np.ndarray, keep_ratio: float) -> LossCurves:
         """The curves with a weight for each head: what it costs to compress it alone, for the attention that it loses.
 
         Attention is not worth the same everywhere: a head that copies may cost more than all the others together.
 
         Args:
-            costs: [L, Hkv] nats/token of compressing each kv head alone at `keep`, in the direction that loses less
+            costs: [L, Hkv] nats/token of compressing each kv head alone at `keep_ratio`, in the direction that loses less
                 (`analysis.plans.ablation.head_costs`); what is below 0 counts as 0.
         """
-        lost = self.of("signed_norm")[..., min(int(np.ceil(keep * self.bins - TINY)), self.bins)]
+        lost = self.of("signed_norm")[..., min(int(np.ceil(keep_ratio * self.bins - TINY)), self.bins)]
         of = self.compressible
         worth = np.maximum(costs, 0.0) / np.maximum(lost, max(lost[of].mean() / 10, TINY))  # a small loss is no divisor
         total = worth[of].mean()

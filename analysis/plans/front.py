@@ -227,7 +227,7 @@ class Front:
         return f"{told}{f' {of_few}' if of_few else ''}{self._told_of_baselines()}"
 
     def _told_of_baselines(self) -> str:
-        """Where what reads no norms is as good as all that do, which a front of norms must not hide."""
+        """Say where a baseline, which reads no norms, does as well as every strategy that does: that must not be hidden."""
         uniform, plans = self.best("uniform"), self.best("plan")
         by_norm = {keep: min(one.mean, plans.get(keep, one).mean) for keep, one in uniform.items()}
         as_good: dict[str, dict[float, float]] = {}  # by strategy and budget, NLL less that of the best by norm
@@ -297,9 +297,9 @@ def measure_front(
     for name in names:
         STRATEGIES.find(name)
     if not plan_texts or not test_texts:
-        raise TextError("A front takes texts to plan on, and others to measure on.")
+        raise TextError("A Pareto front needs texts to plan on, and other texts to measure on.")
     if both := {one.text for one in plan_texts} & {one.text for one in test_texts}:
-        raise TextError(f"A text to measure on was planned on, too: {next(iter(both))[:60]!r}. Give others.")
+        raise TextError(f"A text is given both to plan on and to measure on: {next(iter(both))[:60]!r}. Give different texts.")
     shape = CacheShape.of(loaded.config, loaded.model.dtype.itemsize)
     if not shape.layers:
         raise ModelError(f"{loaded.name} has no layer that can be compressed: all have a sliding window.")

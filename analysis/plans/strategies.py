@@ -38,7 +38,7 @@ class Strategy:
     policy: str = "signed_norm"
     """What stays in each head."""
     needs_costs: bool = False
-    """The curves must be `weighed`: attention counts by what compressing each head alone costs."""
+    """The curves must be `weighted_by`: attention counts by what compressing each head alone costs."""
     needs_captures: bool = False
     """The curves must come with their captures: it looks at single tokens."""
 
@@ -65,7 +65,7 @@ def plan(
     if isinstance(keep_ratio, bool) or not 0 <= keep_ratio <= 1:
         raise SettingsError(f"keep_ratio must be from 0 to 1, got {keep_ratio!r}")
     if chosen.needs_costs and curves.weights is None:
-        raise SettingsError(f"{strategy} needs what each head costs: measure that first (LossCurves.weighed)")
+        raise SettingsError(f"{strategy} needs what each head costs: measure that first (LossCurves.weighted_by)")
     budget = Budget.of(curves, keep_ratio, policy or chosen.policy, weighted=chosen.needs_costs)
     spent = chosen.allocate(budget)
     ratios = np.ones(curves.low.shape[:2])

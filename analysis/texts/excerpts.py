@@ -109,7 +109,7 @@ def planning_and_measuring(
     found = sorted(cut(texts, 2 * each), key=lambda excerpt: texts[excerpt.document].index(excerpt.text))
     half = len(found) // 2
     if not half:
-        raise TextError(f"One excerpt of {n_tokens} tokens is there, and a front takes two: give a longer text.")
+        raise TextError(f"There is one excerpt of {n_tokens} tokens, and a Pareto front needs two. Give a longer text.")
     return tuple(found[:half]), tuple(found[half:])
 
 

@@ -80,7 +80,7 @@ def texts_input() -> Mapping[str, str]:
     )  # fmt: skip
     uploads.show_refused()
     pasted = st.text_area(
-        "And, or, a long text", **session.PASTED.widget(), height=120, max_chars=4_000_000,
+        "Or paste a long text", **session.PASTED.widget(), height=120, max_chars=4_000_000,
         placeholder="Paste a text of some thousand words.",
     )  # fmt: skip
     given = dict(session.FILES.get())

@@ -59,7 +59,7 @@ def correlation_axis(title: str, **options: Any) -> dict[str, Any]:
 
 
 def normalised_alr_axis() -> dict[str, Any]:
-    """An axis of ALR over chance: 0 the ideal order, 1 a random one, 2 the worst."""
+    """Axis of the normalised ALR: 0 ideal, 1 random, 2 reversed."""
     return axis("normalised ALR", range=[-0.05, 2.05], dtick=0.5)
 
 

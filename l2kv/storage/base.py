@@ -38,7 +38,7 @@ class Storage(ABC):
     @property
     @abstractmethod
     def heads(self) -> list[tuple[int, ...]]:
-        """The kv heads of each part."""
+        """Numbers of the kv heads in each part."""
 
     @property
     @abstractmethod

@@ -183,7 +183,7 @@ def test_savings_of_a_model_that_is_not_there(tmp_path, capsys):
     assert told(capsys, "savings", str(tmp_path), "--keep-ratio", "0.5", "--batch", "2").count("\n") == said.count("\n")
 
 
-def test_weights_that_are_there_are_weighed(tmp_path):
+def test_the_sizes_of_weight_files_are_added_up(tmp_path):
     build("llama").save_pretrained(tmp_path)
     size = model_size(tmp_path)
     assert size.weights_bytes == (tmp_path / "model.safetensors").stat().st_size and not size.counted

@@ -155,7 +155,7 @@ def test_a_report_answers_first_and_holds_all_that_is_given(studies, front, abla
     run = random_run()
     page = Page(report([run], studies=studies[:1], front=front, ablation=ablation))
     assert page.text.index(answer(study_of(run))) < page.text.index("Where it holds")
-    headings = ("Where it holds", "The best and the worst head", "Layers to leave whole", "What it saves", "Over many")
+    headings = ("Where it holds", "The best and the worst head", "Layers to skip", "What it saves", "Over many")
     for words in (
         *headings,
         "What each allocation strategy costs",

@@ -1,4 +1,4 @@
-"""Tokens whose norms rounding alone tells apart: what is equal, and that no number hangs on how it was rounded."""
+"""Tokens whose norms rounding alone tells apart: what is equal, and that no number depends on the rounding."""
 
 import itertools
 import math
