@@ -1,4 +1,4 @@
-"""What a task is: samples, made from texts or from a template, and a score for each. Runs no model.
+"""Tasks: samples, made from texts or from a template, and a score for each. Runs no model.
 
 A sample is a context, which is compressed, and a question, which is run over what is left of it. Then either given
 tokens are predicted (their likelihood is the score), or an answer is generated and its text is scored.
@@ -24,7 +24,7 @@ def _no_tokens() -> np.ndarray:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sample:
-    """One thing to ask a model."""
+    """One question to a model, or one continuation to predict."""
 
     name: str
     """Its own among the samples of a task."""
@@ -48,7 +48,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class NoSettings:
-    """The settings of a task that has none."""
+    """Settings of a task that has none."""
 
 
 Build = Callable[["LoadedModel", Any, Sequence[Excerpt]], Sequence[Sample]]
@@ -57,7 +57,7 @@ Build = Callable[["LoadedModel", Any, Sequence[Excerpt]], Sequence[Sample]]
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
-    """How a generated answer is scored."""
+    """Score of a generated answer, and when it is final."""
 
     score: Callable[[Sample, str], float]
     """(sample, generated text) -> score."""
@@ -67,7 +67,7 @@ class Scoring:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Samples, and how they are scored."""
+    """A task: how its samples are made and scored."""
 
     title: str
     about: str

@@ -1,4 +1,4 @@
-"""What a model takes, from its `config.json` or GGUF header: bytes of weights, shape of its cache. Reads no weights."""
+"""Sizes of a model, from its `config.json` or GGUF header: bytes of weights, shape of its cache. Reads no weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ModelSize:
-    """A model that need not be there: all that arithmetic on its cache asks of it."""
+    """Sizes of a model, which need not be downloaded: all that arithmetic on its cache needs."""
 
     name: str
     config: PretrainedConfig  # of the language model
@@ -41,12 +41,12 @@ class ModelSize:
 
 
 def model_size(ref: str | Path) -> ModelSize:
-    """Of a bundled model, a folder, a GGUF file, a bare `config.json` or a hub id, of which only the config is fetched.
+    """Read the sizes of a bundled model, folder, GGUF file, bare `config.json` or hub id (only its config is fetched).
 
-    A GGUF file does not say in what it is computed: its weights count as stored, and its cache at 2 bytes a number.
+    A GGUF file does not name a dtype for computation: its weights count as stored, its cache at 2 bytes a number.
 
     Raises:
-        ModelError: there is no such config, or it is one that `load_model` would refuse.
+        ModelError: the config does not exist, or is one that `load_model` would refuse.
     """
     path, name = _config_file(ref)
     if is_gguf(path):
@@ -71,7 +71,7 @@ def model_size(ref: str | Path) -> ModelSize:
 
 
 def weights_bytes(ref: str | Path) -> int | None:
-    """Bytes of the weight files of a model, or those that their index speaks of; None if there are neither.
+    """Number of bytes in the weight files of a model, or in its index; None if there are neither.
 
     Waits for no torch. Raises ModelError, as `model_size`.
     """
@@ -80,7 +80,7 @@ def weights_bytes(ref: str | Path) -> int | None:
 
 
 def checkpoint_dtype(ref: str | Path) -> str | None:
-    """The dtype of a checkpoint's weights, such as "bfloat16", as its config names it; None where it does not.
+    """Dtype of a checkpoint's weights, such as "bfloat16", as its config names it; None if it does not.
 
     Waits for no torch. Raises ModelError, as `model_size`.
     """
@@ -123,7 +123,7 @@ def _config_file(ref: str | Path) -> tuple[Path, str]:
 
 
 def _weight_bytes(config: Path) -> int:
-    """Bytes of the weights beside a config, or those that their index speaks of; 0 if there are none."""
+    """Bytes of the weights beside a config, or in their index; 0 if there are none."""
     if files := sum(path.stat().st_size for path in config.parent.glob("model*.safetensors")):
         return files
     try:

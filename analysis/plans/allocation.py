@@ -1,4 +1,4 @@
-"""Budgets, the exact solver on loss curves, and the plan that comes of it. Knows no model: everything is arithmetic.
+"""Budgets, the exact solver on loss curves, and the plan that it gives. Knows no model: all is arithmetic.
 
 The solver works on bins: with B bins a head keeps a ratio of 0, 1/B, ... or 1, and a budget is a number of bins over
 all heads. It is exact on these bins, and for the texts whose curves it was given: it promises nothing of another text.
@@ -19,12 +19,12 @@ from l2kv.spec import CompressionSpec
 
 
 class BudgetError(SettingsError):
-    """A budget that is too small for what must stay; the message says what that is."""
+    """A budget that is too small for what must be kept; the message names the least one."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AllocationPlan:
-    """A keep ratio for each kv head, and what it is expected to lose on the texts that it was made from.
+    """A keep ratio for each kv head, and the attention it is expected to lose on the texts that it was made from.
 
     Losses are means over the kv heads that may be compressed.
     """
@@ -43,11 +43,11 @@ class AllocationPlan:
 
     @property
     def gap(self) -> float:
-        """What the best allocation by kv head could lose less, at most."""
+        """Upper bound of the loss that the best allocation by kv head would save."""
         return max(0.0, self.expected_loss - self.bound)
 
     def to_spec(self) -> CompressionSpec:
-        """The plan as a spec, in its shortest form: one ratio, one a layer, or one a head, and a skip list."""
+        """Make the spec of the plan, in its shortest form: one ratio, one for each layer, or one for each head."""
         whole = self.compressible & (self.ratios == 1).all(axis=1)
         layers = [int(i) for i in np.flatnonzero(self.compressible & ~whole)]
         rows = {layer: [round(float(r), 9) for r in self.ratios[layer]] for layer in layers}
@@ -71,7 +71,7 @@ class AllocationPlan:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Budget:
-    """What an allocation strategy may spend, over the N kv heads of the layers that can be compressed, in order."""
+    """Budget of an allocation strategy, over the N kv heads of the layers that can be compressed, in order."""
 
     curves: LossCurves
     keep_ratio: float
@@ -84,7 +84,7 @@ class Budget:
 
     @classmethod
     def of(cls, curves: LossCurves, keep_ratio: float, policy: str, *, weighted: bool = False) -> Budget:
-        """The budget of a keep ratio; with `weighted`, losses count by what they cost in each head.
+        """Make the budget of a keep ratio; with `weighted`, losses count by their measured cost in each head.
 
         Raises:
             SettingsError: no layer can be compressed.
@@ -101,18 +101,18 @@ class Budget:
 
     @property
     def bins(self) -> int:
-        """Bins over all heads."""
+        """Number of bins over all heads."""
         return int(np.floor(self.keep_ratio * self.curves.bins * len(self.layer) + 1e-9))  # 0.29 * 100 is 28.99999...
 
     @property
     def captures(self) -> tuple[Capture, ...]:
-        """The captures that the curves are of. Raises SettingsError where they came without."""
+        """Captures behind the curves. Raises SettingsError if the curves came without them."""
         if not self.curves.captures:
-            raise SettingsError("this strategy looks at single tokens, and these curves came without captures")
+            raise SettingsError("this strategy needs single tokens, and these curves came without captures: make them from captures")
         return self.curves.captures
 
     def least(self, skipped: np.ndarray) -> np.ndarray:
-        """Least bins of each head, [N]: all of those skipped [N] bool, the protected tokens of the others.
+        """Least number of bins of each head, [N]: all for the `skipped` [N] bool, the protected tokens for the others.
 
         Raises:
             BudgetError: they are more than the budget.
@@ -128,12 +128,12 @@ class Budget:
         return least
 
     def mean_loss(self, ratios: np.ndarray) -> float:
-        """Attention lost at these ratios [N], mean over heads, interpolated between bins."""
+        """Mean attention lost over heads at ratios [N], interpolated between bins."""
         lost = [np.interp(r, self.curves.ratios, losses) for r, losses in zip(ratios, self.losses, strict=True)]
         return float(np.mean(lost))
 
     def bound(self) -> float:
-        """No allocation over the bins of kv heads loses less, mean over heads: that of the linear program."""
+        """Lower bound of the mean loss of any allocation over the bins of kv heads, by linear programming."""
         if np.isnan(self.losses).any():
             return float("nan")
         return _Hull.of(_Units.of(self, self._none())).bound / len(self.layer)
@@ -142,7 +142,7 @@ class Budget:
         return np.zeros(len(self.layer), dtype=bool)
 
     def even(self, skipped: np.ndarray | None = None) -> np.ndarray:
-        """Ratios [N]: heads that are skipped [N] bool keep everything, and the others what is left, all the same.
+        """Divide the budget evenly: heads `skipped` [N] bool keep everything, the others share the rest. Ratios [N].
 
         Raises BudgetError as `least`.
         """
@@ -153,7 +153,7 @@ class Budget:
         return np.where(skipped, 1.0, rest)
 
     def scaled(self, wanted: np.ndarray) -> np.ndarray:
-        """Ratios [N] on bins that spend the budget, in the proportions wanted [N], as far as bounds allow.
+        """Divide the budget in given proportions [N], as far as bounds allow. Ratios [N] on bins.
 
         Raises BudgetError as `least`.
         """
@@ -169,11 +169,11 @@ class Budget:
         return found / bins
 
     def best(self, *, by_layer: bool = False, skipped: np.ndarray | None = None) -> np.ndarray:
-        """Ratios [N] of least loss on bins; with `by_layer` one ratio for all heads of a layer.
+        """Divide the budget with the least loss; with `by_layer`, one ratio for all heads of a layer. Ratios [N] on bins.
 
         A dynamic program: least[w] is the least loss of the units so far within a budget of w, and `choice` how each
         unit gets there. A choice that would lose more than the hull's solution even if all others were at their bound
-        is left out: it is in no best allocation, and most are such.
+        is dropped: it is part of no best allocation. Most are of this kind.
 
         Raises BudgetError as `least`.
         """

@@ -164,7 +164,7 @@ def test_bad_requests_are_refused_and_leave_the_model_as_it_was(loaded):
         evaluate(loaded, "lm", {"full": None}, texts=[("a", TEXT)], settings=PasskeySettings())
     with pytest.raises(TextError, match="no texts"):
         evaluate(loaded, "lm", {"full": None})
-    with pytest.raises(SettingsError, match="two samples have one name"):
+    with pytest.raises(SettingsError, match="two samples have the same name"):
         evaluate(loaded, "lm", {"full": None}, texts=[("a", TEXT), ("a", TEXT)], settings=LmSettings(20, 3))
     assert loaded.model.config._attn_implementation == "sdpa"
 

@@ -253,7 +253,7 @@ def test_every_baseline_is_named_with_the_budgets_that_it_is_as_good_at():
 def test_too_few_texts_tell_nothing():
     few = front_of([(LOW, 0.5, CompressionSpec(), (0.3,) * 5), (PLAN, 0.5, CompressionSpec(), (0.04,) * 5)])
     assert MIN_TEXTS == 6
-    assert few.answer() == "This front cannot tell: it was measured on 5 texts, and it takes 6."
+    assert few.answer() == "This Pareto front cannot tell: it was measured on 5 texts; 6 are needed."
     (one,) = few.comparisons()
     assert one.verdict == "not told apart" and math.isnan(one.less.low)
 
