@@ -187,7 +187,7 @@ class Capture:
         return made
 
     def pooled(self, layer: int, head: int) -> np.ndarray:
-        """Share of their attention that the queries of a bin (row) give to the keys of a bin (column), [P, P] float32."""
+        """Share of attention that the queries of a bin (row) give to the keys of a bin (column), [P, P] float32."""
         return (self.pooled_attention[layer, head] / np.float32(255)) ** 2 * self.pooled_scale[layer, head]
 
 

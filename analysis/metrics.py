@@ -374,7 +374,7 @@ def alr(capture: Capture, *, probe: str = "next token", skip_first: int = 0) -> 
 
 
 def status(capture: Capture, *, probe: str = "next token", skip_first: int = 0) -> np.ndarray:
-    """Status of each head, [L, H] of str, one of `STATUSES`: "ok", or why norms and attention give no order to compare."""
+    """Status of each head, [L, H] of str: "ok", or why norms and attention give no order to compare (`STATUSES`)."""
     return metrics(capture, probe, skip_first, ["gamma"]).status_of("gamma")
 
 

@@ -156,7 +156,9 @@ def check_length(loaded: LoadedModel, tokens: Tokens, *, new_tokens: int = 1) ->
     if n < MIN_TOKENS:
         raise TextError(f"The text has {n} token{'s' * (n != 1)}; at least {MIN_TOKENS} are needed to rank them.")
     if tokens.ids.max() >= getattr(loaded.model.get_input_embeddings(), "num_embeddings", sys.maxsize):
-        raise TextError("The tokenizer gives tokens that the model does not have: they do not belong together. Give the model's own.")
+        raise TextError(
+            "The tokenizer gives tokens that the model lacks: they do not belong together. Give the model's own."
+        )
     if limit is None or limit < 1 or n + new_tokens <= limit:  # XLNet: -1
         return []
     if getattr(loaded.config, "rope_parameters", None) is None:
@@ -191,7 +193,9 @@ class _Recorder:
         if not self.results:
             self._allocate(at.query.shape[1], at.key.shape[1])
         if at.key.shape[1] != self.results["key_norm"].shape[1]:
-            raise UnsupportedModelError("This model has different numbers of kv heads by layer, which is not supported yet.")
+            raise UnsupportedModelError(
+                "This model has different numbers of kv heads by layer, which is not supported yet."
+            )
         attention = _Attention(at)
         if self.probing:
             self._record_probe(attention, at.layer_idx)

@@ -63,8 +63,8 @@ def documents_of(n: int, documents: Sequence[str]) -> np.ndarray:
 def resamples(n: int, *, documents: Sequence[str] = (), count: int = RESAMPLES, seed: int = 0) -> np.ndarray:
     """Draw resamples with replacement: how often each holds each of n texts, [count, n] float64.
 
-    Documents are drawn, then excerpts of each drawn document (of a single document, excerpts alone). So an interval is as
-    wide as documents differ, and not narrower than excerpts do, where a few documents are alike by chance.
+    Documents are drawn, then excerpts of each drawn document (of a single document, excerpts alone). So an interval is
+    as wide as documents differ, and no narrower than excerpts do where a few documents are alike by chance.
     (`scipy.stats.bootstrap` knows neither documents nor numbers that some texts leave undefined.)
 
     Args:

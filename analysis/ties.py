@@ -1,8 +1,8 @@
 """Ties: key norms that differ by rounding alone count as equal. Knows numpy; knows no capture.
 
-In layer 0 a key's norm depends on its token alone, yet equal tokens differ there: rotary embedding rounds a key differently
-at each position. Whatever goes by the order of norms treats such tokens as equal, in any layer, and gives them one
-rank, so no number depends on the rounding. (The cache needs one order, and keeps the earlier of two equals.)
+In layer 0 a key's norm depends on its token alone, yet equal tokens differ there: rotary embedding rounds a key
+differently at each position. Whatever goes by the order of norms treats such tokens as equal, in any layer, and gives
+them one rank, so no number depends on the rounding. (The cache needs one order, and keeps the earlier of two equals.)
 """
 
 from __future__ import annotations

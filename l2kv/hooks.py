@@ -322,9 +322,7 @@ def watching(model: PreTrainedModel, cache: WatchedCache, look: Callable[[Look],
                     "In this model the query heads that share keys are not neighbours, which is not supported yet."
                 )
             if options.get("position_bias") is not None:
-                raise UnsupportedModelError(
-                    "This model adds a bias to its attention scores that is not supported yet."
-                )
+                raise UnsupportedModelError("This model adds a bias to its attention scores that is not supported yet.")
             look(Look(taken.layer_idx, taken.source, query, taken.keys, taken.values, mask, options))
         return inner(module, query, key, value, mask, **options)
 

@@ -50,7 +50,7 @@ def lm_sample(tokenizer: PreTrainedTokenizerBase, excerpt: Excerpt, settings: Lm
     ids = tokenize(tokenizer, excerpt.text).ids
     if len(ids) < prompt + new:
         raise TextError(
-            f"The text has {len(ids)} tokens; {prompt} are needed for the prompt and {new} after it. Give a longer text."
+            f"The text has {len(ids)} tokens; {prompt} are needed for the prompt, {new} after it. Give a longer text."
         )
     context, question, target = ids[: prompt - 1], ids[prompt - 1 : prompt], ids[prompt : prompt + new]
     return Sample(excerpt.name, context, question, target, document=excerpt.document)

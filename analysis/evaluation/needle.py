@@ -76,7 +76,7 @@ def needle_examples(
 
 
 def read_haystack(path: str | Path) -> str:
-    """Read a file, or all .txt files of a folder in order of name. Raises TextError if there is none or one is no text."""
+    """Read a file, or all .txt files of a folder by name. Raises TextError if there is none or one is no text."""
     path = Path(path)
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
     if not files:

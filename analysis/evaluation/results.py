@@ -92,7 +92,9 @@ class Results:
         """Name of the full cache. Raises SettingsError if it was not measured."""
         names = [name for name, spec in self.methods.items() if spec is None]
         if not names:
-            raise SettingsError("These results lack the full cache, which changes are measured against. Evaluate it, too.")
+            raise SettingsError(
+                "These results lack the full cache, which changes are measured against. Evaluate it, too."
+            )
         return names[0]
 
     def of(self, method: str) -> tuple[Row, ...]:

@@ -138,7 +138,7 @@ class GgufFile:
         return str(self.metadata["general.architecture"])
 
     def of_architecture(self, key: str) -> Any:
-        """Look a value up under the architecture's name, such as "block_count"; None if missing. Sizes have been checked."""
+        """Look up a value such as "block_count" under the architecture's name; None if missing. Sizes are vetted."""
         return self.metadata.get(f"{self.architecture}.{key}")
 
     @property
@@ -348,7 +348,7 @@ def _alignment(reader: _Reader, metadata: dict[str, Value]) -> int:
 
 
 def _read_tensors(reader: _Reader, n_tensors: int, alignment: int) -> tuple[GgufTensor, ...]:
-    """The table of tensors: each within the file, none in the place of another."""
+    """The table of tensors: each within the file, none over another."""
     if not n_tensors:
         raise reader.error("it has no tensors: it is a vocabulary or metadata only", "Give the file with the weights")
     table = []

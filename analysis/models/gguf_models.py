@@ -146,7 +146,7 @@ def _with_special_tokens(backend: Tokenizer, content: dict[str, Any]) -> Tokeniz
 
 
 def gguf_model(gguf: GgufFile, config: PretrainedConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Load the weights of a GGUF file, dequantised to `dtype`, on the CPU. Returns the model and transformers' loading info.
+    """Load a GGUF file's weights on the CPU, dequantised to `dtype`; return the model and transformers' loading info.
 
     Raises:
         ModelError: the file has fewer weights than its header describes, or weights without a place in the model.

@@ -85,7 +85,7 @@ def load_model(
     A GGUF file is dequantised; what that takes is logged first.
 
     Args:
-        ref: the model, such as "smollm2", "books-5m", "/models/my-llama", "/models/my-llama.Q4_K_M.gguf" or "Qwen/Qwen3-0.6B".
+        ref: such as "smollm2", "books-5m", "/models/my-llama", "/models/my-llama.Q4_K_M.gguf" or "Qwen/Qwen3-0.6B".
         device: "cuda", "cpu", ...; by default the GPU if there is one.
         dtype: by default float32 on a CPU and bfloat16 elsewhere.
         progress: counts bytes where "smollm2" has to be fetched first.
@@ -255,7 +255,7 @@ def _tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
 
 
 def _check_whole(info: dict[str, Any], name: str, source: str) -> None:
-    """Refuse weights that are missing, or of another shape than the config asks for. `info`: as transformers has it."""
+    """Refuse weights that are missing or have the wrong shape. `info`: as transformers has it."""
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"{name} is incomplete: {len(missing)} weights are missing, the first is {missing[0]}.")
     for key, stored, expected in sorted(info["mismatched_keys"]):

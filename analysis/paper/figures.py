@@ -28,7 +28,9 @@ if TYPE_CHECKING:  # they wait for torch, which reading a figure need not
 
 VERSION = 2
 POINTS = 100  # steps of the share dropped
-_NO_ORDER = "No head of this model is defined on this text: norms and attention give no order to compare. Try a longer text."
+_NO_ORDER = (
+    "No head of this model is defined on this text: norms and attention give no order to compare. Try a longer text."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ class FourHeads:
 
 
 def four_heads(capture: Capture, heads: Sequence[tuple[int, int]] | None = None) -> FourHeads:
-    """Collect norm and attention of some heads: by default those of lowest and highest Γ and those nearest its terciles.
+    """Collect norm and attention of some heads: by default lowest and highest Γ, and nearest its terciles.
 
     Raises:
         TextError: Γ is defined in no head.

@@ -74,7 +74,7 @@ def each_layer(
     only: int | None = None,
     progress: Progress = unheard,
 ) -> None:
-    """Call `visit` with the vectors of each layer, or of one, in one pass over a text; memory holds one layer at a time.
+    """Call `visit` with the vectors of each layer, or of one, in one pass; memory holds one layer at a time.
 
     `progress` counts layers; an exception from it or from `visit` cancels. Raises as `capture`.
     """
@@ -141,7 +141,9 @@ def _vectors_of(at: Look, window: int) -> HeadVectors:
         scores = torch.zeros(1, 1, n, n, device=shown.device)
         hide_unseen(scores, 0, window)
         if not torch.equal(shown, (scores == 0).expand_as(shown)):
-            raise UnsupportedModelError("This model's attention mask hides more than the future and a window, which is not supported yet.")
+            raise UnsupportedModelError(
+                "This model's attention mask hides more than the future and a window, which is not supported yet."
+            )
     return HeadVectors(
         layer=at.layer_idx,
         queries=at.query[0].float().cpu().numpy(),

@@ -52,7 +52,9 @@ def sink_head(capture: Capture) -> SinkHead:
     shortest = capture.levels.argmin(axis=-1) == 0  # of equals it comes first
     shortest = np.repeat(shortest, capture.n_heads // capture.n_kv_heads, axis=1)
     if (share < 0).all():
-        raise TextError("No head of this model is defined on this text: norms and attention give no order to compare. Try a longer text.")
+        raise TextError(
+            "No head is defined on this text: norms and attention give no order to compare. Try a longer text."
+        )
     low_norm = bool((shortest & (share >= 0)).any())
     candidates = np.where(shortest, share, -1.0) if low_norm else share
     layer, head = map(int, np.unravel_index(candidates.argmax(), share.shape))

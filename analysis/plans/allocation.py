@@ -108,7 +108,9 @@ class Budget:
     def captures(self) -> tuple[Capture, ...]:
         """Captures behind the curves. Raises SettingsError if the curves came without them."""
         if not self.curves.captures:
-            raise SettingsError("this strategy needs single tokens, and these curves came without captures: make them from captures")
+            raise SettingsError(
+                "this strategy needs single tokens, and these curves came without captures: make them from captures"
+            )
         return self.curves.captures
 
     def least(self, skipped: np.ndarray) -> np.ndarray:
@@ -169,7 +171,7 @@ class Budget:
         return found / bins
 
     def best(self, *, by_layer: bool = False, skipped: np.ndarray | None = None) -> np.ndarray:
-        """Divide the budget with the least loss; with `by_layer`, one ratio for all heads of a layer. Ratios [N] on bins.
+        """Divide the budget with the least loss; `by_layer` gives all heads of a layer one ratio. Ratios [N] on bins.
 
         A dynamic program: least[w] is the least loss of the units so far within a budget of w, and `choice` how each
         unit gets there. A choice that would lose more than the hull's solution even if all others were at their bound

@@ -68,7 +68,7 @@ class LossCurves:
         check_choice("policy", policy, BY_NORM)
         return {"low_norm": self.low, "high_norm": self.high}.get(policy, np.minimum(self.low, self.high))
 
-    def has_signal(self, keep: float, policy: str = "signed_norm") -> np.ndarray:
+    def has_signal(self, keep_ratio: float, policy: str = "signed_norm") -> np.ndarray:
         """Mark the heads in which a policy loses less than a random order at a keep ratio, [L, Hkv] bool.
 
         With `MIN_TEXTS` texts or more: less by a whole 95 % interval over texts (of either direction, under
@@ -192,9 +192,7 @@ def curves_of(study: Study) -> LossCurves:
         SettingsError: the study has none, as files up to version 3.
     """
     if study.curves is None or study.curve_status is None or study.curve_gammas is None:
-        raise SettingsError(
-            f"this study is too old to hold loss curves. Make it again: {kind_of(type(study)).again}"
-        )
+        raise SettingsError(f"this study is too old to hold loss curves. Make it again: {kind_of(type(study)).again}")
     status = np.array(STATUSES, dtype=object)[study.curve_status]
     texts = [
         TextCurves(*parts) for parts in zip(study.curves.astype(np.float64), status, study.curve_gammas, strict=True)

@@ -82,7 +82,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """Verdict on the plan: "better" or "worse" where the whole interval is on one side of 0, else "not told apart"."""
+        """Verdict on the plan: "better" or "worse" if the whole interval is on one side of 0, else "not told apart"."""
         return "better" if self.less.high < 0 else "worse" if self.less.low > 0 else "not told apart"
 
 
@@ -207,7 +207,9 @@ class Front:
         if not compared:
             return "This Pareto front cannot tell: it has no plan beside a uniform strategy at the same budget."
         if n < MIN_TEXTS:
-            return f"This Pareto front cannot tell: it was measured on {n} text{'s' * (n != 1)}; {MIN_TEXTS} are needed."
+            return (
+                f"This Pareto front cannot tell: it was measured on {n} text{'s' * (n != 1)}; {MIN_TEXTS} are needed."
+            )
         won = [one for one in compared if one.verdict == "better"]
         lost = sum(one.verdict == "worse" for one in compared)
         most = min(won or compared, key=lambda one: one.less.value)
@@ -228,7 +230,7 @@ class Front:
         return f"{told}{f' {of_few}' if of_few else ''}{self._told_of_baselines()}"
 
     def _told_of_baselines(self) -> str:
-        """Say where a baseline, which reads no norms, is as good as every strategy that does: that must not be hidden."""
+        """Say where a baseline, which reads no norms, is as good as every strategy that does."""
         uniform, plans = self.best("uniform"), self.best("plan")
         by_norm = {keep: min(one.mean, plans.get(keep, one).mean) for keep, one in uniform.items()}
         as_good: dict[str, dict[float, float]] = {}  # by strategy and budget, NLL less that of the best by norm
@@ -300,7 +302,9 @@ def measure_front(
     if not plan_texts or not test_texts:
         raise TextError("A Pareto front needs texts to plan on, and other texts to measure on.")
     if both := {one.text for one in plan_texts} & {one.text for one in test_texts}:
-        raise TextError(f"A text is given both to plan on and to measure on: {next(iter(both))[:60]!r}. Give different texts.")
+        raise TextError(
+            f"A text is given both to plan on and to measure on: {next(iter(both))[:60]!r}. Give different texts."
+        )
     shape = CacheShape.of(loaded.config, loaded.model.dtype.itemsize)
     if not shape.layers:
         raise ModelError(f"{loaded.name} has no layer that can be compressed: all have a sliding window.")

@@ -28,7 +28,9 @@ class LayerLoss:
     """Normalised ALR of a policy, by head and by layer: 0 is the ideal order, 1 a random one, 2 the reverse."""
 
     by_head: np.ndarray  # [L, H] normalised ALR
-    by_layer: np.ndarray  # [L] mean ALR of the heads / their mean chance level, so heads are weighted by their chance level
+    by_layer: (
+        np.ndarray
+    )  # [L] mean ALR of the heads / their mean chance level, so heads are weighted by their chance level
     paper: np.ndarray  # [L] mean ALR of the heads, in the paper's units (of this policy)
 
 
@@ -76,7 +78,7 @@ def suggest_skip_layers(
         skip_first: as in `metrics`; not for a study, which keeps no tokens.
 
     Raises:
-        SettingsError: the rule is unknown, a number is out of range, or there is no capture, or captures of several models.
+        SettingsError: the rule is unknown, a number is out of range, or captures are missing or of several models.
     """
     if rule not in RULES:
         raise SettingsError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
@@ -189,7 +191,7 @@ def skip_list(text: str, *, n_layers: int | None = None) -> tuple[int, ...]:
     else:
         words = text.strip().removeprefix("[").removesuffix("]").replace(",", " ").split()
         if not all(word.isdecimal() and len(word) < 6 for word in words):
-            raise RecordError(f"This is not a list of layers: {text.strip()!r:.60}. Write it as 0, 1, 12.")
+            raise RecordError(f"This is no list of layers: {text.strip()!r:.60}. Write it as 0, 1, 12.")
         layers = tuple(sorted({int(word) for word in words}))
     if n_layers is not None and layers and max(layers) >= n_layers:
         raise RecordError(f"The list names layer {max(layers)}, but the layers are 0 to {n_layers - 1}.")

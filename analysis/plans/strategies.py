@@ -65,7 +65,9 @@ def plan(
     if isinstance(keep_ratio, bool) or not 0 <= keep_ratio <= 1:
         raise SettingsError(f"keep_ratio must be from 0 to 1, got {keep_ratio!r}")
     if chosen.needs_costs and curves.weights is None:
-        raise SettingsError(f"{strategy} needs the cost of each head, and got none: measure it first (LossCurves.weighted_by)")
+        raise SettingsError(
+            f"{strategy} needs the cost of each head, and got none: measure it first (LossCurves.weighted_by)"
+        )
     budget = Budget.of(curves, keep_ratio, policy or chosen.policy, weighted=chosen.needs_costs)
     spent = chosen.allocate(budget)
     ratios = np.ones(curves.low.shape[:2])

@@ -36,8 +36,8 @@ class Line:
 def front(lines: Mapping[str, Line], *, full_mib: float, shown: Collection[str] | None = None) -> go.Figure:
     """The bytes of the cache (x) against what it costs in prediction (y), a line for each strategy, with intervals.
 
-    Plans are solid with filled markers, uniform strategies dashed and hollow, baselines dotted grey; the full cache is a
-    grey cross at no change. Only the lines `shown` are drawn; a line looks the same whichever they are.
+    Plans are solid with filled markers, uniform strategies dashed and hollow, baselines dotted grey; the full cache is
+    a grey cross at no change. Only the lines `shown` are drawn; a line looks the same whichever they are.
     """
     figure = new_figure(height=560, legend=dict(orientation="h", x=0, y=-0.16, yanchor="top", title_text=""))
     level(figure, 0)

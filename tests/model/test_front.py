@@ -1,4 +1,4 @@
-"""The Pareto front: what is measured against single measurements, its sentences by hand, equal bytes, files from strangers."""
+"""The Pareto front: held against single measurements, sentences by hand, equal bytes, files from strangers."""
 
 import json
 import math

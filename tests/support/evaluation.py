@@ -31,7 +31,7 @@ def front_of(
     losses: Mapping[str, float] | None = None,
     documents: Sequence[str] = (),
 ) -> Front:
-    """Make a Pareto front from (strategy, keep ratio, spec, NLL changes of N texts); each holds 2048 bytes by default."""
+    """A Pareto front from (strategy, keep ratio, spec, NLL changes of N texts); each holds 2048 bytes by default."""
     names, losses = [f"{name} {keep:g}" for name, keep, *_ in points], losses or {}
     n = len(points[0][-1])
     results = of_changes(

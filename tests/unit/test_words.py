@@ -7,7 +7,8 @@ from tests.support.words import PHRASES, QUOTED, in_line
 
 @pytest.mark.parametrize("phrase", PHRASES, ids=lambda phrase: phrase.sample)
 def test_a_sentence_with_a_phrase_is_caught(phrase):
-    for sentence in (phrase.sample, f"    # Here {phrase.sample} is said.", phrase.sample[0].upper() + phrase.sample[1:]):
+    sample = phrase.sample
+    for sentence in (sample, f"    # Here {sample} is said.", sample[0].upper() + sample[1:]):
         assert any(place.endswith(f": say {phrase.instead}") for place in in_line(sentence)), sentence
 
 
