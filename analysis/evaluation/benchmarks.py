@@ -71,7 +71,7 @@ class FileSettings:
     def given(self) -> str:
         """Path of the file. Raises SettingsError if none was given."""
         if not self.path:
-            raise SettingsError("this task reads its examples from a file, and got no path: give one")
+            raise SettingsError("this task reads its examples from a file, and none was given: give its path")
         return self.path
 
 

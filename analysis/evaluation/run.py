@@ -67,7 +67,7 @@ def evaluate(
         raise SettingsError(f"settings of the task {task} must be {what.settings.__name__}, got {settings!r:.60}")
     given = [Excerpt(*text) for text in (texts.items() if isinstance(texts, Mapping) else texts)]
     if what.needs_texts and not given:
-        raise TextError(f"The task {task} needs texts to measure on, and got none. Give some.")
+        raise TextError(f"There are no texts, and the task {task} measures on texts. Give some.")
     samples = what.build(loaded, settings, given)
     rows = measure(loaded, samples, methods, scoring=what.scoring, progress=progress)
     as_in_a_file = msgspec.json.decode(msgspec.json.encode(settings))

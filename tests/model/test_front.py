@@ -105,7 +105,7 @@ def test_plans_are_made_from_the_planning_texts_alone(loaded, texts, front):
 def test_bad_requests_are_refused(loaded, texts):
     with pytest.raises(TextError, match="both to plan on and to measure on"):
         measure_front(loaded, texts[:2], texts[1:3], settings=SETTINGS)
-    with pytest.raises(TextError, match="others to measure on"):
+    with pytest.raises(TextError, match="other texts to measure on"):
         measure_front(loaded, texts[:2], [], settings=SETTINGS)
     with pytest.raises(ValueError, match="Did you mean 'by_head'"):
         measure_front(loaded, texts[:1], texts[1:2], strategies=["by_heads"], settings=SETTINGS)
