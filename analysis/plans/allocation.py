@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from analysis.captures import Capture
 from analysis.errors import SettingsError
 from analysis.plans.curves import BY_NORM, TINY, LossCurves
 from l2kv.spec import CompressionSpec
@@ -103,15 +102,6 @@ class Budget:
     def bins(self) -> int:
         """Number of bins over all heads."""
         return int(np.floor(self.keep_ratio * self.curves.bins * len(self.layer) + 1e-9))  # 0.29 * 100 is 28.99999...
-
-    @property
-    def captures(self) -> tuple[Capture, ...]:
-        """Captures behind the curves. Raises SettingsError if the curves came without them."""
-        if not self.curves.captures:
-            raise SettingsError(
-                "this strategy needs single tokens, and these curves came without captures: make them from captures"
-            )
-        return self.curves.captures
 
     def least(self, skipped: np.ndarray) -> np.ndarray:
         """Least number of bins of each head, [N]: all for the `skipped` [N] bool, the protected tokens for the others.

@@ -40,7 +40,7 @@ class Strategy:
     needs_costs: bool = False
     """True if the curves must be weighted by the measured cost of each head (`LossCurves.weighted_by`)."""
     needs_captures: bool = False
-    """The curves must come with their captures: it looks at single tokens."""
+    """True if the curves must come with their captures, because it looks at single tokens."""
 
 
 def plan(
@@ -68,6 +68,8 @@ def plan(
         raise SettingsError(
             f"{strategy} needs the cost of each head, and got none: measure it first (LossCurves.weighted_by)"
         )
+    if chosen.needs_captures and not curves.captures:
+        raise SettingsError(f"{strategy} needs captures, and these curves came without captures: make them from captures")
     budget = Budget.of(curves, keep_ratio, policy or chosen.policy, weighted=chosen.needs_costs)
     spent = chosen.allocate(budget)
     ratios = np.ones(curves.low.shape[:2])
@@ -103,8 +105,8 @@ def _skip_first_two(budget: Budget) -> np.ndarray:
 def _skip_suggested(budget: Budget) -> np.ndarray:
     """Skip the suggested layers, the worst first, as many as the budget allows."""
     policy = "low_norm" if budget.policy == "signed_norm" else budget.policy  # the list is of one direction
-    suggested = np.array(suggest_skip_layers(budget.captures, policy).layers, dtype=int)
-    by_layer = np.stack([layer_loss(capture, policy).by_layer for capture in budget.captures])
+    suggested = np.array(suggest_skip_layers(budget.curves.captures, policy).layers, dtype=int)
+    by_layer = np.stack([layer_loss(capture, policy).by_layer for capture in budget.curves.captures])
     badness = np.where(np.isnan(by_layer), np.inf, by_layer).mean(axis=0)
     skipped, least = np.zeros(len(budget.layer), dtype=bool), budget.curves.least_bin
     for layer in suggested[np.argsort(-badness[suggested], kind="stable")]:
@@ -129,7 +131,7 @@ def _global_threshold(budget: Budget) -> np.ndarray:
     gammas = np.nan_to_num(budget.curves.gammas)[:, budget.curves.compressible].mean(axis=0).ravel()
     signs = np.where(gammas > 0, 1.0, -1.0) if sign is None else np.full(len(gammas), sign)
     kept = []
-    for capture in budget.captures:
+    for capture in budget.curves.captures:
         norms = np.maximum(capture.key_norm[budget.curves.compressible].astype(np.float64), TINY)
         norms = norms.reshape(len(signs), -1)
         score = signs[:, None] * np.log(norms / np.median(norms, axis=1, keepdims=True))
@@ -140,12 +142,12 @@ def _global_threshold(budget: Budget) -> np.ndarray:
 def _adakv(budget: Budget) -> np.ndarray:
     """Ada-KV: B_i = (1 - α) f_i + α B / h; f_i of the layer's top B attention probabilities are in head i of h."""
     shares = np.zeros(len(budget.layer))
-    for capture in budget.captures:
+    for capture in budget.curves.captures:
         attention = by_kv_head(capture).probe_attention
         for layer in np.flatnonzero(budget.curves.compressible):
             top = _share_of_top(attention[layer], budget)
             shares[budget.layer == layer] += (1 - ADAKV_FLOOR) * top + ADAKV_FLOOR * budget.keep_ratio
-    return budget.scaled(shares / len(budget.captures))
+    return budget.scaled(shares / len(budget.curves.captures))
 
 
 def _share_of_top(score: np.ndarray, budget: Budget) -> np.ndarray:
