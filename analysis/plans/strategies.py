@@ -69,7 +69,9 @@ def plan(
             f"{strategy} needs the cost of each head, and got none: measure it first (LossCurves.weighted_by)"
         )
     if chosen.needs_captures and not curves.captures:
-        raise SettingsError(f"{strategy} needs captures, and these curves came without captures: make them from captures")
+        raise SettingsError(
+            f"{strategy} needs captures, and these curves came without captures: make them from captures"
+        )
     budget = Budget.of(curves, keep_ratio, policy or chosen.policy, weighted=chosen.needs_costs)
     spent = chosen.allocate(budget)
     ratios = np.ones(curves.low.shape[:2])
