@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from analysis import statistics
-from analysis.statistics import LEVEL, MIN_TEXTS, Means, head_means, misses, resampled_means, resamples
+from analysis.statistics import LEVEL, MIN_TEXTS, Means, head_means, miss_rate, resampled_means, resamples
 from analysis.studies import Study
 from analysis.verdicts import verdict_counts, verdicts
 from analysis.words import signed
@@ -64,7 +64,7 @@ class Comparison:
         if self.difference is None:
             return 0.0
         defined = self.difference.defined
-        return float(misses(defined[defined >= MIN_TEXTS], groups=1 if self.paired else 2).sum())
+        return float(miss_rate(defined[defined >= MIN_TEXTS], groups=1 if self.paired else 2).sum())
 
 
 _OTHER_SHAPES = "The two have other numbers of layers or heads, so no head of one is a head of the other."

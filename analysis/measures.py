@@ -11,7 +11,7 @@ import numpy as np
 
 from analysis.captures import Capture
 from analysis.errors import SettingsError
-from analysis.ties import evened
+from analysis.ties import average_ties
 from l2kv.spec import CompressionSpec
 
 _NORM_SIGN = {"low_norm": -1.0, "high_norm": 1.0}
@@ -41,7 +41,7 @@ def attention_loss(
     """
     free = slice(skip_first, max(capture.n_tokens - protect_last, skip_first))
     attention = capture.probe_attention[layer, head, free].astype(np.float64)
-    by_norm = evened(attention, capture.levels[layer, capture.kv_head(head), free])
+    by_norm = average_ties(attention, capture.levels[layer, capture.kv_head(head), free])
     n = len(attention)
     return AttentionLoss(
         low_norm=_cumulative(by_norm[::-1]),

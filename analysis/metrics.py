@@ -72,10 +72,10 @@ class Row:
 
     def skipping(self, first: int) -> Row:
         """Drop the first tokens."""
-        return self._without_one.skipping(first - 1) if first else self
+        return self._without_first_token.skipping(first - 1) if first else self
 
     @cached_property
-    def _without_one(self) -> Row:
+    def _without_first_token(self) -> Row:
         seen = np.minimum(self.seen, self.n - 1)
         levels, ranks = self.levels[..., 1:], _without(self.ranks, 0)
         return Row(self.given[..., 1:], self.norm[..., 1:], levels, ranks, seen, self.mass)

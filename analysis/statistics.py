@@ -3,7 +3,7 @@
 Tokens of a text, and heads of a group, are not independent, so nothing here counts them as if they were: texts are what
 is resampled, and documents are where several texts are excerpts of one. An interval is the 95 % percentile bootstrap of
 the mean. It is too narrow with few texts (of normal values it covers the mean in 86 % of cases with 6 texts, 92 % with
-16, 94 % with 32), and with excerpts of few documents (`told_of_documents`).
+16, 94 % with 32), and with excerpts of few documents (`few_documents_warning`).
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def nanmean(values: np.ndarray) -> np.ndarray:
     return np.divide(total, count, where=count > 0, out=np.full(np.shape(total), np.nan))
 
 
-def misses(n: np.ndarray, *, groups: int = 1) -> np.ndarray:
+def miss_rate(n: np.ndarray, *, groups: int = 1) -> np.ndarray:
     """Rate at which the interval misses 0 where the mean of n normal values is 0; more than 5 % with few texts.
 
     The standard deviation of a resampled mean is that of the n values over √n, and so the interval is that of Student's
@@ -185,7 +185,7 @@ def median_gamma(study: Study, *, probe: str = "next token", seed: int = 0) -> I
     return Interval(float(_nanmedian(nanmean(values).ravel(), axis=0)), float(low), float(high))
 
 
-def told_of_documents(documents: Sequence[str]) -> str:
+def few_documents_warning(documents: Sequence[str]) -> str:
     """Warn of intervals where texts are excerpts of few documents; empty for many, or where it is not known."""
     n = len(set(documents))
     if not documents or n == len(documents) or n >= MIN_TEXTS:

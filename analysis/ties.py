@@ -66,7 +66,7 @@ def shared_ranks(values: np.ndarray) -> np.ndarray:
     return ranks
 
 
-def evened(attention: np.ndarray, values: np.ndarray) -> np.ndarray:
+def average_ties(attention: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Order attention [..., n] by ascending values [..., n]; equal values each get the mean of their attention.
 
     Its sums are what is expected where equals come in any order: within a group of equals they grow evenly.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from analysis.metrics import LEAST_MASS
-from analysis.statistics import MIN_TEXTS, means, median_gamma, told_of_documents
+from analysis.statistics import MIN_TEXTS, few_documents_warning, means, median_gamma
 from analysis.words import counted, ranges, signed
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def _median(study: Study, probe: str, seed: int) -> str:
     median, n = median_gamma(study, probe=probe, seed=seed), len(study.names)
     if n == 1:
         return f"Median Γ {signed(median.value)}."
-    return f"Median Γ {median}, over {counted(n, 'text')}. {told_of_documents(study.documents)}".rstrip()
+    return f"Median Γ {median}, over {counted(n, 'text')}. {few_documents_warning(study.documents)}".rstrip()
 
 
 def _called(gamma: np.ndarray) -> np.ndarray:

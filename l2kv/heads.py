@@ -40,7 +40,7 @@ def in_groups(query: Tensor, repeats: Repeats, kv_heads: int) -> Tensor:
     return grouped
 
 
-def in_the_models_order(output: Tensor, repeats: Repeats, kv_heads: int) -> Tensor:
+def in_model_order(output: Tensor, repeats: Repeats, kv_heads: int) -> Tensor:
     """Order the output of attention, [B, q, H, D], as the model does: the inverse of `in_groups`."""
     if not repeats.in_turn:
         return output

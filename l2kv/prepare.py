@@ -21,7 +21,7 @@ from l2kv.attention import attend, check_mask
 from l2kv.cache import CompressedCache
 from l2kv.config import check_compressible
 from l2kv.errors import UnsupportedModelError
-from l2kv.heads import in_groups, in_the_models_order
+from l2kv.heads import in_groups, in_model_order
 from l2kv.hooks import Attention, attention_hook
 from l2kv.layer import CompressedLayer
 from l2kv.padding import check_padding, first_real
@@ -179,7 +179,7 @@ class _Preparation:
             layer.evict(query, kwargs)
         else:
             raise UnsupportedModelError(f"{self._model_name} borrows the keys of layer {taken.source}, too early.")
-        return in_the_models_order(output, taken.repeats, layer.n_heads), probabilities
+        return in_model_order(output, taken.repeats, layer.n_heads), probabilities
 
 
 def _argument(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -68,7 +68,7 @@ class FileSettings:
     path: Annotated[str, "The file."] = ""
     n_tokens: Annotated[int, "Tokens of an example at most, its middle cut out; 0 leaves it as it is."] = 0
 
-    def given(self) -> str:
+    def required_path(self) -> str:
         """Path of the file. Raises SettingsError if none was given."""
         if not self.path:
             raise SettingsError("this task reads its examples from a file, and none was given: give its path")
@@ -125,17 +125,17 @@ def _needle(loaded: LoadedModel, settings: NeedleSettings, texts: Sequence[Excer
 
 
 def _longbench(loaded: LoadedModel, settings: FileSettings, texts: Sequence[Excerpt]) -> list[Sample]:
-    examples = read_longbench(settings.given(), loaded.tokenizer, n_tokens=settings.n_tokens or None)
+    examples = read_longbench(settings.required_path(), loaded.tokenizer, n_tokens=settings.n_tokens or None)
     return [sample_of(loaded.tokenizer, example) for example in examples]
 
 
 def _longbench2(loaded: LoadedModel, settings: FileSettings, texts: Sequence[Excerpt]) -> list[Sample]:
-    examples = read_longbench2(settings.given(), loaded.tokenizer, n_tokens=settings.n_tokens or None)
+    examples = read_longbench2(settings.required_path(), loaded.tokenizer, n_tokens=settings.n_tokens or None)
     return [sample_of(loaded.tokenizer, example) for example in examples]
 
 
 def _frame(loaded: LoadedModel, settings: FileSettings, texts: Sequence[Excerpt]) -> list[Sample]:
-    return [sample_of(loaded.tokenizer, example) for example in read_frame(settings.given())]
+    return [sample_of(loaded.tokenizer, example) for example in read_frame(settings.required_path())]
 
 
 NEEDLE_TASK = Task(

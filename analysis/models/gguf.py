@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from analysis.errors import ModelError
-from analysis.models.vet import BOUNDS, short
+from analysis.models.vet import BOUNDS, one_line
 
 MAGIC = b"GGUF"
 ARCHITECTURES = ("gemma2", "gemma3", "llama", "phi3", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "starcoder2")
@@ -205,7 +205,7 @@ def read_gguf(path: Path) -> GgufFile:
             metadata, n_tensors = _read_metadata(reader)
             tensors = _read_tensors(reader, n_tensors, _alignment(reader, metadata))
     except OSError as error:
-        raise ModelError(f"{name} cannot be read ({short(error)}). Check the path and the right to read it.") from error
+        raise ModelError(f"{name} cannot be read ({one_line(error)}). Check the path and its permissions.") from error
     except struct.error as error:
         raise ModelError(f"{name} became shorter while it was read. {_AGAIN}.") from error
     gguf = GgufFile(path, name, metadata, tensors)

@@ -20,7 +20,7 @@ from analysis.errors import ModelError, OutOfMemoryError
 from analysis.models.gguf import gguf_name, is_gguf, read_gguf
 from analysis.models.memory import human_bytes, usable_bytes
 from analysis.models.packaged import ORIGINALS, PACKAGED, fetch, stored_before
-from analysis.models.vet import check_length, read_config, read_json, reading, short, vet_config
+from analysis.models.vet import check_length, one_line, read_config, read_json, reading, vet_config
 from analysis.progress import Progress, unheard
 from analysis.texts.tokens import check_tokenizer
 
@@ -313,7 +313,7 @@ def _fetch(hub_id: str) -> Path:
     except Exception as error:  # offline, a proxy, a full disk: the hub client raises many kinds
         raise ModelError(
             f"{hub_id!r} is not a local folder, and could not be fetched from the Hugging Face hub "
-            f"({short(error)}). Check the name and the connection, or give a local folder."
+            f"({one_line(error)}). Check the name and the connection, or give a local folder."
         ) from error
     _vet(folder, hub_id)
     return folder
@@ -324,7 +324,7 @@ def _vet(folder: Path, name: str) -> None:
     try:
         files = {path.name for path in folder.iterdir() if path.is_file()}
     except OSError as error:
-        raise ModelError(f"{name} cannot be read ({short(error)}).") from error
+        raise ModelError(f"{name} cannot be read ({one_line(error)}).") from error
     vet_config(folder / "config.json", name)
     for file in files:
         if file.endswith((".json", ".txt", ".jinja")):  # what transformers parses, whole

@@ -11,7 +11,7 @@ from analysis.errors import ModelError
 from analysis.models.gguf import is_gguf, read_gguf
 from analysis.models.load import BUNDLED, BUNDLED_MODELS, gguf_file, model_name
 from analysis.models.packaged import PACKAGED, folder_of
-from analysis.models.vet import read_config, read_json, reading, short
+from analysis.models.vet import one_line, read_config, read_json, reading
 from l2kv.config import CacheShape
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def _config_file(ref: str | Path) -> tuple[Path, str]:
     except Exception as error:  # offline, no such name: the hub client raises many kinds
         raise ModelError(
             f"{text!r:.100} is no folder or config.json that is here, and no config could be fetched from the Hugging "
-            f"Face hub ({short(error)}). Check the name and the connection."
+            f"Face hub ({one_line(error)}). Check the name and the connection."
         ) from error
 
 

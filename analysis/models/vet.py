@@ -96,7 +96,7 @@ def reading(name: str, part: str) -> Iterator[None]:
         # A panic in the Rust of tokenizers is no Exception. Nothing else of that kind, such as Ctrl-C, is caught.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ModelError(f"{name}: its {part} cannot be used ({short(error)}).") from error
+        raise ModelError(f"{name}: its {part} cannot be used ({one_line(error)}).") from error
 
 
 def check_length(path: Path, name: str, *, called: str = "") -> None:
@@ -114,13 +114,13 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{name}: {path.name} cannot be read ({short(error)}).") from error
+        raise ModelError(f"{name}: {path.name} cannot be read ({one_line(error)}).") from error
     if not isinstance(content, dict):
         raise ModelError(f"{name}: {path.name} is not a JSON object.")
     return content
 
 
-def short(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """Message of a library's error, on one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return (f"no {text}" if isinstance(error, KeyError) else text)[:300]

@@ -22,7 +22,7 @@ from analysis.plans.skip import RULES, SkipSuggestion, layer_loss, widest_gap
 from analysis.plans.strategies import plan
 from analysis.progress import Progress, part_of, unheard
 from analysis.records import record
-from analysis.statistics import MIN_TEXTS, Interval, means, resamples, spearman, told_of_documents
+from analysis.statistics import MIN_TEXTS, Interval, few_documents_warning, means, resamples, spearman
 from analysis.texts.excerpts import Excerpt
 from l2kv.config import CacheShape
 from l2kv.spec import CompressionSpec
@@ -112,7 +112,7 @@ class Ablation:
         return (
             f"Spearman of normalised ALR and of the NLL change when only this layer is compressed, over "
             f"{len(self.layers)} layers and {n} text{'s' * (n != 1)}: {self.agreement}{by_alr}. "
-            f"{told_of_documents(self.documents)}"
+            f"{few_documents_warning(self.documents)}"
         ).strip()
 
 

@@ -14,7 +14,7 @@ from analysis.measures import by_kv_head
 from analysis.metrics import STATUSES, metrics
 from analysis.records import kind_of
 from analysis.statistics import MIN_TEXTS, means
-from analysis.ties import evened
+from analysis.ties import average_ties
 from analysis.verdicts import WEAK
 from l2kv.spec import CompressionSpec, share
 
@@ -240,7 +240,7 @@ def _curves(run: Capture, state: np.ndarray, sign: int, bins: int, protect_last:
     n, last = run.n_tokens, min(protect_last, run.n_tokens)
     rank_by = sign * run.levels
     rank_by[..., n - last :] = -np.inf
-    first_kept = evened(run.probe_attention, rank_by)
+    first_kept = average_ties(run.probe_attention, rank_by)
     others = n - last
     even = first_kept[..., last:].mean(axis=-1, keepdims=True) if others else 0.0
     first_kept[..., last:] = np.where((state == "ok")[..., None], first_kept[..., last:], even)

@@ -25,7 +25,7 @@ from analysis.plans.curves import loss_curves, slim
 from analysis.plans.strategies import STRATEGIES, plan, title_of
 from analysis.progress import Progress, part_of, unheard
 from analysis.records import record
-from analysis.statistics import MIN_TEXTS, Interval, simultaneous, spearman, told_of_documents
+from analysis.statistics import MIN_TEXTS, Interval, few_documents_warning, simultaneous, spearman
 from analysis.texts.excerpts import Excerpt
 from l2kv.config import CacheShape
 from l2kv.spec import CompressionSpec
@@ -226,10 +226,10 @@ class Front:
             told += f"nearest comes {best}."
         told += f" Over {n} texts, by intervals that hold for all comparisons at once, plans win {len(won)} of "
         told += f"{len(compared)} and lose {lost}."
-        of_few = told_of_documents(self.results.documents)
-        return f"{told}{f' {of_few}' if of_few else ''}{self._told_of_baselines()}"
+        of_few = few_documents_warning(self.results.documents)
+        return f"{told}{f' {of_few}' if of_few else ''}{self._baselines_warning()}"
 
-    def _told_of_baselines(self) -> str:
+    def _baselines_warning(self) -> str:
         """Say where a baseline, which reads no norms, is as good as every strategy that does."""
         uniform, plans = self.best("uniform"), self.best("plan")
         by_norm = {keep: min(one.mean, plans.get(keep, one).mean) for keep, one in uniform.items()}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from analysis.errors import ModelError, TextError
-from analysis.models.vet import short
+from analysis.models.vet import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -131,7 +131,7 @@ def _called(tokenizer: PreTrainedTokenizerBase, text: str, **options: bool) -> M
         if isinstance(result, TextError) or (not isinstance(result, Exception) and not _panicked(result)):
             raise result  # too long a word, or Ctrl-C
         raise TextError(
-            f"The tokenizer cannot read this text ({short(result)}): it may be damaged, or not belong to the model."
+            f"The tokenizer cannot read this text ({one_line(result)}): it may be damaged, or not belong to the model."
         ) from result
     return result
 
