@@ -223,7 +223,8 @@ def _inflated(arrays: dict[str, np.ndarray], shapes: object, path: Path) -> dict
         raise ValueError(f"unpacked, it would take {human_bytes(needed)}, more than any run in {human_bytes(size)}")
     if needed > allowed:
         raise RecordError(
-            f"{path.name} would take {human_bytes(needed)} of memory, and {human_bytes(allowed)} may be used."
+            f"{path.name} would take {human_bytes(needed)} of memory, and {human_bytes(allowed)} may be used. "
+            "Free some, and try again."
         )
     for name, shape in shapes.items():
         levels = _levels(name, shape)

@@ -176,7 +176,7 @@ def study(
     if not given:
         raise TextError("There are no texts to study.")
     if len(given) > MOST_TEXTS:
-        raise TextError(f"A study is of {MOST_TEXTS:,} texts at most, got {len(given):,}.")
+        raise TextError(f"A study takes {MOST_TEXTS:,} texts at most, got {len(given):,}.")
     weights = digest_of(loaded)
     done = written = _resumed(path, loaded.name, weights, given)
     due = 0.0

@@ -323,7 +323,7 @@ def _layers_for(config: PretrainedConfig, spec: CompressionSpec, filters: Tensor
         which = ", ".join(f"{n} are a {kind}" for kind, n in others.items())
         raise UnsupportedModelError(f"{config.model_type} has layers that cache more than keys and values: {which}.")
     if not any(isinstance(layer, DynamicLayer) for layer in layers):
-        raise UnsupportedModelError(f"{config.model_type} is without a key/value cache: no layer holds keys to rank.")
+        raise UnsupportedModelError(f"{config.model_type} has no key/value cache: no layer holds keys to rank.")
     _check_layers(spec, len(layers))
     _check_heads(spec, filters, kv_heads_by_layer(config, len(layers)))
     return [_evicting(layer, spec, i, None if filters is None else filters[i]) for i, layer in enumerate(layers)]

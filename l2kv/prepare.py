@@ -112,7 +112,7 @@ class _Preparation:
             )
         if module.training and any(getattr(part, "gradient_checkpointing", False) for part in module.modules()):
             raise RuntimeError(
-                f"{self._model_name} is in training with gradient checkpointing, and then gives its keys to no cache. "
+                f"{self._model_name} is in training mode with gradient checkpointing, which bypasses caches. "
                 "Call model.eval() first."
             )
         mask = _argument("attention_mask", module, args, kwargs)

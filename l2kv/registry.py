@@ -25,7 +25,7 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
     def register(self, name: str, entry: Entry) -> Entry:
         """Add an entry and return it. Raises ValueError if the name is taken."""
         if name in self._entries:
-            raise ValueError(f"there is a {self.noun} {name!r} already")
+            raise ValueError(f"the {self.noun} {name!r} exists already: choose another name")
         self._entries[name] = entry
         return entry
 

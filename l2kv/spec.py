@@ -108,7 +108,7 @@ class CompressionSpec:
         if POLICIES[self.policy].needs_directions and self.directions is None:
             raise SpecError(
                 f"The policy {self.policy} needs directions: for each layer a row that says, for each kv head, "
-                "whether 'low' or 'high' norms stay."
+                "whether 'low' or 'high' norms are kept."
             )
 
     def target_of(self, layer: int, head: int) -> Target:

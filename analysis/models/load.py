@@ -335,7 +335,7 @@ def _vet(folder: Path, name: str) -> None:
         others = sorted(file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt")))
         found = f" (found {others[0]}: convert it with transformers' save_pretrained)" if others else ""
         raise ModelError(
-            f"{name} has no .safetensors weights and no .gguf file{found}. Others can run code, and are not read."
+            f"{name} has no .safetensors weights and no .gguf file{found}. Other formats can run code and are not read."
         )
     for index in (file for file in files if file.endswith(".safetensors.index.json")):
         weight_map = read_json(folder / index, name).get("weight_map")
@@ -343,7 +343,9 @@ def _vet(folder: Path, name: str) -> None:
             raise ModelError(f"{name}: {index} does not map weights to files (weight_map).")
         for shard in set(weight_map.values()):
             if Path(shard).name != shard or not shard.endswith(".safetensors"):
-                raise ModelError(f"{name}: {index} points outside its folder or at no .safetensors ({shard!r:.100}).")
+                raise ModelError(
+                    f"{name}: {index} points outside its folder or at a file that is not .safetensors ({shard!r:.100})."
+                )
             if shard not in files:
                 raise ModelError(f"{name} is incomplete: {shard} is missing.")
 

@@ -69,7 +69,7 @@ def vet_config(path: Path, name: str) -> None:
             if "/" in str(part.get(key, "")):
                 raise ModelError(f"{name}: config.json asks for attention code from elsewhere ({part[key]!r:.100}).")
         if "--" in str(part.get("auto_map", "")):
-            raise ModelError(f"{name}: config.json asks for code of another repository (auto_map). It is not run.")
+            raise ModelError(f"{name}: config.json asks for code from another repository (auto_map), which is not run.")
         if part.get("quantization_config") is not None:
             raise ModelError(
                 f"{name} is quantised{_method(part)}: such weights need kernels that are not loaded here. Give the "
@@ -157,7 +157,7 @@ def _check_kind(config: PretrainedConfig, name: str) -> None:
             "CompressedCache compress its language part."
         )
     if not getattr(text_config, "num_attention_heads", None):
-        raise ModelError(f"{name}: {config.model_type} has no attention heads, so there are no keys to look at.")
+        raise ModelError(f"{name}: {config.model_type} has no attention heads, so there are no keys to rank.")
 
 
 def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -153,7 +153,7 @@ def ablate_layers(
     shape = CacheShape.of(loaded.config, loaded.model.dtype.itemsize)
     layers = tuple(layer for layer in shape.layers if layer not in spec.skip_layers)
     if not layers:
-        raise ModelError(f"{loaded.name} has no layer that the spec compresses.")
+        raise ModelError(f"{loaded.name} has no layer that the spec compresses. Skip fewer layers.")
     losses, total = [], len(given) * (2 + len(layers))
     for i, text in enumerate(given):
         prompt = prompt_of(loaded.tokenizer, text.text, settings.prompt_tokens)

@@ -150,14 +150,14 @@ class _Measured:
     def of(cls, measured: Capture | Sequence[Capture] | Study, policy: str, skip_first: int) -> _Measured:
         if isinstance(measured, Study):
             if skip_first:
-                raise SettingsError("a study keeps no tokens to skip: suggest from captures")
+                raise SettingsError("skip_first needs tokens, which a study does not keep: suggest from captures")
             kinds, n_tokens = [measured.layer_kinds], measured.n_tokens
             by_text = _AGAINST_CHANCE[policy](layer_losses(measured))
         else:
             captures = [measured] if isinstance(measured, Capture) else list(measured)
             kinds, n_tokens = [c.layer_kinds for c in captures], np.array([c.n_tokens for c in captures])
             if len({(c.model, c.layer_kinds) for c in captures}) != 1:
-                raise SettingsError("layers are suggested from captures of one model, and there must be one at least")
+                raise SettingsError("layers are suggested from one or more captures, all of one model")
             by_text = np.array([layer_loss(c, policy, skip_first=skip_first).by_layer for c in captures])
         compressed = np.array([kind == "full" for kind in kinds[0]])
         if len(n_tokens) == 1:

@@ -155,7 +155,7 @@ def _check_longest_word(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
             if (needed := took * (len(word) / size) ** growth) > MOST_SECONDS:
                 raise TextError(
                     f"The text holds a word of {len(word):,} characters, {word[:20]!r} and so on, for which this "
-                    f"tokenizer would take about {needed:,.0f} seconds. Shorten it, or put spaces into it."
+                    f"tokenizer would take about {needed:,.0f} seconds. Shorten it, or add spaces."
                 )
             return
         size, before = 2 * size, took

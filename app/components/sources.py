@@ -125,8 +125,8 @@ class Continued:
         size = self.prompt_tokens + self.new_tokens
         if size > loaded.positions:
             raise TextError(
-                f"{loaded.name} was trained on {loaded.positions:,} tokens at once, and {size:,} are asked for: take a "
-                "shorter prompt."
+                f"{loaded.name} was trained on {loaded.positions:,} tokens at once, and {size:,} are asked for. "
+                "Choose a shorter prompt."
             )
         return size + SPARE
 

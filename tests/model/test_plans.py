@@ -203,7 +203,7 @@ def test_the_sizes_of_weight_files_are_added_up(tmp_path):
     "config,reason",
     [
         ({"num_hidden_layers": 10**9}, "out of range"),
-        ({"auto_map": {"AutoConfig": "someone/else--x.Y"}}, "code of another repository"),
+        ({"auto_map": {"AutoConfig": "someone/else--x.Y"}}, "code from another repository"),
         ({"model_type": "bert", "architectures": ["BertModel"]}, "not decoder-only"),
         ({"model_type": "no such"}, "cannot be used"),
     ],
