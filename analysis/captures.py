@@ -67,7 +67,7 @@ def _unpack(file: ArrayFile) -> Mapping[str, np.ndarray]:
 
 
 def _upgrade(version: int, content: records.Content) -> records.Content:
-    """What a file of versions 1 to 3 would say in this one; `_unpack` reads their arrays."""
+    """Bring the content of versions 1 to 3 to this one; `_unpack` reads their arrays."""
     if version == 3:
         content["shapes"] = json.loads(content.get("shapes", "null"))
     return content
@@ -87,7 +87,7 @@ class Capture:
     dtype: str  # that it was computed in, and cached
     text: str
     labels: tuple[str, ...]  # T, what to call each token
-    probe_label: str  # of the token whose attention row `probe_attention` is
+    probe_label: str  # label of the probe's token
     layer_kinds: tuple[str, ...]  # L of "full" or "sliding"
     windows: tuple[int, ...]  # L, the keys that a query sees; 0 is all of them
     warnings: tuple[str, ...]
@@ -239,7 +239,7 @@ def _inflated(arrays: dict[str, np.ndarray], shapes: object, path: Path) -> dict
 
 
 def _levels(name: str, shape: Sequence[int]) -> int:
-    """How many steps the rows of attention have. The last queries' are most of a file, and are only shown as a mean."""
+    """Number of levels for rows of attention. The last queries fill most of a file, and are shown as a mean only."""
     return 140 if name == "recent_attention" and math.prod(shape) > LARGE else 4094
 
 

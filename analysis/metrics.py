@@ -43,7 +43,7 @@ STATUSES = (
 )
 """Why a number is undefined. Files hold their places in this list: add at its end."""
 CONSTANT = 1e-5  # a relative spread of a head's norms below this is no order, of float32 keys either
-LEAST_MASS = 0.01  # of a row's attention: in whatever order less than that is evicted, no more than that is lost
+LEAST_MASS = 0.01  # share of a row's attention: evicting less than that, in any order, loses no more than that
 OVERLAP_RATIO = 0.5
 
 
@@ -141,7 +141,7 @@ class Metric:
     """A metric: how to compute it, and how to show it."""
 
     title: str
-    """What tables and maps call it."""
+    """Title in tables and maps."""
     about: str
     """One line for a reader."""
     of: Callable[[Row], np.ndarray]
@@ -151,13 +151,13 @@ class Metric:
     high: float | None = None
     """Largest value there can be, where it ends. None: at the largest of the map."""
     diverging: bool = False
-    """Whether its sign is what counts: colours part at 0."""
+    """True if its sign matters: the colour scale diverges at 0."""
     skip_first: int = 0
     """Number of tokens skipped at the beginning."""
     about_sink: bool = False
-    """Whether it is about the first token, and so stays of all tokens where others are shown without that one."""
+    """True if it describes the first token, and so is never shown without that token."""
     ranks: bool = True
-    """Whether it compares orders, so that norms and attention must give one."""
+    """True if it compares orders, so that norms and attention must give one."""
 
 
 def gamma(row: Row) -> np.ndarray:

@@ -33,10 +33,10 @@ class Step:
     """A new token, and the state of the cache after it."""
 
     token_ids: tuple[int, ...]  # of all new tokens
-    text: str  # of all new tokens, but for special ones such as the one that ends it
+    text: str  # all new tokens, without special ones such as the end token
     held: tuple[int, ...]  # tokens in the cache, per layer
-    nbytes: int  # of the keys and values of those tokens
-    slack_nbytes: int  # of storage that waits for more
+    nbytes: int  # bytes of the keys and values of those tokens
+    slack_nbytes: int  # bytes of storage reserved for more
     finished: bool  # the model ended its text here
 
 

@@ -39,9 +39,9 @@ class Kind:
     name: str
     """In files: "plan" is headed {"l2kv_plan": version}."""
     version: int
-    """Of what is written. Older ones are read by `upgrade`."""
+    """Version that is written. Older ones are read by `upgrade`."""
     title: str
-    """What users know it by: "a plan"."""
+    """Name for users: "a plan"."""
     again: str
     """Command that makes the record again, for users whose file is too old."""
     upgrade: Callable[[int, Content], Content] | None = None
@@ -90,7 +90,7 @@ def record(
 
 
 def kind_of(cls: type) -> Kind:
-    """What a class of records is on disk."""
+    """Find how a class of records is stored on disk."""
     kind: Kind = cls.__record__  # type: ignore[attr-defined]
     return kind
 

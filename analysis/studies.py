@@ -29,7 +29,7 @@ from analysis.texts.excerpts import Excerpt
 if TYPE_CHECKING:
     from analysis.models.load import LoadedModel
 
-MOST_TEXTS = 10_000  # of a study: intervals over more take more memory than a study of them does
+MOST_TEXTS = 10_000  # in a study: intervals over more would take more memory than the study itself
 AGAIN = "l2kv study TEXTS --out FILE"
 """The command that makes a study."""
 _EACH, _PAUSE = 8, 5.0  # so many texts are each written at once; those after them at most every few seconds

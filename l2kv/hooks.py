@@ -190,7 +190,7 @@ def _weakly(attend: Attention) -> weakref.ref[Attention]:
 
 
 class Repeats(NamedTuple):
-    """How a model repeats the kv heads of its cache for its attention, which may repeat them again."""
+    """Repetition of the cache's kv heads by a model for its attention, which may repeat them again."""
 
     times: int = 1
     in_turn: bool = False

@@ -36,7 +36,7 @@ class Pairs:
     """True positions in the text, int64; broadcasts to [B, h, T]. Negative in the padding of a row."""
     layer_idx: int
     heads: tuple[int, ...]
-    """Which kv heads of the layer these h are."""
+    """Numbers of these h kv heads in the layer."""
     seed: int = 0
     directions: tuple[str, ...] | None = None
     """"low" or "high" for each of these heads, where the spec has directions."""

@@ -65,7 +65,7 @@ class CompressionSpec:
     policy: str = "low_norm"
     """Name of a score in `l2kv.POLICIES`."""
     schedule: str = "seen"
-    """What a ratio is taken of: the tokens "seen", or at each eviction those held ("reference", the paper's code)."""
+    """Base of a ratio: the tokens "seen", or at each eviction the pairs held ("reference", as in the paper's code)."""
     evict_every: int = 1
     """Evict once this many tokens have come since the last time; in between a head may hold as many more."""
     protect_first: int = 0

@@ -30,9 +30,9 @@ class Preset:
 
     name: str
     text: str
-    why: str = ""  # what was measured on it, in words
+    why: str = ""  # measurement that it was chosen by, in words
     spec: CompressionSpec | None = None  # the compression to look at it with
-    answer: str = ""  # what should be generated, as `tasks.found` scores it; empty: nothing is right or wrong
+    answer: str = ""  # what should be generated, as `prompts.found` scores it; empty: nothing is right or wrong
     chat: bool = False  # a question, to be put through the model's chat template
     beside: CompressionSpec | None = None  # another one of the same protection, in which the task ends otherwise
 

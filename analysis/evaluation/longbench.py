@@ -33,7 +33,7 @@ class LongBenchSet:
     before: str
     """Instruction before the context."""
     after: str
-    """What follows the context, around {input}."""
+    """Text after the context, around {input}."""
     answer_prefix: str
     max_new_tokens: int
     scorer: str

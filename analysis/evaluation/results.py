@@ -41,7 +41,7 @@ class Row:
     """The answer that was generated."""
     document: str = ""
     at: Mapping[str, str | float] = field(default_factory=dict)
-    """Where the sample stands in the task's grid: {"n_tokens": 400, "depth": 0.5}."""
+    """Place of the sample in the task's grid: {"n_tokens": 400, "depth": 0.5}."""
 
     @property
     def value(self) -> float:

@@ -90,16 +90,16 @@ class RulerTask:
 
     title: str
     about: str
-    """What is asked, in a line."""
+    """One line on the question."""
     max_new_tokens: int
     make: Callable[[Random, int, Material], Prompt]
     """Makes the example of a size."""
     least: int
     """Smallest size, in the units that `make` has."""
     question: re.Pattern[str]
-    """Where the question begins in a prompt, at its last match."""
+    """Beginning of the question in a prompt, at the last match."""
     answer: re.Pattern[str] = field(default=re.compile(r" ?Answer:"))
-    """Where the answer's prefix begins after that."""
+    """Beginning of the answer's prefix after that."""
     scorer: str = "string_match_all"
     needs: str = ""
     """"essay" or "questions" where it is made from such."""

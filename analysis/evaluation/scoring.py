@@ -131,11 +131,11 @@ class Scorer:
     """A way to score answers, and when a score is final."""
 
     about: str
-    """What 100 means, in a line."""
+    """One line on the meaning of 100."""
     score: Callable[[str, Example], float]
     """Score of a text, 0 to 100."""
     decided: Callable[[str, Example], bool] = lambda text, example: False
-    """Whether the score of a text stays as it is, whatever follows the text."""
+    """Tells whether the score of a text can no longer change, whatever follows it."""
 
 
 def _best(single: Callable[[str, str], float], about: str, *, first_line: bool = False) -> Scorer:

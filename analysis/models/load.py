@@ -49,7 +49,7 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     name: str
     stored: str = ""
-    """How most bytes of its matrices are stored in its files, such as "Q4_1" or "bfloat16"; "" if not from files."""
+    """Storage type of most of its matrices' bytes, such as "Q4_1" or "bfloat16"; empty if not from files."""
 
     @property
     def device(self) -> torch.device:

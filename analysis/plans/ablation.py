@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from analysis.plans.curves import LossCurves
 
 COSTS_AT = 0.2  # the ratio at which each head is compressed alone: small, so that a cost stands out
-POLICIES = ("low_norm", "high_norm")  # those that ALR speaks of, and that differ from chance
+POLICIES = ("low_norm", "high_norm")  # ALR is about these, and they differ from chance
 Rows = tuple[tuple[float | None, ...], ...]
 """A number for each of K layers and N texts; None is undefined."""
 Texts = Sequence[Excerpt | tuple[str, str]]
@@ -52,11 +52,11 @@ class Ablation:
     """NLL change when one layer alone is compressed, and the layer's ALR, for K layers and N texts."""
 
     spec: CompressionSpec
-    """How the one layer is compressed."""
+    """Compression of the one layer."""
     layers: tuple[int, ...]
     """The K layers, those that can be compressed."""
     results: Results
-    """Of the task `lm`, a method for each layer."""
+    """Results of the task `lm`, with a method for each layer."""
     normalised_alr_rows: Rows
     """ALR over the chance level of each layer on each prompt, by the policy of the spec."""
     alr_rows: Rows | None = None

@@ -34,9 +34,9 @@ class AllocationPlan:
     directions: tuple[tuple[str, ...], ...] | None  # [L][Hkv] "low" or "high", of signed_norm
     compressible: np.ndarray  # [L] bool
     keep_ratio: float  # the budget asked for: the share of all pairs of the compressible layers
-    used: float  # of it, what the ratios take; never more
+    used: float  # share of it that the ratios use; never more than the budget
     expected_loss: float  # NaN where there are no loss curves of the policy, as are the next two
-    uniform_loss: float  # of one ratio for all, by the same policy and budget
+    uniform_loss: float  # loss of one ratio for all, with the same policy and budget
     bound: float  # no allocation over the bins of kv heads loses less than this
     protect_last: int
 
@@ -200,7 +200,7 @@ class Budget:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Units:
-    """What gets a ratio of its own: U of them. Bins count from the least allowed."""
+    """U units, each with a ratio of its own. Bins count from the least allowed."""
 
     losses: np.ndarray  # [U, C], of all heads of the unit together
     sizes: np.ndarray  # [U] heads
@@ -230,7 +230,7 @@ class _Units:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Hull:
-    """Of the units' convex hulls: the choice of whole pieces, and what bounds every choice."""
+    """Solution on the units' convex hulls, in whole pieces, and the bound of every solution."""
 
     chosen: np.ndarray  # [U]
     bound: float  # the least loss if pieces could be cut (the linear program's)

@@ -29,7 +29,7 @@ BY_NORM = ("signed_norm", "low_norm", "high_norm")
 EVEN = (
     0.2  # of a weight that every head gets: costs are of some texts, and a head that cost nothing there may elsewhere
 )
-SAME_SIGN = 0.8  # of the texts must agree on the sign of a head's Γ, or it has no signal
+SAME_SIGN = 0.8  # share of the texts that must agree on the sign of a head's Γ, or it has no signal
 TINY = 1e-12  # of rounding
 
 
@@ -49,7 +49,7 @@ class LossCurves:
     protect_last: int = 0
     least_bin: int = 0  # below it the protected tokens alone hold more: nothing is saved there
     over_chance: np.ndarray | None = None  # [2, texts, L, Hkv, B + 1] loss of low and of high, less the random one
-    captures: tuple[Capture, ...] = ()  # what they are of, `slim`; the methods that look at single tokens need it
+    captures: tuple[Capture, ...] = ()  # their captures, `slim`, for strategies that look at single tokens
     documents: tuple[str, ...] = ()  # texts, names of what each is an excerpt of; none where it is not known
     weights: np.ndarray | None = None  # [L, Hkv] cost of lost attention in a head, of mean 1: see `weighted_by`
 

@@ -24,7 +24,7 @@ class Saving:
     """Savings of a spec at one length for a batch of sequences, by arithmetic."""
 
     n_tokens: int
-    full_bytes: int  # of the caches of the batch
+    full_bytes: int  # bytes of the batch's full caches
     kept_bytes: int
     full_fits: int | None  # sequences of this length that fit the GPU beside the weights; None: any number
     kept_fits: int | None
@@ -176,7 +176,7 @@ def kvpress_code(spec: CompressionSpec, shape: CacheShape, ref: str, *, n_layers
 
 
 def _files_of(ref: str) -> str:
-    """What other programs than this one load a model from."""
+    """Reference by which other programs load a model."""
     if packaged := PACKAGED.get(ref):
         return packaged.original
     return f"analysis/bundled/{ref}" if ref in NAMED_MODELS else ref

@@ -43,7 +43,7 @@ class Planned:
     keep_ratio: float
     """The budget: a share of the pairs of the layers that can be compressed."""
     method: str
-    """Its name in the results."""
+    """Name in the results."""
     planned_loss: float | None = None
     """Attention expected to be lost (`LossCurves.loss_of`) on the planning texts; None of those that read no norms."""
     measured_loss: float | None = None

@@ -144,7 +144,7 @@ class _Measured:
 
     loss: np.ndarray  # [L] normalised ALR, mean over the texts that define it; NaN where none does
     compressed: np.ndarray  # [L] bool
-    on: str  # what it was measured on, in words
+    on: str  # its source, in words
 
     @classmethod
     def of(cls, measured: Capture | Sequence[Capture] | Study, policy: str, skip_first: int) -> _Measured:

@@ -30,13 +30,13 @@ class Strategy:
 
     title: str
     about: str
-    """What it does, in a line."""
+    """One line on what it does."""
     kind: str
     """"uniform": one ratio for all, by norm; "plan": divided by norm; "baseline": reads no norms."""
     allocate: Callable[[Budget], np.ndarray]
     """(budget) -> the keep ratio [N] of each kv head. Raises BudgetError where the budget is too small."""
     policy: str = "signed_norm"
-    """What stays in each head."""
+    """Policy of each head."""
     needs_costs: bool = False
     """True if the curves must be weighted by the measured cost of each head (`LossCurves.weighted_by`)."""
     needs_captures: bool = False

@@ -39,7 +39,7 @@ _CLUSTER = 64  # characters, more than what a reader sees as one ever takes
 class Excerpt(NamedTuple):
     """A part of a text, or all of it; without `document` it is a document of its own."""
 
-    name: str  # of the excerpt: "moby-dick 3"
+    name: str  # such as "moby-dick 3"
     text: str
     document: str = ""  # the name of the text that it was cut from; that of the excerpt where it is not given
 

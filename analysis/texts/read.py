@@ -7,7 +7,7 @@ from pathlib import Path
 
 from analysis.errors import TextError
 
-MOST_BYTES = 256 * 2**20  # of a file: far more than is ever run, and less than takes all memory
+MOST_BYTES = 256 * 2**20  # in a file: far more than is ever run, and too little to exhaust memory
 _LEAST_DOCUMENT = 100  # characters, in the mean, for NUL to separate documents and not be part of something else
 # By the mark that a file begins with; the longer first, for one begins with another.
 _ENCODINGS = {

@@ -39,8 +39,8 @@ class Tokens:
 
     ids: np.ndarray  # [T] int64
     spans: np.ndarray  # [T, 2] int32: text[start:end]; start == end for tokens the tokenizer added (<s>)
-    labels: tuple[str, ...]  # what a reader should see: the characters, or the name of a special token
-    notes: tuple[str, ...] = ()  # what a reader should know of the special tokens
+    labels: tuple[str, ...]  # for readers: the characters, or the name of a special token
+    notes: tuple[str, ...] = ()  # for readers: remarks on special tokens
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -28,7 +28,7 @@ class Storage(ABC):
     """
 
     _slot_dim: int
-    """Which dimension of a buffer the slots are."""
+    """Dimension of a buffer that holds the slots."""
 
     def __init__(self) -> None:
         self._buffers: list[Tensor] = []

@@ -99,7 +99,7 @@ OLD = {
 }
 
 
-def test_a_causal_check_of_version_1_opens_as_an_ablation():
+def test_a_file_of_version_1_opens_as_an_ablation():
     old = from_json(Ablation, json.dumps(OLD))
     assert (old.model, old.layers, old.spec) == ("old", (0, 2, 3), CompressionSpec(0.3, policy="high_norm"))
     np.testing.assert_array_equal(old.nll_change, OLD["nll_change"])
