@@ -1,4 +1,4 @@
-"""Every policy against the rule of its paper, worked out again with lists and loops, and what a policy is besides."""
+"""Every policy against the rule of its paper, worked out again with lists and loops, and the other properties of policies."""
 
 import math
 import sys

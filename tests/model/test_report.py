@@ -1,4 +1,4 @@
-"""Pages for those who have nothing installed: whole, safe, and true; and comparisons against slow loops."""
+"""Reports for readers who have nothing installed: complete, safe, and true; and comparisons against slow loops."""
 
 import base64
 import gzip

@@ -1,4 +1,4 @@
-"""What a tokenizer puts around a text, by every door to a model."""
+"""Special tokens around a text, by every way in: file, upload, paste, library."""
 
 import shutil
 

@@ -55,7 +55,7 @@ def front_of(
 def ablation_of(
     change, normalised_alr=None, *, spec=None, layers=None, model="made up", alr=None, documents=()
 ) -> Ablation:
-    """An ablation of NLL changes [K, N], with ALR of 1 if not told."""
+    """An ablation of NLL changes [K, N]; ALR is 1 by default."""
     change = np.asarray(change, float)
     layers = tuple(range(len(change))) if layers is None else tuple(layers)
     spec = spec or CompressionSpec(keep_ratio=0.3)

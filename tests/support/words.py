@@ -53,7 +53,17 @@ PHRASES = (
     Phrase(r"\battention weights\b", "attention weights", "attention probabilities"),
     Phrase(r"\b(chunks|passages) of (a |the )?texts?\b", "chunks of text", "excerpts"),
     Phrase(r"\bhead[ _]figures\b|\bfigures over texts\b|\ba figure over\b", "A figure over texts", "metrics, numbers"),
-    Phrase(r"\bKen?dall tau\b|\bGini coefficient\b", "the Gini coefficient", "Gini correlation (Γ)"),
+    Phrase(r"\bGini coefficient\b", "the Gini coefficient", "Gini correlation (Γ)"),
+    Phrase(
+        r"\b(compare_runs|compare_studies|causal_check|CausalCheck|RunFileError|head_figures|on_stage)\b",
+        "raise RunFileError",
+        "the name of today",
+    ),
+    Phrase(
+        r"--(keeps?|pieces|weighed|whole-without-signal|causal)(?![\w-])",
+        "l2kv plan --keep 0.5",
+        "--keep-ratio, --keep-ratios, --excerpts, --strategy, --ablation",
+    ),
     # English.
     Phrase(r"\b(all|everything) but looking\b", "all but looking", "everything except the plots"),
     Phrase(r"\btake it along\b", "take it along", "export"),
@@ -69,7 +79,7 @@ PHRASES = (
     Phrase(r"\b(Raises|Raise) \w+, with the reason\b", "Raises RecordError, with the reason.", "say when"),
     Phrase(r"\banother (way|kind|shape|thing|order) than\b", "of another shape than that", "a different ... from"),
     Phrase(r"\bsign of life\b", "pip gave no sign of life", "stopped responding"),
-    Phrase(r"\bif not (told|given) (which|otherwise)?\b", "all, if not told which", "by default"),
+    Phrase(r"\bif not told\b", "all, if not told which", "by default"),
 )
 
 

@@ -1,4 +1,4 @@
-"""Excerpts: of the tokens asked for, spread, apart, at the borders of words; those to plan on far from the others."""
+"""Excerpts: as long as asked for, spread, without overlap, at word borders; those to plan on far from the others."""
 
 import time
 import unicodedata

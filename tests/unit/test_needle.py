@@ -1,4 +1,4 @@
-"""Needles in haystacks: where they stand, and how long the whole is."""
+"""Needles in haystacks: their place, and the length of the example."""
 
 import pytest
 from transformers import AutoTokenizer

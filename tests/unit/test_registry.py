@@ -1,4 +1,4 @@
-"""What can be chosen by name, and the policies, which are such."""
+"""Registries, and the registry of policies."""
 
 import ast
 import dataclasses

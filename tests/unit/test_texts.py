@@ -1,4 +1,4 @@
-"""One reading of a text, by whichever door it comes in."""
+"""A text reads the same as a file, an upload and a paste."""
 
 import io
 import sys

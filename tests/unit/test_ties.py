@@ -1,4 +1,4 @@
-"""Tokens whose norms rounding alone tells apart: what is equal, and that no number depends on the rounding."""
+"""Ties, norms that differ by rounding alone: what is equal, and that no number depends on the rounding."""
 
 import itertools
 import math
