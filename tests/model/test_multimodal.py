@@ -1,4 +1,4 @@
-"""Models that look at images: their language part is compressed, with and without an image, and towers are left alone."""
+"""Models that look at images: their language part is compressed, with or without an image; towers are left alone."""
 
 from contextlib import contextmanager
 

@@ -1,4 +1,4 @@
-"""Probes: each of the last queries against slow loops; the self-test, a synthetic run with known metrics; both in the app."""
+"""Probes: each of the last queries against slow loops; the self-test; both in the app."""
 
 import math
 from dataclasses import replace

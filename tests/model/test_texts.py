@@ -1,4 +1,4 @@
-"""Special tokens around a text, by every way in: file, upload, paste, library."""
+"""Special tokens around a text: the same in captures, continuations and commands, and the user is told."""
 
 import shutil
 
