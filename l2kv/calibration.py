@@ -14,18 +14,18 @@ from l2kv.hooks import Look, WatchedCache, watching
 
 @torch.no_grad()
 def q_filters(model: PreTrainedModel, input_ids: Tensor, *, attention_mask: Tensor | None = None) -> Tensor:
-    """Direction that the queries of each kv head's group have in common, float32 [L, Hkv, D].
+    """Find the common direction of the queries of each kv head's group, float32 [L, Hkv, D].
 
-    Per query head the first right singular vector of its queries, with the sign that makes their mean projection
-    positive; then the mean over the heads of the group. Source: Godey et al., "Q-Filters", arXiv 2503.02812.
+    For each query head it is the first right singular vector of its queries, with the sign that makes their mean
+    projection positive; then the mean over the heads of the group. Source: Godey et al., "Q-Filters", arXiv 2503.02812.
 
     Args:
         model: a decoder-only model.
-        input_ids: texts to calibrate on, [B, T]: none that is to be compressed later.
+        input_ids: texts to calibrate on, [B, T], other than those to be compressed.
         attention_mask: [B, T], 0 for padding, whose queries do not count.
 
     Raises:
-        ValueError: the mask is of another shape, or hides all.
+        ValueError: the mask has the wrong shape, or hides everything.
         UnsupportedModelError: the model's attention cannot be reached.
     """
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask

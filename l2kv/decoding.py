@@ -28,6 +28,6 @@ def prefill(model: PreTrainedModel, input_ids: Tensor, cache: Cache) -> None:
 
 
 def decode_one_token(model: PreTrainedModel, token: Tensor, cache: Cache) -> Tensor:
-    """Greedy next token [B, 1] after `token` [B, 1], which is added to the cache."""
+    """Decode the greedy next token [B, 1] after `token` [B, 1], which is added to the cache."""
     logits: Tensor = model(token, past_key_values=cache, use_cache=True).logits
     return logits[:, -1].argmax(-1, keepdim=True)

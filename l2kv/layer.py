@@ -1,4 +1,4 @@
-"""One layer of a compressed cache: how its pairs are ranked, and which are evicted. They lie in a `Storage`."""
+"""One layer of a compressed cache: ranks its pairs and evicts. The pairs are in a `Storage`."""
 
 from __future__ import annotations
 
@@ -137,17 +137,17 @@ class CompressedLayer(CacheLayerMixin):
 
     @property
     def ragged(self) -> bool:
-        """Whether kv heads hold different numbers of pairs, or once did."""
+        """True if kv heads hold different numbers of pairs, or once did."""
         return isinstance(self._stored, PagedStorage)
 
     @property
     def pages(self) -> Pages:
-        """All slots of a `ragged` layer, as pages."""
+        """Slots of a `ragged` layer, as pages."""
         assert isinstance(self._stored, PagedStorage)
         return self._stored.pages
 
     def parts(self) -> list[Part]:
-        """All pairs held: one part, or one for each kv head of a `ragged` layer."""
+        """Parts of the pairs held: a single one, or one for each kv head of a `ragged` layer."""
         stored = self._stored
         return [Part(*part) for part in zip(stored.heads, stored[KEYS], stored[VALUES], strict=True)] if stored else []
 
@@ -197,14 +197,14 @@ class CompressedLayer(CacheLayerMixin):
         self._show()
 
     def positions(self) -> list[Tensor]:
-        """True positions of the pairs held, per part: int64 [B, h, held] in storage order."""
+        """Positions in the text of the pairs held, per part: int64 [B, h, held] in storage order."""
         if self._storage.has(RANKS):
             return [ranks.position(of_part) for of_part in self._storage[RANKS]]
         held = torch.arange(self.seen - self.held, self.seen, device=self.device)  # all, in order
         return [held.expand(part.keys.shape[:3]) for part in self.parts()]
 
     def kept_positions(self) -> list[Tensor]:
-        """True positions of the pairs held, per kv head: int64 [B, held], ascending."""
+        """Positions in the text of the pairs held, per kv head: int64 [B, held], ascending."""
         by_part = self.positions() if self.is_initialized else []
         return [head.sort(dim=-1).values for part in by_part for head in part.unbind(dim=1)]
 
@@ -256,9 +256,9 @@ class CompressedLayer(CacheLayerMixin):
         )
 
     def visible(self, queries: int) -> list[Tensor]:
-        """What the latest queries may attend to where rows are padded, per part: bool [B, h or 1, q, held].
+        """Mask of the pairs that the latest queries see where rows are padded, per part: bool [B, h or 1, q, held].
 
-        A query of the padding may look at all that precedes it: it must not look at nothing, and is looked at by none.
+        A query in the padding sees all that precedes it: it must see something, and no other query sees it.
         """
         alike = not self._storage.has(RANKS)  # all heads hold all
         query_positions = torch.arange(self.seen - queries, self.seen, device=self.device)
@@ -310,17 +310,17 @@ class CompressedLayer(CacheLayerMixin):
         return self.held + query_length, self.seen - self.held
 
     def get_max_length(self) -> int:
-        """-1: there is no maximum."""
+        """Maximal length: -1, there is none."""
         return -1
 
     @property
     def nbytes(self) -> int:
-        """Bytes of key and value storage, slack included."""
+        """Number of bytes of key and value storage, slack included."""
         return self._stored.nbytes if self._stored else 0
 
     @property
     def used_nbytes(self) -> int:
-        """Bytes of the keys and values held, without slack."""
+        """Number of bytes of the keys and values held, without slack."""
         return self._stored.used_nbytes if self._stored else 0
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -355,7 +355,7 @@ class CompressedLayer(CacheLayerMixin):
 
 
 class CompressedHybridLayer(CompressedLayer, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc]  # as theirs
-    """A layer that carries a running state beside its attention (Falcon-H1): the pairs are ours, the state is not."""
+    """A layer with a running state beside its attention (Falcon-H1), which is left to transformers."""
 
     is_croppable = False
 

@@ -1,4 +1,4 @@
-"""Eviction policies: a score per cached token, higher = keep. Knows tensors; knows no cache and no model.
+"""Eviction policies: a score for each cached pair, higher is kept. Knows tensors; knows no caches and no models.
 
 A policy is a function of the pairs of some kv heads, and says what else it needs. Most score a pair once, when it
 enters the cache: they cost nothing per step for the pairs that are there already. Some look at all pairs held when an
@@ -26,7 +26,7 @@ _POOL = 5  # neighbours that `window` smooths over
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """Key/value pairs of some kv heads of a layer, as a policy sees them."""
+    """Key/value pairs of some kv heads of a layer: the input of a policy."""
 
     keys: Tensor
     """[B, h, T, D], after rotary embedding and q/k norm."""
@@ -36,7 +36,7 @@ class Pairs:
     """True positions in the text, int64; broadcasts to [B, h, T]. Negative in the padding of a row."""
     layer_idx: int
     heads: tuple[int, ...]
-    """Which kv heads of the layer these h are."""
+    """Numbers of these h kv heads in the layer."""
     seed: int = 0
     directions: tuple[str, ...] | None = None
     """"low" or "high" for each of these heads, where the spec has directions."""
@@ -53,7 +53,7 @@ class Policy:
     """An eviction policy: a score, its title, and what it needs.
 
     Raises:
-        ValueError: it is scored on arrival, and needs attention, which is known later.
+        ValueError: the policy scores on arrival but needs attention, which is known only later.
     """
 
     score: Callable[[Pairs], Tensor]
@@ -79,17 +79,17 @@ class Policy:
 
     @property
     def about(self) -> str:
-        """What it keeps, in a line."""
+        """One line on what it keeps."""
         return (self.score.__doc__ or "").partition("\n")[0]
 
     @property
     def needs_attention(self) -> bool:
-        """Whether attention probabilities have to be worked out for it."""
+        """True if attention probabilities must be computed for it."""
         return self.needs_received or self.needs_rows > 0
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether something must be measured on the model first."""
+        """True if something must be measured on the model first."""
         return self.needs_directions or self.needs_filters
 
 
@@ -226,7 +226,7 @@ def register_policy(
     needs_rows: int = 0,
     ranks_whole_layer: bool = False,
 ) -> Policy:
-    """Add an eviction policy, which specs may name from then on; the arguments are the fields of `Policy`.
+    """Register an eviction policy, so that specs can name it; the arguments are the fields of `Policy`.
 
     Raises:
         ValueError: the name is taken.

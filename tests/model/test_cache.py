@@ -1,4 +1,4 @@
-"""Compressed decoding against the masked full forward pass, and what a cache must be besides."""
+"""Compressed decoding against the masked full forward pass, and the other duties of a cache."""
 
 import copy
 import gc

@@ -1,4 +1,4 @@
-"""Every policy against the rule of its paper, worked out again with lists and loops, and what a policy is besides."""
+"""Policies: each against the rule of its paper, reworked with lists and loops; and their other properties."""
 
 import math
 import sys
