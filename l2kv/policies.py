@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 SINKS = 4  # tokens that `streaming` keeps at the start
 WINDOW = 32  # queries that `window` looks at
 _POOL = 5  # neighbours that `window` smooths over
+_DAMPING = 0.85  # of `centrality`, as PageRank's
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,8 @@ class Pairs:
     """"low" or "high" for each of these heads, where the spec has directions."""
     filters: Tensor | None = None
     """[h, D], where the cache has filters."""
+    special: Tensor | None = None
+    """Whether each token is special or punctuation, bool that broadcasts to [B, h, T]; see `needs_token_ids`."""
     received: Tensor | None = None
     """Attention summed over all queries so far and the heads of the group, [B, h, T]; see `needs_received`."""
     last_rows: Tensor | None = None
@@ -66,6 +69,8 @@ class Policy:
     """`CompressionSpec.directions` must be given."""
     needs_filters: bool = False
     """`CompressedCache` must be given `filters` (see `l2kv.q_filters`)."""
+    needs_token_ids: bool = False
+    """Needs `Pairs.special`: `CompressedCache` must be given `special_ids` (see `l2kv.special_ids`)."""
     needs_received: bool = False
     """Needs `Pairs.received`: attention is worked out at every step."""
     needs_rows: int = 0
@@ -128,11 +133,33 @@ def streaming(pairs: Pairs) -> Tensor:
     return pairs.positions.float() + (pairs.positions < SINKS).float() * 2.0**30
 
 
+def fastgen(pairs: Pairs) -> Tensor:
+    """Keep special tokens, punctuation and the most recent (FastGen without attention: Ge et al., arXiv 2310.01801)."""
+    assert pairs.special is not None
+    return pairs.positions.float() + pairs.special.float() * 2.0**30  # as for `streaming`
+
+
 def keydiff(pairs: Pairs) -> Tensor:
     """Keep the keys least like the mean direction of all keys held (KeyDiff: Park et al., arXiv 2504.15364)."""
     unit = _unit(pairs.keys)
     of_text = (pairs.positions >= 0)[..., None]  # what a row is padded with has no say in its mean
     return -(unit * _unit((unit * of_text).sum(dim=-2, keepdim=True))).sum(dim=-1)
+
+
+def centrality(pairs: Pairs) -> Tensor:
+    """Keep the keys most central among all held, by PageRank over their cosines, seeded by low norm."""
+    import torch
+
+    # x = (1 - a) v + a A x / d, where A = (1 + cosines) / 2 has rank D + 1: A = b b', so x is found in D + 1 numbers.
+    of_text = (pairs.positions >= 0).expand(pairs.keys.shape[:3])  # what a row is padded with has no say
+    b = torch.nn.functional.pad(_unit(pairs.keys), (1, 0), value=1.0) * of_text[..., None] / 2**0.5
+    degree = (b * b.sum(dim=-2, keepdim=True)).sum(dim=-1).clamp_min(1e-12)
+    seed = of_text / _norm(pairs.keys).clamp_min(1e-12)
+    seed = (1 - _DAMPING) * seed / seed.sum(dim=-1, keepdim=True).clamp_min(1e-12)
+    over_degree = (b / degree[..., None]).transpose(-1, -2)  # [B, h, D + 1, T]
+    system = torch.eye(b.shape[-1], device=b.device) - _DAMPING * over_degree @ b
+    flow = torch.linalg.solve(system, (over_degree * seed[:, :, None]).sum(dim=-1))
+    return seed + _DAMPING * (b * flow[:, :, None]).sum(dim=-1)
 
 
 def q_filters(pairs: Pairs) -> Tensor:
@@ -202,7 +229,9 @@ POLICIES = Registry[Policy](
         "signed_norm": Policy(signed_norm, "Low or high norm by head", needs_directions=True),
         "random": Policy(random, "Random"),
         "streaming": Policy(streaming, "First and recent (StreamingLLM)"),
+        "fastgen": Policy(fastgen, "Special tokens, punctuation and recent (FastGen)", needs_token_ids=True),
         "keydiff": Policy(keydiff, "Unlike the other keys (KeyDiff)", on_arrival=False),
+        "centrality": Policy(centrality, "Most central among the keys (PageRank)", on_arrival=False),
         "q_filters": Policy(q_filters, "Along the queries (Q-Filters)", needs_filters=True),
         "accumulated": Policy(accumulated, "Most attention so far (H2O)", on_arrival=False, needs_received=True),
         "window": Policy(window, "Attention of the last 32 queries (SnapKV)", on_arrival=False, needs_rows=WINDOW),
@@ -222,6 +251,7 @@ def register_policy(
     on_arrival: bool = True,
     needs_directions: bool = False,
     needs_filters: bool = False,
+    needs_token_ids: bool = False,
     needs_received: bool = False,
     needs_rows: int = 0,
     ranks_whole_layer: bool = False,
@@ -237,6 +267,7 @@ def register_policy(
         on_arrival=on_arrival,
         needs_directions=needs_directions,
         needs_filters=needs_filters,
+        needs_token_ids=needs_token_ids,
         needs_received=needs_received,
         needs_rows=needs_rows,
         ranks_whole_layer=ranks_whole_layer,

@@ -145,7 +145,14 @@ def _caches_after(
             continue
         if full is None:
             full = _filled(loaded, context, DynamicCache(config=loaded.config))
-        yield spec, full if spec is None else CompressedCache.from_full(full, loaded.config, spec)
+        yield (
+            spec,
+            full
+            if spec is None
+            else CompressedCache.from_full(
+                full, loaded.config, spec, input_ids=context, special_ids=loaded.special_ids(spec)
+            ),
+        )
 
 
 Filled = TypeVar("Filled", bound=Cache)
