@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 SINKS = 4  # tokens that `streaming` keeps at the start
 WINDOW = 32  # queries that `window` looks at
 _POOL = 5  # neighbours that `window` smooths over
-_DAMPING = 0.85  # of `centrality`, as PageRank's
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +135,9 @@ def streaming(pairs: Pairs) -> Tensor:
 def fastgen(pairs: Pairs) -> Tensor:
     """Keep special tokens, punctuation and the most recent (FastGen without attention: Ge et al., arXiv 2310.01801)."""
     assert pairs.special is not None
-    return pairs.positions.float() + pairs.special.float() * 2.0**30  # as for `streaming`
+    # As in `streaming`, they tie, and the earlier stays longer.
+    scores: Tensor = pairs.positions.float() + pairs.special.float() * 2.0**30
+    return scores
 
 
 def keydiff(pairs: Pairs) -> Tensor:
@@ -144,22 +145,6 @@ def keydiff(pairs: Pairs) -> Tensor:
     unit = _unit(pairs.keys)
     of_text = (pairs.positions >= 0)[..., None]  # what a row is padded with has no say in its mean
     return -(unit * _unit((unit * of_text).sum(dim=-2, keepdim=True))).sum(dim=-1)
-
-
-def centrality(pairs: Pairs) -> Tensor:
-    """Keep the keys most central among all held, by PageRank over their cosines, seeded by low norm."""
-    import torch
-
-    # x = (1 - a) v + a A x / d, where A = (1 + cosines) / 2 has rank D + 1: A = b b', so x is found in D + 1 numbers.
-    of_text = (pairs.positions >= 0).expand(pairs.keys.shape[:3])  # what a row is padded with has no say
-    b = torch.nn.functional.pad(_unit(pairs.keys), (1, 0), value=1.0) * of_text[..., None] / 2**0.5
-    degree = (b * b.sum(dim=-2, keepdim=True)).sum(dim=-1).clamp_min(1e-12)
-    seed = of_text / _norm(pairs.keys).clamp_min(1e-12)
-    seed = (1 - _DAMPING) * seed / seed.sum(dim=-1, keepdim=True).clamp_min(1e-12)
-    over_degree = (b / degree[..., None]).transpose(-1, -2)  # [B, h, D + 1, T]
-    system = torch.eye(b.shape[-1], device=b.device) - _DAMPING * over_degree @ b
-    flow = torch.linalg.solve(system, (over_degree * seed[:, :, None]).sum(dim=-1))
-    return seed + _DAMPING * (b * flow[:, :, None]).sum(dim=-1)
 
 
 def q_filters(pairs: Pairs) -> Tensor:
@@ -231,7 +216,6 @@ POLICIES = Registry[Policy](
         "streaming": Policy(streaming, "First and recent (StreamingLLM)"),
         "fastgen": Policy(fastgen, "Special tokens, punctuation and recent (FastGen)", needs_token_ids=True),
         "keydiff": Policy(keydiff, "Unlike the other keys (KeyDiff)", on_arrival=False),
-        "centrality": Policy(centrality, "Most central among the keys (PageRank)", on_arrival=False),
         "q_filters": Policy(q_filters, "Along the queries (Q-Filters)", needs_filters=True),
         "accumulated": Policy(accumulated, "Most attention so far (H2O)", on_arrival=False, needs_received=True),
         "window": Policy(window, "Attention of the last 32 queries (SnapKV)", on_arrival=False, needs_rows=WINDOW),

@@ -4,7 +4,6 @@ import math
 import sys
 from dataclasses import dataclass, replace
 
-import networkx
 import numpy as np
 import pytest
 import torch
@@ -106,22 +105,6 @@ def rule_of_keydiff(head):
     def scores(held, seen):
         anchor = [math.fsum(units[p][d] for p in held) / len(held) for d in range(len(units[0]))]
         return {p: -math.fsum(a * x for a, x in zip(anchor, units[p], strict=True)) / norm(anchor) for p in held}
-
-    return scores
-
-
-def rule_of_centrality(head):
-    """By networkx, over all pairs of keys, one edge each."""
-
-    def scores(held, seen):
-        units = {p: [x / norm(head.keys[p]) for x in head.keys[p]] for p in held}
-        graph = networkx.DiGraph()
-        for p, one in units.items():
-            for q, other in units.items():
-                cosine = math.fsum(x * y for x, y in zip(one, other, strict=True))
-                graph.add_edge(p, q, weight=(1 + cosine) / 2)
-        seeds = {p: 1 / norm(head.keys[p]) for p in held}
-        return networkx.pagerank(graph, alpha=0.85, personalization=seeds, tol=1e-12)
 
     return scores
 

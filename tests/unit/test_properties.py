@@ -248,7 +248,7 @@ def test_changing_the_rows_of_a_batch_before_an_eviction_or_after_it_is_the_same
     rows = rows(text.keys.shape[0])
     argument = 2 if operation == "batch_repeat_interleave" else rows
     changed, at = text.rows(lambda x: x[rows]), data.draw(st.integers(0, len(text.chunks) - 1))
-    expected, before, after = (text.layer(spec, layer_idx) for _ in range(3))
+    expected, before, after = (one.layer(spec, layer_idx) for one in (changed, text, text))
     for i, (plain, other) in enumerate(zip(text.pieces(), changed.pieces(), strict=True)):
         feed(expected, *other)
         before.update(*(other if i > at else plain)[:2])
