@@ -105,6 +105,10 @@ class CompressedCache(TracedCache):
             if isinstance(layer, CompressedLayer):
                 assert isinstance(source, CacheLayerMixin)
                 _fill(_with_states_of(source, layer), source, attention_mask)
+                if layer.special is not None and layer.special.shape != _shape(layer):
+                    raise SpecError(
+                        f"input_ids must be of shape {list(_shape(layer))}, got {list(layer.special.shape)}"
+                    )
                 layer.evict_now()
             else:
                 cache.layers[i] = _copied(source)
@@ -312,7 +316,7 @@ def _fill(layer: CompressedLayer, source: CacheLayerMixin, attention_mask: Tenso
         layer.seen = source.get_seq_length()
     if attention_mask is None:
         return
-    shape = (layer.parts()[0].keys.shape[0], layer.seen)
+    shape = _shape(layer)
     if getattr(attention_mask, "shape", None) != shape:
         raise SpecError(
             f"attention_mask must be of shape {list(shape)}, of all tokens that the cache has seen, evicted or not; "
@@ -322,6 +326,11 @@ def _fill(layer: CompressedLayer, source: CacheLayerMixin, attention_mask: Tenso
     if isinstance(source, CompressedLayer):
         check_padding(source.first_real, begins, layer.seen)
     layer.first_real = begins
+
+
+def _shape(layer: CompressedLayer) -> tuple[int, int]:
+    """Number of rows, and of tokens seen."""
+    return layer.parts()[0].keys.shape[0], layer.seen
 
 
 def _copied(source: AnyLayer) -> AnyLayer:

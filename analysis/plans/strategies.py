@@ -151,12 +151,12 @@ def _adakv(budget: Budget) -> np.ndarray:
 
 def _pyramid(budget: Budget) -> np.ndarray:
     """PyramidKV: beside the protected tokens, what a layer keeps falls linearly with depth."""
-    mean, protected = budget.even(), budget.curves.least_bin / budget.curves.bins
+    even, protected = budget.even(), budget.curves.least_bin / budget.curves.bins
     layers, depth = np.unique(budget.layer, return_inverse=True)
     beside = budget.keep_ratio - protected
     last = max(beside * PYRAMID_TOP, 2 * beside - (1 - protected))  # the first layer cannot keep more than everything
     falling = np.linspace(2 * beside - last, last, len(layers))[depth]
-    return protected + falling if len(layers) > 1 else mean
+    return protected + falling if len(layers) > 1 else even
 
 
 def _share_of_top(score: np.ndarray, budget: Budget) -> np.ndarray:

@@ -525,9 +525,11 @@ def test_a_policy_that_goes_by_token_ids_asks_for_them(gqa):
         gqa(inputs_embeds=gqa.get_input_embeddings()(ids), past_key_values=cache)
     decode(gqa, ids, (9,), cache)  # the cache is as it was
     assert cache.held == (5, 5, 5)
-    full = DynamicCache(config=gqa.config)
-    with pytest.raises(SpecError, match="give input_ids"):
-        CompressedCache.from_full(full, gqa.config, spec, special_ids=SPECIAL)
+    with torch.no_grad():
+        full = gqa(ids, past_key_values=DynamicCache(config=gqa.config)).past_key_values
+    for given, said in ((None, "give input_ids"), (ids[:, 1:], r"of shape \[1, 9\], got \[1, 8\]")):
+        with pytest.raises(SpecError, match=said):
+            CompressedCache.from_full(full, gqa.config, spec, input_ids=given, special_ids=SPECIAL)
 
 
 def test_special_ids_are_special_tokens_and_punctuation_alone():

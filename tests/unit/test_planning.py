@@ -525,6 +525,7 @@ def test_savings_by_hand():
         CompressionSpec(),
         CompressionSpec(keep_ratio=0.3, head_ratios={(0, 1): 0.2}, layer_ratios={1: 0.7}, skip_layers=(2,)),
         CompressionSpec(policy="signed_norm", directions=(("low", "high"),), protect_last=32, budget=9),
+        CompressionSpec(policy="fastgen"),
     ],
 )
 def test_the_code_of_this_library_makes_the_same_spec(spec):
