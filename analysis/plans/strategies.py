@@ -21,6 +21,7 @@ from analysis.plans.skip import layer_loss, suggest_skip_layers
 from l2kv.registry import Registry
 
 ADAKV_FLOOR = 0.2  # of its even share, that AdaKV leaves to every head
+PYRAMID_TOP = 1 / 20  # of the mean, that PyramidKV leaves to the last layer
 KINDS = ("uniform", "plan", "baseline")
 
 
@@ -148,6 +149,16 @@ def _adakv(budget: Budget) -> np.ndarray:
     return budget.scaled(shares / len(budget.curves.captures))
 
 
+def _pyramid(budget: Budget) -> np.ndarray:
+    """PyramidKV: beside the protected tokens, what a layer keeps falls linearly with depth."""
+    even, protected = budget.even(), budget.curves.least_bin / budget.curves.bins
+    layers, depth = np.unique(budget.layer, return_inverse=True)
+    beside = budget.keep_ratio - protected
+    last = max(beside * PYRAMID_TOP, 2 * beside - (1 - protected))  # the first layer cannot keep more than everything
+    falling = np.linspace(2 * beside - last, last, len(layers))[depth]
+    return protected + falling if len(layers) > 1 else even
+
+
 def _share_of_top(score: np.ndarray, budget: Budget) -> np.ndarray:
     """Of scores [heads, T], the share of each head's tokens among the budget's best of all; the latest are in first."""
     heads, n = score.shape
@@ -223,6 +234,13 @@ STRATEGIES: Registry[Strategy] = Registry(
             "plan",
             _adakv,
             needs_captures=True,
+        ),
+        "pyramid": Strategy(
+            "PyramidKV",
+            "Ratios that fall linearly with depth; the last queries' attention chooses (Cai et al., arXiv 2406.02069).",
+            "baseline",
+            _pyramid,
+            "window",
         ),
         "random": Strategy("Random", "Any tokens: the baseline to beat.", "baseline", Budget.even, "random"),
         "streaming": Strategy(
