@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class LmSettings:
-    """Lengths of the prompt and of what is predicted after it, in tokens."""
+    """Lengths of the prompt and of the continuation, in tokens."""
 
-    prompt_tokens: Annotated[int, "Tokens of each prompt, special ones included, 2 or more."] = PROMPT_TOKENS
-    new_tokens: Annotated[int, "Tokens after it that are predicted, 1 or more."] = NEW_TOKENS
+    prompt_tokens: Annotated[int, "Tokens in each prompt, special tokens included."] = PROMPT_TOKENS
+    new_tokens: Annotated[int, "Tokens to predict after the prompt."] = NEW_TOKENS
 
     @property
     def n_tokens(self) -> int:
-        """Tokens to ask of an excerpt: a prompt cut from it may be some shorter."""
+        """Number of tokens an excerpt should have: a prompt cut from it may come out a little shorter."""
         return self.prompt_tokens + self.new_tokens + SPARE
 
     def __post_init__(self) -> None:
@@ -38,8 +38,10 @@ class LmSettings:
 
 
 def lm_sample(tokenizer: PreTrainedTokenizerBase, excerpt: Excerpt, settings: LmSettings) -> Sample:
-    """The sample of one text: its prompt but for the last token is the context, so that already the first token after
-    the prompt is predicted from a compressed cache.
+    """Make the sample of one text.
+
+    Its context is the prompt without its last token, so that even the first token after the prompt is predicted from
+    a compressed cache.
 
     Raises:
         TextError: the text is empty, or too short.
@@ -47,7 +49,9 @@ def lm_sample(tokenizer: PreTrainedTokenizerBase, excerpt: Excerpt, settings: Lm
     prompt, new = settings.prompt_tokens, settings.new_tokens
     ids = tokenize(tokenizer, excerpt.text).ids
     if len(ids) < prompt + new:
-        raise TextError(f"The text has {len(ids)} tokens; {prompt} of prompt and {new} more are needed.")
+        raise TextError(
+            f"The text has {len(ids)} tokens; {prompt} are needed for the prompt, {new} after it. Give a longer text."
+        )
     context, question, target = ids[: prompt - 1], ids[prompt - 1 : prompt], ids[prompt : prompt + new]
     return Sample(excerpt.name, context, question, target, document=excerpt.document)
 
@@ -57,12 +61,12 @@ def _build(loaded: LoadedModel, settings: LmSettings, texts: Sequence[Excerpt]) 
 
 
 def prompt_of(tokenizer: PreTrainedTokenizerBase, text: str, n_tokens: int) -> str:
-    """The characters of the first `n_tokens` tokens of a text. Raises TextError if it has fewer."""
+    """Take the characters of the first `n_tokens` tokens of a text. Raises TextError if it has fewer."""
     check_text(text)
     prompt, enough = beginning(tokenizer, text, n_tokens)
     if not enough:
         n = len(tokenize(tokenizer, text))
-        raise TextError(f"The text has {n} tokens; a prompt of {n_tokens} is needed.")
+        raise TextError(f"The text has {n} tokens; a prompt of {n_tokens} is needed. Give a longer text.")
     return prompt
 
 

@@ -1,7 +1,7 @@
-"""The one driver of tasks: every sample of a task by every method, with one pass over a context for all of them.
+"""The one driver of tasks: every sample by every method, with one pass over a context for all methods.
 
 The context is run once into a full cache, and compressed for each method from there; policies that look at attention
-need a pass of their own. The question, and what is predicted or generated after it, is run over what is left, and the
+need a pass of their own. The question, and what is predicted or generated after it, runs over what is left, and the
 cache goes on evicting.
 """
 
@@ -47,17 +47,17 @@ def evaluate(
     settings: object = None,
     progress: Progress = unheard,
 ) -> Results:
-    """Score a model on a task, by each method.
+    """Score a model on a task with each method.
 
     Args:
-        task: a name in `TASKS`.
-        methods: what to keep, by name; None is the full cache.
-        texts: what samples are cut from, where the task needs any.
-        settings: of the task's own class, such as `LmSettings`; its defaults, if not given.
-        progress: counts samples by different specs, and is called at every token, too.
+        task: name in `TASKS`.
+        methods: specs by name; None is the full cache.
+        texts: texts to cut samples from, where the task needs them.
+        settings: instance of the task's own class, such as `LmSettings`; by default its defaults.
+        progress: counts samples times distinct specs, and is called at every token.
 
     Raises:
-        SettingsError, SpecError: the task is unknown, a setting out of range, or a spec does not fit the model.
+        SettingsError, SpecError: the task is unknown, a setting is out of range, or a spec does not fit the model.
         TextError: texts are missing, empty, too short, or more than the model can take.
         ModelError, OutOfMemoryError: as `stream`.
     """
@@ -67,7 +67,7 @@ def evaluate(
         raise SettingsError(f"settings of the task {task} must be {what.settings.__name__}, got {settings!r:.60}")
     given = [Excerpt(*text) for text in (texts.items() if isinstance(texts, Mapping) else texts)]
     if what.needs_texts and not given:
-        raise TextError(f"There are no texts to measure on, and the task {task} takes some.")
+        raise TextError(f"There are no texts, and the task {task} measures on texts. Give some.")
     samples = what.build(loaded, settings, given)
     rows = measure(loaded, samples, methods, scoring=what.scoring, progress=progress)
     as_in_a_file = msgspec.json.decode(msgspec.json.encode(settings))
@@ -83,16 +83,16 @@ def measure(
     scoring: Scoring | None = None,
     progress: Progress = unheard,
 ) -> tuple[Row, ...]:
-    """Rows of samples that were made already, method by method; specs that are the same are run once.
+    """Score samples with each method, and return the rows method by method; equal specs are run once.
 
     Args:
-        scoring: of answers; samples with a target need none.
+        scoring: how to score answers; samples with a target need none.
 
     Raises:
-        As `evaluate`, and SettingsError if two samples have one name.
+        As `evaluate`, and SettingsError if two samples have the same name.
     """
     if len({sample.name for sample in samples}) < len(samples):
-        raise SettingsError("two samples have one name: give each text its own")
+        raise SettingsError("two samples have the same name: give each text its own")
     for sample in samples:
         ids = np.concatenate([sample.context, sample.question, sample.target])
         check_length(loaded, Tokens(ids, np.zeros((len(ids), 2), np.int32), ()), new_tokens=sample.new_tokens)
@@ -145,7 +145,11 @@ def _caches_after(
             continue
         if full is None:
             full = _filled(loaded, context, DynamicCache(config=loaded.config))
-        yield spec, full if spec is None else CompressedCache.from_full(full, loaded.config, spec)
+        if spec is None:
+            yield spec, full
+        else:
+            special_ids = loaded.special_ids(spec)
+            yield spec, CompressedCache.from_full(full, loaded.config, spec, input_ids=context, special_ids=special_ids)
 
 
 Filled = TypeVar("Filled", bound=Cache)

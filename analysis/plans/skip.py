@@ -1,4 +1,4 @@
-"""Which layers to leave uncompressed: ALR per layer, a suggestion with its rule, and plans and lists as files."""
+"""Layers to skip: ALR by layer, suggestions with their rule, and plans and skip lists as files."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def suggest_skip_layers(
 ) -> SkipSuggestion:
     """Suggest layers to skip, from a study: the worst by normalised ALR. A run is a study of one (`studies.study_of`).
 
-    A proxy: what compressing a layer costs is measured by a single-layer ablation (`ablation.suggest_by_ablation`).
+    ALR is a proxy: a single-layer ablation measures what compressing a layer costs (`ablation.suggest_by_ablation`).
     Layers are judged by their mean over the texts. Those without a defined loss give no order to compress by, and are
     skipped by every rule; layers with a sliding window are never compressed, and never suggested.
 
     Args:
         rule: one of `RULES`.
-        threshold: of the rule "threshold". 1, the chance level, is the natural one: from there on the policy loses
+        threshold: for the rule "threshold". The natural one is 1, the chance level: from there on the policy loses
             attention as fast as a random order, or faster.
         count: of the rule "count".
 
@@ -134,7 +134,7 @@ def _widest_gap(losses: np.ndarray, criterion: Criterion) -> tuple[int, str]:
 @record("plan", version=1, again="l2kv plan")
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A compression that was chosen for a model."""
+    """A compression chosen for a model."""
 
     model: str
     spec: CompressionSpec
@@ -142,13 +142,13 @@ class Plan:
 
 
 def skip_list(text: str, *, n_layers: int | None = None) -> tuple[int, ...]:
-    """Layers to skip, as people write them ("0, 1, 12" or "[0, 1]"), or those of a plan's file.
+    """Read layers to skip from text such as "0, 1, 12" or "[0, 1]", or from a plan's file.
 
     Args:
-        n_layers: of the model that they are for, where it is known.
+        n_layers: number of the model's layers, if known.
 
     Raises:
-        RecordError: it is no such list, or names a layer that the model does not have.
+        RecordError: the text is no such list, or names a layer that the model does not have.
     """
     if text.lstrip().startswith("{"):
         layers = from_json(Plan, text).spec.skip_layers
