@@ -45,12 +45,8 @@ class CompressedCache(TracedCache):
     Args:
         config: the model's config.
         spec: what to keep.
-<<<<<<< HEAD
         filters: directions [L, Hkv, D] for the policy `q_filters`, from the function `l2kv.q_filters`.
-=======
-        filters: directions [L, Hkv, D] for the policy `q_filters`, as the function `l2kv.q_filters` finds them.
-        special_ids: tokens that the policy `fastgen` keeps, as the function `l2kv.special_ids` finds them.
->>>>>>> P
+        special_ids: tokens that the policy `fastgen` keeps, from the function `l2kv.special_ids`.
 
     Raises:
         UnsupportedModelError: the model has no keys to compress (encoders, recurrent models, latent attention).

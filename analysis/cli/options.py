@@ -108,7 +108,7 @@ KeepRatio = Annotated[float, typer.Option(help="Share of the tokens to keep.")]
 KeepRatios = Annotated[Sequence[float], listed(float, "Keep ratios to compare, such as 0.5,0.25.")]
 Policy = Annotated[str, typer.Option(parser=POLICIES, help="Which key/value pairs to keep.")]
 Policies = Annotated[Sequence[str], listed(POLICIES, "Policies to compare.")]
-SkipLayers = Annotated[str, typer.Option(help="Layers to leave uncompressed, such as 0,1.")]
+SkipLayers = Annotated[str, typer.Option(help="Layers to skip, such as 0,1.")]
 ProtectLast = Annotated[int, typer.Option(help="Number of latest tokens that are never evicted.")]
 PlanFile = Annotated[
     Path | None, typer.Option(parser=Path, help="Saved plan to compress by, instead of the options above.")
