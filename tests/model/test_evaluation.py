@@ -113,7 +113,7 @@ def test_texts_of_other_lengths_are_batches_of_their_own(loaded):
         run.TASKS["lm"].build(loaded, LmSettings(prompt, 3), [Excerpt(name, text)])[0]
         for name, prompt, text in (("a", 20, short), ("b", 20, long), ("c", 30, short), ("d", 20, short))
     ]
-    assert [len(batch) for batch in run._batches(samples)] == [2, 1, 1]
+    assert [len(batch) for batch in run.batches(samples)] == [2, 1, 1]
     rows = measure(loaded, samples, {"half": CompressionSpec()})
     for row, (prompt, text) in zip(rows, ((20, short), (20, long), (30, short), (20, short)), strict=True):
         alone = continuation_nll(loaded, text, CompressionSpec(), prompt_tokens=prompt, new_tokens=3)
@@ -162,8 +162,12 @@ def test_bad_requests_are_refused_and_leave_the_model_as_it_was(loaded):
         evaluate(loaded, "passkeys", {})
     with pytest.raises(SettingsError, match="must be LmSettings"):
         evaluate(loaded, "lm", {"full": None}, texts=[("a", TEXT)], settings=PasskeySettings())
-    with pytest.raises(TextError, match="no texts"):
-        evaluate(loaded, "lm", {"full": None})
+    TASKS.register("a_toy", replace(TASKS["lm"], bundled=None))
+    try:
+        with pytest.raises(TextError, match="no texts"):
+            evaluate(loaded, "a_toy", {"full": None})
+    finally:
+        TASKS.remove("a_toy")
     with pytest.raises(SettingsError, match="two samples have one name"):
         evaluate(loaded, "lm", {"full": None}, texts=[("a", TEXT), ("a", TEXT)], settings=LmSettings(20, 3))
     assert loaded.model.config._attn_implementation == "sdpa"
@@ -376,10 +380,10 @@ def test_results_that_do_not_fit_together_are_refused(tmp_path):
     again = records.from_json(Results, records.to_json(undefined))
     assert again == undefined and np.isnan(again.scores("a")).tolist() == [True, False]
     for wrong in (rows[:3], (*rows, rows[0]), (replace(rows[0], method="c"), *rows[1:])):
-        text = records.to_json(made).replace('"rows": [', '"ignored": [')
-        content = json.loads(text) | {"rows": [vars_of(row) for row in wrong]}
+        header = records.to_json(made).split("\n")[0]
+        text = "\n".join([header, *(json.dumps(vars_of(row)) for row in wrong)])
         with pytest.raises(RecordError, match=r"one row for each sample|do not have: c"):
-            records.from_json(Results, json.dumps(content))
+            records.from_json(Results, text)
 
 
 def vars_of(row):
