@@ -105,7 +105,7 @@ def to_json(thing: object) -> str:
 
 
 def text_of(cls: type, fields: Mapping[str, Any]) -> str:
-    """The text of a record of these fields, as `to_json`; of one that is written in lines, even before it is complete."""
+    """The text of a record of these fields, as `to_json`; of one in lines also before it is complete."""
     kind = kind_of(cls)
     content = {f"l2kv_{kind.name}": kind.version} | _plain(fields)
     if not kind.lines:

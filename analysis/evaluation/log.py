@@ -79,7 +79,7 @@ class Log:
         return found if len(found) == len(batch) else None
 
     def add(self, batch: Sequence[Sample], spec: CompressionSpec | None, rows: Sequence[Row]) -> list[Row]:
-        """The rows of a batch by a spec with their keys; written for each method that is this spec, if not there yet."""
+        """The rows of a batch by a spec with their keys. Written are those of each method that is it, if not yet."""
         rows = [replace(row, key=key) for row, key in zip(rows, self._keys(batch, spec), strict=True)]
         for row in rows if self.path else ():
             for method in (name for name, its in self.methods.items() if its == spec):
@@ -117,7 +117,9 @@ def _methods_of(path: Path, known: Mapping[str, Any], about: Mapping[str, Any]) 
     for name in ("model", "weights", "task", "settings", "run"):
         if (then := known.get(name)) != now[name]:
             told = _told(then, now[name])
-            raise RecordError(f"{path} was begun with another {name}{told}. Go on under the same, or choose another file.")
+            raise RecordError(
+                f"{path} was begun with another {name}{told}. Go on under the same, or choose another file."
+            )
     try:
         before = msgspec.convert(known["methods"], Methods)
     except (msgspec.ValidationError, LookupError, ValueError) as error:
@@ -133,5 +135,5 @@ def _told(then: object, now: object) -> str:
     """What differs, in words."""
     if isinstance(then, dict) and isinstance(now, dict):
         keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
-        return ": " + ", ".join(f"{key} was {str(then.get(key)):.80}, is {str(now.get(key)):.80}" for key in keys)
-    return f": it was {str(then):.80}, is {str(now):.80}"
+        return ": " + ", ".join(f"{key} was {then.get(key)!s:.80}, is {now.get(key)!s:.80}" for key in keys)
+    return f": it was {then!s:.80}, is {now!s:.80}"

@@ -179,22 +179,20 @@ def measure(
     with prepared(loaded):
         for batch in batches(samples):
             known = {spec: rows for spec in specs if log and (rows := log.find(batch, spec))}
-            for spec, rows in known.items():
-                keep(batch, spec, rows)
+            for spec in known:
+                keep(batch, spec, known[spec])
             missing = [spec for spec in specs if spec not in known]
             for spec, cache in _caches_after(loaded, _rows(loaded, [sample.context for sample in batch]), missing):
                 tick = partial(progress, len(cells), total, "samples")
-                rows = (
+                found = (
                     [_answered(loaded, batch[0], cache, scoring, tick)]
                     if scoring
                     else _predicted(loaded, batch, cache, tick)
                 )
                 del cache  # before the next is made
                 when = "" if spec is None else ONCE if len(batch[0].context) else LIVE
-                keep(batch, spec, [replace(row, compressed=when) for row in rows])
-    return tuple(
-        replace(cells[sample.name, spec], method=name) for name, spec in methods.items() for sample in samples
-    )
+                keep(batch, spec, [replace(row, compressed=when) for row in found])
+    return tuple(replace(cells[sample.name, spec], method=name) for name, spec in methods.items() for sample in samples)
 
 
 _TOKENS_AT_ONCE = 8192  # in the rows of a batch; of a model of 7 billion weights their full cache takes 4 GiB
