@@ -10,10 +10,9 @@ from l2kv import POLICIES
 def rescored(name, score):
     """Within the block, the policy `name` scores by another function."""
     policy = POLICIES[name]
-    POLICIES.remove(name)
-    POLICIES.register(name, replace(policy, score=score))
+    entries = POLICIES._entries  # in place: the order of the registry is seen by other tests
+    entries[name] = replace(policy, score=score)
     try:
         yield
     finally:
-        POLICIES.remove(name)
-        POLICIES.register(name, policy)
+        entries[name] = policy
