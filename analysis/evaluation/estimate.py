@@ -37,7 +37,7 @@ class Estimate:
 
 @torch.inference_mode()
 def estimate(
-    loaded: LoadedModel, task: str, methods: Methods, *, texts: Texts = (), settings: object = None
+    loaded: LoadedModel, task: str, methods: Methods, *, texts: Texts | None = None, settings: object = None
 ) -> Estimate:
     """Count the tokens of an evaluation, and time one batch of middle length.
 

@@ -47,7 +47,7 @@ def evaluate(
     task: str,
     methods: Methods,
     *,
-    texts: Texts = (),
+    texts: Texts | None = None,
     settings: object = None,
     out: str | Path | None = None,
     progress: Progress = unheard,
@@ -57,7 +57,7 @@ def evaluate(
     Args:
         task: a name in `TASKS`.
         methods: what to keep, by name; None is the full cache.
-        texts: what samples are cut from, where the task needs any; the bundled ones if none are given.
+        texts: what samples are cut from, where the task needs any; None: the bundled ones.
         settings: of the task's own class, such as `LmSettings`; its defaults, if not given.
         out: a file that rows are written to as they are computed. What it holds already is not computed again, so an
             evaluation that was stopped goes on; it is read by `records.load(Results, out)`.
@@ -85,22 +85,22 @@ def evaluate(
 
 
 def samples_of(
-    loaded: LoadedModel, task: str, *, texts: Texts = (), settings: object = None
+    loaded: LoadedModel, task: str, *, texts: Texts | None = None, settings: object = None
 ) -> tuple[tuple[Sample, ...], object, tuple[str, ...]]:
     """Samples of a task, the settings that they were made by, and what a reader should know. Raises as `evaluate`."""
     what = TASKS.find(task)
     settings = what.settings() if settings is None else settings
     if not isinstance(settings, what.settings):
         raise SettingsError(f"settings of the task {task} must be {what.settings.__name__}, got {settings!r:.60}")
-    given: Sequence[Excerpt] = [Excerpt(*text) for text in (texts.items() if isinstance(texts, Mapping) else texts)]
-    notes = []
-    if what.needs_texts and not given:
-        if what.bundled is None:
-            raise TextError(f"There are no texts to measure on, and the task {task} takes some.")
-        asked = settings
+    notes, asked = [], settings
+    if texts is None and what.bundled:
         settings, given = what.bundled(loaded, settings)
         if settings != asked:
             notes.append(f"No text was given, and the bundled ones are short: {settings} is measured.")
+    else:
+        given = [Excerpt(*text) for text in (texts.items() if isinstance(texts, Mapping) else texts or ())]
+    if what.needs_texts and not given:
+        raise TextError(f"There are no texts to measure on, and the task {task} takes some.")
     samples = tuple(what.build(loaded, settings, given))
     return samples, settings, (*notes, *_checked(loaded, samples))
 

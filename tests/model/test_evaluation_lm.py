@@ -166,7 +166,7 @@ def test_tokens_are_counted_as_they_are_run(loaded, task, settings):
         "again": CompressionSpec(),
         "seen": CompressionSpec(policy="accumulated"),
     }
-    texts = TEXTS if task == "lm" else ()
+    texts = TEXTS if task == "lm" else None
     ran = {"context": 0, "after": 0}
 
     def counted(module, args, kwargs):
@@ -206,7 +206,7 @@ def test_an_estimate_is_made_of_what_was_timed(loaded, monkeypatch, task, settin
     clock = iter(range(1000))
     monkeypatch.setattr("analysis.evaluation.estimate.perf_counter", lambda: next(clock))  # each second ticks once
     methods = {FULL: None, "a": CompressionSpec(), "b": CompressionSpec(0.2)}
-    texts = TEXTS if task == "lm" else ()
+    texts = TEXTS if task == "lm" else None
     found = estimate(loaded, task, methods, texts=texts, settings=settings)
     samples = samples_of(loaded, task, texts=texts, settings=settings)[0]
     rows = 2 if task == "lm" else 1
