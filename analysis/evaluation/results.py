@@ -94,7 +94,7 @@ class Work:
     saved: int
     """Tokens of contexts that are not run again for each spec."""
     decoded: int
-    """Tokens after them: of questions, targets and answers."""
+    """Tokens after them: of questions, targets and answers, each to its own end."""
 
 
 @record("results", version=2, title="a file of results", again="l2kv evaluate", lines="rows")

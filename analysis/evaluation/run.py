@@ -185,7 +185,7 @@ def measure(
             for spec, cache in _caches_after(loaded, _rows(loaded, [sample.context for sample in batch]), missing):
                 tick = partial(progress, len(cells), total, "samples")
                 found = (
-                    [_answered(loaded, batch[0], cache, scoring, tick)]
+                    _answered(loaded, batch, cache, scoring, tick)
                     if scoring
                     else _predicted(loaded, batch, cache, tick)
                 )
@@ -199,9 +199,9 @@ _TOKENS_AT_ONCE = 8192  # in the rows of a batch; of a model of 7 billion weight
 
 
 def batches(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
-    """Neighbours of equal lengths are the rows of a batch; a sample without a target is alone."""
+    """Neighbours of equal lengths, which are the rows of a batch."""
     for lengths, alike in groupby(samples, lambda one: (len(one.target), len(one.context), len(one.question))):
-        group, rows = list(alike), max(1, _TOKENS_AT_ONCE // sum(lengths)) if lengths[0] else 1
+        group, rows = list(alike), max(1, _TOKENS_AT_ONCE // sum(lengths))
         yield from (group[start : start + rows] for start in range(0, len(group), rows))
 
 
@@ -278,16 +278,28 @@ def _row(sample: Sample, nbytes: int, said: int) -> Row:
     )
 
 
-def _answered(loaded: LoadedModel, sample: Sample, cache: Cache, scoring: Scoring, tick: Callable[[], object]) -> Row:
-    """The score of a greedy answer, which ends where the model ends it or its score is decided."""
-    tick()
-    token, ends = decode_one_token(loaded.model, _rows(loaded, [sample.question]), cache), end_tokens(loaded)
-    nbytes, said = cache_nbytes(cache, slack=False), [int(token)]
-    while True:
-        ended = said[-1] in ends
-        text = whole_characters(str(loaded.tokenizer.decode(said[:-1] if ended else said, skip_special_tokens=True)))
-        if ended or len(said) >= sample.new_tokens or scoring.decided(sample, text):
-            return replace(_row(sample, nbytes, len(said)), score=scoring.score(sample, text), text=text)
+def _answered(
+    loaded: LoadedModel, batch: Sequence[Sample], cache: Cache, scoring: Scoring, tick: Callable[[], object]
+) -> list[Row]:
+    """The score of each row's greedy answer, which ends where the model ends it or its score is decided.
+
+    Rows that have ended are run on with the others, and what they say is not listened to.
+    """
+    token, ends = _rows(loaded, [sample.question for sample in batch]), end_tokens(loaded)
+    said: list[list[int]] = [[] for _ in batch]
+    rows: dict[int, Row] = {}
+    nbytes = 0
+    while len(rows) < len(batch):
         tick()
         token = decode_one_token(loaded.model, token, cache)
-        said.append(int(token))
+        nbytes = nbytes or cache_nbytes(cache, slack=False) // len(batch)  # after the question
+        for i, (sample, latest) in enumerate(zip(batch, token[:, 0].tolist(), strict=True)):
+            if i in rows:
+                continue
+            said[i].append(latest)
+            shown = said[i][:-1] if latest in ends else said[i]
+            text = whole_characters(str(loaded.tokenizer.decode(shown, skip_special_tokens=True)))
+            if latest in ends or len(said[i]) >= sample.new_tokens or scoring.decided(sample, text):
+                row = _row(sample, nbytes, len(said[i]))
+                rows[i] = replace(row, score=scoring.score(sample, text), text=text)
+    return [rows[i] for i in range(len(batch))]

@@ -32,6 +32,7 @@ from analysis.evaluation.passkey import (
 )
 from analysis.evaluation.results import FULL, Results, Row
 from analysis.evaluation.run import evaluate, measure
+from analysis.evaluation.task import Scoring
 from analysis.evaluation.tasks import TASKS
 from analysis.models.load import BUNDLED_MODELS, LoadedModel
 from analysis.preview import prefill
@@ -221,15 +222,15 @@ def answering(loaded, monkeypatch):
     """In place of the model, `answer(context, question, spec)` gives the text that is said, token by token."""
 
     def install(answer):
-        def caches_after(loaded, context, specs):
+        def caches_after(loaded, contexts, specs):
             for spec in specs:
-                yield spec, {"context": context[0].tolist(), "spec": spec}
+                yield spec, {"contexts": contexts.tolist(), "spec": spec}
 
         def decode_one_token(model, ids, cache):
-            if "answer" not in cache:
-                text = answer(cache["context"], ids[0].tolist(), cache["spec"])
-                cache["answer"] = iter(loaded.tokenizer(text, add_special_tokens=False).input_ids)
-            return torch.tensor([[next(cache["answer"], loaded.tokenizer.eos_token_id)]])
+            if "answers" not in cache:
+                texts = [answer(*row, cache["spec"]) for row in zip(cache["contexts"], ids.tolist(), strict=True)]
+                cache["answers"] = [iter(loaded.tokenizer(t, add_special_tokens=False).input_ids) for t in texts]
+            return torch.tensor([[next(one, loaded.tokenizer.eos_token_id)] for one in cache["answers"]])
 
         monkeypatch.setattr(run, "prepared", lambda _: nullcontext())
         monkeypatch.setattr(run, "_caches_after", caches_after)
@@ -315,6 +316,23 @@ def test_the_answer_is_what_a_pass_with_the_evicted_tokens_masked_would_say(load
     assert (right.score, wrong.score) == (1, 0) and right.text.strip() == said
     pairs = context + question if spec is None else math.ceil(spec.keep_ratio * (context + question))
     assert right.nbytes == pairs * 6 * 4 * 2 * 32 * 4  # after the question, however long the answer is
+
+
+@pytest.mark.parametrize(
+    "spec", [None, CompressionSpec(0.4, protect_last=6), CompressionSpec(0.5, policy="accumulated")]
+)
+def test_answers_that_are_generated_together_are_those_of_each_alone_each_to_its_own_end(loaded, spec):
+    whole = [passkey_sample(loaded.tokenizer, key, n_tokens=150, depth=0.5) for key in passkeys(4)]
+    length = min(len(one.context) for one in whole)
+    samples = [  # of one length, and to be ended after 2, 5, 8 and 11 characters
+        replace(one, name=str(i), context=one.context[:length], new_tokens=9, answer="x" * (2 + 3 * i))
+        for i, one in enumerate(whole)
+    ]
+    scoring = Scoring(lambda sample, text: float(len(text)), lambda sample, text: len(text) >= len(sample.answer))
+    assert [len(batch) for batch in run.batches(samples)] == [4]
+    together = measure(loaded, samples, {"it": spec}, scoring=scoring)
+    assert together == tuple(measure(loaded, [one], {"it": spec}, scoring=scoring)[0] for one in samples)
+    assert len({row.decoded for row in together}) > 1
 
 
 def test_every_task_is_registered_with_what_is_shown_of_it():

@@ -209,7 +209,7 @@ def test_an_estimate_is_made_of_what_was_timed(loaded, monkeypatch, task, settin
     texts = TEXTS if task == "lm" else None
     found = estimate(loaded, task, methods, texts=texts, settings=settings)
     samples = samples_of(loaded, task, texts=texts, settings=settings)[0]
-    rows = 2 if task == "lm" else 1
+    rows = 2  # two texts, or two keys at each length
     assert found.decode_rate == pytest.approx(3 * rows)  # three steps a second, of all rows
     assert (found.prefill_rate > 0) == (not getattr(settings, "chunk_size", 0))
     steps = 3 * sum(len(sample.target) or sample.new_tokens for sample in samples) / rows
