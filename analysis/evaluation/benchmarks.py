@@ -1,4 +1,4 @@
-"""Public benchmarks as tasks: their examples become samples, and their scores the tasks'. Runs no model."""
+"""Public benchmarks as tasks: their examples become samples, with their own scores. Runs no model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def sample_of(tokenizer: PreTrainedTokenizerBase, example: Example) -> Sample:
-    """The sample of an example: its context is compressed, and what follows that is read afterwards."""
+    """Make a sample from an example: its context is compressed, and the rest is read afterwards."""
     rest = tokenizer(example.question + example.answer_prefix, add_special_tokens=False, verbose=False)["input_ids"]
     return Sample(
         example.id,
@@ -63,15 +63,15 @@ class NeedleSettings:
 
 @dataclass(frozen=True, slots=True)
 class FileSettings:
-    """A benchmark's own file."""
+    """File of a benchmark's examples."""
 
     path: Annotated[str, "The file."] = ""
     n_tokens: Annotated[int, "Tokens of an example at most, its middle cut out; 0 leaves it as it is."] = 0
 
-    def given(self) -> str:
-        """The path. Raises SettingsError where there is none."""
+    def required_path(self) -> str:
+        """Path of the file. Raises SettingsError if none was given."""
         if not self.path:
-            raise SettingsError("this task is read from a file: give its path")
+            raise SettingsError("this task reads its examples from a file, and none was given: give its path")
         return self.path
 
 
@@ -125,17 +125,17 @@ def _needle(loaded: LoadedModel, settings: NeedleSettings, texts: Sequence[Excer
 
 
 def _longbench(loaded: LoadedModel, settings: FileSettings, texts: Sequence[Excerpt]) -> list[Sample]:
-    examples = read_longbench(settings.given(), loaded.tokenizer, n_tokens=settings.n_tokens or None)
+    examples = read_longbench(settings.required_path(), loaded.tokenizer, n_tokens=settings.n_tokens or None)
     return [sample_of(loaded.tokenizer, example) for example in examples]
 
 
 def _longbench2(loaded: LoadedModel, settings: FileSettings, texts: Sequence[Excerpt]) -> list[Sample]:
-    examples = read_longbench2(settings.given(), loaded.tokenizer, n_tokens=settings.n_tokens or None)
+    examples = read_longbench2(settings.required_path(), loaded.tokenizer, n_tokens=settings.n_tokens or None)
     return [sample_of(loaded.tokenizer, example) for example in examples]
 
 
 def _frame(loaded: LoadedModel, settings: FileSettings, texts: Sequence[Excerpt]) -> list[Sample]:
-    return [sample_of(loaded.tokenizer, example) for example in read_frame(settings.given())]
+    return [sample_of(loaded.tokenizer, example) for example in read_frame(settings.required_path())]
 
 
 NEEDLE_TASK = Task(

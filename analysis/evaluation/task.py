@@ -1,4 +1,4 @@
-"""What a task is: samples, made from texts or from a template, and a score for each. Runs no model.
+"""Tasks: samples, made from texts or from a template, and a score for each. Runs no model.
 
 A sample is a context, which is compressed, and a question, which is run over what is left of it. Then either given
 tokens are predicted (their likelihood is the score), or an answer is generated and its text is scored.
@@ -24,10 +24,10 @@ def _no_tokens() -> np.ndarray:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sample:
-    """One thing to ask a model."""
+    """One question to a model, or one continuation to predict."""
 
     name: str
-    """Its own among the samples of a task."""
+    """Name, unique among the samples of a task."""
     context: np.ndarray
     """[C] int64 token ids, run first and then compressed. Where there are none the cache evicts from the start."""
     question: np.ndarray
@@ -39,16 +39,16 @@ class Sample:
     new_tokens: int = 0
     """The most tokens that an answer may take."""
     document: str = ""
-    """What it was cut from, for intervals resample documents; empty where it stands for itself."""
+    """Document that it was cut from, since intervals resample documents; empty for a document of its own."""
     at: Mapping[str, str | float] = field(default_factory=dict)
-    """Where it stands in the task's grid: {"n_tokens": 400, "depth": 0.5}."""
+    """Place in the task's grid: {"n_tokens": 400, "depth": 0.5}."""
     example: Any = None
-    """What else the task's scoring needs."""
+    """Anything else that the task's scoring needs."""
 
 
 @dataclass(frozen=True, slots=True)
 class NoSettings:
-    """The settings of a task that has none."""
+    """Settings of a task that has none."""
 
 
 Build = Callable[["LoadedModel", Any, Sequence[Excerpt]], Sequence[Sample]]
@@ -57,7 +57,7 @@ Build = Callable[["LoadedModel", Any, Sequence[Excerpt]], Sequence[Sample]]
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
-    """How a generated answer is scored."""
+    """Score of a generated answer, and when it is final."""
 
     score: Callable[[Sample, str], float]
     """(sample, generated text) -> score."""
@@ -67,11 +67,11 @@ class Scoring:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Samples, and how they are scored."""
+    """A task: how its samples are made and scored."""
 
     title: str
     about: str
-    """What it measures, in a line."""
+    """One line on what it measures."""
     unit: str
     """Unit of the score: "nats/token"."""
     higher_is_better: bool
@@ -80,7 +80,7 @@ class Task:
     """A dataclass of the settings, all with defaults. The command line makes them options, and reads what each is from
     its type: `Annotated[int, "Keys asked for at each length."]`."""
     needs_texts: bool = False
-    """Whether samples are cut from texts, or made up; if so, `n_tokens` of its settings says how long they must be."""
+    """True if samples are cut from texts, whose length `n_tokens` of its settings gives; False if they are made up."""
     scoring: Scoring | None = None
     """None where samples have a target: the score is its mean NLL."""
     right: float = 1.0

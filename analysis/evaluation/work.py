@@ -79,7 +79,8 @@ def _timed(
     ids = torch.stack([torch.from_numpy(one[:_TIMED]) for one in fill]).to(loaded.device)
     rates, steps = [], []
     for spec in specs:
-        cache, started = new_cache(loaded.config, spec), perf_counter()
+        cache = new_cache(loaded.config, spec, special_ids=loaded.special_ids(spec))
+        started = perf_counter()
         if ids.shape[1]:
             prefill(loaded.model, ids, cache)
         _wait(ids)

@@ -143,7 +143,7 @@ def test_an_ablation_and_a_front_are_written_as_files(text, tmp_path, capsys):
     assert "Measured by prediction" in told(capsys, "skip", str(ablation), "--count", "1", "-o", str(plan))
     spec = from_json(Plan, plan.read_text()).spec  # as it was measured, and with the layers that were left out then
     assert spec.skip_layers == (0, 1, 2, worst) and spec.protect_last == 4
-    assert "the one file" in refused(capsys, "skip", str(ablation), str(ablation))
+    assert "Give one ablation" in refused(capsys, "skip", str(ablation), str(ablation))
     said = told(capsys, "front", text, "--excerpts", "2", *lengths, "--keep-ratios", "0.5", "-o", str(front))
     read = load(Front, front)
     assert read.answer() in said and not set(read.planned_on) & set(read.measured_on) and SPLIT in said
@@ -183,7 +183,7 @@ def test_savings_of_a_model_that_is_not_there(tmp_path, capsys):
     assert told(capsys, "savings", str(tmp_path), "--keep-ratio", "0.5", "--batch", "2").count("\n") == said.count("\n")
 
 
-def test_weights_that_are_there_are_weighed(tmp_path):
+def test_the_sizes_of_weight_files_are_added_up(tmp_path):
     build("llama").save_pretrained(tmp_path)
     size = model_size(tmp_path)
     assert size.weights_bytes == (tmp_path / "model.safetensors").stat().st_size and not size.counted
@@ -203,7 +203,7 @@ def test_weights_that_are_there_are_weighed(tmp_path):
     "config,reason",
     [
         ({"num_hidden_layers": 10**9}, "out of range"),
-        ({"auto_map": {"AutoConfig": "someone/else--x.Y"}}, "code of another repository"),
+        ({"auto_map": {"AutoConfig": "someone/else--x.Y"}}, "code from another repository"),
         ({"model_type": "bert", "architectures": ["BertModel"]}, "not decoder-only"),
         ({"model_type": "no such"}, "cannot be used"),
     ],
@@ -216,7 +216,7 @@ def test_a_config_that_would_not_be_loaded_is_not_counted(tmp_path, capsys, conf
 @pytest.mark.parametrize(
     "arguments,reason",
     [
-        (["skip", "TEXT"], "is not a run"),
+        (["skip", "TEXT"], "is not a single-layer ablation, a study or a run"),
         (["skip", "RUN", "--policy", "random"], "--policy must be low_norm or high_norm"),
         (["skip", "RUN", "--count", "7"], "count must be from 0 to 6"),
         (
