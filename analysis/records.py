@@ -222,7 +222,8 @@ def _headings(path: Path) -> set[str]:
     with suppress(SafetensorError, OSError), safe_open(path, framework="numpy") as file:
         return set(file.metadata() or {})
     with suppress(TextError, msgspec.MsgspecError, RecursionError):
-        content = msgspec.json.decode(texts.read_text(path).encode())
+        text = texts.read_text(path)
+        content = msgspec.json.decode((text if text.startswith("{\n") else text.split("\n", 1)[0]).encode())
         return set(content) if isinstance(content, dict) else set()
     return set()
 
