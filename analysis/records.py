@@ -49,6 +49,8 @@ class Kind:
     """(version of the file, what it says) -> what this version would say. Raises ValueError where it cannot."""
     formerly: str = ""
     """Heading of older versions, where it differed."""
+    lines: str = ""
+    """Field whose items are written one per line, after a line with everything else, so that items can be appended."""
     pack: Callable[[Any], tuple[Mapping[str, np.ndarray], Content]] | None = None
     """(record) -> the arrays to write instead of its own, and what to note beside them."""
     unpack: Callable[[ArrayFile], Mapping[str, np.ndarray]] | None = None
@@ -74,6 +76,7 @@ def record(
     again: str = "",
     upgrade: Callable[[int, Content], Content] | None = None,
     formerly: str = "",
+    lines: str = "",
     pack: Callable[[Any], tuple[Mapping[str, np.ndarray], Content]] | None = None,
     unpack: Callable[[ArrayFile], Mapping[str, np.ndarray]] | None = None,
 ) -> Callable[[type[Record]], type[Record]]:
@@ -84,7 +87,8 @@ def record(
     """
 
     def mark(cls: type[Record]) -> type[Record]:
-        cls.__record__ = Kind(name, version, title or f"a {name}", again, upgrade, formerly, pack, unpack)  # type: ignore[attr-defined]
+        kind = Kind(name, version, title or f"a {name}", again, upgrade, formerly, lines, pack, unpack)
+        cls.__record__ = kind  # type: ignore[attr-defined]
         return cls
 
     return mark
@@ -103,22 +107,48 @@ def to_json(thing: object) -> str:
         ValueError: a record without arrays that could not be read back, as one of other types than it declares, or of
             undefined numbers where there may be none: a mistake in the program.
     """
-    kind = kind_of(type(thing))
-    text = json_text({f"l2kv_{kind.name}": kind.version} | _plain(thing))
+    fields = {name: getattr(thing, name) for name in _fields_of(type(thing))}
     if not _axes_of(type(thing)):
-        _check_readable(type(thing), text)
-    return text
+        _check_readable(type(thing), fields)
+    return text_of(type(thing), fields)
+
+
+def text_of(cls: type, fields: Mapping[str, Any]) -> str:
+    """Write the fields of a record as `to_json` does; a record in lines may be incomplete."""
+    kind = kind_of(cls)
+    content = {f"l2kv_{kind.name}": kind.version} | _plain(fields)
+    if not kind.lines:
+        return json_text(content)
+    items = content.pop(kind.lines)
+    return "".join(map(json_line, (content, *items)))
+
+
+def content_of(cls: type, text: str) -> Content:
+    """Read the fields that `text_of` wrote, unchecked. Raises RecordError."""
+    kind = kind_of(cls)
+    with _refusing(kind, f"This is not {kind.title} that can be read"):
+        content = _in_lines(kind.lines, text) if kind.lines else msgspec.json.decode(text.encode())
+        if not isinstance(content, dict):
+            raise RecordError(f"This is not {kind.title}: it is not a JSON object.")
+        headed = kind.name if f"l2kv_{kind.name}" in content else kind.formerly
+        return _of_this_version(kind, content.pop(f"l2kv_{headed}", None), content)
 
 
 def from_json(cls: type[Record], text: str) -> Record:
     """Read a record without arrays from the text of `to_json`. Raises RecordError if it is not one."""
-    kind = kind_of(cls)
+    kind, content = kind_of(cls), content_of(cls, text)
     with _refusing(kind, f"This is not {kind.title} that can be read"):
-        content = msgspec.json.decode(text.encode())
-        if not isinstance(content, dict):
-            raise RecordError(f"This is not {kind.title}: it is not a JSON object.")
-        headed = kind.name if f"l2kv_{kind.name}" in content else kind.formerly
-        return _checked(cls, _of_this_version(kind, content.pop(f"l2kv_{headed}", None), content))
+        return _checked(cls, content)
+
+
+def _in_lines(name: str, text: str) -> object:
+    """The object of the first line, with the other lines as its field of that name; a last one half written is none."""
+    *whole, last = text.split("\n")
+    lines = [msgspec.json.decode(line.encode()) for line in whole]
+    with suppress(msgspec.DecodeError):  # no beginning of an object is an object
+        lines.append(msgspec.json.decode(last.encode()))
+    content, *items = lines
+    return {name: items, **content} if isinstance(content, dict) else content
 
 
 def save(thing: object, path: str | Path) -> Path:
@@ -137,7 +167,7 @@ def save(thing: object, path: str | Path) -> Path:
         raise RecordError(f"{kind.title.capitalize()} cannot be written: {error}.") from error
     said = {name: getattr(thing, name) for name in _fields_of(type(thing)) if name not in _axes_of(type(thing))}
     header = _plain(said) | _plain(beside)
-    _check_readable(type(thing), json.dumps(_plain(said)), _arrays_of(thing))
+    _check_readable(type(thing), said, _arrays_of(thing))
     metadata = {f"l2kv_{kind.name}": str(kind.version), "header": json.dumps(header)}
     try:
         with _renamed_into(path) as temporary:
@@ -203,7 +233,8 @@ def _headings(path: Path) -> set[str]:
     with suppress(SafetensorError, OSError), safe_open(path, framework="numpy") as file:
         return set(file.metadata() or {})
     with suppress(TextError, msgspec.MsgspecError, RecursionError):
-        content = msgspec.json.decode(texts.read_text(path).encode())
+        text = texts.read_text(path)
+        content = msgspec.json.decode((text if text.startswith("{\n") else text.split("\n", 1)[0]).encode())
         return set(content) if isinstance(content, dict) else set()
     return set()
 
@@ -238,6 +269,11 @@ def json_text(content: Mapping[str, Any]) -> str:
     return json.dumps(_plain(content), indent=2, ensure_ascii=False) + "\n"
 
 
+def json_line(content: object) -> str:
+    """JSON on one line, of dataclasses, arrays and numbers; what is not finite becomes null."""
+    return json.dumps(_plain(content), ensure_ascii=False) + "\n"
+
+
 def _declared(cls: type) -> Axes:
     """The arrays of a class: name -> (dtype, axes)."""
     axes = {}
@@ -269,13 +305,13 @@ def _checked(cls: type[Record], content: Content, arrays: Mapping[str, np.ndarra
     return msgspec.convert({**content, **(arrays or {})}, cls, dec_hook=_array, str_keys=True)
 
 
-def _check_readable(cls: type, header: str, arrays: Mapping[str, np.ndarray] | None = None) -> None:
+def _check_readable(cls: type, fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray] | None = None) -> None:
     """Raise ValueError where `load` would refuse what is to be written: no work may be lost unheard."""
     try:
         if arrays is not None:
             _check_names(set(arrays), cls)
             _check_dtypes(arrays, cls)
-        made = _checked(cls, msgspec.json.decode(header.encode()), arrays)
+        made = _checked(cls, _plain(fields), arrays)
         check_shapes(made)
     except (msgspec.MsgspecError, ValueError, TypeError) as error:
         raise ValueError(f"{kind_of(cls).title} could not be read back: {error}") from error

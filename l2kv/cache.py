@@ -37,24 +37,20 @@ AnyLayer = TypeVar("AnyLayer", bound=Layer)
 class CompressedCache(TracedCache):
     """A transformers cache that evicts pairs after every step and frees their memory.
 
-        Use it inside `compressible(model)`, as `past_key_values` of a forward pass or of `generate()`. Sliding-window
-        layers and running states, which are bounded already, evict nothing. Each row of a batch keeps its own tokens, the
-        same number in each; rows may be padded on the left, with the attention_mask of all tokens at every pass. Padding is
-        evicted first, but counts as seen. `crop`, and so assisted decoding, is refused. For inference: no gradient passes.
+    Use it inside `compressible(model)`, as `past_key_values` of a forward pass or of `generate()`. Sliding-window
+    layers and running states, which are bounded already, evict nothing. Each row of a batch keeps its own tokens, the
+    same number in each; rows may be padded on the left, with the attention_mask of all tokens at every pass. Padding is
+    evicted first, but counts as seen. `crop`, and so assisted decoding, is refused. For inference: no gradient passes.
 
-        Args:
-            config: the model's config.
-            spec: what to keep.
-    <<<<<<< HEAD
-            filters: directions [L, Hkv, D] for the policy `q_filters`, from the function `l2kv.q_filters`.
-    =======
-            filters: directions [L, Hkv, D] for the policy `q_filters`, as the function `l2kv.q_filters` finds them.
-            special_ids: tokens that the policy `fastgen` keeps, as the function `l2kv.special_ids` finds them.
-    >>>>>>> P
+    Args:
+        config: the model's config.
+        spec: what to keep.
+        filters: directions [L, Hkv, D] for the policy `q_filters`, from the function `l2kv.q_filters`.
+        special_ids: tokens that the policy `fastgen` keeps, from the function `l2kv.special_ids`.
 
-        Raises:
-            UnsupportedModelError: the model has no keys to compress (encoders, recurrent models, latent attention).
-            SpecError: the spec names a layer or a head that the model does not have, or the policy needs filters or ids.
+    Raises:
+        UnsupportedModelError: the model has no keys to compress (encoders, recurrent models, latent attention).
+        SpecError: the spec names a layer or a head that the model does not have, or the policy needs filters or ids.
     """
 
     def __init__(

@@ -322,7 +322,7 @@ def test_a_study_of_an_older_version_opens_and_is_gone_on_with(tmp_path, loaded,
     assert old.documents == (() if version == 2 else ("Keats", "Keats")) and old.curves is None
     np.testing.assert_array_equal(old.of("gamma_skip_first"), whole.of("gamma_skip_first")[:2])
     np.testing.assert_array_equal(old.of("normalised_alr"), whole.of("normalised_alr")[:2])
-    with pytest.raises(SettingsError, match=r"no loss curves.*l2kv study"):
+    with pytest.raises(SettingsError, match=r"too old to hold loss curves.*l2kv study"):
         curves_of(old)
     assert_same(study(loaded, texts, path), dataclasses.replace(whole, **WITHOUT_CURVES))
 
@@ -451,7 +451,7 @@ def test_a_run_is_a_study_of_one_of_which_plans_are_made_alike(loaded, texts):
     # The layers that are suggested come of a study as of captures; what looks at single tokens does not.
     by_study, by_runs = (plan(of, 0.9, "skip_suggested").to_spec() for of in (measured.study_of(*runs), runs))
     assert by_study == by_runs
-    with pytest.raises(SettingsError, match="adakv looks at single tokens"):
+    with pytest.raises(SettingsError, match="adakv needs captures"):
         plan(measured.study_of(*runs), 0.7, "adakv")
 
 

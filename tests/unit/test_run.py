@@ -651,7 +651,7 @@ def test_a_plan_without_a_note_or_with_fewer_settings_gets_those_of_the_spec():
         ('{"name": "package", "version": 1}', "it has no version"),
         ('{"l2kv_plan": 1}', "missing required field"),
         ('{"l2kv_plan": 1, "spec": {}}', "missing required field `model`"),
-        (plan(l2kv_plan=2), "of version 1 or before: it is of version 2"),
+        (plan(l2kv_plan=2), "of version 1: it is of version 2"),
         (plan(l2kv_plan="1"), "it is of version '1'"),
         (plan(l2kv_plan="9" * 10_000), "it is of version '9"),
         *((plan(model=value), "at `$.model`") for value in (None, 5, [], {"a": 1})),
