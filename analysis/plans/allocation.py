@@ -47,7 +47,12 @@ class AllocationPlan:
 
     def __str__(self) -> str:
         if np.isnan(self.expected_loss):
-            return f"This strategy reads no norms, so its loss is not known. {1 - self.used:.0%} saved."
+            alike = "" if np.ptp(self.ratios[self.compressible]) else ", the same share in each kv head"
+            return (
+                f"Keeps {self.used:.0%} of the pairs by {self.policy.replace('_', ' ')}{alike}. There are no loss "
+                f"curves of this policy, so its attention loss is not known; a Pareto front measures its NLL change. "
+                f"{1 - self.used:.0%} saved."
+            )
         return (
             f"Expected attention loss {self.expected_loss:.4f}; with one ratio for all {self.uniform_loss:.4f}; by any "
             f"other allocation at most {self.gap:.4f} less. On the texts of the plan: a Pareto front measures on "

@@ -84,6 +84,11 @@ class Comparison:
         """Verdict on the plan: "better" or "worse" if the whole interval is on one side of 0, else "not told apart"."""
         return "better" if self.less.high < 0 else "worse" if self.less.low > 0 else "not told apart"
 
+    def __str__(self) -> str:
+        if np.isnan(self.less.low):
+            return f"{self.less.value:+.3f} nats/token; no interval with fewer than {MIN_TEXTS} texts"
+        return f"{self.less.value:+.3f} [{self.less.low:+.3f}, {self.less.high:+.3f}] nats/token, {self.verdict}"
+
 
 @record("front", version=2, title="a Pareto front", again="l2kv front")
 @dataclass(frozen=True)
@@ -211,11 +216,14 @@ class Front:
 
     def _sentences(self) -> Iterator[str]:
         yield from (f"not possible: {words}" for words in self.left_out)
-        agreement = ", ".join(f"{value:+.2f} at keep ratio {keep:g}" for keep, value in self.agreement().items())
-        yield f"Spearman over strategies of expected attention loss, on the measured texts, and NLL change: {agreement}"
+        known = {keep: value for keep, value in self.agreement().items() if np.isfinite(value)}
+        agreement = ", ".join(f"{value:+.2f} at keep ratio {keep:g}" for keep, value in known.items())
+        yield (
+            "Spearman over strategies of expected attention loss, on the measured texts, and NLL change: "
+            + (agreement or "undefined, with fewer than 3 strategies of known loss at each keep ratio")
+        )
         for one in self.comparisons():
-            less = f"{one.less.value:+.3f} [{one.less.low:+.3f}, {one.less.high:+.3f}], {one.verdict}"
-            yield f"keep ratio {one.plan.keep_ratio:g}: {one.plan.strategy} against {one.uniform.strategy}: {less}"
+            yield f"keep ratio {one.plan.keep_ratio:g}: {one.plan.strategy} against {one.uniform.strategy}: {one}"
         yield self.answer()
 
     def answer(self) -> str:

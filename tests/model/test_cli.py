@@ -216,13 +216,13 @@ def test_a_plan_of_a_study_is_the_plan_of_its_captures(tmp_path, capsys):
     assert told["expected_loss"] == pytest.approx(expected.expected_loss, abs=1e-6)  # files hold float32
     assert load(Plan, tmp_path / "plan.json").spec == expected.to_spec() and told["model"] == run.model
     assert main(["plan", str(study), *options, "--strategy", "random"]) == 0
-    assert "reads no norms, so its loss is not known" in capsys.readouterr().out
+    assert "so its attention loss is not known; a Pareto front measures its NLL change" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     "options,reason",
     [
-        (["--strategy", "adakv"], "adakv looks at single tokens"),
+        (["--strategy", "adakv"], "adakv needs captures"),
         (["--strategy", "by_head_by_cost"], "by_head_by_cost needs what each head costs"),
         (["--protect-last", "32"], "Give --protect-last 4, or the texts"),
         ([STUDY], "Give one study"),
