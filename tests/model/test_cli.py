@@ -27,12 +27,12 @@ from analysis.plans.curves import loss_curves
 from analysis.plans.strategies import plan
 from analysis.records import load
 from analysis.statistics import Interval
-from analysis.studies import save_study
+from analysis.studies import save_study, study_of
 from analysis.texts.tokens import tokenize
 from app.cli import commands, main
 from l2kv.policies import POLICIES
 from tests.support.paths import BUNDLED, ROOT
-from tests.support.runs import random_run, study_with_curves
+from tests.support.runs import random_run
 
 TEXT = "The old man looked at the sea, and the sea looked at the old man, and neither of them said a word."
 
@@ -207,7 +207,7 @@ ROW = {"normalised_alr": 0.5, "n_tokens": 1000, "kv_head": 3}
 
 def test_a_plan_of_a_study_is_the_plan_of_its_captures(tmp_path, capsys):
     run = random_run()
-    study = save_study(study_with_curves(run, protect_last=4), tmp_path / "study.safetensors")
+    study = save_study(study_of(run, protect_last=4), tmp_path / "study.safetensors")
     options = ["--protect-last", "4", "--keep-ratio", "0.4"]
     assert main(["plan", str(study), *options, "-o", str(tmp_path / "plan.json"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -223,13 +223,13 @@ def test_a_plan_of_a_study_is_the_plan_of_its_captures(tmp_path, capsys):
     "options,reason",
     [
         (["--strategy", "adakv"], "adakv needs captures"),
-        (["--strategy", "by_head_by_cost"], "by_head_by_cost needs what each head costs"),
+        (["--strategy", "by_head_by_cost"], "by_head_by_cost needs the cost of each head"),
         (["--protect-last", "32"], "Give --protect-last 4, or the texts"),
         ([STUDY], "Give one study"),
     ],
 )
 def test_what_no_plan_can_be_made_of_a_study_for_is_one_line_that_says_what_to_give(tmp_path, capsys, options, reason):
-    study = save_study(study_with_curves(random_run(), protect_last=4), tmp_path / "study.safetensors")
+    study = save_study(study_of(random_run(), protect_last=4), tmp_path / "study.safetensors")
     assert main(["plan", str(study), "--protect-last", "4", *options]) == 2
     error = capsys.readouterr().err
     assert reason in error and error.count("\n") == 1

@@ -69,10 +69,7 @@ class Page(HTMLParser):
 
 def study_over(runs, digests) -> Study:
     """The study of several texts that runs are."""
-    each = [study_of(run) for run in runs]
-    arrays = {name: np.concatenate([getattr(one, name) for one in each]) for name in ("n_tokens", "values", "status")}
-    names = tuple(f"text {i}" for i in range(len(runs)))
-    return replace(each[0], texts=len(runs), names=names, digests=tuple(digests), **arrays)
+    return replace(study_of(*runs), digests=tuple(digests))
 
 
 @pytest.fixture(scope="module")

@@ -15,14 +15,14 @@ from analysis.evaluation.tasks import TASKS
 from analysis.metrics import METRICS, Metric
 from analysis.plans.allocation import Budget
 from analysis.plans.strategies import STRATEGIES, Strategy
-from analysis.studies import load_study, save_study
+from analysis.studies import load_study, save_study, study_of
 from app.cli import main
 from app.components import choices
 from l2kv.policies import POLICIES, Pairs, Policy
 from l2kv.registry import Registry
 from tests.support.docs import cli, registries
 from tests.support.paths import BUNDLED
-from tests.support.runs import random_run, study_with_curves
+from tests.support.runs import random_run
 
 
 def oldest_first(pairs: Pairs):
@@ -143,7 +143,7 @@ def test_a_task_has_a_command_whose_options_are_its_settings(toy, capsys):
 
 @pytest.mark.parametrize("toy", ["strategy"], indirect=True)
 def test_a_strategy_plans_from_a_study(toy, tmp_path, capsys):
-    study = save_study(study_with_curves(random_run()), tmp_path / "study.safetensors")
+    study = save_study(study_of(random_run(), protect_last=0), tmp_path / "study.safetensors")
     assert main(["plan", str(study), "--strategy", "a-toy", "--protect-last", "0", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["strategy"] == "a_toy" and {row["keep_ratio"] for row in told["rows"]} == {0.5}
