@@ -318,7 +318,7 @@ def test_texts_are_studied_cancelled_and_gone_on_with(page, tmp_path):
 
 def test_a_plan_is_made_and_decoded_with_beside_one_ratio_for_all(page):
     go(page, "Plan")
-    page.get_by_text(re.compile("On this text it would lose")).wait_for()
+    page.get_by_text(re.compile("it would lose")).wait_for()
     page.get_by_role("button", name="Use this plan in Generate").click()
     page.wait_for_selector(f"h2:has-text('{HEADERS['Generate']}')")
     settled(page)

@@ -235,8 +235,9 @@ def test_what_no_plan_can_be_made_of_a_study_for_is_one_line_that_says_what_to_g
     assert reason in error and error.count("\n") == 1
 
 
-def test_an_old_study_without_curves_says_how_to_make_one_with_them(capsys):
-    assert main(["plan", STUDY]) == 2
+def test_an_old_study_without_curves_says_how_to_make_one_with_them(tmp_path, capsys):
+    old = replace(study_of(random_run()), curves=None, curve_status=None, curve_gammas=None)
+    assert main(["plan", str(save_study(old, tmp_path / "study.safetensors"))]) == 2
     assert "Make it again: l2kv study" in capsys.readouterr().err
 
 

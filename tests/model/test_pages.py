@@ -305,6 +305,18 @@ def test_a_budget_that_is_too_small_is_a_warning_that_names_the_least_one():
     assert not app.exception and any("There is no such plan: the keep ratio must be" in w.value for w in app.warning)
 
 
+def test_a_plan_goes_by_the_study_of_the_model_where_its_curves_are_enough():
+    app = opened("plan")
+    told = words(app)  # the bundled study has curves with the last 32 protected
+    assert not app.exception and "On the 24 texts of the study it would lose" in told and "planned on 24 texts" in told
+    app.selectbox(key="plan_strategy").set_value("adakv").run()
+    assert not app.exception and "On this text it would lose" in words(app)
+    app = opened("plan", protect_last=0)
+    assert not app.exception and "On this text it would lose" in words(app)
+    app = opened("plan", run=of_a_model_that_nothing_was_measured_of())
+    assert not app.exception and "On this text it would lose" in words(app)
+
+
 def test_a_plan_is_taken_to_generate_and_dropped_there():
     app = opened("plan")
     button(app, "Use this plan in Generate").click().run()
@@ -460,7 +472,7 @@ def test_what_does_not_fit_the_model_is_a_message_and_not_a_traceback():
 # skip layers
 
 
-RULES_SAY = (("count", "Skip the 2 layers"), ("gap", "gap"), ("threshold", "Skip every layer"))
+RULES_SAY = (("count", "Skip 2 layers, those"), ("gap", "gap"), ("threshold", "Skip every layer"))
 
 
 def of_a_model_that_nothing_was_measured_of(**changes):
