@@ -86,6 +86,6 @@ class Task:
     right: float = 1.0
     """The score of a right answer; 100 where it is in per cent."""
     bundled: Callable[[LoadedModel, Any], tuple[Any, Sequence[Excerpt]]] | None = None
-    """(model, settings) -> settings and texts that come with the program, where none are given. None: they must be."""
+    """(model, settings) -> settings and bundled texts to use if no texts are given; None if some must be."""
     version: int = 1
-    """Raised when samples or scores change, so that no file of results is gone on with that was made otherwise."""
+    """Increased when samples or scores change, so that older files of results are not continued."""
