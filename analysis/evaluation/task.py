@@ -88,4 +88,4 @@ class Task:
     bundled: Callable[[LoadedModel, Any], tuple[Any, Sequence[Excerpt]]] | None = None
     """(model, settings) -> settings and texts that come with the program, where none are given. None: they must be."""
     version: int = 1
-    """Raised when samples or scores change, so that no file of results is gone on with that was made otherwise."""
+    """Raised when samples or scores change, so that no file of results from before is resumed."""
