@@ -78,7 +78,7 @@ def stream(
 class _Column:
     def __init__(self, loaded: LoadedModel, tokens: Tokens, spec: CompressionSpec | None) -> None:
         self._loaded = loaded
-        self._cache = new_cache(loaded.config, spec)
+        self._cache = new_cache(loaded.config, spec, special_ids=loaded.special_ids(spec))
         ids = torch.from_numpy(tokens.ids)[None].to(loaded.device)
         prefill(loaded.model, ids[:, :-1], self._cache)
         self._next, self._new = ids[:, -1:], list[int]()

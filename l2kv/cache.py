@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, TypeAlias, TypeVar
 
+import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PretrainedConfig
 from transformers.cache_utils import (
@@ -45,15 +46,29 @@ class CompressedCache(TracedCache):
         config: the model's config.
         spec: what to keep.
         filters: directions [L, Hkv, D] for the policy `q_filters`, from the function `l2kv.q_filters`.
+        special_ids: tokens that the policy `fastgen` keeps, from the function `l2kv.special_ids`.
 
     Raises:
         UnsupportedModelError: the model has no keys to compress (encoders, recurrent models, latent attention).
-        SpecError: the spec names a layer or a head that the model does not have, or the policy needs filters.
+        SpecError: the spec names a layer or a head that the model does not have, or the policy needs filters or ids.
     """
 
-    def __init__(self, config: PretrainedConfig, spec: CompressionSpec, *, filters: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        spec: CompressionSpec,
+        *,
+        filters: Tensor | None = None,
+        special_ids: Iterable[int] | None = None,
+    ) -> None:
         super().__init__(layers=_layers_for(config.get_text_config(decoder=True), spec, filters))
+        if POLICIES[spec.policy].needs_token_ids and special_ids is None:
+            raise SpecError(
+                f"The policy {spec.policy} goes by token ids, and needs to know which are special: "
+                "CompressedCache(config, spec, special_ids=special_ids(tokenizer))."
+            )
         self.spec = spec
+        self._special_ids = tuple(special_ids or ())
         self.serving = False  # inside a forward pass of a model prepared with `compressible`
 
     @classmethod
@@ -64,6 +79,8 @@ class CompressedCache(TracedCache):
         spec: CompressionSpec,
         *,
         attention_mask: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        special_ids: Iterable[int] | None = None,
     ) -> CompressedCache:
         """Compress a full cache as if its tokens had been run into a compressed one, which continues to evict.
 
@@ -74,17 +91,24 @@ class CompressedCache(TracedCache):
             config: the model's config.
             spec: what to keep.
             attention_mask: [B, tokens seen], as the model was given it: needed where rows are padded.
+            input_ids: [B, tokens seen], needed where the policy goes by token ids, as are the next.
+            special_ids: as for the constructor.
 
         Raises:
             SpecError: the policy needs queries or filters, which a full cache does not hold; or as the constructor.
             ValueError: the mask hides anything but padding on the left.
         """
         _check_keys_alone(spec, "run the prompt into a CompressedCache")
-        cache = cls(config, spec)
+        cache = cls(config, spec, special_ids=special_ids)
+        cache.note_tokens(input_ids)
         for i, (layer, source) in enumerate(zip(cache.layers, full.layers, strict=True)):
             if isinstance(layer, CompressedLayer):
                 assert isinstance(source, CacheLayerMixin)
                 _fill(_with_states_of(source, layer), source, attention_mask)
+                if layer.special is not None and layer.special.shape != _shape(layer):
+                    raise SpecError(
+                        f"input_ids must be of shape {list(_shape(layer))}, got {list(layer.special.shape)}"
+                    )
                 layer.evict_now()
             else:
                 cache.layers[i] = _copied(source)
@@ -94,7 +118,7 @@ class CompressedCache(TracedCache):
     def _holding(cls, layers: list[Layer], spec: CompressionSpec) -> CompressedCache:
         cache = cls.__new__(cls)
         TracedCache.__init__(cache, layers=layers)
-        cache.spec, cache.serving = spec, False
+        cache.spec, cache.serving, cache._special_ids = spec, False, ()
         return cache
 
     def update(
@@ -108,6 +132,20 @@ class CompressedCache(TracedCache):
                 "        model(input_ids, past_key_values=cache)"
             )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def note_tokens(self, input_ids: Tensor | None) -> None:
+        """Tell a policy that goes by token ids which tokens [B, q] come next. Raises SpecError where there are none."""
+        if not POLICIES[self.spec.policy].needs_token_ids:
+            return
+        if input_ids is None:
+            raise SpecError(f"The policy {self.spec.policy} goes by token ids: give input_ids, not embeddings.")
+        special = torch.isin(input_ids, torch.tensor(self._special_ids, dtype=torch.long, device=input_ids.device))
+        layers = self.compressed_layers()
+        for layer in layers[:1]:  # what holds for one holds for all
+            if layer.special is not None:
+                special = torch.cat([layer.special[:, : layer.seen].to(special.device), special], dim=1)
+        for layer in layers:
+            layer.special = special
 
     def check_even(self) -> None:
         """Raise RuntimeError if the last forward pass stopped before its end."""
@@ -231,6 +269,10 @@ def l2_compress(
         schedule="reference",  # of what is held
     )
     _check_keys_alone(spec, "use a CompressedCache from the start")
+    if POLICIES[spec.policy].needs_token_ids:
+        raise SpecError(
+            f"The policy {spec.policy} needs token ids: use a CompressedCache, or CompressedCache.from_full."
+        )
     if not isinstance(past_key_values, (DynamicCache, CompressedCache)):
         raise TypeError(
             "l2_compress needs the past_key_values of a model called with use_cache=True (a DynamicCache), "
@@ -274,7 +316,7 @@ def _fill(layer: CompressedLayer, source: CacheLayerMixin, attention_mask: Tenso
         layer.seen = source.get_seq_length()
     if attention_mask is None:
         return
-    shape = (layer.parts()[0].keys.shape[0], layer.seen)
+    shape = _shape(layer)
     if getattr(attention_mask, "shape", None) != shape:
         raise SpecError(
             f"attention_mask must be of shape {list(shape)}, of all tokens that the cache has seen, evicted or not; "
@@ -284,6 +326,11 @@ def _fill(layer: CompressedLayer, source: CacheLayerMixin, attention_mask: Tenso
     if isinstance(source, CompressedLayer):
         check_padding(source.first_real, begins, layer.seen)
     layer.first_real = begins
+
+
+def _shape(layer: CompressedLayer) -> tuple[int, int]:
+    """Number of rows, and of tokens seen."""
+    return layer.parts()[0].keys.shape[0], layer.seen
 
 
 def _copied(source: AnyLayer) -> AnyLayer:

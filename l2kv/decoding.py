@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor
 from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
@@ -9,13 +11,18 @@ from l2kv.cache import CompressedCache
 from l2kv.spec import CompressionSpec
 
 
-def new_cache(config: PretrainedConfig, spec: CompressionSpec | None) -> Cache:
+def new_cache(
+    config: PretrainedConfig, spec: CompressionSpec | None, *, special_ids: Iterable[int] | None = None
+) -> Cache:
     """Make an empty cache: one that compresses by `spec`, or a full one where there is none.
+
+    Args:
+        special_ids: as for `CompressedCache`.
 
     Raises:
         SpecError, UnsupportedModelError: as `CompressedCache`.
     """
-    return DynamicCache(config=config) if spec is None else CompressedCache(config, spec)
+    return DynamicCache(config=config) if spec is None else CompressedCache(config, spec, special_ids=special_ids)
 
 
 def prefill(model: PreTrainedModel, input_ids: Tensor, cache: Cache) -> None:

@@ -61,6 +61,7 @@ class CompressedLayer(CacheLayerMixin):
         self.values: Tensor | None = None
         self.seen = self._evicted_at = 0
         self.first_real: Tensor | None = None  # [B], where a row begins that is padded on the left
+        self.special: Tensor | None = None  # [B, seen or more] bool, of tokens, where the policy goes by their ids
         self.unattended = False  # appended to, and attention has not come by yet
         self._stored: Storage | None = None  # nothing before the first token
         self._targets: tuple[Target, ...] = ()  # of each kv head
@@ -253,7 +254,14 @@ class CompressedLayer(CacheLayerMixin):
             seed=self.spec.seed,
             directions=tuple(directions[self._layer_idx][head] for head in heads) if directions else None,
             filters=None if self._filters is None else self._filters[list(heads)].to(self.device),
+            special=None if self.special is None else self._special_at(positions),
         )
+
+    def _special_at(self, positions: Tensor) -> Tensor:
+        """Which tokens are special, at positions [T] or [B, h, T]: bool [B, 1 or h, T]."""
+        assert self.special is not None
+        at = positions.expand(len(self.special), 1, -1) if positions.dim() == 1 else positions
+        return self.special.to(self.device)[:, None].expand(-1, at.shape[1], -1).gather(-1, at)
 
     def visible(self, queries: int) -> list[Tensor]:
         """Mask of the pairs that the latest queries see where rows are padded, per part: bool [B, h or 1, q, held].
@@ -347,7 +355,8 @@ class CompressedLayer(CacheLayerMixin):
         if self._stored:
             self._stored.map_rows(change)
             self._show()
-        self._queries, self.first_real = (x if x is None else change(x) for x in (self._queries, self.first_real))
+        rows = (self._queries, self.first_real, self.special)
+        self._queries, self.first_real, self.special = (x if x is None else change(x) for x in rows)
 
     def _show(self) -> None:
         ragged = self.ragged

@@ -42,6 +42,8 @@ class Pairs:
     """"low" or "high" for each of these heads, where the spec has directions."""
     filters: Tensor | None = None
     """[h, D], where the cache has filters."""
+    special: Tensor | None = None
+    """Whether each token is special or punctuation, bool that broadcasts to [B, h, T]; see `needs_token_ids`."""
     received: Tensor | None = None
     """Attention summed over all queries so far and the heads of the group, [B, h, T]; see `needs_received`."""
     last_rows: Tensor | None = None
@@ -66,6 +68,8 @@ class Policy:
     """`CompressionSpec.directions` must be given."""
     needs_filters: bool = False
     """`CompressedCache` must be given `filters` (see `l2kv.q_filters`)."""
+    needs_token_ids: bool = False
+    """Needs `Pairs.special`: `CompressedCache` must be given `special_ids` (see `l2kv.special_ids`)."""
     needs_received: bool = False
     """Needs `Pairs.received`: attention is worked out at every step."""
     needs_rows: int = 0
@@ -126,6 +130,14 @@ def streaming(pairs: Pairs) -> Tensor:
     """Keep the first four tokens and the most recent (StreamingLLM: Xiao et al., arXiv 2309.17453)."""
     # 2**30 swallows the position of a sink: they tie, and the earlier stays longer.
     return pairs.positions.float() + (pairs.positions < SINKS).float() * 2.0**30
+
+
+def fastgen(pairs: Pairs) -> Tensor:
+    """Keep special tokens, punctuation and the most recent (FastGen without attention: Ge et al., arXiv 2310.01801)."""
+    assert pairs.special is not None
+    # As in `streaming`, they tie, and the earlier stays longer.
+    scores: Tensor = pairs.positions.float() + pairs.special.float() * 2.0**30
+    return scores
 
 
 def keydiff(pairs: Pairs) -> Tensor:
@@ -202,6 +214,7 @@ POLICIES = Registry[Policy](
         "signed_norm": Policy(signed_norm, "Low or high norm by head", needs_directions=True),
         "random": Policy(random, "Random"),
         "streaming": Policy(streaming, "First and recent (StreamingLLM)"),
+        "fastgen": Policy(fastgen, "Special tokens, punctuation and recent (FastGen)", needs_token_ids=True),
         "keydiff": Policy(keydiff, "Unlike the other keys (KeyDiff)", on_arrival=False),
         "q_filters": Policy(q_filters, "Along the queries (Q-Filters)", needs_filters=True),
         "accumulated": Policy(accumulated, "Most attention so far (H2O)", on_arrival=False, needs_received=True),
@@ -222,6 +235,7 @@ def register_policy(
     on_arrival: bool = True,
     needs_directions: bool = False,
     needs_filters: bool = False,
+    needs_token_ids: bool = False,
     needs_received: bool = False,
     needs_rows: int = 0,
     ranks_whole_layer: bool = False,
@@ -237,6 +251,7 @@ def register_policy(
         on_arrival=on_arrival,
         needs_directions=needs_directions,
         needs_filters=needs_filters,
+        needs_token_ids=needs_token_ids,
         needs_received=needs_received,
         needs_rows=needs_rows,
         ranks_whole_layer=ranks_whole_layer,

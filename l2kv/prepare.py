@@ -123,6 +123,7 @@ class _Preparation:
             check_padding(layer.first_real, begins, layer.seen)
         for layer in cache.compressed_layers():
             layer.first_real = begins
+        cache.note_tokens(_argument("input_ids", module, args, kwargs))
         self._let_go()  # of another cache, where an interrupt came past the end of its pass
         self._outermost, self._cache, self._seen_before = module, cache, cache.get_seq_length()
         self._lender = cache.lender

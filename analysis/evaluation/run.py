@@ -145,7 +145,11 @@ def _caches_after(
             continue
         if full is None:
             full = _filled(loaded, context, DynamicCache(config=loaded.config))
-        yield spec, full if spec is None else CompressedCache.from_full(full, loaded.config, spec)
+        if spec is None:
+            yield spec, full
+        else:
+            special_ids = loaded.special_ids(spec)
+            yield spec, CompressedCache.from_full(full, loaded.config, spec, input_ids=context, special_ids=special_ids)
 
 
 Filled = TypeVar("Filled", bound=Cache)

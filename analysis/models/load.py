@@ -23,12 +23,14 @@ from analysis.models.packaged import ORIGINALS, PACKAGED, fetch, stored_before
 from analysis.models.vet import check_length, one_line, read_config, read_json, reading, vet_config
 from analysis.progress import Progress, unheard
 from analysis.texts.tokens import check_tokenizer
+from l2kv.policies import POLICIES
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from analysis.models.gguf import GgufFile
+    from l2kv.spec import CompressionSpec
 
 BUNDLED = Path(__file__).parents[1] / "bundled"
 BUNDLED_MODELS = tuple(sorted(p.parent.name for p in BUNDLED.glob("*/config.json")))
@@ -66,6 +68,14 @@ class LoadedModel:
         """Config of the language model, in models that have more parts."""
         config: PretrainedConfig = self.model.config.get_text_config(decoder=True)
         return config
+
+    def special_ids(self, spec: CompressionSpec | None) -> tuple[int, ...] | None:
+        """Ids that `l2kv.special_ids` finds in its vocabulary, if the policy of `spec` goes by them."""
+        if spec is None or not POLICIES[spec.policy].needs_token_ids:
+            return None
+        from l2kv.calibration import special_ids
+
+        return special_ids(self.tokenizer)
 
     @property
     def positions(self) -> int:

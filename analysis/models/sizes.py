@@ -35,7 +35,7 @@ class ModelSize:
         from l2kv import CompressedCache, SpecError, UnsupportedModelError
 
         try:
-            CompressedCache(self.config, spec)
+            CompressedCache(self.config, spec, special_ids=())  # whichever they are
         except (UnsupportedModelError, SpecError) as error:
             raise ModelError(f"{self.name}: {error}") from error
 

@@ -14,6 +14,7 @@ from analysis.models.load import NAMED_MODELS
 from analysis.models.packaged import PACKAGED
 from analysis.plans.curves import BY_NORM
 from l2kv.config import CacheShape
+from l2kv.policies import POLICIES
 from l2kv.spec import CompressionSpec, Target
 
 LENGTHS = (4096, 32_768, 131_072)  # tokens, that savings are told at
@@ -84,14 +85,13 @@ def library_code(spec: CompressionSpec, ref: str) -> str:
     Args:
         ref: the model: a name that `load_model` knows, a GGUF file, a folder or a hub id.
     """
+    by_ids = POLICIES[spec.policy].needs_token_ids
+    names = f"CompressedCache, CompressionSpec, compressible{', special_ids' if by_ids else ''}"
     if ref in NAMED_MODELS or is_gguf(Path(ref)):
-        imports = "from analysis import load_model\nfrom l2kv import CompressedCache, CompressionSpec, compressible\n"
+        imports = f"from analysis import load_model\nfrom l2kv import {names}\n"
         load = f"loaded = load_model({_quoted(ref)})\nmodel, tokenizer = loaded.model, loaded.tokenizer\n"
     else:
-        imports = (
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            "from l2kv import CompressedCache, CompressionSpec, compressible\n"
-        )
+        imports = f"from transformers import AutoModelForCausalLM, AutoTokenizer\n\nfrom l2kv import {names}\n"
         load = (
             f'model = AutoModelForCausalLM.from_pretrained({_quoted(ref)}, dtype="auto")\n'
             f"tokenizer = AutoTokenizer.from_pretrained({_quoted(ref)})\n"
@@ -110,7 +110,7 @@ if tokenizer.chat_template:
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not tokenizer.chat_template).to(model.device)
 with compressible(model):
-    cache = CompressedCache(model.config, spec)
+    cache = CompressedCache(model.config, spec{", special_ids=special_ids(tokenizer)" if by_ids else ""})
     output = model.generate(**inputs, past_key_values=cache, max_new_tokens=48, do_sample=False)
 print(tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))
 """

@@ -21,6 +21,7 @@ from analysis.plans.skip import layer_loss, suggest_skip_layers
 from l2kv.registry import Registry
 
 ADAKV_FLOOR = 0.2  # of its even share, that AdaKV leaves to every head
+PYRAMID_TOP = 1 / 20  # of the mean, that PyramidKV leaves to the last layer
 KINDS = ("uniform", "plan", "baseline")
 
 
@@ -65,13 +66,9 @@ def plan(
     if isinstance(keep_ratio, bool) or not 0 <= keep_ratio <= 1:
         raise SettingsError(f"keep_ratio must be from 0 to 1, got {keep_ratio!r}")
     if chosen.needs_costs and curves.weights is None:
-        raise SettingsError(
-            f"{strategy} needs the cost of each head, and got none: measure it first (LossCurves.weighted_by)"
-        )
+        raise SettingsError(f"{strategy} needs the cost of each head, measured in a model: plan from texts")
     if chosen.needs_captures and not curves.captures:
-        raise SettingsError(
-            f"{strategy} needs captures, and these curves came without captures: make them from captures"
-        )
+        raise SettingsError(f"{strategy} needs captures, and these curves came without any: plan from texts")
     budget = Budget.of(curves, keep_ratio, policy or chosen.policy, weighted=chosen.needs_costs)
     spent = chosen.allocate(budget)
     ratios = np.ones(curves.low.shape[:2])
@@ -152,6 +149,16 @@ def _adakv(budget: Budget) -> np.ndarray:
     return budget.scaled(shares / len(budget.curves.captures))
 
 
+def _pyramid(budget: Budget) -> np.ndarray:
+    """PyramidKV: beside the protected tokens, what a layer keeps falls linearly with depth."""
+    even, protected = budget.even(), budget.curves.least_bin / budget.curves.bins
+    layers, depth = np.unique(budget.layer, return_inverse=True)
+    beside = budget.keep_ratio - protected
+    last = max(beside * PYRAMID_TOP, 2 * beside - (1 - protected))  # the first layer cannot keep more than everything
+    falling = np.linspace(2 * beside - last, last, len(layers))[depth]
+    return protected + falling if len(layers) > 1 else even
+
+
 def _share_of_top(score: np.ndarray, budget: Budget) -> np.ndarray:
     """Of scores [heads, T], the share of each head's tokens among the budget's best of all; the latest are in first."""
     heads, n = score.shape
@@ -227,6 +234,13 @@ STRATEGIES: Registry[Strategy] = Registry(
             "plan",
             _adakv,
             needs_captures=True,
+        ),
+        "pyramid": Strategy(
+            "PyramidKV",
+            "Ratios that fall linearly with depth; the last queries' attention chooses (Cai et al., arXiv 2406.02069).",
+            "baseline",
+            _pyramid,
+            "window",
         ),
         "random": Strategy("Random", "Any tokens: the baseline to beat.", "baseline", Budget.even, "random"),
         "streaming": Strategy(

@@ -89,7 +89,7 @@ def lm(loaded, texts, methods, *, prompt_tokens=30, new_tokens=4, progress=lambd
     return evaluate(loaded, "lm", methods, texts=named, settings=settings, progress=progress)
 
 
-@pytest.mark.parametrize("policy", ["low_norm", "accumulated", "signed_norm"])
+@pytest.mark.parametrize("policy", ["low_norm", "accumulated", "signed_norm", "fastgen"])
 def test_a_text_among_others_is_continued_as_if_alone_however_they_are_batched(loaded, monkeypatch, policy):
     texts, directions = [TEXT[:400], TEXT[400:900], TEXT[900:1400]], (("low", "high", "high", "low"),) * 6
     needs = {"directions": directions} if policy == "signed_norm" else {}

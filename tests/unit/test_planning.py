@@ -272,6 +272,27 @@ def test_a_baseline_is_one_ratio_for_all_of_which_no_loss_is_known(strategy, pol
     assert math.isnan(made.expected_loss) and math.isnan(made.bound) and made.directions is None
 
 
+@pytest.mark.parametrize("protect_last", [0, 5])
+def test_the_pyramid_is_as_its_authors_code_has_it(protect_last):
+    """As in pyramidkv_utils.py of KVCache-Factory, in numbers of tokens; `least` and `most` are beside the window."""
+    run, n = random_run(layers=5, n=100), 100
+    for keep in (0.1, 0.3, 0.5, 0.7, 0.95):
+        made = plan(loss_curves(run, bins=n, protect_last=protect_last), keep, "pyramid")
+        beside = keep * n - protect_last
+        most, least = 2 * beside - beside / 20, beside / 20
+        if most >= n - protect_last:
+            most, least = n - protect_last, 2 * beside - (n - protect_last)
+        expected = [most - layer * (most - least) / 4 + protect_last for layer in range(5)]
+        np.testing.assert_allclose(made.ratios * n, np.repeat(expected, 2).reshape(5, 2))
+        assert made.ratios.mean() == pytest.approx(keep) and made.used <= keep and math.isnan(made.expected_loss)
+        spec = made.to_spec()
+        assert (spec.policy, spec.protect_last) == ("window", protect_last) and spec.head_ratios is None
+    (alone,) = plan(loss_curves(random_run(layers=1)), 0.3, "pyramid").ratios
+    assert set(alone) == {0.3}
+    with pytest.raises(ValueError, match=r"must be 0\.32 or more here"):
+        plan(loss_curves(run, bins=n, protect_last=32), 0.3, "pyramid")
+
+
 def test_the_papers_skip_list_is_paid_for_by_the_other_layers():
     made = plan(loss_curves(random_run(layers=5)), 0.7, "skip_first_two").to_spec()
     assert made == CompressionSpec(keep_ratio=0.5, skip_layers=(0, 1))
@@ -505,6 +526,7 @@ def test_savings_by_hand():
         CompressionSpec(),
         CompressionSpec(keep_ratio=0.3, head_ratios={(0, 1): 0.2}, layer_ratios={1: 0.7}, skip_layers=(2,)),
         CompressionSpec(policy="signed_norm", directions=(("low", "high"),), protect_last=32, budget=9),
+        CompressionSpec(policy="fastgen"),
     ],
 )
 def test_the_code_of_this_library_makes_the_same_spec(spec):
