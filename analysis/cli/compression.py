@@ -19,7 +19,7 @@ from analysis.cli.inputs import excerpts_of, loaded_model, tell_notes, text_of, 
 from analysis.cli.options import CompressionOrPlan, out
 from analysis.cli.output import Form, row_of, shown, tell, wrote
 from analysis.errors import UserError
-from analysis.evaluation.lm import LmSettings
+from analysis.evaluation.lm import Lengths, LmSettings
 from analysis.evaluation.prompts import chat_text
 from analysis.evaluation.results import FULL
 from analysis.models.memory import human_bytes
@@ -88,7 +88,7 @@ def plan(
             help="Text files, or folders of .txt files; or one study, whose model and texts are planned for.",
         ),
     ],
-    lengths: LmSettings,
+    lengths: Lengths,
     model: options.Model = defaults.MODEL,
     keep_ratio: options.KeepRatio = defaults.KEEP_RATIO,
     strategy: options.Strategy = "by_head",
@@ -108,7 +108,7 @@ def plan(
         given = excerpts_of(loaded, documents, n_tokens=tokens, at_most=excerpts)
         with shown("step") as progress:
             curves = ablation.measured_curves(
-                loaded, given, strategy, protect_last=protect_last, settings=lengths, progress=progress
+                loaded, given, strategy, protect_last=protect_last, settings=lengths.settings, progress=progress
             )
         name, n_tokens = loaded.name, [run.n_tokens for run in curves.captures]
     made = strategies.plan(curves, keep_ratio, strategy)

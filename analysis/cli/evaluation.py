@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +18,7 @@ from analysis.cli.inputs import excerpts_of, loaded_model, tell_notes, texts_of
 from analysis.cli.options import Compression, out
 from analysis.cli.output import Form, form_of, shown, tell, wrote
 from analysis.cli.program import program, spread
-from analysis.evaluation.lm import LmSettings
+from analysis.evaluation.lm import Lengths
 from analysis.evaluation.results import FULL
 from analysis.evaluation.tasks import TASKS
 from analysis.models.memory import human_bytes
@@ -26,16 +27,19 @@ from analysis.plans.front import measure_front
 from analysis.plans.skip import Plan
 from analysis.records import load, save
 from analysis.texts.excerpts import SPLIT, planning_and_measuring
+from l2kv.spec import SCHEDULES
 
 if TYPE_CHECKING:
     from analysis.models.load import LoadedModel
+
+SEEN, REFERENCE = SCHEDULES
 
 
 def ablation(
     texts: options.Texts,
     to: Annotated[Path, out("ablation.json")],
     compression: Compression,
-    lengths: LmSettings,
+    lengths: Lengths,
     model: options.Model = defaults.MODEL,
     excerpts: options.Excerpts = defaults.EXCERPTS,
     device: options.Device = None,
@@ -47,7 +51,7 @@ def ablation(
     spec = compression.spec(loaded.config)
     given = excerpts_of(loaded, documents, n_tokens=lengths.n_tokens, at_most=excerpts)
     with shown("pass") as progress:
-        found = ablate_layers(loaded, given, spec, settings=lengths, progress=progress)
+        found = ablate_layers(loaded, given, spec, settings=lengths.settings, progress=progress)
     wrote(save(found, to))
     tell(
         {"layer": "d", "normalised_alr": form_of("normalised_alr"), "alr": ".2f", "nll_change": "+.4f"},
@@ -63,7 +67,7 @@ def ablation(
 def front(
     texts: options.Texts,
     to: Annotated[Path, out("front.json")],
-    lengths: LmSettings,
+    lengths: Lengths,
     model: options.Model = defaults.MODEL,
     plan_texts: Annotated[
         list[Path],
@@ -95,7 +99,7 @@ def front(
             measuring,
             keep_ratios=keep_ratios,
             strategies=strategies or None,
-            settings=lengths,
+            settings=lengths.settings,
             protect_last=protect_last,
             progress=progress,
         )
@@ -124,7 +128,7 @@ class Tasks(TyperGroup):
         """The command of a task. Raises BadParameter, with the nearest name, where there is none."""
         name = options.Named(TASKS)(cmd_name)
         task = TASKS[name]
-        omit = () if task.needs_texts else ("texts", "excerpts")
+        omit = (*(("texts", "excerpts") if not task.needs_texts else ()), *(("by_position",) if task.scoring else ()))
         command = spread(partial(_evaluate, name), omit=omit, settings=task.settings)
         command.__name__, command.__doc__ = name, task.about
         return get_command(program(command))
@@ -142,47 +146,81 @@ def _evaluate(
     policies: options.Policies = ("low_norm", "high_norm", "random", "streaming", "keydiff"),
     skip_layers: options.SkipLayers = "0,1",
     protect_last: options.ProtectLast = defaults.RECENT_WINDOW,
+    prune_after: Annotated[int, typer.Option(help="Pairs that a head must hold before any is evicted.")] = 0,
+    schedule: Annotated[
+        str | None, typer.Option(help=f"{SEEN} or {REFERENCE}; by default the latter where a chunk is predicted.")
+    ] = None,
     excerpts: options.Excerpts = defaults.EXCERPTS,
     device: options.Device = None,
-    to: Annotated[Path | None, out("results.json")] = None,
+    by_position: Annotated[
+        int, typer.Option(help="Print NLL and accuracy by so many positions, where tokens are predicted.")
+    ] = 0,
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--out",
+            "--output-dir",
+            parser=Path,
+            help="File to write rows to as they are computed, or a folder for it; rows in it are not computed again.",
+        ),
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """Score a model on a task with the full cache and with compressed ones."""
     chosen = TASKS[task]
     saved = {file.stem: load(Plan, file).spec for file in plan}
-    documents = texts_of(texts) if chosen.needs_texts else {}
+    documents = texts_of(texts) if chosen.needs_texts and (texts or not chosen.bundled) else None
     loaded = loaded_model(model, device)
     from analysis.evaluation.run import evaluate
+    from analysis.evaluation.work import estimate
 
+    schedule = schedule or (REFERENCE if getattr(settings, "chunk_size", 0) else SEEN)
     compressions = (
         Compression(keep_ratio=keep_ratio, policy=policy, skip_layers=skip_layers, protect_last=protect_last)
         for keep_ratio in keep_ratios
         for policy in policies
     )
-    specs = {f"{one.policy} {one.keep_ratio:g}": one.spec(loaded.config) for one in compressions}
+    specs = {
+        f"{one.policy} {one.keep_ratio:g}": replace(one.spec(loaded.config), prune_after=prune_after, schedule=schedule)
+        for one in compressions
+    }
     methods = {FULL: None, **saved, **specs}
-    given = excerpts_of(loaded, documents, n_tokens=settings.n_tokens, at_most=excerpts) if documents else ()
+    given = excerpts_of(loaded, documents, n_tokens=settings.n_tokens, at_most=excerpts) if documents else None
+    print(f"about {estimate(loaded, task, methods, texts=given, settings=settings)}", file=sys.stderr)
+    file = to / f"{task}.jsonl" if to and (to.is_dir() or not to.suffix) else to
     with shown("sample") as progress:
-        results = evaluate(loaded, task, methods, texts=given, settings=settings, progress=progress)
-    if to:
-        wrote(save(results, to))
-    rows = results.summary(right=chosen.right)
-    for row in rows:
+        results = evaluate(loaded, task, methods, texts=given, settings=settings, out=file, progress=progress)
+    if file:
+        wrote(file)
+    for note in results.notes:
+        print(f"note: {note}", file=sys.stderr)
+    summary = results.summary(right=chosen.right)
+    for row in summary:
         if row["method"] == FULL:
             _warn(loaded, row, useless=chosen.higher_is_better and not row["score"].value)
+    rows = results.by_position(width=by_position) if by_position else summary
     better = "higher" if chosen.higher_is_better else "lower"
     tell(
         {name: _FORMS.get(name, "") for name in rows[0]},
         rows,
         json=json,
         title=f"{loaded.name}, {chosen.title}: {chosen.about}\n"
-        f"score in {chosen.unit}, {better} is better; 95 % intervals; change: against the full cache",
+        f"score in {chosen.unit}, {better} is better; 95 % intervals; change: against the full cache; "
+        f"compressed: {', '.join(dict.fromkeys(row.compressed for row in results.rows if row.compressed)) or 'never'}",
         results=results.table(),
-        **{name: getattr(results, name) for name in ("model", "task", "settings", "methods")},
+        **{name: getattr(results, name) for name in ("model", "task", "settings", "methods", "run", "notes")},
+        work=results.work(),
     )
 
 
-_FORMS = {"n_tokens": "d", "samples": "d", "MiB": ".2f", "score": ".3f", "change": "+.3f"}
+_FORMS = {"n_tokens": "d", "samples": "d", "MiB": ".2f", "score": ".3f", "change": "+.3f"} | {
+    "perplexity": ".2f",
+    "perplexity_ratio": ".3f",
+    "accuracy": ".3f",
+    "position": "d",
+    "nll": ".3f",
+}
 
 
 def _warn(loaded: LoadedModel, row: dict[str, Any], *, useless: bool) -> None:

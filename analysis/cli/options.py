@@ -76,9 +76,9 @@ def _typed(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", name.lower())
 
 
-def listed(of: Callable[[str], Any], about: str) -> Any:
-    """The option of a list."""
-    return typer.Option(parser=Listed(of), metavar="LIST", help=about)
+def listed(of: Callable[[str], Any], about: str, *names: str) -> Any:
+    """The option of a list, by the names given, or else its parameter's."""
+    return typer.Option(*names, parser=Listed(of), metavar="LIST", help=about)
 
 
 def out(what: str) -> Any:
@@ -96,7 +96,8 @@ Texts = Annotated[
     list[Path], typer.Argument(parser=Path, help="Text files, or folders of .txt files.", metavar="TEXTS")
 ]
 Model = Annotated[
-    str, typer.Option("-m", "--model", parser=str, help="Name (see `models`), folder, GGUF file or hub id.")
+    str,
+    typer.Option("-m", "--model", "--model-id", parser=str, help="Name (see `models`), folder, GGUF file or hub id."),
 ]
 Device = Annotated[str | None, typer.Option(help="cuda or cpu; by default the GPU if there is one.")]
 Excerpts = Annotated[int, typer.Option(help="Most excerpts to take, spread over the texts.")]
@@ -105,7 +106,10 @@ NewTokens = Annotated[int, typer.Option(help="Tokens to generate.")]
 
 # Of a compression.
 KeepRatio = Annotated[float, typer.Option(help="Share of the tokens to keep.")]
-KeepRatios = Annotated[Sequence[float], listed(float, "Keep ratios to compare, such as 0.5,0.25.")]
+KeepRatios = Annotated[
+    Sequence[float],
+    listed(float, "Keep ratios to compare, such as 0.5,0.25.", "--keep-ratios", "--keep-ratio"),
+]
 Policy = Annotated[str, typer.Option(parser=POLICIES, help="Which key/value pairs to keep.")]
 Policies = Annotated[Sequence[str], listed(POLICIES, "Policies to compare.")]
 SkipLayers = Annotated[str, typer.Option(help="Layers to skip, such as 0,1.")]

@@ -29,7 +29,7 @@ class Sample:
     name: str
     """Name, unique among the samples of a task."""
     context: np.ndarray
-    """[C] int64 token ids, run first and then compressed."""
+    """[C] int64 token ids, run first and then compressed. Where there are none the cache evicts from the start."""
     question: np.ndarray
     """[Q] int64, run over what is left of the context."""
     target: np.ndarray = field(default_factory=_no_tokens)
@@ -85,3 +85,7 @@ class Task:
     """None where samples have a target: the score is its mean NLL."""
     right: float = 1.0
     """The score of a right answer; 100 where it is in per cent."""
+    bundled: Callable[[LoadedModel, Any], tuple[Any, Sequence[Excerpt]]] | None = None
+    """(model, settings) -> settings and texts that come with the program, where none are given. None: they must be."""
+    version: int = 1
+    """Raised when samples or scores change, so that no file of results from before is resumed."""

@@ -375,7 +375,7 @@ def tiny_shape() -> dict:
     [
         (T5Config(), "decoder-only"),
         (BertConfig(), "decoder-only"),
-        (MambaConfig(num_hidden_layers=2), "without a key/value cache"),
+        (MambaConfig(num_hidden_layers=2), "no key/value cache"),
         (DeepseekV3Config(num_hidden_layers=2), "latents"),
     ],
     ids=["t5", "bert", "mamba", "deepseek"],

@@ -345,7 +345,8 @@ def test_expected_loss_that_orders_the_points_as_their_cost_agrees_fully():
 
 def test_a_front_is_read_back_as_it_was_written(front):
     assert from_json(Front, to_json(front)) == front
-    assert [p.strategy for p in front.points if math.isnan(p.measured_loss)] == ["streaming"] * 2
+    unknown = ["pyramid", "streaming"] * 2  # two budgets each; of their policies there are no curves
+    assert sorted(p.strategy for p in front.points if math.isnan(p.measured_loss)) == sorted(unknown)
     undefined = front_of([(LOW, 0.5, CompressionSpec(), (None, 0.1))])
     (point,) = from_json(Front, to_json(undefined)).points
     assert math.isnan(point.nll_change[0]) and point.nll_change[1] == pytest.approx(0.1)

@@ -481,7 +481,7 @@ def test_what_cannot_be_planned_is_said():
         ({"keep_ratio": math.nan}, "keep_ratio must be from 0 to 1"),
         ({"strategy": "by_heads"}, "Did you mean 'by_head'"),
         ({"policy": "random"}, "policy must be one of signed_norm, low_norm, high_norm"),
-        ({"strategy": "adakv"}, "came without captures"),
+        ({"strategy": "adakv"}, "adakv needs captures"),
         ({"strategy": "by_head_by_cost"}, "needs the cost of each head"),
     ):
         with pytest.raises(ValueError, match=words):
