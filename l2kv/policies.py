@@ -53,7 +53,7 @@ class Policy:
     """An eviction policy: a score, its title, and what it needs.
 
     Raises:
-        ValueError: it is scored on arrival, and needs attention, which is known later.
+        ValueError: it is scored on arrival, and needs attention, which is known later; or nothing says what it keeps.
     """
 
     score: Callable[[Pairs], Tensor]
@@ -76,6 +76,8 @@ class Policy:
     def __post_init__(self) -> None:
         if self.on_arrival and self.needs_attention:
             raise ValueError(f"{self.title}: attention is not known when a pair arrives; give on_arrival=False")
+        if not self.about:
+            raise ValueError(f"{self.title}: give its function a docstring, whose first line says what it keeps")
 
     @property
     def about(self) -> str:
@@ -229,7 +231,7 @@ def register_policy(
     """Add an eviction policy, which specs may name from then on; the arguments are the fields of `Policy`.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: the name is taken or no identifier, or as `Policy`.
     """
     policy = Policy(
         score,
