@@ -32,7 +32,9 @@ class Preset:
     text: str
     why: str = ""  # what was measured on it, in words
     spec: CompressionSpec | None = None  # the compression to look at it with
-    answer: str = ""  # what should be generated, as `tasks.found` scores it; empty: nothing is right or wrong
+    answer: str = (
+        ""  # what should be generated, as `evaluation.prompts.found` scores it; empty: nothing is right or wrong
+    )
     chat: bool = False  # a question, to be put through the model's chat template
     beside: CompressionSpec | None = None  # another one of the same protection, in which the task ends otherwise
 

@@ -85,3 +85,7 @@ class Task:
     """None where samples have a target: the score is its mean NLL."""
     right: float = 1.0
     """The score of a right answer; 100 where it is in per cent."""
+    share: bool = False
+    """Whether each score is 0 or `right`, so that their mean is a share."""
+    axes: tuple[str, ...] = ()
+    """Axes of the samples' grid (`Sample.at`) that results are summarised by: a row for each place on them."""
