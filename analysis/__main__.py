@@ -29,7 +29,7 @@ COMMANDS = (
 def commands() -> typer.Typer:
     """The commands of `analysis`, to which others may be added."""
     made = program(*COMMANDS)
-    about = "Score a model on a task with the full cache and with compressed ones."
+    about = "Score a model on a task, with the full cache and with compressed ones."
     made.add_typer(typer.Typer(), name="evaluate", cls=evaluation.Tasks, help=about)
     return made
 

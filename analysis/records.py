@@ -11,7 +11,7 @@ import dataclasses
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -172,6 +172,29 @@ def load(cls: type[Record], path: str | Path) -> Record:
             made = _checked(cls, content, arrays)
             check_shapes(made)
             return made
+
+
+def load_any(classes: Sequence[type], path: str | Path) -> Any:
+    """Read a record of whichever of these classes the file says it is. Raises RecordError, with the file and reason."""
+    path = Path(path)
+    if not _is_file(path):
+        raise RecordError(f"There is no file {path}.")
+    headings = _headings(path)
+    for cls in classes:
+        if {f"l2kv_{kind_of(cls).name}", f"l2kv_{kind_of(cls).formerly}"} & headings:
+            return load(cls, path)
+    *titles, last = (kind_of(cls).title for cls in classes)
+    raise RecordError(f"{path.name} is not {', '.join(titles)} or {last}.")
+
+
+def _headings(path: Path) -> set[str]:
+    """Names on the outermost level of a file, what it is among them; none where no record can be read from it."""
+    with suppress(SafetensorError, OSError), safe_open(path, framework="numpy") as file:
+        return set(file.metadata() or {})
+    with suppress(TextError, msgspec.MsgspecError, RecursionError):
+        content = msgspec.json.decode(texts.read_text(path).encode())
+        return set(content) if isinstance(content, dict) else set()
+    return set()
 
 
 def check_shapes(thing: object) -> None:

@@ -5,19 +5,24 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from analysis import defaults
 from analysis.__main__ import commands as commands_of_analysis
+from analysis.captures import Capture
 from analysis.cli import options
 from analysis.cli.inputs import excerpts_of, loaded_model, texts_of
 from analysis.cli.output import shown, wrote
 from analysis.cli.program import Command, run
 from analysis.errors import UserError
+from analysis.paper.figures import FIGURES, reproduce
+from analysis.plans.ablation import Ablation
+from analysis.plans.front import Front
+from analysis.records import Record, load_any, write_text
+from analysis.studies import Study
 
 
 def commands() -> typer.Typer:
@@ -43,83 +48,66 @@ def open_app(context: typer.Context) -> None:
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(parser=Path, metavar="RUN", help="A saved run, or two.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            parser=Path, metavar="FILES", help="One or two runs, and their studies, a front and an ablation."
+        ),
+    ],
     to: Annotated[Path, options.out("report.html")],
-    study: Annotated[list[Path], typer.Option(parser=Path, help="A study of many texts; again for a second.")] = [],  # noqa: B006
-    front: Annotated[Path | None, typer.Option(parser=Path, help="What `front` wrote.")] = None,
-    ablation: Annotated[Path | None, typer.Option(parser=Path, help="What `ablation` wrote.")] = None,
 ) -> None:
     """Write one page about a run, or about two compared. Its reader needs nothing installed."""
-    if len(runs) > 2 or len(study) > 2:
-        raise UserError("A report is of one run or of two, and of two studies at most.")
-    from analysis.captures import load_run
-    from analysis.plans.ablation import Ablation
-    from analysis.plans.front import Front
-    from analysis.records import load, write_text
-    from analysis.studies import load_study
+    read = [load_any((Capture, Study, Front, Ablation), file) for file in files]
+    runs, studies = _all(Capture, read), _all(Study, read)
+    fronts, ablations = _all(Front, read), _all(Ablation, read)
+    if not 1 <= len(runs) <= 2 or len(studies) > 2 or len(fronts) > 1 or len(ablations) > 1:
+        raise UserError(
+            "A report is of one run or of two, and of at most two studies, one front and one ablation; got "
+            f"{len(runs)}, {len(studies)}, {len(fronts)} and {len(ablations)} of them."
+        )
     from app import report as reports
 
-    page = reports.report(
-        [load_run(file) for file in runs],
-        studies=[load_study(file) for file in study],
-        front=load(Front, front) if front else None,
-        ablation=load(Ablation, ablation) if ablation else None,
-    )
+    page = reports.report(runs, studies=studies, front=next(iter(fronts), None), ablation=next(iter(ablations), None))
     wrote(write_text(page, to))
+
+
+def _all(kind: type[Record], read: Sequence[object]) -> list[Record]:
+    return [one for one in read if isinstance(one, kind)]
+
+
+def _head(word: str) -> tuple[int, int]:
+    """The (layer, head) of a head that is written as layer.head. Raises BadParameter."""
+    if not re.fullmatch(r"\d+\.\d+", word):
+        raise typer.BadParameter(f"must be heads as layer.head, such as 0.3,2.1, got {word!r}")
+    layer, head = word.split(".")
+    return int(layer), int(head)
 
 
 def figures(
     texts: options.Texts,
-    to: Annotated[Path, typer.Option("-o", "--out", parser=Path, help="The folder to write to.")],
+    to: Annotated[Path, typer.Option("-o", "--out", parser=Path, help="Folder to write to.")],
     model: options.Model = defaults.MODEL,
-    only: Annotated[
-        Sequence[str], typer.Option(parser=options.Listed(options.FIGURES), metavar="LIST", help="Which.")
-    ] = (),
+    only: Annotated[Sequence[str], options.listed(options.FIGURES, "Figures to make; all by default.")] = (),
     heads: Annotated[
-        str, typer.Option(help="Heads of figure 1, as layer.head: 0.3,2.1; else from lowest to highest gamma.")
-    ] = "",
+        Sequence[Any],
+        options.listed(_head, "Heads of figure 1, as layer.head: 0.3,2.1. By default from lowest to highest gamma."),
+    ] = (),
     tokens: options.ExcerptTokens = 1024,
     excerpts: options.Excerpts = defaults.EXCERPTS,
     device: options.Device = None,
 ) -> None:
-    """Reproduce the paper's figures for any model. As HTML and JSON."""
-    chosen, documents = _heads_of(heads), texts_of(texts)
+    """Reproduce the paper's figures for any model, as HTML and JSON."""
+    documents = texts_of(texts)
     loaded = loaded_model(model, device)
-    from analysis.paper.figures import FIGURES, reproduce, to_json
-    from analysis.records import write_text
-    from app.report.paper import section
-    from app.report.writing import Section, document
+    from app.report.paper import write_pages
 
     n_tokens = min(tokens, loaded.positions - 1)  # one for the next token
     given = excerpts_of(loaded, documents, n_tokens=n_tokens, at_most=excerpts)
-    names = [excerpt.name for excerpt in given]
-    lead = f"{loaded.name}, on excerpts of {n_tokens} tokens; the first is “{names[0]}”."
-    about = {"model": loaded.name, "texts": names, "tokens_per_excerpt": n_tokens}
-    made = []
+    texts_given, names = [excerpt.text for excerpt in given], [excerpt.name for excerpt in given]
     with shown("step") as progress:
-        for name, numbers in reproduce(
-            loaded,
-            [excerpt.text for excerpt in given],
-            only=only or tuple(FIGURES),
-            heads=chosen,
-            progress=progress,
-        ):
-            drawn, data = section(name, numbers), to_json(name, numbers, about)
-            page = document(drawn.heading, lead, [replace(drawn, heading="")], data=data)
-            wrote(write_text(page, to / f"{name}.html"))
-            wrote(write_text(data, to / f"{name}.json"))
-            links = (("The figure", f"{name}.html"), ("Its numbers, as JSON", f"{name}.json"))
-            made.append(Section(drawn.heading, (drawn.words[0], drawn.words[-1]), links=links))
-    wrote(write_text(document(f"The paper's figures, for {loaded.name}", lead, made), to / "index.html"))
-
-
-def _heads_of(words: str) -> list[tuple[int, int]] | None:
-    """The (layer, head) of each head that is written as layer.head. Raises UserError."""
-    if not words:
-        return None
-    if not re.fullmatch(r"\d+\.\d+(,\d+\.\d+)*", words):
-        raise UserError(f"--heads takes heads as layer.head, such as 0.3,2.1; got {words!r}")
-    return [(int(layer), int(head)) for layer, head in (word.split(".") for word in words.split(","))]
+        made = reproduce(loaded, texts_given, only=only or tuple(FIGURES), heads=heads or None, progress=progress)
+        for file in write_pages(made, to, model=loaded.name, names=names, n_tokens=n_tokens):
+            wrote(file)
 
 
 if __name__ == "__main__":  # where the package is not installed: python -m app.cli

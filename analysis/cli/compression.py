@@ -3,170 +3,146 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from analysis import defaults
+from analysis.captures import Capture
 from analysis.cli import options
 from analysis.cli.inputs import excerpts_of, loaded_model, tell_notes, text_of, texts_of
-from analysis.cli.options import out, spec_of
-from analysis.cli.output import Form, shown, tell, wrote
-from analysis.errors import RecordError, UserError
+from analysis.cli.options import CompressionOrPlan, out
+from analysis.cli.output import Form, row_of, shown, tell, wrote
+from analysis.errors import UserError
+from analysis.evaluation.lm import LmSettings
+from analysis.evaluation.prompts import chat_text
+from analysis.evaluation.results import FULL
+from analysis.models.memory import human_bytes
+from analysis.models.sizes import model_size
+from analysis.plans import ablation, export, strategies
+from analysis.plans.curves import LossCurves, curves_of
+from analysis.plans.skip import Plan, suggest_skip_layers
+from analysis.records import load_any, save
+from analysis.studies import Study, load_study
+from analysis.texts.tokens import tokenize
+from l2kv.spec import CompressionSpec
 
 if TYPE_CHECKING:
-    from analysis.plans.skip import SkipSuggestion
-    from l2kv.spec import CompressionSpec
-
-_SAVINGS_AT = (4096, 32_768, 131_072)
+    from analysis.models.load import LoadedModel
 
 
 def skip(
     files: Annotated[
         list[Path],
-        typer.Argument(parser=Path, metavar="FILES", help="What `ablation` wrote; or runs of one model, or a study."),
+        typer.Argument(parser=Path, metavar="FILES", help="One ablation, one study, or runs of one model."),
     ],
     threshold: Annotated[
-        float | None, typer.Option(help="Skip layers of this NLL change (0.01) or normalised ALR (1) or more.")
+        float | None,
+        typer.Option(help="Skip layers at or above this NLL change (0.01) or normalised ALR (1). The default rule."),
     ] = None,
-    count: Annotated[int | None, typer.Option(help="Skip this many, the worst.")] = None,
-    gap: Annotated[bool, typer.Option("--gap", help="Skip those above the widest gap, if one stands out.")] = False,
+    count: Annotated[int | None, typer.Option(help="Skip this many layers, the worst first.")] = None,
+    gap: Annotated[
+        bool, typer.Option("--gap", help="Skip the layers above the widest gap, if one stands out.")
+    ] = False,
     keep_ratio: options.KeepRatio = defaults.KEEP_RATIO,
     policy: options.Policy = "low_norm",
     protect_last: options.ProtectLast = defaults.RECENT_WINDOW,
     to: Annotated[Path | None, out("plan.json")] = None,
     json: options.Json = False,
 ) -> None:
-    """Choose layers to skip. By a single-layer ablation, or, as a proxy, by the ALR of runs or of a study."""
-    from l2kv.spec import CompressionSpec
-
+    """Choose layers to skip, by an ablation or by a proxy, ALR. An ablation's plan compresses as it was measured."""
     if (threshold is not None) + (count is not None) + gap > 1:
         raise UserError("Give one of --threshold, --count and --gap.")
     rule: dict[str, Any] = {"rule": "gap" if gap else "threshold" if count is None else "count", "count": count or 0}
     if threshold is not None:
         rule["threshold"] = threshold
-    if any(file.suffix == ".json" for file in files):
-        if len(files) > 1:
-            raise UserError("Give the one file that `ablation` wrote.")
-        model, spec, why = _skip_by_ablation(files[0], rule)
+    read = [load_any((ablation.Ablation, Study, Capture), file) for file in files]
+    if len(read) > 1 and not all(isinstance(one, Capture) for one in read):
+        raise UserError("Give one ablation, or one study, or runs alone.")
+    if isinstance(measured := read[0], ablation.Ablation):
+        suggested = ablation.suggest_by_ablation(measured, **rule)
+        spec, why = measured.spec, suggested.rule
+    elif policy in ablation.POLICIES:
+        suggested = suggest_skip_layers(measured if isinstance(measured, Study) else read, policy, **rule)
+        spec = CompressionSpec(keep_ratio=keep_ratio, policy=policy, protect_last=protect_last)
+        why = f"By a proxy, ALR. {suggested.rule}"
     else:
-        model, suggestion = _skip_by_alr(files, policy, rule)
-        why = f"By a proxy, ALR. {suggestion.rule}"
-        spec = CompressionSpec(
-            keep_ratio=keep_ratio, policy=policy, skip_layers=suggestion.layers, protect_last=protect_last
-        )
-    tell(
-        {},
-        [],
-        json=json,
-        title=f"{model}: skip {', '.join(map(str, spec.skip_layers)) or 'no layer'}",
-        answer=why,
-        model=model,
-        spec=spec,
-    )
-    _save_plan(to, model, spec, why)
-
-
-def _skip_by_ablation(file: Path, rule: dict[str, Any]) -> tuple[str, CompressionSpec, str]:
-    """The model, the spec that was measured with its costliest layers skipped, and why."""
-    from analysis.plans.ablation import Ablation, suggest_by_ablation
-    from analysis.records import load
-
-    found = load(Ablation, file)
-    suggestion = suggest_by_ablation(found, **rule)
-    skipped = (*found.spec.skip_layers, *suggestion.layers)
-    return found.model, replace(found.spec, skip_layers=skipped), suggestion.rule
-
-
-def _skip_by_alr(files: list[Path], policy: str, rule: dict[str, Any]) -> tuple[str, SkipSuggestion]:
-    """The model, and the layers of the highest normalised ALR in runs or in a study of it."""
-    from analysis.captures import load_run
-    from analysis.plans.skip import suggest_skip_layers
-    from analysis.studies import load_study
-
-    if policy not in ("low_norm", "high_norm"):
-        raise UserError(f"--policy must be low_norm or high_norm: ALR speaks of these; got {policy!r}")
-    try:
-        study = load_study(files[0]) if len(files) == 1 else None
-    except RecordError:
-        study = None
-    if study:
-        return study.model, suggest_skip_layers(study, policy, **rule)
-    runs = [load_run(file) for file in files]
-    return runs[0].model, suggest_skip_layers(runs, policy, **rule)
+        raise UserError(f"--policy must be {' or '.join(ablation.POLICIES)}: ALR speaks of these; got {policy!r}")
+    spec = replace(spec, skip_layers=(*spec.skip_layers, *suggested.layers))
+    title = f"{measured.model}: skip {', '.join(map(str, spec.skip_layers)) or 'no layer'}"
+    tell({}, [], json=json, title=title, answer=why, model=measured.model, spec=spec)
+    _save_plan(to, measured.model, spec, why)
 
 
 def plan(
-    texts: options.Texts,
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            parser=Path,
+            metavar="TEXTS",
+            help="Text files, or folders of .txt files; or one study, whose model and texts are planned for.",
+        ),
+    ],
+    lengths: LmSettings,
     model: options.Model = defaults.MODEL,
     keep_ratio: options.KeepRatio = defaults.KEEP_RATIO,
     strategy: options.Strategy = "by_head",
     protect_last: options.ProtectLast = defaults.RECENT_WINDOW,
     excerpts: options.Excerpts = defaults.EXCERPTS,
-    prompt_tokens: options.PromptTokens = defaults.PROMPT_TOKENS,
-    new_tokens: options.NewTokens = defaults.NEW_TOKENS,
     device: options.Device = None,
     to: Annotated[Path | None, out("plan.json")] = None,
     json: options.Json = False,
 ) -> None:
-    """Allocate a budget to layers or heads. By loss curves, which are measured on the texts."""
-    documents = texts_of(texts)
-    loaded = loaded_model(model, device)
-    from analysis import recorder
-    from analysis.evaluation.lm import LmSettings, prompt_of
-    from analysis.models.memory import DTYPES, human_bytes
-    from analysis.plans import strategies
-    from analysis.plans.ablation import with_head_costs
-    from analysis.plans.curves import loss_curves, slim
-
-    costs, settings = strategies.STRATEGIES[strategy].needs_costs, LmSettings(prompt_tokens, new_tokens)
-    tokens = settings.n_tokens if costs else prompt_tokens
-    given = excerpts_of(loaded, documents, n_tokens=tokens, at_most=excerpts)
-    with shown("step") as progress:
-        runs = []
-        for i, excerpt in enumerate(given):
-            prompt = prompt_of(loaded.tokenizer, excerpt.text, prompt_tokens) if costs else excerpt.text
-            runs.append(slim(recorder.capture(loaded, prompt, last_queries=0)))
-            progress(i + 1, len(given), "texts")
-        curves = loss_curves(*runs, protect_last=protect_last, documents=[excerpt.document for excerpt in given])
-        if costs:
-            curves = with_head_costs(curves, loaded, given, settings=settings, progress=progress)
+    """Allocate a budget to layers or heads, by loss curves: those of a study, or measured on texts."""
+    if any(source.suffix == ".safetensors" for source in sources):
+        name, curves, n_tokens = _of_study(sources, protect_last)
+    else:
+        documents = texts_of(sources)
+        loaded = loaded_model(model, device)
+        tokens = lengths.n_tokens if strategies.STRATEGIES[strategy].needs_costs else lengths.prompt_tokens
+        given = excerpts_of(loaded, documents, n_tokens=tokens, at_most=excerpts)
+        with shown("step") as progress:
+            curves = ablation.measured_curves(
+                loaded, given, strategy, protect_last=protect_last, settings=lengths, progress=progress
+            )
+        name, n_tokens = loaded.name, [run.n_tokens for run in curves.captures]
     made = strategies.plan(curves, keep_ratio, strategy)
-    spec, shape = made.to_spec(), replace(runs[0].cache_shape, itemsize=DTYPES.get(loaded.stored, 2))
-    full, kept = shape.nbytes(4096), shape.nbytes(4096, spec)
-    note = f"{strategy}, keep ratio {keep_ratio:g}, planned on {len(runs)} texts"
+    spec, note = made.to_spec(), f"{strategy}, keep ratio {keep_ratio:g}, planned on {len(n_tokens)} texts"
     tell(
         {"layer": "d", "keep_ratio": ".2f", "by_kv_head": ".2f", "direction": ""},
-        [
-            {
-                "layer": layer,
-                "keep_ratio": float(made.ratios[layer].mean()),
-                "by_kv_head": made.ratios[layer].tolist(),
-                "direction": list(made.directions[layer]) if made.directions else None,
-            }
-            for layer in shape.layers
-        ],
+        made.table(),
         json=json,
-        title=f"{loaded.name}: {note} of {min(r.n_tokens for r in runs)} to {max(r.n_tokens for r in runs)} tokens",
-        answer=f"expected attention loss {made.expected_loss:.4f}; with one ratio for all {made.uniform_loss:.4f}; "
-        f"at most {made.gap:.4f} less by any other allocation. On the texts of the plan: `front` measures on others.\n"
-        f"at 4096 tokens {human_bytes(kept)} instead of {human_bytes(full)}: {1 - kept / full:.0%} saved",
-        model=loaded.name,
+        title=f"{name}: {note} of {min(n_tokens)} to {max(n_tokens)} tokens",
+        answer=str(made),
+        model=name,
         strategy=strategy,
         spec=spec,
         expected_loss=made.expected_loss,
         uniform_loss=made.uniform_loss,
     )
-    _save_plan(to, loaded.name, spec, note)
+    _save_plan(to, name, spec, note)
+
+
+def _of_study(files: Sequence[Path], protect_last: int) -> tuple[str, LossCurves, list[int]]:
+    """Model, loss curves and lengths of the texts of one study. Raises UserError."""
+    if len(files) > 1:
+        raise UserError("Give one study, or texts alone.")
+    read = load_study(files[0])
+    curves = curves_of(read)
+    if protect_last != read.protect_last:
+        raise UserError(
+            f"{files[0].name} protects the last {read.protect_last} tokens, and {protect_last} were asked for. Give "
+            f"--protect-last {read.protect_last}, or the texts in place of the study."
+        )
+    return read.model, curves, read.n_tokens.tolist()
 
 
 def _save_plan(to: Path | None, model: str, spec: CompressionSpec, note: str) -> None:
-    from analysis.plans.skip import Plan
-    from analysis.records import save
-
     if to:
         wrote(save(Plan(model, spec, note), to))
 
@@ -175,33 +151,27 @@ def savings(
     model: Annotated[
         str,
         typer.Argument(
-            parser=str, help="A name, a folder, a GGUF file, a config.json or a hub id; weights are not read."
+            parser=str,
+            metavar="MODEL",
+            help="Name, folder, GGUF file, config.json or hub id. Weights are not read.",
         ),
     ],
-    keep_ratio: options.KeepRatio = defaults.KEEP_RATIO,
-    policy: options.Policy = "low_norm",
-    skip_layers: options.SkipLayers = "",
-    protect_last: options.ProtectLast = defaults.RECENT_WINDOW,
-    plan: options.PlanFile = None,
-    gpu_gib: Annotated[float, typer.Option(help="Memory of the GPU.")] = 80,
-    bandwidth_gb: Annotated[float, typer.Option(help="GB a second that its memory delivers.")] = 3350,
-    batch: Annotated[int, typer.Option(help="Sequences that are decoded at once.")] = 1,
-    lengths: options.Lengths = _SAVINGS_AT,
+    compression: CompressionOrPlan,
+    gpu_gib: Annotated[float, typer.Option(help="Memory of the GPU, in GiB.")] = 80,
+    bandwidth_gb: Annotated[float, typer.Option(help="Memory bandwidth of the GPU, in GB/s.")] = 3350,
+    batch: Annotated[int, typer.Option(help="Sequences to decode at once.")] = 1,
+    lengths: Annotated[Sequence[int], options.listed(int, "Lengths in tokens.")] = (4096, 32_768, 131_072),
     json: options.Json = False,
 ) -> None:
-    """Work out what a compression saves in a model. Its weights need not be at hand."""
-    from analysis.models.memory import human_bytes
-    from analysis.models.sizes import model_size
-    from analysis.plans import export
-
+    """Calculate what a compression saves in a model, which need not be at hand."""
     for name, value in (("--gpu-gib", gpu_gib), ("--bandwidth-gb", bandwidth_gb)):
         if not 0 < value < math.inf:
             raise UserError(f"{name} must be positive and finite, got {value:g}")
     size = model_size(model)
-    spec = spec_of(plan, keep_ratio, policy, skip_layers, protect_last, config=size.config)
+    spec, shape = compression.spec(size.config), size.shape
     size.check(spec)
     found = export.savings(
-        size.shape,
+        shape,
         spec,
         weights_bytes=size.weights_bytes,
         gpu_bytes=int(gpu_gib * 2**30),
@@ -209,22 +179,19 @@ def savings(
         lengths=lengths,
         batch=batch,
     )
-    shape, counted = size.shape, "counted from the config" if size.counted else "of the files"
-    columns: dict[str, Form] = {"tokens": ",", "full_bytes": human_bytes, "kept_bytes": human_bytes, "saved": ".0%"}
-    columns |= {"full_fits": _number_or_any, "kept_fits": _number_or_any, "full_ms": ".3g", "kept_ms": ".3g"}
+    columns: dict[str, Form] = {"n_tokens": ",", "full_bytes": human_bytes, "kept_bytes": human_bytes, "saved": ".0%"}
+    columns |= dict.fromkeys(("full_fits", "kept_fits"), lambda fits: "any" if fits is None else str(fits))
+    columns |= {"full_ms": ".3g", "kept_ms": ".3g"}
+    counted = "counted from the config" if size.counted else "of the files"
     tell(
         columns,
         [
-            {
-                "tokens": row.n_tokens,
-                "full_bytes": row.full_bytes,
-                "kept_bytes": row.kept_bytes,
-                "saved": 1 - row.kept_bytes / row.full_bytes if row.full_bytes else 0.0,
-                "full_fits": row.full_fits,
-                "kept_fits": row.kept_fits,
-                "full_ms": 1e3 * row.full_seconds,
-                "kept_ms": 1e3 * row.kept_seconds,
-            }
+            row_of(
+                row,
+                saved=1 - row.kept_bytes / row.full_bytes if row.full_bytes else 0.0,
+                full_ms=1e3 * row.full_seconds,
+                kept_ms=1e3 * row.kept_seconds,
+            )
             for row in found
         ],
         json=json,
@@ -239,20 +206,12 @@ def savings(
     )
 
 
-def _number_or_any(fits: int | None) -> str:
-    return "any" if fits is None else str(fits)
-
-
 def generate(
     text: options.Text,
+    compression: CompressionOrPlan,
     model: options.Model = defaults.MODEL,
-    keep_ratio: options.KeepRatio = defaults.KEEP_RATIO,
-    policy: options.Policy = "low_norm",
-    skip_layers: options.SkipLayers = "",
-    protect_last: options.ProtectLast = defaults.RECENT_WINDOW,
-    plan: options.PlanFile = None,
     new_tokens: options.NewTokens = defaults.GENERATED_TOKENS,
-    chat: Annotated[bool, typer.Option("--chat", help="Ask it through the model's chat template.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the text through the model's chat template.")] = False,
     device: options.Device = None,
     json: options.Json = False,
 ) -> None:
@@ -261,15 +220,9 @@ def generate(
     if new_tokens < 1:
         raise UserError(f"--new-tokens must be 1 or more, got {new_tokens}")
     loaded = loaded_model(model, device)
-    from analysis.evaluation.lm import LmSettings
-    from analysis.evaluation.prompts import chat_text
-    from analysis.evaluation.results import FULL
-    from analysis.evaluation.run import evaluate
-    from analysis.models.memory import human_bytes
     from analysis.preview import stream
-    from analysis.texts.tokens import tokenize
 
-    spec = spec_of(plan, keep_ratio, policy, skip_layers, protect_last, config=loaded.config)
+    spec = compression.spec(loaded.config)
     tell_notes(loaded, [content])
     with (
         shown("token") as progress,
@@ -278,31 +231,37 @@ def generate(
         for i, columns in enumerate(steps):
             progress(i + 1, new_tokens, "tokens")
             full, compressed = columns
-    pairs = list(zip(full.token_ids, compressed.token_ids, strict=False))
-    same, longest = sum(a == b for a, b in pairs), max(len(full.token_ids), len(compressed.token_ids))
-    first = next((i for i, (a, b) in enumerate(pairs) if a != b), None if same == longest else len(pairs))
+    pairs = list(zip_longest(full.token_ids, compressed.token_ids))
+    first = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
     told = "no difference" if first is None else f"the first difference is at new token {first}"
-    read = chat_text(loaded.tokenizer, content) if chat else content
-    prompt = len(tokenize(loaded.tokenizer, read))
-    change = None
-    if (new := len(tokenize(loaded.tokenizer, read + full.text)) - prompt) > 0:
-        both = {FULL: None, "compressed": spec}
-        settings = LmSettings(prompt, new)
-        measured = evaluate(loaded, "lm", both, texts=[("text", read + full.text)], settings=settings)
-        change = float(measured.change("compressed").mean())
+    told += f"; {sum(a == b for a, b in pairs)} of {len(pairs)} tokens agree"
+    change = _nll_change(loaded, chat_text(loaded.tokenizer, content) if chat else content, full.text, spec)
+    if change is not None:
+        told += f"\nthe full cache's text with the compressed cache: {change:+.4f} nats/token"
+    caches = {"full": full, "compressed": compressed}
     tell(
         {},
-        [
-            {"cache": name, "bytes": step.nbytes, "text": step.text}
-            for name, step in (("full", full), ("compressed", compressed))
-        ],
+        [{"cache": name, "bytes": step.nbytes, "text": step.text} for name, step in caches.items()],
         json=json,
         title=f"full cache, {human_bytes(full.nbytes)}: {full.text}\n"
         f"compressed, {human_bytes(compressed.nbytes)}: {compressed.text}",
-        answer=f"{told}; {same} of {longest} tokens agree"
-        + ("" if change is None else f"\nthe full cache's text with the compressed cache: {change:+.4f} nats/token"),
+        answer=told,
         model=loaded.name,
         spec=spec,
         first_difference=first,
         nll_change=change,
     )
+
+
+def _nll_change(loaded: LoadedModel, prompt: str, text: str, spec: CompressionSpec) -> float | None:
+    """NLL change of a text after a prompt, by compression, in nats/token; None where the text has no tokens."""
+    from analysis.evaluation.run import evaluate
+
+    prompt_tokens = len(tokenize(loaded.tokenizer, prompt))
+    new = len(tokenize(loaded.tokenizer, prompt + text)) - prompt_tokens
+    if new <= 0:
+        return None
+    settings = LmSettings(prompt_tokens, new)
+    both = {FULL: None, "compressed": spec}
+    found = evaluate(loaded, "lm", both, texts=[("text", prompt + text)], settings=settings)
+    return float(found.change("compressed").mean())

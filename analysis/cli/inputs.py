@@ -5,14 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from analysis.demo.presets import bundled_texts
 from analysis.errors import TextError
+from analysis.models.load import LoadedModel, load_model
+from analysis.texts.excerpts import Excerpt, excerpts
 from analysis.texts.read import decoded, read_documents, read_text
-
-if TYPE_CHECKING:
-    from analysis.models.load import LoadedModel
-    from analysis.texts.excerpts import Excerpt
+from analysis.texts.tokens import notes_of
 
 
 def text_of(source: str) -> str:
@@ -23,8 +22,6 @@ def text_of(source: str) -> str:
 def texts_of(sources: Sequence[Path]) -> Mapping[str, str]:
     """The documents of text files, and of those in folders, by name; the bundled texts if none are given."""
     if not sources:
-        from analysis.demo.presets import bundled_texts
-
         return bundled_texts()
     files = [file for source in sources for file in (sorted(source.glob("*.txt")) if source.is_dir() else [source])]
     if not files:
@@ -41,8 +38,6 @@ def texts_of(sources: Sequence[Path]) -> Mapping[str, str]:
 def loaded_model(model: str, device: str | None = None) -> LoadedModel:
     """A model in memory. Imports torch: call it once all else is checked. Raises ModelError, OutOfMemoryError."""
     quiet_libraries()
-    from analysis.models.load import load_model
-
     return load_model(model, device=device)
 
 
@@ -57,16 +52,12 @@ def quiet_libraries() -> None:
 
 def tell_notes(loaded: LoadedModel, texts: Iterable[str]) -> None:
     """Print on standard error what a user should know of the special tokens of texts."""
-    from analysis.texts.tokens import notes_of
-
     for note in notes_of(loaded.tokenizer, texts):
         print(f"note: {note}", file=sys.stderr)
 
 
 def excerpts_of(loaded: LoadedModel, texts: Mapping[str, str], *, n_tokens: int, at_most: int) -> tuple[Excerpt, ...]:
     """Excerpts of texts, and on standard error what a user should know of them. Raises TextError."""
-    from analysis.texts.excerpts import excerpts
-
     found = excerpts(loaded.tokenizer, texts, n_tokens=n_tokens, at_most=at_most)
     tell_notes(loaded, (excerpt.text for excerpt in found))
     return found

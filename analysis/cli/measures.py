@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import numpy as np
 import typer
 
-from analysis import defaults
+import analysis.selftest as synthetic
+from analysis import defaults, studies
+from analysis.captures import load_run, save_run
 from analysis.cli import options
 from analysis.cli.inputs import excerpts_of, loaded_model, text_of, texts_of
 from analysis.cli.options import out
-from analysis.cli.output import shown, tell, wrote
+from analysis.cli.output import form_of, row_of, shown, tell, wrote
 from analysis.errors import RecordError
-
-if TYPE_CHECKING:
-    from analysis.studies import Study
+from analysis.measures import by_kv_head
+from analysis.metrics import METRICS, PROBES, metrics
+from analysis.statistics import Interval, head_means, layer_losses, layer_means, means, stability
+from analysis.verdicts import answer, verdicts
 
 _QUESTION = "Does low norm predict attention in"
 
@@ -32,9 +35,6 @@ def capture(
     content = text_of(text)
     loaded = loaded_model(model, device)
     from analysis import recorder
-    from analysis.captures import save_run
-    from analysis.studies import study_of
-    from analysis.verdicts import answer
 
     for warning in recorder.readable(loaded, content)[1]:  # before a run that may take long
         print(f"warning: {warning}", file=sys.stderr)
@@ -42,54 +42,46 @@ def capture(
         run = recorder.capture(loaded, content, progress=progress)
     wrote(save_run(run, to))
     print(f"{run.model}: {run.n_tokens} tokens, {run.n_layers} layers, {run.seconds:.1f} s on {run.device}")
-    print(f"{_QUESTION} {run.model}? {answer(study_of(run))}")
+    print(f"{_QUESTION} {run.model}? {answer(studies.study_of(run))}")
 
 
 def heads(
-    run: Annotated[Path, typer.Argument(parser=Path, help="A saved run.", metavar="RUN")],
+    run: Annotated[Path, typer.Argument(parser=Path, help="Saved run.", metavar="RUN")],
     probe: options.Probe = defaults.PROBE,
     json: options.Json = False,
 ) -> None:
-    """Tell what a saved run says of each head."""
-    from analysis.captures import load_run
-    from analysis.measures import by_kv_head
-    from analysis.metrics import PROBES, metrics
-    from analysis.studies import study_of
-    from analysis.verdicts import answer, verdicts
-
+    """Print the metrics of each head in a saved run."""
     read = load_run(run)
     if probe == "last queries" and not read.recent_positions:
         raise RecordError(f"{run} holds no last queries. Capture the text again, or take another --probe.")
-    study = study_of(read, probes=[probe])
+    study = studies.study_of(read, probes=[probe])
     verdict = verdicts(study, probe=probe)
     of_group = metrics(by_kv_head(read), probe, names=["alr_per_token"]).values[0]
     rows = [
-        {
-            "layer": layer,
-            "head": head,
-            "kv_head": read.kv_head(head),
-            **{name: float(study.of(name, probe=probe)[0, layer, head]) for name in study.metrics},
-            "kv_alr_per_token": float(of_group[layer, read.kv_head(head)]),
-            "verdict": str(verdict[layer, head]),
-        }
-        for layer in range(read.n_layers)
-        for head in range(read.n_heads)
+        {"layer": layer, "head": head, "kv_head": read.kv_head(head)}
+        | {name: float(study.of(name, probe=probe)[0, layer, head]) for name in study.metrics}
+        | {"kv_alr_per_token": float(of_group[layer, read.kv_head(head)]), "verdict": str(verdict[layer, head])}
+        for layer, head in np.ndindex(verdict.shape)
     ]
+    columns = dict.fromkeys(("layer", "head", "kv_head"), "d")
+    columns |= {name: form_of(name) for name in ("gamma", "gamma_skip_first", "alr_per_token")}
+    columns |= {"kv_alr_per_token": "z.3f", "spearman": form_of("spearman"), "sink_share": ".2f", "verdict": ""}
     tell(
-        {"layer": "d", "head": "d", "kv_head": "d", "gamma": "+z.2f", "gamma_skip_first": "+z.2f",
-         "alr_per_token": "z.3f", "kv_alr_per_token": "z.3f", "spearman": "+z.2f", "sink_share": ".2f", "verdict": ""},
+        columns,
         rows,
         json=json,
         title=f"{read.model}, {read.n_tokens} tokens; {probe}: {PROBES[probe]}; layers and heads count from 0\n"
-        "kv_alr_per_token: of the mean attention of all query heads that read the kv head, so lose its keys together",
+        "kv alr per token: of the mean attention of all query heads that read the kv head, so lose its keys together",
         answer=f"{_QUESTION} {read.model}? {answer(study, probe=probe)}",
-        model=read.model, tokens=read.n_tokens, probe=probe,
-    )  # fmt: skip
+        model=read.model,
+        tokens=read.n_tokens,
+        probe=probe,
+    )
 
 
 def study(
     texts: options.Texts,
-    to: Annotated[Path, out("study.safetensors, or the one to go on with")],
+    to: Annotated[Path, out("study.safetensors; a study that is there is resumed")],
     model: options.Model = defaults.MODEL,
     tokens: options.ExcerptTokens = defaults.EXCERPT_TOKENS,
     excerpts: options.Excerpts = defaults.STUDY_EXCERPTS,
@@ -98,11 +90,9 @@ def study(
     device: options.Device = None,
     json: options.Json = False,
 ) -> None:
-    """Measure the heads over many texts, with intervals. The same command resumes a study that was stopped."""
+    """Measure the heads over many texts, with intervals. Run it again to resume a study that was stopped."""
     documents = texts_of(texts)
     loaded = loaded_model(model, device)
-    from analysis import studies
-
     most = loaded.positions - 1  # one for the next token
     if tokens > most:
         print(f"{loaded.name} was trained on {most + 1} positions: excerpts are of {most} tokens", file=sys.stderr)
@@ -117,43 +107,33 @@ def study(
     wrote(to)
 
 
-def _tell_study(done: Study, probe: str, metric: str | None, *, json: bool) -> None:
-    from analysis.metrics import METRICS, PROBES
-    from analysis.statistics import Interval, head_means, layer_losses, layer_means, means, stability
-    from analysis.verdicts import answer, verdicts
-
+def _tell_study(done: studies.Study, probe: str, metric: str | None, *, json: bool) -> None:
     losses, verdict = layer_losses(done, probe=probe), verdicts(done, probe=probe)
-    over_texts = {
-        "gamma": layer_means(done, probe=probe),
-        "gamma_skip_first": layer_means(done, "gamma_skip_first", probe=probe),
-        "normalised_alr": means(losses, documents=done.documents),
-    }
-    columns = {"layer": "d", "gamma": "+z.2f", "gamma_skip_first": "+z.2f", "normalised_alr": "z.2f"}
-    lines = [
-        f"{done.model}, {len(done.names)} texts of {done.n_tokens.min()} to {done.n_tokens.max()} tokens",
-        "means over heads and texts; 95 % intervals over texts; layers count from 0",
-        f"{probe}: {PROBES[probe]}",
-    ]
-    by_head = head_means(done, metric, probe=probe).mean if metric else None
+    of_layers = {name: layer_means(done, name, probe=probe) for name in ("gamma", "gamma_skip_first")}
+    of_layers["normalised_alr"] = means(losses, documents=done.documents)
+    title = (
+        f"{done.model}, {len(done.names)} texts of {done.n_tokens.min()} to {done.n_tokens.max()} tokens\n"
+        f"means over heads and texts; 95 % intervals over texts; layers count from 0\n{probe}: {PROBES[probe]}"
+    )
+    ends: list[dict[str, str]] = [{} for _ in verdict]
     if metric:
-        over_texts[metric] = layer_means(done, metric, probe=probe)
-        columns |= {metric: "z.3g", "lowest": "", "highest": ""}
-        lines.append(f"{metric}, in the mean, and in the heads where it is lowest and highest: {METRICS[metric].about}")
-    columns["verdicts"] = ""
+        of_layers[metric] = layer_means(done, metric, probe=probe)
+        ends = [_extremes(of_heads) for of_heads in head_means(done, metric, probe=probe).mean]
+        title += f"\n{METRICS[metric].title}, in the mean, and in the heads where it is lowest and highest: "
+        title += METRICS[metric].about
     rows = [
-        {
-            "layer": layer,
-            **{n: Interval(*(float(v[layer]) for v in (m.mean, m.low, m.high))) for n, m in over_texts.items()},
-            **({} if by_head is None else _extremes(by_head[layer])),
-            "verdicts": ", ".join(f"{(words == name).sum()} {name}" for name in sorted(set(words))),
-        }
+        {"layer": layer}
+        | {name: Interval(*(float(v[layer]) for v in (m.mean, m.low, m.high))) for name, m in of_layers.items()}
+        | ends[layer]
+        | {"verdicts": ", ".join(f"{(words == name).sum()} {name}" for name in sorted(set(words)))}
         for layer, words in enumerate(verdict)
     ]
+    columns = {"layer": "d"} | {name: form_of(name) for name in of_layers}
     tell(
-        columns,
+        columns | dict.fromkeys((*ends[0], "verdicts"), ""),
         rows,
         json=json,
-        title="\n".join(lines),
+        title=title,
         answer=f"{stability(losses)}\n{_QUESTION} {done.model}? {answer(done, probe=probe)}",
         model=done.model,
         texts=done.names,
@@ -169,24 +149,15 @@ def _extremes(by_head: np.ndarray) -> dict[str, str]:
     return {name: f"head {head}: {by_head[head]:.3g}" for name, head in ends.items()}
 
 
-def selftest(
-    to: Annotated[Path | None, out("run.safetensors")] = None,
-    json: options.Json = False,
-) -> None:
-    """Check the metrics by a synthetic run. Its values are known beforehand: gamma is -1, 0 and +1."""
-    from analysis import selftest
-    from analysis.captures import save_run
-
-    run = selftest.synthetic_run()
+def selftest(to: Annotated[Path | None, out("run.safetensors")] = None, json: options.Json = False) -> None:
+    """Check the metrics on a synthetic run of known values: gamma is -1, 0 and +1."""
+    run = synthetic.synthetic_run()
     if to is not None:
         wrote(save_run(run, to))
-    found = selftest.check(run)
+    found = synthetic.check(run)
     tell(
         {"probe": "", "metric": "", "layer": "d", "known": "+z.0f", "measured": "+z.7f"},
-        [
-            {"probe": r.probe, "metric": r.metric, "layer": r.layer, "known": r.known, "measured": r.measured}
-            for r in found.readings
-        ],
+        map(row_of, found.readings),
         json=json,
         title="a synthetic run, of no model; layers count from 0; of each layer the head that is most off",
         answer=str(found),

@@ -3,46 +3,49 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from analysis import defaults, metrics
 from analysis.errors import SettingsError
+from analysis.paper import figures
+from analysis.plans import strategies
+from analysis.plans.skip import Plan, skip_list
+from analysis.records import load
+from l2kv import policies
 from l2kv.registry import Registry
+from l2kv.spec import CompressionSpec
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-    from l2kv.spec import CompressionSpec
+    from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True, slots=True)
 class Named:
     """The names of a registry, as what an option takes; spaces, hyphens and underscores in them are one to users.
 
-    Entries are looked up when a command runs or tells its help, so one that is registered later is a choice, too.
+    Entries are looked up when a command runs or prints its help, so one that is registered later is a choice, too.
     """
 
-    registry: Callable[[], Mapping[str, Any]]
-    noun: str
+    registry: Registry[Any]
 
     def __call__(self, given: str) -> str:
         """Name of the entry that a user means. Raises BadParameter, with the nearest, where there is none."""
-        entries = self.registry()
-        for name in entries:
+        for name in self.registry:
             if _typed(name) == _typed(given):
                 return name
         try:
-            return Registry(self.noun, SettingsError, {_shown(name): name for name in entries}).find(given)
+            typed = {_shown(name): name for name in self.registry}
+            return Registry(self.registry.noun, SettingsError, typed).find(given)
         except SettingsError as error:
             raise typer.BadParameter(str(error)) from error
 
     def __str__(self) -> str:
-        return f"One of {', '.join(map(_shown, self.registry()))}."
+        return f"One of {', '.join(map(_shown, self.registry))}."
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,72 +76,79 @@ def _typed(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", name.lower())
 
 
-def _entries(module: str, name: str) -> Callable[[], Mapping[str, Any]]:
-    """What holds the names, imported when it is asked for."""
-    return lambda: getattr(import_module(module), name)
-
-
-POLICIES = Named(_entries("l2kv.policies", "POLICIES"), "policy")
-METRICS = Named(_entries("analysis.metrics", "METRICS"), "metric")
-PROBES = Named(_entries("analysis.metrics", "PROBES"), "probe")
-STRATEGIES = Named(_entries("analysis.plans.strategies", "STRATEGIES"), "strategy")
-FIGURES = Named(_entries("analysis.paper.figures", "FIGURES"), "figure")
-
-# Of texts and models. What a parser takes is not checked to be UTF-8: names of files need not be.
-Text = Annotated[str, typer.Argument(parser=str, help="A text file, or - for standard input.", metavar="TEXT")]
-Texts = Annotated[
-    list[Path], typer.Argument(parser=Path, help="Text files, or folders of .txt files.", metavar="TEXTS")
-]
-Model = Annotated[
-    str, typer.Option("-m", "--model", parser=str, help="A name (see `models`), a folder, a GGUF file or a hub id.")
-]
-Device = Annotated[str | None, typer.Option(help="cuda or cpu; by default the GPU where there is one.")]
-Excerpts = Annotated[int, typer.Option(help="Excerpts at most, spread over the texts.")]
-ExcerptTokens = Annotated[int, typer.Option("--tokens", help="Tokens of each excerpt, or as many as the model takes.")]
-PromptTokens = Annotated[int, typer.Option(help="Tokens of each excerpt that are compressed.")]
-NewTokens = Annotated[int, typer.Option(help="Tokens after them that are predicted.")]
-
-# Of a compression.
-KeepRatio = Annotated[float, typer.Option(help="Share of the tokens that is kept.")]
-KeepRatios = Annotated[Sequence[float], typer.Option(parser=Listed(float), metavar="LIST", help="Budgets: 0.5,0.25.")]
-Policy = Annotated[str, typer.Option(parser=POLICIES, help="What is kept.")]
-Policies = Annotated[
-    Sequence[str], typer.Option(parser=Listed(POLICIES), metavar="LIST", help="Several of what is kept.")
-]
-SkipLayers = Annotated[str, typer.Option(help="Layers that are not compressed: 0,1.")]
-ProtectLast = Annotated[int, typer.Option(help="Latest tokens that are never evicted.")]
-PlanFile = Annotated[
-    Path | None,
-    typer.Option("--plan", parser=Path, help="A plan's file, in place of all other options of the compression."),
-]
-
-# Of what is told.
-Probe = Annotated[str, typer.Option(parser=PROBES, help="Whose attention.")]
-Metric = Annotated[str | None, typer.Option(parser=METRICS, help="A metric to tell of each layer.")]
-Strategies = Annotated[
-    Sequence[str], typer.Option(parser=Listed(STRATEGIES), metavar="LIST", help="Which strategies; all by default.")
-]
-Strategy = Annotated[str, typer.Option(parser=STRATEGIES, help="How the budget is allocated to layers and heads.")]
-Lengths = Annotated[
-    Sequence[int], typer.Option(parser=Listed(int), metavar="LIST", help="Numbers of tokens: 400,1000.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")]
+def listed(of: Callable[[str], Any], about: str) -> Any:
+    """The option of a list."""
+    return typer.Option(parser=Listed(of), metavar="LIST", help=about)
 
 
 def out(what: str) -> Any:
     """The option of the file to write."""
-    return typer.Option("-o", "--out", parser=Path, help=f"The file to write, such as {what}.")
+    return typer.Option("-o", "--out", parser=Path, help=f"File to write, such as {what}.")
 
 
-def spec_of(
-    plan: Path | None, keep_ratio: float, policy: str, skip_layers: str, protect_last: int, *, config: PreTrainedConfig
-) -> CompressionSpec:
-    """The compression that was asked for, in the model of a config. Raises UserError, SpecError."""
-    from analysis.plans.skip import Plan, skip_list
-    from analysis.records import load
-    from l2kv.spec import CompressionSpec
+POLICIES, METRICS, STRATEGIES = Named(policies.POLICIES), Named(metrics.METRICS), Named(strategies.STRATEGIES)
+PROBES = Named(Registry("probe", SettingsError, metrics.PROBES))
+FIGURES = Named(Registry("figure", SettingsError, figures.FIGURES))
 
-    if plan:
-        return load(Plan, plan).spec
-    skipped = skip_list(skip_layers, n_layers=config.num_hidden_layers)
-    return CompressionSpec(keep_ratio=keep_ratio, policy=policy, skip_layers=skipped, protect_last=protect_last)
+# Of texts and models. What a parser takes is not checked to be UTF-8: names of files need not be.
+Text = Annotated[str, typer.Argument(parser=str, help="Text file, or - for standard input.", metavar="TEXT")]
+Texts = Annotated[
+    list[Path], typer.Argument(parser=Path, help="Text files, or folders of .txt files.", metavar="TEXTS")
+]
+Model = Annotated[
+    str, typer.Option("-m", "--model", parser=str, help="Name (see `models`), folder, GGUF file or hub id.")
+]
+Device = Annotated[str | None, typer.Option(help="cuda or cpu; by default the GPU if there is one.")]
+Excerpts = Annotated[int, typer.Option(help="Most excerpts to take, spread over the texts.")]
+ExcerptTokens = Annotated[int, typer.Option("--tokens", help="Tokens in each excerpt, or the most the model takes.")]
+NewTokens = Annotated[int, typer.Option(help="Tokens to generate.")]
+
+# Of a compression.
+KeepRatio = Annotated[float, typer.Option(help="Share of the tokens to keep.")]
+KeepRatios = Annotated[Sequence[float], listed(float, "Keep ratios to compare, such as 0.5,0.25.")]
+Policy = Annotated[str, typer.Option(parser=POLICIES, help="Which key/value pairs to keep.")]
+Policies = Annotated[Sequence[str], listed(POLICIES, "Policies to compare.")]
+SkipLayers = Annotated[str, typer.Option(help="Layers to leave uncompressed, such as 0,1.")]
+ProtectLast = Annotated[int, typer.Option(help="Number of latest tokens that are never evicted.")]
+PlanFile = Annotated[
+    Path | None, typer.Option(parser=Path, help="Saved plan to compress by, instead of the options above.")
+]
+Strategy = Annotated[str, typer.Option(parser=STRATEGIES, help="How to allocate the budget to layers and heads.")]
+Strategies = Annotated[Sequence[str], listed(STRATEGIES, "Allocation strategies to compare; all by default.")]
+
+# Of what is printed.
+Probe = Annotated[
+    str, typer.Option(parser=PROBES, show_default=_shown(defaults.PROBE), help="Query whose attention to look at.")
+]
+Metric = Annotated[str | None, typer.Option(parser=METRICS, help="Metric to show for each layer.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compression:
+    """The options of a compression."""
+
+    keep_ratio: KeepRatio = defaults.KEEP_RATIO
+    policy: Policy = "low_norm"
+    skip_layers: SkipLayers = ""
+    protect_last: ProtectLast = defaults.RECENT_WINDOW
+
+    def spec(self, config: PretrainedConfig) -> CompressionSpec:
+        """The compression that was asked for, in the model of a config. Raises UserError, SpecError."""
+        return CompressionSpec(
+            keep_ratio=self.keep_ratio,
+            policy=self.policy,
+            skip_layers=skip_list(self.skip_layers, n_layers=config.num_hidden_layers),
+            protect_last=self.protect_last,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressionOrPlan(Compression):
+    """The options of a compression, or a plan in their place."""
+
+    plan: PlanFile = None
+
+    def spec(self, config: PretrainedConfig) -> CompressionSpec:
+        """As `Compression.spec`; that of the plan where there is one."""
+        return load(Plan, self.plan).spec if self.plan else Compression.spec(self, config)

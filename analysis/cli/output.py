@@ -6,10 +6,13 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from analysis.metrics import METRICS
 from analysis.progress import Progress, unheard
+from analysis.records import json_text
 
 Row = Mapping[str, Any]
 Form = str | Callable[[Any], str]
@@ -28,20 +31,29 @@ def tell(
     """Print rows as a table, or, for programs, as JSON with all of their digits.
 
     Args:
-        columns: those of the table, and how their values are formatted: {"gamma": "+.2f"}. JSON holds all of a row.
+        columns: those of the table, and how their values are formatted: {"gamma": "+.2f"}. Metrics are headed by their
+            titles. JSON holds all of a row, by the names.
         title: lines above the table.
         answer: lines below it.
         about: what else JSON says.
     """
     rows = list(rows)
     if json:
-        from analysis.records import json_text
-
         print(json_text({**about, "rows": rows, "answer": answer}), end="")
         return
     for text in (title, *(_table(columns, rows) if columns else ()), answer):
         if text:
             print(text)
+
+
+def row_of(thing: Any, **more: Any) -> dict[str, Any]:
+    """A row of what a dataclass holds, and more."""
+    return {field.name: getattr(thing, field.name) for field in fields(thing)} | more
+
+
+def form_of(metric: str) -> str:
+    """How values of a metric are formatted."""
+    return "+z.2f" if METRICS[metric].diverging else "z.3f"
 
 
 def wrote(path: Path) -> None:
@@ -58,7 +70,7 @@ def shown(unit: str = "it", *, scale: bool = False) -> Iterator[Progress]:
     """
     from tqdm import tqdm
 
-    with tqdm(disable=None, leave=False, unit=unit, unit_scale=scale, desc="") as bar:
+    with tqdm(disable=None, leave=False, unit=unit if scale else f" {unit}", unit_scale=scale, desc="") as bar:
 
         def show(done: int, total: int, what: str, /) -> None:
             if bar.desc != what or bar.total != total:
@@ -76,7 +88,8 @@ def _table(columns: Mapping[str, Form], rows: Sequence[Row]) -> Iterator[str]:
 
     table = Table(box=None, pad_edge=False, show_edge=False, header_style="")
     for name, form in columns.items():
-        table.add_column(name, justify="left" if form == "" else "right", no_wrap=True)
+        heading = METRICS[name].title if name in METRICS else name.removeprefix("n_").replace("_", " ")
+        table.add_column(heading, justify="left" if form == "" else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(_cell(row[name], form) for name, form in columns.items()))
     console = Console(width=10_000, color_system=None, markup=False, emoji=False, highlight=False)

@@ -1,19 +1,21 @@
-"""From arguments to an exit status: the command is found and run, and its mistakes are told. Knows no command."""
+"""From arguments to an exit status: functions become commands, and their mistakes are told. Knows no command."""
 
 from __future__ import annotations
 
 import codecs
+import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import fields, is_dataclass
 from io import TextIOWrapper
-from typing import Any, TextIO
+from typing import Annotated, Any, TextIO, get_args, get_origin, get_type_hints
 
 import typer
 from typer.core import TyperCommand
 from typer.main import get_command
 
-from analysis.cli.options import Listed, Named
+from analysis.cli.options import Listed, Named, listed
 from analysis.errors import UserError
 from l2kv.errors import SpecError
 
@@ -46,8 +48,52 @@ def program(*commands: Callable[..., None]) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     )
     for command in commands:
-        made.command(cls=Command)(command)
+        made.command(cls=Command)(spread(command))
     return made
+
+
+def spread(function: Callable[..., None], *, omit: Collection[str] = (), **kinds: type) -> Callable[..., None]:
+    """The function with a parameter for each option, where it has one for a dataclass of settings.
+
+    Args:
+        omit: parameters to leave at their defaults.
+        kinds: dataclasses of settings, of the parameters whose annotation does not say which.
+    """
+    options: list[inspect.Parameter] = []
+    settings: dict[str, type] = {}
+    for parameter in inspect.signature(function, eval_str=True).parameters.values():
+        kind = kinds.get(parameter.name, parameter.annotation)
+        if isinstance(kind, type) and is_dataclass(kind):
+            settings[parameter.name] = kind
+            hints = get_type_hints(kind, include_extras=True)
+            options += [
+                parameter.replace(name=field.name, default=field.default, annotation=_option(hints[field.name]))
+                for field in fields(kind)
+            ]
+        elif parameter.name not in omit:
+            options.append(parameter)
+
+    def command(**given: Any) -> None:
+        for name, kind in settings.items():
+            given[name] = kind(**{field.name: given.pop(field.name) for field in fields(kind)})
+        function(**given)
+
+    command.__name__, command.__doc__ = getattr(function, "__name__", ""), function.__doc__
+    command.__annotations__ = {}  # typer would find `given` there
+    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options]
+    )
+    return command
+
+
+def _option(hint: Any) -> Any:
+    """The option of a setting: a number, a word, or several of them with commas."""
+    kind, about = get_args(hint)[:2] if get_origin(hint) is Annotated else (hint, None)
+    if about is not None and not isinstance(about, str):  # an option already
+        return hint
+    if get_origin(kind) is tuple:
+        return Annotated[Sequence[Any], listed(get_args(kind)[0], about or "")]
+    return Annotated[kind, typer.Option(help=about)]
 
 
 def run(commands: typer.Typer, argv: Sequence[str] | None = None, *, name: str) -> int:

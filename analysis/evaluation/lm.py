@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class LmSettings:
     """Lengths of the prompt and of what is predicted after it, in tokens."""
 
-    prompt_tokens: Annotated[int, "Tokens of each prompt, special ones included, 2 or more."] = PROMPT_TOKENS
-    new_tokens: Annotated[int, "Tokens after it that are predicted, 1 or more."] = NEW_TOKENS
+    prompt_tokens: Annotated[int, "Tokens in each prompt, special tokens included."] = PROMPT_TOKENS
+    new_tokens: Annotated[int, "Tokens to predict after the prompt."] = NEW_TOKENS
 
     @property
     def n_tokens(self) -> int:

@@ -10,16 +10,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from analysis.defaults import RECENT_WINDOW
 from analysis.errors import ModelError, SettingsError
 from analysis.evaluation.lm import LmSettings, prompt_of
 from analysis.evaluation.results import FULL, Results
 from analysis.plans import version1
+from analysis.plans.curves import loss_curves, slim
 from analysis.plans.skip import RULES, SkipSuggestion, layer_loss, widest_gap
-from analysis.plans.strategies import plan
+from analysis.plans.strategies import STRATEGIES, plan
 from analysis.progress import Progress, part_of, unheard
 from analysis.records import record
 from analysis.statistics import MIN_TEXTS, Interval, means, resamples, spearman, told_of_documents
@@ -105,6 +107,15 @@ class Ablation:
     def alr_agreement(self) -> Interval | None:
         """Spearman of NLL change and the paper's ALR; None where that was not kept."""
         return None if self.alr is None else agreement(self.nll_change, self.alr, documents=self.documents)
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row for each layer: means over texts, the NLL change with its interval; `alr` if the file keeps it."""
+        values = {"normalised_alr": self.normalised_alr} | ({} if self.alr is None else {"alr": self.alr})
+        columns = {name: means(rows.T).mean.tolist() for name, rows in values.items()}
+        columns |= {"nll_change": [self.results.interval(change) for change in self.nll_change]}
+        return [
+            {"layer": self.layers[i]} | {name: of[i] for name, of in columns.items()} for i in range(len(self.layers))
+        ]
 
     def __str__(self) -> str:
         n = self.normalised_alr.shape[1]
@@ -259,6 +270,37 @@ def head_costs(
     for name, (layer, head) in heads.items():
         costs[:, layer, head] = results.change(name)
     return costs
+
+
+def measured_curves(
+    loaded: LoadedModel,
+    texts: Sequence[Excerpt],
+    strategy: str = "by_head",
+    *,
+    protect_last: int = RECENT_WINDOW,
+    settings: LmSettings | None = None,
+    progress: Progress = unheard,
+) -> LossCurves:
+    """Measure the loss curves that a strategy plans by, on texts; where it needs costs, on their prompts.
+
+    Args:
+        settings: lengths of the prompts, and of what is predicted after them to tell costs.
+        progress: counts texts, then what `head_costs` does.
+
+    Raises:
+        SettingsError: there is no such strategy.
+        TextError, ModelError, OutOfMemoryError: as `capture`, and as `evaluate` where costs are needed.
+    """
+    from analysis.recorder import capture  # waits for torch
+
+    costs, settings = STRATEGIES.find(strategy).needs_costs, settings or LmSettings()
+    runs = []
+    for i, excerpt in enumerate(texts):
+        text = prompt_of(loaded.tokenizer, excerpt.text, settings.prompt_tokens) if costs else excerpt.text
+        runs.append(slim(capture(loaded, text, last_queries=0)))
+        progress(i + 1, len(texts), "texts")
+    curves = loss_curves(*runs, protect_last=protect_last, documents=[excerpt.document for excerpt in texts])
+    return with_head_costs(curves, loaded, texts, settings=settings, progress=progress) if costs else curves
 
 
 def with_head_costs(

@@ -45,6 +45,27 @@ class AllocationPlan:
         """What the best allocation by kv head could lose less, at most."""
         return max(0.0, self.expected_loss - self.bound)
 
+    def __str__(self) -> str:
+        if np.isnan(self.expected_loss):
+            return f"This strategy reads no norms, so its loss is not known. {1 - self.used:.0%} saved."
+        return (
+            f"Expected attention loss {self.expected_loss:.4f}; with one ratio for all {self.uniform_loss:.4f}; by any "
+            f"other allocation at most {self.gap:.4f} less. On the texts of the plan: a Pareto front measures on "
+            f"others. {1 - self.used:.0%} saved."
+        )
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row for each layer that can be compressed: its mean keep ratio, and ratio and direction of each kv head."""
+        return [
+            {
+                "layer": int(layer),
+                "keep_ratio": float(self.ratios[layer].mean()),
+                "by_kv_head": self.ratios[layer].tolist(),
+                "direction": self.directions[layer] if self.directions else None,
+            }
+            for layer in np.flatnonzero(self.compressible)
+        ]
+
     def to_spec(self) -> CompressionSpec:
         """The plan as a spec, in its shortest form: one ratio, one a layer, or one a head, and a skip list."""
         whole = self.compressible & (self.ratios == 1).all(axis=1)

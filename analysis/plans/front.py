@@ -7,10 +7,10 @@ to lose, which is what plans go by. Reading one waits for no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -150,6 +150,12 @@ class Front:
             for name in names
         }
 
+    def table(self) -> list[dict[str, Any]]:
+        """A row for each point, by strategy and rising bytes; the NLL change with its interval."""
+        names = ("strategy", "keep_ratio", "nbytes", "planned_loss", "measured_loss")
+        points = [point for line in self.lines.values() for point in line]
+        return [{name: getattr(p, name) for name in names} | {"nll_change": self.interval(p)} for p in points]
+
     def interval(self, point: FrontPoint) -> Interval:
         """The mean of a point's NLL change over texts and its 95 % interval; documents are resampled."""
         return self.results.interval(np.array(point.nll_change))
@@ -199,6 +205,18 @@ class Front:
             for (p, other), interval in zip(pairs, simultaneous(less.T, documents=self.results.documents), strict=True)
             if other is best.get(other.keep_ratio) and np.isfinite(interval.value)
         ]
+
+    def __str__(self) -> str:
+        return "\n".join(self._sentences())
+
+    def _sentences(self) -> Iterator[str]:
+        yield from (f"not possible: {words}" for words in self.left_out)
+        agreement = ", ".join(f"{value:+.2f} at keep ratio {keep:g}" for keep, value in self.agreement().items())
+        yield f"Spearman over strategies of expected attention loss, on the measured texts, and NLL change: {agreement}"
+        for one in self.comparisons():
+            less = f"{one.less.value:+.3f} [{one.less.low:+.3f}, {one.less.high:+.3f}], {one.verdict}"
+            yield f"keep ratio {one.plan.keep_ratio:g}: {one.plan.strategy} against {one.uniform.strategy}: {less}"
+        yield self.answer()
 
     def answer(self) -> str:
         """Does a plan beat one ratio for all at equal bytes? In two or three sentences."""

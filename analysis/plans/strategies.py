@@ -65,9 +65,11 @@ def plan(
     if isinstance(keep_ratio, bool) or not 0 <= keep_ratio <= 1:
         raise SettingsError(f"keep_ratio must be from 0 to 1, got {keep_ratio!r}")
     if chosen.needs_costs and curves.weights is None:
-        raise SettingsError(f"{strategy} needs what each head costs: measure that first (LossCurves.weighed)")
+        raise SettingsError(f"{strategy} needs what each head costs, measured in a model: plan from texts")
     if chosen.needs_captures and not curves.captures:
-        raise SettingsError(f"{strategy} looks at single tokens, and these curves came without captures")
+        raise SettingsError(
+            f"{strategy} looks at single tokens, and these curves came without captures: plan from texts"
+        )
     budget = Budget.of(curves, keep_ratio, policy or chosen.policy, weighted=chosen.needs_costs)
     spent = chosen.allocate(budget)
     ratios = np.ones(curves.low.shape[:2])

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
+from analysis.evaluation.task import Task
+from analysis.evaluation.tasks import TASKS
+from analysis.metrics import METRICS, Metric
 from analysis.plans.strategies import STRATEGIES, Strategy
 from l2kv.policies import POLICIES, Policy
 
@@ -26,9 +29,19 @@ def policies() -> dict[str, Policy]:
     return {name: policy for name, policy in POLICIES.items() if not policy.needs_calibration}
 
 
-def strategies() -> dict[str, Strategy]:
-    """The allocation strategies that the loss curves of a run are enough for."""
-    return {name: strategy for name, strategy in STRATEGIES.items() if not strategy.needs_costs}
+def metrics() -> dict[str, Metric]:
+    """The metrics of a head."""
+    return dict(METRICS)
+
+
+def tasks() -> dict[str, Task]:
+    """The tasks that a compression is scored on."""
+    return dict(TASKS)
+
+
+def strategies(*, measured: bool = False) -> dict[str, Strategy]:
+    """The allocation strategies that the loss curves of a run are enough for; with `measured`, all."""
+    return {name: strategy for name, strategy in STRATEGIES.items() if measured or not strategy.needs_costs}
 
 
 def explained(entries: Mapping[str, Entry]) -> str:

@@ -2,22 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
-from analysis.paper.figures import FIGURES, BestAndWorst, FourHeads, OfSink, OverChunks
+from analysis.paper.figures import FIGURES, BestAndWorst, FourHeads, OfSink, OverChunks, to_json
 from analysis.paper.why import Factors, SinkKey, Zeroing
+from analysis.records import write_text
 from analysis.words import counted, signed, span
 from app import figures
 from app.components import markup
-from app.report.writing import Drawing, Section
+from app.report.writing import Drawing, Section, document
 
 
 def section(name: str, numbers: object) -> Section:
     """The section of a figure of `analysis.paper.FIGURES`."""
     return _SECTIONS[name](numbers)
+
+
+def write_pages(
+    made: Iterable[tuple[str, object]], folder: Path, *, model: str, names: Sequence[str], n_tokens: int
+) -> Iterator[Path]:
+    """Write a page and a JSON file for each figure, and an index of them; yields what was written.
+
+    Args:
+        made: name and numbers of each figure, as `analysis.paper.figures.reproduce` gives them.
+        names: of the excerpts that they were made from, of `n_tokens` each.
+
+    Raises:
+        RecordError: a file cannot be written; says which.
+    """
+    lead = f"{model}, on excerpts of {n_tokens} tokens; the first is “{names[0]}”."
+    about = {"model": model, "texts": names, "tokens_per_excerpt": n_tokens}
+    sections = []
+    for name, numbers in made:
+        drawn, data = section(name, numbers), to_json(name, numbers, about)
+        page = document(drawn.heading, lead, [replace(drawn, heading="")], data=data)
+        yield write_text(page, folder / f"{name}.html")
+        yield write_text(data, folder / f"{name}.json")
+        links = (("The figure", f"{name}.html"), ("Its numbers, as JSON", f"{name}.json"))
+        sections.append(Section(drawn.heading, (drawn.words[0], drawn.words[-1]), links=links))
+    yield write_text(document(f"The paper's figures, for {model}", lead, sections), folder / "index.html")
 
 
 def _fig1(numbers: FourHeads) -> Section:

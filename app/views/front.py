@@ -171,20 +171,21 @@ def _pick(front: Front, generate_page: StreamlitPage) -> None:
 def _measure(run: Capture) -> Job[Front]:
     ref = sources.model_input()
     texts = sources.texts_input()
+    offered = choices.strategies(measured=True)
     with st.container(horizontal=True, vertical_alignment="bottom"):
         keeps = st.multiselect(
             "Budgets (keep)", KEEP_RATIOS, default=[0.3, 0.5], key="front_keeps", persist_state="session"
         )
         ways = st.multiselect(
-            "Ways", list(STRATEGIES), default=_FIRST, format_func=_title, key="front_measured_ways",
-            persist_state="session", help=choices.explained(STRATEGIES),
+            "Ways", list(offered), default=_FIRST, format_func=_title, key="front_measured_ways",
+            persist_state="session", help=choices.explained(offered),
         )  # fmt: skip
     continued = sources.continued_input(
         "Texts to plan on, and to measure on",
         "At most so many of each, cut from what was given. With fewer than 16 the intervals are too narrow.",
     )
     protect_last = controls.current_spec().protect_last
-    costly = any(STRATEGIES[name].needs_costs for name in ways)
+    costly = any(offered[name].needs_costs for name in ways)
     known = sources.name_of(ref) == run.model  # else nobody knows yet how many kv heads it has
     runs = passes(
         continued.texts,

@@ -11,7 +11,7 @@ from analysis.selftest import check, is_synthetic
 from analysis.verdicts import answer, meanings
 from analysis.words import signed
 from app import figures, session
-from app.components import markup
+from app.components import choices, markup
 from app.components.charts import first_is_drawn, show
 from app.views import two_runs
 from app.views.one_head import one_head
@@ -22,14 +22,14 @@ WHOSE = {
     "last queries": "Of each of the last {w} queries by itself, over the tokens before it; then their mean.",
     "all queries": "Of the attention that each token receives, the mean over all queries that see it.",
 }
-MAPS = {
+CAPTIONS = {  # of maps, for which a metric's own line is too short
     "gamma": "**Γ** of each head, −1 to +1. Purple: the keys of low norm get the attention, as the paper says. Orange: "
-    "those of high norm do. It weighs tokens by their attention. {whose}",
+    "those of high norm do. It weighs tokens by their attention.",
     "alr": "**ALR**, the paper's figure: how much more attention is lost by evicting high norms first than by the "
     "ideal order. Pale is good. It is a sum over the tokens, so it grows with the text, and with how much there is "
-    "to lose. {whose}",
+    "to lose.",
     "spearman": "**Spearman's ρ** of key norm and attention. It counts every token alike, so it does not notice a "
-    "sink. In layer 0 equal tokens have equal norms. {whose}",
+    "sink. In layer 0 equal tokens have equal norms.",
 }
 
 
@@ -122,17 +122,12 @@ def _maps(run: Capture, values: HeadValues, skip_first: int, probe: str) -> bool
     whose = WHOSE[probe].format(w=len(run.recent_positions))
     left, right = st.columns([3, 2], gap="large")
     with left:
-        which = st.segmented_control(
-            "Map",
-            list(MAPS),
-            format_func=lambda name: METRICS[name].title,
-            default="gamma",
-            required=True,
-            key="map",
-            persist_state="session",
-            label_visibility="collapsed",
-        )
-        of = METRICS[which]
+        offered = choices.metrics()
+        which = st.selectbox(
+            "Map of", list(offered), format_func=lambda name: offered[name].title, key="map",
+            persist_state="session", help=choices.explained(offered),
+        )  # fmt: skip
+        of = offered[which]
         show(
             figures.head_map(
                 values.of(which),
@@ -144,8 +139,8 @@ def _maps(run: Capture, values: HeadValues, skip_first: int, probe: str) -> bool
             ),
             key=f"map_{which}_{skip_first}_{probe}",
             alt=f"Map of {of.title} by layer and head",
-            caption=f"{MAPS[which].format(whose=whose)} Rows are layers, columns query heads. "
-            "Click a cell to open that head.",
+            caption=f"{CAPTIONS.get(which, f'**{of.title}**: {of.about}.')} {whose} Rows are layers, columns query "
+            "heads. Click a cell to open that head.",
             on_head=session.choose_head,
         )
     if not first_is_drawn():

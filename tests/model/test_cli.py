@@ -3,24 +3,36 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import pytest
 from typer.main import get_command
 
+from analysis import Plan
 from analysis.captures import load_run
 from analysis.cli import measures
-from analysis.cli.output import shown, tell
+from analysis.cli.output import form_of, shown, tell
 from analysis.cli.program import any_encoding
-from analysis.metrics import metrics
+from analysis.evaluation.task import Sample, Scoring, Task
+from analysis.evaluation.tasks import TASKS
+from analysis.metrics import METRICS, metrics
+from analysis.plans.curves import loss_curves
+from analysis.plans.strategies import plan
+from analysis.records import load
 from analysis.statistics import Interval
+from analysis.studies import save_study
+from analysis.texts.tokens import tokenize
 from app.cli import commands, main
 from l2kv.policies import POLICIES
 from tests.support.paths import BUNDLED, ROOT
+from tests.support.runs import random_run, study_with_curves
 
 TEXT = "The old man looked at the sea, and the sea looked at the old man, and neither of them said a word."
 
@@ -176,6 +188,81 @@ def test_a_table_is_aligned_says_what_is_undefined_and_is_never_wrapped(capsys):
     tell({"name": ""}, rows, json=True, model="m")
     told = json.loads(capsys.readouterr().out)
     assert told["rows"][1]["value"] is None and told["rows"][0]["over texts"] == {"value": 1.0, "low": 0.5, "high": 1.5}
+
+
+def test_columns_of_metrics_are_headed_by_their_titles_and_others_by_words(capsys):
+    tell({"normalised_alr": form_of("normalised_alr"), "n_tokens": ",", "kv_head": "d"}, [ROW], json=False)
+    head, row = capsys.readouterr().out.splitlines()
+    assert re.split("  +", head) == [METRICS["normalised_alr"].title, "tokens", "kv head"]
+    assert row.split() == ["0.500", "1,000", "3"]
+    tell({}, [ROW], json=True)
+    assert json.loads(capsys.readouterr().out)["rows"] == [ROW]  # programs read the names
+
+
+ROW = {"normalised_alr": 0.5, "n_tokens": 1000, "kv_head": 3}
+
+
+# Plans of a study: nothing is captured again
+
+
+def test_a_plan_of_a_study_is_the_plan_of_its_captures(tmp_path, capsys):
+    run = random_run()
+    study = save_study(study_with_curves(run, protect_last=4), tmp_path / "study.safetensors")
+    options = ["--protect-last", "4", "--keep-ratio", "0.4"]
+    assert main(["plan", str(study), *options, "-o", str(tmp_path / "plan.json"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    expected = plan(loss_curves(run, protect_last=4), 0.4)
+    assert [row["by_kv_head"] for row in told["rows"]] == expected.ratios.tolist()
+    assert told["expected_loss"] == pytest.approx(expected.expected_loss, abs=1e-6)  # files hold float32
+    assert load(Plan, tmp_path / "plan.json").spec == expected.to_spec() and told["model"] == run.model
+    assert main(["plan", str(study), *options, "--strategy", "random"]) == 0
+    assert "reads no norms, so its loss is not known" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options,reason",
+    [
+        (["--strategy", "adakv"], "adakv looks at single tokens"),
+        (["--strategy", "by_head_by_cost"], "by_head_by_cost needs what each head costs"),
+        (["--protect-last", "32"], "Give --protect-last 4, or the texts"),
+        ([STUDY], "Give one study"),
+    ],
+)
+def test_what_no_plan_can_be_made_of_a_study_for_is_one_line_that_says_what_to_give(tmp_path, capsys, options, reason):
+    study = save_study(study_with_curves(random_run(), protect_last=4), tmp_path / "study.safetensors")
+    assert main(["plan", str(study), "--protect-last", "4", *options]) == 2
+    error = capsys.readouterr().err
+    assert reason in error and error.count("\n") == 1
+
+
+def test_an_old_study_without_curves_says_how_to_make_one_with_them(capsys):
+    assert main(["plan", STUDY]) == 2
+    assert "Make it again: l2kv study" in capsys.readouterr().err
+
+
+# A task of one's own
+
+
+@dataclass(frozen=True)
+class Rounds:
+    rounds: Annotated[int, "Rounds to play."] = 3
+
+
+def test_a_task_that_is_registered_is_run_by_its_command(capsys):
+    def build(loaded, settings, texts):
+        ids = tokenize(loaded.tokenizer, TEXT).ids
+        return [Sample(f"round {i}", ids[:-4], ids[-4:], answer="x", new_tokens=1) for i in range(settings.rounds)]
+
+    scoring = Scoring(lambda sample, text: float(sample.name == "round 1"))
+    TASKS.register("a_toy", Task("A toy", "Play.", "share", True, build, Rounds, scoring=scoring))
+    try:
+        options = ["-m", "books-5m", "--device", "cpu", "--rounds", "2", "--policies", "streaming", "--json"]
+        assert main(["evaluate", "a-toy", *options, "--keep-ratios", "0.5"]) == 0
+        told = json.loads(capsys.readouterr().out)
+    finally:
+        TASKS.remove("a_toy")
+    assert told["task"] == "a_toy" and told["settings"] == {"rounds": 2} and len(told["results"]) == 4
+    assert [row["score"]["value"] for row in told["rows"]] == [0.5, 0.5]
 
 
 class Terminal(io.StringIO):

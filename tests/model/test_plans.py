@@ -143,7 +143,7 @@ def test_an_ablation_and_a_front_are_written_as_files(text, tmp_path, capsys):
     assert "Measured by prediction" in told(capsys, "skip", str(ablation), "--count", "1", "-o", str(plan))
     spec = from_json(Plan, plan.read_text()).spec  # as it was measured, and with the layers that were left out then
     assert spec.skip_layers == (0, 1, 2, worst) and spec.protect_last == 4
-    assert "the one file" in refused(capsys, "skip", str(ablation), str(ablation))
+    assert "Give one ablation" in refused(capsys, "skip", str(ablation), str(ablation))
     said = told(capsys, "front", text, "--excerpts", "2", *lengths, "--keep-ratios", "0.5", "-o", str(front))
     read = load(Front, front)
     assert read.answer() in said and not set(read.planned_on) & set(read.measured_on) and SPLIT in said
@@ -216,7 +216,7 @@ def test_a_config_that_would_not_be_loaded_is_not_counted(tmp_path, capsys, conf
 @pytest.mark.parametrize(
     "arguments,reason",
     [
-        (["skip", "TEXT"], "is not a run"),
+        (["skip", "TEXT"], "is not a single-layer ablation, a study or a run"),
         (["skip", "RUN", "--policy", "random"], "--policy must be low_norm or high_norm"),
         (["skip", "RUN", "--count", "7"], "count must be from 0 to 6"),
         (

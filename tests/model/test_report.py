@@ -269,34 +269,39 @@ def test_the_report_command_writes_a_page_of_files(tmp_path, capsys, studies, fr
     save(front, tmp_path / "front.json")
     save(ablation, tmp_path / "causal.json")
     run, out = save_run(random_run(), tmp_path / "run.safetensors"), tmp_path / "report.html"
-    given = [f"--{name}={tmp_path / file}" for name, file in FILES.items()]
-    assert main(["report", str(run), str(presets.bundled_results("books-5m").demo), *given, "-o", str(out)]) == 0
+    given = [str(tmp_path / name) for name in ("study.safetensors", "front.json", "causal.json")]
+    assert main(["report", *given, str(run), str(presets.bundled_results("books-5m").demo), "-o", str(out)]) == 0
     assert "wrote" in capsys.readouterr().err
     text = Page(out.read_text()).text
     assert "made up against books-5m" in text and "Over many texts" in text
 
 
-FILES = {
-    "study": "study.safetensors",
-    "front": "front.json",
-    "ablation": "causal.json",
-}
-
-
-@pytest.mark.parametrize("option", [None, *FILES])
-def test_a_broken_file_is_one_line_that_names_it(tmp_path, capsys, option):
-    run, broken, out = tmp_path / "run.safetensors", tmp_path / "broken", tmp_path / "report.html"
+@pytest.mark.parametrize("heading", ["", "l2kv_front", "l2kv_ablation"])
+def test_a_broken_file_is_one_line_that_names_it(tmp_path, capsys, heading):
+    run, broken, out = tmp_path / "run.safetensors", tmp_path / "broken.json", tmp_path / "report.html"
     save_run(random_run(), run)
-    broken.write_text("nonsense")
-    given = [str(broken)] if option is None else [str(run), f"--{option}={broken}"]
-    assert main(["report", *given, "-o", str(out)]) == 2
+    broken.write_text(f'{{"{heading}": 2}}' if heading else "nonsense")
+    assert main(["report", str(run), str(broken), "-o", str(out)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "broken" in error and error.count("\n") == 1 and not out.exists()
 
 
-def test_three_runs_are_refused(tmp_path, capsys):
-    assert main(["report", "a", "b", "c", "-o", str(tmp_path / "x.html")]) == 2
-    assert "of one run or of two" in capsys.readouterr().err
+def test_a_broken_study_is_one_line_that_names_it(tmp_path, capsys, studies):
+    study, out = tmp_path / "broken.safetensors", tmp_path / "report.html"
+    save_study(studies[0], study)
+    study.write_bytes(study.read_bytes()[:-100])
+    assert main(["report", str(study), "-o", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "broken" in error and error.count("\n") == 1 and not out.exists()
+
+
+def test_a_report_without_a_run_or_with_three_is_refused(tmp_path, capsys, studies):
+    run, study, out = tmp_path / "run.safetensors", tmp_path / "study.safetensors", str(tmp_path / "x.html")
+    save_run(random_run(), run)
+    save_study(studies[0], study)
+    for given in ([run] * 3, [study], [run, study, study, study]):
+        assert main(["report", *map(str, given), "-o", out]) == 2
+        assert "of one run or of two" in capsys.readouterr().err
 
 
 def test_the_figures_command_writes_pages_and_records(tmp_path, capsys):

@@ -565,7 +565,7 @@ def test_the_command_prints_a_metric_of_each_layer(tmp_path, capsys):
     assert METRICS["entropy_normalised"].about in told[3]
     by_head = load_study(out).of("entropy_normalised").mean(axis=0)
     columns = re.split("  +", told[4])
-    assert columns[0] == "layer" and columns[-4:] == ["entropy_normalised", "lowest", "highest", "verdicts"]
+    assert columns[0] == "layer" and columns[-4:] == ["Normalised entropy", "lowest", "highest", "verdicts"]
     for layer, line in enumerate(told[5:11]):
         mean, heads = re.split("  +", line)[-4], by_head[layer].tolist()
         (low, least), (high, most) = re.findall(r"head (\d+): (\S+)", line)

@@ -5,26 +5,35 @@ A test holds the files against what this gives, so that neither can say what is 
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import typer
 from typer.main import get_command
 
+from analysis.evaluation.task import Task
+from analysis.evaluation.tasks import TASKS
+from analysis.metrics import METRICS, Metric
+from analysis.plans.strategies import STRATEGIES, Strategy
+from app.cli import commands
+from l2kv.policies import POLICIES, Policy
 from tests.support.paths import ROOT
 
 
 def cli() -> str:
     """The reference of the command line: the help of every command, as it is printed."""
-    from app.cli import commands
-
     group = get_command(commands())
     parts = ["# Command line", "Written by `make docs`: change the commands, not this file."]
-    parts.append(_help(group, "l2kv"))
-    for name, command in group.commands.items():
-        parts += [f"## {name}", _help(command, f"l2kv {name}")]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, *_parts(group, "l2kv")]) + "\n"
+
+
+def _parts(command, name: str, level: str = "") -> Iterator[str]:
+    """The help of a command, and of those within it."""
+    yield from [f"{level} {name.removeprefix('l2kv ')}"] * bool(level)
+    yield _help(command, name)
+    for within in getattr(command, "list_commands", lambda context: ())(None):
+        yield from _parts(command.get_command(None, within), f"{name} {within}", (level or "#") + "#")
 
 
 def _help(command, name: str) -> str:
@@ -39,27 +48,44 @@ def registries() -> str:
 
 
 def _registries() -> Iterator[str]:
-    from analysis.evaluation.tasks import TASKS
-    from analysis.metrics import METRICS
-    from analysis.plans.strategies import STRATEGIES
-    from l2kv.policies import POLICIES
-
     yield "# Registries\n"
     yield "What is chosen by name. Written by `make docs`: register an entry, and it is here."
-    for title, place, entries in (
-        ("Policies", "l2kv.POLICIES", POLICIES),
-        ("Metrics", "analysis.METRICS", METRICS),
-        ("Tasks", "analysis.TASKS", TASKS),
-        ("Allocation strategies", "analysis.STRATEGIES", STRATEGIES),
+    for title, place, entries, heading, last in (
+        ("Policies", "l2kv.POLICIES", POLICIES, "needs", _needs),
+        ("Metrics", "analysis.METRICS", METRICS, "range", _range),
+        ("Tasks", "analysis.TASKS", TASKS, "score", _score),
+        ("Allocation strategies", "analysis.STRATEGIES", STRATEGIES, "needs", _needs),
     ):
-        yield f"\n## {title}\n\n`{place}`\n\n| name | what it is |\n|---|---|"
-        yield from _rows(entries)
+        yield f"\n## {title}\n\n`{place}`\n\n| name | title | what it is | {heading} |\n|---|---|---|---|"
+        for name, entry in entries.items():
+            yield f"| `{name}` | {entry.title} | {entry.about} | {last(entry)} |"
 
 
-def _rows(entries: Mapping[str, object]) -> Iterator[str]:
-    for name, entry in entries.items():
-        about = getattr(entry, "about", "") or getattr(entry, "text", "") or inspect.getdoc(entry).splitlines()[0]
-        yield f"| `{name}` | {about} |"
+def _range(metric: Metric) -> str:
+    """The least and the largest value that a metric can have."""
+    if metric.low is None or metric.high is None:
+        return "any" if metric.low is None else f"{metric.low:g} or more".replace("-", "−")
+    return f"{metric.low:g} to {metric.high:g}".replace("-", "−")
+
+
+def _score(task: Task) -> str:
+    return f"{task.unit}, {'higher' if task.higher_is_better else 'lower'} is better"
+
+
+_NEEDS = {
+    "needs_directions": "directions, measured on the model",
+    "needs_filters": "filters, measured on the model",
+    "needs_received": "attention, at every step",
+    "needs_rows": "attention, at every eviction",
+    "needs_costs": "the cost of each head, measured in the model",
+    "needs_captures": "texts: a study is not enough",
+}
+
+
+def _needs(entry: Policy | Strategy) -> str:
+    """What an entry needs beyond the keys that it scores, or the loss curves that it plans by."""
+    needed = [field.name for field in fields(entry) if field.name.startswith("needs_") and getattr(entry, field.name)]
+    return "; ".join(_NEEDS[name] for name in needed) or "nothing"
 
 
 FILES = {"cli.md": cli, "registries.md": registries}

@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 
+from analysis import studies
 from analysis.captures import Capture
 from analysis.metrics import METRICS, PROBES
 from analysis.paper.vectors import HeadVectors
+from analysis.plans.curves import text_curves
 from analysis.studies import Study
 
 
@@ -69,6 +71,19 @@ def study_of(gamma, without=None, *, documents=(), **metric) -> Study:
         values=values,
         status=np.where(np.isfinite(values), 0, 1).astype(np.uint8),
         documents=tuple(documents),
+    )
+
+
+def study_with_curves(run: Capture, *, protect_last: int = 0) -> Study:
+    """The study that a run is, with its loss curves; norms and attention must give an order in every head."""
+    curves = text_curves(run, protect_last=protect_last)
+    assert (curves.status == "ok").all()
+    return replace(
+        studies.study_of(run),
+        curves=curves.lost[None].astype(np.float32),
+        curve_status=np.zeros((1, *curves.status.shape), np.uint8),
+        curve_gammas=curves.gammas[None],
+        protect_last=protect_last,
     )
 
 
