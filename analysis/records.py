@@ -48,6 +48,8 @@ class Kind:
     """(version of the file, what it says) -> what this version would say. Raises ValueError where it cannot."""
     formerly: str = ""
     """What older versions were headed by, if by another name."""
+    lines: str = ""
+    """The field whose items are a line each, after the line of all else: to such a file items can be appended."""
     pack: Callable[[Any], tuple[Mapping[str, np.ndarray], Content]] | None = None
     """(record) -> the arrays to write in the place of its own, and what to say beside them."""
     unpack: Callable[[ArrayFile], Mapping[str, np.ndarray]] | None = None
@@ -73,6 +75,7 @@ def record(
     again: str = "",
     upgrade: Callable[[int, Content], Content] | None = None,
     formerly: str = "",
+    lines: str = "",
     pack: Callable[[Any], tuple[Mapping[str, np.ndarray], Content]] | None = None,
     unpack: Callable[[ArrayFile], Mapping[str, np.ndarray]] | None = None,
 ) -> Callable[[type[Record]], type[Record]]:
@@ -83,7 +86,8 @@ def record(
     """
 
     def mark(cls: type[Record]) -> type[Record]:
-        cls.__record__ = Kind(name, version, title or f"a {name}", again, upgrade, formerly, pack, unpack)  # type: ignore[attr-defined]
+        kind = Kind(name, version, title or f"a {name}", again, upgrade, formerly, lines, pack, unpack)
+        cls.__record__ = kind  # type: ignore[attr-defined]
         return cls
 
     return mark
@@ -97,19 +101,45 @@ def kind_of(cls: type) -> Kind:
 
 def to_json(thing: object) -> str:
     """The text of a record without arrays, or of one whose arrays are few numbers. What is not finite becomes null."""
-    kind = kind_of(type(thing))
-    return json_text({f"l2kv_{kind.name}": kind.version} | _plain(thing))
+    return text_of(type(thing), {name: getattr(thing, name) for name in _fields_of(type(thing))})
+
+
+def text_of(cls: type, fields: Mapping[str, Any]) -> str:
+    """The text of a record of these fields, as `to_json`; of one in lines also before it is complete."""
+    kind = kind_of(cls)
+    content = {f"l2kv_{kind.name}": kind.version} | _plain(fields)
+    if not kind.lines:
+        return json_text(content)
+    items = content.pop(kind.lines)
+    return "".join(map(json_line, (content, *items)))
+
+
+def content_of(cls: type, text: str) -> Content:
+    """What `text_of` was given, as far as the text goes. Raises RecordError."""
+    kind = kind_of(cls)
+    with _refusing(kind, f"This is not {kind.title} that can be read"):
+        content = _in_lines(kind.lines, text) if kind.lines else msgspec.json.decode(text.encode())
+        if not isinstance(content, dict):
+            raise RecordError(f"This is not {kind.title}: it is not a JSON object.")
+        headed = kind.name if f"l2kv_{kind.name}" in content else kind.formerly
+        return _of_this_version(kind, content.pop(f"l2kv_{headed}", None), content)
 
 
 def from_json(cls: type[Record], text: str) -> Record:
     """Read what `to_json` wrote of a record without arrays. Raises RecordError."""
-    kind = kind_of(cls)
+    kind, content = kind_of(cls), content_of(cls, text)
     with _refusing(kind, f"This is not {kind.title} that can be read"):
-        content = msgspec.json.decode(text.encode())
-        if not isinstance(content, dict):
-            raise RecordError(f"This is not {kind.title}: it is not a JSON object.")
-        headed = kind.name if f"l2kv_{kind.name}" in content else kind.formerly
-        return _checked(cls, _of_this_version(kind, content.pop(f"l2kv_{headed}", None), content))
+        return _checked(cls, content)
+
+
+def _in_lines(name: str, text: str) -> object:
+    """The object of the first line, with the other lines as its field of that name; a last one half written is none."""
+    *whole, last = text.split("\n")
+    lines = [msgspec.json.decode(line.encode()) for line in whole]
+    with suppress(msgspec.DecodeError):  # no beginning of an object is an object
+        lines.append(msgspec.json.decode(last.encode()))
+    content, *items = lines
+    return {name: items, **content} if isinstance(content, dict) else content
 
 
 def save(thing: object, path: str | Path) -> Path:
@@ -225,6 +255,11 @@ def write_text(text: str, path: str | Path) -> Path:
 def json_text(content: Mapping[str, Any]) -> str:
     """JSON that people can read, of dataclasses, arrays and numbers; what is not finite becomes null."""
     return json.dumps(_plain(content), indent=2, ensure_ascii=False) + "\n"
+
+
+def json_line(content: object) -> str:
+    """JSON on one line, of dataclasses, arrays and numbers; what is not finite becomes null."""
+    return json.dumps(_plain(content), ensure_ascii=False) + "\n"
 
 
 def _declared(cls: type) -> Axes:

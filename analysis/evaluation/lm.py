@@ -1,15 +1,20 @@
-"""The task `lm`: how well the tokens that follow a prompt are predicted. Knows tokenizers; runs no model."""
+"""The task `lm`: how well the tokens of a text are predicted, one by one. Knows tokenizers; runs no model.
+
+Either a prompt is compressed once and what follows it is predicted over a cache that goes on evicting, or, as in the
+quick evaluation of the paper's code, the cache evicts from the first token on and all tokens of a chunk are predicted.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
-from analysis.defaults import NEW_TOKENS, PROMPT_TOKENS
+from analysis.defaults import EXCERPTS, NEW_TOKENS, PROMPT_TOKENS
+from analysis.demo.presets import bundled_texts
 from analysis.errors import SettingsError, TextError
 from analysis.evaluation.task import Sample, Task
-from analysis.texts.excerpts import SPARE, Excerpt
+from analysis.texts.excerpts import SPARE, Excerpt, excerpts
 from analysis.texts.tokens import beginning, check_text, tokenize
 
 if TYPE_CHECKING:
@@ -20,40 +25,60 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class LmSettings:
-    """Lengths of the prompt and of what is predicted after it, in tokens."""
+    """Lengths of the prompt and of what is predicted after it, or of the whole, in tokens."""
 
     prompt_tokens: Annotated[int, "Tokens in each prompt, special tokens included."] = PROMPT_TOKENS
     new_tokens: Annotated[int, "Tokens to predict after the prompt."] = NEW_TOKENS
+    chunk_size: Annotated[int, "Tokens of each excerpt, all predicted over a cache that evicts from the first on."] = 0
+    """As in the paper's `eval_lm_quick.py`, in place of the other two; 0: a prompt is compressed once."""
 
     @property
     def n_tokens(self) -> int:
         """Tokens to ask of an excerpt: a prompt cut from it may be some shorter."""
-        return self.prompt_tokens + self.new_tokens + SPARE
+        return (self.chunk_size or self.prompt_tokens + self.new_tokens) + SPARE
+
+    def within(self, n_tokens: int) -> LmSettings:
+        """The same of excerpts of so many tokens at most, with a shorter prompt or chunk."""
+        less = max(0, self.n_tokens - n_tokens)
+        if self.chunk_size:
+            return replace(self, chunk_size=self.chunk_size - less)
+        return replace(self, prompt_tokens=self.prompt_tokens - less)
 
     def __post_init__(self) -> None:
         if self.prompt_tokens < 2 or self.new_tokens < 1:
             raise SettingsError(
                 f"prompt_tokens must be 2 or more and new_tokens 1 or more, got {self.prompt_tokens}, {self.new_tokens}"
             )
+        if self.chunk_size < 0 or self.chunk_size == 1:
+            raise SettingsError(f"chunk_size must be 2 or more, or 0 for none, got {self.chunk_size}")
 
 
 def lm_sample(tokenizer: PreTrainedTokenizerBase, excerpt: Excerpt, settings: LmSettings) -> Sample:
     """The sample of one text: its prompt but for the last token is the context, so that already the first token after
-    the prompt is predicted from a compressed cache.
+    the prompt is predicted from a compressed cache. Of a chunk nothing is context.
 
     Raises:
         TextError: the text is empty, or too short.
     """
-    prompt, new = settings.prompt_tokens, settings.new_tokens
+    prompt, end = settings.prompt_tokens, settings.prompt_tokens + settings.new_tokens
+    if settings.chunk_size:
+        prompt, end = 1, settings.chunk_size
     ids = tokenize(tokenizer, excerpt.text).ids
-    if len(ids) < prompt + new:
-        raise TextError(f"The text has {len(ids)} tokens; {prompt} of prompt and {new} more are needed.")
-    context, question, target = ids[: prompt - 1], ids[prompt - 1 : prompt], ids[prompt : prompt + new]
+    if len(ids) < end:
+        raise TextError(f"The text has {len(ids)} tokens; {prompt} of prompt and {end - prompt} more are needed.")
+    context, question, target = ids[: prompt - 1], ids[prompt - 1 : prompt], ids[prompt:end]
     return Sample(excerpt.name, context, question, target, document=excerpt.document)
 
 
 def _build(loaded: LoadedModel, settings: LmSettings, texts: Sequence[Excerpt]) -> tuple[Sample, ...]:
     return tuple(lm_sample(loaded.tokenizer, excerpt, settings) for excerpt in texts)
+
+
+def _bundled(loaded: LoadedModel, settings: LmSettings) -> tuple[LmSettings, tuple[Excerpt, ...]]:
+    """Excerpts of the bundled texts, and settings that are no longer than the shortest of these."""
+    texts = bundled_texts()
+    settings = settings.within(min(len(tokenize(loaded.tokenizer, text)) for text in texts.values()))
+    return settings, excerpts(loaded.tokenizer, texts, n_tokens=settings.n_tokens, at_most=EXCERPTS)
 
 
 def prompt_of(tokenizer: PreTrainedTokenizerBase, text: str, n_tokens: int) -> str:
@@ -74,4 +99,5 @@ LM = Task(
     build=_build,
     settings=LmSettings,
     needs_texts=True,
+    bundled=_bundled,
 )

@@ -5,18 +5,22 @@ A Pareto front, a single-layer ablation and a passkey grid are views of results.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import isfinite, nan
-from typing import Any
+from math import exp, isfinite, nan
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from analysis.errors import SettingsError
 from analysis.records import record
 from analysis.statistics import Interval, means
+from l2kv.policies import POLICIES
 from l2kv.spec import CompressionSpec
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Methods = Mapping[str, CompressionSpec | None]
 """What is compared, by name; None is the full cache."""
@@ -24,6 +28,8 @@ Place = tuple[str | float, ...]
 """Where samples stand on some axes of a task's grid: (400, 0.5)."""
 FULL = "full cache"
 """What the full cache is called where a caller doesn't say."""
+ONCE, LIVE = "context once, then live", "live from the first token"
+"""When a cache was compressed (`Row.compressed`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +48,18 @@ class Row:
     document: str = ""
     at: Mapping[str, str | float] = field(default_factory=dict)
     """Where the sample stands in the task's grid: {"n_tokens": 400, "depth": 0.5}."""
+    compressed: str = ""
+    """`ONCE` or `LIVE`; empty for the full cache."""
+    context: int = 0
+    """Tokens that were run before the first compression."""
+    decoded: int = 0
+    """Tokens that were run after it: question, and target or answer, but for its last."""
+    nats: tuple[float | None, ...] = ()
+    """NLL of each token of a target, to 5 decimals; None is undefined."""
+    hits: tuple[int, ...] = ()
+    """1 where such a token was the likeliest, else 0."""
+    key: str = ""
+    """Digest of all that the score depends on (`analysis.evaluation.log`)."""
 
     @property
     def value(self) -> float:
@@ -49,7 +67,37 @@ class Row:
         return nan if self.score is None else self.score
 
 
-@record("results", version=1, title="a file of results", again="l2kv evaluate")
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What results depend on besides the model, the task, its settings and the methods, so that ties fall alike."""
+
+    samples: int
+    """Number of samples, N."""
+    digest: str
+    """Digest of all samples, in their order."""
+    task_version: int
+    tokens_at_once: int
+    """Tokens in the rows of a batch at most."""
+    threads: int
+    device: str
+    dtype: str
+    packages: Mapping[str, str]
+    """Versions of l2kv, torch and transformers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Number of tokens that are run, over all samples and specs."""
+
+    prefilled: int
+    """Tokens of contexts."""
+    saved: int
+    """Tokens of contexts that are not run again for each spec."""
+    decoded: int
+    """Tokens after them: of questions, targets and answers, each to its own end."""
+
+
+@record("results", version=2, title="a file of results", again="l2kv evaluate", lines="rows")
 @dataclass(frozen=True)
 class Results:
     """Scores and bytes of every method on every sample of a task."""
@@ -61,16 +109,30 @@ class Results:
     settings: Mapping[str, Any]
     methods: Methods
     rows: tuple[Row, ...]
+    """By method, and within it by sample."""
+    run: Run | None = None
+    """None where it is not known."""
+    notes: tuple[str, ...] = ()
+    """What a reader should know of texts and lengths."""
 
     def __post_init__(self) -> None:
         if unknown := {row.method for row in self.rows} - set(self.methods):
             raise ValueError(f"rows are of methods that the results do not have: {', '.join(sorted(unknown))}")
-        if len(self.rows) != len(self.methods) * len(self.samples) or len(self._cells) != len(self.rows):
-            raise ValueError("each method must have one row for each sample")
+        n = self.run.samples if self.run else len(self.samples)
+        if len(self.rows) != len(self.methods) * n or len(self.samples) != n or len(self._cells) != len(self.rows):
+            raise ValueError(
+                f"each method must have one row for each sample, and {len(self.rows)} of {len(self.methods) * n} are "
+                "there; an evaluation that was stopped goes on where the same one is run again"
+            )
         if not all(row.score is None or isfinite(row.score) for row in self.rows):
             raise ValueError("a score must be a finite number, or none")
         if not all(0 <= row.nbytes < 2**63 for row in self.rows):
             raise ValueError("nbytes must be from 0 to 2^63")
+        if any(len(row.nats) != len(row.hits) for row in self.rows):
+            raise ValueError("each token that has nats must be a hit or none")
+        # Files have them in the order in which they were computed.
+        in_order = tuple(self._cells[method, sample] for method in self.methods for sample in self.samples)
+        object.__setattr__(self, "rows", in_order)
 
     @cached_property
     def samples(self) -> tuple[str, ...]:
@@ -135,11 +197,66 @@ class Results:
             for key, samples in self.grouped(*axes).items()
         }
 
+    def nats(self, method: str) -> np.ndarray:
+        """NLL of each predicted token, [N, T]; NaN where undefined. Raises as `positions`."""
+        shape = len(self.samples), len(self.positions)
+        return np.array([row.nats for row in self.of(method)], dtype=float).reshape(shape)
+
+    def hits(self, method: str) -> np.ndarray:
+        """Whether each predicted token was the likeliest, [N, T] bool. Raises as `positions`."""
+        shape = len(self.samples), len(self.positions)
+        return np.array([row.hits for row in self.of(method)], dtype=bool).reshape(shape)
+
+    @cached_property
+    def positions(self) -> np.ndarray:
+        """Positions of the predicted tokens in their texts, [T], counted from 0.
+
+        Raises:
+            SettingsError: nothing was predicted token by token, or other positions of one sample than of another.
+        """
+        spans = {(row.context + row.decoded + 1 - len(row.nats), len(row.nats)) for row in self.rows}
+        if len(spans) != 1 or not (span := next(iter(spans)))[1]:
+            raise SettingsError("These results have no NLL by position, or not at the same positions of all samples.")
+        return np.arange(span[0], sum(span))
+
+    def by_position(self, *, width: int = 1) -> list[dict[str, Any]]:
+        """A row for each method and `width` positions: mean NLL, perplexity and accuracy with their intervals.
+
+        The first position is told, and the last few may be less than `width`. "change" is as in `summary`.
+
+        Raises:
+            SettingsError: as `positions`, or the width is less than 1.
+        """
+        if width < 1:
+            raise SettingsError(f"width must be 1 or more, got {width}")
+        full = next((name for name, spec in self.methods.items() if spec is None), None)
+        rows = []
+        for method in self.methods:
+            nats, hits = self.nats(method), self.hits(method)
+            for start in range(0, len(self.positions), width):
+                here = slice(start, start + width)
+                nll = self.interval(nats[:, here].mean(axis=1))
+                row = {"method": method, "position": int(self.positions[start]), "nll": nll}
+                row |= {"perplexity": _exp(nll), "accuracy": self.interval(hits[:, here].mean(axis=1))}
+                if full is not None:
+                    row["change"] = self.interval((nats - self.nats(full))[:, here].mean(axis=1))
+                rows.append(row)
+        return rows
+
+    def work(self) -> Work:
+        """Number of tokens that were run for all rows, and of those that one pass over a context saved."""
+        one = {spec: name for name, spec in self.methods.items()}  # equal specs are run once
+        runs, saved = passes(one)
+        context = sum(row.context for row in self.of(next(iter(self.methods)))) if self.methods else 0
+        decoded = sum(row.decoded for name in one.values() for row in self.of(name))
+        return Work(runs * context, saved * context, decoded)
+
     def summary(self, *, right: float = 1.0) -> list[dict[str, Any]]:
         """A row for each method and place on the first axis of the task's grid: samples, bytes, score and NLL change.
 
         The interval of scores that are all 0 or `right` is Wilson's; of others documents are resampled. "change" is
-        against the full cache, and there only where scores are of another kind and the full cache was measured.
+        against the full cache, and there only where scores are of another kind and the full cache was measured. Of
+        predicted tokens there are perplexity, its ratio (`exp` of the change), and the share that was the likeliest.
 
         Args:
             right: the score of a right answer, as `Task.right`.
@@ -147,6 +264,7 @@ class Results:
         axes = tuple(self.rows[0].at)[:1] if self.rows else ()
         shares = all(row.score in (0, right) for row in self.rows)
         changes = not shares and None in self.methods.values()
+        predicted = bool(self.rows) and all(row.nats for row in self.rows)
         rows = []
         for method in self.methods:
             for key, samples in self.grouped(*axes).items():
@@ -157,18 +275,47 @@ class Results:
                 if changes:
                     full = np.array([self._cells[self.full, sample].value for sample in samples])
                     row["change"] = self.interval(here - full, samples)
+                if predicted:
+                    hits = [np.mean(self._cells[method, sample].hits) for sample in samples]
+                    row["perplexity"] = _exp(row["score"])
+                    row |= {"ratio": _exp(row["change"])} if changes else {}
+                    row["accuracy"] = self.interval(np.array(hits), samples)
                 rows.append(row)
         return rows
 
     def table(self) -> list[dict[str, Any]]:
-        """One flat dict a row, for CSV or a data frame."""
-        common = {"model": self.model, "task": self.task}
+        """One flat dict a row, for CSV, with what is the same in all: the model, its digest, the task, its settings."""
+        common = {"model": self.model, "weights": self.weights, "task": self.task}
+        own = ("method", "sample", "document", "score", "nbytes", "compressed", "context", "decoded", "text", "key")
         return [
             common
-            | {name: getattr(row, name) for name in ("method", "sample", "document", "score", "nbytes", "text")}
+            | {name: getattr(row, name) for name in own}
+            | {"seed": getattr(self.methods[row.method], "seed", None)}
             | dict(row.at)
             for row in self.rows
         ]
+
+    def frame(self) -> pd.DataFrame:
+        """A data frame of `table`; `frame().to_csv(...)` writes it."""
+        import pandas as pd
+
+        return pd.DataFrame(self.table())
+
+
+def passes(specs: Collection[CompressionSpec | None]) -> tuple[int, int]:
+    """Passes over a context that specs take, and how many more they would take each on its own.
+
+    One pass is enough for all policies that look at keys alone; the others must see attention, each at its own.
+    """
+    policies = [POLICIES[spec.policy] for spec in specs if spec is not None]
+    alone = sum(policy.needs_attention or policy.needs_filters for policy in policies)
+    shared = len(specs) - alone
+    return alone + min(shared, 1), max(shared - 1, 0)
+
+
+def _exp(values: Interval) -> Interval:
+    """Perplexity, or its ratio, of nats/token."""
+    return Interval(*(exp(min(value, 700.0)) for value in (values.value, values.low, values.high)))
 
 
 def wilson(scores: np.ndarray, right: float = 1.0) -> Interval:

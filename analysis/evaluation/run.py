@@ -2,15 +2,18 @@
 
 The context is run once into a full cache, and compressed for each method from there; policies that look at attention
 need a pass of their own. The question, and what is predicted or generated after it, is run over what is left, and the
-cache goes on evicting.
+cache goes on evicting. Rows are written as they come (`analysis.evaluation.log`), and those of a file not run again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -19,8 +22,9 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from analysis.errors import SettingsError, TextError
-from analysis.evaluation.results import Methods, Results, Row
-from analysis.evaluation.task import Sample, Scoring
+from analysis.evaluation.log import Log, digest_of_samples
+from analysis.evaluation.results import LIVE, ONCE, Methods, Results, Row, Run
+from analysis.evaluation.task import Sample, Scoring, Task
 from analysis.evaluation.tasks import TASKS
 from analysis.models.digest import digest_of
 from analysis.models.load import LoadedModel
@@ -43,8 +47,9 @@ def evaluate(
     task: str,
     methods: Methods,
     *,
-    texts: Texts = (),
+    texts: Texts | None = None,
     settings: object = None,
+    out: str | Path | None = None,
     progress: Progress = unheard,
 ) -> Results:
     """Score a model on a task, by each method.
@@ -52,26 +57,91 @@ def evaluate(
     Args:
         task: a name in `TASKS`.
         methods: what to keep, by name; None is the full cache.
-        texts: what samples are cut from, where the task needs any.
+        texts: what samples are cut from, where the task needs any; None: the bundled ones.
         settings: of the task's own class, such as `LmSettings`; its defaults, if not given.
+        out: a file that rows are written to as they are computed. What it holds already is not computed again, so an
+            evaluation that was stopped goes on; it is read by `records.load(Results, out)`.
         progress: counts samples by different specs, and is called at every token, too.
 
     Raises:
         SettingsError, SpecError: the task is unknown, a setting out of range, or a spec does not fit the model.
         TextError: texts are missing, empty, too short, or more than the model can take.
+        RecordError: `out` is another evaluation's, or can't be written.
         ModelError, OutOfMemoryError: as `stream`.
     """
+    what = TASKS.find(task)
+    samples, settings, notes = samples_of(loaded, task, texts=texts, settings=settings)
+    about: dict[str, Any] = {
+        "model": loaded.name,
+        "weights": digest_of(loaded),
+        "task": task,
+        "settings": msgspec.json.decode(msgspec.json.encode(settings)),  # as in a file
+        "methods": dict(methods),
+        "run": _run(loaded, what, samples),
+        "notes": notes,
+    }
+    log = Log(out, about)
+    return Results(rows=measure(loaded, samples, methods, scoring=what.scoring, log=log, progress=progress), **about)
+
+
+def samples_of(
+    loaded: LoadedModel, task: str, *, texts: Texts | None = None, settings: object = None
+) -> tuple[tuple[Sample, ...], object, tuple[str, ...]]:
+    """Samples of a task, the settings that they were made by, and what a reader should know. Raises as `evaluate`."""
     what = TASKS.find(task)
     settings = what.settings() if settings is None else settings
     if not isinstance(settings, what.settings):
         raise SettingsError(f"settings of the task {task} must be {what.settings.__name__}, got {settings!r:.60}")
-    given = [Excerpt(*text) for text in (texts.items() if isinstance(texts, Mapping) else texts)]
+    notes, asked = [], settings
+    if texts is None and what.bundled:
+        settings, given = what.bundled(loaded, settings)
+        if settings != asked:
+            notes.append(f"No text was given, and the bundled ones are short: {settings} is measured.")
+    else:
+        given = [Excerpt(*text) for text in (texts.items() if isinstance(texts, Mapping) else texts or ())]
     if what.needs_texts and not given:
         raise TextError(f"There are no texts to measure on, and the task {task} takes some.")
-    samples = what.build(loaded, settings, given)
-    rows = measure(loaded, samples, methods, scoring=what.scoring, progress=progress)
-    as_in_a_file = msgspec.json.decode(msgspec.json.encode(settings))
-    return Results(loaded.name, digest_of(loaded), task, as_in_a_file, dict(methods), rows)
+    samples = tuple(what.build(loaded, settings, given))
+    return samples, settings, (*notes, *_checked(loaded, samples))
+
+
+def _checked(loaded: LoadedModel, samples: Sequence[Sample]) -> tuple[str, ...]:
+    """Warnings of lengths, each once. Raises SettingsError, TextError."""
+    if len({sample.name for sample in samples}) < len(samples):
+        raise SettingsError("two samples have one name: give each text its own")
+    warnings: dict[str, None] = {}
+    for sample in samples:
+        ids = np.concatenate([sample.context, sample.question, sample.target])
+        tokens = Tokens(ids, np.zeros((len(ids), 2), np.int32), ())
+        warnings |= dict.fromkeys(check_length(loaded, tokens, new_tokens=sample.new_tokens))
+    return tuple(warnings)
+
+
+def _run(loaded: LoadedModel, task: Task, samples: Sequence[Sample]) -> Run:
+    return Run(
+        samples=len(samples),
+        digest=digest_of_samples(samples),
+        task_version=task.version,
+        tokens_at_once=_TOKENS_AT_ONCE,
+        threads=torch.get_num_threads(),
+        device=_name_of(loaded.device),
+        dtype=loaded.dtype,
+        packages={name: _version_of(name) for name in ("l2kv", "torch", "transformers")},
+    )
+
+
+def _name_of(device: torch.device) -> str:
+    """What computes: a CPU by what it can do, for rounding goes by that."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type
+
+
+def _version_of(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # a checkout that was not installed
+        return ""
 
 
 @torch.inference_mode()
@@ -81,52 +151,57 @@ def measure(
     methods: Methods,
     *,
     scoring: Scoring | None = None,
+    log: Log | None = None,
     progress: Progress = unheard,
 ) -> tuple[Row, ...]:
     """Rows of samples that were made already, method by method; specs that are the same are run once.
 
     Args:
         scoring: of answers; samples with a target need none.
+        log: rows that are known, and where others are written.
 
     Raises:
         As `evaluate`, and SettingsError if two samples have one name.
     """
-    if len({sample.name for sample in samples}) < len(samples):
-        raise SettingsError("two samples have one name: give each text its own")
-    for sample in samples:
-        ids = np.concatenate([sample.context, sample.question, sample.target])
-        check_length(loaded, Tokens(ids, np.zeros((len(ids), 2), np.int32), ()), new_tokens=sample.new_tokens)
+    _checked(loaded, samples)
     assert scoring or all(len(sample.target) for sample in samples), "answers need a scoring"
     specs = tuple(dict.fromkeys(methods.values()))
-    cells: dict[tuple[str, CompressionSpec | None], Cell] = {}
+    cells: dict[tuple[str, CompressionSpec | None], Row] = {}
     total = len(samples) * len(specs)
+
+    def keep(batch: Sequence[Sample], spec: CompressionSpec | None, rows: Sequence[Row]) -> None:
+        if log:
+            rows = log.add(batch, spec, rows)
+        for sample, row in zip(batch, rows, strict=True):
+            cells[sample.name, spec] = row
+            progress(len(cells), total, "samples")
+
     with prepared(loaded):
-        for batch in _batches(samples):
-            for spec, cache in _caches_after(loaded, _rows(loaded, [sample.context for sample in batch]), specs):
+        for batch in batches(samples):
+            known = {spec: rows for spec in specs if log and (rows := log.find(batch, spec))}
+            for spec in known:
+                keep(batch, spec, known[spec])
+            missing = [spec for spec in specs if spec not in known]
+            for spec, cache in _caches_after(loaded, _rows(loaded, [sample.context for sample in batch]), missing):
                 tick = partial(progress, len(cells), total, "samples")
                 found = (
-                    [_answered(loaded, batch[0], cache, scoring, tick)]
+                    _answered(loaded, batch, cache, scoring, tick)
                     if scoring
                     else _predicted(loaded, batch, cache, tick)
                 )
                 del cache  # before the next is made
-                for sample, cell in zip(batch, found, strict=True):
-                    cells[sample.name, spec] = cell
-                    progress(len(cells), total, "samples")
-    return tuple(
-        Row(name, sample.name, *cells[sample.name, spec], document=sample.document, at=dict(sample.at))
-        for name, spec in methods.items()
-        for sample in samples
-    )
+                when = "" if spec is None else ONCE if len(batch[0].context) else LIVE
+                keep(batch, spec, [replace(row, compressed=when) for row in found])
+    return tuple(replace(cells[sample.name, spec], method=name) for name, spec in methods.items() for sample in samples)
 
 
 _TOKENS_AT_ONCE = 8192  # in the rows of a batch; of a model of 7 billion weights their full cache takes 4 GiB
 
 
-def _batches(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
-    """Neighbours of equal lengths are the rows of a batch; a sample without a target is alone."""
+def batches(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
+    """Neighbours of equal lengths, which are the rows of a batch."""
     for lengths, alike in groupby(samples, lambda one: (len(one.target), len(one.context), len(one.question))):
-        group, rows = list(alike), max(1, _TOKENS_AT_ONCE // sum(lengths)) if lengths[0] else 1
+        group, rows = list(alike), max(1, _TOKENS_AT_ONCE // sum(lengths))
         yield from (group[start : start + rows] for start in range(0, len(group), rows))
 
 
@@ -140,6 +215,9 @@ def _caches_after(
     """Each spec, and a cache that holds the context [B, C] by it. The full cache comes last, which saves a copy."""
     full = None
     for spec in sorted(specs, key=lambda spec: spec is None):
+        if not context.shape[1]:
+            yield spec, new_cache(loaded.config, spec)
+            continue
         if spec is not None and (POLICIES[spec.policy].needs_attention or POLICIES[spec.policy].needs_filters):
             yield spec, _filled(loaded, context, new_cache(loaded.config, spec))
             continue
@@ -156,34 +234,72 @@ def _filled(loaded: LoadedModel, context: Tensor, cache: Filled) -> Filled:
     return cache
 
 
-Cell = tuple[float | None, int, str]
-"""Score, bytes and generated text of a sample by a spec."""
-
-
-def _predicted(loaded: LoadedModel, batch: Sequence[Sample], cache: Cache, tick: Callable[[], object]) -> list[Cell]:
-    """The mean NLL of each row's target, fed token by token; `tick` is called before each."""
+def _predicted(loaded: LoadedModel, batch: Sequence[Sample], cache: Cache, tick: Callable[[], object]) -> list[Row]:
+    """The NLL of each row's target, fed token by token; `tick` is called before each."""
     target = _rows(loaded, [sample.target for sample in batch])
     fed = _rows(loaded, [sample.question for sample in batch])
-    nats = target.new_zeros(len(batch), dtype=torch.float64)
-    for token in target.unbind(dim=1):
+    nats = target.new_zeros(target.shape, dtype=torch.float64)
+    hits = target.new_zeros(target.shape)
+    for i, token in enumerate(target.unbind(dim=1)):
         tick()
         logits = loaded.model(fed, past_key_values=cache, use_cache=True).logits[:, -1]
-        nats += torch.nn.functional.cross_entropy(logits.float(), token, reduction="none")
+        nats[:, i] = torch.nn.functional.cross_entropy(logits.float(), token, reduction="none")
+        hits[:, i] = logits.argmax(-1) == token
         fed = token[:, None]
     nbytes = cache_nbytes(cache, slack=False) // len(batch)
-    return [(nll if np.isfinite(nll) else None, nbytes, "") for nll in (nats / target.shape[1]).tolist()]
+    return [
+        replace(
+            _row(sample, nbytes, len(sample.target)),
+            score=_finite(mean),
+            nats=tuple(None if (one := _finite(nll)) is None else round(one, 5) for nll in of_tokens),
+            hits=tuple(of_hits),
+        )
+        for sample, mean, of_tokens, of_hits in zip(
+            batch, nats.mean(dim=1).tolist(), nats.tolist(), hits.tolist(), strict=True
+        )
+    ]
 
 
-def _answered(loaded: LoadedModel, sample: Sample, cache: Cache, scoring: Scoring, tick: Callable[[], object]) -> Cell:
-    """The score of a greedy answer, which ends where the model ends it or its score is decided."""
-    tick()
-    token, ends = decode_one_token(loaded.model, _rows(loaded, [sample.question]), cache), end_tokens(loaded)
-    nbytes, said = cache_nbytes(cache, slack=False), [int(token)]
-    while True:
-        ended = said[-1] in ends
-        text = whole_characters(str(loaded.tokenizer.decode(said[:-1] if ended else said, skip_special_tokens=True)))
-        if ended or len(said) >= sample.new_tokens or scoring.decided(sample, text):
-            return scoring.score(sample, text), nbytes, text
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None
+
+
+def _row(sample: Sample, nbytes: int, said: int) -> Row:
+    """The row of a sample by a method that is not named yet, of which so many tokens were predicted or generated."""
+    return Row(
+        "",
+        sample.name,
+        None,
+        nbytes,
+        document=sample.document,
+        at=dict(sample.at),
+        context=len(sample.context),
+        decoded=len(sample.question) + said - 1,
+    )
+
+
+def _answered(
+    loaded: LoadedModel, batch: Sequence[Sample], cache: Cache, scoring: Scoring, tick: Callable[[], object]
+) -> list[Row]:
+    """The score of each row's greedy answer, which ends where the model ends it or its score is decided.
+
+    Rows that have ended are run on with the others, and what they say is not listened to.
+    """
+    token, ends = _rows(loaded, [sample.question for sample in batch]), end_tokens(loaded)
+    said: list[list[int]] = [[] for _ in batch]
+    rows: dict[int, Row] = {}
+    nbytes = 0
+    while len(rows) < len(batch):
         tick()
         token = decode_one_token(loaded.model, token, cache)
-        said.append(int(token))
+        nbytes = nbytes or cache_nbytes(cache, slack=False) // len(batch)  # after the question
+        for i, (sample, latest) in enumerate(zip(batch, token[:, 0].tolist(), strict=True)):
+            if i in rows:
+                continue
+            said[i].append(latest)
+            shown = said[i][:-1] if latest in ends else said[i]
+            text = whole_characters(str(loaded.tokenizer.decode(shown, skip_special_tokens=True)))
+            if latest in ends or len(said[i]) >= sample.new_tokens or scoring.decided(sample, text):
+                row = _row(sample, nbytes, len(said[i]))
+                rows[i] = replace(row, score=scoring.score(sample, text), text=text)
+    return [rows[i] for i in range(len(batch))]

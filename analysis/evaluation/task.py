@@ -29,7 +29,7 @@ class Sample:
     name: str
     """Its own among the samples of a task."""
     context: np.ndarray
-    """[C] int64 token ids, run first and then compressed."""
+    """[C] int64 token ids, run first and then compressed. Where there are none the cache evicts from the start."""
     question: np.ndarray
     """[Q] int64, run over what is left of the context."""
     target: np.ndarray = field(default_factory=_no_tokens)
@@ -89,3 +89,7 @@ class Task:
     """Whether each score is 0 or `right`, so that their mean is a share."""
     axes: tuple[str, ...] = ()
     """Axes of the samples' grid (`Sample.at`) that results are summarised by: a row for each place on them."""
+    bundled: Callable[[LoadedModel, Any], tuple[Any, Sequence[Excerpt]]] | None = None
+    """(model, settings) -> settings and texts that come with the program, where none are given. None: they must be."""
+    version: int = 1
+    """Raised when samples or scores change, so that no file of results is gone on with that was made otherwise."""

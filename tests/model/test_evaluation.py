@@ -33,6 +33,7 @@ from analysis.evaluation.passkey import (
 from analysis.evaluation.prompts import found
 from analysis.evaluation.results import FULL, Results, Row
 from analysis.evaluation.run import evaluate, measure
+from analysis.evaluation.task import Scoring
 from analysis.evaluation.tasks import TASKS
 from analysis.models.load import BUNDLED_MODELS, LoadedModel
 from analysis.preview import prefill
@@ -114,7 +115,7 @@ def test_texts_of_other_lengths_are_batches_of_their_own(loaded):
         run.TASKS["lm"].build(loaded, LmSettings(prompt, 3), [Excerpt(name, text)])[0]
         for name, prompt, text in (("a", 20, short), ("b", 20, long), ("c", 30, short), ("d", 20, short))
     ]
-    assert [len(batch) for batch in run._batches(samples)] == [2, 1, 1]
+    assert [len(batch) for batch in run.batches(samples)] == [2, 1, 1]
     rows = measure(loaded, samples, {"half": CompressionSpec()})
     for row, (prompt, text) in zip(rows, ((20, short), (20, long), (30, short), (20, short)), strict=True):
         alone = continuation_nll(loaded, text, CompressionSpec(), prompt_tokens=prompt, new_tokens=3)
@@ -164,7 +165,7 @@ def test_bad_requests_are_refused_and_leave_the_model_as_it_was(loaded):
     with pytest.raises(SettingsError, match="must be LmSettings"):
         evaluate(loaded, "lm", {"full": None}, texts=[("a", TEXT)], settings=PasskeySettings())
     with pytest.raises(TextError, match="no texts"):
-        evaluate(loaded, "lm", {"full": None})
+        evaluate(loaded, "lm", {"full": None}, texts=())
     with pytest.raises(SettingsError, match="two samples have one name"):
         evaluate(loaded, "lm", {"full": None}, texts=[("a", TEXT), ("a", TEXT)], settings=LmSettings(20, 3))
     assert loaded.model.config._attn_implementation == "sdpa"
@@ -222,15 +223,15 @@ def answering(loaded, monkeypatch):
     """In place of the model, `answer(context, question, spec)` gives the text that is said, token by token."""
 
     def install(answer):
-        def caches_after(loaded, context, specs):
+        def caches_after(loaded, contexts, specs):
             for spec in specs:
-                yield spec, {"context": context[0].tolist(), "spec": spec}
+                yield spec, {"contexts": contexts.tolist(), "spec": spec}
 
         def decode_one_token(model, ids, cache):
-            if "answer" not in cache:
-                text = answer(cache["context"], ids[0].tolist(), cache["spec"])
-                cache["answer"] = iter(loaded.tokenizer(text, add_special_tokens=False).input_ids)
-            return torch.tensor([[next(cache["answer"], loaded.tokenizer.eos_token_id)]])
+            if "answers" not in cache:
+                texts = [answer(*row, cache["spec"]) for row in zip(cache["contexts"], ids.tolist(), strict=True)]
+                cache["answers"] = [iter(loaded.tokenizer(t, add_special_tokens=False).input_ids) for t in texts]
+            return torch.tensor([[next(one, loaded.tokenizer.eos_token_id)] for one in cache["answers"]])
 
         monkeypatch.setattr(run, "prepared", lambda _: nullcontext())
         monkeypatch.setattr(run, "_caches_after", caches_after)
@@ -319,6 +320,23 @@ def test_the_answer_is_what_a_pass_with_the_evicted_tokens_masked_would_say(load
     assert right.nbytes == pairs * 6 * 4 * 2 * 32 * 4  # after the question, however long the answer is
 
 
+@pytest.mark.parametrize(
+    "spec", [None, CompressionSpec(0.4, protect_last=6), CompressionSpec(0.5, policy="accumulated")]
+)
+def test_answers_that_are_generated_together_are_those_of_each_alone_each_to_its_own_end(loaded, spec):
+    whole = [passkey_sample(loaded.tokenizer, key, n_tokens=150, depth=0.5) for key in passkeys(4)]
+    length = min(len(one.context) for one in whole)
+    samples = [  # of one length, and to be ended after 2, 5, 8 and 11 characters
+        replace(one, name=str(i), context=one.context[:length], new_tokens=9, answer="x" * (2 + 3 * i))
+        for i, one in enumerate(whole)
+    ]
+    scoring = Scoring(lambda sample, text: float(len(text)), lambda sample, text: len(text) >= len(sample.answer))
+    assert [len(batch) for batch in run.batches(samples)] == [4]
+    together = measure(loaded, samples, {"it": spec}, scoring=scoring)
+    assert together == tuple(measure(loaded, [one], {"it": spec}, scoring=scoring)[0] for one in samples)
+    assert len({row.decoded for row in together}) > 1
+
+
 def test_every_task_is_registered_with_what_is_shown_of_it():
     for name, task in TASKS.items():
         assert task.title and task.about.endswith(".") and task.unit and name == name.lower()
@@ -378,10 +396,10 @@ def test_results_that_do_not_fit_together_are_refused(tmp_path):
     again = records.from_json(Results, records.to_json(undefined))
     assert again == undefined and np.isnan(again.scores("a")).tolist() == [True, False]
     for wrong in (rows[:3], (*rows, rows[0]), (replace(rows[0], method="c"), *rows[1:])):
-        text = records.to_json(made).replace('"rows": [', '"ignored": [')
-        content = json.loads(text) | {"rows": [vars_of(row) for row in wrong]}
+        header = records.to_json(made).split("\n")[0]
+        text = "\n".join([header, *(json.dumps(vars_of(row)) for row in wrong)])
         with pytest.raises(RecordError, match=r"one row for each sample|do not have: c"):
-            records.from_json(Results, json.dumps(content))
+            records.from_json(Results, text)
 
 
 def vars_of(row):

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from analysis import RecordError
-from analysis.records import from_json, load, record, save, to_json
+from analysis.records import from_json, json_line, load, record, save, to_json
 from l2kv import CompressionSpec
 
 
@@ -171,3 +171,29 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
     with pytest.raises(RecordError, match="disk full"):
         save(replace(TABLE, names=("c", "d")), path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+@record("journal", version=1, lines="points")
+@dataclass(frozen=True)
+class Journal:
+    model: str
+    points: tuple[Point, ...]
+
+
+def test_a_record_of_lines_can_be_appended_to_and_loses_only_a_line_half_written(tmp_path):
+    point = Point(0.5, CompressionSpec(), "a\nnote\u2028 of é")
+    path = save(Journal("m", (point, point)), tmp_path / "journal.jsonl")
+    text = path.read_text()
+    header, *lines = text.split("\n")
+    assert json.loads(header) == {"l2kv_journal": 1, "model": "m"} and lines[0] == lines[1] and lines[2] == ""
+    assert load(Journal, path) == Journal("m", (point, point))
+    path.write_text(text + json_line(point))
+    assert load(Journal, path) == Journal("m", (point,) * 3)
+    for end in range(len(header) + 1, len(text)):
+        path.write_text(text[:end])
+        whole = text[:end].count("\n") - 1 + (end in (len(header) + 1 + len(lines[0]), len(text) - 1))
+        assert load(Journal, path) == Journal("m", (point,) * whole)
+    for foreign in ("", header[:-1], f"[{header}]\n", lines[0], f"{header}\n{lines[0][:-1]}\n{lines[0]}", "3\n"):
+        path.write_text(foreign)
+        with pytest.raises(RecordError, match=r"journal\.jsonl: This is not a journal"):
+            load(Journal, path)

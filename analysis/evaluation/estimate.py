@@ -1,0 +1,101 @@
+"""How long an evaluation will take: its tokens are counted, and a few of them timed. Scores nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from analysis.evaluation.results import Methods, Work, passes
+from analysis.evaluation.run import Texts, batches, samples_of
+from analysis.evaluation.task import Sample
+from analysis.models.load import LoadedModel
+from analysis.preview import prepared
+from l2kv import CompressionSpec
+from l2kv.decoding import decode_one_token, new_cache, prefill
+
+_TIMED = 512  # tokens of a context at most
+_STEPS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What an evaluation takes, begun from nothing."""
+
+    work: Work
+    """Answers are counted as if each were as long as it may be."""
+    seconds: float
+    """Of running the model; at most, where answers are generated."""
+    prefill_rate: float
+    """Tokens of contexts a second; 0 where there are none."""
+    decode_rate: float
+    """Tokens a second after a context, over all rows of a batch."""
+
+
+@torch.inference_mode()
+def estimate(
+    loaded: LoadedModel, task: str, methods: Methods, *, texts: Texts | None = None, settings: object = None
+) -> Estimate:
+    """Count the tokens of an evaluation, and time one batch of middle length.
+
+    A part of its contexts is run once, and a few tokens after it over the full cache and over a compressed one.
+
+    Raises:
+        As `evaluate`.
+    """
+    samples, _, _ = samples_of(loaded, task, texts=texts, settings=settings)
+    work, specs = work_of(samples, methods), tuple(dict.fromkeys(methods.values()))
+    in_batches = sorted(batches(samples), key=lambda batch: len(batch[0].context) + len(batch[0].target))
+    if not in_batches or not specs:
+        return Estimate(work, 0.0, 0.0, 0.0)
+    batch = in_batches[len(in_batches) // 2]
+    timed = list(dict.fromkeys([None if None in specs else specs[0], next(filter(None, specs), None)]))
+    with prepared(loaded):
+        prefill_rate, steps = _timed(loaded, batch, timed)
+    n_full = sum(spec is None for spec in specs)
+    per_step = (steps[0] * n_full + steps[-1] * (len(specs) - n_full)) / len(specs)
+    n_steps = len(specs) * sum(len(batch[0].target) or batch[0].new_tokens for batch in in_batches)
+    seconds = n_steps * per_step + (work.prefilled / prefill_rate if work.prefilled else 0.0)
+    return Estimate(work, seconds, prefill_rate if work.prefilled else 0.0, len(batch) / per_step)
+
+
+def work_of(samples: Sequence[Sample], methods: Methods) -> Work:
+    """Number of tokens that an evaluation runs, as if each answer were as long as it may be."""
+    specs = set(methods.values())
+    runs, saved = passes(specs)
+    context = sum(len(sample.context) for sample in samples)
+    after = sum(len(sample.question) + (len(sample.target) or sample.new_tokens) - 1 for sample in samples)
+    return Work(runs * context, saved * context, len(specs) * after)
+
+
+def _timed(
+    loaded: LoadedModel, batch: Sequence[Sample], specs: Sequence[CompressionSpec | None]
+) -> tuple[float, list[float]]:
+    """Tokens a second of contexts, and seconds of a step of the whole batch by each spec."""
+    fill = [sample.context if len(sample.context) else sample.target[: len(sample.target) // 2] for sample in batch]
+    ids = torch.stack([torch.from_numpy(one[:_TIMED]) for one in fill]).to(loaded.device)
+    rates, steps = [], []
+    for spec in specs:
+        cache, started = new_cache(loaded.config, spec), perf_counter()
+        if ids.shape[1]:
+            prefill(loaded.model, ids, cache)
+        _wait(ids)
+        rates.append(ids.numel() / (perf_counter() - started))
+        token = torch.from_numpy(batch[0].question[:1]).to(loaded.device).expand(len(batch), 1)
+        token = decode_one_token(loaded.model, token, cache)  # warms up
+        _wait(token)
+        started = perf_counter()
+        for _ in range(_STEPS):
+            token = decode_one_token(loaded.model, token, cache)
+        _wait(token)
+        steps.append((perf_counter() - started) / _STEPS)
+    return max(rates), steps
+
+
+def _wait(computed: Tensor) -> None:
+    """Wait for what a GPU computes meanwhile."""
+    if computed.is_cuda:
+        torch.cuda.synchronize(computed.device)
