@@ -45,7 +45,7 @@ def sample_of(tokenizer: PreTrainedTokenizerBase, example: Example) -> Sample:
 class RulerSettings:
     """Tasks, lengths and number of RULER's samples."""
 
-    tasks: Annotated[tuple[str, ...], "Names in `RULER`."] = OFFLINE
+    tasks: Annotated[tuple[str, ...], "Tasks of RULER.", RULER] = OFFLINE
     lengths: Annotated[tuple[int, ...], "Tokens of an example at most, the answer's included."] = (1000,)
     samples: Annotated[int, "Samples of each task and length."] = 5
     seed: Annotated[int, "Seed of keys, values and places."] = 0
@@ -87,7 +87,7 @@ class LongBenchSettings(FileSettings):
 class FrameSettings(FileSettings):
     """Data frame of kvpress, and how the examples of other tasks than RULER's and LongBench's are scored."""
 
-    scorer: Annotated[str | None, f"Scorer of tasks that have none: {', '.join(SCORERS)}."] = None
+    scorer: Annotated[str | None, "Scorer of tasks that have none of their own.", SCORERS] = None
 
 
 def _haystack(texts: Sequence[Excerpt]) -> str | None:
@@ -96,6 +96,8 @@ def _haystack(texts: Sequence[Excerpt]) -> str | None:
 
 def _ruler(loaded: LoadedModel, settings: RulerSettings, texts: Sequence[Excerpt]) -> Iterable[Example]:
     if settings.path:
+        if texts:
+            raise SettingsError("RULER's examples are read from a file or made of texts: give its path or texts.")
         return read_ruler(settings.path)
     questions = read_questions(settings.questions) if settings.questions else None
     return (
@@ -158,6 +160,7 @@ RULER_TASK = _task(
     f"RULER's {len(RULER)} tasks of retrieval, tracing and counting, {len(OFFLINE)} of them made here.",
     _ruler,
     settings=RulerSettings,
+    texts="may",
     axes=("task", "n_tokens"),
 )
 NEEDLE_TASK = _task(
@@ -165,6 +168,7 @@ NEEDLE_TASK = _task(
     "A sentence hidden in a text, at several lengths and depths, and asked for after compression.",
     _needle,
     settings=NeedleSettings,
+    texts="may",
     axes=("n_tokens",),
     share=True,
 )

@@ -65,7 +65,7 @@ def lm_sample(tokenizer: PreTrainedTokenizerBase, excerpt: Excerpt, settings: Lm
         prompt, end = 1, settings.chunk_size
     ids = tokenize(tokenizer, excerpt.text).ids
     if len(ids) < end:
-        raise TextError(f"The text has {len(ids)} tokens; {prompt} of prompt and {end - prompt} more are needed.")
+        raise TextError(f"{excerpt.name} has {len(ids)} tokens; {prompt} of prompt and {end - prompt} more are needed.")
     context, question, target = ids[: prompt - 1], ids[prompt - 1 : prompt], ids[prompt:end]
     return Sample(excerpt.name, context, question, target, document=excerpt.document)
 
@@ -98,6 +98,7 @@ LM = Task(
     higher_is_better=False,
     build=_build,
     settings=LmSettings,
-    needs_texts=True,
+    texts="must",
+    excerpt_tokens=lambda settings: settings.n_tokens,
     bundled=_bundled,
 )

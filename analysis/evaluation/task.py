@@ -7,8 +7,8 @@ tokens are predicted (their likelihood is the score), or an answer is generated 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import MISSING, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -65,9 +65,20 @@ class Scoring:
     """(sample, text so far) -> whether the score stays as it is, however the text goes on: generation ends there."""
 
 
+RESERVED = {
+    *("device", "excerpts", "json", "keep_ratios", "model", "out", "plan", "policies", "protect_last", "settings"),
+    *("skip_layers", "task", "texts", "to"),
+}
+"""Names that no setting of a task may have: the command line has options of these names beside it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Samples, and how they are scored."""
+    """Samples, and how they are scored.
+
+    Raises:
+        ValueError: a setting has no default, or one of the `RESERVED` names.
+    """
 
     title: str
     about: str
@@ -78,9 +89,12 @@ class Task:
     build: Build
     settings: type = NoSettings
     """A dataclass of the settings, all with defaults. The command line makes them options, and reads what each is from
-    its type: `Annotated[int, "Keys asked for at each length."]`."""
-    needs_texts: bool = False
-    """Whether samples are cut from texts, or made up; if so, `n_tokens` of its settings says how long they must be."""
+    its type: `Annotated[int, "Keys asked for at each length."]`, and of names in a registry which:
+    `Annotated[str, "Scorer.", SCORERS]`."""
+    texts: Literal["no", "may", "must"] = "no"
+    """Whether samples are made of texts that a user gives."""
+    excerpt_tokens: Callable[[Any], int] | None = None
+    """settings -> tokens of the excerpts that it takes; None: it takes texts as they are."""
     scoring: Scoring | None = None
     """None where samples have a target: the score is its mean NLL."""
     right: float = 1.0
@@ -93,3 +107,10 @@ class Task:
     """(model, settings) -> settings and texts that come with the program, where none are given. None: they must be."""
     version: int = 1
     """Raised when samples or scores change, so that no file of results is gone on with that was made otherwise."""
+
+    def __post_init__(self) -> None:
+        for setting in fields(self.settings):
+            if setting.name in RESERVED:
+                raise ValueError(f"{self.title}: no setting may be called {setting.name!r}, as an option is already")
+            if setting.default is MISSING and setting.default_factory is MISSING:
+                raise ValueError(f"{self.title}: the setting {setting.name!r} needs a default")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import cycle, islice, zip_longest
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -42,6 +42,15 @@ class Excerpt(NamedTuple):
     name: str  # of the excerpt: "moby-dick 3"
     text: str
     document: str = ""  # the name of the text that it was cut from; that of the excerpt where it is not given
+
+
+Texts = Iterable[Excerpt | tuple[str, str]] | Mapping[str, str]
+"""Excerpts, (name, text) pairs, or texts by name."""
+
+
+def excerpts_from(texts: Texts) -> tuple[Excerpt, ...]:
+    """Make each text an excerpt, as it is: what has no document is its own."""
+    return tuple(Excerpt(*text) for text in (texts.items() if isinstance(texts, Mapping) else texts))
 
 
 def excerpts(
