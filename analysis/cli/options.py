@@ -117,9 +117,7 @@ Strategy = Annotated[str, typer.Option(parser=STRATEGIES, help="How to allocate 
 Strategies = Annotated[Sequence[str], listed(STRATEGIES, "Allocation strategies to compare; all by default.")]
 
 # Of what is printed.
-Probe = Annotated[
-    str, typer.Option(parser=PROBES, show_default=_shown(defaults.PROBE), help="Query whose attention to look at.")
-]
+Probe = Annotated[str, typer.Option(parser=PROBES, help="Query whose attention to look at.")]
 Metric = Annotated[str | None, typer.Option(parser=METRICS, help="Metric to show for each layer.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 

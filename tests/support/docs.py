@@ -37,7 +37,7 @@ def _parts(command, name: str, level: str = "") -> Iterator[str]:
 
 
 def _help(command, name: str) -> str:
-    settings = command.context_settings | {"terminal_width": 110}
+    settings = command.context_settings | {"terminal_width": 110, "help_option_names": ["-h", "--help"]}
     told = command.get_help(typer.Context(command, info_name=name, **settings))
     return "```\n" + "\n".join(line.rstrip() for line in told.splitlines()) + "\n```"
 
