@@ -15,6 +15,7 @@ from analysis.evaluation.task import Sample as Sample
 from analysis.evaluation.task import Scoring as Scoring
 from analysis.evaluation.task import Task as Task
 from analysis.evaluation.tasks import TASKS as TASKS
+from analysis.evaluation.work import estimate as estimate
 from analysis.measures import AttentionLoss as AttentionLoss
 from analysis.measures import attention_loss as attention_loss
 from analysis.metrics import METRICS as METRICS

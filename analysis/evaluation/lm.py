@@ -24,13 +24,32 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class LmSettings:
-    """Lengths of the prompt and of what is predicted after it, or of the whole, in tokens."""
+class Lengths:
+    """Lengths of a prompt and of what is predicted after it, in tokens."""
 
     prompt_tokens: Annotated[int, "Tokens in each prompt, special tokens included."] = PROMPT_TOKENS
     new_tokens: Annotated[int, "Tokens to predict after the prompt."] = NEW_TOKENS
-    chunk_size: Annotated[int, "Tokens of each excerpt, all predicted over a cache that evicts from the first on."] = 0
-    """As in the paper's `eval_lm_quick.py`, in place of the other two; 0: a prompt is compressed once."""
+
+    def __post_init__(self) -> None:
+        if self.prompt_tokens < 2 or self.new_tokens < 1:
+            raise SettingsError(
+                f"prompt_tokens must be 2 or more and new_tokens 1 or more, got {self.prompt_tokens}, {self.new_tokens}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class LmSettings(Lengths):
+    """Lengths of the prompt and of what is predicted after it, or of a chunk that is all predicted, in tokens."""
+
+    chunk_size: Annotated[
+        int, "Tokens of a chunk, in place of a prompt: all are predicted, over a cache that evicts from the first on."
+    ] = 0
+    """As in the quick evaluation of the paper's code. 0: a prompt is compressed once."""
+
+    def __post_init__(self) -> None:
+        Lengths.__post_init__(self)
+        if self.chunk_size < 0 or self.chunk_size == 1:
+            raise SettingsError(f"chunk_size must be 2 or more, or 0 for none, got {self.chunk_size}")
 
     @property
     def n_tokens(self) -> int:
@@ -43,14 +62,6 @@ class LmSettings:
         if self.chunk_size:
             return replace(self, chunk_size=self.chunk_size - less)
         return replace(self, prompt_tokens=self.prompt_tokens - less)
-
-    def __post_init__(self) -> None:
-        if self.prompt_tokens < 2 or self.new_tokens < 1:
-            raise SettingsError(
-                f"prompt_tokens must be 2 or more and new_tokens 1 or more, got {self.prompt_tokens}, {self.new_tokens}"
-            )
-        if self.chunk_size < 0 or self.chunk_size == 1:
-            raise SettingsError(f"chunk_size must be 2 or more, or 0 for none, got {self.chunk_size}")
 
 
 def lm_sample(tokenizer: PreTrainedTokenizerBase, excerpt: Excerpt, settings: LmSettings) -> Sample:

@@ -232,17 +232,22 @@ class Results:
         if width < 1:
             raise SettingsError(f"width must be 1 or more, got {width}")
         full = next((name for name, spec in self.methods.items() if spec is None), None)
+        starts = np.arange(0, len(self.positions), width)
+        sizes = np.diff([*starts, len(self.positions)])
+
+        def intervals(values: np.ndarray) -> list[Interval]:
+            over = means(np.add.reduceat(values, starts, axis=1) / sizes, documents=self.documents)
+            ends = zip(over.mean.tolist(), over.low.tolist(), over.high.tolist(), strict=True)
+            return [Interval(*one) for one in ends]
+
         rows = []
         for method in self.methods:
-            nats, hits = self.nats(method), self.hits(method)
-            for start in range(0, len(self.positions), width):
-                here = slice(start, start + width)
-                nll = self.interval(nats[:, here].mean(axis=1))
-                row = {"method": method, "position": int(self.positions[start]), "nll": nll}
-                row |= {"perplexity": _exp(nll), "accuracy": self.interval(hits[:, here].mean(axis=1))}
-                if full is not None:
-                    row["change"] = self.interval((nats - self.nats(full))[:, here].mean(axis=1))
-                rows.append(row)
+            columns = {"nll": intervals(self.nats(method)), "accuracy": intervals(self.hits(method).astype(float))}
+            columns["perplexity"] = [_exp(one) for one in columns["nll"]]
+            if full is not None:
+                columns["change"] = intervals(self.nats(method) - self.nats(full))
+            for i, start in enumerate(self.positions[starts].tolist()):
+                rows.append({"method": method, "position": start} | {name: of[i] for name, of in columns.items()})
         return rows
 
     def work(self) -> Work:
@@ -279,7 +284,7 @@ class Results:
                 if predicted:
                     hits = [np.mean(self._cells[method, sample].hits) for sample in samples]
                     row["perplexity"] = _exp(row["score"])
-                    row |= {"ratio": _exp(row["change"])} if changes else {}
+                    row |= {"perplexity_ratio": _exp(row["change"])} if changes else {}
                     row["accuracy"] = self.interval(np.array(hits), samples)
                 rows.append(row)
         return rows

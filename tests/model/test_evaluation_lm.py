@@ -11,12 +11,12 @@ import torch
 from analysis import TextError
 from analysis.demo import presets
 from analysis.errors import SettingsError
-from analysis.evaluation.estimate import estimate, work_of
 from analysis.evaluation.lm import LmSettings
 from analysis.evaluation.passkey import PasskeySettings
 from analysis.evaluation.results import FULL, LIVE, ONCE, Results, Row, passes
 from analysis.evaluation.run import evaluate, samples_of
 from analysis.evaluation.tasks import TASKS
+from analysis.evaluation.work import estimate, work_of
 from analysis.texts.tokens import tokenize
 from l2kv import CompressionSpec
 from l2kv.policies import POLICIES
@@ -95,7 +95,9 @@ def test_perplexity_and_its_ratio_are_worked_out_by_hand():
     )
     full, half = results.summary(TASKS["lm"])
     assert full["perplexity"].value == pytest.approx(4) and half["perplexity"].value == pytest.approx(32**0.5)
-    assert full["ratio"].value == 1 and half["ratio"].value == pytest.approx(2**0.5)  # doubled for one text of two
+    assert full["perplexity_ratio"].value == 1 and half["perplexity_ratio"].value == pytest.approx(
+        2**0.5
+    )  # doubled for one text of two
     assert half["change"].value == pytest.approx(ln(2) / 2)
     assert (full["accuracy"].value, half["accuracy"].value) == (0.75, 0.25)
     assert results.positions.tolist() == [10, 11]
@@ -105,6 +107,8 @@ def test_perplexity_and_its_ratio_are_worked_out_by_hand():
     assert at["half", 11]["change"].value == pytest.approx(0, abs=1e-12)  # twice one text's, half the other's
     (of_full, of_half) = results.by_position(width=5)
     assert of_full["nll"].value == pytest.approx(ln(4)) and of_half["position"] == 10
+    three = made([[[1.0, 2, 6], [3, 4, 8]]], methods={FULL: None}).by_position(width=2)
+    assert [(row["position"], row["nll"].value) for row in three] == [(10, 2.5), (12, 7)]
     with pytest.raises(SettingsError, match="width must be 1"):
         results.by_position(width=0)
 
@@ -205,7 +209,7 @@ def _needs(entry):
 @pytest.mark.parametrize("task,settings", TASKS_TO_RUN)
 def test_an_estimate_is_made_of_what_was_timed(loaded, monkeypatch, task, settings):
     clock = iter(range(1000))
-    monkeypatch.setattr("analysis.evaluation.estimate.perf_counter", lambda: next(clock))  # each second ticks once
+    monkeypatch.setattr("analysis.evaluation.work.perf_counter", lambda: next(clock))  # each second ticks once
     methods = {FULL: None, "a": CompressionSpec(), "b": CompressionSpec(0.2)}
     texts = TEXTS if task == "lm" else None
     found = estimate(loaded, task, methods, texts=texts, settings=settings)
