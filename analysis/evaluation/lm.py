@@ -30,6 +30,16 @@ class Lengths:
     prompt_tokens: Annotated[int, "Tokens in each prompt, special tokens included."] = PROMPT_TOKENS
     new_tokens: Annotated[int, "Tokens to predict after the prompt."] = NEW_TOKENS
 
+    @property
+    def n_tokens(self) -> int:
+        """Tokens to ask of an excerpt: a prompt cut from it may be some shorter."""
+        return self.prompt_tokens + self.new_tokens + SPARE
+
+    @property
+    def settings(self) -> LmSettings:
+        """Settings of the task `lm` of these lengths."""
+        return LmSettings(self.prompt_tokens, self.new_tokens)
+
     def __post_init__(self) -> None:
         if self.prompt_tokens < 2 or self.new_tokens < 1:
             raise SettingsError(
@@ -53,7 +63,7 @@ class LmSettings(Lengths):
 
     @property
     def n_tokens(self) -> int:
-        """Tokens to ask of an excerpt: a prompt cut from it may be some shorter."""
+        """Tokens to ask of an excerpt: a prompt or a chunk cut from it may be some shorter."""
         return (self.chunk_size or self.prompt_tokens + self.new_tokens) + SPARE
 
     def within(self, n_tokens: int) -> LmSettings:
