@@ -13,7 +13,7 @@ import typer
 from analysis import defaults, metrics
 from analysis.errors import SettingsError
 from analysis.paper import figures
-from analysis.plans import strategies
+from analysis.plans import ablation, strategies
 from analysis.plans.skip import Plan, skip_list
 from analysis.records import load
 from l2kv import policies
@@ -32,20 +32,26 @@ class Named:
     """
 
     registry: Registry[Any]
+    fits: Callable[[Any], bool] = lambda entry: True
+    """entry -> whether it can be chosen in the command line."""
 
     def __call__(self, given: str) -> str:
         """Name of the entry that a user means. Raises BadParameter, with the nearest, where there is none."""
-        for name in self.registry:
+        offered = self._offered()
+        for name in offered.values():
             if _typed(name) == _typed(given):
                 return name
         try:
-            typed = {_shown(name): name for name in self.registry}
-            return Registry(self.registry.noun, SettingsError, typed).find(given)
+            return Registry(self.registry.noun, SettingsError, offered).find(given)
         except SettingsError as error:
             raise typer.BadParameter(str(error)) from error
 
     def __str__(self) -> str:
-        return f"One of {', '.join(map(_shown, self.registry))}."
+        return f"One of {', '.join(self._offered())}."
+
+    def _offered(self) -> dict[str, str]:
+        """Names by how they are typed."""
+        return {_shown(name): name for name, entry in self.registry.items() if self.fits(entry)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +65,12 @@ class Listed:
         if not isinstance(given, str):  # a default
             return tuple(given)
         try:
-            return tuple(self.of(word) for word in given.replace(",", " ").split())
+            values = tuple(self.of(word) for word in given.replace(",", " ").split())
         except ValueError:
             raise typer.BadParameter(f"must be a list such as 1,2,3, got {given!r}") from None
+        if not values:
+            raise typer.BadParameter("an empty list leaves nothing to do: give one at least")
+        return values
 
     def __str__(self) -> str:
         return str(self.of).replace("One", "Any", 1) if isinstance(self.of, Named) else ""
@@ -86,7 +95,9 @@ def out(what: str) -> Any:
     return typer.Option("-o", "--out", parser=Path, help=f"File to write, such as {what}.")
 
 
-POLICIES, METRICS, STRATEGIES = Named(policies.POLICIES), Named(metrics.METRICS), Named(strategies.STRATEGIES)
+POLICIES = Named(policies.POLICIES, lambda policy: not policy.needs_calibration)
+OF_ALR = Named(Registry("policy", SettingsError, {name: policies.POLICIES[name] for name in ablation.POLICIES}))
+METRICS, STRATEGIES = Named(metrics.METRICS), Named(strategies.STRATEGIES)
 PROBES = Named(Registry("probe", SettingsError, metrics.PROBES))
 FIGURES = Named(Registry("figure", SettingsError, figures.FIGURES))
 
