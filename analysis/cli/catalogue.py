@@ -34,7 +34,7 @@ def models(
     with shown("B", scale=True) as progress:
         fetched, folder = fetch(name, progress=progress)
     other = "" if fetched == name else f" (other weights than {name}: not quantised)"
-    print(f"{fetched}{other} is in {folder}")
+    tell({}, [], json=json, answer=f"{fetched}{other} is in {folder}", name=fetched, folder=str(folder))
 
 
 def demo(

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from analysis import defaults, metrics
-from analysis.errors import SettingsError
+from analysis.errors import SettingsError, UserError
 from analysis.paper import figures
 from analysis.plans import ablation, strategies
 from analysis.plans.skip import Plan, skip_list
@@ -85,6 +85,13 @@ def _typed(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", name.lower())
 
 
+def refuse(context: typer.Context, options: Iterable[str], why: str) -> None:
+    """Refuse options that a user typed, by their parameters, where they would change nothing. Raises UserError."""
+    sources = {name: context.get_parameter_source(name) for name in options}
+    if typed := [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]:
+        raise UserError(f"{why}: leave out {', '.join('--' + name.replace('_', '-') for name in typed)}.")
+
+
 def listed(of: Callable[[str], Any], about: str) -> Any:
     """The option of a list."""
     return typer.Option(parser=Listed(of), metavar="LIST", help=about)
@@ -118,6 +125,7 @@ NewTokens = Annotated[int, typer.Option(help="Tokens to generate.")]
 KeepRatio = Annotated[float, typer.Option(help="Share of the tokens to keep.")]
 KeepRatios = Annotated[Sequence[float], listed(float, "Keep ratios to compare, such as 0.5,0.25.")]
 Policy = Annotated[str, typer.Option(parser=POLICIES, help="Which key/value pairs to keep.")]
+PolicyOfAlr = Annotated[str, typer.Option(parser=OF_ALR, help="Which key/value pairs to keep.")]
 Policies = Annotated[Sequence[str], listed(POLICIES, "Policies to compare.")]
 SkipLayers = Annotated[str, typer.Option(help="Layers to leave uncompressed, such as 0,1.")]
 ProtectLast = Annotated[int, typer.Option(help="Number of latest tokens that are never evicted.")]
@@ -153,11 +161,23 @@ class Compression:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompressionOfAlr(Compression):
+    """The options of a compression by a policy that ALR speaks of."""
+
+    policy: PolicyOfAlr = "low_norm"
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompressionOrPlan(Compression):
-    """The options of a compression, or a plan in their place."""
+    """The options of a compression, or a plan instead of them."""
 
     plan: PlanFile = None
 
     def spec(self, config: PretrainedConfig) -> CompressionSpec:
         """As `Compression.spec`; that of the plan where there is one."""
         return load(Plan, self.plan).spec if self.plan else Compression.spec(self, config)
+
+    def check(self, context: typer.Context) -> None:
+        """Refuse options that a plan overrides. Raises UserError."""
+        if self.plan:
+            refuse(context, (field.name for field in fields(Compression)), "--plan says how to compress")

@@ -6,7 +6,7 @@ import codecs
 import inspect
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from io import TextIOWrapper
 from types import NoneType, UnionType
@@ -110,14 +110,6 @@ def _option(hint: Any) -> Any:
     if isinstance(parser, Named):
         return Annotated[str, typer.Option(parser=parser, help=about)]
     return Annotated[kind, typer.Option(help=about)]
-
-
-def refuse(context: typer.Context, options: Iterable[str], why: str) -> None:
-    """Refuse options that a user typed, by their parameters, where they would say nothing. Raises UserError."""
-    sources = {name: context.get_parameter_source(name) for name in options}
-    typed = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
-    if typed:
-        raise UserError(f"{why}: leave out {', '.join('--' + name.replace('_', '-') for name in typed)}.")
 
 
 def run(commands: typer.Typer, argv: Sequence[str] | None = None, *, name: str) -> int:

@@ -263,8 +263,8 @@ def head_costs(
     alone = {
         name: replace(others_kept, head_ratios=((head, spec.target_of(*head).ratio),)) for name, head in heads.items()
     }
-    results = _lm(loaded, excerpts_from(texts), alone, settings or LmSettings(), progress)
-    costs = np.full((len(texts), loaded.config.num_hidden_layers, shape.n_kv_heads), np.nan)
+    results = _lm(loaded, given := excerpts_from(texts), alone, settings or LmSettings(), progress)
+    costs = np.full((len(given), loaded.config.num_hidden_layers, shape.n_kv_heads), np.nan)
     for name, (layer, head) in heads.items():
         costs[:, layer, head] = results.change(name)
     return costs
