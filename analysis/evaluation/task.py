@@ -66,9 +66,9 @@ class Scoring:
 
 
 RESERVED = {
-    *("device", "excerpts", "json", "keep_ratios", "model", "out", "plan", "policies", "protect_last", "settings"),
-    *("skip_layers", "task", "texts", "to"),
-}
+    "context", "device", "excerpts", "help", "json", "keep_ratios", "model", "out", "plan", "policies", "protect_last",
+    "settings", "skip_layers", "task", "texts", "to",
+}  # fmt: skip
 """Names that no setting of a task may have: the command line has options of these names beside it."""
 
 
