@@ -1,6 +1,6 @@
-"""What a model does with a text, in numbers: loading, capturing, measuring, choosing layers. Draws nothing.
+"""Text and numbers: load a model, capture a text, measure heads, choose what to keep. Draws nothing.
 
-Names are imported when they are first used, so that reading a saved run does not wait for torch.
+Names are imported on first use, so that reading a saved run does not wait for torch.
 """
 
 from __future__ import annotations

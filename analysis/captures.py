@@ -1,8 +1,8 @@
-"""`Capture`: all that one run of a model over one text has shown, and its file. Knows numpy; knows no torch, no plot.
+"""`Capture`: the record of one run of a model over one text, and its file. Knows numpy; knows no torch and no plots.
 
-In the file large arrays are compressed, and attention is in steps (`analysis.packing`): about a quarter of the bytes.
-What is read back has the very same norms, and attention in the same order, but for new ties. By any probe, and for each
-of the last queries, Γ with and without the first token, normalised ALR and Spearman's then differ from those before by
+In the file large arrays are compressed and attention is quantised (`analysis.packing`): about a quarter of the bytes.
+Norms are read back exactly, and attention in the same order but for new ties. By any probe, and for each
+of the last queries, Γ with and without the first token, normalised ALR and Spearman's ρ differ from the original by
 less than 0.01.
 """
 
@@ -67,7 +67,7 @@ def _unpack(file: ArrayFile) -> Mapping[str, np.ndarray]:
 
 
 def _upgrade(version: int, content: records.Content) -> records.Content:
-    """What a file of versions 1 to 3 would say in this one; `_unpack` reads their arrays."""
+    """Bring the content of versions 1 to 3 to this one; `_unpack` reads their arrays."""
     if version == 3:
         content["shapes"] = json.loads(content.get("shapes", "null"))
     return content
@@ -87,7 +87,7 @@ class Capture:
     dtype: str  # that it was computed in, and cached
     text: str
     labels: tuple[str, ...]  # T, what to call each token
-    probe_label: str  # of the token whose attention row `probe_attention` is
+    probe_label: str  # label of the probe's token
     layer_kinds: tuple[str, ...]  # L of "full" or "sliding"
     windows: tuple[int, ...]  # L, the keys that a query sees; 0 is all of them
     warnings: tuple[str, ...]
@@ -151,19 +151,19 @@ class Capture:
 
     @property
     def recent_positions(self) -> range:
-        """Where the last W queries stand. The row of one at position p is of the p tokens before it: its own column is
-        left out, the row is not renormalised, and columns from p on are 0."""
+        """Positions of the last W queries. The row of a query at position p covers the p tokens before it: it is not
+        renormalised without its own column, and columns from p on are 0."""
         return range(self.n_tokens - len(self.recent_attention), self.n_tokens)
 
     @property
     def cache_shape(self) -> CacheShape:
-        """Of the key/value cache of this model, in the dtype it ran in."""
+        """Shape of this model's key/value cache, in the dtype it ran in."""
         itemsize = 4 if self.dtype == "float32" else 2
         layers = tuple(i for i, kind in enumerate(self.layer_kinds) if kind == "full")
         return CacheShape(layers, self.n_heads, self.n_kv_heads, self.head_dim, itemsize)
 
     def kv_head(self, head: int) -> int:
-        """The kv head that a query head reads."""
+        """Number of the kv head that a query head reads."""
         return head * self.n_kv_heads // self.n_heads
 
     def key_norm_by_head(self) -> np.ndarray:
@@ -172,32 +172,32 @@ class Capture:
 
     @cached_property
     def levels(self) -> np.ndarray:
-        """Key norms [L, Hkv, T] float64, those that rounding alone tells apart set equal (see `analysis.ties`)."""
+        """Key norms [L, Hkv, T] float64; norms that differ by rounding alone are set equal (see `analysis.ties`)."""
         return levelled(self.key_norm, self.dtype)
 
     @cached_property
     def ranks(self) -> np.ndarray:
-        """Lowest and highest rank of the equals of each norm, [2, L, Hkv, T] (see `ties.shared_ranks`)."""
+        """Lowest and highest rank among the ties of each norm, [2, L, Hkv, T] (see `ties.shared_ranks`)."""
         return shared_ranks(self.levels)
 
     def with_attention(self, **changes: Any) -> Capture:
-        """The run with other attention. Levels and ranks of its norms, which take longest, are not worked out again."""
+        """Copy the run with other attention. Levels and ranks of its norms, the slow part, are kept."""
         made = replace(self, **changes)
         vars(made).update({name: of for name, of in vars(self).items() if name in ("levels", "ranks")})
         return made
 
     def pooled(self, layer: int, head: int) -> np.ndarray:
-        """[P, P] float32: the share of their attention that the queries of a bin (row) give to the keys of a bin."""
+        """Share of attention that the queries of a bin (row) give to the keys of a bin (column), [P, P] float32."""
         return (self.pooled_attention[layer, head] / np.float32(255)) ** 2 * self.pooled_scale[layer, head]
 
 
 def save_run(capture: Capture, path: str | Path) -> Path:
-    """Write a run to a file, whole or not at all. Raises RecordError, with the reason."""
+    """Write a run to a file, atomically. Raises RecordError if it cannot be written."""
     return records.save(capture, path)
 
 
 def load_run(path: str | Path) -> Capture:
-    """Read a run, which may come from anyone. Raises RecordError, with the reason."""
+    """Read a run from an untrusted file. Raises RecordError if it is not one."""
     return records.load(Capture, path)
 
 
@@ -223,7 +223,8 @@ def _inflated(arrays: dict[str, np.ndarray], shapes: object, path: Path) -> dict
         raise ValueError(f"unpacked, it would take {human_bytes(needed)}, more than any run in {human_bytes(size)}")
     if needed > allowed:
         raise RecordError(
-            f"{path.name} would take {human_bytes(needed)} of memory, and {human_bytes(allowed)} may be used."
+            f"{path.name} would take {human_bytes(needed)} of memory, and {human_bytes(allowed)} may be used. "
+            "Free some, and try again."
         )
     for name, shape in shapes.items():
         levels = _levels(name, shape)
@@ -238,7 +239,7 @@ def _inflated(arrays: dict[str, np.ndarray], shapes: object, path: Path) -> dict
 
 
 def _levels(name: str, shape: Sequence[int]) -> int:
-    """How many steps the rows of attention have. The last queries' are most of a file, and are only shown as a mean."""
+    """Number of levels for rows of attention. The last queries fill most of a file, and are shown as a mean only."""
     return 140 if name == "recent_attention" and math.prod(shape) > LARGE else 4094
 
 

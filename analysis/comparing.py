@@ -1,4 +1,4 @@
-"""Two studies, or two runs as studies of one text each: what differs between them. Knows no model and no plot."""
+"""Comparison of two studies, or of two runs as studies of one text each. Knows no models and no plots."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from analysis import statistics
-from analysis.statistics import LEVEL, MIN_TEXTS, Means, head_means, misses, resampled_means, resamples
+from analysis.statistics import LEVEL, MIN_TEXTS, Means, head_means, miss_rate, resampled_means, resamples
 from analysis.studies import Study
 from analysis.verdicts import verdict_counts, verdicts
 from analysis.words import signed
@@ -16,7 +16,7 @@ from analysis.words import signed
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Comparison:
-    """Γ of every head in two studies, 0 and 1, of the query of the next token."""
+    """Γ of every head in two studies, 0 and 1, by the probe "next token"."""
 
     names: Sequence[str]
     texts: tuple[int, int]  # number of each
@@ -60,11 +60,11 @@ class Comparison:
 
     @property
     def by_chance(self) -> float:
-        """Number of heads whose interval would leave 0 out if the two did not differ; of those with `MIN_TEXTS`."""
+        """Number of heads, of those with `MIN_TEXTS`, whose interval would exclude 0 if the two did not differ."""
         if self.difference is None:
             return 0.0
         defined = self.difference.defined
-        return float(misses(defined[defined >= MIN_TEXTS], groups=1 if self.paired else 2).sum())
+        return float(miss_rate(defined[defined >= MIN_TEXTS], groups=1 if self.paired else 2).sum())
 
 
 _OTHER_SHAPES = "The two have other numbers of layers or heads, so no head of one is a head of the other."
@@ -74,8 +74,8 @@ def compare(first: Study, second: Study, *, names: Sequence[str] | None = None, 
     """Compare Γ of every head in two studies, with intervals that resample texts; of both at once if they are the same.
 
     Args:
-        first, second: of two models, or of other texts; runs as `studies.study_of`.
-        names: what the two are called; by default their models.
+        first, second: studies of two models, or of different texts; a run as `studies.study_of(run)`.
+        names: names of the two; by default those of their models.
     """
     both = (first, second)
     gammas = [study.of("gamma") for study in both]

@@ -20,7 +20,7 @@ PROMPT_TOKENS = 384
 NEW_TOKENS = 64
 """Tokens after the prompt that are predicted."""
 GENERATED_TOKENS = 64
-"""Tokens at most that a model goes on with a text for."""
+"""Most tokens that are generated after a prompt."""
 KEEP_RATIOS = (0.1, 0.2, 0.3, 0.5, 0.7)
 """Budgets that allocation strategies are compared at."""
 MODEL = "smollm2"

@@ -1,4 +1,4 @@
-"""Mistakes that a user can mend: each message says what was wrong, what was got and what to do. The app shows it."""
+"""Errors that a user can fix: each message says what was wrong, what was got and what to do."""
 
 
 class UserError(ValueError):
@@ -10,11 +10,11 @@ class SettingsError(UserError):
 
 
 class ModelError(UserError):
-    """A model that cannot be loaded or looked into."""
+    """A model that cannot be loaded or captured."""
 
 
 class TextError(UserError):
-    """A text that cannot be run: empty, too short, too long, or not text."""
+    """A text that cannot be run: empty, too short, too long, or no text at all."""
 
 
 class RecordError(UserError):
@@ -22,4 +22,4 @@ class RecordError(UserError):
 
 
 class OutOfMemoryError(UserError):
-    """More memory would be needed than is free."""
+    """Work that needs more memory than is free."""

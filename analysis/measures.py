@@ -1,6 +1,6 @@
-"""What eviction by norm does to one text: the attention lost by order of eviction, and which tokens stay. No model.
+"""Eviction by norm on one text: the attention lost at each step, and the tokens kept. Knows no model.
 
-The numbers that sum this up per head are `analysis.metrics`.
+`analysis.metrics` sums this up in numbers per head.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 
 from analysis.captures import Capture
 from analysis.errors import SettingsError
-from analysis.ties import evened
+from analysis.ties import average_ties
 from l2kv.spec import CompressionSpec
 
 _NORM_SIGN = {"low_norm": -1.0, "high_norm": 1.0}
@@ -19,7 +19,7 @@ _NORM_SIGN = {"low_norm": -1.0, "high_norm": 1.0}
 
 @dataclass(frozen=True, slots=True)
 class AttentionLoss:
-    """What one head loses when m = 0..n tokens are dropped, as shares of the probe's attention. Each [n + 1], or
+    """Attention that one head loses when m = 0..n tokens are dropped, as shares of the probe's. Each [n + 1], or
     [n + 1 - w] where the last w are protected and cannot be dropped."""
 
     low_norm: np.ndarray  # low norms kept: the highest dropped first
@@ -31,17 +31,17 @@ class AttentionLoss:
 def attention_loss(
     capture: Capture, layer: int, head: int, *, skip_first: int = 0, protect_last: int = 0
 ) -> AttentionLoss:
-    """The loss curves of a head, for the probe query.
+    """Compute the loss curves of a head, for the probe query.
 
-    Of tokens of equal norm (see `ties`) any may be dropped first: there a curve is the one expected, a straight line.
+    Tokens of equal norm (see `ties`) may be dropped in any order: there a curve is the expected one, a straight line.
 
     Args:
-        skip_first: as if the text began after so many tokens.
+        skip_first: number of tokens to ignore at the beginning of the text.
         protect_last: the latest tokens cannot be dropped; 0 in the paper.
     """
     free = slice(skip_first, max(capture.n_tokens - protect_last, skip_first))
     attention = capture.probe_attention[layer, head, free].astype(np.float64)
-    by_norm = evened(attention, capture.levels[layer, capture.kv_head(head), free])
+    by_norm = average_ties(attention, capture.levels[layer, capture.kv_head(head), free])
     n = len(attention)
     return AttentionLoss(
         low_norm=_cumulative(by_norm[::-1]),
@@ -52,7 +52,7 @@ def attention_loss(
 
 
 def by_kv_head(capture: Capture) -> Capture:
-    """The run as if each kv head had one query head, whose attention is the mean of its group's.
+    """Average the attention of the query heads that share a kv head: the run as if each kv head had one query head.
 
     So `alr(by_kv_head(run))` is the ALR of each kv head, [L, Hkv]: what a cache loses that evicts a key for all of its
     query heads at once. It is not the mean of their ALRs. Maps (`pooled`) are those of each group's first head.
@@ -73,7 +73,7 @@ def by_kv_head(capture: Capture) -> Capture:
 
 
 def kept_tokens(capture: Capture, layer: int, head: int, spec: CompressionSpec) -> np.ndarray:
-    """Which tokens the kv head of `head` keeps when the whole text is compressed at once by norm, [T] bool."""
+    """Mark the tokens that the kv head of `head` keeps when the whole text is compressed at once by norm, [T] bool."""
     if spec.policy not in _NORM_SIGN:
         raise SettingsError(f"kept_tokens goes by norm: {', '.join(_NORM_SIGN)}; got {spec.policy!r}")
     n = capture.n_tokens

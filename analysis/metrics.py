@@ -1,7 +1,7 @@
-"""Every number per head of a capture: the registry of metrics, and the one program that works them out. Knows no file.
+"""Metrics, the numbers per head of a capture: their registry, and the one program that computes them. Knows no files.
 
-A metric is taken of the attention of a probe, one of `PROBES`: of one query, or of the mean over many. With `a` the
-attention that the probe gives to the n tokens and ranks ascending (norms that rounding alone tells apart share theirs,
+A metric describes the attention of a probe, one of `PROBES`: one query, or the mean over many. With `a` the
+attention that the probe gives to the n tokens and ranks ascending (norms that differ by rounding alone share a rank,
 see `analysis.ties`):
 
     L^m     = attention of the m tokens of highest key norm         dropping them, as low_norm does; of equals the mean
@@ -43,14 +43,14 @@ STATUSES = (
 )
 """Why a number is undefined. Files hold their places in this list: add at its end."""
 CONSTANT = 1e-5  # a relative spread of a head's norms below this is no order, of float32 keys either
-LEAST_MASS = 0.01  # of a row's attention: in whatever order less than that is evicted, no more than that is lost
+LEAST_MASS = 0.01  # share of a row's attention: evicting less than that, in any order, loses no more than that
 OVERLAP_RATIO = 0.5
 
 
 class Row:
-    """The attention that a probe gives to n tokens, beside the norms of their keys: what every metric is of.
+    """The attention that a probe gives to n tokens, and the norms of their keys: the input of every metric.
 
-    What several metrics need is worked out once, when it is first asked for. L layers, H query heads, Hkv kv heads.
+    What several metrics need is computed once, on first use. L layers, H query heads, Hkv kv heads.
     """
 
     def __init__(
@@ -71,11 +71,11 @@ class Row:
         self.seen, self.n = seen, attention.shape[-1]
 
     def skipping(self, first: int) -> Row:
-        """The same without the first tokens."""
-        return self._without_first.skipping(first - 1) if first else self
+        """Drop the first tokens."""
+        return self._without_first_token.skipping(first - 1) if first else self
 
     @cached_property
-    def _without_first(self) -> Row:
+    def _without_first_token(self) -> Row:
         seen = np.minimum(self.seen, self.n - 1)
         levels, ranks = self.levels[..., 1:], _without(self.ranks, 0)
         return Row(self.given[..., 1:], self.norm[..., 1:], levels, ranks, seen, self.mass)
@@ -138,10 +138,10 @@ _CODE = {name: np.uint8(i) for i, name in enumerate(STATUSES)}
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A number per head, and how it is shown."""
+    """A metric: how to compute it, and how to show it."""
 
     title: str
-    """What tables and maps call it."""
+    """Title in tables and maps."""
     about: str
     """One line for a reader."""
     of: Callable[[Row], np.ndarray]
@@ -151,13 +151,13 @@ class Metric:
     high: float | None = None
     """Largest value there can be, where it ends. None: at the largest of the map."""
     diverging: bool = False
-    """Whether its sign is what counts: colours part at 0."""
+    """True if its sign matters: the colour scale diverges at 0."""
     skip_first: int = 0
-    """First tokens that it leaves out."""
+    """Number of tokens skipped at the beginning."""
     about_sink: bool = False
-    """Whether it is about the first token, and so stays of all tokens where others are shown without that one."""
+    """True if it describes the first token, and so is never shown without that token."""
     ranks: bool = True
-    """Whether it compares orders, so that norms and attention must give one."""
+    """True if it compares orders, so that norms and attention must give one."""
 
 
 def gamma(row: Row) -> np.ndarray:
@@ -290,7 +290,7 @@ METRICS: Registry[Metric] = Registry(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeadValues:
-    """M metrics of every head of one capture by one probe."""
+    """M metrics by one probe, of every head of one capture."""
 
     names: tuple[str, ...]  # M
     values: np.ndarray  # [M, L, H] float64; NaN where the status is not "ok"
@@ -308,14 +308,14 @@ class HeadValues:
 def metrics(
     capture: Capture, probe: str = "next token", skip_first: int = 0, names: Collection[str] | None = None
 ) -> HeadValues:
-    """Work out metrics of every head.
+    """Compute metrics of every head.
 
     "last queries" is the mean over the queries that define a metric, each of which has its own n; where none does, the
     status is that of the last.
 
     Args:
         probe: whose attention, one of `PROBES`.
-        skip_first: as if the text began after so many tokens: 1 leaves out the usual sink.
+        skip_first: number of tokens to ignore at the beginning of the text: 1 for the usual sink.
         names: which of `METRICS`; all by default.
 
     Raises:
@@ -334,7 +334,7 @@ def metrics(
 
 
 def by_query(capture: Capture, metric: str = "gamma") -> np.ndarray:
-    """One metric for each of the last queries, [W, L, H]; NaN where it is undefined. Their spread is what one hides.
+    """One metric for each of the last queries, [W, L, H]; NaN is undefined. Shows the spread that a mean hides.
 
     Raises:
         SettingsError: there is no such metric.
@@ -350,7 +350,7 @@ _METHODS = {"gini": "gamma", "spearman": "spearman", "pearson": "pearson"}
 def correlation(
     capture: Capture, method: str = "gini", *, probe: str = "next token", skip_first: int = 0
 ) -> np.ndarray:
-    """How key norm goes with attention, [L, H] in [-1, 1]; negative is the paper's claim, NaN is undefined (`status`).
+    """Correlate key norm with attention, [L, H] in [-1, 1]; negative is the paper's claim, NaN is undefined (`status`).
 
     Args:
         method: "gini" (Γ), "spearman" or "pearson".
@@ -365,7 +365,7 @@ def correlation(
 
 
 def alr(capture: Capture, *, probe: str = "next token", skip_first: int = 0) -> np.ndarray:
-    """The paper's attention loss against the ideal order, [L, H]: a sum over m, so it grows with the text.
+    """ALR: the paper's attention loss against the ideal order, [L, H]. A sum over m, so it grows with the text.
 
     Args:
         probe, skip_first: as in `metrics`.
@@ -374,7 +374,7 @@ def alr(capture: Capture, *, probe: str = "next token", skip_first: int = 0) -> 
 
 
 def status(capture: Capture, *, probe: str = "next token", skip_first: int = 0) -> np.ndarray:
-    """Why norms and attention give no order to compare, [L, H] of str: one of `STATUSES`, "ok" where they do."""
+    """Status of each head, [L, H] of str: "ok", or why norms and attention give no order to compare (`STATUSES`)."""
     return metrics(capture, probe, skip_first, ["gamma"]).status_of("gamma")
 
 

@@ -1,4 +1,4 @@
-"""Arrays made small for a file, and read again from one that may come from anyone. Knows numpy and zlib, no run.
+"""Compress arrays for a file, and read them back from an untrusted one. Knows numpy and zlib; knows no run.
 
 Attention has heavy tails: beside a sink of 0.99 a row may hold values of 1e-3 and of 1e-12, and the order of all of
 them counts. Equal steps make most of such a row one tie; so do steps of the square root. Here a row's steps are equal
@@ -16,12 +16,12 @@ ROOT = 10  # nearly logarithmic, with finer steps where the values are large and
 
 
 def code_type(levels: int) -> type[np.uint8] | type[np.uint16]:
-    """Of the codes of so many levels."""
+    """Dtype that holds the codes of so many levels."""
     return np.uint8 if levels + 2 < 256 else np.uint16
 
 
 def quantised(values: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of values as whole numbers: no two change places, and zeros, and values that are equal, stay so.
+    """Quantise rows of values. Order is preserved, and so are zeros and equal values.
 
     Args:
         values: [..., n] float32, from 0.
@@ -54,7 +54,7 @@ def quantised(values: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def restored(codes: np.ndarray, ends: np.ndarray, levels: int) -> np.ndarray:
-    """The values [..., n] float32 of `quantised`; quantised again, they stay the same.
+    """Restore the values [..., n] float32 of `quantised`; quantising them again changes nothing.
 
     Raises:
         ValueError: these are no codes, or no ends.
@@ -77,7 +77,7 @@ def restored(codes: np.ndarray, ends: np.ndarray, levels: int) -> np.ndarray:
 
 
 def deflated(values: np.ndarray, *, along: int | None = None) -> np.ndarray:
-    """An array's bytes, compressed: [bytes] uint8.
+    """Compress the bytes of an array: [bytes] uint8.
 
     Args:
         along: an axis along which neighbours are alike: then their differences are compressed. Of whole numbers only.
@@ -89,7 +89,7 @@ def deflated(values: np.ndarray, *, along: int | None = None) -> np.ndarray:
 
 
 def inflated(stream: np.ndarray, shape: Sequence[int], dtype: type, *, along: int | None = None) -> np.ndarray:
-    """The array that was `deflated`; no more is ever unpacked than an array of this shape takes.
+    """Restore an array that was `deflated`; never unpacks more than an array of this shape takes.
 
     Raises:
         ValueError: the stream holds anything else.

@@ -1,7 +1,7 @@
-"""Greedy generation over several caches in step, the full one and compressed ones, token by token.
+"""Greedy generation over several caches side by side, full and compressed, token by token.
 
-The prompt is run but for its last token, then compressed; the last token is decoded over what is left. So the first
-new token already comes from the compressed cache, which flatters nobody.
+All of the prompt but its last token is run and compressed; the last token is decoded over what is left. So even the
+first new token comes from the compressed cache.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from l2kv.hooks import Attention, attention_hook
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A new token, and the cache that it left behind."""
+    """A new token, and the state of the cache after it."""
 
     token_ids: tuple[int, ...]  # of all new tokens
-    text: str  # of all new tokens, but for special ones such as the one that ends it
+    text: str  # all new tokens, without special ones such as the end token
     held: tuple[int, ...]  # tokens in the cache, per layer
-    nbytes: int  # of the keys and values of those tokens
-    slack_nbytes: int  # of storage that waits for more
+    nbytes: int  # bytes of the keys and values of those tokens
+    slack_nbytes: int  # bytes of storage reserved for more
     finished: bool  # the model ended its text here
 
 
@@ -50,14 +50,14 @@ def stream(
     chat: bool = False,
     progress: Progress = unheard,
 ) -> Generator[tuple[Step, ...], None, None]:
-    """Yield, after each new token, the state of all columns; None among the specs is the full cache.
+    """Generate side by side, and yield the state of every column after each new token; the spec None is the full cache.
 
     A column that has finished repeats its last step. Close the iterator (`contextlib.closing`) to
-    stop at once and have the model restored: one that is dropped midway is restored only when it is collected.
+    stop at once and restore the model: an iterator dropped midway restores it only when it is collected.
 
     Args:
-        chat: put the prompt to the model as a user's question, through its chat template.
-        progress: counts layers while the prompt is read, into one cache after the other.
+        chat: put the prompt to the model as a user's question, by its chat template.
+        progress: counts layers while the prompt is read into one cache after the other.
 
     Raises:
         TextError, OutOfMemoryError: as `capture`.
@@ -78,7 +78,7 @@ def stream(
 class _Column:
     def __init__(self, loaded: LoadedModel, tokens: Tokens, spec: CompressionSpec | None) -> None:
         self._loaded = loaded
-        self._cache = new_cache(loaded.config, spec)
+        self._cache = new_cache(loaded.config, spec, special_ids=loaded.special_ids(spec))
         ids = torch.from_numpy(tokens.ids)[None].to(loaded.device)
         prefill(loaded.model, ids[:, :-1], self._cache)
         self._next, self._new = ids[:, -1:], list[int]()
@@ -109,7 +109,7 @@ class _Column:
 
 @contextmanager
 def prepared(loaded: LoadedModel) -> Iterator[None]:
-    """Within the block the model takes compressed caches; what it cannot do is a ModelError or OutOfMemoryError."""
+    """Prepare the model for compressed caches within the block; failures become ModelError or OutOfMemoryError."""
     try:
         with memory_errors(), compressible(loaded.model):
             yield
@@ -140,11 +140,11 @@ def _held(cache: Cache) -> tuple[int, ...]:
 
 
 def end_tokens(loaded: LoadedModel) -> set[int]:
-    """Tokens that end a text, as the model, its config and its tokenizer name them: a chat's turn may have its own."""
+    """Ids of the tokens that end a text, by the model, its config and its tokenizer: a chat's turn may have its own."""
     named = [of.eos_token_id for of in (loaded.model.generation_config, loaded.config, loaded.tokenizer)]
     return {end for ends in named for end in (ends if isinstance(ends, list) else [ends]) if end is not None}
 
 
 def whole_characters(text: str) -> str:
-    """The text without the replacement characters at its end: bytes of a character that is not complete yet."""
+    """Strip replacement characters from the end: bytes of a character that is not complete yet."""
     return text.rstrip("\N{REPLACEMENT CHARACTER}")

@@ -1,7 +1,7 @@
-"""One run of a model over a text: key norms and attention of every head, without a T x T matrix.
+"""Capture of a text: key norms and attention of every head from one run of a model, without a T x T matrix.
 
-The model runs as it always does, through its own attention. Beside each layer's attention, the probabilities are
-worked out again in blocks of queries, summed up, and forgotten: memory grows with T, not with T^2.
+The model runs as usual, through its own attention. Beside each layer's attention the probabilities are recomputed in
+blocks of queries, summed up and dropped: memory grows with T, not with T^2.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from l2kv.probabilities import attention_probabilities, hide_unseen
 def capture(
     loaded: LoadedModel, text: str, *, last_queries: int = LAST_QUERIES, progress: Progress = unheard
 ) -> Capture:
-    """Run the model once over a text, and once more for its greedy next token, and keep what each head did.
+    """Capture a text: run the model over it, then over its greedy next token, and record what each head did.
 
     Args:
         loaded: the model.
-        text: at least a few tokens of it.
-        last_queries: how many of the text's last queries to keep the rows of, one by one. Fewer are kept of a text that
-            has fewer, and where they would take more than 256 MiB.
-        progress: told the layers done, after each and before each block of queries in it.
+        text: text of at least a few tokens.
+        last_queries: number of last queries whose rows are kept one by one. Fewer are kept of a shorter text, and where
+            they would take more than 256 MiB.
+        progress: counts layers; called after each, and before each block of queries in it.
 
     Raises:
-        TextError: empty, too short, or longer than the model's learned positions.
+        TextError: the text is empty, too short, or longer than the model's learned positions.
         SettingsError: `last_queries` is below 0.
-        OutOfMemoryError: it would not fit into free memory; says what would.
-        ModelError: NaN in the weights, or an architecture that cannot be looked into.
+        OutOfMemoryError: the capture would not fit into free memory; the message says what would.
+        ModelError: the weights give NaN, or the architecture's attention cannot be captured.
     """
     if last_queries < 0:
         raise SettingsError(f"last_queries must be 0 or more, got {last_queries}")
@@ -83,7 +83,7 @@ def capture(
 
 
 def readable(loaded: LoadedModel, text: str, *, last_queries: int = 0) -> tuple[Tokens, list[str]]:
-    """The tokens of a text that the model can be looked into on, and warnings; all that can be known beforehand.
+    """Tokenize a text, check that it can be captured, and collect warnings: all that can be known beforehand.
 
     Raises:
         TextError, OutOfMemoryError, ModelError: as `capture`.
@@ -92,17 +92,17 @@ def readable(loaded: LoadedModel, text: str, *, last_queries: int = 0) -> tuple[
     tokens = tokenize(loaded.tokenizer, text)
     warnings = [*tokens.notes, *check_length(loaded, tokens)]
     if unknown := set(layer_kinds(loaded.config)) - {"full_attention", "sliding_attention"}:
-        raise ModelError(f"{loaded.name} has layers that are not looked into yet: {', '.join(sorted(unknown))}.")
+        raise ModelError(f"{loaded.name} has layers that are not supported yet: {', '.join(sorted(unknown))}.")
     heterogeneous = getattr(loaded.config, "is_heterogeneous", False)  # Gemma 4
     if heterogeneous and len({layer.num_key_value_heads for layer in loaded.config.per_layer_config}) > 1:
-        raise ModelError(f"{loaded.name} has layers of different numbers of kv heads, which are not looked into yet.")
+        raise ModelError(f"{loaded.name} has different numbers of kv heads by layer, which is not supported yet.")
     check_fits(loaded, len(tokens), last_queries=last_queries)
     return tokens, warnings
 
 
 @contextmanager
 def looking_into(loaded: LoadedModel, cache: WatchedCache, look: Callable[[Look], object]) -> Iterator[None]:
-    """In the block the model is run without gradients, and `look` is called before each layer's attention over `cache`.
+    """Run the model without gradients within the block, and call `look` before each layer's attention over `cache`.
 
     Raises:
         OutOfMemoryError, ModelError: as `capture`.
@@ -115,13 +115,13 @@ def looking_into(loaded: LoadedModel, cache: WatchedCache, look: Callable[[Look]
 
 
 def check_finite(loaded: LoadedModel, computed: Tensor) -> None:
-    """Raise ModelError if what the model computes is no number."""
+    """Raise ModelError if the model computes NaN or infinity."""
     if not computed.isfinite().all():
         raise ModelError(f"{loaded.name} computes NaN or infinity on this text; its weights may be damaged.")
 
 
 def check_shown(loaded: LoadedModel, n_shown: int, n_layers: int) -> None:
-    """Raise ModelError unless so many layers, whose attention was seen, are all there are."""
+    """Raise ModelError unless the attention of every layer was seen."""
     if n_shown != n_layers:
         raise ModelError(
             f"{type(loaded.model).__name__} showed the attention of {n_shown} of its {n_layers} "
@@ -130,7 +130,7 @@ def check_shown(loaded: LoadedModel, n_shown: int, n_layers: int) -> None:
 
 
 def check_estimate(loaded: LoadedModel, text: str, *, last_queries: int = 0) -> None:
-    """Refuse a text that is far too long before it is tokenised, which takes long, too.
+    """Refuse a text that is far too long before it is tokenized, which would take long, too.
 
     Raises:
         TextError, OutOfMemoryError: as `capture`, with about how many tokens the text has.
@@ -151,12 +151,14 @@ def check_estimate(loaded: LoadedModel, text: str, *, last_queries: int = 0) -> 
 
 
 def check_length(loaded: LoadedModel, tokens: Tokens, *, new_tokens: int = 1) -> list[str]:
-    """Warnings about the length of a text. Raises TextError where the model cannot take it at all."""
+    """Warn of a long text. Raises TextError if the model cannot take it at all."""
     n, limit = len(tokens), getattr(loaded.config, "max_position_embeddings", None)
     if n < MIN_TOKENS:
         raise TextError(f"The text has {n} token{'s' * (n != 1)}; at least {MIN_TOKENS} are needed to rank them.")
     if tokens.ids.max() >= getattr(loaded.model.get_input_embeddings(), "num_embeddings", sys.maxsize):
-        raise TextError("The tokenizer gives tokens that the model does not have: the two do not belong together.")
+        raise TextError(
+            "The tokenizer gives tokens that the model lacks: they do not belong together. Give the model's own."
+        )
     if limit is None or limit < 1 or n + new_tokens <= limit:  # XLNet: -1
         return []
     if getattr(loaded.config, "rope_parameters", None) is None:
@@ -170,13 +172,13 @@ def check_length(loaded: LoadedModel, tokens: Tokens, *, new_tokens: int = 1) ->
 
 
 def last_logits(model: nn.Module, ids: Tensor, cache: WatchedCache) -> Tensor:
-    """Logits [1, V] after the last token; those of the others would take T * V numbers."""
+    """Compute the logits [1, V] after the last token only: all would take T * V numbers."""
     only_last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     return model(ids, past_key_values=cache, use_cache=True, **only_last).logits[:, -1]
 
 
 class _Recorder:
-    """Looks on, and writes down."""
+    """Recorder of key norms and attention while the model runs."""
 
     def __init__(self, n_tokens: int, n_layers: int, last_queries: int, progress: Progress) -> None:
         self.n_tokens, self.n_layers, self.progress = n_tokens, n_layers, progress
@@ -191,7 +193,9 @@ class _Recorder:
         if not self.results:
             self._allocate(at.query.shape[1], at.key.shape[1])
         if at.key.shape[1] != self.results["key_norm"].shape[1]:
-            raise UnsupportedModelError("This model has layers of different numbers of kv heads, not looked into yet.")
+            raise UnsupportedModelError(
+                "This model has different numbers of kv heads by layer, which is not supported yet."
+            )
         attention = _Attention(at)
         if self.probing:
             self._record_probe(attention, at.layer_idx)

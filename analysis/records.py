@@ -1,8 +1,8 @@
-"""The one reader and writer of records: a frozen dataclass becomes a file, and the file becomes that dataclass again.
+"""The one reader and writer of records: frozen dataclasses to files and back.
 
 A record without arrays is a JSON object that says what it is, and of which version: {"l2kv_plan": 1, ...}. One with
-arrays is a safetensors file: arrays as tensors, all else as JSON in its metadata. A file is there whole or not at all.
-It may come from anyone: reading runs no code, and what is wrong with it is a RecordError that names it.
+arrays is a safetensors file: arrays as tensors, the rest as JSON in its metadata. Files are written atomically.
+Files are untrusted: reading one runs no code, and a RecordError says what is wrong with it.
 """
 
 from __future__ import annotations
@@ -34,31 +34,31 @@ Content = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What a class of records is on disk."""
+    """How a class of records is stored on disk."""
 
     name: str
     """In files: "plan" is headed {"l2kv_plan": version}."""
     version: int
-    """Of what is written. Older ones are read by `upgrade`."""
+    """Version that is written. Older ones are read by `upgrade`."""
     title: str
-    """What users know it by: "a plan"."""
+    """Name for users: "a plan"."""
     again: str
-    """The command that makes one again, for those who cannot read theirs."""
+    """Command that makes the record again, for users whose file is too old."""
     upgrade: Callable[[int, Content], Content] | None = None
     """(version of the file, what it says) -> what this version would say. Raises ValueError where it cannot."""
     formerly: str = ""
-    """What older versions were headed by, if by another name."""
+    """Heading of older versions, where it differed."""
     lines: str = ""
-    """The field whose items are a line each, after the line of all else: to such a file items can be appended."""
+    """Field whose items are written one per line, after a line with everything else, so that items can be appended."""
     pack: Callable[[Any], tuple[Mapping[str, np.ndarray], Content]] | None = None
-    """(record) -> the arrays to write in the place of its own, and what to say beside them."""
+    """(record) -> the arrays to write instead of its own, and what to note beside them."""
     unpack: Callable[[ArrayFile], Mapping[str, np.ndarray]] | None = None
     """The way back; raises ValueError or RecordError where the arrays are not such."""
 
 
 @dataclass(frozen=True, slots=True)
 class ArrayFile:
-    """An open safetensors file: its size is known, and its arrays are not read yet."""
+    """An open safetensors file, its arrays not read yet."""
 
     path: Path
     version: int
@@ -94,18 +94,18 @@ def record(
 
 
 def kind_of(cls: type) -> Kind:
-    """What a class of records is on disk."""
+    """Find how a class of records is stored on disk."""
     kind: Kind = cls.__record__  # type: ignore[attr-defined]
     return kind
 
 
 def to_json(thing: object) -> str:
-    """The text of a record without arrays, or of one whose arrays are few numbers. What is not finite becomes null."""
+    """Write a record, with few numbers if any in its arrays, as JSON. Numbers that are not finite become null."""
     return text_of(type(thing), {name: getattr(thing, name) for name in _fields_of(type(thing))})
 
 
 def text_of(cls: type, fields: Mapping[str, Any]) -> str:
-    """The text of a record of these fields, as `to_json`; of one in lines also before it is complete."""
+    """Write the fields of a record as `to_json` does; a record in lines may be incomplete."""
     kind = kind_of(cls)
     content = {f"l2kv_{kind.name}": kind.version} | _plain(fields)
     if not kind.lines:
@@ -115,7 +115,7 @@ def text_of(cls: type, fields: Mapping[str, Any]) -> str:
 
 
 def content_of(cls: type, text: str) -> Content:
-    """What `text_of` was given, as far as the text goes. Raises RecordError."""
+    """Read the fields that `text_of` wrote, unchecked. Raises RecordError."""
     kind = kind_of(cls)
     with _refusing(kind, f"This is not {kind.title} that can be read"):
         content = _in_lines(kind.lines, text) if kind.lines else msgspec.json.decode(text.encode())
@@ -126,7 +126,7 @@ def content_of(cls: type, text: str) -> Content:
 
 
 def from_json(cls: type[Record], text: str) -> Record:
-    """Read what `to_json` wrote of a record without arrays. Raises RecordError."""
+    """Read a record without arrays from the text of `to_json`. Raises RecordError if it is not one."""
     kind, content = kind_of(cls), content_of(cls, text)
     with _refusing(kind, f"This is not {kind.title} that can be read"):
         return _checked(cls, content)
@@ -143,10 +143,10 @@ def _in_lines(name: str, text: str) -> object:
 
 
 def save(thing: object, path: str | Path) -> Path:
-    """Write a record; whatever happens meanwhile, `path` is the old file or the whole new one.
+    """Write a record atomically: `path` is the old file or the complete new one at any time.
 
     Raises:
-        RecordError: it cannot be written there, or cannot be written at all; says which.
+        RecordError: the record, or the place, cannot be written; the message says why.
     """
     path, kind = Path(path), kind_of(type(thing))
     if not _axes_of(type(thing)):
@@ -173,7 +173,7 @@ def save(thing: object, path: str | Path) -> Path:
 
 
 def load(cls: type[Record], path: str | Path) -> Record:
-    """Read what `save` wrote. Raises RecordError, with the file and the reason."""
+    """Read a record that `save` wrote. Raises RecordError if the file is missing, damaged, foreign or too new."""
     path, kind, axes = Path(path), kind_of(cls), _axes_of(cls)
     if not _is_file(path):
         raise RecordError(f"There is no file {path}.")
@@ -222,7 +222,8 @@ def _headings(path: Path) -> set[str]:
     with suppress(SafetensorError, OSError), safe_open(path, framework="numpy") as file:
         return set(file.metadata() or {})
     with suppress(TextError, msgspec.MsgspecError, RecursionError):
-        content = msgspec.json.decode(texts.read_text(path).encode())
+        text = texts.read_text(path)
+        content = msgspec.json.decode((text if text.startswith("{\n") else text.split("\n", 1)[0]).encode())
         return set(content) if isinstance(content, dict) else set()
     return set()
 
@@ -242,7 +243,7 @@ def check_shapes(thing: object) -> None:
 
 
 def write_text(text: str, path: str | Path) -> Path:
-    """Write a text, whole or not at all. Raises RecordError, with the reason."""
+    """Write a text atomically. Raises RecordError if it cannot be written."""
     path = Path(path)
     try:
         with _renamed_into(path) as temporary:
@@ -253,7 +254,7 @@ def write_text(text: str, path: str | Path) -> Path:
 
 
 def json_text(content: Mapping[str, Any]) -> str:
-    """JSON that people can read, of dataclasses, arrays and numbers; what is not finite becomes null."""
+    """Write dataclasses, arrays and numbers as indented JSON; numbers that are not finite become null."""
     return json.dumps(_plain(content), indent=2, ensure_ascii=False) + "\n"
 
 
@@ -294,7 +295,7 @@ def _checked(cls: type[Record], content: Content, arrays: Mapping[str, np.ndarra
 
 
 def _check_known(where: str, content: object, hint: Any) -> None:
-    """Raise ValueError for a field that a dataclass within a record does not have: a slip must not go unseen."""
+    """Raise ValueError for a field that a dataclass within a record does not have, so that no typo goes unnoticed."""
     if isinstance(content, list):
         for item in content:
             _check_known(where, item, hint)
@@ -360,7 +361,7 @@ def _check_dtypes(arrays: Mapping[str, np.ndarray], cls: type) -> None:
 
 @contextmanager
 def _refusing(kind: Kind, words: str) -> Iterator[None]:
-    """What goes wrong within the block, where a foreign file is read, is a RecordError."""
+    """Turn errors within the block, which reads an untrusted file, into a RecordError."""
     try:
         yield
     except RecordError:

@@ -1,7 +1,7 @@
-"""The self-test: a synthetic run, whose numbers are known beforehand, and what is measured on it. Knows no model.
+"""Self-test: a synthetic run with metrics known beforehand, and the metrics measured on it. Knows no model.
 
-Layers 0, 1 and 2 have Γ = -1, 0 and +1 in every head, for every query. Exactly so: the attention of a query goes down
-with the rank of the norm among the tokens before it, or is alike at both ends of the norms, or goes up.
+Layers 0, 1 and 2 have exactly Γ = -1, 0 and +1 in every head, for every query: the attention of a query falls with the
+rank of the norm among the tokens before it, or is the same at both ends of the norms, or rises.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _PROFILES: tuple[Callable[[np.ndarray, int], np.ndarray], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What one metric should be in one layer, and what was measured in the head (and by the query) that is most off."""
+    """Expected value of one metric in one layer, and the measured value farthest from it over heads and queries."""
 
     probe: str
     metric: str
@@ -42,24 +42,24 @@ class Reading:
 
     @property
     def error(self) -> float:
-        """How far off it is; infinite where nothing was measured."""
+        """Distance from the expected value; infinite where nothing was measured."""
         return math.inf if math.isnan(self.measured) else abs(self.measured - self.known)
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """The readings of the synthetic run."""
+    """Readings of the synthetic run."""
 
     readings: tuple[Reading, ...]
 
     @property
     def error(self) -> float:
-        """The largest of all."""
+        """Largest error of all readings."""
         return max(reading.error for reading in self.readings)
 
     @property
     def passed(self) -> bool:
-        """Whether all readings are near enough to what is known."""
+        """True when all readings are close enough to the expected values."""
         return self.error <= TOLERANCE
 
     def __str__(self) -> str:
@@ -68,13 +68,15 @@ class Check:
 
 
 def is_synthetic(capture: Capture) -> bool:
-    """Whether a run is this one, of no model."""
+    """Tell whether a run is the synthetic one."""
     return capture.model == capture.architecture == SYNTHETIC and capture.n_layers == len(GAMMA)
 
 
 def synthetic_run() -> Capture:
-    """The synthetic run: 3 layers, 4 query heads on 2 kv heads, 97 tokens; in each head the attention is spread
-    differently. `attention_received` is spread like a query's, so that its Γ is known, too."""
+    """Make the synthetic run: 3 layers, 4 query heads on 2 kv heads, 97 tokens.
+
+    Each head spreads its attention differently. `attention_received` is spread like a query's, so its Γ is known, too.
+    """
     layers, heads, n = len(GAMMA), len(_PROFILES), _TOKENS
     norm = np.stack([_norms(seed, gamma) for seed, gamma in enumerate(GAMMA)])
     by_head = np.repeat(norm, _GROUP, axis=1)
@@ -113,11 +115,10 @@ def synthetic_run() -> Capture:
 
 
 def check(capture: Capture) -> Check:
-    """Measure `synthetic_run()`, however it came here: Γ, normalised ALR and Spearman by every probe, and for the last
-    queries by each of them.
+    """Measure Γ, normalised ALR and Spearman's ρ on the synthetic run, by every probe and by each of the last queries.
 
     Raises:
-        ValueError: it is another run.
+        ValueError: this is another run.
     """
     if not is_synthetic(capture):
         raise ValueError(f"only the synthetic run has numbers that are known; got one of {capture.model}")

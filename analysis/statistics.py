@@ -1,9 +1,9 @@
-"""What a study says of a model: means with intervals over texts, and how stable the order of layers is.
+"""Statistics of a study: means with intervals over texts, and how stable the order of layers is.
 
 Tokens of a text, and heads of a group, are not independent, so nothing here counts them as if they were: texts are what
 is resampled, and documents are where several texts are excerpts of one. An interval is the 95 % percentile bootstrap of
 the mean. It is too narrow with few texts (of normal values it covers the mean in 86 % of cases with 6 texts, 92 % with
-16, 94 % with 32), and with excerpts of few documents (`told_of_documents`).
+16, 94 % with 32), and with excerpts of few documents (`few_documents_warning`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _ROUNDING = 1e-9  # of a difference's size: what varies less over texts does not
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Means:
-    """A figure over texts. Arrays of one shape, such as [L, H]."""
+    """Mean of a metric over texts, with its interval. Arrays of one shape, such as [L, H]."""
 
     mean: np.ndarray  # over the texts in which it is defined; NaN where there is none
     low: np.ndarray  # ends of the interval; NaN where fewer than 2 texts define it
@@ -41,7 +41,7 @@ class Means:
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A number over texts and its 95 % interval; NaN is undefined."""
+    """Mean over texts and its 95 % interval; NaN is undefined."""
 
     value: float
     low: float
@@ -55,16 +55,16 @@ class Interval:
 
 
 def documents_of(n: int, documents: Sequence[str]) -> np.ndarray:
-    """Which document each of n texts is an excerpt of, [n], counted from 0; each is its own where none are given."""
+    """Number the documents that n texts are excerpts of, [n] from 0; without documents each text is its own."""
     numbers = {name: i for i, name in enumerate(dict.fromkeys(documents))}
     return np.array([numbers[name] for name in documents]) if documents else np.arange(n)
 
 
 def resamples(n: int, *, documents: Sequence[str] = (), count: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """How often each of n texts is drawn in each resample with replacement, [count, n] float64.
+    """Draw resamples with replacement: how often each holds each of n texts, [count, n] float64.
 
-    Documents are drawn, and of each that is drawn its excerpts: of a single document, these alone. So an interval is as
-    wide as documents differ, and not narrower than excerpts do, where a few documents are alike by chance.
+    Documents are drawn, then excerpts of each drawn document (of a single document, excerpts alone). So an interval is
+    as wide as documents differ, and no narrower than excerpts do where a few documents are alike by chance.
     (`scipy.stats.bootstrap` knows neither documents nor numbers that some texts leave undefined.)
 
     Args:
@@ -82,7 +82,7 @@ def resamples(n: int, *, documents: Sequence[str] = (), count: int = RESAMPLES, 
 
 
 def resampled_means(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """The mean over texts in each resample: [N, ...] by `resamples` [B, N] -> [B, ...].
+    """Mean over texts in each resample: [N, ...] by `resamples` [B, N] -> [B, ...].
 
     Of the texts that define a number; NaN where a resample drew none of them.
     """
@@ -94,15 +94,15 @@ def resampled_means(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def nanmean(values: np.ndarray) -> np.ndarray:
-    """The mean over the first axis of what is defined; NaN where nothing is."""
+    """Mean over the first axis of the defined values; NaN where none is."""
     defined = np.isfinite(values)
     count = defined.sum(axis=0)
     total = np.where(defined, values, 0.0).sum(axis=0)
     return np.divide(total, count, where=count > 0, out=np.full(np.shape(total), np.nan))
 
 
-def misses(n: np.ndarray, *, groups: int = 1) -> np.ndarray:
-    """How often the interval of a mean of n normal values that is 0 leaves 0 out; more than 5 % with few texts.
+def miss_rate(n: np.ndarray, *, groups: int = 1) -> np.ndarray:
+    """Rate at which the interval misses 0 where the mean of n normal values is 0; more than 5 % with few texts.
 
     The standard deviation of a resampled mean is that of the n values over √n, and so the interval is that of Student's
     t with √((n - 1) / n) of the normal law's half width.
@@ -118,7 +118,7 @@ def misses(n: np.ndarray, *, groups: int = 1) -> np.ndarray:
 
 
 def means(values: np.ndarray, *, documents: Sequence[str] = (), seed: int = 0) -> Means:
-    """The mean over texts, with its interval, of each number in `values` [N, ...]; NaN is undefined.
+    """Mean over texts, with its interval, of each number in `values` [N, ...]; NaN is undefined.
 
     A resample (`resamples`) counts the texts that define the number, and is left out where it has drawn none of them.
     """
@@ -130,7 +130,7 @@ def means(values: np.ndarray, *, documents: Sequence[str] = (), seed: int = 0) -
 
 
 def simultaneous(values: np.ndarray, *, documents: Sequence[str] = (), seed: int = 0) -> list[Interval]:
-    """The mean over texts of each column of `values` [N, K]; its intervals hold for all K at once in 95 % of cases.
+    """Mean over texts of each column of `values` [N, K], with intervals that hold for all K at once in 95 % of cases.
 
     Of 40 intervals that each miss in 5 % of cases one or two are likely to miss: whoever looks for one that leaves 0
     behind finds it. These are wider.
@@ -176,7 +176,7 @@ def layer_means(study: Study, metric: str = "gamma", *, probe: str = "next token
 
 
 def median_gamma(study: Study, *, probe: str = "next token", seed: int = 0) -> Interval:
-    """The median over heads of the mean Γ over texts; its interval is over texts, the heads stay."""
+    """Median over heads of the mean Γ over texts; its interval resamples texts, not heads."""
     values = study.of("gamma", probe=probe)
     if not np.isfinite(values).any():
         return Interval(np.nan, np.nan, np.nan)
@@ -185,8 +185,8 @@ def median_gamma(study: Study, *, probe: str = "next token", seed: int = 0) -> I
     return Interval(float(_nanmedian(nanmean(values).ravel(), axis=0)), float(low), float(high))
 
 
-def told_of_documents(documents: Sequence[str]) -> str:
-    """What is to be said of the intervals where texts are excerpts of few documents; nothing of many, or not known."""
+def few_documents_warning(documents: Sequence[str]) -> str:
+    """Warn of intervals where texts are excerpts of few documents; empty for many, or where it is not known."""
     n = len(set(documents))
     if not documents or n == len(documents) or n >= MIN_TEXTS:
         return ""
@@ -195,7 +195,7 @@ def told_of_documents(documents: Sequence[str]) -> str:
 
 
 def layer_losses(study: Study, *, probe: str = "next token") -> np.ndarray:
-    """Normalised ALR of each layer on each text, [N, L]: heads count by what there is to lose, as in `skip.layer_loss`.
+    """Normalised ALR of each layer on each text, [N, L]; heads are weighted by their chance level, as in `layer_loss`.
 
     NaN where no head of the layer is defined.
     """
@@ -206,7 +206,7 @@ def layer_losses(study: Study, *, probe: str = "next token") -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How alike two halves of texts order the layers, mean over random splits; NaN is undefined."""
+    """Agreement of two halves of the texts on the order of layers, mean over random splits; NaN is undefined."""
 
     texts: int  # in each half
     spearman: float
@@ -215,7 +215,7 @@ class Agreement:
 
 @dataclass(frozen=True, slots=True)
 class Stability:
-    """How stable the order of the layers is between texts."""
+    """Stability of the order of the layers between texts."""
 
     by_texts: tuple[Agreement, ...]  # of 1, 2, ... texts a half
     stable_from: int | None  # texts from which on Spearman stays at `STABLE` or above; None is "not yet"
@@ -231,10 +231,10 @@ class Stability:
 
 
 def stability(losses: np.ndarray, *, splits: int = SPLITS, seed: int = 0) -> Stability:
-    """How alike two halves of the texts order the layers by mean normalised ALR, for 1, 2, ..., N // 2 texts a half.
+    """Measure how far two halves of the texts agree on the order of layers, for 1, 2, ..., N // 2 texts in each half.
 
     Args:
-        losses: [N, L], `layer_losses` of a study. Layers that a text leaves undefined are not ordered.
+        losses: `layer_losses` of a study, [N, L]. Layers that are undefined on a text are not ordered.
     """
     losses = losses[:, np.isfinite(losses).all(axis=0)]
     n, rng = len(losses), np.random.default_rng(seed)

@@ -1,8 +1,8 @@
-"""One model over 1..N texts: every number per head for each text, kept and resumed. Captures are not kept.
+"""One model over 1..N texts: every metric of every head for each text, saved and resumed. Captures are not kept.
 
 Memory holds one capture at a time; the table grows by 3 probes x 12 metrics x L x H numbers and 3 loss curves for each
-kv head a text. It is written as texts are done, and however the study ends, as one file that is there whole or not at
-all. What the table says is worked out in `analysis.statistics` and `analysis.verdicts`.
+kv head a text. It is written as texts are done, and however the study ends, to one file, atomically. What the table
+says is worked out in `analysis.statistics` and `analysis.verdicts`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from analysis.texts.excerpts import Excerpt, Texts, excerpts_from
 if TYPE_CHECKING:
     from analysis.models.load import LoadedModel
 
-MOST_TEXTS = 10_000  # of a study: intervals over more take more memory than a study of them does
+MOST_TEXTS = 10_000  # in a study: intervals over more would take more memory than the study itself
 AGAIN = "l2kv study TEXTS --out FILE"
 """The command that makes a study."""
 _EACH, _PAUSE = 8, 5.0  # so many texts are each written at once; those after them at most every few seconds
@@ -41,7 +41,7 @@ the study and passes through; what was done is in the file."""
 
 
 def _upgrade(version: int, content: records.Content) -> records.Content:
-    """What a file of version 2 or 3 would say in this one: metrics by their present names."""
+    """Bring the content of version 2 or 3 to this one: metrics by their present names."""
     if version < 2:
         raise ValueError("studies of version 1 cannot be read")
     return content | {"metrics": [_OLD_NAMES.get(name, name) for name in content["metrics"]]}
@@ -50,9 +50,9 @@ def _upgrade(version: int, content: records.Content) -> records.Content:
 @records.record("study", version=4, again=AGAIN, upgrade=_upgrade)
 @dataclass(frozen=True, slots=True, eq=False)
 class Study:
-    """P probes' M metrics of every head of a model on N texts, all or the first of those asked for.
+    """M metrics by P probes of every head of a model, on N texts: all that were asked for, or the first of them.
 
-    Its metrics are those that were registered when it was made, whatever they are today. Loss curves are those of
+    Its metrics are those registered when it was made, not those of today. Loss curves are those of
     `analysis.plans.curves`; files of version 3 and before have none.
     """
 
@@ -102,7 +102,7 @@ class Study:
 
     @property
     def complete(self) -> bool:
-        """Whether all texts asked for are done."""
+        """True when all texts that were asked for are done."""
         return len(self.names) == self.texts
 
     def of(self, metric: str, *, probe: str = "next token") -> np.ndarray:
@@ -124,7 +124,7 @@ class Study:
 
 
 def study_of(capture: Capture, *, probes: Collection[str] = tuple(PROBES)) -> Study:
-    """The study of one text that a run is.
+    """Make a study of one text from a run.
 
     Args:
         probes: which of `PROBES`; fewer are quicker.
@@ -153,15 +153,15 @@ def study(
     on_text: OnText | None = None,
     progress: Progress = unheard,
 ) -> Study:
-    """Capture each text and keep what `analysis.metrics` says of it, and its loss curves.
+    """Capture each text, and keep its metrics and loss curves.
 
     Args:
         texts: (name, text) of each, or `excerpts`. The texts stay in memory, their captures do not.
-        path: where to keep the table. If it is there, it is gone on with: what it holds must be the first of `texts`,
-            in the same model. Whatever ends the study, the texts done are in it; a process that is killed loses those
+        path: file for the table. One that exists is resumed: its texts must be the first of `texts`, in the same
+            model. Whatever ends the study, the texts done are in it; a process that is killed loses those
             of its last few seconds.
-        on_text: hears of the study so far.
-        progress: told the texts done, also within each.
+        on_text: called with the study so far.
+        progress: counts texts, and is called within each, too.
 
     Raises:
         RecordError: the file is of another model, of other texts or of other metrics, or cannot be read or written;
@@ -176,7 +176,7 @@ def study(
     if not given:
         raise TextError("There are no texts to study.")
     if len(given) > MOST_TEXTS:
-        raise TextError(f"A study is of {MOST_TEXTS:,} texts at most, got {len(given):,}.")
+        raise TextError(f"A study takes {MOST_TEXTS:,} texts at most, got {len(given):,}.")
     weights = digest_of(loaded)
     done = written = _resumed(path, loaded.name, weights, given)
     due = 0.0
@@ -212,12 +212,12 @@ def study(
 
 
 def save_study(study: Study, path: str | Path) -> Path:
-    """Write a study, whole or not at all. Raises RecordError, with the reason."""
+    """Write a study to a file, atomically. Raises RecordError if it cannot be written."""
     return records.save(study, path)
 
 
 def load_study(path: str | Path) -> Study:
-    """Read a study, which may come from anyone. Raises RecordError, with the reason."""
+    """Read a study from an untrusted file. Raises RecordError if it is not one."""
     return records.load(Study, path)
 
 
@@ -233,7 +233,7 @@ def _resumed(path: str | Path | None, model: str, weights: str, texts: tuple[Exc
         )
     if (done.probes, done.metrics) != (tuple(PROBES), tuple(METRICS)):
         raise RecordError(
-            f"{path} holds other metrics than are measured now, so it cannot be gone on with. {instead} Then: {AGAIN}"
+            f"{path} holds other metrics than are measured now, so it cannot be resumed. {instead} Then: {AGAIN}"
         )
     if len(done.names) > len(texts):
         raise RecordError(f"{path} holds {len(done.names)} texts already, and {len(texts)} were given. {instead}")

@@ -1,8 +1,8 @@
-"""Which key norms are equal: those that rounding alone tells apart. Knows numpy, and no capture.
+"""Ties: key norms that differ by rounding alone count as equal. Knows numpy; knows no capture.
 
-In layer 0 a key's norm depends on its token alone, yet equal tokens differ there: rotary embedding rounds a key another
-way at each place. All that goes by the order of norms takes such tokens for equal, in any layer, and gives them one
-rank: so it does not hang on how they were rounded. (The cache needs one order, and keeps the earlier of two equals.)
+In layer 0 a key's norm depends on its token alone, yet equal tokens differ there: rotary embedding rounds a key
+differently at each position. Whatever goes by the order of norms treats such tokens as equal, in any layer, and gives
+them one rank, so no number depends on the rounding. (The cache needs one order, and keeps the earlier of two equals.)
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _EPS = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}  # from 1
 
 
 def tolerance(dtype: str) -> float:
-    """How far two norms may be apart, relative to the lower one, and still be equal.
+    """Largest difference of two equal norms, relative to the lower one.
 
     The eps of the dtype that the keys had, and two of float32's, in which norms are summed up. (Measured in layer 0 of
     seven models: one token's lowest norm and its highest are up to 1.0 eps apart in bfloat16 and float16 where heads
@@ -23,7 +23,7 @@ def tolerance(dtype: str) -> float:
 
 
 def levelled(norm: np.ndarray, dtype: str) -> np.ndarray:
-    """Norms [..., n] of keys that had a dtype (as "bfloat16"), float64: equals are all set to the lowest of them.
+    """Set equal norms [..., n] of keys of a dtype (such as "bfloat16") to the lowest among them, float64.
 
     Neighbours in ascending order are never equal if they are further apart than the `tolerance`. A chain of closer ones
     may be longer than it: there, two neighbours are equal if the run around them, of gaps no wider than theirs, spreads
@@ -48,7 +48,7 @@ def levelled(norm: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def shared_ranks(values: np.ndarray) -> np.ndarray:
-    """The lowest and the highest rank [2, ..., n] of each value's equals: 1..n along the last axis, ascending.
+    """Lowest and highest rank among each value's equals, [2, ..., n]: 1..n along the last axis, ascending.
 
     The mean of the two is the rank that equals share (mid-rank), as of `scipy.stats.rankdata`, which would sort twice
     for both, and takes half a second to import.
@@ -66,8 +66,8 @@ def shared_ranks(values: np.ndarray) -> np.ndarray:
     return ranks
 
 
-def evened(attention: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Attention [..., n] in ascending order of values [..., n], equals each with the mean of theirs.
+def average_ties(attention: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Order attention [..., n] by ascending values [..., n]; equal values each get the mean of their attention.
 
     Its sums are what is expected where equals come in any order: within a group of equals they grow evenly.
     """

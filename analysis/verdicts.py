@@ -1,8 +1,7 @@
-"""What each head says of the paper's claim, and the answer for a model in a few sentences: from a study of 1..N texts.
+"""Verdicts of heads on the paper's claim, and the answer for a model in a few sentences, from a study of 1..N texts.
 
-A run is a study of one text (`studies.study_of`). One text has no interval: there a sign is called where |Γ| is not
-weak. Over `MIN_TEXTS` texts or more it is called where the whole interval over texts is on one side of 0; with fewer,
-but more than one, there is no verdict.
+A run is a study of one text (`studies.study_of`). One text has no interval: there a sign counts if |Γ| is not weak.
+Over `MIN_TEXTS` texts or more it counts if the whole interval is on one side of 0; in between there is no verdict.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from analysis.metrics import LEAST_MASS
-from analysis.statistics import MIN_TEXTS, means, median_gamma, told_of_documents
+from analysis.statistics import MIN_TEXTS, few_documents_warning, means, median_gamma
 from analysis.words import counted, ranges, signed
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ UNSTABLE = 0.25  # more texts than this on either side: the sign depends on the 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a verdict means."""
+    """Meaning of a verdict, for one text and for many."""
 
     on_one: str
     """On one text; empty where it is not given there."""
@@ -74,13 +73,13 @@ _OF_SIGNS = {
 
 
 def meanings(n_texts: int) -> dict[str, str]:
-    """Meanings of the verdicts that there are on so many texts, by name, in the order of `VERDICTS`."""
+    """List the verdicts that are possible on so many texts, with their meanings, in the order of `VERDICTS`."""
     told = {name: of.on_one if n_texts == 1 else of.on_many for name, of in VERDICTS.items()}
     return {name: words for name, words in told.items() if words}
 
 
 def verdicts(study: Study, *, probe: str = "next token", seed: int = 0) -> np.ndarray:
-    """Verdict of each head, [L, H] of str, keys of `VERDICTS`."""
+    """Judge each head: [L, H] of str, keys of `VERDICTS`."""
     gammas = (study.of(metric, probe=probe) for metric in ("gamma", "gamma_skip_first"))
     return verdicts_of(*gammas, documents=study.documents, seed=seed)
 
@@ -88,12 +87,13 @@ def verdicts(study: Study, *, probe: str = "next token", seed: int = 0) -> np.nd
 def verdicts_of(
     gamma: np.ndarray, skip_first: np.ndarray, *, documents: Sequence[str] = (), seed: int = 0
 ) -> np.ndarray:
-    """`verdicts` from Γ of N texts with the first token and without it, [N, L, H] each; NaN is undefined.
+    """Judge each head by Γ of N texts with the first token and without it, [N, L, H] each; NaN is undefined.
 
-    In this order, so that they exclude each other: undefined, if too few texts define Γ; unstable, if Γ with the first
-    token is; else by the two signs. A sign of many texts is that of the whole interval, and none where too few texts
-    define that Γ (without the first token next to no attention may be left), nor where it is unstable: as texts grow
-    many an interval leaves 0 behind, however many texts say the opposite.
+    In this order: undefined, if too few texts define Γ; unstable, if Γ with the first token is; else by the two signs.
+
+    A sign over many texts is that of the whole interval. There is none where too few texts define that Γ (without the
+    first token next to no attention may be left), nor where it is unstable: with very many texts an interval excludes
+    0 however many texts say the opposite.
     """
     if len(gamma) == 1:
         signs = [_called(np.nan_to_num(one[0])) for one in (gamma, skip_first)]
@@ -110,12 +110,12 @@ def verdicts_of(
 
 
 def verdict_counts(verdict: np.ndarray, names: Iterable[str] = tuple(VERDICTS)) -> dict[str, int]:
-    """Number of heads with each verdict of `names`."""
+    """Count the heads with each verdict of `names`."""
     return {name: int((verdict == name).sum()) for name in names}
 
 
 def answer(study: Study, *, probe: str = "next token", seed: int = 0) -> str:
-    """Does low norm predict attention in this model? In a few sentences: in short, by layer and by head."""
+    """Answer in a few sentences: does low norm predict attention in this model? In short, by layer and by head."""
     verdict, n = verdicts(study, probe=probe, seed=seed), len(study.names)
     counts = verdict_counts(verdict)
     total = verdict.size - counts["undefined"]
@@ -144,9 +144,9 @@ MOSTLY, CLEARLY = 0.5, 0.75  # shares of the heads above which the answer is "Mo
 
 
 def in_short(follows: int, mirror: int, total: int) -> str:
-    """The answer in a word: of `total` heads that tell anything, so many follow the paper, so many do the opposite.
+    """Answer in a word, from the numbers of heads that follow the paper or do the opposite, of `total` with a verdict.
 
-    Symmetric: what would be yes, with low and high norms exchanged is no.
+    It is symmetric: exchanging low and high norms turns yes into no.
     """
     if follows > CLEARLY * total:
         return "Yes."
@@ -160,7 +160,7 @@ def in_short(follows: int, mirror: int, total: int) -> str:
 
 
 def by_layer(verdict: np.ndarray) -> str:
-    """What more than half of the heads of each layer say, in a sentence: [L, H] of verdicts."""
+    """Say in a sentence what more than half of the heads of each layer show, from verdicts [L, H]."""
     layers: dict[str, list[int]] = {}
     for layer, heads in enumerate(verdict):
         layers.setdefault(_of_a_layer(heads), []).append(layer)
@@ -194,7 +194,7 @@ def _median(study: Study, probe: str, seed: int) -> str:
     median, n = median_gamma(study, probe=probe, seed=seed), len(study.names)
     if n == 1:
         return f"Median Γ {signed(median.value)}."
-    return f"Median Γ {median}, over {counted(n, 'text')}. {told_of_documents(study.documents)}".rstrip()
+    return f"Median Γ {median}, over {counted(n, 'text')}. {few_documents_warning(study.documents)}".rstrip()
 
 
 def _called(gamma: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""How numbers, and lists of them, are written in sentences and tables. Knows no model and no plot."""
+"""Words for numbers and lists of them, in sentences and tables. Knows no models and no plots."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ import numpy as np
 
 
 def signed(value: float) -> str:
-    """A correlation: two decimals, its sign, and a true minus."""
+    """Write a correlation with two decimals, its sign, and a true minus."""
     return "undefined" if np.isnan(value) else f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
 
 
 def counted(n: int, noun: str) -> str:
-    """1, "text" -> "1 text"; 3, "text" -> "3 texts"."""
+    """Count things: 1, "text" -> "1 text"; 3, "text" -> "3 texts"."""
     return f"{n:,} {noun}{'s' * (n != 1)}"
 
 
 def span(numbers: Iterable[int]) -> str:
-    """The least and the largest of some numbers: "60 to 80", or "60" where they are one."""
+    """Write the range of some numbers: "60 to 80", or "60" if they are equal."""
     least, most = min(numbers), max(numbers)
     return f"{least}" if least == most else f"{least} to {most}"
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """[1, 2, 3, 7] -> "1-3, 7"."""
+    """Write runs of numbers: [1, 2, 3, 7] -> "1-3, 7"."""
     starts = [n for n in numbers if n - 1 not in numbers]
     ends = [n for n in numbers if n + 1 not in numbers]
     return ", ".join(f"{start}-{end}" if end > start else f"{start}" for start, end in zip(starts, ends, strict=True))
 
 
 def layers_listed(layers: Sequence[int]) -> str:
-    """Layers in words: "layer 3", "layers 0, 1", or "no layer"."""
+    """Write a list of layers: "layer 3", "layers 0, 1", or "no layer"."""
     return f"layer{'s' * (len(layers) != 1)} {', '.join(map(str, layers))}" if layers else "no layer"
 
 
 def human_bytes(n: float) -> str:
-    """1536 -> "1.5 KiB"."""
+    """Write a number of bytes: 1536 -> "1.5 KiB"."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if abs(n) < 1024 or unit == "TiB":
             return f"{n:.0f} {unit}" if unit == "B" or n >= 100 else f"{n:.1f} {unit}"

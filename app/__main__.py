@@ -19,7 +19,7 @@ def main(options: Sequence[str] = ()) -> None:
 
 
 def _make_ready() -> None:
-    """Import what the first page needs, and work out what it shows, while a browser loads the page around it."""
+    """Import and compute what the first page needs while a browser loads the frame around it."""
     from streamlit.runtime import Runtime
 
     while not Runtime.exists():  # parts of pages are registered with it

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class Engine:
-    """Whoever works with the model takes a turn; a closed tab gives its turn up at the next sign of life."""
+    """Turns at the model: one session has it at a time. A closed tab gives up its turn at its next step."""
 
     def __init__(self) -> None:
         self._queue: deque[object] = deque()
@@ -49,16 +49,16 @@ class Engine:
 
     @property
     def ref(self) -> str | None:
-        """What the resident model was asked for by."""
+        """Reference of the resident model."""
         return self._ref
 
     @property
     def waiting(self) -> int:
-        """Sessions at work or in the queue."""
+        """Number of sessions at work or in the queue."""
         return len(self._queue)
 
     def tokenizer_and_config(self, ref: str) -> tuple[PreTrainedTokenizerBase, PretrainedConfig] | None:
-        """Of the resident model, or of one on this machine; None where it would have to be fetched first."""
+        """Tokenizer and config of the resident model, or of one on this machine; None if it has to be fetched first."""
         if self._loaded is not None and self._ref == ref:
             return self._loaded.tokenizer, self._loaded.config
         packaged = PACKAGED.get(ref)
@@ -69,10 +69,10 @@ class Engine:
     def turn(
         self, ref: str, *, on_wait: Callable[[int], object], on_load: Callable[[], object]
     ) -> Iterator[LoadedModel]:
-        """The model `ref`, for as long as the block lasts, once all who came before are done.
+        """Lend the model `ref` for the block, once all earlier sessions are done.
 
         Args:
-            on_wait: called a few times a second with the number of sessions ahead; what it raises gives up the place.
+            on_wait: called a few times a second with the number of sessions ahead; an exception gives up the place.
             on_load: called before a model is loaded.
         """
         ticket = object()
@@ -94,13 +94,13 @@ class Engine:
 
     @contextmanager
     def lend(self, ref: str, progress: Progress) -> Iterator[LoadedModel]:
-        """`turn`, for a model that a user named: found or fetched, or refused, before anyone has to wait for it.
+        """Take a `turn` with a model that a user named; it is found, fetched or refused before anyone waits for it.
 
         Args:
-            progress: told each stage in full, with no count; what it raises gives up.
+            progress: called with the name of each stage, without a count; an exception gives up.
 
         Raises:
-            ModelError: the model is not allowed here, is not there, or is none that can be loaded.
+            ModelError: the model is not allowed, does not exist, or cannot be loaded.
         """
         ref = check_allowed(ref)
 
@@ -131,7 +131,7 @@ class Engine:
 
 
 def allowed_models() -> list[str]:
-    """Models that need no hub: the bundled ones, and those in the folders that the operator allowed.
+    """List the models that need no hub: bundled ones, and those in the folders that the operator allowed.
 
     A GGUF file may lie two folders deeper: LM Studio has them by maker and model.
     """
@@ -144,7 +144,7 @@ def allowed_models() -> list[str]:
 
 
 def check_allowed(ref: str) -> str:
-    """A bundled name, a folder or file in one that the operator allowed, or a hub id. Raises ModelError for others."""
+    """Check that a model is bundled, in an allowed folder, or a hub id. Raises ModelError for others."""
     ref = ref.strip()
     if ref in NAMED_MODELS:
         return ref

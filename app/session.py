@@ -1,7 +1,7 @@
-"""What a session holds: each key of `st.session_state` that parts of the app share is a `Slot` here, and nowhere else.
+"""State of a session: each key of `st.session_state` that parts of the app share is a `Slot` here, and nowhere else.
 
-Also what is on screen (a run, a study, a plan, the open head) and what was worked out of it. Draws nothing. Keys that
-one widget or one page has for itself stay there.
+It also knows what is on screen (a run, a study, a plan, the open head) and what was computed from it. Draws nothing.
+Keys of a single widget or page stay there.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ class Slot(Generic[Value]):
         return value
 
     def set(self, value: Value) -> None:
-        """Put a value in; before the widget of that key is drawn, if it has one."""
+        """Set the value, before the widget of that key is drawn if there is one."""
         st.session_state[self.key] = value
 
     def held(self) -> bool:
-        """Whether there is a value that somebody put in."""
+        """Tell whether a value was set."""
         return self.key in st.session_state
 
     def drop(self) -> None:
-        """Go back to the default."""
+        """Return to the default."""
         st.session_state.pop(self.key, None)
 
     def take(self) -> Value:
-        """Return the value and drop it: what is to be said once."""
+        """Return the value and drop it: for messages that are shown once."""
         value = self.get()
         self.drop()
         return value
@@ -132,10 +132,10 @@ _OF_THE_DEMO: _Remembered = {}
 def remembered(
     work: Callable[Concatenate[Thing, Settings], Answer],
 ) -> Callable[Concatenate[Thing, Settings], Answer]:
-    """Have a function of a run or a study, and of settings, work each answer out once.
+    """Cache the results of a function of a run or a study and of settings.
 
-    The session keeps the latest answers on one thing; not the process, which would keep the runs of closed tabs. Only
-    those on the demo run are kept for all.
+    The session keeps the latest results on one run or study; the process would keep the runs of closed tabs. Only
+    results on the demo run are kept for all sessions.
     """
     name = f"{work.__module__}.{work.__qualname__}"
 
@@ -166,26 +166,26 @@ def _own_answers() -> _Remembered:
 
 @lru_cache(maxsize=2)
 def bundled_run(model: str) -> Capture:
-    """The run of a model that comes with the program, one of `BUNDLED_RUNS`."""
+    """Load the bundled run of a model, one of `BUNDLED_RUNS`."""
     run = bundled_results(model).demo
     assert run is not None
     return load_run(run)
 
 
 def demo_run() -> Capture:
-    """The run that the app opens on."""
+    """Load the run that the app opens on."""
     return bundled_run(demo_model())
 
 
 @remembered
 def study_of_run(run: Capture, probe: str) -> Study:
-    """The study of one text that a run is, by one probe."""
+    """Make the study of one text from a run, by one probe."""
     return study_of(run, probes=(probe,))
 
 
 @remembered
 def values_of(run: Capture, skip_first: int, probe: str = "next token") -> HeadValues:
-    """Metrics of all heads by a probe. Those that are about the first token are of all tokens, whatever is skipped."""
+    """Metrics of all heads by a probe. Metrics of the first token itself ignore `skip_first`."""
     study = study_of_run(run, probe)
     whole = HeadValues(study.metrics, study.values[0, 0], study.status[0, 0])
     if not skip_first:
@@ -217,39 +217,39 @@ def gamma_by_query(run: Capture, skip_first: int) -> np.ndarray:
 
 @remembered
 def curves_of(run: Capture, protect_last: int) -> LossCurves:
-    """What each kv head loses at each keep ratio."""
+    """Loss curves of a run."""
     return loss_curves(run, protect_last=protect_last)
 
 
 def current_run() -> Capture:
-    """The run on screen: the session's own, or the demo."""
+    """Run on screen: the session's own, or the demo."""
     return RUN.get() or demo_run()
 
 
 def is_bundled() -> bool:
-    """Whether a run that comes with the program is on screen."""
+    """Tell whether a bundled run is on screen."""
     return is_demo() or any(current_run() is bundled_run(model) for model in BUNDLED_RUNS)
 
 
 def is_demo() -> bool:
-    """Whether the demo run is on screen."""
+    """Tell whether the demo run is on screen."""
     return RUN.get() is None
 
 
 def show_run(run: Capture | None) -> None:
-    """Put a run on screen; None is the demo. What was chosen for the old one, its model among it, goes with it."""
+    """Put a run on screen; None is the demo. Choices made for the old run, such as its model, are dropped."""
     RUN.set(run)
     _drop_all_of("run")
 
 
 def other_run() -> Capture | None:
-    """The run that the one on screen is compared with: one that was opened or held, or the demo, or none."""
+    """Run that the one on screen is compared with: an opened or held one, the demo, or none."""
     run = OTHER_RUN.get()
     return demo_run() if run is None and not is_demo() else run
 
 
 def compare_with(run: Capture | None) -> None:
-    """Compare the run on screen with this one; None is the demo, where another is on screen."""
+    """Compare the run on screen with another; None is the demo, if it is not on screen."""
     OTHER_RUN.set(run)
 
 
@@ -260,9 +260,9 @@ def _bundled_study(model: str) -> Study | None:
 
 
 def current_study() -> Study | None:
-    """The study on screen: the session's own, or the bundled one of the model on screen. None where there is none.
+    """Study on screen: the session's own, else the bundled one of the model on screen, else None.
 
-    One of another model than the run's is shown for as long as the user wants it, and not as that model's answer.
+    A study of a different model is shown for as long as the user wants it, and not as the answer for the run's model.
     """
     own, model = STUDY.get(), current_run().model
     if own is not None and (own.model == model or STUDY_ANYWAY.get()):
@@ -271,25 +271,25 @@ def current_study() -> Study | None:
 
 
 def study_of_another() -> Study | None:
-    """The session's own study, where it is of another model than the run on screen."""
+    """The session's own study, if its model is not that of the run on screen."""
     own = STUDY.get()
     return own if own is not None and own.model != current_run().model else None
 
 
 def show_study(study: Study | None) -> None:
-    """Put a study on screen; None is the bundled one. The head that was chosen was of the old one."""
+    """Put a study on screen; None is the bundled one. The choice of a head is dropped with the old one."""
     STUDY.set(study)
     STUDY_ANYWAY.set(study is not None)  # whatever the run on screen is of
     _drop_all_of("study")
 
 
 def plan_in_use() -> Plan | None:
-    """The plan that Generate can decode with."""
+    """Plan that Generate can decode with."""
     return PLAN.get()
 
 
 def use_plan(plan: Plan | None) -> None:
-    """Put a plan into the session, or drop the one that is there; Generate begins with it."""
+    """Use a plan in Generate, or drop the current one."""
     PLAN.set(plan)
     if plan is not None:  # beside it, one ratio for all of the same budget
         SECOND_KEEP_RATIO.set(min(max(round(20 * plan.spec.keep_ratio), 1), 20) / 20)
@@ -304,9 +304,9 @@ def choose_head(layer: int, head: int) -> None:
 
 
 def chosen_head(run: Capture) -> tuple[int, int]:
-    """The open head; at first the one that follows the paper most, or errs least against it.
+    """Open head; at first the one that follows the paper most, or contradicts it least.
 
-    Of those that there is something to see in, if there are any: not one that looks at nothing but the first token.
+    Heads that look at nothing but the first token are avoided if there are others.
     """
     if not (LAYER.held() and HEAD.held()):
         values = values_of(run, 0)

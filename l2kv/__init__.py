@@ -1,4 +1,4 @@
-"""KV-cache compression by key norm for transformers models. See `CompressedCache` and `compressible`."""
+"""KV cache compression by key norm for transformers models. See `CompressedCache` and `compressible`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 from l2kv.cache import CompressedCache as CompressedCache
 from l2kv.cache import l2_compress as l2_compress
 from l2kv.calibration import q_filters as q_filters
+from l2kv.calibration import special_ids as special_ids
 from l2kv.config import CacheShape as CacheShape
 from l2kv.decoding import decode_one_token as decode_one_token
 from l2kv.decoding import prefill as prefill

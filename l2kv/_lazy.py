@@ -1,7 +1,7 @@
-"""Packages whose names are imported when they are first used, so that what needs no torch does not wait for it.
+"""Lazy imports: a package's names are imported on first use, so that what needs no torch does not wait for it.
 
-A package's stub (`__init__.pyi`) lists its public names once: type checkers and editors read them there, and so does
-this, as scikit-image's lazy_loader does.
+A package's stub (`__init__.pyi`) lists its public names once, for type checkers, editors and this module, as with
+scikit-image's lazy_loader.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def lazy_names(package: str, file: str) -> tuple[Callable[[str], Any], list[str]]:
-    """A package's `__getattr__` (PEP 562) and `__all__`, from the stub beside its `__init__.py`, which is `file`."""
+    """Make a package's `__getattr__` (PEP 562) and `__all__` from the stub beside its `__init__.py` (`file`)."""
     stub = ast.parse(Path(file).with_suffix(".pyi").read_text(encoding="utf-8"))
     home = {name.name: node.module for node in stub.body if isinstance(node, ast.ImportFrom) for name in node.names}
 

@@ -1,7 +1,7 @@
-"""Attention over a compressed layer. Knows no policy.
+"""Attention over a compressed layer. Knows no policies.
 
-It goes through the model's own: for all heads at once where they hold the same number of pairs, else head by head. A
-single token, as most are, attends to the pages of all heads at once.
+It goes through the model's own attention: for all heads at once where they hold the same number of pairs, else head by
+head. A single token, the usual case, attends to the pages of all heads at once.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ def attend(
     *,
     times: int = 1,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of the latest queries [B, H, q, D] to all that the layer holds: ([B, q, H, D], None).
+    """Compute the attention of the latest queries [B, H, q, D] to all that the layer holds: ([B, q, H, D], None).
 
     Args:
-        layer: what is attended to.
+        layer: the layer to attend to.
         inner: the model's own attention.
-        module: its attention layer.
-        query: after rotary embedding.
-        mask: that of the longest layer, [B or 1, 1, q, n], or None where it hides the future alone.
+        module: the model's attention layer.
+        query: queries after the rotary embedding.
+        mask: mask of the longest layer, [B or 1, 1, q, n], or None where it hides the future alone.
         options: options of the attention call.
-        times: how often the model's own attention expects each kv head repeated.
+        times: number of repeats of each kv head that the model's own attention expects.
 
     Raises:
-        UnsupportedModelError: a position bias or a window, which go by the place in the cache.
+        UnsupportedModelError: the model has a position bias or a window, which go by the place in the cache.
     """
     if options.get("position_bias") is not None:
         raise UnsupportedModelError(
@@ -119,9 +119,9 @@ def _head_by_head(query: Tensor, parts: Sequence[Part], scale: float | None, dro
 
 
 def check_mask(layer: CompressedLayer, queries: int, mask: Tensor) -> None:
-    """Raise UnsupportedModelError unless a mask [B or 1, 1, q, n] shows each query all that precedes it, but padding.
+    """Raise UnsupportedModelError unless a mask [B or 1, 1, q, n] hides nothing but the future and padding.
 
-    Else it was made of what the cache holds, place by place, and these places are others where tokens are gone.
+    Any other mask goes by places in the cache, and these change where tokens are evicted.
     """
     past = _shown(mask).tril(mask.shape[-1] - queries)
     expected = torch.ones_like(past).tril(mask.shape[-1] - queries)
@@ -137,7 +137,7 @@ def _shown(mask: Tensor) -> Tensor:
 
 
 def _masks(layer: CompressedLayer, query: Tensor, mask: Tensor | None) -> Iterator[Tensor | None]:
-    """Mask of each part. All that was held before precedes all queries, so only the length differs..."""
+    """Masks, one for each part. All that was held before precedes all queries, so only the length differs..."""
     if layer.first_real is None:
         for part in layer.parts():
             yield mask if mask is None else mask[..., -part.held :]

@@ -1,4 +1,4 @@
-"""A KV cache that evicts: `CompressedCache`, live, and `l2_compress`, once. Knows no text and no attention score."""
+"""KV caches that evict: `CompressedCache` as it goes, `l2_compress` once. Knows no text and no attention score."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, TypeAlias, TypeVar
 
+import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PretrainedConfig
 from transformers.cache_utils import (
@@ -34,7 +35,7 @@ AnyLayer = TypeVar("AnyLayer", bound=Layer)
 
 
 class CompressedCache(TracedCache):
-    """A transformers cache that evicts tokens after every step, and frees their memory.
+    """A transformers cache that evicts pairs after every step and frees their memory.
 
     Use it inside `compressible(model)`, as `past_key_values` of a forward pass or of `generate()`. Sliding-window
     layers and running states, which are bounded already, evict nothing. Each row of a batch keeps its own tokens, the
@@ -44,16 +45,30 @@ class CompressedCache(TracedCache):
     Args:
         config: the model's config.
         spec: what to keep.
-        filters: directions [L, Hkv, D] for the policy `q_filters`, as the function `l2kv.q_filters` finds them.
+        filters: directions [L, Hkv, D] for the policy `q_filters`, from the function `l2kv.q_filters`.
+        special_ids: tokens that the policy `fastgen` keeps, from the function `l2kv.special_ids`.
 
     Raises:
         UnsupportedModelError: the model has no keys to compress (encoders, recurrent models, latent attention).
-        SpecError: the spec names a layer or a head that the model does not have, or the policy needs filters.
+        SpecError: the spec names a layer or a head that the model does not have, or the policy needs filters or ids.
     """
 
-    def __init__(self, config: PretrainedConfig, spec: CompressionSpec, *, filters: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        spec: CompressionSpec,
+        *,
+        filters: Tensor | None = None,
+        special_ids: Iterable[int] | None = None,
+    ) -> None:
         super().__init__(layers=_layers_for(config.get_text_config(decoder=True), spec, filters))
+        if POLICIES[spec.policy].needs_token_ids and special_ids is None:
+            raise SpecError(
+                f"The policy {spec.policy} goes by token ids, and needs to know which are special: "
+                "CompressedCache(config, spec, special_ids=special_ids(tokenizer))."
+            )
         self.spec = spec
+        self._special_ids = tuple(special_ids or ())
         self.serving = False  # inside a forward pass of a model prepared with `compressible`
 
     @classmethod
@@ -64,8 +79,10 @@ class CompressedCache(TracedCache):
         spec: CompressionSpec,
         *,
         attention_mask: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        special_ids: Iterable[int] | None = None,
     ) -> CompressedCache:
-        """Compress a full cache, as if its tokens had been run into a compressed one, which goes on evicting.
+        """Compress a full cache as if its tokens had been run into a compressed one, which continues to evict.
 
         So one forward pass over a prompt serves many specs. The full cache is not changed, and shares no memory.
 
@@ -74,17 +91,24 @@ class CompressedCache(TracedCache):
             config: the model's config.
             spec: what to keep.
             attention_mask: [B, tokens seen], as the model was given it: needed where rows are padded.
+            input_ids: [B, tokens seen], needed where the policy goes by token ids, as are the next.
+            special_ids: as for the constructor.
 
         Raises:
             SpecError: the policy needs queries or filters, which a full cache does not hold; or as the constructor.
             ValueError: the mask hides anything but padding on the left.
         """
         _check_keys_alone(spec, "run the prompt into a CompressedCache")
-        cache = cls(config, spec)
+        cache = cls(config, spec, special_ids=special_ids)
+        cache.note_tokens(input_ids)
         for i, (layer, source) in enumerate(zip(cache.layers, full.layers, strict=True)):
             if isinstance(layer, CompressedLayer):
                 assert isinstance(source, CacheLayerMixin)
                 _fill(_with_states_of(source, layer), source, attention_mask)
+                if layer.special is not None and layer.special.shape != _shape(layer):
+                    raise SpecError(
+                        f"input_ids must be of shape {list(_shape(layer))}, got {list(layer.special.shape)}"
+                    )
                 layer.evict_now()
             else:
                 cache.layers[i] = _copied(source)
@@ -94,7 +118,7 @@ class CompressedCache(TracedCache):
     def _holding(cls, layers: list[Layer], spec: CompressionSpec) -> CompressedCache:
         cache = cls.__new__(cls)
         TracedCache.__init__(cache, layers=layers)
-        cache.spec, cache.serving = spec, False
+        cache.spec, cache.serving, cache._special_ids = spec, False, ()
         return cache
 
     def update(
@@ -109,8 +133,22 @@ class CompressedCache(TracedCache):
             )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
+    def note_tokens(self, input_ids: Tensor | None) -> None:
+        """Tell a policy that goes by token ids which tokens [B, q] come next. Raises SpecError where there are none."""
+        if not POLICIES[self.spec.policy].needs_token_ids:
+            return
+        if input_ids is None:
+            raise SpecError(f"The policy {self.spec.policy} goes by token ids: give input_ids, not embeddings.")
+        special = torch.isin(input_ids, torch.tensor(self._special_ids, dtype=torch.long, device=input_ids.device))
+        layers = self.compressed_layers()
+        for layer in layers[:1]:  # what holds for one holds for all
+            if layer.special is not None:
+                special = torch.cat([layer.special[:, : layer.seen].to(special.device), special], dim=1)
+        for layer in layers:
+            layer.special = special
+
     def check_even(self) -> None:
-        """Raise RuntimeError if a forward pass over it stopped before its end."""
+        """Raise RuntimeError if the last forward pass stopped before its end."""
         half = any(layer.unattended for layer in self.compressed_layers())
         if half or len({n for layer in self.layers if (n := _seen(layer)) is not None}) > 1:
             raise RuntimeError(
@@ -119,7 +157,7 @@ class CompressedCache(TracedCache):
             )
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Sizes for the mask that all compressed layers share: that of the longest, cropped by the others."""
+        """Sizes of the mask that all compressed layers share: that of the longest layer, which the others crop."""
         if not isinstance(self.layers[layer_idx], CacheLayerMixin):  # it has none: that of the others is meant
             layer_idx = next(i for i, layer in enumerate(self.layers) if isinstance(layer, CacheLayerMixin))
         if not isinstance(self.layers[layer_idx], CompressedLayer):
@@ -127,16 +165,16 @@ class CompressedCache(TracedCache):
         return max(self.compressed_layers(), key=lambda layer: layer.held).get_mask_sizes(query_length)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused by the layers that evict, and so before any other is touched. Raises ValueError."""
+        """Refuse to crop, before any layer is changed. Raises ValueError."""
         for layer in sorted(self.layers, key=lambda layer: not isinstance(layer, CompressedLayer)):
             layer.crop(tokens_to_remove)  # type: ignore[union-attr]  # all of them have it
 
     def compressed_layers(self) -> list[CompressedLayer]:
-        """Layers that may evict."""
+        """Numbers of the layers that may evict."""
         return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
 
     def kept_positions(self, layer_idx: int) -> list[Tensor]:
-        """True positions held by each kv head of a layer, ascending: Hkv int64 tensors [B, held].
+        """Positions in the text that each kv head of a layer holds, ascending: Hkv int64 tensors [B, held].
 
         There are none before the first token.
 
@@ -151,14 +189,14 @@ class CompressedCache(TracedCache):
 
     @property
     def lender(self) -> int | None:
-        """The layer whose keys others borrow (Gemma 3n): the last that evicts before the first without a cache."""
+        """Layer whose keys others borrow (Gemma 3n): the last to evict before the first without a cache."""
         kinds = [type(layer) for layer in self.layers]
         before = kinds.index(DummyLayer) if DummyLayer in kinds else 0
         return max((i for i in range(before) if isinstance(self.layers[i], CompressedLayer)), default=None)
 
     @property
     def held(self) -> tuple[int, ...]:
-        """Number of tokens that each layer holds, by the kv head that holds most."""
+        """Number of tokens that each layer holds, in the kv head that holds most."""
         return tuple(max(heads, default=0) for heads in self.held_by_head)
 
     @property
@@ -168,7 +206,7 @@ class CompressedCache(TracedCache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of key and value storage of all layers, slack included.
+        """Number of bytes of key and value storage in all layers, slack included.
 
         Ranks take 8 more per pair and kv head, and the attention sums of `accumulated` 4; `window` holds 32 queries per
         layer.
@@ -177,10 +215,10 @@ class CompressedCache(TracedCache):
 
 
 def cache_nbytes(cache: Cache, *, slack: bool = True) -> int:
-    """Bytes of key and value storage of any transformers cache, counted from its tensors.
+    """Count the bytes of keys and values in any transformers cache, from its tensors.
 
     Args:
-        slack: count storage that waits for more tokens, too.
+        slack: include storage that is reserved for more tokens.
     """
     return sum(_layer_nbytes(layer, slack) for layer in cache.layers)
 
@@ -204,10 +242,10 @@ def l2_compress(
     protect_last: int = 0,
     seed: int = 0,
 ) -> CompressedCache:
-    """Compress a cache once, as in the paper's README: of the n pairs a head holds, `ceil(keep_ratio * n)` stay.
+    """Compress a cache once, as in the paper's README: each head keeps `ceil(keep_ratio * n)` of its n pairs.
 
     The result evicts nothing more until it is compressed again. Give it to a model prepared with `compressible`. The
-    old cache is not changed: drop it, and the model's outputs that hold it, to have its memory back.
+    old cache is not changed: drop it, and the model outputs that hold it, to free its memory.
 
     Args:
         past_key_values: a `DynamicCache` after a forward pass, or a compressed cache.
@@ -216,9 +254,9 @@ def l2_compress(
         keep_ratio, prune_after, skip_layers, policy, protect_first, protect_last, seed: as in `CompressionSpec`.
 
     Raises:
-        TypeError: no cache, or one whose pairs cannot be read (quantised, static, offloaded).
-        SpecError: as `CompressionSpec`, the policy needs more than a cache, or the mask is of another shape.
-        ValueError: the mask hides anything but padding on the left, or contradicts what the cache was told before.
+        TypeError: this is no cache, or one whose pairs cannot be read (quantised, static, offloaded).
+        SpecError: as `CompressionSpec`, the policy needs more than a cache, or the mask has the wrong shape.
+        ValueError: the mask hides anything but padding on the left, or contradicts an earlier one.
     """
     spec = CompressionSpec(
         keep_ratio=keep_ratio,
@@ -231,6 +269,10 @@ def l2_compress(
         schedule="reference",  # of what is held
     )
     _check_keys_alone(spec, "use a CompressedCache from the start")
+    if POLICIES[spec.policy].needs_token_ids:
+        raise SpecError(
+            f"The policy {spec.policy} needs token ids: use a CompressedCache, or CompressedCache.from_full."
+        )
     if not isinstance(past_key_values, (DynamicCache, CompressedCache)):
         raise TypeError(
             "l2_compress needs the past_key_values of a model called with use_cache=True (a DynamicCache), "
@@ -244,7 +286,7 @@ def l2_compress(
 
 
 def _check_keys_alone(spec: CompressionSpec, instead: str) -> None:
-    """Raise SpecError if the policy needs what a cache that is full already does not tell."""
+    """Raise SpecError if the policy needs what a full cache does not hold."""
     policy = POLICIES[spec.policy]
     if policy.needs_attention or policy.needs_filters:
         raise SpecError(f"The policy {spec.policy} needs more than a cache: {instead}.")
@@ -265,7 +307,7 @@ def _compressed_once(spec: CompressionSpec, layer_idx: int, source: Layer, atten
 
 
 def _fill(layer: CompressedLayer, source: CacheLayerMixin, attention_mask: Tensor | None) -> None:
-    """Put what another layer holds into an empty one, which the mask of all tokens seen tells where rows begin."""
+    """Fill an empty layer from another; the mask of all tokens seen tells where rows begin."""
     if isinstance(source, CompressedLayer):
         layer.load(source)
     else:
@@ -274,7 +316,7 @@ def _fill(layer: CompressedLayer, source: CacheLayerMixin, attention_mask: Tenso
         layer.seen = source.get_seq_length()
     if attention_mask is None:
         return
-    shape = (layer.parts()[0].keys.shape[0], layer.seen)
+    shape = _shape(layer)
     if getattr(attention_mask, "shape", None) != shape:
         raise SpecError(
             f"attention_mask must be of shape {list(shape)}, of all tokens that the cache has seen, evicted or not; "
@@ -284,6 +326,11 @@ def _fill(layer: CompressedLayer, source: CacheLayerMixin, attention_mask: Tenso
     if isinstance(source, CompressedLayer):
         check_padding(source.first_real, begins, layer.seen)
     layer.first_real = begins
+
+
+def _shape(layer: CompressedLayer) -> tuple[int, int]:
+    """Number of rows, and of tokens seen."""
+    return layer.parts()[0].keys.shape[0], layer.seen
 
 
 def _copied(source: AnyLayer) -> AnyLayer:
@@ -323,14 +370,14 @@ def _layers_for(config: PretrainedConfig, spec: CompressionSpec, filters: Tensor
         which = ", ".join(f"{n} are a {kind}" for kind, n in others.items())
         raise UnsupportedModelError(f"{config.model_type} has layers that cache more than keys and values: {which}.")
     if not any(isinstance(layer, DynamicLayer) for layer in layers):
-        raise UnsupportedModelError(f"{config.model_type} is without a key/value cache: no layer holds keys to rank.")
+        raise UnsupportedModelError(f"{config.model_type} has no key/value cache: no layer holds keys to rank.")
     _check_layers(spec, len(layers))
     _check_heads(spec, filters, kv_heads_by_layer(config, len(layers)))
     return [_evicting(layer, spec, i, None if filters is None else filters[i]) for i, layer in enumerate(layers)]
 
 
 def _evicting(layer: Layer, spec: CompressionSpec, layer_idx: int, filters: Tensor | None) -> Layer:
-    """The layer of ours in the place of an empty one of transformers', or that one where it never evicts."""
+    """Replace an empty layer of transformers' by one of ours, unless it never evicts."""
     if type(layer) not in _EVICTING:
         return layer
     states = {"number_of_states": layer.number_of_states} if isinstance(layer, LinearAttentionLayer) else {}

@@ -1,4 +1,4 @@
-"""What a model's config says about its cache: the kind of each layer, how large a token is, whether it is supported.
+"""Facts about a model's cache from its config: the kind of each layer, bytes per token, whether it is supported.
 
 Reads configs; knows no tensors, and needs no torch to be imported.
 """
@@ -45,7 +45,7 @@ class CacheShape:
         return cls(layers, heads, kv_heads, head_dim, itemsize)
 
     def nbytes(self, n_tokens: int, spec: CompressionSpec | None = None) -> int:
-        """Bytes of keys and values after `n_tokens`, of all of them or of those that `spec` keeps."""
+        """Number of bytes of keys and values after `n_tokens`: all of them, or those that `spec` keeps."""
         heads = [(layer, head) for layer in self.layers for head in range(self.n_kv_heads)]
         if spec is None:
             pairs = len(heads) * n_tokens
@@ -71,7 +71,7 @@ def layer_kinds(config: PretrainedConfig) -> tuple[str, ...]:
 
 
 def check_compressible(config: PretrainedConfig) -> None:
-    """Raise UnsupportedModelError, with the reason, unless the model is decoder-only and caches keys."""
+    """Raise UnsupportedModelError unless the model is decoder-only and caches keys."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES  # imports torch
 
     # `is_decoder` alone does not tell: GPT-NeoX says False. Encoders are those that fill in masks.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor
 from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
@@ -9,13 +11,18 @@ from l2kv.cache import CompressedCache
 from l2kv.spec import CompressionSpec
 
 
-def new_cache(config: PretrainedConfig, spec: CompressionSpec | None) -> Cache:
+def new_cache(
+    config: PretrainedConfig, spec: CompressionSpec | None, *, special_ids: Iterable[int] | None = None
+) -> Cache:
     """Make an empty cache: one that compresses by `spec`, or a full one where there is none.
+
+    Args:
+        special_ids: as for `CompressedCache`.
 
     Raises:
         SpecError, UnsupportedModelError: as `CompressedCache`.
     """
-    return DynamicCache(config=config) if spec is None else CompressedCache(config, spec)
+    return DynamicCache(config=config) if spec is None else CompressedCache(config, spec, special_ids=special_ids)
 
 
 def prefill(model: PreTrainedModel, input_ids: Tensor, cache: Cache) -> None:
@@ -28,6 +35,6 @@ def prefill(model: PreTrainedModel, input_ids: Tensor, cache: Cache) -> None:
 
 
 def decode_one_token(model: PreTrainedModel, token: Tensor, cache: Cache) -> Tensor:
-    """Greedy next token [B, 1] after `token` [B, 1], which is added to the cache."""
+    """Decode the greedy next token [B, 1] after `token` [B, 1], which is added to the cache."""
     logits: Tensor = model(token, past_key_values=cache, use_cache=True).logits
     return logits[:, -1].argmax(-1, keepdim=True)

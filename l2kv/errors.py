@@ -1,10 +1,10 @@
-"""What can be wrong with a request: a compression that cannot be, or a model that cannot be compressed."""
+"""Errors of the library: an invalid compression, and a model that cannot be compressed."""
 
 from __future__ import annotations
 
 
 class SpecError(ValueError):
-    """A compression that cannot be: a field is out of range or does not fit the model; the message says which."""
+    """An invalid compression: a field is out of range or does not fit the model; the message says which."""
 
 
 class UnsupportedModelError(ValueError):

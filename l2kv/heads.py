@@ -1,4 +1,4 @@
-"""Some kv heads of a layer, and the query heads that belong to them. Query heads h*G to h*G + G - 1 share kv head h."""
+"""Selections of kv heads and of their query heads. Query heads h*G to h*G + G - 1 share kv head h."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def of_query_heads(query: Tensor, heads: tuple[int, ...], kv_heads: int) -> Tens
 
 
 def options_of_heads(options: Mapping[str, Any], heads: tuple[int, ...], kv_heads: int) -> dict[str, Any]:
-    """Options of an attention call as these heads need them: sinks are one logit per query head."""
+    """Select the options of an attention call for these heads: sinks are one logit per query head."""
     sinks = options.get("s_aux")
     if sinks is None:
         return dict(options)
@@ -40,7 +40,7 @@ def in_groups(query: Tensor, repeats: Repeats, kv_heads: int) -> Tensor:
     return grouped
 
 
-def in_the_models_order(output: Tensor, repeats: Repeats, kv_heads: int) -> Tensor:
+def in_model_order(output: Tensor, repeats: Repeats, kv_heads: int) -> Tensor:
     """Order the output of attention, [B, q, H, D], as the model does: the inverse of `in_groups`."""
     if not repeats.in_turn:
         return output

@@ -190,7 +190,7 @@ def _weakly(attend: Attention) -> weakref.ref[Attention]:
 
 
 class Repeats(NamedTuple):
-    """How a model repeats the kv heads of its cache for its attention, which may repeat them again."""
+    """Repetition of the cache's kv heads by a model for its attention, which may repeat them again."""
 
     times: int = 1
     in_turn: bool = False
@@ -319,13 +319,10 @@ def watching(model: PreTrainedModel, cache: WatchedCache, look: Callable[[Look],
         if taken is not None:
             if taken.repeats.in_turn:
                 raise UnsupportedModelError(
-                    "In this model query heads share keys in another order than as groups of neighbours, which is not "
-                    "looked into yet."
+                    "In this model the query heads that share keys are not neighbours, which is not supported yet."
                 )
             if options.get("position_bias") is not None:
-                raise UnsupportedModelError(
-                    "This model adds a bias to its attention scores that is not looked into yet."
-                )
+                raise UnsupportedModelError("This model adds a bias to its attention scores that is not supported yet.")
             look(Look(taken.layer_idx, taken.source, query, taken.keys, taken.values, mask, options))
         return inner(module, query, key, value, mask, **options)
 

@@ -1,4 +1,4 @@
-"""One layer of a compressed cache: how its pairs are ranked, and which are evicted. They lie in a `Storage`."""
+"""One layer of a compressed cache: ranks its pairs and evicts. The pairs are in a `Storage`."""
 
 from __future__ import annotations
 
@@ -61,6 +61,7 @@ class CompressedLayer(CacheLayerMixin):
         self.values: Tensor | None = None
         self.seen = self._evicted_at = 0
         self.first_real: Tensor | None = None  # [B], where a row begins that is padded on the left
+        self.special: Tensor | None = None  # [B, seen or more] bool, of tokens, where the policy goes by their ids
         self.unattended = False  # appended to, and attention has not come by yet
         self._stored: Storage | None = None  # nothing before the first token
         self._targets: tuple[Target, ...] = ()  # of each kv head
@@ -137,17 +138,17 @@ class CompressedLayer(CacheLayerMixin):
 
     @property
     def ragged(self) -> bool:
-        """Whether kv heads hold different numbers of pairs, or once did."""
+        """True if kv heads hold different numbers of pairs, or once did."""
         return isinstance(self._stored, PagedStorage)
 
     @property
     def pages(self) -> Pages:
-        """All slots of a `ragged` layer, as pages."""
+        """Slots of a `ragged` layer, as pages."""
         assert isinstance(self._stored, PagedStorage)
         return self._stored.pages
 
     def parts(self) -> list[Part]:
-        """All pairs held: one part, or one for each kv head of a `ragged` layer."""
+        """Parts of the pairs held: a single one, or one for each kv head of a `ragged` layer."""
         stored = self._stored
         return [Part(*part) for part in zip(stored.heads, stored[KEYS], stored[VALUES], strict=True)] if stored else []
 
@@ -197,14 +198,14 @@ class CompressedLayer(CacheLayerMixin):
         self._show()
 
     def positions(self) -> list[Tensor]:
-        """True positions of the pairs held, per part: int64 [B, h, held] in storage order."""
+        """Positions in the text of the pairs held, per part: int64 [B, h, held] in storage order."""
         if self._storage.has(RANKS):
             return [ranks.position(of_part) for of_part in self._storage[RANKS]]
         held = torch.arange(self.seen - self.held, self.seen, device=self.device)  # all, in order
         return [held.expand(part.keys.shape[:3]) for part in self.parts()]
 
     def kept_positions(self) -> list[Tensor]:
-        """True positions of the pairs held, per kv head: int64 [B, held], ascending."""
+        """Positions in the text of the pairs held, per kv head: int64 [B, held], ascending."""
         by_part = self.positions() if self.is_initialized else []
         return [head.sort(dim=-1).values for part in by_part for head in part.unbind(dim=1)]
 
@@ -253,12 +254,19 @@ class CompressedLayer(CacheLayerMixin):
             seed=self.spec.seed,
             directions=tuple(directions[self._layer_idx][head] for head in heads) if directions else None,
             filters=None if self._filters is None else self._filters[list(heads)].to(self.device),
+            special=None if self.special is None else self._special_at(positions),
         )
 
-    def visible(self, queries: int) -> list[Tensor]:
-        """What the latest queries may attend to where rows are padded, per part: bool [B, h or 1, q, held].
+    def _special_at(self, positions: Tensor) -> Tensor:
+        """Which tokens are special, at positions [T] or [B, h, T]: bool [B, 1 or h, T]."""
+        assert self.special is not None
+        at = positions.expand(len(self.special), 1, -1) if positions.dim() == 1 else positions
+        return self.special.to(self.device)[:, None].expand(-1, at.shape[1], -1).gather(-1, at)
 
-        A query of the padding may look at all that precedes it: it must not look at nothing, and is looked at by none.
+    def visible(self, queries: int) -> list[Tensor]:
+        """Mask of the pairs that the latest queries see where rows are padded, per part: bool [B, h or 1, q, held].
+
+        A query in the padding sees all that precedes it: it must see something, and no other query sees it.
         """
         alike = not self._storage.has(RANKS)  # all heads hold all
         query_positions = torch.arange(self.seen - queries, self.seen, device=self.device)
@@ -310,17 +318,17 @@ class CompressedLayer(CacheLayerMixin):
         return self.held + query_length, self.seen - self.held
 
     def get_max_length(self) -> int:
-        """-1: there is no maximum."""
+        """Maximal length: -1, there is none."""
         return -1
 
     @property
     def nbytes(self) -> int:
-        """Bytes of key and value storage, slack included."""
+        """Number of bytes of key and value storage, slack included."""
         return self._stored.nbytes if self._stored else 0
 
     @property
     def used_nbytes(self) -> int:
-        """Bytes of the keys and values held, without slack."""
+        """Number of bytes of the keys and values held, without slack."""
         return self._stored.used_nbytes if self._stored else 0
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -347,7 +355,8 @@ class CompressedLayer(CacheLayerMixin):
         if self._stored:
             self._stored.map_rows(change)
             self._show()
-        self._queries, self.first_real = (x if x is None else change(x) for x in (self._queries, self.first_real))
+        rows = (self._queries, self.first_real, self.special)
+        self._queries, self.first_real, self.special = (x if x is None else change(x) for x in rows)
 
     def _show(self) -> None:
         ragged = self.ragged
@@ -355,7 +364,7 @@ class CompressedLayer(CacheLayerMixin):
 
 
 class CompressedHybridLayer(CompressedLayer, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc]  # as theirs
-    """A layer that carries a running state beside its attention (Falcon-H1): the pairs are ours, the state is not."""
+    """A layer with a running state beside its attention (Falcon-H1), which is left to transformers."""
 
     is_croppable = False
 

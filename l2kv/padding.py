@@ -1,4 +1,4 @@
-"""Rows of a batch that are padded on the left: where they begin, as attention masks tell, which must not disagree."""
+"""Left padding: where the rows of a batch begin by their attention masks, which must agree over time."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def first_real(mask: object) -> Tensor | None:
-    """Position at which each row begins, int64 [B], from an attention mask [B, T]; None where no row is padded.
+    """Find the position at which each row begins, int64 [B], by an attention mask [B, T]; None if no row is padded.
 
-    A row that is all padding has not begun yet: its text may come with a later chunk of the prompt.
+    A row of padding alone has not begun: its text may come with a later chunk of the prompt.
 
     Raises:
-        ValueError: it hides anything else.
+        ValueError: the mask hides anything else.
     """
     if mask is None:
         return None
@@ -28,10 +28,10 @@ def first_real(mask: object) -> Tensor | None:
 
 
 def check_padding(known: Tensor | None, now: Tensor | None, seen: int) -> None:
-    """Check that a mask agrees with the ones before on which of the tokens seen are padding: evictions went by that.
+    """Check that a mask agrees with earlier ones on which tokens are padding: evictions went by those.
 
     Args:
-        known, now: where the rows begin, as it was told before and is now; None where no row is padded.
+        known, now: where rows begin by the earlier masks and by this one; None where no row is padded.
 
     Raises:
         ValueError: they disagree.
@@ -43,7 +43,7 @@ def check_padding(known: Tensor | None, now: Tensor | None, seen: int) -> None:
     now = torch.zeros_like(told) if now is None else now.to(known.device)
     if now.shape != known.shape or ((now != known) & (torch.minimum(now, known) < seen)).any():
         raise ValueError(
-            "This attention_mask (or that there is none) says otherwise than the ones before which of the tokens that "
-            "the cache has seen are padding, and the cache went by those. Give the attention_mask of all tokens with "
+            "This attention_mask (or its absence) disagrees with the earlier ones on which of the tokens that the "
+            "cache has seen are padding, and evictions went by those. Give the attention_mask of all tokens with "
             "every forward pass from the first on, and to whatever compresses a cache in between."
         )

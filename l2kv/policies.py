@@ -1,4 +1,4 @@
-"""Eviction policies: a score per cached token, higher = keep. Knows tensors; knows no cache and no model.
+"""Eviction policies: a score for each cached pair, higher is kept. Knows tensors; knows no caches and no models.
 
 A policy is a function of the pairs of some kv heads, and says what else it needs. Most score a pair once, when it
 enters the cache: they cost nothing per step for the pairs that are there already. Some look at all pairs held when an
@@ -26,7 +26,7 @@ _POOL = 5  # neighbours that `window` smooths over
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """Key/value pairs of some kv heads of a layer, as a policy sees them."""
+    """Key/value pairs of some kv heads of a layer: the input of a policy."""
 
     keys: Tensor
     """[B, h, T, D], after rotary embedding and q/k norm."""
@@ -36,12 +36,14 @@ class Pairs:
     """True positions in the text, int64; broadcasts to [B, h, T]. Negative in the padding of a row."""
     layer_idx: int
     heads: tuple[int, ...]
-    """Which kv heads of the layer these h are."""
+    """Numbers of these h kv heads in the layer."""
     seed: int = 0
     directions: tuple[str, ...] | None = None
     """"low" or "high" for each of these heads, where the spec has directions."""
     filters: Tensor | None = None
     """[h, D], where the cache has filters."""
+    special: Tensor | None = None
+    """Whether each token is special or punctuation, bool that broadcasts to [B, h, T]; see `needs_token_ids`."""
     received: Tensor | None = None
     """Attention summed over all queries so far and the heads of the group, [B, h, T]; see `needs_received`."""
     last_rows: Tensor | None = None
@@ -53,7 +55,8 @@ class Policy:
     """An eviction policy: a score, its title, and what it needs.
 
     Raises:
-        ValueError: it is scored on arrival, and needs attention, which is known later; or nothing says what it keeps.
+        ValueError: the policy scores on arrival but needs attention, which is known only later; or nothing says what it
+            keeps.
     """
 
     score: Callable[[Pairs], Tensor]
@@ -66,6 +69,8 @@ class Policy:
     """`CompressionSpec.directions` must be given."""
     needs_filters: bool = False
     """`CompressedCache` must be given `filters` (see `l2kv.q_filters`)."""
+    needs_token_ids: bool = False
+    """Needs `Pairs.special`: `CompressedCache` must be given `special_ids` (see `l2kv.special_ids`)."""
     needs_received: bool = False
     """Needs `Pairs.received`: attention is worked out at every step."""
     needs_rows: int = 0
@@ -81,17 +86,17 @@ class Policy:
 
     @property
     def about(self) -> str:
-        """What it keeps, in a line."""
+        """One line on what it keeps."""
         return (self.score.__doc__ or "").partition("\n")[0]
 
     @property
     def needs_attention(self) -> bool:
-        """Whether attention probabilities have to be worked out for it."""
+        """True if attention probabilities must be computed for it."""
         return self.needs_received or self.needs_rows > 0
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether something must be measured on the model first."""
+        """True if something must be measured on the model first."""
         return self.needs_directions or self.needs_filters
 
 
@@ -128,6 +133,14 @@ def streaming(pairs: Pairs) -> Tensor:
     """Keep the first four tokens and the most recent (StreamingLLM: Xiao et al., arXiv 2309.17453)."""
     # 2**30 swallows the position of a sink: they tie, and the earlier stays longer.
     return pairs.positions.float() + (pairs.positions < SINKS).float() * 2.0**30
+
+
+def fastgen(pairs: Pairs) -> Tensor:
+    """Keep special tokens, punctuation and the most recent (FastGen without attention: Ge et al., arXiv 2310.01801)."""
+    assert pairs.special is not None
+    # As in `streaming`, they tie, and the earlier stays longer.
+    scores: Tensor = pairs.positions.float() + pairs.special.float() * 2.0**30
+    return scores
 
 
 def keydiff(pairs: Pairs) -> Tensor:
@@ -204,6 +217,7 @@ POLICIES = Registry[Policy](
         "signed_norm": Policy(signed_norm, "Low or high norm by head", needs_directions=True),
         "random": Policy(random, "Random"),
         "streaming": Policy(streaming, "First and recent (StreamingLLM)"),
+        "fastgen": Policy(fastgen, "Special tokens, punctuation and recent (FastGen)", needs_token_ids=True),
         "keydiff": Policy(keydiff, "Unlike the other keys (KeyDiff)", on_arrival=False),
         "q_filters": Policy(q_filters, "Along the queries (Q-Filters)", needs_filters=True),
         "accumulated": Policy(accumulated, "Most attention so far (H2O)", on_arrival=False, needs_received=True),
@@ -224,11 +238,12 @@ def register_policy(
     on_arrival: bool = True,
     needs_directions: bool = False,
     needs_filters: bool = False,
+    needs_token_ids: bool = False,
     needs_received: bool = False,
     needs_rows: int = 0,
     ranks_whole_layer: bool = False,
 ) -> Policy:
-    """Add an eviction policy, which specs may name from then on; the arguments are the fields of `Policy`.
+    """Register an eviction policy, so that specs can name it; the arguments are the fields of `Policy`.
 
     Raises:
         ValueError: the name is taken or no identifier, or as `Policy`.
@@ -239,6 +254,7 @@ def register_policy(
         on_arrival=on_arrival,
         needs_directions=needs_directions,
         needs_filters=needs_filters,
+        needs_token_ids=needs_token_ids,
         needs_received=needs_received,
         needs_rows=needs_rows,
         ranks_whole_layer=ranks_whole_layer,

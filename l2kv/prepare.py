@@ -1,4 +1,4 @@
-"""`compressible(model)`: makes a stock transformers model accept a `CompressedCache`.
+"""`compressible(model)`: prepare a stock transformers model for a `CompressedCache`.
 
 A stock model builds one mask for all layers, sized by the first; layers of different lengths break it. Here each layer
 crops that mask to what it holds (every retained pair precedes every new token, so only the length differs), and evicts
@@ -21,7 +21,7 @@ from l2kv.attention import attend, check_mask
 from l2kv.cache import CompressedCache
 from l2kv.config import check_compressible
 from l2kv.errors import UnsupportedModelError
-from l2kv.heads import in_groups, in_the_models_order
+from l2kv.heads import in_groups, in_model_order
 from l2kv.hooks import Attention, attention_hook
 from l2kv.layer import CompressedLayer
 from l2kv.padding import check_padding, first_real
@@ -33,7 +33,7 @@ class compressible:
         with compressible(model):
             model.generate(**inputs, past_key_values=CompressedCache(model.config, CompressionSpec(keep_ratio=0.5)))
 
-    Other caches work as before meanwhile. A model that is prepared several times is restored by the last `restore()`.
+    Other caches still work as before. A model that is prepared several times is restored by the last `restore()`.
     Run one forward pass of a model at a time.
 
     Raises:
@@ -112,7 +112,7 @@ class _Preparation:
             )
         if module.training and any(getattr(part, "gradient_checkpointing", False) for part in module.modules()):
             raise RuntimeError(
-                f"{self._model_name} is in training with gradient checkpointing, and then gives its keys to no cache. "
+                f"{self._model_name} is in training mode with gradient checkpointing, which bypasses caches. "
                 "Call model.eval() first."
             )
         mask = _argument("attention_mask", module, args, kwargs)
@@ -123,6 +123,7 @@ class _Preparation:
             check_padding(layer.first_real, begins, layer.seen)
         for layer in cache.compressed_layers():
             layer.first_real = begins
+        cache.note_tokens(_argument("input_ids", module, args, kwargs))
         self._let_go()  # of another cache, where an interrupt came past the end of its pass
         self._outermost, self._cache, self._seen_before = module, cache, cache.get_seq_length()
         self._lender = cache.lender
@@ -179,7 +180,7 @@ class _Preparation:
             layer.evict(query, kwargs)
         else:
             raise UnsupportedModelError(f"{self._model_name} borrows the keys of layer {taken.source}, too early.")
-        return in_the_models_order(output, taken.repeats, layer.n_heads), probabilities
+        return in_model_order(output, taken.repeats, layer.n_heads), probabilities
 
 
 def _argument(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -196,7 +197,7 @@ def _new_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _check_columns(mask: object, seen: int, new: int | None) -> None:
-    """Raise ValueError unless a mask covers all tokens: a shorter one would be filled up with zeros, which hide."""
+    """Raise ValueError unless a mask covers all tokens: a shorter one would be padded with zeros, which hide tokens."""
     if isinstance(mask, Tensor) and mask.dim() == 2 and new is not None and mask.shape[1] != seen + new:
         raise ValueError(
             f"attention_mask has {mask.shape[1]} columns, but the cache has seen {seen} tokens and {new} are new: "

@@ -1,4 +1,4 @@
-"""Attention probabilities, computed beside a model's own attention, which returns none. Knows no cache, no policy."""
+"""Attention probabilities, computed beside a model's own attention, which returns none. Knows no caches or policies."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _CAST = 2**20  # numbers of half precision keys that are held in float32 at a ti
 def attention_probabilities(
     query: Tensor, key: Tensor, hide: Callable[[Tensor], object], options: Mapping[str, Any]
 ) -> Tensor:
-    """Attention probabilities of queries [B, H, q, D] over keys [B, Hkv, n, D]: float32 [B, H, q, n].
+    """Compute the attention probabilities of queries [B, H, q, D] over keys [B, Hkv, n, D]: float32 [B, H, q, n].
 
     Float32 from the products on, whatever the dtype of queries and keys, under autocast too: a product of theirs that
     is rounded to bfloat16 is off by 0.4 %, and of a logit of 100 that is e^0.4 times the attention.
 
     Args:
-        hide: sets the scores [B, H, q, n] of what a query cannot see to -inf, in place.
-        options: of the attention call of transformers: `scaling`, `softcap` (Gemma 2), `s_aux` (the sinks of gpt-oss: a
-            logit per head that takes attention and gives nothing).
+        hide: function that sets the scores [B, H, q, n] of what a query cannot see to -inf, in place.
+        options: of transformers' attention call: `scaling`, `softcap` (Gemma 2), `s_aux` (the sinks of gpt-oss: a logit
+            per head that takes attention and gives nothing).
     """
     scaling, softcap, sinks = (options.get(name) for name in ("scaling", "softcap", "s_aux"))
     with torch.autocast(query.device.type, enabled=False):
@@ -37,10 +37,10 @@ def attention_probabilities(
 
 
 def hide_unseen(scores: Tensor, first_query: int, window: int = 0) -> None:
-    """Set the scores [..., q, n] of what a causal query does not see to -inf, in place.
+    """Set the scores [..., q, n] of keys that a causal query does not see to -inf, in place.
 
     Args:
-        scores: of the queries at positions `first_query` on, over keys at positions 0 to n - 1.
+        scores: scores of queries from position `first_query` on, over keys at positions 0 to n - 1.
         window: number of keys that a query sees, its own included; 0 is all up to its own.
     """
     queries, n = scores.shape[-2:]

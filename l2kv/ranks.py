@@ -1,7 +1,7 @@
-"""Ranks: the order in which pairs stay, as one int64 per slot: score in the high half, position in the low half.
+"""Ranks: the order in which pairs are kept, one int64 per slot: score in the high half, position in the low half.
 
-So ranks have no ties (of equal scores the earlier position ranks higher), the order of evaluation cannot show, and a
-rank tells where in the text its pair was, whatever slot it is in.
+So ranks have no ties (of equal scores the earlier position ranks higher), do not depend on the order of evaluation, and
+tell where in the text a pair was, whatever slot it is in.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ _LAST = -0x80000000
 
 
 def rank(score: Tensor, positions: Tensor, starts: Tensor | None) -> Tensor:
-    """Ranks of scores and positions that broadcast to [B, h, T], int64.
+    """Rank scores and positions that broadcast to [B, h, T], int64.
 
     Args:
-        starts: [B], where a row begins that is padded on the left: what is before ranks last. None: no row is.
+        starts: where rows padded on the left begin, [B]: padding ranks last. None if no row is padded.
     """
     bits = (score.float() + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # IEEE 754: negative floats order backwards
@@ -28,7 +28,7 @@ def rank(score: Tensor, positions: Tensor, starts: Tensor | None) -> Tensor:
 
 
 def position(ranks: Tensor) -> Tensor:
-    """Positions in the text of the pairs of these ranks."""
+    """Read the positions in the text out of ranks."""
     return _LOW_HALF - (ranks & _LOW_HALF)
 
 
@@ -45,5 +45,5 @@ def protect(ranks: Tensor, *, first: int, last: int, seen: int, starts: Tensor |
 
 
 def in_text(positions: Tensor, starts: Tensor | None) -> Tensor:
-    """Positions counted from where the text of each row begins: negative in its padding."""
+    """Count positions from where the text of each row begins: negative in its padding."""
     return positions if starts is None else positions - starts.to(positions.device)[:, None, None]

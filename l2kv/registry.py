@@ -1,4 +1,4 @@
-"""A registry: what can be chosen by name. Whatever lists the choices reads it, so a new entry touches no caller."""
+"""Registries of what can be chosen by name. Whatever lists the choices reads them, so a new entry changes no caller."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
     """Entries by name, in the order in which they were registered.
 
     Args:
-        noun: what an entry is, for messages: "policy".
-        error: what `find` raises of a name that is not there.
-        entries: to begin with.
+        noun: word for an entry in messages, such as "policy".
+        error: error that `find` raises for an unknown name.
+        entries: entries to begin with.
     """
 
     def __init__(self, noun: str, error: type[Exception], entries: Mapping[str, Entry] | None = None) -> None:
@@ -27,16 +27,16 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         if not (isinstance(name, str) and name.isidentifier()):  # it must be typed, in lists with commas too
             raise ValueError(f"a {self.noun} needs a name of letters, digits and underscores, got {name!r:.60}")
         if name in self._entries:
-            raise ValueError(f"there is a {self.noun} {name!r} already")
+            raise ValueError(f"the {self.noun} {name!r} exists already: choose another name")
         self._entries[name] = entry
         return entry
 
     def remove(self, name: str) -> None:
-        """Take an entry out again. Raises KeyError where there is none."""
+        """Remove an entry. Raises KeyError if there is none."""
         del self._entries[name]
 
     def find(self, name: object) -> Entry:
-        """Entry of a name that a user gave. Raises `error`, with the choices and the nearest of them."""
+        """Find the entry of a user's name. Raises `error`, which lists the choices and suggests the nearest."""
         if isinstance(name, str) and name in self._entries:
             return self._entries[name]
         close = get_close_matches(name, self._entries, n=1) if isinstance(name, str) else []

@@ -1,4 +1,4 @@
-"""What to keep of a KV cache, as a value: `CompressionSpec`. Knows no tensors and no models."""
+"""`CompressionSpec`: what to keep of a KV cache, as a value. Knows no tensors and no models."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _COUNTS = ("prune_after", "protect_first", "protect_last", "seed")
 
 @dataclass(frozen=True, slots=True)
 class CompressionSpec:
-    """How a cache is compressed; immutable, hashable, and checked when it is made.
+    """Settings of a compression: immutable, hashable, and checked when made.
 
     After t tokens, a kv head that holds at least `prune_after` pairs, in a layer that is not skipped, holds
-    `min(held, max(protected, target))` of them: those its policy scores highest, and the protected ones. The target is
-    that of the head in `head_ratios`, else of its layer in `layer_ratios`, else `budget`, else `keep_ratio`.
+    `min(held, max(protected, target))` of them: the protected ones and those that the policy scores highest. The target
+    is that of the head in `head_ratios`, else of its layer in `layer_ratios`, else `budget`, else `keep_ratio`.
 
     Source: Devoto et al., "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression", EMNLP 2024.
 
     Raises:
-        SpecError, TypeError: a field is out of range; the message says which, what was got and what is allowed.
+        SpecError, TypeError: a field is out of range; the message says which, and what is allowed.
     """
 
     if TYPE_CHECKING:  # fields hold tuples; a call may give what is handier
@@ -65,7 +65,7 @@ class CompressionSpec:
     policy: str = "low_norm"
     """Name of a score in `l2kv.POLICIES`."""
     schedule: str = "seen"
-    """What a ratio is taken of: the tokens "seen", or at each eviction those held ("reference", the paper's code)."""
+    """Base of a ratio: the tokens "seen", or at each eviction the pairs held ("reference", as in the paper's code)."""
     evict_every: int = 1
     """Evict once this many tokens have come since the last time; in between a head may hold as many more."""
     protect_first: int = 0
@@ -108,7 +108,7 @@ class CompressionSpec:
         if POLICIES[self.policy].needs_directions and self.directions is None:
             raise SpecError(
                 f"The policy {self.policy} needs directions: for each layer a row that says, for each kv head, "
-                "whether 'low' or 'high' norms stay."
+                "whether 'low' or 'high' norms are kept."
             )
 
     def target_of(self, layer: int, head: int) -> Target:
@@ -121,7 +121,7 @@ class CompressionSpec:
         return Target(ratio=self.keep_ratio, budget=self.budget)
 
     def kept(self, held: int, seen: int, target: Target) -> int:
-        """Number of pairs that a kv head which holds `held` of `seen` tokens may keep."""
+        """Number of pairs kept by a kv head that holds `held` of `seen` tokens."""
         if target == WHOLE or held < self.prune_after:
             return held
         protected = min(seen, self.protect_first + self.protect_last)
@@ -130,7 +130,7 @@ class CompressionSpec:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """How many tokens a head is to keep: a share of them, or a number where a budget is given."""
+    """Target of a head: a share of the tokens, or a number of them where a budget is given."""
 
     ratio: float
     budget: int | None = None

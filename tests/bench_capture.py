@@ -1,4 +1,4 @@
-"""`make bench`: what a capture costs beside the plain ways, each in a process of its own so that peaks do not mix.
+"""`make bench`: what a capture costs compared with plain passes, each in a process of its own so that peaks do not mix.
 
 Shape: 30 layers, 9 query and 3 kv heads, 576 wide, 2048 tokens, float32, random weights (right for time and memory).
 Memory is the peak resident set beyond the loaded model; time is the best of three runs after a warm-up.

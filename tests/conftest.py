@@ -1,4 +1,4 @@
-"""What every test runs under. Models are fixtures of `tests/model`; helpers that are no fixtures: `tests/support`."""
+"""Environment of every test. Models are fixtures of `tests/model`; plain helpers are in `tests/support`."""
 
 import os
 

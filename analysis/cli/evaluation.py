@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -30,7 +31,9 @@ from analysis.plans.front import measure_front
 from analysis.plans.skip import Plan
 from analysis.records import load, save
 from analysis.texts.excerpts import SPLIT, Texts, planning_and_measuring
-from l2kv.spec import CompressionSpec
+from l2kv.spec import SCHEDULES, CompressionSpec
+
+SEEN, REFERENCE = SCHEDULES
 
 
 def ablation(
@@ -126,10 +129,9 @@ class Tasks(TyperGroup):
         """The command of a task. Raises BadParameter, with the nearest name, where there is none."""
         name = options.Named(TASKS)(cmd_name)
         task = TASKS[name]
-        omit = {"texts": task.texts == "no", "excerpts": task.excerpt_tokens is None}
-        command = spread(
-            partial(_evaluate, name), omit=[name for name, applies in omit.items() if applies], settings=task.settings
-        )
+        omit = {"texts": task.texts == "no", "excerpts": task.excerpt_tokens is None, "by_position": bool(task.scoring)}
+        omitted = [name for name, applies in omit.items() if applies]
+        command = spread(partial(_evaluate, name), omit=omitted, settings=task.settings)
         command.__name__, command.__doc__ = name, task.about
         return get_command(program(command))
 
@@ -152,40 +154,69 @@ def _evaluate(
     policies: options.Policies = ("low_norm", "high_norm", "random", "streaming", "keydiff"),
     skip_layers: options.SkipLayers = "0,1",
     protect_last: options.ProtectLast = defaults.RECENT_WINDOW,
+    prune_after: Annotated[int, typer.Option(help="Pairs that a head must hold before any is evicted.")] = 0,
+    schedule: Annotated[
+        str | None,
+        typer.Option(parser=options.WHEN, help=f"When to evict; by default {REFERENCE} where a chunk is predicted."),
+    ] = None,
     excerpts: options.Excerpts = defaults.EXCERPTS,
     device: options.Device = None,
-    to: Annotated[Path | None, out("results.json")] = None,
+    by_position: Annotated[
+        int, typer.Option(help="Print NLL and accuracy by so many positions, where tokens are predicted.")
+    ] = 0,
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--out",
+            "--output-dir",
+            parser=Path,
+            help="File to write rows to as they are computed, or a folder for it; rows in it are not computed again.",
+        ),
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """Score a model on a task with the full cache and with compressed ones."""
     chosen = TASKS[task]
-    if not texts:
-        refuse(context, ("excerpts",), "the bundled texts are taken as they are where no TEXTS are given")
-    saved, documents = saved_plans(plan), texts_of(texts) if texts else None
+    saved = saved_plans(plan)
+    documents = texts_of(texts) if texts or (chosen.texts == "must" and not chosen.bundled) else None
+    if documents is None:
+        refuse(context, ("excerpts",), "without TEXTS the bundled ones are taken as they are")
     loaded = loaded_model(model, device)
     from analysis.evaluation.run import evaluate
+    from analysis.evaluation.work import estimate
 
+    when = schedule or (REFERENCE if getattr(settings, "chunk_size", 0) else SEEN)
     compressions = (
         Compression(keep_ratio=keep_ratio, policy=policy, skip_layers=skip_layers, protect_last=protect_last)
         for keep_ratio in keep_ratios
         for policy in policies
     )
+    specs = (
+        (
+            f"{one.policy} {one.keep_ratio:.12g}",
+            replace(one.spec(loaded.config), prune_after=prune_after, schedule=when),
+        )
+        for one in compressions
+    )
     methods: dict[str, CompressionSpec | None] = {FULL: None}
-    named = ((f"{one.policy} {one.keep_ratio:.12g}", one.spec(loaded.config)) for one in compressions)
-    for name, spec in chain(saved, named):
+    for name, spec in chain(saved, specs):
         if name in methods:
             raise UserError(f"Two methods are called {name!r}. Give each plan, policy and keep ratio once.")
         methods[name] = spec
     given: Texts | None = documents
     if documents and chosen.excerpt_tokens:
         given = excerpts_of(loaded, documents, n_tokens=chosen.excerpt_tokens(settings), at_most=excerpts)
+    print(f"about {estimate(loaded, task, methods, texts=given, settings=settings)}", file=sys.stderr)
+    file = to / f"{task}.jsonl" if to and (to.is_dir() or not to.suffix) else to
     with shown("sample") as progress:
-        results = evaluate(loaded, task, methods, texts=given, settings=settings, out=to, progress=progress)
-    if to:
-        wrote(to)
-    rows = results.summary(chosen)
-    for note in (*results.notes, *_useless(chosen, rows)):
+        results = evaluate(loaded, task, methods, texts=given, settings=settings, out=file, progress=progress)
+    if file:
+        wrote(file)
+    summary = results.summary(chosen)
+    for note in (*results.notes, *_useless(chosen, summary)):
         print(f"note: {note}", file=sys.stderr)
+    rows = results.by_position(width=by_position) if by_position else summary
     better = "higher" if chosen.higher_is_better else "lower"
     change = "; change: against the full cache" if "change" in rows[0] else ""
     tell(
@@ -193,9 +224,11 @@ def _evaluate(
         rows,
         json=json,
         title=f"{loaded.name}, {chosen.title}: {chosen.about}\n"
-        f"score in {chosen.unit}, {better} is better; 95 % intervals{change}",
+        f"score in {chosen.unit}, {better} is better; 95 % intervals{change}; "
+        f"compressed: {', '.join(dict.fromkeys(row.compressed for row in results.rows if row.compressed)) or 'never'}",
         results=results.table(),
-        **{name: getattr(results, name) for name in ("model", "task", "settings", "methods")},
+        **{name: getattr(results, name) for name in ("model", "task", "settings", "methods", "run", "notes")},
+        work=results.work(),
     )
 
 
@@ -206,7 +239,7 @@ def saved_plans(files: Sequence[Path]) -> list[tuple[str, CompressionSpec]]:
 
 
 _FORMS: dict[str, Form] = {"n_tokens": "d", "samples": "d", "MiB": ".2f", "score": ".3f", "change": "+.3f"}
-_FORMS |= {"perplexity": ".2f", "perplexity_ratio": ".3f", "accuracy": ".3f"}
+_FORMS |= {"perplexity": ".2f", "perplexity_ratio": ".3f", "accuracy": ".3f", "position": "d", "nll": ".3f"}
 
 
 def _useless(task: Task, rows: Sequence[dict[str, Any]]) -> Iterator[str]:

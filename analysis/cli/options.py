@@ -18,7 +18,7 @@ from analysis.plans.skip import Plan, skip_list
 from analysis.records import load
 from l2kv import policies
 from l2kv.registry import Registry
-from l2kv.spec import CompressionSpec
+from l2kv.spec import SCHEDULES, CompressionSpec
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -92,9 +92,9 @@ def refuse(context: typer.Context, options: Iterable[str], why: str) -> None:
         raise UserError(f"{why}: leave out {', '.join('--' + name.replace('_', '-') for name in typed)}.")
 
 
-def listed(of: Callable[[str], Any], about: str) -> Any:
-    """The option of a list."""
-    return typer.Option(parser=Listed(of), metavar="LIST", help=about)
+def listed(of: Callable[[str], Any], about: str, *names: str) -> Any:
+    """The option of a list, by the names given, or else its parameter's."""
+    return typer.Option(*names, parser=Listed(of), metavar="LIST", help=about)
 
 
 def out(what: str) -> Any:
@@ -104,6 +104,7 @@ def out(what: str) -> Any:
 
 POLICIES = Named(policies.POLICIES, lambda policy: not policy.needs_calibration)
 OF_ALR = Named(Registry("policy", SettingsError, {name: policies.POLICIES[name] for name in ablation.POLICIES}))
+WHEN = Named(Registry("schedule", SettingsError, {name: name for name in SCHEDULES}))
 METRICS, STRATEGIES = Named(metrics.METRICS), Named(strategies.STRATEGIES)
 PROBES = Named(Registry("probe", SettingsError, metrics.PROBES))
 FIGURES = Named(Registry("figure", SettingsError, figures.FIGURES))
@@ -114,7 +115,8 @@ Texts = Annotated[
     list[Path], typer.Argument(parser=Path, help="Text files, or folders of .txt files.", metavar="TEXTS")
 ]
 Model = Annotated[
-    str, typer.Option("-m", "--model", parser=str, help="Name (see `models`), folder, GGUF file or hub id.")
+    str,
+    typer.Option("-m", "--model", "--model-id", parser=str, help="Name (see `models`), folder, GGUF file or hub id."),
 ]
 Device = Annotated[str | None, typer.Option(help="cuda or cpu; by default the GPU if there is one.")]
 Excerpts = Annotated[int, typer.Option(help="Most excerpts to take, spread over the texts.")]
@@ -123,11 +125,14 @@ NewTokens = Annotated[int, typer.Option(help="Tokens to generate.")]
 
 # Of a compression.
 KeepRatio = Annotated[float, typer.Option(help="Share of the tokens to keep.")]
-KeepRatios = Annotated[Sequence[float], listed(float, "Keep ratios to compare, such as 0.5,0.25.")]
+KeepRatios = Annotated[
+    Sequence[float],
+    listed(float, "Keep ratios to compare, such as 0.5,0.25.", "--keep-ratios", "--keep-ratio"),
+]
 Policy = Annotated[str, typer.Option(parser=POLICIES, help="Which key/value pairs to keep.")]
 PolicyOfAlr = Annotated[str, typer.Option(parser=OF_ALR, help="Which key/value pairs to keep.")]
 Policies = Annotated[Sequence[str], listed(POLICIES, "Policies to compare.")]
-SkipLayers = Annotated[str, typer.Option(help="Layers to leave uncompressed, such as 0,1.")]
+SkipLayers = Annotated[str, typer.Option(help="Layers to skip, such as 0,1.")]
 ProtectLast = Annotated[int, typer.Option(help="Number of latest tokens that are never evicted.")]
 PlanFile = Annotated[
     Path | None, typer.Option(parser=Path, help="Saved plan to compress by, instead of the options above.")

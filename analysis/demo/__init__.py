@@ -1,1 +1,1 @@
-"""What the app opens with: presets that were found by a stated search, and results bundled with the program."""
+"""The app's opening content: presets found by a stated search, and results bundled with the program."""

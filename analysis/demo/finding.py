@@ -1,17 +1,17 @@
-"""Presets that show something, found by a search whose criteria are stated, not chosen by eye.
+"""Presets that show an effect, found by a search with stated criteria, not chosen by eye.
 
-On a model that solves the tasks of `analysis.demo.questions` those are looked for, and beside them
-- article: the first passage that is long; what half the cache changes in it is told, whatever it is.
+On a model that solves the tasks of `analysis.demo.questions` it searches for those, and for
+- article: the first long passage, with whatever half the cache changes in it.
 
-On another model two passages are looked for:
+On any other model it searches for two passages:
 - calm:    a passage on which keeping half the cache, as the app proposes, changes next to nothing: the mean NLL of the
            tokens that follow moves by less than `Criteria.calm`;
 - breaks:  a passage on which keeping half by the paper's own defaults (nothing protected) costs more than
            `Criteria.breaks`.
 
-All candidates are measured, the first that meets a criterion is taken, and how many did is written down with it: a text
-that one in fifty candidates gives is another thing than one that every second gives. Where none meets it the search
-fails, and says how near the best came.
+All candidates are measured, the first that meets a criterion is taken, and the number that did is recorded: a text
+that one candidate in fifty gives shows less than one that every second gives. Where none meets it the search fails,
+and says how near the best came.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ _SLACK = 100  # tokens
 
 @dataclass(frozen=True, slots=True)
 class Criteria:
-    """What a preset has to show, and among how many candidates it is looked for."""
+    """Criteria of the search: what a preset must show, and among how many candidates."""
 
     calm: float = 0.02
     """Nats/token: the NLL must move by less, up or down."""
     breaks: float = 0.5
-    """Nats a token: the NLL must rise by more."""
+    """Rise of the NLL that is asked for, nats/token."""
     new_tokens: int = 100
-    """Tokens after the passage that the NLL is the mean of."""
+    """Number of tokens after the passage over which the NLL is averaged."""
     lengths: tuple[int, ...] = (256, 400, 520)
-    """Tokens that the passages have at least; at most 100 more, for the sentence to end."""
+    """Least lengths of the passages in tokens; up to 100 more, for the sentence to end."""
     most: int = 48
-    """Passages tried."""
+    """Number of passages tried."""
     article: int = 900
     """Tokens that the article has at least."""
 
@@ -66,17 +66,17 @@ def find_presets(
     tasks: bool = True,
     progress: Progress = unheard,
 ) -> FoundPresets:
-    """Search for presets with a task and an article, or in a model without tasks for a calm and a breaking passage.
+    """Search for presets: tasks and an article, or, for a model that solves no task, a calm and a breaking passage.
 
     Args:
         loaded: the model.
-        texts: by name.
-        criteria: other than the usual ones.
-        tasks: whether the model is to solve those of `analysis.demo.questions`. A small one cannot.
-        progress: counts answers, or passages by each compression.
+        texts: the texts to search, by name.
+        criteria: what to search for.
+        tasks: search for the tasks of `analysis.demo.questions`, which a small model cannot solve.
+        progress: counts answers, or passages for each compression.
 
     Raises:
-        NotFoundError: nothing meets one of the criteria.
+        NotFoundError: no candidate meets a criterion.
         TextError, ModelError, OutOfMemoryError: as `measure`.
     """
     criteria = criteria or Criteria()
@@ -99,7 +99,7 @@ class _Measured:
 
 
 def _candidates(loaded: LoadedModel, texts: Mapping[str, str], criteria: Criteria) -> list[tuple[str, Passage]]:
-    """Passages of all texts and lengths in turn, so that the first `most` are of each."""
+    """Take passages of all texts and lengths in turn, so that the first `most` include each."""
     positions = getattr(loaded.config, "max_position_embeddings", None) or float("inf")
     rows = [
         _passages(loaded, name, text, length, criteria.new_tokens)

@@ -1,4 +1,4 @@
-"""Texts to start from, and what comes with the program of each model: the demo run, a study, presets, ..."""
+"""Texts to start from, and the bundled results of each model: a demo run, a study, presets, ..."""
 
 from __future__ import annotations
 
@@ -26,15 +26,13 @@ _TEXTS = BUNDLED / "texts"
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """A text with a name, and for one that was found by a search what it shows and how."""
+    """A named text; for one that a search found, what it shows and under which compression."""
 
     name: str
     text: str
-    why: str = ""  # what was measured on it, in words
+    why: str = ""  # measurement that it was chosen by, in words
     spec: CompressionSpec | None = None  # the compression to look at it with
-    answer: str = (
-        ""  # what should be generated, as `evaluation.prompts.found` scores it; empty: nothing is right or wrong
-    )
+    answer: str = ""  # what should be generated, as `prompts.found` scores it; empty: nothing is right or wrong
     chat: bool = False  # a question, to be put through the model's chat template
     beside: CompressionSpec | None = None  # another one of the same protection, in which the task ends otherwise
 
@@ -42,7 +40,7 @@ class Preset:
 @record("presets", version=1, title="a file of presets", again="l2kv demo")
 @dataclass(frozen=True, slots=True)
 class FoundPresets:
-    """What `analysis.demo.finding` has found for a model, as a file."""
+    """Presets that `analysis.demo.finding` found for a model, as a file."""
 
     model: str  # its name
     presets: tuple[Preset, ...]
@@ -50,7 +48,7 @@ class FoundPresets:
 
 @dataclass(frozen=True, slots=True)
 class BundledResults:
-    """Files of what was measured of one model; None is a result that does not come with the program."""
+    """Files of one model's bundled results; None where a result is not bundled."""
 
     demo: Path | None = None  # a run
     study: Path | None = None
@@ -60,7 +58,7 @@ class BundledResults:
 
 
 def bundled_results(model: str) -> BundledResults:
-    """What comes with the program of a model, by the model's name. Any name may be asked for."""
+    """Find the bundled results of a model by its name; there are none for an unknown name."""
     if model not in {folder.name for folder in BUNDLED.iterdir()}:
         return BundledResults()
     files = {kind: BUNDLED / model / name for kind, name in RESULT_FILES.items()}
@@ -68,22 +66,22 @@ def bundled_results(model: str) -> BundledResults:
 
 
 def demo_model() -> str:
-    """The model whose run the app opens with: `L2KV_DEMO`, one of `BUNDLED_RUNS`, or the first of them."""
+    """Name of the model whose run the app opens with: `L2KV_DEMO` if it is one of `BUNDLED_RUNS`, else the first."""
     named = os.environ.get("L2KV_DEMO", "")
     return named if named in BUNDLED_RUNS else BUNDLED_RUNS[0]
 
 
 def presets(model: str, file: Path | None = None) -> tuple[Preset, ...]:
-    """The texts that the app offers for a model, by its name: plain ones, and those that were found for this model.
+    """List the texts that the app offers for a model, by its name: plain ones, and those found for this model.
 
     A demo run is of the first. What was found for a model shows something there, and a task is one that its full cache
     solves; for another model neither need be so.
 
     Args:
-        file: of those that were found, if not the one that comes with the program.
+        file: presets found for the model; by default the bundled file.
 
     Raises:
-        RecordError: the file of those that were found is damaged.
+        RecordError: the file of presets is damaged.
     """
     texts = tuple(Preset(name, text) for name, text in bundled_texts().items())
     file = file or bundled_results(model).presets
@@ -94,7 +92,7 @@ def presets(model: str, file: Path | None = None) -> tuple[Preset, ...]:
 
 
 def bundled_texts() -> Mapping[str, str]:
-    """The texts that come with the program, by name. In the public domain, and by authors not trained on."""
+    """Read the bundled texts, by name: public domain, by authors on whom `books-5m` was not trained."""
     return {
         "Anne of Avonlea (L. M. Montgomery, 1909)": _read("anne.txt"),
         "The Tomb of Keats (Oscar Wilde, 1877)": _read("keats.txt"),

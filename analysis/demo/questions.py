@@ -1,6 +1,6 @@
-"""Presets with a task: prompts whose answer is known, and which caches must find it and which must lose it.
+"""Presets with a task: prompts with a known answer, the caches that must find it, and those that must lose it.
 
-A search tries all its candidates and takes the first that meets its criterion; how many met it is written down with
+A search tries all its candidates and takes the first that meets its criterion; how many met it is recorded with
 it. All caches of a search protect the same tokens and skip the same layers, so what tells them apart is the policy or
 the ratio. Each is asked as the page Generate does it: the question is in the prompt when that is compressed.
 """
@@ -29,21 +29,21 @@ _FULL = {"the full cache": None}
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A prompt, and what should be generated after it."""
+    """A prompt and its expected answer."""
 
     prompt: str
     answer: str
     chat: bool = False
 
     def sample(self, loaded: LoadedModel, name: str, *, new_tokens: int) -> Sample:
-        """The question as the page Generate asks it: all of the prompt but its last token is compressed."""
+        """Make the sample that the page Generate runs: all of the prompt but its last token is compressed."""
         ids = prompt_tokens(loaded.tokenizer, self.prompt, chat=self.chat).ids
         return Sample(name, ids[:-1], ids[-1:], answer=self.answer, new_tokens=new_tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """What a preset must show: by which caches its answer is found, and by which it is lost."""
+    """A search for a preset: the caches that must find its answer, and those that must lose it."""
 
     name: str
     claim: str  # in a sentence
@@ -55,26 +55,26 @@ class Search:
 
     @property
     def contrast(self) -> CompressionSpec | None:
-        """A compression that ends otherwise than `spec` does."""
+        """A compression with the opposite outcome to `spec`."""
         others = self.lost_by if self.spec in self.found_by.values() else self.found_by
         return next((spec for spec in others.values() if spec is not None), None)
 
 
 class NotFoundError(UserError):
-    """No candidate meets a criterion; the message names it, and the best value there was."""
+    """No candidate meets a criterion; the message names the criterion and the best value."""
 
 
 def find_task_presets(
     loaded: LoadedModel, searches: Sequence[Search] | None = None, *, progress: Progress = unheard
 ) -> tuple[Preset, ...]:
-    """One preset for each search.
+    """Find one preset for each search.
 
     Args:
-        searches: `SEARCHES`, if not given; those that need a chat template are left out where there is none.
+        searches: `SEARCHES` by default; those that need a chat template are skipped where there is none.
         progress: counts answers, for each search.
 
     Raises:
-        NotFoundError: nothing meets the criterion of a search, the full cache being part of each.
+        NotFoundError: no candidate meets the criterion of a search, which includes the full cache.
         TextError, ModelError, OutOfMemoryError: as `stream`.
     """
     presets = []

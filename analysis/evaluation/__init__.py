@@ -1,1 +1,1 @@
-"""What compression costs: tasks, and the runs that measure them."""
+"""Evaluation: what compression costs, by tasks."""

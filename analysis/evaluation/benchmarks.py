@@ -1,4 +1,4 @@
-"""Public benchmarks as tasks: their examples become samples, and their scores the tasks'. Runs no model."""
+"""Public benchmarks as tasks: their examples become samples, with their own scores. Runs no model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def sample_of(tokenizer: PreTrainedTokenizerBase, example: Example) -> Sample:
-    """The sample of an example: its context is compressed, and what follows that is read afterwards."""
+    """Make a sample from an example: its context is compressed, and the rest is read afterwards."""
     rest = tokenizer(example.question + example.answer_prefix, add_special_tokens=False, verbose=False)["input_ids"]
     return Sample(
         example.id,
@@ -69,7 +69,7 @@ class FileSettings:
 
     path: Annotated[str, "The file."] = ""
 
-    def given(self) -> str:
+    def required_path(self) -> str:
         """Path of the file. Raises SettingsError if none was given."""
         if not self.path:
             raise SettingsError("this task reads its examples from a file, and none was given: give its path")
@@ -128,15 +128,15 @@ def _needle(loaded: LoadedModel, settings: NeedleSettings, texts: Sequence[Excer
 
 
 def _longbench(loaded: LoadedModel, settings: LongBenchSettings, texts: Sequence[Excerpt]) -> Iterable[Example]:
-    return read_longbench(settings.given(), loaded.tokenizer, n_tokens=settings.n_tokens or None)
+    return read_longbench(settings.required_path(), loaded.tokenizer, n_tokens=settings.n_tokens or None)
 
 
 def _longbench2(loaded: LoadedModel, settings: LongBenchSettings, texts: Sequence[Excerpt]) -> Iterable[Example]:
-    return read_longbench2(settings.given(), loaded.tokenizer, n_tokens=settings.n_tokens or None)
+    return read_longbench2(settings.required_path(), loaded.tokenizer, n_tokens=settings.n_tokens or None)
 
 
 def _frame(loaded: LoadedModel, settings: FrameSettings, texts: Sequence[Excerpt]) -> Iterable[Example]:
-    return read_frame(settings.given(), scorer=settings.scorer)
+    return read_frame(settings.required_path(), scorer=settings.scorer)
 
 
 ANSWERS = Scoring(

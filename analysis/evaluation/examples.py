@@ -1,4 +1,4 @@
-"""An example of a task whose answer is generated: what is compressed, what is asked after it, and what should come.
+"""Examples of tasks with a generated answer: what is compressed, what is asked afterwards, and the right answers.
 
 Knows tokenizers and files of examples; knows no model, and no benchmark.
 """
@@ -25,7 +25,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A context to compress, a question put after that, and the answers that are right."""
+    """A context to compress, a question to ask afterwards, and the right answers."""
 
     id: str
     """Name that no other example of its set has."""
@@ -49,14 +49,14 @@ class Example:
 
     @property
     def prompt(self) -> str:
-        """All that the model reads."""
+        """Everything that the model reads."""
         return self.context + self.question + self.answer_prefix
 
 
 def count_tokens(tokenizer: PreTrainedTokenizerBase, example: Example) -> int:
-    """Number of tokens of an example as it is run: its context, what follows that, and the longest answer.
+    """Count the tokens of an example as it is run: its context, what follows, and the longest answer.
 
-    The two texts are tokenized apart, as compression between them demands; special tokens stand before the context.
+    The two texts are tokenized separately, since compression comes between them; special tokens precede the context.
     """
     context = tokenizer(example.context, verbose=False)["input_ids"]
     rest = tokenizer(example.question + example.answer_prefix, add_special_tokens=False, verbose=False)["input_ids"]
@@ -75,16 +75,16 @@ def fill(
     """Make the largest example that has at most `n_tokens` tokens, its longest answer included.
 
     Args:
-        make: makes an example of a size in its own units (words, lines, documents), longer with each.
+        make: makes an example of a size in its own units (words, lines, documents); more units make it longer.
         least: smallest size that makes sense.
         guess: size to begin at, such as that of the example before.
         most: largest size there is.
 
     Returns:
-        The example, and its size.
+        The example and its size.
 
     Raises:
-        TextError: the smallest one is longer; says how long.
+        TextError: even the smallest is longer; the message says how long.
     """
 
     def fits(size: int) -> bool:
@@ -119,7 +119,7 @@ def largest(fits: Callable[[int], bool], *, least: int, guess: int = 0, most: in
 
 
 def sentences(text: str) -> list[str]:
-    """Sentences of a text, with white space made one space. The dots of an ellipsis (". . .") begin none."""
+    """Split a text into sentences, each run of white space made one space. The dots of ". . ." end no sentence."""
     text = " ".join(text.split())
     ends = [match.end() for match in SENTENCE_END.finditer(text) if text[match.end() + 1 : match.end() + 2] != "."]
     pieces = (text[start:end].strip() for start, end in pairwise([0, *ends, len(text)]))
@@ -133,10 +133,10 @@ def read_items(path: str | Path, kind: type[Item]) -> Iterator[tuple[int, Item]]
         kind: dataclass or `msgspec.Struct` that an item must be; it may hold more fields than that has.
 
     Yields:
-        The number of each item, from 0, and the item.
+        Each item with its number, from 0.
 
     Raises:
-        RecordError: an item is not such, or there is none; says which, and why.
+        RecordError: an item is malformed, or there is none; the message says which and why.
         TextError: the file cannot be read.
     """
     text = read_text(path)

@@ -1,4 +1,4 @@
-"""kvpress's data frames as examples, so that it and this program can run the same file. Knows no model."""
+"""Examples from kvpress's data frames, so that both programs can run the same file. Knows no model."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ COLUMNS = ("context", "question", "answer_prefix", "task", "max_new_tokens")
 
 
 def read_frame(path: str | Path, *, scorer: str | None = None) -> tuple[Example, ...]:
-    """Read examples from a data frame as kvpress evaluates them: .csv, .parquet, .jsonl or .json.
+    """Read examples from a data frame in kvpress's format: .csv, .parquet, .jsonl or .json.
 
     Args:
         scorer: one of `SCORERS`, for tasks that are neither RULER's nor LongBench's; theirs have their own.
 
     Raises:
-        RecordError: it is no such frame, or a row is not such; says which.
-        SettingsError: no scorer is known for a task, or there is no such scorer.
+        RecordError: the frame or a row is malformed; the message says which.
+        SettingsError: a task has no known scorer, or the scorer is unknown.
     """
     path = Path(path)
     frame = _frame(path)
@@ -51,7 +51,7 @@ def read_frame(path: str | Path, *, scorer: str | None = None) -> tuple[Example,
 
 
 def scorer_of(task: str) -> str | None:
-    """Name of the scorer that a task of RULER, LongBench or LongBench v2 has; None for others."""
+    """Find the scorer of a task of RULER, LongBench or LongBench v2; None for others."""
     if task in RULER:
         return RULER[task].scorer
     if (base := task.removesuffix("_e").removesuffix("-e")) in LONGBENCH:

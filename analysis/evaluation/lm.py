@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Lengths of a prompt and of what is predicted after it, in tokens."""
+    """Lengths of the prompt and of the continuation, in tokens."""
 
     prompt_tokens: Annotated[int, "Tokens in each prompt, special tokens included."] = PROMPT_TOKENS
     new_tokens: Annotated[int, "Tokens to predict after the prompt."] = NEW_TOKENS
 
     @property
     def n_tokens(self) -> int:
-        """Tokens to ask of an excerpt: a prompt cut from it may be some shorter."""
+        """Number of tokens an excerpt should have: a prompt cut from it may come out a little shorter."""
         return self.prompt_tokens + self.new_tokens + SPARE
 
     @property
@@ -75,8 +75,10 @@ class LmSettings(Lengths):
 
 
 def lm_sample(tokenizer: PreTrainedTokenizerBase, excerpt: Excerpt, settings: LmSettings) -> Sample:
-    """The sample of one text: its prompt but for the last token is the context, so that already the first token after
-    the prompt is predicted from a compressed cache. Of a chunk nothing is context.
+    """Make the sample of one text.
+
+    Its context is the prompt without its last token, so that even the first token after the prompt is predicted from
+    a compressed cache. A chunk has no context.
 
     Raises:
         TextError: the text is empty, or too short.
@@ -86,7 +88,10 @@ def lm_sample(tokenizer: PreTrainedTokenizerBase, excerpt: Excerpt, settings: Lm
         prompt, end = 1, settings.chunk_size
     ids = tokenize(tokenizer, excerpt.text).ids
     if len(ids) < end:
-        raise TextError(f"{excerpt.name} has {len(ids)} tokens; {prompt} of prompt and {end - prompt} more are needed.")
+        raise TextError(
+            f"{excerpt.name}: the text has {len(ids)} tokens; {prompt} are needed for the prompt, {end - prompt} after "
+            "it. Give a longer text."
+        )
     context, question, target = ids[: prompt - 1], ids[prompt - 1 : prompt], ids[prompt:end]
     return Sample(excerpt.name, context, question, target, document=excerpt.document)
 
@@ -103,12 +108,12 @@ def _bundled(loaded: LoadedModel, settings: LmSettings) -> tuple[LmSettings, tup
 
 
 def prompt_of(tokenizer: PreTrainedTokenizerBase, text: str, n_tokens: int) -> str:
-    """The characters of the first `n_tokens` tokens of a text. Raises TextError if it has fewer."""
+    """Take the characters of the first `n_tokens` tokens of a text. Raises TextError if it has fewer."""
     check_text(text)
     prompt, enough = beginning(tokenizer, text, n_tokens)
     if not enough:
         n = len(tokenize(tokenizer, text))
-        raise TextError(f"The text has {n} tokens; a prompt of {n_tokens} is needed.")
+        raise TextError(f"The text has {n} tokens; a prompt of {n_tokens} is needed. Give a longer text.")
     return prompt
 
 

@@ -44,7 +44,7 @@ class Log:
     """The rows that are known of an evaluation, by batch and spec. With a path they are kept there, else nowhere.
 
     Args:
-        path: of a file that is begun, or gone on with.
+        path: of a file that is started, or resumed.
         about: the fields of the `Results` but for their rows.
 
     Raises:

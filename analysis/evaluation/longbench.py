@@ -1,4 +1,4 @@
-"""LongBench's files as examples: version 1's English sets with its own prompts, and version 2.
+"""Examples from LongBench's files: the English sets of version 1 with their own prompts, and version 2.
 
 Prompts, lengths of answers and scores are LongBench's (github.com/THUDM/LongBench, `config` and `eval.py`; arXiv
 2308.14508 and 2412.15204). What differs: the instruction after the context is read after compression, as the question
@@ -28,12 +28,12 @@ OF_THE_PAPER = ("narrativeqa", "qasper", "hotpotqa", "2wikimqa", "qmsum")
 
 @dataclass(frozen=True, slots=True)
 class LongBenchSet:
-    """How a set of LongBench v1 is put, and how it is scored."""
+    """Prompt and scorer of a set of LongBench v1."""
 
     before: str
     """Instruction before the context."""
     after: str
-    """What follows the context, around {input}."""
+    """Text after the context, around {input}."""
     answer_prefix: str
     max_new_tokens: int
     scorer: str
@@ -45,10 +45,10 @@ def read_longbench(
     """Read a file of LongBench v1: JSON lines of `input`, `context`, `answers`, `dataset`, `all_classes`, `_id`, ...
 
     Args:
-        n_tokens: tokens of an example at most, those to generate included; None leaves contexts as they are.
+        n_tokens: most tokens of an example, those to generate included; None leaves contexts as they are.
 
     Raises:
-        RecordError: a line is not such, has no answer, or is of a set not in `LONGBENCH`; says which.
+        RecordError: a line is malformed, has no answer, or belongs to a set not in `LONGBENCH`; the message says which.
         TextError: the file cannot be read, or `n_tokens` are too few.
     """
     examples = []
@@ -65,11 +65,11 @@ def read_longbench2(
 
     Args:
         n_tokens: as in `read_longbench`.
-        begun: begin the answer with "The correct answer is (", so that its letter is what comes next. LongBench has
-            the model say all of it.
+        begun: begin the answer with "The correct answer is (", so that its letter comes next. In LongBench the model
+            writes all of it.
 
     Raises:
-        RecordError: an item is not such; says which.
+        RecordError: an item is malformed; the message says which.
         TextError: the file cannot be read, or `n_tokens` are too few.
     """
     return tuple(

@@ -1,4 +1,4 @@
-"""A needle in a haystack: one sentence placed at a depth of a text, and a question about it. Knows no model."""
+"""Needle in a haystack: one sentence hidden at a depth of a text, and a question about it. Knows no model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Needle:
-    """A sentence to hide, and the question that it answers."""
+    """A sentence to hide and the question that it answers."""
 
     text: str = "The key to the green door is hidden in the blue teapot."
     question: str = "Question: Where is the key to the green door hidden?"
@@ -39,27 +39,27 @@ def needle_examples(
     needle: Needle | None = None,
     seed: int = 0,
 ) -> tuple[Example, ...]:
-    """Make examples of every length and depth, each as long as fits.
+    """Make examples for every length and depth, each as long as fits.
 
     A sample begins at a sentence of the haystack drawn by `seed`, the same for all depths, and goes on at the beginning
-    where the haystack ends. The needle stands between two sentences, as near to its depth as may be.
+    where the haystack ends. The needle stands between two sentences, as near to its depth as possible.
 
     Args:
-        n_tokens: lengths, those to generate included.
+        n_tokens: lengths in tokens, those to generate included.
         depths: shares of the haystack before the needle, 0 to 1.
         n_samples: samples for each length and depth.
-        needle: what is hidden and asked; the default one if None.
+        needle: the sentence and question; None for the default.
 
     Raises:
-        SettingsError: a depth is not from 0 to 1.
-        TextError: the haystack is empty or holds the answer already, or a length is too short.
+        SettingsError: a depth is outside 0 to 1.
+        TextError: the haystack is empty or already holds the answer, or a length is too short.
     """
     needle = needle or Needle()
     check_text(haystack)
     if wrong := [depth for depth in depths if not 0 <= depth <= 1]:
         raise SettingsError(f"depths are shares from 0 to 1, got {wrong[0]:g}. For per cents, divide by 100.")
     if given := next((answer for answer in needle.references if answer.lower() in haystack.lower()), None):
-        raise TextError(f"The haystack holds the needle's answer, {given!r}, already. Hide something else.")
+        raise TextError(f"The haystack already holds the needle's answer, {given!r}. Hide something else.")
     words, size, examples = [sentence.split(" ") for sentence in sentences(haystack)], 0, []
     for length in n_tokens:
         for sample in range(n_samples):

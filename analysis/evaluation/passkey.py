@@ -29,7 +29,7 @@ QUESTION = "What is the pass key? The pass key is"
 
 @dataclass(frozen=True, slots=True)
 class PasskeySettings:
-    """Lengths, depths and number of the keys that are asked for."""
+    """Lengths of the prompts, depths of the keys, and number of keys."""
 
     lengths: Annotated[tuple[int, ...], "Tokens of the prompts, at most."] = (400, 1000, 2000)
     depths: Annotated[tuple[float, ...], "Where the key is told: 0 before the filler, 1 after it."] = (
@@ -40,28 +40,28 @@ class PasskeySettings:
 
 
 def passkeys(count: int, *, seed: int = 0) -> tuple[int, ...]:
-    """Keys of five digits. Raises SettingsError unless there is one at least."""
+    """Draw keys of five digits. Raises SettingsError if `count` is below 1."""
     if count < 1:
         raise SettingsError(f"at least one key is needed, got {count}")
     return tuple(int(key) for key in np.random.default_rng(seed).integers(10_000, 100_000, count))
 
 
 def passkey_sentence(key: int) -> str:
-    """The sentence that is hidden in the filler."""
+    """Write the sentence that is hidden in the filler."""
     return f"The pass key is {key}. Remember it. {key} is the pass key."
 
 
 def passkey_prompt(key: int, *, before: int, after: int) -> str:
-    """The paper's prompt, with its filler repeated `before` and `after` times; what follows should be `key`."""
+    """Write the paper's prompt, with its filler repeated `before` and `after` times; the answer is `key`."""
     return " ".join([TASK, *[FILLER] * before, passkey_sentence(key), *[FILLER] * after, QUESTION])
 
 
 def passkey_text(tokenizer: PreTrainedTokenizerBase, key: int, *, n_tokens: int, depth: float) -> str:
-    """A passkey prompt of at most `n_tokens` tokens, question included, as many as whole repeats of the filler give.
+    """Write the longest passkey prompt of at most `n_tokens` tokens, question included, in whole repeats of the filler.
 
     Raises:
-        TextError: `n_tokens` are too few for the prompt without any filler.
-        SettingsError: the depth is not from 0 to 1.
+        TextError: the prompt has more than `n_tokens` tokens even without filler.
+        SettingsError: the depth is outside 0 to 1.
     """
     if not 0 <= depth <= 1:
         raise SettingsError(f"depth must be from 0 to 1, got {depth}")
@@ -85,7 +85,7 @@ def passkey_text(tokenizer: PreTrainedTokenizerBase, key: int, *, n_tokens: int,
 def passkey_sample(
     tokenizer: PreTrainedTokenizerBase, key: int, *, n_tokens: int, depth: float, name: str = ""
 ) -> Sample:
-    """The sample of one key: a `passkey_text`, cut before its question. Raises as that."""
+    """Make the sample of one key: a `passkey_text`, cut before its question. Raises as that does."""
     text = passkey_text(tokenizer, key, n_tokens=n_tokens, depth=depth)
     ids = tokenize(tokenizer, text).ids
     context = tokenize(tokenizer, text.removesuffix(f" {QUESTION}")).ids

@@ -1,4 +1,4 @@
-"""A question put to a model: through its chat template or as plain text, and whether the answer is right.
+"""Questions to a model, through its chat template or as plain text, and whether an answer is right.
 
 Knows tokenizers and text; knows no model.
 """
@@ -37,7 +37,7 @@ def found(answer: str, text: str) -> bool:
 
 
 def decided(answer: str, text: str) -> bool:
-    """Whether `found` of a text that is still being generated will stay as it is, however it goes on."""
+    """Tell whether `found` can no longer change, however the text continues."""
     if found(answer, text):
         return True
     answer, digits = answer.strip(), re.search(r"\d+", text)
@@ -54,19 +54,19 @@ FOUND = Scoring(
 
 
 def can_chat(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the model was taught to answer what a chat template puts to it."""
+    """Tell whether the tokenizer has a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))
 
 
 def chat_text(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
-    """What the model reads when a user asks a question: the template as it is, with its own system message if any.
+    """Apply the chat template to a user's question, with the template's own system message if it has one.
 
     Raises:
         TextError: the question is empty or no valid Unicode, or the tokenizer has no template that takes it.
     """
     check_text(question)
     if not can_chat(tokenizer):
-        raise TextError("This model has no chat template: give it plain text.")
+        raise TextError("This model has no chat template. Give it plain text.")
     messages = [{"role": "user", "content": question}]
     try:
         return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
@@ -75,9 +75,9 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool = False) -> Tokens:
-    """The tokens of a prompt: of a question put through the chat template, or of plain text as `tokenize` makes them.
+    """Tokenize a prompt: a question through the chat template, or plain text as `tokenize` does.
 
-    Those of a chat have neither spans nor labels: most of their characters are not the user's. Raises TextError as
+    Tokens of a chat have neither spans nor labels: most of their characters are not the user's. Raises TextError as
     `chat_text` and `tokenize`.
     """
     if not chat:

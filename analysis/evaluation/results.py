@@ -1,4 +1,4 @@
-"""What an evaluation found, as a record: one row a cell of methods x samples, and views of them. Runs nothing.
+"""Results of an evaluation, as a record: one row for each method and sample, and views of them. Runs nothing.
 
 A Pareto front, a single-layer ablation and a passkey grid are views of results.
 """
@@ -36,7 +36,7 @@ ONCE, LIVE = "context once, then live", "live from the first token"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One sample by one method."""
+    """Score and bytes of one sample by one method."""
 
     method: str
     sample: str
@@ -49,19 +49,19 @@ class Row:
     """The answer that was generated."""
     document: str = ""
     at: Mapping[str, str | float] = field(default_factory=dict)
-    """Where the sample stands in the task's grid: {"n_tokens": 400, "depth": 0.5}."""
+    """Place of the sample in the task's grid: {"n_tokens": 400, "depth": 0.5}."""
     compressed: str = ""
-    """`ONCE` or `LIVE`; empty for the full cache."""
+    """When the cache was compressed, `ONCE` or `LIVE`; empty for the full cache."""
     context: int = 0
-    """Tokens that were run before the first compression."""
+    """Number of tokens that ran before the first compression."""
     decoded: int = 0
-    """Tokens that were run after it: question, and target or answer, but for its last."""
+    """Number of tokens that ran after it: the question, and the target or answer without its last token."""
     nats: tuple[float | None, ...] = ()
-    """NLL of each token of a target, to 5 decimals; None is undefined."""
+    """NLL of each target token, to 5 decimals; None is undefined."""
     hits: tuple[int, ...] = ()
-    """1 where such a token was the likeliest, else 0."""
+    """1 for each target token that was the likeliest, else 0."""
     key: str = ""
-    """Digest of all that the score depends on (`analysis.evaluation.log`)."""
+    """Digest of everything the score depends on (`analysis.evaluation.log`)."""
 
     @property
     def value(self) -> float:
@@ -138,12 +138,12 @@ class Results:
 
     @cached_property
     def samples(self) -> tuple[str, ...]:
-        """Names of the N samples, in the order of the rows."""
+        """Names of the N samples, in row order."""
         return tuple(dict.fromkeys(row.sample for row in self.rows))
 
     @cached_property
     def documents(self) -> tuple[str, ...]:
-        """Names of what the N samples were cut from; a sample that stands for itself has its own."""
+        """Names of the documents that the N samples were cut from; by default the sample's own name."""
         of = {row.sample: row.document or row.sample for row in self.rows}
         return tuple(of[sample] for sample in self.samples)
 
@@ -153,14 +153,16 @@ class Results:
 
     @property
     def full(self) -> str:
-        """The name of the full cache. Raises SettingsError where it was not measured."""
+        """Name of the full cache. Raises SettingsError if it was not measured."""
         names = [name for name, spec in self.methods.items() if spec is None]
         if not names:
-            raise SettingsError("These results have no full cache to compare with: evaluate it, too.")
+            raise SettingsError(
+                "These results lack the full cache, which changes are measured against. Evaluate it, too."
+            )
         return names[0]
 
     def of(self, method: str) -> tuple[Row, ...]:
-        """The N rows of a method. Raises KeyError."""
+        """Select the N rows of a method. Raises KeyError if there is none."""
         return tuple(self._cells[method, sample] for sample in self.samples)
 
     def scores(self, method: str) -> np.ndarray:
@@ -168,23 +170,23 @@ class Results:
         return np.array([row.value for row in self.of(method)])
 
     def change(self, method: str) -> np.ndarray:
-        """Scores of a method less those of the full cache on the same samples, [N]. Raises as `full`."""
+        """Scores of a method minus those of the full cache on the same samples, [N]. Raises as `full`."""
         return self.scores(method) - self.scores(self.full)
 
     def nbytes(self, method: str) -> int:
-        """Mean bytes that a method held, over samples, rounded."""
+        """Mean number of bytes that a method held, over samples, rounded."""
         return round(sum(row.nbytes for row in self.of(method)) / len(self.samples))
 
     def interval(self, values: np.ndarray, samples: Sequence[str] = ()) -> Interval:
-        """The mean of values [N] over samples (all, if not told which), with its 95 % interval; resamples documents."""
+        """Mean of values [N] over samples (by default all), with a 95 % interval that resamples documents."""
         of = dict(zip(self.samples, self.documents, strict=True))
         over = means(values[:, None], documents=[of[sample] for sample in samples or self.samples])
         return Interval(float(over.mean[0]), float(over.low[0]), float(over.high[0]))
 
     def grouped(self, *axes: str) -> dict[Place, tuple[str, ...]]:
-        """Samples by where they stand on some axes of the task's grid: {(400, 0.5): names}, for axes n_tokens, depth.
+        """Group samples by axes of the task's grid: {(400, 0.5): names} for the axes n_tokens and depth.
 
-        Raises KeyError for an axis that the task's grid does not have.
+        Raises KeyError for an axis that the grid does not have.
         """
         groups: dict[Place, tuple[str, ...]] = {}
         for sample in self.of(next(iter(self.methods))):
@@ -193,7 +195,7 @@ class Results:
         return groups
 
     def scores_by(self, method: str, *axes: str) -> dict[Place, np.ndarray]:
-        """Scores of a method in each group of samples, as `grouped`."""
+        """Scores of a method in each group of `grouped`."""
         return {
             key: np.array([self._cells[method, sample].value for sample in samples])
             for key, samples in self.grouped(*axes).items()
@@ -259,14 +261,14 @@ class Results:
         return Work(runs * context, saved * context, decoded)
 
     def summary(self, task: Task) -> list[dict[str, Any]]:
-        """Summarise the results by method and place on the task's axes: samples, bytes, mean score, change of it.
+        """Tabulate each method at each place on the task's axes: samples, bytes, score and change of it.
 
-        The interval of a share is Wilson's; of other scores documents are resampled. "change" is against the full
-        cache, and there only where scores are no shares and the full cache was measured. Of predicted tokens there are
-        perplexity, its ratio (`exp` of the change), and the share that was the likeliest.
+        Intervals of shares are Wilson's; others resample documents. "change" is against the full cache, and there only
+        where scores are no shares and the full cache was measured. Where tokens were predicted there are perplexity,
+        its ratio (`exp` of the change), and next-token accuracy.
 
         Args:
-            task: the task that the results are of, as registered. Axes that its samples do not all have are ignored.
+            task: task that the results are of, as registered. An axis that not all of its samples have is ignored.
         """
         axes = tuple(axis for axis in task.axes if all(axis in row.at for row in self.rows))
         changes = not task.share and None in self.methods.values()
@@ -290,7 +292,7 @@ class Results:
         return rows
 
     def table(self) -> list[dict[str, Any]]:
-        """One flat dict a row, for CSV, with what is the same in all: the model, its digest, the task, its settings."""
+        """Flatten the rows to dicts, for CSV or a data frame, with the model, its digest and the task in each."""
         common = {"model": self.model, "weights": self.weights, "task": self.task}
         own = ("method", "sample", "document", "score", "nbytes", "compressed", "context", "decoded", "text", "key")
         return [
@@ -325,7 +327,7 @@ def _exp(values: Interval) -> Interval:
 
 
 def wilson(scores: np.ndarray, right: float = 1.0) -> Interval:
-    """The mean of scores that are 0 or `right`, with Wilson's 95 % interval."""
+    """Mean of scores that are 0 or `right`, with Wilson's 95 % interval."""
     from scipy.stats import binomtest
 
     ends = binomtest(int((scores == right).sum()), len(scores)).proportion_ci(method="wilson")

@@ -40,7 +40,7 @@ _SHOWN_TOKENS = 500  # of the solved example of variable tracking, at most half 
 
 
 class Prompt(NamedTuple):
-    """What an example says."""
+    """Text of an example."""
 
     context: str
     question: str
@@ -50,7 +50,7 @@ class Prompt(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """What examples are made from beside chance."""
+    """Material that examples are made from."""
 
     n_tokens: int
     number: int = 0
@@ -90,16 +90,16 @@ class RulerTask:
 
     title: str
     about: str
-    """What is asked, in a line."""
+    """One line on the question."""
     max_new_tokens: int
     make: Callable[[Random, int, Material], Prompt]
     """Makes the example of a size."""
     least: int
     """Smallest size, in the units that `make` has."""
     question: re.Pattern[str]
-    """Where the question begins in a prompt, at its last match."""
+    """Beginning of the question in a prompt, at the last match."""
     answer: re.Pattern[str] = field(default=re.compile(r" ?Answer:"))
-    """Where the answer's prefix begins after that."""
+    """Beginning of the answer's prefix after that."""
     scorer: str = "string_match_all"
     needs: str = ""
     """"essay" or "questions" where it is made from such."""
@@ -117,21 +117,21 @@ def ruler_examples(
 ) -> tuple[Example, ...]:
     """Make examples of a RULER task, each as long as fits.
 
-    The same arguments make the same examples, and more of them begin with the same ones.
+    The same arguments give the same examples, and a larger number begins with the same ones.
 
     Args:
         task: one of `RULER`.
-        n_tokens: tokens of an example at most, those to generate included.
+        n_tokens: most tokens of an example, those to generate included.
         essay: text of the haystacks; the bundled texts if None.
-        questions: what qa_1 and qa_2 ask, from `ruler_files.read_questions`.
+        questions: questions of qa_1 and qa_2, from `ruler_files.read_questions`.
 
     Raises:
-        SettingsError: there is no such task, or it lacks its questions.
+        SettingsError: the task is unknown, or lacks its questions.
         TextError: `n_tokens` are too few for the task, or the essay is empty.
     """
     entry = RULER.find(task)
     if entry.needs == "questions" and questions is None:
-        raise SettingsError(f"{task} is made from a file of questions in SQuAD's or HotpotQA's JSON: give its path.")
+        raise SettingsError(f"{task} needs a file of questions in SQuAD's or HotpotQA's JSON. Give its path.")
     material = Material(n_tokens, questions=questions and _shuffled(questions, seed))
     if entry.needs == "essay":
         material = _with_essay(material, "\n\n".join(bundled_texts().values()) if essay is None else essay)

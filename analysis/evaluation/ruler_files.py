@@ -1,4 +1,4 @@
-"""Files of RULER, and files of questions that two of its tasks are made from. Knows no model, and no tokenizer."""
+"""Readers of RULER's files, and of the questions that two of its tasks need. Knows no model and no tokenizer."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def read_ruler(path: str | Path, task: str | None = None) -> tuple[Example, ...]
     it ends with the answer's prefix, too.
 
     Args:
-        task: of the file; the name of its folder if None, as RULER has it ("niah_single_1/validation.jsonl").
+        task: task of the file; None takes the folder's name, as RULER has it ("niah_single_1/validation.jsonl").
 
     Raises:
-        SettingsError: there is no such task.
-        RecordError: a line is not such, or holds no question of the task; says which.
+        SettingsError: the task is unknown.
+        RecordError: a line is malformed, or holds no question of the task; the message says which.
         TextError: the file cannot be read.
     """
     path = Path(path)

@@ -1,7 +1,7 @@
-"""The one driver of tasks: every sample of a task by every method, with one pass over a context for all of them.
+"""The one driver of tasks: every sample by every method, with one pass over a context for all methods.
 
 The context is run once into a full cache, and compressed for each method from there; policies that look at attention
-need a pass of their own. The question, and what is predicted or generated after it, is run over what is left, and the
+need a pass of their own. The question, and what is predicted or generated after it, runs over what is left, and the
 cache goes on evicting. Rows are written as they come (`analysis.evaluation.log`), and those of a file not run again.
 """
 
@@ -49,19 +49,19 @@ def evaluate(
     out: str | Path | None = None,
     progress: Progress = unheard,
 ) -> Results:
-    """Score a model on a task, by each method.
+    """Score a model on a task with each method.
 
     Args:
-        task: a name in `TASKS`.
-        methods: what to keep, by name; None is the full cache.
-        texts: what samples are cut from, where the task needs any; None: the bundled ones.
-        settings: of the task's own class, such as `LmSettings`; its defaults, if not given.
-        out: a file that rows are written to as they are computed. What it holds already is not computed again, so an
-            evaluation that was stopped goes on; it is read by `records.load(Results, out)`.
-        progress: counts samples by different specs, and is called at every token, too.
+        task: name in `TASKS`.
+        methods: specs by name; None is the full cache.
+        texts: texts to cut samples from, where the task needs them; None is the bundled texts.
+        settings: instance of the task's own class, such as `LmSettings`; by default its defaults.
+        out: file to write each row to as it is computed, for `records.load(Results, out)`. Rows that it has already are
+            not computed again, so a stopped evaluation continues.
+        progress: counts samples times distinct specs, and is called at every token.
 
     Raises:
-        SettingsError, SpecError: the task is unknown, a setting out of range, or a spec does not fit the model.
+        SettingsError, SpecError: the task is unknown, a setting is out of range, or a spec does not fit the model.
         TextError: texts are missing, empty, too short, or more than the model can take.
         RecordError: `out` is another evaluation's, or can't be written.
         ModelError, OutOfMemoryError: as `stream`.
@@ -97,7 +97,7 @@ def samples_of(
     else:
         given = excerpts_from(texts or ())
     if what.texts == "must" and not given:
-        raise TextError(f"There are no texts to measure on, and the task {task} takes some.")
+        raise TextError(f"There are no texts, and the task {task} measures on texts. Give some.")
     if what.texts == "no" and given:
         raise TextError(f"The task {task} takes no texts, got {len(given)}.")
     samples = tuple(what.build(loaded, settings, given))
@@ -107,9 +107,9 @@ def samples_of(
 
 
 def _checked(loaded: LoadedModel, samples: Sequence[Sample]) -> tuple[str, ...]:
-    """Warnings of lengths, each once. Raises SettingsError, TextError."""
+    """Distinct warnings about lengths. Raises SettingsError, TextError."""
     if len({sample.name for sample in samples}) < len(samples):
-        raise SettingsError("two samples have one name: give each text its own")
+        raise SettingsError("two samples have the same name: give each text its own")
     warnings: dict[str, None] = {}
     for sample in samples:
         ids = np.concatenate([sample.context, sample.question, sample.target])
@@ -132,7 +132,7 @@ def _run(loaded: LoadedModel, task: Task, samples: Sequence[Sample]) -> Run:
 
 
 def _name_of(device: torch.device) -> str:
-    """What computes: a CPU by what it can do, for rounding goes by that."""
+    """Name of a device; of a CPU its instruction set, since rounding depends on it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type
@@ -155,14 +155,14 @@ def measure(
     log: Log | None = None,
     progress: Progress = unheard,
 ) -> tuple[Row, ...]:
-    """Rows of samples that were made already, method by method; specs that are the same are run once.
+    """Score samples with each method, and return the rows method by method; equal specs are run once.
 
     Args:
-        scoring: of answers; samples with a target need none.
-        log: rows that are known, and where others are written.
+        scoring: how to score answers; samples with a target need none.
+        log: rows that are known, and where to write others.
 
     Raises:
-        As `evaluate`, and SettingsError if two samples have one name.
+        As `evaluate`, and SettingsError if two samples have the same name.
     """
     _checked(loaded, samples)
     assert scoring or all(len(sample.target) for sample in samples), "answers need a scoring"
@@ -217,14 +217,18 @@ def _caches_after(
     full = None
     for spec in sorted(specs, key=lambda spec: spec is None):
         if not context.shape[1]:
-            yield spec, new_cache(loaded.config, spec)
+            yield spec, new_cache(loaded.config, spec, special_ids=loaded.special_ids(spec))
             continue
         if spec is not None and (POLICIES[spec.policy].needs_attention or POLICIES[spec.policy].needs_filters):
             yield spec, _filled(loaded, context, new_cache(loaded.config, spec))
             continue
         if full is None:
             full = _filled(loaded, context, DynamicCache(config=loaded.config))
-        yield spec, full if spec is None else CompressedCache.from_full(full, loaded.config, spec)
+        if spec is None:
+            yield spec, full
+        else:
+            special_ids = loaded.special_ids(spec)
+            yield spec, CompressedCache.from_full(full, loaded.config, spec, input_ids=context, special_ids=special_ids)
 
 
 Filled = TypeVar("Filled", bound=Cache)

@@ -1,6 +1,6 @@
-"""Scores of generated answers, as the benchmarks define them: 0 to 100 an example, whose mean is the published figure.
+"""Scores of generated answers as the benchmarks define them, 0 to 100 each; their mean is the published score.
 
-Knows texts only: no tokenizer and no model. Where a benchmark's own program differs from what it is quoted for, the
+Knows texts only: no tokenizer and no model. Where a benchmark's own program differs from its published rule, the
 docstring says so.
 """
 
@@ -24,21 +24,21 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def score(example: Example, text: str) -> float:
-    """Score of a generated answer, 0 to 100. Raises SettingsError for a scorer that there is not."""
+    """Score a generated answer, 0 to 100. Raises SettingsError if the scorer is unknown."""
     return SCORERS.find(example.scorer).score(text, example)
 
 
 def decided(example: Example, text: str) -> bool:
-    """Whether the score of an answer that is being generated stays as it is, however the answer goes on."""
+    """Tell whether the score of an unfinished answer can no longer change, however it continues."""
     return SCORERS.find(example.scorer).decided(text, example)
 
 
 def check_scorable(example: Example, where: str) -> Example:
-    """Return an example that came from a file, if its answers are such as its scorer takes.
+    """Return an example from a file if its scorer can handle its answers.
 
     Raises:
-        RecordError: they are not; says where, and why.
-        SettingsError: there is no such scorer.
+        RecordError: it cannot; the message says where and why.
+        SettingsError: the scorer is unknown.
     """
     SCORERS.find(example.scorer)
     answers, scorer = example.references, example.scorer
@@ -57,12 +57,12 @@ def check_scorable(example: Example, where: str) -> Example:
 
 
 def string_match_all(text: str, references: tuple[str, ...]) -> float:
-    """Share of the references that a text holds, whatever the case of letters: RULER's, for all but its questions."""
+    """Share of the references that a text holds, ignoring case: RULER's score, except for its questions."""
     return sum(_holds(text, reference) for reference in references) / len(references)
 
 
 def string_match_part(text: str, references: tuple[str, ...]) -> float:
-    """1 if a text holds any of the references, else 0: RULER's, for its questions.
+    """1 if a text holds any of the references, ignoring case, else 0: RULER's score for its questions.
 
     lm-evaluation-harness has a score of this name that is the share of the references found, as above: a question with
     three spellings of its answer, of which one is given, has 1/3 there.
@@ -71,7 +71,7 @@ def string_match_part(text: str, references: tuple[str, ...]) -> float:
 
 
 def token_f1(text: str, reference: str) -> float:
-    """F1 of the words two texts share, as SQuAD normalises them: lower case, without punctuation and articles."""
+    """F1 of the words that two texts share, normalised as in SQuAD: lower case, no punctuation, no articles."""
     words, wanted = _squad_words(text), _squad_words(reference)
     return _f1(sum((Counter(words) & Counter(wanted)).values()), len(words), len(wanted))
 
@@ -128,14 +128,14 @@ def chosen_letter(text: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Scorer:
-    """How an answer is scored."""
+    """A way to score answers, and when a score is final."""
 
     about: str
-    """What 100 means, in a line."""
+    """One line on the meaning of 100."""
     score: Callable[[str, Example], float]
     """Score of a text, 0 to 100."""
     decided: Callable[[str, Example], bool] = lambda text, example: False
-    """Whether the score of a text stays as it is, whatever follows the text."""
+    """Tells whether the score of a text can no longer change, whatever follows it."""
 
 
 def _best(single: Callable[[str, str], float], about: str, *, first_line: bool = False) -> Scorer:

@@ -1,4 +1,4 @@
-"""What a task is: samples, made from texts or from a template, and a score for each. Runs no model.
+"""Tasks: samples, made from texts or from a template, and a score for each. Runs no model.
 
 A sample is a context, which is compressed, and a question, which is run over what is left of it. Then either given
 tokens are predicted (their likelihood is the score), or an answer is generated and its text is scored.
@@ -24,10 +24,10 @@ def _no_tokens() -> np.ndarray:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sample:
-    """One thing to ask a model."""
+    """One question to a model, or one continuation to predict."""
 
     name: str
-    """Its own among the samples of a task."""
+    """Name, unique among the samples of a task."""
     context: np.ndarray
     """[C] int64 token ids, run first and then compressed. Where there are none the cache evicts from the start."""
     question: np.ndarray
@@ -39,16 +39,16 @@ class Sample:
     new_tokens: int = 0
     """The most tokens that an answer may take."""
     document: str = ""
-    """What it was cut from, for intervals resample documents; empty where it stands for itself."""
+    """Document that it was cut from, since intervals resample documents; empty for a document of its own."""
     at: Mapping[str, str | float] = field(default_factory=dict)
-    """Where it stands in the task's grid: {"n_tokens": 400, "depth": 0.5}."""
+    """Place in the task's grid: {"n_tokens": 400, "depth": 0.5}."""
     example: Any = None
-    """What else the task's scoring needs."""
+    """Anything else that the task's scoring needs."""
 
 
 @dataclass(frozen=True, slots=True)
 class NoSettings:
-    """The settings of a task that has none."""
+    """Settings of a task that has none."""
 
 
 Build = Callable[["LoadedModel", Any, Sequence[Excerpt]], Sequence[Sample]]
@@ -57,7 +57,7 @@ Build = Callable[["LoadedModel", Any, Sequence[Excerpt]], Sequence[Sample]]
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
-    """How a generated answer is scored."""
+    """Score of a generated answer, and when it is final."""
 
     score: Callable[[Sample, str], float]
     """(sample, generated text) -> score."""
@@ -66,15 +66,16 @@ class Scoring:
 
 
 RESERVED = {
-    "context", "device", "excerpts", "help", "json", "keep_ratios", "model", "out", "plan", "policies", "protect_last",
-    "settings", "skip_layers", "task", "texts", "to",
+    "by_position", "context", "device", "excerpts", "help", "json", "keep_ratio", "keep_ratios", "model", "out",
+    "output_dir", "plan", "policies", "protect_last", "prune_after", "schedule", "settings", "skip_layers", "task",
+    "texts", "to",
 }  # fmt: skip
 """Names that no setting of a task may have: the command line has options of these names beside it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Samples, and how they are scored.
+    """A task: how its samples are made and scored.
 
     Raises:
         ValueError: a setting has no default, or one of the `RESERVED` names.
@@ -82,7 +83,7 @@ class Task:
 
     title: str
     about: str
-    """What it measures, in a line."""
+    """One line on what it measures."""
     unit: str
     """Unit of the score: "nats/token"."""
     higher_is_better: bool
@@ -106,7 +107,7 @@ class Task:
     bundled: Callable[[LoadedModel, Any], tuple[Any, Sequence[Excerpt]]] | None = None
     """(model, settings) -> settings and texts that come with the program, where none are given. None: they must be."""
     version: int = 1
-    """Raised when samples or scores change, so that no file of results is gone on with that was made otherwise."""
+    """Raised when samples or scores change, so that no file of results from before is resumed."""
 
     def __post_init__(self) -> None:
         for setting in fields(self.settings):

@@ -1,6 +1,6 @@
-"""Words that evaluation tasks hide and count: plain English, none of them part of another. Knows no task.
+"""Words that evaluation tasks hide and count: plain English, none contained in another. Knows no task.
 
-The list is the project's own. That no word is part of another keeps a score by substrings honest.
+The list is the project's own. That no word contains another keeps a score by substrings honest.
 """
 
 # ruff: noqa: SIM905 - a list of 1,149 quoted words could not be read

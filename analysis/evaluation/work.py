@@ -35,6 +35,12 @@ class Estimate:
     decode_rate: float
     """Tokens a second after a context, over all rows of a batch."""
 
+    def __str__(self) -> str:
+        work = self.work
+        time = f"{self.seconds:.0f} s" if self.seconds < 100 else f"{self.seconds / 60:.0f} min"
+        contexts = f"{work.prefilled:,} tokens of contexts ({work.saved:,} more are saved by running each once), "
+        return f"{time}: {contexts if work.prefilled else ''}{work.decoded:,} tokens one by one at most"
+
 
 @torch.inference_mode()
 def estimate(
@@ -80,7 +86,8 @@ def _timed(
     ids = torch.stack([torch.from_numpy(one[:_TIMED]) for one in fill]).to(loaded.device)
     rates, steps = [], []
     for spec in specs:
-        cache, started = new_cache(loaded.config, spec), perf_counter()
+        cache = new_cache(loaded.config, spec, special_ids=loaded.special_ids(spec))
+        started = perf_counter()
         if ids.shape[1]:
             prefill(loaded.model, ids, cache)
         _wait(ids)

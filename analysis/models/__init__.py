@@ -1,1 +1,1 @@
-"""Models: found, vetted, loaded, and weighed by their configs alone."""
+"""Models: find, vet and load them, and work out their sizes from their configs alone."""

@@ -1,4 +1,4 @@
-"""Which model this is: a digest of weights and vocabulary."""
+"""Identity of a model: a digest of its weights and vocabulary."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 
 def digest_of(loaded: LoadedModel) -> str:
-    """Digest, in hexadecimal, of the whole vocabulary and of every weight's name, dtype, shape and 64 of its numbers.
+    """Compute a hexadecimal digest of the vocabulary and of every weight's name, dtype, shape and 64 of its numbers.
 
-    64 are enough to tell a model from any that was trained on; to read all of a large one would take as long as a text.
+    64 numbers tell a model from its fine-tuned versions; reading all of a large model would take as long as a text.
     """
     digest = hashlib.sha256(json.dumps(loaded.tokenizer.get_vocab(), sort_keys=True).encode())
     for name, weight in loaded.model.state_dict().items():

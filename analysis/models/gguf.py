@@ -1,4 +1,4 @@
-"""The header of a GGUF file, read as data that nobody vouches for. Needs no torch, numpy or transformers.
+"""Reader of a GGUF file's header, which is untrusted. Needs no torch, numpy or transformers.
 
 A GGUF file is a header (metadata, then a table of tensors) and the tensors' bytes. Whoever opens one with a library
 trusts its counts, lengths and offsets; `read_gguf` reads the header first and refuses what does not add up. It
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from analysis.errors import ModelError
-from analysis.models.vet import BOUNDS, short
+from analysis.models.vet import BOUNDS, one_line
 
 MAGIC = b"GGUF"
 ARCHITECTURES = ("gemma2", "gemma3", "llama", "phi3", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "starcoder2")
@@ -96,7 +96,7 @@ _UNDERSTOOD = {  # and where some of them are reproduced
 
 @dataclass(frozen=True, slots=True)
 class GgufArray:
-    """An array of the metadata. `items` are there where it is one of few numbers; strings are only counted."""
+    """An array in the metadata. `items` holds a short array of numbers; strings are only counted."""
 
     kind: str  # "number", "bool" or "string"
     count: int
@@ -108,7 +108,7 @@ Value = int | float | bool | str | GgufArray
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """Where a tensor is in the file, and how it is stored."""
+    """Place and storage type of a tensor in the file."""
 
     name: str
     shape: tuple[int, ...]  # in torch's order, the fastest index last
@@ -119,7 +119,7 @@ class GgufTensor:
 
     @property
     def n_weights(self) -> int:
-        """Number of weights in it."""
+        """Number of weights in the tensor."""
         return math.prod(self.shape)
 
 
@@ -138,22 +138,22 @@ class GgufFile:
         return str(self.metadata["general.architecture"])
 
     def of_architecture(self, key: str) -> Any:
-        """A value under the architecture's name, such as "block_count"; sizes have been checked, None is not there."""
+        """Look up a value such as "block_count" under the architecture's name; None if missing. Sizes are vetted."""
         return self.metadata.get(f"{self.architecture}.{key}")
 
     @property
     def tensor_names(self) -> frozenset[str]:
-        """Names of all tensors, as llama.cpp has them."""
+        """Names of all tensors, by llama.cpp's convention."""
         return frozenset(tensor.name for tensor in self.tensors)
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the token embedding: the file may have fewer tokens."""
+        """Number of rows in the token embedding: the file may have fewer tokens."""
         return next(tensor.shape[0] for tensor in self.tensors if tensor.name == "token_embd.weight")
 
     @property
     def stored(self) -> str:
-        """The type that most bytes of the matrices are stored in, such as "Q4_1" or "float16"."""
+        """Storage type of most of the matrices' bytes, such as "Q4_1" or "float16"."""
         nbytes = Counter[str]()
         for tensor in self.tensors:
             nbytes[tensor.type] += tensor.nbytes * (len(tensor.shape) > 1)
@@ -171,7 +171,7 @@ class GgufFile:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file calls itself GGUF, by its name or its first bytes (Ollama's blobs have no extension)."""
+    """Tell whether a file is GGUF by its name or its first bytes (Ollama's blobs have no extension)."""
     try:
         if not path.is_file():
             return False
@@ -184,16 +184,16 @@ def is_gguf(path: Path) -> bool:
 
 
 def gguf_name(path: Path) -> str:
-    """What to call the model in a file: the file's name, of a blob's hash no more than its begin."""
+    """Name of the model in a file: the file's name, or the beginning of a blob's hash."""
     return path.stem if path.suffix.lower() == ".gguf" else path.name[:19]
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """The header of a GGUF file, vetted.
+    """Read and vet the header of a GGUF file.
 
     Raises:
-        ModelError: the file is damaged, hostile, of an architecture or tensor type that is not read here, or no model;
-            the message says which, where, and what to do.
+        ModelError: the file is damaged or hostile, has an unsupported architecture or tensor type, or is no model; the
+            message says which, where, and what to do.
     """
     name = gguf_name(path)
     try:
@@ -205,7 +205,7 @@ def read_gguf(path: Path) -> GgufFile:
             metadata, n_tensors = _read_metadata(reader)
             tensors = _read_tensors(reader, n_tensors, _alignment(reader, metadata))
     except OSError as error:
-        raise ModelError(f"{name} cannot be read ({short(error)}). Check the path and the right to read it.") from error
+        raise ModelError(f"{name} cannot be read ({one_line(error)}). Check the path and its permissions.") from error
     except struct.error as error:
         raise ModelError(f"{name} became shorter while it was read. {_AGAIN}.") from error
     gguf = GgufFile(path, name, metadata, tensors)
@@ -348,7 +348,7 @@ def _alignment(reader: _Reader, metadata: dict[str, Value]) -> int:
 
 
 def _read_tensors(reader: _Reader, n_tensors: int, alignment: int) -> tuple[GgufTensor, ...]:
-    """The table of tensors: each within the file, none in the place of another."""
+    """The table of tensors: each within the file, none over another."""
     if not n_tensors:
         raise reader.error("it has no tensors: it is a vocabulary or metadata only", "Give the file with the weights")
     table = []

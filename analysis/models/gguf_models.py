@@ -1,8 +1,8 @@
-"""A vetted GGUF file as a transformers model: its config, its tokenizer, and its weights, dequantised one by one.
+"""transformers models from vetted GGUF files: config, tokenizer, and weights, dequantised one by one.
 
 Names and layouts are transformers' own tables (they undo what llama.cpp's converter did, such as the order of a
-Llama's query and key rows). What those tables leave out is added here, because the model would be another one
-without it, and no one would be told: the size of a head, scaled rotary embeddings, the scale and the caps of Gemma's
+Llama's query and key rows). What those tables lack is added here, because without it the model would silently be a
+different one: the size of a head, scaled rotary embeddings, the scale and the caps of Gemma's
 attention, the windows of layers, the digits that a tokenizer keeps apart.
 
 What no GGUF file says is taken as absent: the sliding windows (of 4096 tokens) of Mistral 7B v0.1 and StarCoder2, which
@@ -38,7 +38,7 @@ _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positi
 
 
 def gguf_config(gguf: GgufFile) -> PretrainedConfig:
-    """The config that a GGUF file describes. Raises ModelError where it asks for what is not reproduced."""
+    """Build the config that a GGUF file describes. Raises ModelError for features that are not reproduced."""
     with reading(gguf.name, "header"):
         config = _config(gguf)
         check_config(config, gguf.name)
@@ -77,7 +77,7 @@ def _config(gguf: GgufFile) -> PretrainedConfig:
 
 
 def gguf_tokenizer(gguf: GgufFile) -> PreTrainedTokenizerBase:
-    """The tokenizer in a GGUF file. Its chat template is the file's: transformers runs such templates in a sandbox."""
+    """Build the tokenizer of a GGUF file. Its chat template is the file's: transformers runs it in a sandbox."""
     from tokenizers import pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     from transformers.integrations.gguf.gguf_tokenizer_mapping import (
@@ -146,10 +146,10 @@ def _with_special_tokens(backend: Tokenizer, content: dict[str, Any]) -> Tokeniz
 
 
 def gguf_model(gguf: GgufFile, config: PretrainedConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model with the weights of a GGUF file, dequantised to `dtype`, on the CPU; and transformers' loading info.
+    """Load a GGUF file's weights on the CPU, dequantised to `dtype`; return the model and transformers' loading info.
 
     Raises:
-        ModelError: the file has fewer weights than its header describes, or weights that its model has no place for.
+        ModelError: the file has fewer weights than its header describes, or weights without a place in the model.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -197,7 +197,7 @@ def gguf_model(gguf: GgufFile, config: PretrainedConfig, dtype: torch.dtype) -> 
 
 
 def dequantising_bytes(gguf: GgufFile, itemsize: int) -> int:
-    """About the memory that loading takes at its peak, in numbers of `itemsize` bytes."""
+    """Estimate the peak memory of loading, in numbers of `itemsize` bytes."""
     done = peak = 0
     for tensor in gguf.tensors:  # each in float32, on top of those before it, and then in its own dtype
         peak = max(peak, done + tensor.n_weights * (4 if itemsize == 4 else 4 + itemsize))
@@ -325,7 +325,7 @@ def _gemma(gguf: GgufFile) -> dict[str, Any]:
 
 
 def _experts(gguf: GgufFile) -> dict[str, Any]:
-    """The width of a mixture's experts, which transformers' table leaves out."""
+    """The width of a mixture's experts, which transformers' table lacks."""
     if None in map(gguf.of_architecture, ("expert_count", "expert_used_count", "expert_feed_forward_length")):
         raise _not_reproduced(gguf, "it has experts, and does not say how many or how wide")
     told = {"moe_intermediate_size": gguf.of_architecture("expert_feed_forward_length")}

@@ -1,7 +1,7 @@
-"""Loading a model safely: safetensors and GGUF only, no remote code, and a file's own account of itself vetted first.
+"""Safe loading of models: safetensors and GGUF only, no remote code, configs and headers vetted first.
 
-A folder's `config.json` and a GGUF file's header are read as data before anything is built from them. What a GGUF file
-says of its tokenizer, the chat template among it, is data too: transformers runs such templates in a sandbox.
+A folder's `config.json` and a GGUF file's header are read as data before anything is built from them. A GGUF file's
+tokenizer, its chat template included, is data too: transformers runs such templates in a sandbox.
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ from analysis.errors import ModelError, OutOfMemoryError
 from analysis.models.gguf import gguf_name, is_gguf, read_gguf
 from analysis.models.memory import human_bytes, usable_bytes
 from analysis.models.packaged import ORIGINALS, PACKAGED, fetch, stored_before
-from analysis.models.vet import check_length, read_config, read_json, reading, short, vet_config
+from analysis.models.vet import check_length, one_line, read_config, read_json, reading, vet_config
 from analysis.progress import Progress, unheard
 from analysis.texts.tokens import check_tokenizer
+from l2kv.policies import POLICIES
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from analysis.models.gguf import GgufFile
+    from l2kv.spec import CompressionSpec
 
 BUNDLED = Path(__file__).parents[1] / "bundled"
 BUNDLED_MODELS = tuple(sorted(p.parent.name for p in BUNDLED.glob("*/config.json")))
@@ -43,13 +45,13 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model that is ready to run, and its tokenizer."""
+    """A model, ready to run, and its tokenizer."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
     stored: str = ""
-    """How most bytes of its matrices are stored in its files, such as "Q4_1" or "bfloat16"; "" if not from files."""
+    """Storage type of most of its matrices' bytes, such as "Q4_1" or "bfloat16"; empty if not from files."""
 
     @property
     def device(self) -> torch.device:
@@ -58,18 +60,26 @@ class LoadedModel:
 
     @property
     def dtype(self) -> str:
-        """What it computes in, and what its caches hold, such as "float32"."""
+        """Dtype of its computation and of its caches, such as "float32"."""
         return dtype_name(self.model.dtype)
 
     @property
     def config(self) -> PretrainedConfig:
-        """The config of the language model, in models that have others too."""
+        """Config of the language model, in models that have more parts."""
         config: PretrainedConfig = self.model.config.get_text_config(decoder=True)
         return config
 
+    def special_ids(self, spec: CompressionSpec | None) -> tuple[int, ...] | None:
+        """Ids that `l2kv.special_ids` finds in its vocabulary, if the policy of `spec` goes by them."""
+        if spec is None or not POLICIES[spec.policy].needs_token_ids:
+            return None
+        from l2kv.calibration import special_ids
+
+        return special_ids(self.tokenizer)
+
     @property
     def positions(self) -> int:
-        """The tokens that it was trained to read at once; `sys.maxsize` where its config does not say."""
+        """Number of tokens that it was trained to read at once; `sys.maxsize` if its config does not say."""
         return getattr(self.config, "max_position_embeddings", None) or sys.maxsize
 
 
@@ -86,13 +96,13 @@ def load_model(
 
     Args:
         ref: such as "smollm2", "books-5m", "/models/my-llama", "/models/my-llama.Q4_K_M.gguf" or "Qwen/Qwen3-0.6B".
-        device: "cuda", "cpu", ...; the GPU where there is one, if not given.
-        dtype: float32 on a CPU and bfloat16 elsewhere, if not given.
-        progress: called where "smollm2" is not there yet and is fetched first.
+        device: "cuda", "cpu", ...; by default the GPU if there is one.
+        dtype: by default float32 on a CPU and bfloat16 elsewhere.
+        progress: counts bytes where "smollm2" has to be fetched first.
 
     Raises:
-        ModelError: there is no such model, or it is unsafe, incomplete or not decoder-only; the message says which.
-        OutOfMemoryError: a GGUF file that would not fit when dequantised; the message says what would.
+        ModelError: the model does not exist, or is unsafe, incomplete or not decoder-only; the message says which.
+        OutOfMemoryError: a GGUF file would not fit when dequantised; the message says what would.
     """
     path, name = model_folder(ref, progress=progress), model_name(ref)
     with reading(name, "weights"):
@@ -105,7 +115,7 @@ def load_model(
 
 
 def tokenizer_and_config(ref: str | Path) -> tuple[PreTrainedTokenizerBase, PretrainedConfig]:
-    """The tokenizer of a model, and the config of its language model; no weights are read. Raises ModelError."""
+    """Load the tokenizer of a model and the config of its language model, without its weights. Raises ModelError."""
     path, name = model_folder(ref), model_name(ref)
     if path.is_file():
         from analysis.models.gguf_models import gguf_config, gguf_tokenizer
@@ -120,13 +130,13 @@ def tokenizer_and_config(ref: str | Path) -> tuple[PreTrainedTokenizerBase, Pret
 
 
 def loading_note(ref: str | Path, *, device: str | None = None, dtype: torch.dtype | None = None) -> str:
-    """What loading a GGUF file takes, in a sentence; nothing for other models. Raises ModelError, as `load_model`."""
+    """Say in a sentence what loading a GGUF file takes; empty for other models. Raises ModelError as `load_model`."""
     path = model_folder(ref)
     return _gguf_note(read_gguf(path), _device_and_dtype(device, dtype)[1]) if path.is_file() else ""
 
 
 def model_folder(ref: str | Path, *, progress: Progress = unheard) -> Path:
-    """The vetted local folder of a model, or its GGUF file; what is not there is fetched (of a hub its config first).
+    """Find the vetted local folder of a model, or its GGUF file, and fetch it if missing (from a hub the config first).
 
     Raises ModelError, as `load_model`.
     """
@@ -151,18 +161,18 @@ def model_folder(ref: str | Path, *, progress: Progress = unheard) -> Path:
 
 
 def check_spelling(text: str) -> None:
-    """Raise ModelError for what is nearly a name: the hub, which would be asked next, does not know ours."""
+    """Raise ModelError for a misspelt name: the hub, which would be asked next, does not know ours."""
     if near := difflib.get_close_matches(text, NAMED_MODELS, 1, cutoff=0.8):
-        raise ModelError(f"There is no model {text}. Is {near[0]} meant?")
+        raise ModelError(f"There is no model {text}. Did you mean {near[0]}?")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Such as "float32"."""
+    """Name of a dtype, such as "float32"."""
     return str(dtype).removeprefix("torch.")
 
 
 def model_name(ref: str | Path) -> str:
-    """What a model is called: its folder's or GGUF file's name, or the name that it was asked for by."""
+    """Name of a model: that of its folder or GGUF file, or the name that it was asked for by."""
     text = str(ref).strip()
     if text not in {*NAMED_MODELS, *ORIGINALS}:
         if file := gguf_file(text):
@@ -255,7 +265,7 @@ def _tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
 
 
 def _check_whole(info: dict[str, Any], name: str, source: str) -> None:
-    """Refuse weights that are missing, or of another shape than the config asks for. `info`: as transformers has it."""
+    """Refuse weights that are missing or have the wrong shape. `info`: as transformers has it."""
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"{name} is incomplete: {len(missing)} weights are missing, the first is {missing[0]}.")
     for key, stored, expected in sorted(info["mismatched_keys"]):
@@ -313,7 +323,7 @@ def _fetch(hub_id: str) -> Path:
     except Exception as error:  # offline, a proxy, a full disk: the hub client raises many kinds
         raise ModelError(
             f"{hub_id!r} is not a local folder, and could not be fetched from the Hugging Face hub "
-            f"({short(error)}). Check the name and the connection, or give a local folder."
+            f"({one_line(error)}). Check the name and the connection, or give a local folder."
         ) from error
     _vet(folder, hub_id)
     return folder
@@ -324,7 +334,7 @@ def _vet(folder: Path, name: str) -> None:
     try:
         files = {path.name for path in folder.iterdir() if path.is_file()}
     except OSError as error:
-        raise ModelError(f"{name} cannot be read ({short(error)}).") from error
+        raise ModelError(f"{name} cannot be read ({one_line(error)}).") from error
     vet_config(folder / "config.json", name)
     for file in files:
         if file.endswith((".json", ".txt", ".jinja")):  # what transformers parses, whole
@@ -335,7 +345,7 @@ def _vet(folder: Path, name: str) -> None:
         others = sorted(file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt")))
         found = f" (found {others[0]}: convert it with transformers' save_pretrained)" if others else ""
         raise ModelError(
-            f"{name} has no .safetensors weights and no .gguf file{found}. Others can run code, and are not read."
+            f"{name} has no .safetensors weights and no .gguf file{found}. Other formats can run code and are not read."
         )
     for index in (file for file in files if file.endswith(".safetensors.index.json")):
         weight_map = read_json(folder / index, name).get("weight_map")
@@ -343,7 +353,9 @@ def _vet(folder: Path, name: str) -> None:
             raise ModelError(f"{name}: {index} does not map weights to files (weight_map).")
         for shard in set(weight_map.values()):
             if Path(shard).name != shard or not shard.endswith(".safetensors"):
-                raise ModelError(f"{name}: {index} points outside its folder or at no .safetensors ({shard!r:.100}).")
+                raise ModelError(
+                    f"{name}: {index} points outside its folder or at a file that is not .safetensors ({shard!r:.100})."
+                )
             if shard not in files:
                 raise ModelError(f"{name} is incomplete: {shard} is missing.")
 

@@ -1,4 +1,4 @@
-"""Bytes: of caches by arithmetic, of a capture by estimate, and what is free. Reads configs; runs nothing."""
+"""Memory: estimates for a capture, and bytes that are free. Reads configs; runs nothing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _SHARE_OF_FREE = 0.8  # the rest is for others, and for the estimate being one
 
 
 def capture_bytes(config: PretrainedConfig, n_tokens: int, *, itemsize: int, last_queries: int = LAST_QUERIES) -> int:
-    """About what a capture takes beyond the model's weights; `last_queries` as in `capture`."""
+    """Estimate the memory of a capture beyond the model's weights; `last_queries` as in `capture`."""
     shape = CacheShape.of(config, itemsize)
     heads, kv_heads = shape.n_heads, shape.n_kv_heads
     blocks = 4 * heads * min(BLOCK, n_tokens) * n_tokens * 4  # scores, probabilities, and the sums over them
@@ -43,7 +43,7 @@ def capture_bytes(config: PretrainedConfig, n_tokens: int, *, itemsize: int, las
 
 
 def free_bytes(device: torch.device | str) -> int:
-    """Memory that is free on a torch device."""
+    """Number of bytes free on a torch device."""
     if getattr(device, "type", device) == "cuda":
         import torch
 
@@ -53,12 +53,12 @@ def free_bytes(device: torch.device | str) -> int:
 
 
 def usable_bytes(device: torch.device | str) -> int:
-    """Memory that may be asked for on a torch device: the rest of what is free is for others."""
+    """Number of bytes that may be used on a torch device: the rest of the free memory is left to others."""
     return int(free_bytes(device) * _SHARE_OF_FREE)
 
 
 def check_fits(loaded: LoadedModel, n_tokens: int, *, last_queries: int = LAST_QUERIES) -> int:
-    """The estimate for a capture of `n_tokens`. Raises OutOfMemoryError, naming the length that would fit."""
+    """Estimate a capture of `n_tokens`. Raises OutOfMemoryError, naming the length that would fit."""
     itemsize, allowed = loaded.model.dtype.itemsize, usable_bytes(loaded.device)
 
     def needed(n: int) -> int:
@@ -78,7 +78,7 @@ def check_fits(loaded: LoadedModel, n_tokens: int, *, last_queries: int = LAST_Q
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """Running out of memory inside the block becomes an OutOfMemoryError, and what was half done is freed."""
+    """Turn running out of memory inside the block into an OutOfMemoryError, and free what was begun."""
     try:
         yield
         return

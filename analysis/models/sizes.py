@@ -1,4 +1,4 @@
-"""What a model takes, from its `config.json` or GGUF header: bytes of weights, shape of its cache. Reads no weights."""
+"""Sizes of a model, from its `config.json` or GGUF header: bytes of weights, shape of its cache. Reads no weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from analysis.errors import ModelError
 from analysis.models.gguf import is_gguf, read_gguf
 from analysis.models.load import BUNDLED, BUNDLED_MODELS, gguf_file, model_name
 from analysis.models.packaged import PACKAGED, folder_of
-from analysis.models.vet import read_config, read_json, reading, short
+from analysis.models.vet import one_line, read_config, read_json, reading
 from l2kv.config import CacheShape
 
 if TYPE_CHECKING:
@@ -22,31 +22,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ModelSize:
-    """A model that need not be there: all that arithmetic on its cache asks of it."""
+    """Sizes of a model, which need not be downloaded: all that arithmetic on its cache needs."""
 
     name: str
     config: PretrainedConfig  # of the language model
     shape: CacheShape
     weights_bytes: int
-    counted: bool  # the weights were counted from the config; else their files were weighed
+    counted: bool  # the weights were counted from the config; else their files' sizes were added up
 
     def check(self, spec: CompressionSpec) -> None:
         """Raise ModelError unless a cache of this model can be compressed by the spec."""
         from l2kv import CompressedCache, SpecError, UnsupportedModelError
 
         try:
-            CompressedCache(self.config, spec)
+            CompressedCache(self.config, spec, special_ids=())  # whichever they are
         except (UnsupportedModelError, SpecError) as error:
             raise ModelError(f"{self.name}: {error}") from error
 
 
 def model_size(ref: str | Path) -> ModelSize:
-    """Of a bundled model, a folder, a GGUF file, a bare `config.json` or a hub id, of which only the config is fetched.
+    """Read the sizes of a bundled model, folder, GGUF file, bare `config.json` or hub id (only its config is fetched).
 
-    A GGUF file does not say in what it is computed: its weights count as stored, and its cache at 2 bytes a number.
+    A GGUF file does not name a dtype for computation: its weights count as stored, its cache at 2 bytes a number.
 
     Raises:
-        ModelError: there is no such config, or it is one that `load_model` would refuse.
+        ModelError: the config does not exist, or is one that `load_model` would refuse.
     """
     path, name = _config_file(ref)
     if is_gguf(path):
@@ -62,7 +62,7 @@ def model_size(ref: str | Path) -> ModelSize:
     with reading(name, path.name):
         text = config.get_text_config(decoder=True)
         itemsize = dtype.itemsize if isinstance(dtype := getattr(text, "dtype", None), torch.dtype) else 2
-        weights, counted = _weighed(path), False
+        weights, counted = _weight_bytes(path), False
         if not weights:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config)
@@ -71,16 +71,16 @@ def model_size(ref: str | Path) -> ModelSize:
 
 
 def weights_bytes(ref: str | Path) -> int | None:
-    """Bytes of the weight files of a model, or those that their index speaks of; None if there are neither.
+    """Number of bytes in the weight files of a model, or in its index; None if there are neither.
 
     Waits for no torch. Raises ModelError, as `model_size`.
     """
     path, _ = _config_file(ref)
-    return read_gguf(path).nbytes if is_gguf(path) else _weighed(path) or None
+    return read_gguf(path).nbytes if is_gguf(path) else _weight_bytes(path) or None
 
 
 def checkpoint_dtype(ref: str | Path) -> str | None:
-    """The dtype of a checkpoint's weights, such as "bfloat16", as its config names it; None where it does not.
+    """Dtype of a checkpoint's weights, such as "bfloat16", as its config names it; None if it does not.
 
     Waits for no torch. Raises ModelError, as `model_size`.
     """
@@ -118,12 +118,12 @@ def _config_file(ref: str | Path) -> tuple[Path, str]:
     except Exception as error:  # offline, no such name: the hub client raises many kinds
         raise ModelError(
             f"{text!r:.100} is no folder or config.json that is here, and no config could be fetched from the Hugging "
-            f"Face hub ({short(error)}). Check the name and the connection."
+            f"Face hub ({one_line(error)}). Check the name and the connection."
         ) from error
 
 
-def _weighed(config: Path) -> int:
-    """Bytes of the weights beside a config, or those that their index speaks of; 0 if there are none."""
+def _weight_bytes(config: Path) -> int:
+    """Bytes of the weights beside a config, or in their index; 0 if there are none."""
     if files := sum(path.stat().st_size for path in config.parent.glob("model*.safetensors")):
         return files
     try:

@@ -1,4 +1,4 @@
-"""What is in a model's `config.json`, read safely: vetted as data before transformers builds anything from it."""
+"""Vetting of a model's `config.json`, as data, before transformers builds anything from it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _MOST_BYTES_OF_OTHERS = 256 * 2**20  # vocabularies, and which weight is in whic
 
 
 def read_config(path: Path, name: str) -> PretrainedConfig:
-    """The config in a file, of a decoder-only model with keys to look at. Raises ModelError, with the reason."""
+    """Read the config of a decoder-only model with keys to rank. Raises ModelError if it is not one."""
     vet_config(path, name)
     from transformers import AutoConfig
 
@@ -49,13 +49,13 @@ def read_config(path: Path, name: str) -> PretrainedConfig:
 
 
 def check_config(config: PretrainedConfig, name: str) -> None:
-    """Refuse sizes out of range by whatever name, and what is not decoder-only or has no keys to look at."""
+    """Refuse sizes out of range under any name, and models that are not decoder-only or have no keys to rank."""
     _check_bounds(config, name)
     _check_kind(config, name)
 
 
 def vet_config(path: Path, name: str) -> None:
-    """Refuse a config that is out of bounds, or asks for code or weights of a kind that is not loaded."""
+    """Refuse a config with sizes out of bounds, or one that asks for foreign code or unsupported weights."""
     if not path.is_file():
         raise ModelError(f"{name} is no model folder: it has no config.json.")
     check_length(path, name, called="config.json")
@@ -69,7 +69,7 @@ def vet_config(path: Path, name: str) -> None:
             if "/" in str(part.get(key, "")):
                 raise ModelError(f"{name}: config.json asks for attention code from elsewhere ({part[key]!r:.100}).")
         if "--" in str(part.get("auto_map", "")):
-            raise ModelError(f"{name}: config.json asks for code of another repository (auto_map). It is not run.")
+            raise ModelError(f"{name}: config.json asks for code from another repository (auto_map), which is not run.")
         if part.get("quantization_config") is not None:
             raise ModelError(
                 f"{name} is quantised{_method(part)}: such weights need kernels that are not loaded here. Give the "
@@ -79,7 +79,7 @@ def vet_config(path: Path, name: str) -> None:
 
 @contextmanager
 def reading(name: str, part: str) -> Iterator[None]:
-    """Name the part of the model folder that broke: transformers reports it by whatever its parsers happen to raise."""
+    """Turn whatever transformers' parsers raise within the block into a ModelError that names the broken part."""
     import torch
 
     from l2kv import UnsupportedModelError
@@ -96,11 +96,11 @@ def reading(name: str, part: str) -> Iterator[None]:
         # A panic in the Rust of tokenizers is no Exception. Nothing else of that kind, such as Ctrl-C, is caught.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ModelError(f"{name}: its {part} cannot be used ({short(error)}).") from error
+        raise ModelError(f"{name}: its {part} cannot be used ({one_line(error)}).") from error
 
 
 def check_length(path: Path, name: str, *, called: str = "") -> None:
-    """Refuse a file of more bytes than any of its kind has, before it is parsed: `called` names the kind."""
+    """Refuse a file that is larger than any of its kind, before it is parsed; `called` names the kind."""
     most = _MOST_BYTES.get(called or path.name, _MOST_BYTES_OF_OTHERS)
     if (size := path.stat().st_size) > most:
         raise ModelError(
@@ -110,18 +110,18 @@ def check_length(path: Path, name: str, *, called: str = "") -> None:
 
 
 def read_json(path: Path, name: str) -> dict[str, Any]:
-    """The JSON object in a file. Raises ModelError."""
+    """Read the JSON object in a file. Raises ModelError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{name}: {path.name} cannot be read ({short(error)}).") from error
+        raise ModelError(f"{name}: {path.name} cannot be read ({one_line(error)}).") from error
     if not isinstance(content, dict):
         raise ModelError(f"{name}: {path.name} is not a JSON object.")
     return content
 
 
-def short(error: BaseException) -> str:
-    """What an error of a library says, on one line."""
+def one_line(error: BaseException) -> str:
+    """Message of a library's error, on one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return (f"no {text}" if isinstance(error, KeyError) else text)[:300]
 
@@ -157,7 +157,7 @@ def _check_kind(config: PretrainedConfig, name: str) -> None:
             "CompressedCache compress its language part."
         )
     if not getattr(text_config, "num_attention_heads", None):
-        raise ModelError(f"{name}: {config.model_type} has no attention heads, so there are no keys to look at.")
+        raise ModelError(f"{name}: {config.model_type} has no attention heads, so there are no keys to rank.")
 
 
 def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -1,1 +1,1 @@
-"""The paper's figures on any model, in numbers, and why norms go with attention or do not."""
+"""The paper's figures on any model, as numbers, and why norms do or do not predict attention."""

@@ -1,4 +1,4 @@
-"""The paper's figures again, for any model: the numbers behind each, with the paper's own beside them.
+"""The paper's figures for any model: the numbers behind each, beside those that the paper reports.
 
 Figures 1, 2 and 7 are read off captures here, 8 and 9 and the factors off vectors (`analysis.paper.why`). `reproduce`
 makes them all; a figure's numbers become a record, {"l2kv_figure": 2, ...}. Draws nothing.
@@ -28,12 +28,14 @@ if TYPE_CHECKING:  # they wait for torch, which reading a figure need not
 
 VERSION = 2
 POINTS = 100  # steps of the share dropped
-_NO_ORDER = "In no head of this model do norms and attention of this text give an order to compare. Try a longer text."
+_NO_ORDER = (
+    "No head of this model is defined on this text: norms and attention give no order to compare. Try a longer text."
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """What a figure of the paper shows, and what the paper reports of it."""
+    """Title of a figure of the paper, and what the paper reports in it."""
 
     title: str
     paper: str  # its value, in words
@@ -72,11 +74,11 @@ class FourHeads:
 
 
 def four_heads(capture: Capture, heads: Sequence[tuple[int, int]] | None = None) -> FourHeads:
-    """Norm and attention of some heads: by default those of lowest and highest Γ, and nearest to its terciles.
+    """Collect norm and attention of some heads: by default lowest and highest Γ, and nearest its terciles.
 
     Raises:
         TextError: Γ is defined in no head.
-        SettingsError: the run has no such head.
+        SettingsError: a head is not in the run.
     """
     gamma, rho = correlation(capture), correlation(capture, "spearman", probe="all queries")
     if heads is None:
@@ -102,7 +104,7 @@ def four_heads(capture: Capture, heads: Sequence[tuple[int, int]] | None = None)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OverChunks:
-    """Fig 2: means over N chunks of text. NaN where a head is defined in none of them."""
+    """Fig 2: means over N excerpts. NaN where a head is defined in none of them."""
 
     n_tokens: np.ndarray  # [N] int
     alr: np.ndarray  # [L, H]
@@ -114,7 +116,7 @@ class OverChunks:
 
 
 def over_chunks(captures: Iterable[Capture], *, points: int = POINTS) -> OverChunks:
-    """Means over chunks, of which memory holds one at a time if `captures` is a generator."""
+    """Average over excerpts; memory holds one capture at a time if `captures` is a generator."""
     dropped = np.linspace(0, 1, points + 1)
     n_tokens, rows = [], []
     for run in captures:
@@ -136,7 +138,7 @@ def over_chunks(captures: Iterable[Capture], *, points: int = POINTS) -> OverChu
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BestAndWorst:
-    """Fig 7: the heads of lowest and of highest ALR, means over chunks."""
+    """Fig 7: the heads of lowest and of highest ALR, means over excerpts."""
 
     heads: tuple[tuple[int, int], tuple[int, int]]  # (layer, head)
     alr: np.ndarray  # [2]
@@ -147,7 +149,7 @@ class BestAndWorst:
 
 
 def best_and_worst(chunks: OverChunks) -> BestAndWorst:
-    """Their curves. Raises TextError where no head is defined."""
+    """Select the curves of the best and the worst head. Raises TextError if no head is defined."""
     if not chunks.defined.any():
         raise TextError(_NO_ORDER)
     best, worst = (_head(np.unravel_index(pick(chunks.alr), chunks.alr.shape)) for pick in (np.nanargmin, np.nanargmax))
@@ -170,15 +172,15 @@ def reproduce(
     heads: Sequence[tuple[int, int]] | None = None,
     progress: Progress = unheard,
 ) -> Iterator[tuple[str, object]]:
-    """(name, numbers) of each figure of `FIGURES` that is asked for, as it is done.
+    """Yield (name, numbers) of each figure that is asked for, as it is done.
 
     Args:
-        texts: excerpts of text. Figures 2 and 7 are means over them; the others are of the first.
-        heads: of Figure 1, in the place of its choice.
+        texts: excerpts. Figures 2 and 7 are means over them; the others show the first.
+        heads: heads of Figure 1, instead of its own choice.
 
     Raises:
         TextError, OutOfMemoryError, ModelError: as `capture`.
-        SettingsError: there is no such figure, no text, or no such head.
+        SettingsError: a figure or head is unknown, or there is no text.
     """
     if unknown := set(only) - set(FIGURES):
         raise SettingsError(f"figures are {', '.join(FIGURES)}, got {', '.join(sorted(unknown))}")
@@ -213,14 +215,14 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OfSink(Generic[Found]):
-    """Fig 8 (of a `SinkKey`) or 9 (of a `Zeroing`), and the head that it is of."""
+    """Fig 8 (a `SinkKey`) or Fig 9 (a `Zeroing`), with its head."""
 
     sink: SinkHead
     of: Found
 
 
 def to_json(name: str, numbers: object, about: Mapping[str, object]) -> str:
-    """The record of a figure. `about` says what it is of: model, texts and the like."""
+    """Write a figure as JSON. `about` describes its origin: model, texts and the like."""
     figure = FIGURES[name]
     return json_text({"l2kv_figure": VERSION, "figure": name, **asdict(figure), **about, "numbers": numbers})
 

@@ -1,7 +1,7 @@
-"""The queries and keys themselves: what each layer of a model makes of a text, and the attention that follows.
+"""Query and key vectors of each layer over a text, and the attention that follows from them.
 
 A capture keeps norms; this keeps vectors, one layer at a time, so that keys can be changed and the attention worked out
-again. Attention is the model's own (scaling, soft cap, sinks, window), in blocks of queries. Knows no figure.
+again. Attention is the model's own (scaling, soft cap, sinks, window), in blocks of queries. Draws nothing.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ class HeadVectors:
         return self.queries.shape[1]
 
     def keys_of(self, head: int) -> np.ndarray:
-        """The keys [T, D] that a query head reads."""
+        """Keys [T, D] that a query head reads."""
         return self.keys[head * len(self.keys) // self.n_heads]
 
 
 def head_vectors(loaded: LoadedModel, text: str, layer: int, *, progress: Progress = unheard) -> HeadVectors:
-    """Queries and keys of one layer, from one pass over a text.
+    """Read queries and keys of one layer, in one pass over a text.
 
     Raises:
-        SettingsError: the model has no such layer.
+        SettingsError: the layer is out of range.
         TextError, OutOfMemoryError, ModelError: as `capture`.
     """
     n_layers = loaded.config.num_hidden_layers
@@ -74,9 +74,9 @@ def each_layer(
     only: int | None = None,
     progress: Progress = unheard,
 ) -> None:
-    """Call `visit` with the vectors of each layer, or of one, in one pass over a text: memory holds one layer's.
+    """Call `visit` with the vectors of each layer, or of one, in one pass; memory holds one layer at a time.
 
-    `progress` is told the layers done; what it or `visit` raises cancels. Raises as `capture`.
+    `progress` counts layers; an exception from it or from `visit` cancels. Raises as `capture`.
     """
     tokens, _ = readable(loaded, text)
     cache = WatchedCache(config=loaded.config)
@@ -98,10 +98,10 @@ def each_layer(
 def attention_rows(
     vectors: HeadVectors, head: int, *, keys: np.ndarray | None = None, block: int = BLOCK
 ) -> Iterator[np.ndarray]:
-    """The attention of a head, `block` queries at a time: float32 [q, T], the latter over keys; 0 is hidden.
+    """Yield the attention of a head, `block` queries at a time: float32 [q, T] over T keys; 0 where hidden.
 
     Args:
-        keys: [T, D] in the place of the head's own.
+        keys: [T, D], instead of the head's own.
     """
     key = torch.from_numpy(vectors.keys_of(head) if keys is None else keys)[None, None]
     for start in range(0, vectors.n_tokens, block):
@@ -111,7 +111,7 @@ def attention_rows(
 
 
 def pooled_attention(vectors: HeadVectors, head: int, *, keys: np.ndarray | None = None) -> tuple[np.ndarray, int]:
-    """The attention map of a head in P <= 128 bins a side, [P, P] float32, and the tokens in a bin.
+    """Pool the attention of a head into P <= 128 bins a side: [P, P] float32, and the number of tokens in a bin.
 
     A row is a bin of queries, a column a bin of keys; rows sum to 1, as in `Capture.pooled`.
     """
@@ -127,21 +127,23 @@ def pooled_attention(vectors: HeadVectors, head: int, *, keys: np.ndarray | None
 
 
 def last_rows(vectors: HeadVectors, keys: np.ndarray) -> np.ndarray:
-    """The attention of the last query of each head to the keys [H, n, D] that are given, [H, n] float32."""
+    """Attention of the last query of each head to the given keys [H, n, D]: [H, n] float32."""
     query = torch.from_numpy(vectors.queries[:, -1:])[None]
     row = attention_probabilities(query, torch.from_numpy(keys)[None], lambda scores: None, _options(vectors))
     return row[0, :, 0].numpy()
 
 
 def _vectors_of(at: Look, window: int) -> HeadVectors:
-    """Raises UnsupportedModelError where attention is masked in another way than by the future and a window."""
+    """Raises UnsupportedModelError where a mask hides more than the future and what is outside a window."""
     scaling, sinks, n = at.options.get("scaling"), at.options.get("s_aux"), at.key.shape[2]
     if at.mask is not None:
         shown = at.mask if at.mask.dtype == torch.bool else at.mask == 0
         scores = torch.zeros(1, 1, n, n, device=shown.device)
         hide_unseen(scores, 0, window)
         if not torch.equal(shown, (scores == 0).expand_as(shown)):
-            raise UnsupportedModelError("This model masks its attention in a way that is not looked into yet.")
+            raise UnsupportedModelError(
+                "This model's attention mask hides more than the future and a window, which is not supported yet."
+            )
     return HeadVectors(
         layer=at.layer_idx,
         queries=at.query[0].float().cpu().numpy(),

@@ -1,4 +1,4 @@
-"""Why norms go with attention, or do not: a sink's key, its few large dimensions, and length against direction.
+"""Why norms do or do not predict attention: a sink's key, its few large dimensions, and length against direction.
 
 The paper's Figures 8 and 9, and one that it names as future work. A logit is |q| |k| cos * scaling, so attention
 follows lengths or directions of keys; which of the two is tried by making all keys alike in the other. From the vectors
@@ -42,17 +42,19 @@ class SinkHead:
 
 
 def sink_head(capture: Capture) -> SinkHead:
-    """The head with the largest sink among those where the first token's key is the shortest; else the largest of all.
+    """Find the head with the largest sink, if possible among those in which the first token's key is the shortest.
 
     Raises:
-        TextError: no head can tell (see `metrics.status`).
+        TextError: no head is defined (see `metrics.status`).
     """
     found = metrics(capture, names=["gamma", "sink_share"])
     share = np.where(found.status_of("gamma") == "ok", found.of("sink_share"), -1.0)
     shortest = capture.levels.argmin(axis=-1) == 0  # of equals it comes first
     shortest = np.repeat(shortest, capture.n_heads // capture.n_kv_heads, axis=1)
     if (share < 0).all():
-        raise TextError("In no head of this model do norms and attention of this text give an order to compare.")
+        raise TextError(
+            "No head is defined on this text: norms and attention give no order to compare. Try a longer text."
+        )
     low_norm = bool((shortest & (share >= 0)).any())
     candidates = np.where(shortest, share, -1.0) if low_norm else share
     layer, head = map(int, np.unravel_index(candidates.argmax(), share.shape))
@@ -75,10 +77,10 @@ class SinkKey:
 
 
 def sink_key(vectors: HeadVectors, head: int, *, n_peaks: int | None = None) -> SinkKey:
-    """Which dimensions set the first token's key apart, and how much of its logits they carry.
+    """Find the dimensions that set the first token's key apart, and how much of its logits they carry.
 
     Args:
-        n_peaks: how many dimensions count as peaks; by default one in 32, and 2 at least.
+        n_peaks: number of dimensions that count as peaks; by default one in 32, at least 2.
     """
     keys = vectors.keys_of(head).astype(np.float64)
     n_peaks = max(2, keys.shape[1] // 32) if n_peaks is None else n_peaks
@@ -104,7 +106,7 @@ def sink_key(vectors: HeadVectors, head: int, *, n_peaks: int | None = None) -> 
 
 @dataclass(frozen=True, slots=True)
 class Zeroed:
-    """What zeroing some dimensions of all keys of a head does, means over the queries after the first."""
+    """Effect of zeroing some dimensions of all keys of a head, means over the queries after the first."""
 
     dimensions: tuple[int, ...]
     sink_share: float  # of the attention that the first token gets
@@ -142,10 +144,10 @@ class Zeroing:
 
 
 def zeroing(vectors: HeadVectors, head: int, peaks: tuple[int, ...], *, draws: int = DRAWS, seed: int = 0) -> Zeroing:
-    """Work the attention out again without the peaked dimensions of the keys, and without as many random others.
+    """Recompute the attention without the peaked dimensions of the keys, and without as many random ones.
 
     Raises:
-        ValueError: there are not as many others.
+        ValueError: there are not enough other dimensions.
     """
     keys, rng = vectors.keys_of(head), np.random.default_rng(seed)
     others = np.setdiff1d(np.arange(keys.shape[1]), peaks)
@@ -170,7 +172,7 @@ class Factors:
 
     @classmethod
     def of(cls, layers: list[Factors]) -> Factors:
-        """Of a model, from those of its layers in order."""
+        """Join the factors of a model's layers, given in order."""
         names = ("by_length", "by_direction", "without_length", "without_direction")
         return cls(**{name: np.concatenate([getattr(each, name) for each in layers]) for name in names})
 
@@ -189,7 +191,7 @@ class Factors:
 
 
 def factors(vectors: HeadVectors) -> Factors:
-    """Which factor of the logits makes the attention of the last query, for the heads of one layer: [1, H] each.
+    """Compare the two factors of the last query's logits, key length and direction, in one layer: [1, H] each.
 
     The query's own key is left out, and rows are made to sum to 1 without it. A sliding window's hidden keys are too.
     """

@@ -1,1 +1,1 @@
-"""What to keep: loss curves of captured texts, plans made of them, and what those cost on texts they have not seen."""
+"""Plans: loss curves of captured texts, plans made from them, and what plans cost on texts they have not seen."""

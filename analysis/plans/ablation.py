@@ -1,7 +1,7 @@
 """The single-layer ablation: the NLL change when only this layer is compressed, and the layer's ALR beside it.
 
-ALR is read off attention; the NLL change is measured by predicting text. Where the two order layers alike, ALR may
-choose which to skip: the paper chooses by ALR itself, `analysis.plans.skip` by normalised ALR, and both are held
+ALR is read off attention; the NLL change is measured by predicting text. Where the two order layers alike, ALR can
+choose the layers to skip: the paper chooses by ALR itself, `analysis.plans.skip` by normalised ALR, and both are held
 against the NLL change. A view of results of the task `lm`, and a record on disk. Reading one waits for no torch.
 """
 
@@ -24,7 +24,7 @@ from analysis.plans.skip import RULES, SkipSuggestion, layer_loss, widest_gap
 from analysis.plans.strategies import STRATEGIES, plan
 from analysis.progress import Progress, part_of, unheard
 from analysis.records import record
-from analysis.statistics import MIN_TEXTS, Interval, means, resamples, spearman, told_of_documents
+from analysis.statistics import MIN_TEXTS, Interval, few_documents_warning, means, resamples, spearman
 from analysis.texts.excerpts import Excerpt, Texts, excerpts_from
 from l2kv.config import CacheShape
 from l2kv.spec import CompressionSpec
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from analysis.plans.curves import LossCurves
 
 COSTS_AT = 0.2  # the ratio at which each head is compressed alone: small, so that a cost stands out
-POLICIES = ("low_norm", "high_norm")  # those that ALR speaks of, and that differ from chance
+POLICIES = ("low_norm", "high_norm")  # ALR is about these, and they differ from chance
 Rows = tuple[tuple[float | None, ...], ...]
 """A number for each of K layers and N texts; None is undefined."""
 
@@ -49,14 +49,14 @@ Rows = tuple[tuple[float | None, ...], ...]
 )
 @dataclass(frozen=True)
 class Ablation:
-    """NLL change of compressing one layer alone, and its ALR, for K layers and N texts."""
+    """NLL change when one layer alone is compressed, and the layer's ALR, for K layers and N texts."""
 
     spec: CompressionSpec
-    """How the one layer is compressed."""
+    """Compression of the one layer."""
     layers: tuple[int, ...]
     """The K layers, those that can be compressed."""
     results: Results
-    """Of the task `lm`, a method for each layer."""
+    """Results of the task `lm`, with a method for each layer."""
     normalised_alr_rows: Rows
     """ALR over the chance level of each layer on each prompt, by the policy of the spec."""
     alr_rows: Rows | None = None
@@ -78,32 +78,32 @@ class Ablation:
 
     @property
     def documents(self) -> tuple[str, ...]:
-        """Names of what the N texts are excerpts of."""
+        """Names of the documents that the N texts are excerpts of."""
         return self.results.documents
 
     @cached_property
     def nll_change(self) -> np.ndarray:
-        """NLL change of compressing each layer alone, nats/token against the full cache, [K, N]."""
+        """NLL change when each layer alone is compressed, nats/token against the full cache, [K, N]."""
         return np.array([self.results.change(_method(layer)) for layer in self.layers])
 
     @cached_property
     def normalised_alr(self) -> np.ndarray:
-        """ALR over the chance level, [K, N]; NaN is undefined."""
+        """Normalised ALR, [K, N]; NaN is undefined."""
         return np.array(self.normalised_alr_rows, dtype=np.float64)
 
     @cached_property
     def alr(self) -> np.ndarray | None:
-        """The paper's ALR, [K, N]; None where the file does not keep it."""
+        """The paper's ALR, [K, N]; None in files that do not hold it."""
         return None if self.alr_rows is None else np.array(self.alr_rows, dtype=np.float64)
 
     @cached_property
     def agreement(self) -> Interval:
-        """Spearman over layers of NLL change and normalised ALR, means over texts."""
+        """Spearman's ρ over layers of NLL change and normalised ALR, means over texts."""
         return agreement(self.nll_change, self.normalised_alr, documents=self.documents)
 
     @cached_property
     def alr_agreement(self) -> Interval | None:
-        """Spearman of NLL change and the paper's ALR; None where that was not kept."""
+        """Spearman's ρ of NLL change and the paper's ALR; None in files that do not hold ALR."""
         return None if self.alr is None else agreement(self.nll_change, self.alr, documents=self.documents)
 
     def table(self) -> list[dict[str, Any]]:
@@ -121,7 +121,7 @@ class Ablation:
         return (
             f"Spearman of normalised ALR and of the NLL change when only this layer is compressed, over "
             f"{len(self.layers)} layers and {n} text{'s' * (n != 1)}: {self.agreement}{by_alr}. "
-            f"{told_of_documents(self.documents)}"
+            f"{few_documents_warning(self.documents)}"
         ).strip()
 
 
@@ -146,13 +146,13 @@ def ablate_layers(
     Takes N captures of the prompts, and N * (K + 1) continuations.
 
     Args:
-        spec: how; its `skip_layers` are left out of the comparison. Its policy is one of `POLICIES`.
+        spec: the compression; its `skip_layers` are not compared. Its policy is one of `POLICIES`.
         progress: counts captures and continuations ("passes").
 
     Raises:
         TextError: there are no texts, or one is empty or too short.
-        ModelError: no layer can be compressed, or as `capture`.
-        SettingsError: the policy is none of `POLICIES`, or as `evaluate`.
+        ModelError: the spec compresses no layer, or as `capture`.
+        SettingsError: the policy is not one of `POLICIES`, or as `evaluate`.
     """
     from analysis.recorder import capture  # waits for torch, which reading an ablation need not
 
@@ -162,7 +162,7 @@ def ablate_layers(
     shape = CacheShape.of(loaded.config, loaded.model.dtype.itemsize)
     layers = tuple(layer for layer in shape.layers if layer not in spec.skip_layers)
     if not layers:
-        raise ModelError(f"{loaded.name} has no layer that the spec compresses.")
+        raise ModelError(f"{loaded.name} has no layer that the spec compresses. Skip fewer layers.")
     losses, total = [], len(given) * (2 + len(layers))
     for i, text in enumerate(given):
         prompt = prompt_of(loaded.tokenizer, text.text, settings.prompt_tokens)
@@ -202,14 +202,14 @@ COSTLY = 0.01  # nats/token: a layer that changes the NLL by this or more, alone
 def suggest_by_ablation(
     ablation: Ablation, *, rule: str = "threshold", threshold: float = COSTLY, count: int = 2
 ) -> SkipSuggestion:
-    """Layers to skip by what was measured: those of largest NLL change when compressed alone, mean over the texts.
+    """Suggest layers to skip by measurement: those of largest mean NLL change when compressed alone.
 
     Every layer takes the same bytes, so the order of the nats saved is that of the nats saved for a byte.
 
     Args:
-        rule: one of `skip.RULES`, of the NLL change in the place of normalised ALR.
-        threshold: of the rule "threshold", nats/token. Layers whose interval holds 0 are not suggested.
-        count: of the rule "count".
+        rule: one of `skip.RULES`, applied to the NLL change instead of the normalised ALR.
+        threshold: for the rule "threshold", nats/token. Layers whose interval holds 0 are not suggested.
+        count: for the rule "count".
 
     Raises:
         SettingsError: the rule is unknown, or `count` out of range.
@@ -253,7 +253,7 @@ def head_costs(
     settings: LmSettings | None = None,
     progress: Progress = unheard,
 ) -> np.ndarray:
-    """NLL change of compressing each kv head alone by `spec`, all others kept: [N, L, Hkv] nats/token.
+    """Measure the NLL change of compressing each kv head alone by `spec`: [N, L, Hkv] nats/token.
 
     NaN in layers that are never compressed. Takes N continuations for each kv head. Raises as `evaluate`.
     """
@@ -309,20 +309,20 @@ def with_head_costs(
     settings: LmSettings | None = None,
     progress: Progress = unheard,
 ) -> LossCurves:
-    """The curves with a weight for each head, by `head_costs` at `COSTS_AT` or the least ratio there is.
+    """Weight the curves by `head_costs`, measured at `COSTS_AT` or the least ratio there is.
 
     Raises as `evaluate`.
     """
     keep_ratio = max(COSTS_AT, curves.least_bin / curves.bins)
     spec = plan(curves, keep_ratio, "uniform_signed").to_spec()
     costs = head_costs(loaded, texts, spec, settings=settings, progress=progress)
-    return curves.weighed(costs.mean(axis=0), keep_ratio)
+    return curves.weighted_by(costs.mean(axis=0), keep_ratio)
 
 
 def agreement(nll_change: np.ndarray, loss: np.ndarray, *, documents: Sequence[str] = (), seed: int = 0) -> Interval:
-    """Spearman over layers of the two means over texts, [K, N] each; the interval resamples the texts of both at once.
+    """Spearman's ρ over layers of two means over texts, [K, N] each; the interval resamples the texts of both at once.
 
-    Layers that a text leaves undefined are left out; undefined with fewer than 3 layers, or where all are equal. There
+    Layers that are undefined on a text do not count; with fewer than 3 layers, or all equal, ρ is undefined. There
     is no interval with fewer than `MIN_TEXTS` texts.
     """
     defined = (np.isfinite(nll_change) & np.isfinite(loss)).all(axis=1)

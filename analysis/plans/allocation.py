@@ -1,4 +1,4 @@
-"""Budgets, the exact solver on loss curves, and the plan that comes of it. Knows no model: everything is arithmetic.
+"""Budgets, the exact solver on loss curves, and the plan that it gives. Knows no model: all is arithmetic.
 
 The solver works on bins: with B bins a head keeps a ratio of 0, 1/B, ... or 1, and a budget is a number of bins over
 all heads. It is exact on these bins, and for the texts whose curves it was given: it promises nothing of another text.
@@ -18,12 +18,12 @@ from l2kv.spec import CompressionSpec
 
 
 class BudgetError(SettingsError):
-    """A budget that is too small for what must stay; the message says what that is."""
+    """A budget that is too small for what must be kept; the message names the least one."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AllocationPlan:
-    """A keep ratio for each kv head, and what it is expected to lose on the texts that it was made from.
+    """A keep ratio for each kv head, and the attention it is expected to lose on the texts that it was made from.
 
     Losses are means over the kv heads that may be compressed.
     """
@@ -34,15 +34,15 @@ class AllocationPlan:
     directions: tuple[tuple[str, ...], ...] | None  # [L][Hkv] "low" or "high", of signed_norm
     compressible: np.ndarray  # [L] bool
     keep_ratio: float  # the budget asked for: the share of all pairs of the compressible layers
-    used: float  # of it, what the ratios take; never more
+    used: float  # share of it that the ratios use; never more than the budget
     expected_loss: float  # NaN where there are no loss curves of the policy, as are the next two
-    uniform_loss: float  # of one ratio for all, by the same policy and budget
+    uniform_loss: float  # loss of one ratio for all, with the same policy and budget
     bound: float  # no allocation over the bins of kv heads loses less than this
     protect_last: int
 
     @property
     def gap(self) -> float:
-        """What the best allocation by kv head could lose less, at most."""
+        """Upper bound of the loss that the best allocation by kv head would save."""
         return max(0.0, self.expected_loss - self.bound)
 
     def __str__(self) -> str:
@@ -67,7 +67,7 @@ class AllocationPlan:
         ]
 
     def to_spec(self) -> CompressionSpec:
-        """The plan as a spec, in its shortest form: one ratio, one a layer, or one a head, and a skip list."""
+        """Make the spec of the plan, in its shortest form: one ratio, one for each layer, or one for each head."""
         whole = self.compressible & (self.ratios == 1).all(axis=1)
         layers = [int(i) for i in np.flatnonzero(self.compressible & ~whole)]
         rows = {layer: [round(float(r), 9) for r in self.ratios[layer]] for layer in layers}
@@ -91,7 +91,7 @@ class AllocationPlan:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Budget:
-    """What an allocation strategy may spend, over the N kv heads of the layers that can be compressed, in order."""
+    """Budget of an allocation strategy, over the N kv heads of the layers that can be compressed, in order."""
 
     curves: LossCurves
     keep_ratio: float
@@ -104,7 +104,7 @@ class Budget:
 
     @classmethod
     def of(cls, curves: LossCurves, keep_ratio: float, policy: str, *, weighted: bool = False) -> Budget:
-        """The budget of a keep ratio; with `weighted`, losses count by what they cost in each head.
+        """Make the budget of a keep ratio; with `weighted`, losses count by their measured cost in each head.
 
         Raises:
             SettingsError: no layer can be compressed.
@@ -121,11 +121,11 @@ class Budget:
 
     @property
     def bins(self) -> int:
-        """Bins over all heads."""
+        """Number of bins over all heads."""
         return int(np.floor(self.keep_ratio * self.curves.bins * len(self.layer) + 1e-9))  # 0.29 * 100 is 28.99999...
 
     def least(self, skipped: np.ndarray) -> np.ndarray:
-        """Least bins of each head, [N]: all of those skipped [N] bool, the protected tokens of the others.
+        """Least number of bins of each head, [N]: all for the `skipped` [N] bool, the protected tokens for the others.
 
         Raises:
             BudgetError: they are more than the budget.
@@ -141,12 +141,12 @@ class Budget:
         return least
 
     def mean_loss(self, ratios: np.ndarray) -> float:
-        """Attention lost at these ratios [N], mean over heads, interpolated between bins."""
+        """Mean attention lost over heads at ratios [N], interpolated between bins."""
         lost = [np.interp(r, self.curves.ratios, losses) for r, losses in zip(ratios, self.losses, strict=True)]
         return float(np.mean(lost))
 
     def bound(self) -> float:
-        """No allocation over the bins of kv heads loses less, mean over heads: that of the linear program."""
+        """Lower bound of the mean loss of any allocation over the bins of kv heads, by linear programming."""
         if np.isnan(self.losses).any():
             return float("nan")
         return _Hull.of(_Units.of(self, self._none())).bound / len(self.layer)
@@ -155,7 +155,7 @@ class Budget:
         return np.zeros(len(self.layer), dtype=bool)
 
     def even(self, skipped: np.ndarray | None = None) -> np.ndarray:
-        """Ratios [N]: heads that are skipped [N] bool keep everything, and the others what is left, all the same.
+        """Divide the budget evenly: heads `skipped` [N] bool keep everything, the others share the rest. Ratios [N].
 
         Raises BudgetError as `least`.
         """
@@ -166,7 +166,7 @@ class Budget:
         return np.where(skipped, 1.0, rest)
 
     def scaled(self, wanted: np.ndarray) -> np.ndarray:
-        """Ratios [N] on bins that spend the budget, in the proportions wanted [N], as far as bounds allow.
+        """Divide the budget in given proportions [N], as far as bounds allow. Ratios [N] on bins.
 
         Raises BudgetError as `least`.
         """
@@ -182,11 +182,11 @@ class Budget:
         return found / bins
 
     def best(self, *, by_layer: bool = False, skipped: np.ndarray | None = None) -> np.ndarray:
-        """Ratios [N] of least loss on bins; with `by_layer` one ratio for all heads of a layer.
+        """Divide the budget with the least loss; `by_layer` gives all heads of a layer one ratio. Ratios [N] on bins.
 
         A dynamic program: least[w] is the least loss of the units so far within a budget of w, and `choice` how each
         unit gets there. A choice that would lose more than the hull's solution even if all others were at their bound
-        is left out: it is in no best allocation, and most are such.
+        is dropped: it is part of no best allocation. Most are of this kind.
 
         Raises BudgetError as `least`.
         """
@@ -221,7 +221,7 @@ class Budget:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Units:
-    """What gets a ratio of its own: U of them. Bins count from the least allowed."""
+    """U units, each with a ratio of its own. Bins count from the least allowed."""
 
     losses: np.ndarray  # [U, C], of all heads of the unit together
     sizes: np.ndarray  # [U] heads
@@ -251,7 +251,7 @@ class _Units:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Hull:
-    """Of the units' convex hulls: the choice of whole pieces, and what bounds every choice."""
+    """Solution on the units' convex hulls, in whole pieces, and the bound of every solution."""
 
     chosen: np.ndarray  # [U]
     bound: float  # the least loss if pieces could be cut (the linear program's)

@@ -14,7 +14,7 @@ from analysis.measures import by_kv_head
 from analysis.metrics import STATUSES, metrics
 from analysis.records import kind_of
 from analysis.statistics import MIN_TEXTS, means
-from analysis.ties import evened
+from analysis.ties import average_ties
 from analysis.verdicts import WEAK
 from l2kv.spec import CompressionSpec, share
 
@@ -29,15 +29,15 @@ BY_NORM = ("signed_norm", "low_norm", "high_norm")
 EVEN = (
     0.2  # of a weight that every head gets: costs are of some texts, and a head that cost nothing there may elsewhere
 )
-SAME_SIGN = 0.8  # of the texts must agree on the sign of a head's Γ, or it has no signal
+SAME_SIGN = 0.8  # share of the texts that must agree on the sign of a head's Γ, or it has no signal
 TINY = 1e-12  # of rounding
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LossCurves:
-    """The attention that each kv head loses at each keep ratio b / B, b = 0..B: the mean over the texts.
+    """Attention that each kv head loses at keep ratios b / B, b = 0..B: means over the texts.
 
-    Losses are shares of all that the probe query attends to, its own token included. Layers with a sliding window have
+    Losses are shares of the probe query's attention, that to its own token included. Layers with a sliding window have
     curves of 0 and take no part: they are bounded already.
     """
 
@@ -49,27 +49,27 @@ class LossCurves:
     protect_last: int = 0
     least_bin: int = 0  # below it the protected tokens alone hold more: nothing is saved there
     over_chance: np.ndarray | None = None  # [2, texts, L, Hkv, B + 1] loss of low and of high, less the random one
-    captures: tuple[Capture, ...] = ()  # what they are of, `slim`; the methods that look at single tokens need it
+    captures: tuple[Capture, ...] = ()  # their captures, `slim`, for strategies that look at single tokens
     documents: tuple[str, ...] = ()  # texts, names of what each is an excerpt of; none where it is not known
-    weights: np.ndarray | None = None  # [L, Hkv] what lost attention costs in a head, of 1 in the mean: see `weighed`
+    weights: np.ndarray | None = None  # [L, Hkv] cost of lost attention in a head, of mean 1: see `weighted_by`
 
     @property
     def bins(self) -> int:
-        """B."""
+        """Number of steps of the keep ratio, B."""
         return self.low.shape[-1] - 1
 
     @property
     def ratios(self) -> np.ndarray:
-        """The common axis, [B + 1]: keep ratios from 0 to 1."""
+        """Keep ratios from 0 to 1, [B + 1]: the common axis of the curves."""
         return np.arange(self.bins + 1) / self.bins
 
     def of(self, policy: str) -> np.ndarray:
-        """The curves of a policy, [L, Hkv, B + 1]; of "signed_norm" the better direction at each ratio."""
+        """Curves of a policy, [L, Hkv, B + 1]; for "signed_norm" the better direction at each ratio."""
         check_choice("policy", policy, BY_NORM)
         return {"low_norm": self.low, "high_norm": self.high}.get(policy, np.minimum(self.low, self.high))
 
-    def has_signal(self, keep: float, policy: str = "signed_norm") -> np.ndarray:
-        """Heads in which a policy loses less than a random order does at a keep ratio, [L, Hkv] bool.
+    def has_signal(self, keep_ratio: float, policy: str = "signed_norm") -> np.ndarray:
+        """Mark the heads in which a policy loses less than a random order at a keep ratio, [L, Hkv] bool.
 
         With `MIN_TEXTS` texts or more: less by a whole 95 % interval over texts (of either direction, under
         signed_norm). With fewer there is no interval to go by: |mean Γ| of `WEAK` or more with the sign of the policy,
@@ -80,7 +80,7 @@ class LossCurves:
         if self.over_chance is None or self.over_chance.shape[1] < MIN_TEXTS:
             better = np.stack([self._leans(sign) for sign in (-1, 1)])
         else:
-            b = min(int(np.ceil(keep * self.bins - TINY)), self.bins)
+            b = min(int(np.ceil(keep_ratio * self.bins - TINY)), self.bins)
             better = np.stack([means(texts[..., b], documents=self.documents).high < 0 for texts in self.over_chance])
         return (self.status == "ok") & better[directions].any(axis=0)
 
@@ -91,16 +91,16 @@ class LossCurves:
         agree = (np.sign(self.gammas) == sign).mean(axis=0)  # an undefined one agrees with nothing
         return (sign * mean >= WEAK) & (agree >= SAME_SIGN)
 
-    def weighed(self, costs: np.ndarray, keep: float) -> LossCurves:
-        """The curves with a weight for each head: what it costs to compress it alone, for the attention that it loses.
+    def weighted_by(self, costs: np.ndarray, keep_ratio: float) -> LossCurves:
+        """Weight each head by what compressing it alone costs, per attention that it loses.
 
         Attention is not worth the same everywhere: a head that copies may cost more than all the others together.
 
         Args:
-            costs: [L, Hkv] nats/token of compressing each kv head alone at `keep`, in the direction that loses less
-                (`analysis.plans.ablation.head_costs`); what is below 0 counts as 0.
+            costs: NLL change of compressing each kv head alone at `keep_ratio`, [L, Hkv] nats/token, in the direction
+                that loses less (`analysis.plans.ablation.head_costs`); below 0 counts as 0.
         """
-        lost = self.of("signed_norm")[..., min(int(np.ceil(keep * self.bins - TINY)), self.bins)]
+        lost = self.of("signed_norm")[..., min(int(np.ceil(keep_ratio * self.bins - TINY)), self.bins)]
         of = self.compressible
         worth = np.maximum(costs, 0.0) / np.maximum(lost, max(lost[of].mean() / 10, TINY))  # a small loss is no divisor
         total = worth[of].mean()
@@ -108,7 +108,7 @@ class LossCurves:
         return replace(self, weights=weights)
 
     def loss_of(self, spec: CompressionSpec) -> float:
-        """The attention that a spec is expected to lose, the mean over the kv heads that can be compressed.
+        """Attention that a spec is expected to lose, mean over the kv heads that can be compressed.
 
         Between two bins it is interpolated. NaN where there are no curves of the spec's policy (known are `BY_NORM`,
         and random where the curves came of captures), or it gives a number of tokens.
@@ -142,7 +142,7 @@ class TextCurves:
 
 
 def text_curves(capture: Capture, *, bins: int = BINS, protect_last: int = 0) -> TextCurves:
-    """Loss curves of one text; the arguments are those of `loss_curves`."""
+    """Measure the loss curves of one text; arguments as in `loss_curves`."""
     run = by_kv_head(slim(capture))
     found = metrics(run, names=["gamma"])
     status = found.status_of("gamma")
@@ -164,13 +164,13 @@ def loss_curves(
     the one expected of a random order.
 
     Args:
-        captures: one or more; of one model, of any lengths.
-        bins: steps of the keep ratio from 0 to 1.
-        protect_last: as in the spec that will be used.
-        documents: names of what the texts are excerpts of, if that is known: intervals resample them.
+        captures: one or more captures of one model, of any lengths.
+        bins: number of steps of the keep ratio from 0 to 1.
+        protect_last: that of the spec that will be used.
+        documents: names of the documents that the texts are excerpts of, if known: intervals resample them.
 
     Raises:
-        SettingsError: no capture, captures of different models, or a number out of range.
+        SettingsError: there is no capture, captures are of different models, or a number is out of range.
     """
     if not captures:
         raise SettingsError("loss_curves needs at least one capture")
@@ -186,15 +186,13 @@ def loss_curves(
 
 
 def curves_of(study: Study) -> LossCurves:
-    """Loss curves of the texts of a study, at its `protect_last`. They come without captures.
+    """Take the loss curves from a study, at its `protect_last`. They come without captures.
 
     Raises:
-        SettingsError: the study has none, as in files of version 3 and before.
+        SettingsError: the study has none, as files up to version 3.
     """
     if study.curves is None or study.curve_status is None or study.curve_gammas is None:
-        raise SettingsError(
-            f"this study has no loss curves, as older ones do not. Make it again: {kind_of(type(study)).again}"
-        )
+        raise SettingsError(f"this study is too old to hold loss curves. Make it again: {kind_of(type(study)).again}")
     status = np.array(STATUSES, dtype=object)[study.curve_status]
     texts = [
         TextCurves(*parts) for parts in zip(study.curves.astype(np.float64), status, study.curve_gammas, strict=True)
@@ -228,7 +226,7 @@ def _of_texts(
 
 
 def slim(capture: Capture) -> Capture:
-    """The run without what curves and plans do not read: its last queries' rows and its maps, most of its bytes."""
+    """Drop what curves and plans do not read, the last queries' rows and the maps: most of a run's bytes."""
     return capture.with_attention(
         tokens_per_bin=capture.n_tokens,
         recent_attention=np.zeros((0, *capture.probe_attention.shape), np.float32),  # a slice would hold on to the rows
@@ -242,7 +240,7 @@ def _curves(run: Capture, state: np.ndarray, sign: int, bins: int, protect_last:
     n, last = run.n_tokens, min(protect_last, run.n_tokens)
     rank_by = sign * run.levels
     rank_by[..., n - last :] = -np.inf
-    first_kept = evened(run.probe_attention, rank_by)
+    first_kept = average_ties(run.probe_attention, rank_by)
     others = n - last
     even = first_kept[..., last:].mean(axis=-1, keepdims=True) if others else 0.0
     first_kept[..., last:] = np.where((state == "ok")[..., None], first_kept[..., last:], even)
@@ -253,6 +251,6 @@ def _curves(run: Capture, state: np.ndarray, sign: int, bins: int, protect_last:
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
-    """Raise SettingsError unless `value` is one of the choices."""
+    """Check a choice. Raises SettingsError unless `value` is one of `choices`."""
     if value not in tuple(choices):
         raise SettingsError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -1,4 +1,4 @@
-"""What a compression saves, by arithmetic, and how to write it as code: for this library, and for NVIDIA's kvpress."""
+"""Savings of a compression, by arithmetic, and its export as code for this library and for NVIDIA's kvpress."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from analysis.models.load import NAMED_MODELS
 from analysis.models.packaged import PACKAGED
 from analysis.plans.curves import BY_NORM
 from l2kv.config import CacheShape
+from l2kv.policies import POLICIES
 from l2kv.spec import CompressionSpec, Target
 
 LENGTHS = (4096, 32_768, 131_072)  # tokens, that savings are told at
@@ -21,10 +22,10 @@ LENGTHS = (4096, 32_768, 131_072)  # tokens, that savings are told at
 
 @dataclass(frozen=True, slots=True)
 class Saving:
-    """What a spec saves at one length, for a batch of sequences: full caches against compressed ones, by arithmetic."""
+    """Savings of a spec at one length for a batch of sequences, by arithmetic."""
 
     n_tokens: int
-    full_bytes: int  # of the caches of the batch
+    full_bytes: int  # bytes of the batch's full caches
     kept_bytes: int
     full_fits: int | None  # sequences of this length that fit the GPU beside the weights; None: any number
     kept_fits: int | None
@@ -42,16 +43,16 @@ def savings(
     lengths: Sequence[int] = LENGTHS,
     batch: int = 1,
 ) -> tuple[Saving, ...]:
-    """Bytes, sequences that fit and the time that memory bandwidth allows a decoding step, at each length.
+    """Compute, at each length, bytes, sequences that fit, and the time of a decoding step by memory bandwidth.
 
-    Activations, the allocator's waste and layers with a sliding window (the same in both) are not counted, and nor is
-    what it costs to find what to evict. The time is that of a dense model: a mixture of experts reads but some of its
+    Activations, the allocator's waste, layers with a sliding window (the same in both) and the cost of choosing what to
+    evict are not counted. The time is that of a dense model: a mixture of experts reads but some of its
     weights for a token, so its step may take less.
 
     Args:
-        bandwidth: bytes a second that the GPU's memory delivers.
-        lengths: tokens seen, of each sequence.
-        batch: sequences that are decoded at once.
+        bandwidth: bytes per second of the GPU's memory.
+        lengths: tokens seen by each sequence.
+        batch: number of sequences decoded at once.
 
     Raises:
         SettingsError: a number is not positive, or infinite, or no layer keeps every token.
@@ -79,19 +80,18 @@ _CHOSEN = ("keep_ratio", "policy", "skip_layers", "protect_last", "prune_after")
 
 
 def library_code(spec: CompressionSpec, ref: str) -> str:
-    """A Python script that generates with a spec by this library, to be pasted as it is.
+    """Write a Python script that generates with a spec by this library and runs as pasted.
 
     Args:
         ref: the model: a name that `load_model` knows, a GGUF file, a folder or a hub id.
     """
+    by_ids = POLICIES[spec.policy].needs_token_ids
+    names = f"CompressedCache, CompressionSpec, compressible{', special_ids' if by_ids else ''}"
     if ref in NAMED_MODELS or is_gguf(Path(ref)):
-        imports = "from analysis import load_model\nfrom l2kv import CompressedCache, CompressionSpec, compressible\n"
+        imports = f"from analysis import load_model\nfrom l2kv import {names}\n"
         load = f"loaded = load_model({_quoted(ref)})\nmodel, tokenizer = loaded.model, loaded.tokenizer\n"
     else:
-        imports = (
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            "from l2kv import CompressedCache, CompressionSpec, compressible\n"
-        )
+        imports = f"from transformers import AutoModelForCausalLM, AutoTokenizer\n\nfrom l2kv import {names}\n"
         load = (
             f'model = AutoModelForCausalLM.from_pretrained({_quoted(ref)}, dtype="auto")\n'
             f"tokenizer = AutoTokenizer.from_pretrained({_quoted(ref)})\n"
@@ -110,14 +110,14 @@ if tokenizer.chat_template:
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not tokenizer.chat_template).to(model.device)
 with compressible(model):
-    cache = CompressedCache(model.config, spec)
+    cache = CompressedCache(model.config, spec{", special_ids=special_ids(tokenizer)" if by_ids else ""})
     output = model.generate(**inputs, past_key_values=cache, max_new_tokens=48, do_sample=False)
 print(tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))
 """
 
 
 def _arguments(spec: CompressionSpec) -> list[str]:
-    """What has to be said of a spec, a line each: what a user chooses, and whatever is not as by default."""
+    """Arguments of a spec, one to a line: those that a user chooses, and others that are not the default."""
     return [
         f"{field.name}={_written(dict(value) if field.name in ('layer_ratios', 'head_ratios') else value)}"
         for field in fields(spec)
@@ -134,16 +134,16 @@ def _quoted(text: str) -> str:
 
 
 def kvpress_code(spec: CompressionSpec, shape: CacheShape, ref: str, *, n_layers: int | None = None) -> str:
-    """Python for NVIDIA's kvpress that comes nearest to a spec: the same share of pairs in each layer, by key norm.
+    """Write the nearest Python for NVIDIA's kvpress: the same share of pairs in each layer, by key norm.
 
     Comments in it say what of the spec kvpress's presses cannot express.
 
     Args:
         ref: the model, as in `library_code`.
-        n_layers: of the model, where layers with a sliding window come after those of the shape.
+        n_layers: number of the model's layers, if layers with a sliding window come after those of the shape.
 
     Raises:
-        SettingsError: the spec is not by key norm, or the shape has no layer that can be compressed.
+        SettingsError: the policy does not go by key norm, or the shape has no layer that can be compressed.
     """
     if spec.policy not in BY_NORM:
         raise SettingsError(f"kvpress_code is for key norms ({', '.join(BY_NORM)}), got {spec.policy!r}")
@@ -176,7 +176,7 @@ def kvpress_code(spec: CompressionSpec, shape: CacheShape, ref: str, *, n_layers
 
 
 def _files_of(ref: str) -> str:
-    """What other programs than this one load a model from."""
+    """Reference by which other programs load a model."""
     if packaged := PACKAGED.get(ref):
         return packaged.original
     return f"analysis/bundled/{ref}" if ref in NAMED_MODELS else ref
@@ -192,7 +192,7 @@ def _lost(targets: Sequence[Target]) -> str:
 
 
 def _kvpress_cannot(spec: CompressionSpec) -> list[tuple[str, bool]]:
-    """What is lost in kvpress, and whether the spec has it."""
+    """Features that kvpress lacks, and whether the spec uses each."""
     return [
         ("It compresses once, after the prompt: what is generated is kept. l2kv evicts as tokens come.", True),
         (f"KnormPress keeps low norms everywhere; the spec's {spec.policy} keeps others.", spec.policy != "low_norm"),

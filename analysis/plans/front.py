@@ -25,7 +25,7 @@ from analysis.plans.curves import loss_curves, slim
 from analysis.plans.strategies import STRATEGIES, plan, title_of
 from analysis.progress import Progress, part_of, unheard
 from analysis.records import record
-from analysis.statistics import MIN_TEXTS, Interval, simultaneous, spearman, told_of_documents
+from analysis.statistics import MIN_TEXTS, Interval, few_documents_warning, simultaneous, spearman
 from analysis.texts.excerpts import Texts, excerpts_from
 from l2kv.config import CacheShape
 from l2kv.spec import CompressionSpec
@@ -43,7 +43,7 @@ class Planned:
     keep_ratio: float
     """The budget: a share of the pairs of the layers that can be compressed."""
     method: str
-    """Its name in the results."""
+    """Name in the results."""
     planned_loss: float | None = None
     """Attention expected to be lost (`LossCurves.loss_of`) on the planning texts; None of those that read no norms."""
     measured_loss: float | None = None
@@ -68,7 +68,7 @@ class FrontPoint:
 
     @property
     def mean(self) -> float:
-        """The mean NLL change over texts."""
+        """Mean NLL change over texts."""
         return float(np.mean(self.nll_change))
 
 
@@ -78,23 +78,23 @@ class Comparison:
 
     plan: FrontPoint
     uniform: FrontPoint
-    less: Interval  # NLL of the plan less that of the uniform one; holds at once with those of all others of the front
+    less: Interval  # NLL of the plan less that of the uniform one; intervals hold for all comparisons at once
 
     @property
     def verdict(self) -> str:
-        """The plan is "better" or "worse" where the whole interval says so, else "not told apart"."""
+        """Verdict on the plan: "better" or "worse" if the whole interval is on one side of 0, else "not told apart"."""
         return "better" if self.less.high < 0 else "worse" if self.less.low > 0 else "not told apart"
 
 
 @record("front", version=2, title="a Pareto front", again="l2kv front", upgrade=version1.front)
 @dataclass(frozen=True)
 class Front:
-    """Allocation strategies at several budgets, measured in one model on N texts."""
+    """The Pareto front of one model: allocation strategies at several budgets, measured on N texts."""
 
     planned_on: tuple[str, ...]
     """Names of the texts that plans were made from."""
     results: Results
-    """Of the task `lm`, on others."""
+    """Results of the task `lm` on other texts."""
     plans: tuple[Planned, ...]
     left_out: tuple[str, ...] = ()
     """Strategies that a budget is too small for: "by_head, keep ratio 0.1: ..."."""
@@ -115,23 +115,23 @@ class Front:
 
     @property
     def measured_on(self) -> tuple[str, ...]:
-        """Names of the N texts that were measured on."""
+        """Names of the N texts that plans were measured on."""
         return self.results.samples
 
     @property
     def lengths(self) -> tuple[int, int]:
-        """Tokens of each prompt, and tokens predicted after it; 0 where the file does not say."""
+        """Numbers of tokens of each prompt and after it; 0 where the file does not say."""
         told = self.results.settings
         return int(told.get("prompt_tokens", 0)), int(told.get("new_tokens", 0))
 
     @property
     def full_nbytes(self) -> int:
-        """Bytes that the full cache held, as `FrontPoint.nbytes`."""
+        """Number of bytes that the full cache held, as `FrontPoint.nbytes`."""
         return self.results.nbytes(self.results.full)
 
     @cached_property
     def points(self) -> tuple[FrontPoint, ...]:
-        """The points, in the order in which they were planned."""
+        """All points, in planning order."""
         points = []
         for one in self.plans:
             spec, change = self.results.methods[one.method], self.results.change(one.method)
@@ -143,7 +143,7 @@ class Front:
 
     @property
     def lines(self) -> dict[str, tuple[FrontPoint, ...]]:
-        """Points of each strategy, by rising bytes, in the order in which strategies were measured."""
+        """Points of each strategy by rising bytes; strategies in the order of measurement."""
         names = dict.fromkeys(point.strategy for point in self.points)
         return {
             name: tuple(sorted((p for p in self.points if p.strategy == name), key=lambda p: p.nbytes))
@@ -157,14 +157,14 @@ class Front:
         return [{name: getattr(p, name) for name in names} | {"nll_change": self.interval(p)} for p in points]
 
     def interval(self, point: FrontPoint) -> Interval:
-        """The mean of a point's NLL change over texts and its 95 % interval; documents are resampled."""
+        """Mean of a point's NLL change over texts, with a 95 % interval that resamples documents."""
         return self.results.interval(np.array(point.nll_change))
 
     def _of_kind(self, kind: str) -> list[FrontPoint]:
         return [p for p in self.points if p.strategy in STRATEGIES and STRATEGIES[p.strategy].kind == kind]
 
     def best(self, kind: str) -> dict[float, FrontPoint]:
-        """At each budget the point of least mean NLL among strategies of a kind (`analysis.plans.strategies.KINDS`)."""
+        """Best point at each budget: least mean NLL among strategies of a kind (`analysis.plans.strategies.KINDS`)."""
         points = [point for point in self._of_kind(kind) if np.isfinite(point.mean)]
         return {
             keep: min((p for p in points if p.keep_ratio == keep), key=lambda p: p.mean)
@@ -172,8 +172,9 @@ class Front:
         }
 
     def agreement(self) -> dict[float, float]:
-        """At each budget, Spearman over its points of `measured_loss` and mean NLL change: whether what plans go by is
-        what counts. Under 3 points it is undefined, NaN."""
+        """Spearman's ρ at each budget, over its points, of `measured_loss` and mean NLL change; NaN with fewer than 3.
+
+        It tells whether what plans go by is what counts."""
         known = [point for point in self.points if np.isfinite(point.measured_loss)]
         result = {}
         for keep in sorted({p.keep_ratio for p in self.points}):
@@ -183,7 +184,7 @@ class Front:
         return result
 
     def comparisons(self) -> tuple[Comparison, ...]:
-        """At each budget the best plan beside the best uniform strategy.
+        """Compare, at each budget, the best plan with the best uniform strategy.
 
         Both are the best on the texts that they are compared on, so the intervals hold for every plan beside every
         uniform strategy at every budget at once (`simultaneous`): whichever are picked.
@@ -219,12 +220,14 @@ class Front:
         yield self.answer()
 
     def answer(self) -> str:
-        """Does a plan beat one ratio for all at equal bytes? In two or three sentences."""
+        """Answer in two or three sentences: does a plan beat one ratio for all at equal bytes?"""
         compared, n = self._against_best_uniform(), len(self.measured_on)
         if not compared:
-            return "This front cannot tell: it has no plan beside a uniform strategy at the same budget."
+            return "This Pareto front cannot tell: it has no plan beside a uniform strategy at the same budget."
         if n < MIN_TEXTS:
-            return f"This front cannot tell: it was measured on {n} text{'s' * (n != 1)}, and it takes {MIN_TEXTS}."
+            return (
+                f"This Pareto front cannot tell: it was measured on {n} text{'s' * (n != 1)}; {MIN_TEXTS} are needed."
+            )
         won = [one for one in compared if one.verdict == "better"]
         lost = sum(one.verdict == "worse" for one in compared)
         most = min(won or compared, key=lambda one: one.less.value)
@@ -241,11 +244,11 @@ class Front:
             told += f"nearest comes {best}."
         told += f" Over {n} texts, by intervals that hold for all comparisons at once, plans win {len(won)} of "
         told += f"{len(compared)} and lose {lost}."
-        of_few = told_of_documents(self.results.documents)
-        return f"{told}{f' {of_few}' if of_few else ''}{self._told_of_baselines()}"
+        of_few = few_documents_warning(self.results.documents)
+        return f"{told}{f' {of_few}' if of_few else ''}{self._baselines_warning()}"
 
-    def _told_of_baselines(self) -> str:
-        """Where what reads no norms is as good as all that do, which a front of norms must not hide."""
+    def _baselines_warning(self) -> str:
+        """Say where a baseline, which reads no norms, is as good as every strategy that does."""
         uniform, plans = self.best("uniform"), self.best("plan")
         by_norm = {keep: min(one.mean, plans.get(keep, one).mean) for keep, one in uniform.items()}
         as_good: dict[str, dict[float, float]] = {}  # by strategy and budget, NLL less that of the best by norm
@@ -263,12 +266,12 @@ class Front:
 
 
 def passes(n_planning: int, n_measuring: int, *, keep_ratios: int, strategies: Iterable[str], kv_heads: int) -> int:
-    """Number of captures and continuations that `measure_front` takes at most; strategies that agree on a spec share.
+    """Most captures and continuations that `measure_front` needs; strategies with equal specs share theirs.
 
     Args:
-        n_planning, n_measuring: texts.
-        keep_ratios: how many budgets.
-        kv_heads: of all layers that can be compressed; each is compressed alone where a strategy goes by costs.
+        n_planning, n_measuring: numbers of texts.
+        keep_ratios: number of budgets.
+        kv_heads: number in all layers that can be compressed; each is compressed alone if a strategy goes by costs.
     """
     strategies = tuple(strategies)
     costly = any(STRATEGIES[name].needs_costs for name in strategies)
@@ -286,20 +289,20 @@ def measure_front(
     protect_last: int = RECENT_WINDOW,
     progress: Progress = unheard,
 ) -> Front:
-    """Make the specs of all strategies from the prompts of some texts, and measure them on others.
+    """Plan by every strategy on the prompts of some texts, and measure the plans on other texts.
 
     Takes a capture of each text's prompt, and for each text to measure on a continuation by the full cache and by each
-    spec; where a strategy goes by costs, one for each planning text and kv head as well. A strategy that a budget is
-    too small for is named in `Front.left_out`.
+    spec; where a strategy goes by costs, one for each planning text and kv head as well. `Front.left_out` names the
+    strategies that a budget is too small for.
 
     Args:
-        planning, measuring: (name, text) of each, or `excerpts`; none may be in both.
+        planning, measuring: pairs (name, text), or `excerpts`; no text may be in both.
         keep_ratios: budgets, shares of the pairs of the layers that can be compressed.
-        strategies: names in `STRATEGIES`; all of them, if not given.
+        strategies: names in `STRATEGIES`; by default all.
         progress: counts captures and continuations ("passes").
 
     Raises:
-        TextError: there are no texts, one is in both, empty or too short.
+        TextError: there are no texts, or one is in both, empty or too short.
         ModelError: no layer can be compressed, or as `capture`.
         OutOfMemoryError: as `capture`.
         SettingsError: a strategy is unknown, a keep ratio is not from 0 to 1, or as `evaluate`.
@@ -317,9 +320,11 @@ def measure_front(
     for name in names:
         STRATEGIES.find(name)
     if not plan_texts or not test_texts:
-        raise TextError("A front takes texts to plan on, and others to measure on.")
+        raise TextError("A Pareto front needs texts to plan on, and other texts to measure on.")
     if both := {one.text for one in plan_texts} & {one.text for one in test_texts}:
-        raise TextError(f"A text to measure on was planned on, too: {next(iter(both))[:60]!r}. Give others.")
+        raise TextError(
+            f"A text is given both to plan on and to measure on: {next(iter(both))[:60]!r}. Give different texts."
+        )
     shape = CacheShape.of(loaded.config, loaded.model.dtype.itemsize)
     if not shape.layers:
         raise ModelError(f"{loaded.name} has no layer that can be compressed: all have a sliding window.")

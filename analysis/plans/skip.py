@@ -1,4 +1,4 @@
-"""Which layers to leave uncompressed: ALR per layer, a suggestion with its rule, and plans and lists as files."""
+"""Layers to skip: ALR by layer, suggestions with their rule, and plans and skip lists as files."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ _AGAINST_CHANCE: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
 
 @dataclass(frozen=True, slots=True)
 class LayerLoss:
-    """ALR of a policy, by head and by layer, normalised: 0 is the ideal order, 1 a random one, 2 the reverse."""
+    """Normalised ALR of a policy, by head and by layer: 0 is the ideal order, 1 a random one, 2 the reverse."""
 
     by_head: np.ndarray  # [L, H] normalised ALR
-    by_layer: np.ndarray  # [L] mean ALR of the heads / their mean chance level: heads count by what there is to lose
+    by_layer: (
+        np.ndarray
+    )  # [L] mean ALR of the heads / their mean chance level, so heads are weighted by their chance level
     paper: np.ndarray  # [L] mean ALR of the heads, in the paper's units (of this policy)
 
 
@@ -41,7 +43,7 @@ class SkipSuggestion:
 
 
 def layer_loss(capture: Capture, policy: str = "low_norm", *, skip_first: int = 0) -> LayerLoss:
-    """What compressing each layer would lose by a policy, on the captured text. NaN where no head is defined."""
+    """Loss of each layer by a policy, on the captured text. NaN where no head is defined."""
     low, chance = metrics(capture, skip_first=skip_first, names=["alr", "alr_chance"]).values
     defined = np.isfinite(low) & (chance > 0)
     by_head = np.full(low.shape, np.nan)
@@ -62,21 +64,21 @@ def suggest_skip_layers(
     count: int = 2,
     skip_first: int = 0,
 ) -> SkipSuggestion:
-    """Suggest layers to skip, from one text, from captures of several, or from a study: the worst by normalised ALR.
+    """Suggest layers to skip, the worst by normalised ALR, from one capture, several, or a study.
 
-    A proxy: what compressing a layer costs is measured by a single-layer ablation (`ablation.suggest_by_ablation`).
+    ALR is a proxy: a single-layer ablation measures what compressing a layer costs (`ablation.suggest_by_ablation`).
     Layers are judged by their mean over the texts. Those without a defined loss give no order to compress by, and are
     skipped by every rule; layers with a sliding window are never compressed, and never suggested.
 
     Args:
         rule: one of `RULES`.
-        threshold: of the rule "threshold". 1, the chance level, is the natural one: from there on the policy loses
+        threshold: for the rule "threshold". The natural one is 1, the chance level: from there on the policy loses
             attention as fast as a random order, or faster.
-        count: of the rule "count".
-        skip_first: as in `metrics` (not of a study, which keeps no tokens).
+        count: for the rule "count".
+        skip_first: as in `metrics`; not for a study, which keeps no tokens.
 
     Raises:
-        SettingsError: the rule is unknown, a number out of range, there is no capture, or captures of several models.
+        SettingsError: the rule is unknown, a number is out of range, or captures are missing or of several models.
     """
     if rule not in RULES:
         raise SettingsError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
@@ -122,7 +124,7 @@ STANDS_OUT = 2.0  # times the median gap: a gap as wide divides the layers in tw
 
 
 def widest_gap(loss: np.ndarray, of: str, unit: str) -> tuple[int, str]:
-    """How many of the worst layers a gap divides from the others, and why; `loss` falls."""
+    """Find the number of worst layers that a gap separates from the others, and say why; `loss` is descending."""
     gaps = loss[:-1] - loss[1:]
     worse_half = gaps[: len(loss) // 2]
     if len(gaps) < 2:
@@ -138,24 +140,24 @@ def widest_gap(loss: np.ndarray, of: str, unit: str) -> tuple[int, str]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Measured:
-    """The loss of each layer by a policy, however many texts it comes from."""
+    """Loss of each layer by a policy, on one text or several."""
 
     loss: np.ndarray  # [L] normalised ALR, mean over the texts that define it; NaN where none does
     compressed: np.ndarray  # [L] bool
-    on: str  # what it was measured on, in words
+    on: str  # its source, in words
 
     @classmethod
     def of(cls, measured: Capture | Sequence[Capture] | Study, policy: str, skip_first: int) -> _Measured:
         if isinstance(measured, Study):
             if skip_first:
-                raise SettingsError("a study keeps no tokens to skip: suggest from captures")
+                raise SettingsError("skip_first needs tokens, which a study does not keep: suggest from captures")
             kinds, n_tokens = [measured.layer_kinds], measured.n_tokens
             by_text = _AGAINST_CHANCE[policy](layer_losses(measured))
         else:
             captures = [measured] if isinstance(measured, Capture) else list(measured)
             kinds, n_tokens = [c.layer_kinds for c in captures], np.array([c.n_tokens for c in captures])
             if len({(c.model, c.layer_kinds) for c in captures}) != 1:
-                raise SettingsError("layers are suggested from captures of one model, and there must be one at least")
+                raise SettingsError("layers are suggested from one or more captures, all of one model")
             by_text = np.array([layer_loss(c, policy, skip_first=skip_first).by_layer for c in captures])
         compressed = np.array([kind == "full" for kind in kinds[0]])
         if len(n_tokens) == 1:
@@ -168,7 +170,7 @@ class _Measured:
 @record("plan", version=1, again="l2kv plan")
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A compression that was chosen for a model."""
+    """A compression chosen for a model."""
 
     model: str
     spec: CompressionSpec
@@ -176,13 +178,13 @@ class Plan:
 
 
 def skip_list(text: str, *, n_layers: int | None = None) -> tuple[int, ...]:
-    """Layers to skip, as people write them ("0, 1, 12" or "[0, 1]"), or those of a plan's file.
+    """Read layers to skip from text such as "0, 1, 12" or "[0, 1]", or from a plan's file.
 
     Args:
-        n_layers: of the model that they are for, where it is known.
+        n_layers: number of the model's layers, if known.
 
     Raises:
-        RecordError: it is no such list, or names a layer that the model does not have.
+        RecordError: the text is no such list, or names a layer that the model does not have.
     """
     if text.lstrip().startswith("{"):
         layers = from_json(Plan, text).spec.skip_layers

@@ -1,4 +1,4 @@
-"""Allocation strategies: how much of a budget each kv head gets. Knows loss curves, no model.
+"""Allocation strategies: how much of a budget each kv head gets. Knows loss curves; knows no model.
 
 A strategy is a function from a budget to a keep ratio for each kv head. To add one, write it and name it in
 `STRATEGIES`: the command line, the page Plan and the Pareto front list it from there. All hold equal bytes at an equal
@@ -21,26 +21,27 @@ from analysis.plans.skip import layer_loss, suggest_skip_layers
 from l2kv.registry import Registry
 
 ADAKV_FLOOR = 0.2  # of its even share, that AdaKV leaves to every head
+PYRAMID_TOP = 1 / 20  # of the mean, that PyramidKV leaves to the last layer
 KINDS = ("uniform", "plan", "baseline")
 
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """How a budget is divided among the kv heads."""
+    """A way to divide a budget among the kv heads."""
 
     title: str
     about: str
-    """What it does, in a line."""
+    """One line on what it does."""
     kind: str
     """"uniform": one ratio for all, by norm; "plan": divided by norm; "baseline": reads no norms."""
     allocate: Callable[[Budget], np.ndarray]
     """(budget) -> the keep ratio [N] of each kv head. Raises BudgetError where the budget is too small."""
     policy: str = "signed_norm"
-    """What stays in each head."""
+    """Policy of each head."""
     needs_costs: bool = False
-    """The curves must be `weighed`: attention counts by what compressing each head alone costs."""
+    """True if the curves must be weighted by the measured cost of each head (`LossCurves.weighted_by`)."""
     needs_captures: bool = False
-    """The curves must come with their captures: it looks at single tokens."""
+    """True if the curves must come with their captures, because it looks at single tokens."""
 
 
 def plan(
@@ -50,14 +51,14 @@ def plan(
 
     Args:
         keep_ratio: the budget, a share of the pairs of the layers that can be compressed. A cache rounds each head up
-            to whole pairs, and holds less than one pair a head more.
-        strategy: a name in `STRATEGIES`.
-        policy: what stays, where it is not the strategy's own: "low_norm", "high_norm", or "signed_norm": in each head
-            the direction that loses less at its ratio (low, where they lose the same).
+            to whole pairs, so it holds up to one pair per head more.
+        strategy: name in `STRATEGIES`.
+        policy: by default the strategy's own; else "low_norm", "high_norm", or "signed_norm", which takes in each head
+            the direction that loses less at its ratio (low where they lose the same).
 
     Raises:
-        SettingsError: a name is unknown, there is nothing to compress, or the curves lack what the strategy needs.
-        BudgetError: the budget is too small for what must stay; the message names the least one.
+        SettingsError: a name is unknown, nothing can be compressed, or the curves lack what the strategy needs.
+        BudgetError: the budget is too small for what must be kept; the message names the least one.
     """
     chosen = STRATEGIES.find(strategy)
     if policy is not None:
@@ -65,11 +66,9 @@ def plan(
     if isinstance(keep_ratio, bool) or not 0 <= keep_ratio <= 1:
         raise SettingsError(f"keep_ratio must be from 0 to 1, got {keep_ratio!r}")
     if chosen.needs_costs and curves.weights is None:
-        raise SettingsError(f"{strategy} needs what each head costs, measured in a model: plan from texts")
+        raise SettingsError(f"{strategy} needs the cost of each head, measured in a model: plan from texts")
     if chosen.needs_captures and not curves.captures:
-        raise SettingsError(
-            f"{strategy} looks at single tokens, and these curves came without captures: plan from texts"
-        )
+        raise SettingsError(f"{strategy} needs captures, and these curves came without any: plan from texts")
     budget = Budget.of(curves, keep_ratio, policy or chosen.policy, weighted=chosen.needs_costs)
     spent = chosen.allocate(budget)
     ratios = np.ones(curves.low.shape[:2])
@@ -103,7 +102,7 @@ def _skip_first_two(budget: Budget) -> np.ndarray:
 
 
 def _skip_suggested(budget: Budget) -> np.ndarray:
-    """The suggested layers are skipped, as many of them, the worst first, as the budget can pay for."""
+    """Skip the suggested layers, the worst first, as many as the budget allows."""
     policy = "low_norm" if budget.policy == "signed_norm" else budget.policy  # the list is of one direction
     suggested = np.array(suggest_skip_layers(budget.curves.captures, policy).layers, dtype=int)
     by_layer = np.stack([layer_loss(capture, policy).by_layer for capture in budget.curves.captures])
@@ -148,6 +147,16 @@ def _adakv(budget: Budget) -> np.ndarray:
             top = _share_of_top(attention[layer], budget)
             shares[budget.layer == layer] += (1 - ADAKV_FLOOR) * top + ADAKV_FLOOR * budget.keep_ratio
     return budget.scaled(shares / len(budget.curves.captures))
+
+
+def _pyramid(budget: Budget) -> np.ndarray:
+    """PyramidKV: beside the protected tokens, what a layer keeps falls linearly with depth."""
+    even, protected = budget.even(), budget.curves.least_bin / budget.curves.bins
+    layers, depth = np.unique(budget.layer, return_inverse=True)
+    beside = budget.keep_ratio - protected
+    last = max(beside * PYRAMID_TOP, 2 * beside - (1 - protected))  # the first layer cannot keep more than everything
+    falling = np.linspace(2 * beside - last, last, len(layers))[depth]
+    return protected + falling if len(layers) > 1 else even
 
 
 def _share_of_top(score: np.ndarray, budget: Budget) -> np.ndarray:
@@ -226,6 +235,13 @@ STRATEGIES: Registry[Strategy] = Registry(
             _adakv,
             needs_captures=True,
         ),
+        "pyramid": Strategy(
+            "PyramidKV",
+            "Ratios that fall linearly with depth; the last queries' attention chooses (Cai et al., arXiv 2406.02069).",
+            "baseline",
+            _pyramid,
+            "window",
+        ),
         "random": Strategy("Random", "Any tokens: the baseline to beat.", "baseline", Budget.even, "random"),
         "streaming": Strategy(
             "StreamingLLM", "The first four tokens and the latest.", "baseline", Budget.even, "streaming"
@@ -235,5 +251,5 @@ STRATEGIES: Registry[Strategy] = Registry(
 
 
 def title_of(name: str) -> str:
-    """The title of a strategy; of one that is not registered here, its name."""
+    """Title of a strategy; its name if it is not registered."""
     return STRATEGIES[name].title if name in STRATEGIES else name

@@ -1,1 +1,1 @@
-"""Texts: read, tokenized, and cut into excerpts."""
+"""Texts: read them, tokenize them, cut them into excerpts."""

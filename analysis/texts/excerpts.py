@@ -1,8 +1,8 @@
-"""Excerpts of texts: of how many tokens, from where, and which of them plans are made from.
+"""Excerpts of texts: how long, from where, and which of them plans are made from.
 
 An excerpt is cut by characters, at the borders of sentences or words near places spread evenly over its text, and only
-then tokenised: a text of a million characters costs no more than its excerpts do. What follows on its beginning says
-little of a long text: of a newspaper the first twelve excerpts, one after the other, may be a single article.
+then tokenized: a text of a million characters costs no more than its excerpts. The beginning of a long text says little
+about the rest: the first twelve excerpts of a newspaper may come from a single article.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ _CLUSTER = 64  # characters, more than what a reader sees as one ever takes
 
 
 class Excerpt(NamedTuple):
-    """A part of a text, or all of it. (name, text) alone is a document of its own."""
+    """A part of a text, or all of it; without `document` it is a document of its own."""
 
-    name: str  # of the excerpt: "moby-dick 3"
+    name: str  # such as "moby-dick 3"
     text: str
     document: str = ""  # the name of the text that it was cut from; that of the excerpt where it is not given
 
@@ -56,18 +56,18 @@ def excerpts_from(texts: Texts) -> tuple[Excerpt, ...]:
 def excerpts(
     tokenizer: PreTrainedTokenizerBase, texts: Mapping[str, str], *, n_tokens: int, at_most: int
 ) -> tuple[Excerpt, ...]:
-    """Excerpts of several texts by turns, as many of each as there are, spread over it and without overlap.
+    """Cut excerpts from several texts in turn, spread over each text and without overlap.
 
-    Each has `n_tokens` tokens, special ones included, or a few less: cut from its text it may make other tokens than
-    within it. A text too short for its share leaves the rest to the others. Both the texts and the places in each come
-    in an order in which any first few are spread, and more are the same and then others, as long as there is room: so
-    a study that is stopped is no study of beginnings, and can be gone on with.
+    Each has `n_tokens` tokens, special ones included, or a few less: cut from its text it may be tokenized differently.
+    A text too short for its share leaves the rest to the others. The texts, and the places in each, come in an order
+    whose first few are spread already, and asking for more only appends: a study that is stopped early is no study of
+    beginnings, and it can be resumed.
 
     Args:
-        texts: by name. An excerpt is called by it and counted from 0: "moby-dick 0", "moby-dick 1", ...
+        texts: texts by name. Excerpts are numbered from 0: "moby-dick 0", "moby-dick 1", ...
 
     Raises:
-        TextError: none of the texts has as many tokens, none is asked for, or a text is empty or no valid Unicode.
+        TextError: no text has enough tokens, no excerpt is asked for, or a text is empty or invalid Unicode.
     """
     if at_most < 1:
         raise TextError(f"At least one excerpt is needed, got {at_most}.")
@@ -99,13 +99,13 @@ def excerpts(
 def planning_and_measuring(
     tokenizer: PreTrainedTokenizerBase, texts: Mapping[str, str], *, n_tokens: int, each: int
 ) -> tuple[tuple[Excerpt, ...], tuple[Excerpt, ...]]:
-    """Excerpts to plan on and excerpts to measure on, at most `each` of either, by the rule in `SPLIT`.
+    """Cut excerpts to plan on and excerpts to measure on, at most `each` of either, by the rule in `SPLIT`.
 
-    Excerpts of one file share its subject and its style: a plan measured on its own file would look better than it is.
-    Files too short for one excerpt do not count.
+    Excerpts of one file share subject and style: a plan measured on its own file would look better than it is. Files
+    too short for one excerpt do not count.
 
     Raises:
-        TextError: there are not two excerpts, or as `excerpts`.
+        TextError: there are fewer than two excerpts, or as `excerpts`.
     """
 
     def cut(given: Mapping[str, str], at_most: int) -> tuple[Excerpt, ...]:
@@ -118,7 +118,7 @@ def planning_and_measuring(
     found = sorted(cut(texts, 2 * each), key=lambda excerpt: texts[excerpt.document].index(excerpt.text))
     half = len(found) // 2
     if not half:
-        raise TextError(f"One excerpt of {n_tokens} tokens is there, and a front takes two: give a longer text.")
+        raise TextError(f"There is one excerpt of {n_tokens} tokens, and a Pareto front needs two. Give a longer text.")
     return tuple(found[:half]), tuple(found[half:])
 
 

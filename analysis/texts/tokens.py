@@ -1,4 +1,4 @@
-"""From text to tokens, with the characters that each token covers. Knows tokenizers; knows no model and no HTML."""
+"""Tokens of a text, with the characters that each covers. Knows tokenizers; knows no model and no HTML."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from analysis.errors import ModelError, TextError
-from analysis.models.vet import short
+from analysis.models.vet import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,22 +39,22 @@ class Tokens:
 
     ids: np.ndarray  # [T] int64
     spans: np.ndarray  # [T, 2] int32: text[start:end]; start == end for tokens the tokenizer added (<s>)
-    labels: tuple[str, ...]  # what a reader should see: the characters, or the name of a special token
-    notes: tuple[str, ...] = ()  # what a reader should know of the special tokens
+    labels: tuple[str, ...]  # for readers: the characters, or the name of a special token
+    notes: tuple[str, ...] = ()  # for readers: remarks on special tokens
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tokens:
-    """Tokens of a text as a model should read them.
+    """Tokenize a text as a model should read it.
 
-    Here, and nowhere else, is decided which special tokens are put to a text: those that the tokenizer puts before it,
-    unless the text brings them, and none after it, so that it can go on. A
+    Special tokens are decided here and nowhere else: those that the tokenizer puts before a text, unless the text has
+    them already, and none after it, so that the text can continue. A
     character that several tokens share (an emoji, say) is the label of each, numbered: "🙂 1/4", "🙂 2/4", ...
 
     Raises:
-        TextError: nothing to tokenise, or no valid Unicode.
+        TextError: the text is empty or invalid Unicode.
     """
     check_text(text)
     ids, spans, notes = _encoded(tokenizer, text)
@@ -68,7 +68,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tokens:
 
 
 def notes_of(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> tuple[str, ...]:
-    """The notes of the tokens of all texts, each once. Raises TextError as `tokenize`."""
+    """Collect the notes on the tokens of all texts, each once. Raises TextError as `tokenize`."""
     return tuple(dict.fromkeys(note for text in texts for note in tokenize(tokenizer, text).notes))
 
 
@@ -124,14 +124,14 @@ def _called(tokenizer: PreTrainedTokenizerBase, text: str, **options: bool) -> M
         result = outcome.get(timeout=MOST_SECONDS)
     except queue.Empty:
         raise TextError(
-            f"The tokenizer has not done with these {len(text):,} characters in {MOST_SECONDS:g} seconds. Shorten the "
-            "text, above all words without spaces: for those some tokenizers take very long."
+            f"The tokenizer has not finished these {len(text):,} characters in {MOST_SECONDS:g} seconds. Shorten the "
+            "text, above all long words without spaces, on which some tokenizers are very slow."
         ) from None
     if isinstance(result, BaseException):
         if isinstance(result, TextError) or (not isinstance(result, Exception) and not _panicked(result)):
             raise result  # too long a word, or Ctrl-C
         raise TextError(
-            f"The tokenizer cannot read this text ({short(result)}): it may be damaged, or not belong to the model."
+            f"The tokenizer cannot read this text ({one_line(result)}): it may be damaged, or not belong to the model."
         ) from result
     return result
 
@@ -155,7 +155,7 @@ def _check_longest_word(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
             if (needed := took * (len(word) / size) ** growth) > MOST_SECONDS:
                 raise TextError(
                     f"The text holds a word of {len(word):,} characters, {word[:20]!r} and so on, for which this "
-                    f"tokenizer would take about {needed:,.0f} seconds. Shorten it, or put spaces into it."
+                    f"tokenizer would take about {needed:,.0f} seconds. Shorten it, or add spaces."
                 )
             return
         size, before = 2 * size, took
@@ -192,12 +192,12 @@ def _covering(text: str, spans: np.ndarray) -> np.ndarray:
 
 
 def beginning(tokenizer: PreTrainedTokenizerBase, text: str, n_tokens: int, *, start: int = 0) -> tuple[str, bool]:
-    """The longest beginning of `text[start:]` of at most `n_tokens` tokens, and whether the text has as many.
+    """Cut the longest beginning of `text[start:]` of at most `n_tokens` tokens, and tell if the text has that many.
 
-    It is tokenised no farther than that takes. On its own it may make a token or two less than it does in the text.
+    No more is tokenized than that needs. On its own the beginning may have a token or two less than within the text.
 
     Raises:
-        TextError: no valid Unicode.
+        TextError: the text is invalid Unicode.
     """
     size = max(1, _USUAL * n_tokens)
     while True:
@@ -221,7 +221,7 @@ def beginning(tokenizer: PreTrainedTokenizerBase, text: str, n_tokens: int, *, s
 
 
 def about_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
-    """About how many tokens a text has, counted in stretches of it if it is `LONG`. Raises TextError as `tokenize`."""
+    """Estimate the number of tokens of a text, from samples of it if it is `LONG`. Raises TextError as `tokenize`."""
     check_text(text)
     if len(text) < LONG:
         return len(_encoded(tokenizer, text)[0])
@@ -233,7 +233,7 @@ def about_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """Whole sentences of a text, and how it goes on."""
+    """Whole sentences of a text, and what follows them."""
 
     prompt: str
     following: str  # begins where the prompt ends; it may stop within a word
@@ -243,9 +243,9 @@ class Passage:
 def passages(
     tokenizer: PreTrainedTokenizerBase, text: str, *, at_least: int, at_most: int, following: int = 0
 ) -> Iterator[Passage]:
-    """Consecutive passages of `at_least` to `at_most` tokens, each followed by at least `following` more in the text.
+    """Yield consecutive passages of `at_least` to `at_most` tokens, each followed by at least `following` more.
 
-    Those are left out whose last token would be another one if the text went on. Raises TextError as `tokenize`.
+    A passage whose last token would change if the text continued is dropped. Raises TextError as `tokenize`.
     """
     check_text(text)
     start, count, begin = 0, 0, 0  # of the sentence; tokens so far; of the passage
@@ -263,7 +263,7 @@ def passages(
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Raise ModelError unless this makes tokens of a text."""
+    """Raise ModelError unless the tokenizer tokenizes a text."""
     try:
         ids = _called(tokenizer, "The sea, 1.", add_special_tokens=False)["input_ids"]
     except TextError as error:
@@ -276,7 +276,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 
 
 def check_text(text: str) -> None:
-    """Raise TextError unless this is text that can be tokenised."""
+    """Raise TextError unless the text can be tokenized."""
     if not text.strip():
         raise TextError("The text is empty. Paste or choose a text first.")
     try:

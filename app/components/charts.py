@@ -1,4 +1,4 @@
-"""A figure on a page: its caption, its text for those who cannot see it, and its numbers. And which is drawn first."""
+"""Figures on a page, each with its caption, its alternative text and its numbers; the first one is drawn alone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ export default function ({{ setTriggerValue }}) {{
 
 
 def first_is_drawn() -> bool:
-    """Whether the browser has drawn a chart in this session. If not, the page is run again as soon as it has.
+    """Tell whether the browser has drawn a chart in this session. If not, the page is run again as soon as it has.
 
     The library of charts takes a browser a second or more to load, and then it draws all charts it was sent before any
     is seen: so the first one is sent alone. Without a browser there is nothing to wait for, and no page waits for long.

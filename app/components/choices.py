@@ -1,4 +1,4 @@
-"""What the app offers to choose from: entries of registries, so that a new one is offered on its own. No widgets."""
+"""Choices that the app offers: entries of registries, so that a new one appears by itself. No widgets."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from l2kv.policies import POLICIES, Policy
 
 
 class Entry(Protocol):
-    """An entry of a registry, as a user meets it."""
+    """An entry of a registry: what a user reads of it."""
 
     @property
     def title(self) -> str:
-        """Its name, for people."""
+        """Name for users."""
 
     @property
     def about(self) -> str:
-        """What it is, in a line."""
+        """Description in one line."""
 
 
 def policies() -> dict[str, Policy]:
-    """The policies that need nothing measured on the model."""
+    """List the policies that need nothing measured on the model."""
     return {name: policy for name, policy in POLICIES.items() if not policy.needs_calibration}
 
 
 def metrics() -> dict[str, Metric]:
-    """The metrics of a head."""
+    """List the metrics of a head."""
     return dict(METRICS)
 
 
 def tasks() -> dict[str, Task]:
-    """The tasks that a compression is scored on."""
+    """List the tasks that a compression is scored on."""
     return dict(TASKS)
 
 
 def strategies(*, measured: bool = False) -> dict[str, Strategy]:
-    """The allocation strategies that the loss curves of a run are enough for; with `measured`, all."""
+    """List the allocation strategies for which the loss curves of a run are enough; with `measured`, all."""
     return {name: strategy for name, strategy in STRATEGIES.items() if measured or not strategy.needs_costs}
 
 
 def explained(entries: Mapping[str, Entry]) -> str:
-    """Markdown: a line for each entry, the help of what chooses among them."""
+    """Write the help of a chooser as Markdown: a line for each entry."""
     return "\n".join(f"- **{entry.title}**: {entry.about}" for entry in entries.values())

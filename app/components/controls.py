@@ -1,4 +1,4 @@
-"""The compression that pages share: its controls, and what they say as a `CompressionSpec`.
+"""Controls of the compression that pages share, and their values as a `CompressionSpec`.
 
 The values live in the session (`session.KEEP_RATIO` and so on), so each control is the same one on every page.
 """
@@ -22,12 +22,12 @@ BY_NORM = ("low_norm", "high_norm", "random")  # what a run can tell the loss of
 
 
 def title(policy: str) -> str:
-    """What users read for a policy, by its name."""
+    """Title of a policy, by its name."""
     return POLICIES[policy].title if policy in POLICIES else policy  # of a file, of a policy that is not here
 
 
 def ratio_input(*, second: bool = False) -> None:
-    """The share of the tokens that stays, in the first compression or in the second beside it."""
+    """Ask for the keep ratio of the first compression, or of the second beside it."""
     slot = session.SECOND_KEEP_RATIO if second else session.KEEP_RATIO
     st.slider(
         "Keep ratio of the second" if second else "Keep ratio", 0.05, 1.0, step=0.05, **slot.widget(),
@@ -36,9 +36,9 @@ def ratio_input(*, second: bool = False) -> None:
 
 
 def policy_input(names: Sequence[str] = (), *, second: bool = False) -> None:
-    """Which tokens stay, by one of the names, or of all of `choices.policies`.
+    """Ask for a policy, one of the names or of all `choices.policies`.
 
-    A policy of another page that is no choice here gives way to the first.
+    A policy chosen on another page that is not offered here is replaced by the first one.
     """
     offered = {name: POLICIES[name] for name in names} or choices.policies()
     slot = session.SECOND_POLICY if second else session.POLICY
@@ -51,7 +51,7 @@ def policy_input(names: Sequence[str] = (), *, second: bool = False) -> None:
 
 
 def protect_last_input() -> None:
-    """How many recent tokens are safe."""
+    """Ask for the number of recent tokens to protect."""
     st.number_input(
         "Protect the last", 0, 4096, step=8, **session.PROTECT_LAST.widget(),
         help="The latest tokens are never evicted. 0 in the paper; without it a new token whose norm is on the wrong "
@@ -60,7 +60,7 @@ def protect_last_input() -> None:
 
 
 def prune_after_input() -> None:
-    """From how many tokens on the cache is compressed."""
+    """Ask for the number of tokens from which on the cache is compressed."""
     st.number_input(
         "Compress from", 0, 1_000_000, step=64, **session.PRUNE_AFTER.widget(),
         help="In tokens. A cache of fewer is left alone (prune_after in the paper).",
@@ -68,7 +68,7 @@ def prune_after_input() -> None:
 
 
 def skip_layers_input(run: Capture) -> None:
-    """Which layers keep everything."""
+    """Ask for the layers to skip."""
     st.multiselect(
         "Layers that keep everything",
         [i for i, kind in enumerate(run.layer_kinds) if kind == "full"],
@@ -79,7 +79,7 @@ def skip_layers_input(run: Capture) -> None:
 
 
 def dtype_of(ref: str) -> str | None:
-    """The dtype that a model's checkpoint is in, where it is at hand and says so."""
+    """Dtype of a model's checkpoint, if it is on this machine and names one."""
     try:
         named = checkpoint_dtype(ref)
     except ModelError:
@@ -88,7 +88,7 @@ def dtype_of(ref: str) -> str | None:
 
 
 def dtype_input(dtype: str | None, *, key: str = session.CACHE_DTYPE.key) -> int:
-    """What a cache is to be in: bytes of a number. At first the checkpoint's dtype, where it is known."""
+    """Ask for the cache's dtype; the default is the checkpoint's, where it is known."""
     slot = session.Slot(key, dtype or session.CACHE_DTYPE.default)
     chosen = st.selectbox(
         "Cache in", list(DTYPES), **slot.widget(), width=150,
@@ -103,7 +103,7 @@ def dtype_input(dtype: str | None, *, key: str = session.CACHE_DTYPE.key) -> int
 
 
 def take_spec(spec: CompressionSpec, *, beside: CompressionSpec | None = None) -> None:
-    """Set the controls to a compression, and to a second one beside it, or none. What they do not show stays out."""
+    """Set the controls to a compression, and to a second one or none. Fields without a control are ignored."""
     session.KEEP_RATIO.set(spec.keep_ratio)
     session.POLICY.set(spec.policy)
     session.PROTECT_LAST.set(spec.protect_last)
@@ -116,7 +116,7 @@ def take_spec(spec: CompressionSpec, *, beside: CompressionSpec | None = None) -
 
 
 def current_spec(*, second: bool = False) -> CompressionSpec:
-    """The compression as the controls say, those of other pages included; of the second one, where it has its own."""
+    """Compression set by the controls, those of other pages included; the second shares what it has no control for."""
     ratio, policy = (
         (session.SECOND_KEEP_RATIO, session.SECOND_POLICY) if second else (session.KEEP_RATIO, session.POLICY)
     )
@@ -130,7 +130,7 @@ def current_spec(*, second: bool = False) -> CompressionSpec:
 
 
 def in_words(spec: CompressionSpec) -> str:
-    """A compression in a line of Markdown."""
+    """Describe a compression in a line of Markdown."""
     kept = f"{spec.keep_ratio:.0%} kept" if spec.budget is None else f"{spec.budget} tokens kept"
     shared = " by kv head" if spec.head_ratios else " by layer" if spec.layer_ratios else ""
     details = [f"**{kept}**{shared}", title(spec.policy).split(" (")[0].lower()]

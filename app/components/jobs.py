@@ -1,4 +1,4 @@
-"""Long work with a model, on a page: its button, its turn, its progress, Cancel, and what is said when it has ended."""
+"""Long work with a model, on a page: its button, its turn, its progress, Cancel, and the message at its end."""
 
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ class Job(Generic[Result]):
     """What to say after it is done, if anything."""
 
     def perform(self, engine: Engine, progress: Progress) -> Result:
-        """Wait for a turn with the model, and do the work. Draws nothing. Raises what the user can mend."""
+        """Wait for a turn with the model, and do the work. Draws nothing. Raises errors that the user can fix."""
         with engine.lend(self.ref, progress) as loaded:
             return self.work(loaded, progress)
 
 
 def told(done: int, total: int, what: str) -> str:
-    """Say how far work is: "3 of 24 texts"; of a stage of unknown length (a total of 0) `what` says all."""
+    """Say how far work is: "3 of 24 texts", or `what` alone for a stage of unknown length (a total of 0)."""
     return f"{done:,} of {total:,} {what}" if total else what
 
 
 def run(engine: Engine, job: Job[Result]) -> Result | None:
-    """Draw the job's button; on a click do it, with progress and Cancel.
+    """Draw the job's button, and on a click run the job, with progress and Cancel.
 
-    Returns what the job gives, or None where it was not started or failed. The page takes the result and is run again
+    Returns the job's result, or None if it was not started or failed. The page takes the result and is run again
     (`st.rerun`), and then says that it is done.
     """
     cancelled, finished = session.Slot(f"{job.id}_cancelled", False), session.Slot(f"{job.id}_done", False)

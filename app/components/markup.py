@@ -39,38 +39,38 @@ _STYLE = f"""<style>
 
 
 def counted(n: int, noun: str) -> str:
-    """1 -> "1 token", 2 -> "2 tokens"."""
+    """Count tokens: 1 -> "1 token", 2 -> "2 tokens"."""
     return f"{n:,} {noun}{'s' * (n != 1)}"
 
 
 def headline(answer: str) -> str:
-    """Markdown: the first sentence of an answer as its heading, and below it the others."""
+    """Write an answer as Markdown: its first sentence as the heading, the others below."""
     short, _, rest = answer.partition(". ")
     return f"##### {plain(short)}{'.' * bool(rest)}" + (f"\n\n{plain(rest)}" if rest else "")
 
 
 def visible(text: str) -> str:
-    """Text with its spaces, line ends and control characters made visible. Not HTML: escape it where it goes."""
+    """Make spaces, line ends and control characters visible. The result is not HTML: escape it."""
     return "".join(_visible_character(c) for c in text)
 
 
 def printable(text: str) -> str:
-    """Running text: line ends and tabs do their work, other control characters are shown."""
+    """Make control characters visible, except line ends and tabs."""
     return "".join(c if c in " \n\t" else _visible_character(c) for c in text)
 
 
 def plain(text: str) -> str:
-    """Text for Streamlit's Markdown that shows as it is: no link, image, formula, emoji code or markup in it."""
+    """Escape text for Streamlit's Markdown: no links, images, formulas, emoji codes or markup."""
     return _MARKDOWN.sub(r"\\\1", printable(" ".join(text.split())))
 
 
 def escaped(text: str) -> str:
-    """HTML: running text that shows as it is, in an element as well as in a quoted attribute."""
+    """Escape running text for HTML, in an element or in a quoted attribute."""
     return html.escape(printable(text))
 
 
 def token_strip(labels: Sequence[str], kept: Sequence[bool]) -> str:
-    """HTML: the tokens in reading order, kept ones solid, evicted ones hollow and struck through."""
+    """Write tokens as HTML in reading order, kept ones solid, evicted ones hollow and struck through."""
     chips, hidden = [], len(labels) - MOST_TOKENS
     for i, (label, keep) in enumerate(zip(labels, kept, strict=True)):
         if hidden > 0 and i == MOST_TOKENS // 2:
@@ -83,7 +83,7 @@ def token_strip(labels: Sequence[str], kept: Sequence[bool]) -> str:
 
 
 def generated(prompt: str, text: str, differs_from: int | None = None) -> str:
-    """HTML: the end of a prompt, pale, and what followed it, underlined from the character `differs_from` on."""
+    """Write as HTML the end of a prompt, pale, and its continuation, underlined from `differs_from` on."""
     cut = len(text) if differs_from is None else differs_from
     same, other = escaped(text[:cut]), escaped(text[cut:])
     marked = f'<span class="l2kv-differs">{other}</span>' if other else ""

@@ -16,7 +16,7 @@ from app.session import Slot
 
 
 class OfAModel(Protocol):
-    """A record that says which model it is of."""
+    """A record that names its model."""
 
     @property
     def model(self) -> str:
@@ -28,7 +28,7 @@ Record = TypeVar("Record", bound=OfAModel)
 
 @dataclass(frozen=True, slots=True)
 class Kind(Generic[Record]):
-    """A kind of record: what a page calls it, and how it is read and written."""
+    """A kind of record: its name on a page, and how it is read and written."""
 
     key: str
     """Names it in the session, and its file."""
@@ -42,20 +42,20 @@ class Kind(Generic[Record]):
 
     @property
     def own(self) -> Slot[Record | None]:
-        """The record that was measured or opened in this session."""
+        """Record that was measured or opened in this session."""
         return Slot(self.key, None)
 
     def of(self, run: Capture) -> Record | None:
-        """The record of the model on screen: the session's own, or the bundled one. None where nothing was measured."""
+        """Record of the model on screen: the session's own, else the bundled one, else None."""
         own = self.own.get()
         return own if own is not None and own.model == run.model else self.bundled(run.model)
 
 
 def section(kind: Kind[Record], engine: Engine, run: Capture, measure: Callable[[], jobs.Job[Record]]) -> None:
-    """Draw the ways to have a record: one is measured, the other is to open a file.
+    """Draw the two ways to get a record: measure it, or open a file.
 
     Args:
-        measure: draws the settings of a measurement, and returns the job that does it.
+        measure: draws the settings of a measurement and returns its job.
     """
     shown, own = kind.of(run), kind.own.get()
     if own is not None and own.model != run.model:

@@ -1,4 +1,4 @@
-"""What long work is done with: which model, which texts, and how they are cut. One choice on all pages."""
+"""Sources of long work: the model, the texts, and how they are cut. One choice for all pages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OTHER = "Another model (hub id, folder or GGUF file)"
 
 
 def ref_of(model: str, engine: Engine | None = None) -> str | None:
-    """What a model is asked for by, given its name, if it is at hand: by name, in an allowed folder, or in memory."""
+    """Find the reference of a named model that is available: a name, an allowed folder, or the one in memory."""
     here = next((ref for ref in allowed_models() if name_of(ref) == model), None)
     if here is None and engine is not None and engine.loaded is not None and engine.loaded.name == model:
         return engine.ref
@@ -32,7 +32,7 @@ def ref_of(model: str, engine: Engine | None = None) -> str | None:
 
 
 def name_of(ref: str) -> str:
-    """What a model is called that is asked for by `ref`."""
+    """Name of the model with a reference."""
     try:
         return model_name(ref)
     except ModelError:  # a folder of several, which is refused when it is loaded
@@ -40,12 +40,12 @@ def name_of(ref: str) -> str:
 
 
 def label(verb: str, ref: str) -> str:
-    """What a button says that does something with a model: "Measure it for smollm2"."""
+    """Label a button that uses a model: "Measure it for smollm2"."""
     return f"{verb} for {markup.plain(name_of(ref))}" if ref else verb
 
 
 def model_input() -> str:
-    """Which model: that of the run on screen, until another is chosen. Empty if none was named."""
+    """Ask for a model; the default is that of the run on screen. Empty if none was named."""
     run = session.current_run()
     if not session.MODEL.held() or session.MODEL_CHOSEN_FOR.get() not in ("", run.model):
         ref = allowed_models()[0] if is_synthetic(run) else ref_of(run.model)
@@ -65,7 +65,7 @@ def model_input() -> str:
 
 
 def texts_input() -> Mapping[str, str]:
-    """The session's texts by name: uploaded files, and one that was pasted."""
+    """Ask for texts, and return them by name: uploaded files and a pasted one."""
     uploader = session.UPLOADS.get()
     key = f"text_files_{uploader}"
 
@@ -80,7 +80,7 @@ def texts_input() -> Mapping[str, str]:
     )  # fmt: skip
     uploads.show_refused()
     pasted = st.text_area(
-        "And, or, a long text", **session.PASTED.widget(), height=120, max_chars=4_000_000,
+        "Or paste a long text", **session.PASTED.widget(), height=120, max_chars=4_000_000,
         placeholder="Paste a text of some thousand words.",
     )  # fmt: skip
     given = dict(session.FILES.get())
@@ -96,14 +96,14 @@ def texts_input() -> Mapping[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Continued:
-    """How texts are continued: each excerpt is a prompt, and tokens to predict after it."""
+    """Settings of excerpts: the tokens of a prompt, and those to predict after it."""
 
     texts: int
     prompt_tokens: int
     new_tokens: int
 
     def excerpts(self, loaded: LoadedModel, texts: Mapping[str, str]) -> tuple[Excerpt, ...]:
-        """As many excerpts as are asked for, if the texts hold as many. Raises TextError where there are none."""
+        """Cut as many excerpts as asked for, or as the texts allow. Raises TextError if there is none."""
         from analysis.texts.excerpts import excerpts
 
         return noted(loaded, excerpts(loaded.tokenizer, texts, n_tokens=self._size(loaded), at_most=self.texts))
@@ -111,7 +111,7 @@ class Continued:
     def planning_and_measuring(
         self, loaded: LoadedModel, texts: Mapping[str, str]
     ) -> tuple[tuple[Excerpt, ...], tuple[Excerpt, ...]]:
-        """As many excerpts to plan on, and as many others to measure on. Raises TextError where there are none."""
+        """Cut excerpts to plan on and as many others to measure on. Raises TextError if there are too few."""
         from analysis.texts.excerpts import planning_and_measuring
 
         both = planning_and_measuring(loaded.tokenizer, texts, n_tokens=self._size(loaded), each=self.texts)
@@ -119,20 +119,20 @@ class Continued:
         return both
 
     def _size(self, loaded: LoadedModel) -> int:
-        """Tokens to ask of an excerpt."""
+        """Number of tokens an excerpt should have."""
         from analysis.texts.excerpts import SPARE
 
         size = self.prompt_tokens + self.new_tokens
         if size > loaded.positions:
             raise TextError(
-                f"{loaded.name} was trained on {loaded.positions:,} tokens at once, and {size:,} are asked for: take a "
-                "shorter prompt."
+                f"{loaded.name} was trained on {loaded.positions:,} tokens at once, and {size:,} are asked for. "
+                "Choose a shorter prompt."
             )
         return size + SPARE
 
 
 def continued_input(label: str, help_text: str) -> Continued:
-    """How many texts, and how long."""
+    """Ask for the number and the lengths of excerpts."""
     with st.container(horizontal=True, vertical_alignment="bottom"):
         texts = st.number_input(label, 1, 256, **session.EXCERPTS.widget(), help=help_text)
         prompt = st.number_input("Prompt tokens", 8, 131_072, step=64, **session.PROMPT_TOKENS.widget())
@@ -141,7 +141,7 @@ def continued_input(label: str, help_text: str) -> Continued:
 
 
 def noted(loaded: LoadedModel, given: tuple[Excerpt, ...]) -> tuple[Excerpt, ...]:
-    """The excerpts; what the user should know of their special tokens is said beside the result, by `jobs.run`."""
+    """Return excerpts, and note remarks on their special tokens, which `jobs.run` shows beside the result."""
     from analysis.texts.tokens import notes_of
 
     session.NOTES.set(tuple(notes_of(loaded.tokenizer, (excerpt.text for excerpt in given))))

@@ -1,4 +1,4 @@
-"""Files that a user brings and takes along: uploads read, or refused in a sentence, and things saved for download."""
+"""Uploads, read or refused in a sentence, and downloads."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Thing = TypeVar("Thing")
 
 
 def decoded(file: UploadedFile) -> str:
-    """The text of an uploaded file. Raises TextError, as `analysis.texts.read.decoded`."""
+    """Decode an uploaded text file. Raises TextError, as `analysis.texts.read.decoded`."""
     return read.decoded(file.getvalue(), file.name)
 
 
 def text_of(file: UploadedFile | None) -> str:
-    """`decoded`, or nothing where there is no file, or none that can be: then `show_refused` says why."""
+    """Decode an uploaded file if there is one; empty if not, or if it is refused (see `show_refused`)."""
     try:
         return decoded(file) if file is not None else ""
     except TextError as error:
@@ -35,7 +35,7 @@ def text_of(file: UploadedFile | None) -> str:
 
 
 def documents_of(files: list[UploadedFile]) -> dict[str, str]:
-    """The texts in uploaded files, name -> text; what cannot be read is refused, and `show_refused` says why."""
+    """Read the texts in uploaded files, by name; unreadable files are refused (see `show_refused`)."""
     texts: dict[str, str] = {}
     for file in files:
         name, number = file.name, 1
@@ -50,18 +50,18 @@ def documents_of(files: list[UploadedFile]) -> dict[str, str]:
 
 
 def refuse(reason: str) -> None:
-    """Have `show_refused` say why a file was refused. For callbacks, which cannot draw where it belongs."""
+    """Note why a file was refused, for `show_refused`: callbacks cannot draw in the right place."""
     session.REFUSED.set((*session.REFUSED.get(), reason))
 
 
 def show_refused() -> None:
-    """Draw why files were refused, once."""
+    """Draw, once, why files were refused."""
     for reason in session.REFUSED.take():
         st.error(markup.plain(reason), icon=":material/error:")
 
 
 def opened(file: UploadedFile, load: Callable[[Path], Thing]) -> Thing:
-    """What an uploaded file holds, by what reads such a file from disk. Raises as that, RecordError."""
+    """Read an uploaded file with a function that reads from disk. Raises RecordError, as that does."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / Path(file.name).name
         path.write_bytes(file.getvalue())
@@ -69,6 +69,6 @@ def opened(file: UploadedFile, load: Callable[[Path], Thing]) -> Thing:
 
 
 def saved(thing: Thing, save: Callable[[Thing, Path], Path]) -> bytes:
-    """What to download, by what writes such a thing to disk."""
+    """Make the bytes of a download with a function that writes to disk."""
     with tempfile.TemporaryDirectory() as folder:
         return save(thing, Path(folder) / "saved.safetensors").read_bytes()

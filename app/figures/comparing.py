@@ -1,4 +1,4 @@
-"""Runs beside each other as a whole: `gamma_spread` and `verdict_bars`."""
+"""Comparison of whole runs: `gamma_spread` and `verdict_bars`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def gamma_spread(gammas: Mapping[str, np.ndarray]) -> go.Figure:
 
 
 def verdict_bars(counts: Mapping[str, Mapping[str, int]]) -> go.Figure:
-    """How many heads of each run have each verdict, as shares of its heads. counts: run -> verdict -> heads."""
+    """Shares of each run's heads by verdict. counts: run -> verdict -> number of heads."""
     figure = new_figure(height=360, barmode="group", bargap=0.3)
     for i, (name, of) in enumerate(counts.items()):
         total = max(sum(of.values()), 1)

@@ -28,7 +28,7 @@ from app.figures.style import (
 def layer_alr(
     by_head: np.ndarray, by_layer: np.ndarray, *, threshold: float | None, skipped: Sequence[int] = ()
 ) -> go.Figure:
-    """ALR over chance: 0 ideal, 1 chance, 2 worst. by_head [L, H], by_layer [L], `skipped` shaded.
+    """Normalised ALR: 0 ideal, 1 random, 2 reversed. by_head [L, H], by_layer [L], `skipped` shaded.
 
     `threshold` is drawn where the rule that suggests layers has one.
     """
@@ -54,7 +54,7 @@ def layer_alr(
 
 
 def means_by_layer(mean: np.ndarray, low: np.ndarray, high: np.ndarray) -> go.Figure:
-    """ALR over chance of each layer, mean and ends of its interval over texts, [L] each; NaN = undefined."""
+    """Normalised ALR of each layer, mean and ends of its interval over texts, [L] each; NaN = undefined."""
     figure = new_figure(height=340)
     level(figure, 1, "chance")
     layer = np.flatnonzero(np.isfinite(mean))
@@ -76,7 +76,7 @@ def layer_costs(
     change: np.ndarray,
     change_ends: tuple[np.ndarray, np.ndarray],
 ) -> go.Figure:
-    """What compressing one layer alone costs (up) against its ALR over chance (across): a numbered point a layer.
+    """What compressing one layer alone costs (up) against its normalised ALR (across): a numbered point a layer.
 
     layers: K of them; normalised_alr and change (nats/token) [K], means over texts; each with the ends of its interval.
     """

@@ -73,7 +73,7 @@ def head_map(
 
 
 def ratio_map(ratios: np.ndarray) -> go.Figure:
-    """The share of the tokens that each kv head keeps, [L, Hkv], 0 to 1."""
+    """Map of the keep ratio of each kv head, [L, Hkv], 0 to 1."""
     figure, _ = _map(ratios.shape, "kv head")
     figure.add_heatmap(
         z=ratios, zmin=0, zmax=1, colorscale=KEPT, xgap=1, ygap=1,
@@ -85,7 +85,7 @@ def ratio_map(ratios: np.ndarray) -> go.Figure:
 
 
 def direction_map(high: np.ndarray) -> go.Figure:
-    """Which norms stay in each kv head, [L, Hkv] bool: True high ones, False low ones."""
+    """Map of the norms that each kv head keeps, [L, Hkv] bool: True high ones, False low ones."""
     words = np.where(high, "high", "low")
     figure, _ = _map(high.shape, "kv head")
     figure.add_heatmap(

@@ -1,4 +1,4 @@
-"""The paper's figures: what is lost beyond the ideal, a sink's key, dimensions zeroed."""
+"""The paper's figures: loss beyond the ideal order, a sink's key, zeroed dimensions."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def key_dimensions(sink: np.ndarray, others: np.ndarray, spread: np.ndarray, pea
 
 
 def zeroed_dimensions(measures: Mapping[str, tuple[float | None, float, np.ndarray]]) -> go.Figure:
-    """What zeroing the peaked dimensions does, against as many random ones: a row a measure, shares of 0 to 1.
+    """Effect of zeroing the peaked dimensions, against as many random ones: a row for each measure, shares of 0 to 1.
 
     measures: name -> (as it is, or None; the peaked ones zeroed; [draws] random ones zeroed).
     """

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from app.figures.style import CONTRAST, FULL_GREY, PRIMARY, axis, error_bars, level, literal, new_figure
 
-# Lines of a front: kinds are told apart by dash and filling, those of a kind by colour and marker.
+# Lines of a Pareto front: kinds are told apart by dash and filling, those of a kind by colour and marker.
 _DASHES = {"uniform": "dash", "plan": "solid", "baseline": "dot"}
 _COLORS = {
     "uniform": (PRIMARY, CONTRAST, "#2C8C9B"),
@@ -23,21 +23,21 @@ _MARKERS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "star
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Line:
-    """One way to spend the bytes, at K budgets by rising bytes. Arrays [K]."""
+    """One allocation strategy at K budgets, by rising bytes. Arrays [K]."""
 
     mib: np.ndarray  # of the cache
-    change: np.ndarray  # of the negative log likelihood, nats a token against the full cache
+    change: np.ndarray  # of the negative log likelihood against the full cache, nats/token
     low: np.ndarray  # ends of its interval
     high: np.ndarray
-    keep: np.ndarray  # the budget asked for, 0 to 1
+    keep_ratio: np.ndarray  # the budget asked for, 0 to 1
     kind: str  # "uniform", "plan" or "baseline"
 
 
 def front(lines: Mapping[str, Line], *, full_mib: float, shown: Collection[str] | None = None) -> go.Figure:
-    """The bytes of the cache (x) against what it costs in prediction (y), a line a way, with intervals.
+    """The bytes of the cache (x) against what it costs in prediction (y), a line for each strategy, with intervals.
 
-    Plans are solid with filled markers, uniform ways dashed and hollow, baselines dotted grey; the full cache is a
-    grey cross at no change. Only the lines `shown` are drawn; a line looks the same whichever they are.
+    Plans are solid with filled markers, uniform strategies dashed and hollow, baselines dotted grey; the full cache is
+    a grey cross at no change. Only the lines `shown` are drawn; a line looks the same whichever they are.
     """
     figure = new_figure(height=560, legend=dict(orientation="h", x=0, y=-0.16, yanchor="top", title_text=""))
     level(figure, 0)
@@ -53,7 +53,7 @@ def front(lines: Mapping[str, Line], *, full_mib: float, shown: Collection[str] 
             line=dict(color=color, width=2, dash=_DASHES[line.kind]),
             marker=dict(size=9, symbol=symbol if line.kind == "plan" else f"{symbol}-open", line_width=1.5),
             error_y=error_bars(line.change, line.low, line.high, color=color) | dict(thickness=1, width=3),
-            customdata=np.stack([line.keep, line.low, line.high], axis=1).tolist(),
+            customdata=np.stack([line.keep_ratio, line.low, line.high], axis=1).tolist(),
             hovertemplate=f"{literal(name)}, keep %{{customdata[0]:.0%}}<br>%{{x:.2f}} MiB<br>NLL %{{y:+.3f}}, "
             "95 % %{customdata[1]:+.3f} to %{customdata[2]:+.3f}<extra></extra>",
         )  # fmt: skip
@@ -62,6 +62,6 @@ def front(lines: Mapping[str, Line], *, full_mib: float, shown: Collection[str] 
         hovertemplate="full cache<br>%{x:.2f} MiB<extra></extra>",
     )  # fmt: skip
     figure.update_layout(
-        xaxis=axis("cache, MiB", rangemode="tozero"), yaxis=axis("NLL change, nats a token"), hoverdistance=15
+        xaxis=axis("cache, MiB", rangemode="tozero"), yaxis=axis("NLL change, nats/token"), hoverdistance=15
     )
     return figure

@@ -1,4 +1,4 @@
-"""What all figures share: colours and what they mean, axes, safe labels, thinning. Knows Plotly's traps."""
+"""Style of all figures: colours and their meanings, axes, safe labels, thinning. Knows Plotly's traps."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LONGEST_LABEL = 40
 
 
 def new_figure(*, height: int, **layout: Any) -> go.Figure:
-    """An empty figure with what all share. The empty template keeps out 7 kB of another theme."""
+    """Make an empty figure in the common style. The empty template avoids 7 kB of another theme."""
     shared = dict(
         template=go.layout.Template(),
         height=height,
@@ -59,7 +59,7 @@ def correlation_axis(title: str, **options: Any) -> dict[str, Any]:
 
 
 def normalised_alr_axis() -> dict[str, Any]:
-    """An axis of ALR over chance: 0 the ideal order, 1 a random one, 2 the worst."""
+    """Axis of the normalised ALR: 0 ideal, 1 random, 2 reversed."""
     return axis("normalised ALR", range=[-0.05, 2.05], dtick=0.5)
 
 
@@ -127,13 +127,13 @@ def as_customdata(layer: np.ndarray, head: np.ndarray) -> list[list[int]]:
 
 
 def error_bars(mean: np.ndarray, low: np.ndarray, high: np.ndarray, *, color: str) -> dict[str, Any]:
-    """Bars from `low` to `high` around `mean`, [K] each; none where an end is undefined."""
+    """Make bars from `low` to `high` around `mean`, [K] each; none where an end is undefined."""
     above, below = (np.nan_to_num(np.maximum(end, 0)) for end in (high - mean, mean - low))
     return dict(type="data", symmetric=False, array=above, arrayminus=below, color=color, thickness=1.5, width=5)
 
 
 def literal(text: str) -> str:
-    """Any text, so that Plotly shows it as it stands: no tags, no entities, no TeX.
+    """Escape any text for Plotly: no tags, no entities, no TeX.
 
     Plotly knows &lt; &gt; &amp; and numbers but not &quot;, so quotes stay as they are.
     """
@@ -142,7 +142,7 @@ def literal(text: str) -> str:
 
 
 def number(value: float, *, signed: bool) -> str:
-    """Two decimals with a true minus, never a minus zero; an undefined number is a dash."""
+    """Write a number with two decimals and a true minus, never a minus zero; a dash if undefined."""
     if not np.isfinite(value):
         return "–"
     rounded = round(float(value), 2) + 0.0
@@ -150,5 +150,5 @@ def number(value: float, *, signed: bool) -> str:
 
 
 def largest(values: np.ndarray, *, default: float) -> float:
-    """The largest finite value, or `default` where there is none above zero."""
+    """Largest finite value, or `default` if none is above zero."""
     return max(float(values[np.isfinite(values)].max(initial=0)), 0.0) or default

@@ -54,7 +54,7 @@ def head_over_texts(
 
 
 def order_agreement(texts: np.ndarray, spearman: np.ndarray, kendall: np.ndarray, *, stable: float) -> go.Figure:
-    """How alike two halves of `texts` texts each order the layers, [K] each; `stable` marks where it is enough."""
+    """Agreement of two halves of `texts` texts on the order of layers, [K] each; `stable` marks the level to reach."""
     figure = new_figure(height=340)
     level(figure, stable, f"stable from {stable:g} on", color=CONTRAST, dash="dash")
     for name, values, color, symbol, dash in (

@@ -1,4 +1,4 @@
-"""One head over the tokens of a text: norms, attention, what eviction loses, who looks where."""
+"""One head over the tokens of a text: norms, attention, loss curves, the attention map."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ def loss_curves(
 
 
 def pooled_map(pooled: np.ndarray, *, tokens_per_bin: int, n_tokens: int) -> go.Figure:
-    """Where each query looks, query 0 at the top.
+    """Attention map, pooled: where each query looks, query 0 at the top.
 
     pooled [P, P]: row = query bin, column = key bin, each row sums to about 1; NaN is left out.
     A bin holds `tokens_per_bin` tokens, the last one what is left of `n_tokens`.

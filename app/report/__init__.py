@@ -220,7 +220,7 @@ def _layers(run: Capture, advice: _Advice, after: str) -> Section:
             "skipped": [layer in advice.skipped for layer in range(run.n_layers)],
         },
     )
-    return Section(f"Layers to leave whole{after}", tuple(words), (drawing,))
+    return Section(f"Layers to skip{after}", tuple(words), (drawing,))
 
 
 def _savings(run: Capture, advice: _Advice, after: str) -> Section:

@@ -212,6 +212,6 @@ def _line(front: Front, name: str, points: Sequence[FrontPoint]) -> figures.Line
         change=np.array([interval.value for interval in intervals]),
         low=np.array([interval.low for interval in intervals]),
         high=np.array([interval.high for interval in intervals]),
-        keep=np.array([point.keep_ratio for point in points]),
+        keep_ratio=np.array([point.keep_ratio for point in points]),
         kind=STRATEGIES[name].kind if name in STRATEGIES else "plan",
     )

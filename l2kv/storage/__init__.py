@@ -1,1 +1,1 @@
-"""Where the kv heads of a layer store their pairs."""
+"""Storage of the pairs of a layer's kv heads."""

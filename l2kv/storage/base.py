@@ -1,4 +1,4 @@
-"""What stores the key/value pairs of a layer, per kv head. Knows no spec and no policy.
+"""Storage of a layer's key/value pairs, per kv head. Knows no specs and no policies.
 
 Keys already carry their position (rotary embedding), so the order of the slots means nothing to attention, and a slot
 may be used again: a new pair goes to the end, an evicted one is overwritten by a survivor from the end. With buffers
@@ -22,13 +22,13 @@ _MIN_SLACK = 4
 
 
 class Storage(ABC):
-    """Buffers that go together: a key, a value, and numbers that go with them, per row, kv head and slot.
+    """Parallel buffers: keys, values and numbers that belong to them, per row, kv head and slot.
 
-    It is in parts: kv heads that hold the same number of pairs, [B, h, held, ...] each.
+    Its parts are kv heads that hold the same number of pairs, [B, h, held, ...] each.
     """
 
     _slot_dim: int
-    """Which dimension of a buffer the slots are."""
+    """Dimension of a buffer that holds the slots."""
 
     def __init__(self) -> None:
         self._buffers: list[Tensor] = []
@@ -38,7 +38,7 @@ class Storage(ABC):
     @property
     @abstractmethod
     def heads(self) -> list[tuple[int, ...]]:
-        """The kv heads of each part."""
+        """Numbers of the kv heads in each part."""
 
     @property
     @abstractmethod
@@ -47,7 +47,7 @@ class Storage(ABC):
 
     @abstractmethod
     def whole(self, index: int) -> Tensor:
-        """One buffer, of all parts at once."""
+        """Get one buffer, all parts together."""
 
     @abstractmethod
     def parts(self, whole: Tensor) -> list[Tensor]:
@@ -79,31 +79,31 @@ class Storage(ABC):
         """
 
     def __getitem__(self, index: int) -> list[Tensor]:
-        """The filled slots of one buffer, per part: [B, h, held, ...] in storage order."""
+        """Get the filled slots of one buffer, per part: [B, h, held, ...] in storage order."""
         return self.parts(self.whole(index))
 
     @property
     def buffers(self) -> list[Tensor]:
-        """All buffers, each as `whole` gives it."""
+        """Get all buffers, each as from `whole`."""
         return [self.whole(index) for index in range(len(self._buffers))]
 
     def has(self, index: int) -> bool:
-        """Whether there is such a buffer."""
+        """Tell whether there is such a buffer."""
         return index < len(self._buffers)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of key and value storage, slack included."""
+        """Number of bytes of key and value storage, slack included."""
         return sum(buffer.untyped_storage().nbytes() for buffer in self._buffers[:2])
 
     @property
     def used_nbytes(self) -> int:
-        """Bytes of the keys and values held."""
+        """Number of bytes of the keys and values held."""
         return sum(part.nbytes for index in (KEYS, VALUES) for part in self[index])
 
     @abstractmethod
     def let_go(self) -> None:
-        """Copy what is held out of borrowed memory, where holding on to it would keep that from being freed."""
+        """Copy the pairs out of borrowed memory where a reference would keep that from being freed."""
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace every buffer by `change` of it, which copies rows of the batch."""
@@ -119,7 +119,7 @@ class Storage(ABC):
         return any(now is not then for now, then in zip(self._buffers, before, strict=False))
 
     def lend(self) -> Storage:
-        """A storage of the same keys and values; of the two, the first to write moves to buffers of its own."""
+        """Share keys and values with a new storage; the first of the two to write moves to buffers of its own."""
         self._owned = False
         other = copy.copy(self)
         other._buffers = self._buffers[:2]
@@ -147,22 +147,22 @@ class Storage(ABC):
 
 
 def with_slack(n: int) -> int:
-    """Capacity of a buffer that is to hold `n`."""
+    """Capacity of a buffer for `n` pairs."""
     return n + max(_MIN_SLACK, int(n * _GROWTH))
 
 
 def frozen(buffer: Tensor) -> bool:
-    """Whether a buffer was made in inference mode, and cannot be written to outside of it."""
+    """Tell whether a buffer was made in inference mode and cannot be written to outside it."""
     return buffer.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def host(ranks: Tensor) -> np.ndarray[Any, np.dtype[np.int64]] | Tensor:
-    """Ranks as numpy on a CPU, which finds the lowest there in a tenth (many) to a half (one) of the time of torch."""
+    """Give ranks to numpy on a CPU, which finds the lowest in a tenth (many) to a half (one) of torch's time."""
     return ranks.numpy() if ranks.device.type == "cpu" else ranks
 
 
 def highest(rank: Tensor, n: int) -> Tensor:
-    """Slots [B, h, n] of the n highest ranks [B, h, T]."""
+    """Find the slots [B, h, n] of the n highest of ranks [B, h, T]."""
     length = rank.shape[-1]
     if n == length:
         return torch.arange(n, device=rank.device).expand(rank.shape)
@@ -176,7 +176,7 @@ def highest(rank: Tensor, n: int) -> Tensor:
 
 
 def moves(rank: Tensor, kept: int) -> tuple[Tensor, Tensor]:
-    """Which slots to overwrite, and with which, so that the first `kept` are those of highest rank [B, h, T].
+    """Find the moves between slots after which the first `kept` slots hold the highest of ranks [B, h, T].
 
     A head has as many dropped slots below `kept` (holes) as survivors above; sorted, they pair up. The pairs of indices
     left over are dropped slots on both sides: moving one onto another does nothing.
@@ -194,9 +194,9 @@ def moves(rank: Tensor, kept: int) -> tuple[Tensor, Tensor]:
 
 
 def take(buffer: Tensor, heads: Tensor, slots: Tensor) -> Tensor:
-    """What is in the `slots` [B, ...] of the `heads` [...] of a buffer [B, h, T, D] (or [B, h, T]): [B, ..., D].
+    """Take the `slots` [B, ...] of the `heads` [...] from a buffer [B, h, T, D] (or [B, h, T]): [B, ..., D].
 
-    As rows of one long table, which is faster than `gather` (but for single numbers).
+    It reads rows of one long table, which is faster than `gather` except for single numbers.
     """
     if buffer.dim() == 3:
         index = (heads * buffer.shape[2] + slots).flatten(1)

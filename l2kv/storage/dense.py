@@ -1,4 +1,4 @@
-"""The storage of kv heads that hold the same number of pairs: one rectangle."""
+"""Storage of kv heads that hold the same number of pairs: one rectangle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The storage of kv heads that hold different numbers of pairs: one table of slots, in pages of one head each.
+"""Storage of kv heads that hold different numbers of pairs: one table of slots, in pages of one head each.
 
 One table, so that a token is written, and evicted, for all heads at once; in pages of one size, so that one call can
 attend to all of them, and the threads of a CPU share the work evenly, however unlike the heads are. The pages of a head
@@ -35,9 +35,9 @@ class PagedStorage(Storage):
     """Storage in buffers [B, slots, ...], one kv head after the other.
 
     Args:
-        source: what to begin with; not written to.
+        source: storage to begin with; not written to.
         order: ranks of its pairs, [B, Hkv, held] int64 without ties.
-        kept: how many pairs each kv head takes over, those of highest rank.
+        kept: number of pairs, those of highest rank, that each kv head takes over.
     """
 
     _slot_dim = 1
@@ -72,7 +72,7 @@ class PagedStorage(Storage):
 
     @property
     def pages(self) -> Pages:
-        """All slots as pages: views."""
+        """Pages of all slots, as views."""
         if self._known_pages is None or frozen(self._known_pages.slot_mask):
             keys, values = (self._buffers[index].unflatten(1, (-1, self._page)) for index in (KEYS, VALUES))
             slot_mask = keys.new_full(keys.shape[1:3], torch.finfo(keys.dtype).min)[None, :, None]

@@ -123,7 +123,7 @@ HEADERS = {
     "Heads": "Does low norm predict attention",
     "Capture": "Capture a text in a model",
     "Texts": "Does it hold over many texts",
-    "Skip layers": "to leave whole?",
+    "Skip layers": "Which layers of",
     "Plan": "Where should the bytes",
     "Generate": "What does compression change",
 }
@@ -331,7 +331,7 @@ def test_a_plan_is_made_and_decoded_with_beside_one_ratio_for_all(page):
     counters.nth(2).wait_for()
     settled(page)
     shares = [int(re.search(r"(\d+)% of the full cache", counters.nth(i).inner_text())[1]) for i in (1, 2)]
-    assert all(49 <= share <= 52 for share in shares)  # equal bytes, shared out in two ways
+    assert all(49 <= share <= 52 for share in shares)  # equal bytes, by two allocation strategies
     go(page, "Plan")
     page.get_by_role("button", name="Drop it").click()
     settled(page)

@@ -47,7 +47,7 @@ def test_the_cost_of_a_layer_is_that_of_compressing_it_and_no_other(loaded, text
         np.testing.assert_allclose(check.normalised_alr[:, i], layer_loss(run).by_layer)
         np.testing.assert_allclose(check.alr[:, i], alr(run).mean(axis=1))
         for layer in range(6):
-            # The same cache said in another way: all layers are kept whole by their ratio but one.
+            # The same cache by other fields: a ratio of 1 for every layer but one.
             whole = {other: 1.0 for other in range(6) if other != layer}
             alone = continuation_nll(loaded, text, replace(SPEC, layer_ratios=whole), **LENGTHS)
             assert check.nll_change[layer, i] == pytest.approx(alone - full, abs=1e-5)
@@ -99,7 +99,7 @@ OLD = {
 }
 
 
-def test_a_causal_check_of_version_1_opens_as_an_ablation():
+def test_a_file_of_version_1_opens_as_an_ablation():
     old = from_json(Ablation, json.dumps(OLD))
     assert (old.model, old.layers, old.spec) == ("old", (0, 2, 3), CompressionSpec(0.3, policy="high_norm"))
     np.testing.assert_array_equal(old.nll_change, OLD["nll_change"])

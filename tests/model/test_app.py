@@ -151,7 +151,7 @@ def test_what_can_be_no_model_is_refused_in_a_line(ref):
 
 
 def test_a_bundled_model_that_is_misspelt_is_named_at_once():
-    with pytest.raises(ModelError, match="Is books-5m meant"):
+    with pytest.raises(ModelError, match="Did you mean books-5m"):
         check_allowed("book-5m")
 
 

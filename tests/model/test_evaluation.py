@@ -91,7 +91,7 @@ def lm(loaded, texts, methods, *, prompt_tokens=30, new_tokens=4, progress=lambd
     return evaluate(loaded, "lm", methods, texts=named, settings=settings, progress=progress)
 
 
-@pytest.mark.parametrize("policy", ["low_norm", "accumulated", "signed_norm"])
+@pytest.mark.parametrize("policy", ["low_norm", "accumulated", "signed_norm", "fastgen"])
 def test_a_text_among_others_is_continued_as_if_alone_however_they_are_batched(loaded, monkeypatch, policy):
     texts, directions = [TEXT[:400], TEXT[400:900], TEXT[900:1400]], (("low", "high", "high", "low"),) * 6
     needs = {"directions": directions} if policy == "signed_norm" else {}
@@ -144,12 +144,12 @@ def test_changes_are_differences_to_the_full_cache_text_by_text(loaded):
         assert half[i] == pytest.approx(nll[0] - nll[1], abs=1e-6)
     assert results.interval(half).value == pytest.approx(sum(half) / 2)
     assert results.change("all").tolist() == pytest.approx([0, 0], abs=1e-5)
-    with pytest.raises(SettingsError, match="no full cache"):
+    with pytest.raises(SettingsError, match="lack the full cache"):
         lm(loaded, texts[:1], {"half": CompressionSpec()}).change("half")
 
 
 def test_bad_requests_are_refused_and_leave_the_model_as_it_was(loaded):
-    with pytest.raises(TextError, match=r"^it has .* tokens; 4000 of prompt and 3 more"):
+    with pytest.raises(TextError, match=r"^it: the text has .* tokens; 4000 are needed for the prompt, 3 after"):
         continuation_nll(loaded, TEXT, None, prompt_tokens=4000, new_tokens=3)
     with pytest.raises(ValueError, match="prompt_tokens must be 2"):
         continuation_nll(loaded, TEXT, None, prompt_tokens=1, new_tokens=3)
@@ -166,7 +166,7 @@ def test_bad_requests_are_refused_and_leave_the_model_as_it_was(loaded):
         evaluate(loaded, "lm", {"full": None}, texts=[("a", TEXT)], settings=PasskeySettings())
     with pytest.raises(TextError, match="no texts"):
         evaluate(loaded, "lm", {"full": None}, texts=())
-    with pytest.raises(SettingsError, match="two samples have one name"):
+    with pytest.raises(SettingsError, match="two samples have the same name"):
         evaluate(loaded, "lm", {"full": None}, texts=[("a", TEXT), ("a", TEXT)], settings=LmSettings(20, 3))
     assert loaded.model.config._attn_implementation == "sdpa"
 

@@ -1,6 +1,8 @@
 """Prediction by position against the masked forward pass and a slow loop; perplexity by hand; tokens counted."""
 
+import json
 import math
+import re
 import statistics
 from dataclasses import replace
 
@@ -8,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from analysis import TextError
+from analysis import TextError, records
+from analysis.__main__ import main
 from analysis.demo import presets
 from analysis.errors import SettingsError
 from analysis.evaluation.lm import LmSettings
@@ -222,3 +225,35 @@ def test_an_estimate_is_made_of_what_was_timed(loaded, monkeypatch, task, settin
     assert found.seconds == pytest.approx(steps / 3 + prefilled)
     assert estimate(loaded, task, {}, texts=texts, settings=settings).seconds == 0
     assert loaded.model.config._attn_implementation == "sdpa"
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+
+def test_the_quick_form_of_the_papers_readme_works_and_continues(capsys, tmp_path):
+    quick = ["evaluate", "lm", "--model-id", "books-5m", "--chunk-size", "60", "--keep-ratio", "0.9"]
+    quick += ["--prune-after", "20", "--skip-layers", "0,1", "--protect-last", "0", "--policies", "low_norm"]
+    quick += ["--output-dir", str(tmp_path / "out")]
+    assert main(quick) == 0
+    told = capsys.readouterr()
+    assert "compressed: live from the first token" in told.out and "perplexity ratio" in told.out
+    assert re.search(r"about \d+ s: [\d,]+ tokens one by one", told.err)
+    results = records.load(Results, tmp_path / "out" / "lm.jsonl")
+    assert results.methods["low_norm 0.9"] == PAPERS and results.settings["chunk_size"] == 60
+    assert set(results.documents) == set(presets.bundled_texts())
+    assert main([*quick, "--by-position", "20", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [row["position"] for row in told["rows"] if row["method"] == FULL] == [1, 21, 41]
+    assert told["work"]["decoded"] == sum(row["decoded"] for row in told["results"])
+    assert main([*quick, "--schedule", "seen"]) == 2
+    assert "another compression 'low_norm 0.9'" in capsys.readouterr().err
+    assert main([*quick, "--schedule", "never"]) == 2 and "schedule must be one of" in capsys.readouterr().err
+    assert main(["evaluate", "passkey", "--by-position", "5"]) == 2 and "No such option" in capsys.readouterr().err
+
+
+def test_without_a_chunk_the_schedule_is_of_the_tokens_seen(tmp_path):
+    out = tmp_path / "rows.jsonl"
+    once = ["evaluate", "lm", "-m", "books-5m", "--prompt-tokens", "30", "--new-tokens", "3", "-o", str(out)]
+    assert main([*once, "--keep-ratios", "0.5", "--policies", "low_norm"]) == 0
+    results = records.load_any([Results], out)
+    assert results.methods["low_norm 0.5"].schedule == "seen" and results.of("low_norm 0.5")[0].compressed == ONCE

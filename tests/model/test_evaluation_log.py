@@ -1,4 +1,4 @@
-"""An evaluation that is killed and gone on with gives the table of an undisturbed one, to the last bit."""
+"""An evaluation that is killed and resumed gives the table of an undisturbed one, to the last bit."""
 
 import json
 import multiprocessing

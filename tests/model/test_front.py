@@ -1,4 +1,4 @@
-"""The front: what is measured against single measurements, its sentences by hand, equal bytes, files from strangers."""
+"""The Pareto front: held against single measurements, sentences by hand, equal bytes, files from strangers."""
 
 import json
 import math
@@ -93,19 +93,20 @@ def test_plans_are_made_from_the_planning_texts_alone(loaded, texts, front):
     curves = loss_curves(*runs, protect_last=8)
     by_direction = plan(curves, 0.2, "uniform_signed").to_spec()
     costs = head_costs(loaded, texts[:3], by_direction, settings=SETTINGS)
-    curves = curves.weighed(costs.mean(axis=0), 0.2)
+    curves = curves.weighted_by(costs.mean(axis=0), 0.2)
     for point in front.points:
         assert point.spec == plan(curves, point.keep_ratio, point.strategy).to_spec()
     whole = next(p for p in front.points if p.strategy == "uniform_low" and p.keep_ratio == 0.6)
     lost = [curves.low[layer, head, 60] for layer in range(6) for head in range(4)]
     assert whole.planned_loss == pytest.approx(sum(lost) / 24)
-    assert all(math.isnan(p.measured_loss) == (p.strategy == "streaming") for p in front.points)
+    without = {"streaming", "window"}  # policies of which there are no curves
+    assert all(math.isnan(p.measured_loss) == (p.spec.policy in without) for p in front.points)
 
 
 def test_bad_requests_are_refused(loaded, texts):
-    with pytest.raises(TextError, match="planned on, too"):
+    with pytest.raises(TextError, match="both to plan on and to measure on"):
         measure_front(loaded, texts[:2], texts[1:3], settings=SETTINGS)
-    with pytest.raises(TextError, match="others to measure on"):
+    with pytest.raises(TextError, match="other texts to measure on"):
         measure_front(loaded, texts[:2], [], settings=SETTINGS)
     with pytest.raises(ValueError, match="Did you mean 'by_head'"):
         measure_front(loaded, texts[:1], texts[1:2], strategies=["by_heads"], settings=SETTINGS)
@@ -205,7 +206,7 @@ def test_no_strategy_holds_more_than_its_budget_however_many_layers_are_protecte
 
 
 def made_up(**changes_by_strategy) -> Front:
-    """A front at one budget whose points cost so much on each of 8 texts, give or take the same for all."""
+    """A Pareto front at one budget whose points cost so much on each of 8 texts, give or take the same for all."""
     wobble = np.linspace(-0.01, 0.01, 8)
     return front_of(
         [
@@ -253,7 +254,7 @@ def test_every_baseline_is_named_with_the_budgets_that_it_is_as_good_at():
 def test_too_few_texts_tell_nothing():
     few = front_of([(LOW, 0.5, CompressionSpec(), (0.3,) * 5), (PLAN, 0.5, CompressionSpec(), (0.04,) * 5)])
     assert MIN_TEXTS == 6
-    assert few.answer() == "This front cannot tell: it was measured on 5 texts, and it takes 6."
+    assert few.answer() == "This Pareto front cannot tell: it was measured on 5 texts; 6 are needed."
     (one,) = few.comparisons()
     assert one.verdict == "not told apart" and math.isnan(one.less.low)
 
@@ -344,7 +345,8 @@ def test_expected_loss_that_orders_the_points_as_their_cost_agrees_fully():
 
 def test_a_front_is_read_back_as_it_was_written(front):
     assert from_json(Front, to_json(front)) == front
-    assert [p.strategy for p in front.points if math.isnan(p.measured_loss)] == ["streaming"] * 2
+    unknown = ["pyramid", "streaming"] * 2  # two budgets each; of their policies there are no curves
+    assert sorted(p.strategy for p in front.points if math.isnan(p.measured_loss)) == sorted(unknown)
     undefined = front_of([(LOW, 0.5, CompressionSpec(), (None, 0.1))])
     (point,) = from_json(Front, to_json(undefined)).points
     assert math.isnan(point.nll_change[0]) and point.nll_change[1] == pytest.approx(0.1)
@@ -361,7 +363,7 @@ OLD = {
     "full_nll": [3.0, 4.0],
     "points": [
         {
-            "line": "plan by head, weighed by cost",
+            "line": "plan by head, weighed by cost",  # as old files have it
             "keep": 0.5,
             "spec": {"keep_ratio": 0.5, "skip_layers": [1], "head_ratios": [[[0, 1], 0.25]]},
             "nbytes": 2048,
@@ -371,7 +373,7 @@ OLD = {
         },
         {"line": "my own", "keep": 0.5, "spec": {}, "nbytes": 1024, "nll_change": [0.25, 0.125]},
     ],
-    "left_out": ["plan by head, no signal whole, keep 0.1: too small"],
+    "left_out": ["plan by head, no signal whole, keep 0.1: too small"],  # as old files have it
 }
 
 

@@ -1,4 +1,4 @@
-"""How models call their attention, and that they are given back as they were."""
+"""The attention hook: how models call their attention, and that they are restored afterwards."""
 
 import copy
 import gc

@@ -142,7 +142,7 @@ def test_attention_code_of_a_repository_is_refused(folder, changes):
 @pytest.mark.parametrize("nested", [False, True])
 def test_code_of_another_repository_is_refused(folder, auto_map, nested):
     rewrite(folder / "config.json", **({"text_config": {"auto_map": auto_map}} if nested else {"auto_map": auto_map}))
-    assert "code of another repository (auto_map)" in refusal(folder)
+    assert "code from another repository (auto_map)" in refusal(folder)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What is loaded as a model, by which name, and what is refused before a folder is looked into."""
+"""Loading of models: by which names, and what is refused before a folder is read."""
 
 import os
 import sys

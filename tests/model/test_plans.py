@@ -183,7 +183,7 @@ def test_savings_of_a_model_that_is_not_there(tmp_path, capsys):
     assert told(capsys, "savings", str(tmp_path), "--keep-ratio", "0.5", "--batch", "2").count("\n") == said.count("\n")
 
 
-def test_weights_that_are_there_are_weighed(tmp_path):
+def test_the_sizes_of_weight_files_are_added_up(tmp_path):
     build("llama").save_pretrained(tmp_path)
     size = model_size(tmp_path)
     assert size.weights_bytes == (tmp_path / "model.safetensors").stat().st_size and not size.counted
@@ -203,7 +203,7 @@ def test_weights_that_are_there_are_weighed(tmp_path):
     "config,reason",
     [
         ({"num_hidden_layers": 10**9}, "out of range"),
-        ({"auto_map": {"AutoConfig": "someone/else--x.Y"}}, "code of another repository"),
+        ({"auto_map": {"AutoConfig": "someone/else--x.Y"}}, "code from another repository"),
         ({"model_type": "bert", "architectures": ["BertModel"]}, "not decoder-only"),
         ({"model_type": "no such"}, "cannot be used"),
     ],

@@ -1,4 +1,4 @@
-"""Every policy against the rule of its paper, worked out again with lists and loops, and what a policy is besides."""
+"""Policies: each against the rule of its paper, reworked with lists and loops; and their other properties."""
 
 import math
 import sys
@@ -10,7 +10,17 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
-from l2kv import POLICIES, CompressedCache, CompressionSpec, compressible, l2_compress, q_filters
+from analysis.models.load import load_model
+from l2kv import (
+    POLICIES,
+    CompressedCache,
+    CompressionSpec,
+    SpecError,
+    compressible,
+    l2_compress,
+    q_filters,
+    special_ids,
+)
 from l2kv.layer import CompressedLayer
 from l2kv.policies import Pairs
 from l2kv.probabilities import attention_probabilities
@@ -19,6 +29,7 @@ from tests.support.oracle import attending, replay, target
 
 ONE_BY_ONE = (36, *[1] * 8)
 IN_CHUNKS = (34, 5, 1, 4, 1, 3, 1)
+SPECIAL = range(0, 160, 7)  # token ids
 DIRECTIONS = (("low", "high", "low"), ("high", "high", "low"), ("high", "low", "low"))
 WITHOUT_ATTENTION = [name for name, policy in POLICIES.items() if not policy.needs_attention]
 WITH_ATTENTION = [name for name, policy in POLICIES.items() if policy.needs_attention]
@@ -38,6 +49,7 @@ class Head:
     logits_of_layer: list
     spec: CompressionSpec
     filter: list | None
+    ids: list
 
 
 def norm(vector):
@@ -81,6 +93,10 @@ def rule_of_random(head):
 
 def rule_of_streaming(head):
     return lambda held, seen: {p: 10**9 - p if p < 4 else p for p in held}
+
+
+def rule_of_fastgen(head):
+    return lambda held, seen: {p: 10**9 - p if head.ids[p] in SPECIAL else p for p in held}
 
 
 def rule_of_keydiff(head):
@@ -156,11 +172,13 @@ def by_the_rule(model, ids, chunks, spec, filters=None):
         ]
         rows = []
         for b in range(batch):
-            logits, heads = scores[b].tolist(), []
+            logits, of_row, heads = scores[b].tolist(), ids[b].tolist(), []
             for h, group in enumerate(groups):
                 ratio, budget = target(spec, layer, h)
                 of_filter = None if filters is None else filters[layer, h].tolist()
-                head = Head(layer, h, key[b, group[0]].tolist(), [logits[g] for g in group], logits, spec, of_filter)
+                head = Head(
+                    layer, h, key[b, group[0]].tolist(), [logits[g] for g in group], logits, spec, of_filter, of_row
+                )
                 visible, held = replay(
                     RULES[spec.policy](head),
                     chunks,
@@ -238,7 +256,7 @@ def test_every_policy_has_a_rule_to_be_held_against():
 @pytest.mark.parametrize("name,options", CASES)
 def test_a_policy_keeps_what_its_paper_says_and_decodes_as_if_the_rest_were_masked(gqa, filters, name, options, chunks):
     spec, ids = spec_of(name, **options), tokens(gqa, sum(chunks), batch=2)
-    cache = CompressedCache(gqa.config, spec, filters=filters)
+    cache = CompressedCache(gqa.config, spec, filters=filters, special_ids=SPECIAL)
     logits = decode(gqa, ids, chunks, cache)
     expected, kept = by_the_rule(gqa, ids, chunks, spec, filters)
     assert kept_sets(cache) == kept
@@ -258,7 +276,7 @@ def test_rows_that_change_places_half_way_go_on_as_they_would_have(gqa, filters,
     """As beams do: with all that a policy remembers of them."""
     ids, caches = tokens(gqa, 44, batch=2), []
     for first in (ids, ids.flip(0)):
-        caches.append(CompressedCache(gqa.config, spec_of(name, keep_ratio=0.5), filters=filters))
+        caches.append(CompressedCache(gqa.config, spec_of(name, keep_ratio=0.5), filters=filters, special_ids=SPECIAL))
         decode(gqa, first[:, :30], (26, 4), caches[-1])
     caches[0].reorder_cache(torch.tensor([1, 0]))
     for cache in caches:
@@ -270,7 +288,7 @@ def test_no_two_policies_keep_the_same(gqa, filters):
     """Else the tests above could not tell them apart."""
     kept = []
     for name in POLICIES:
-        cache = CompressedCache(gqa.config, spec_of(name), filters=filters)
+        cache = CompressedCache(gqa.config, spec_of(name), filters=filters, special_ids=SPECIAL)
         decode(gqa, tokens(gqa, 44), (44,), cache)
         kept.append(str(kept_sets(cache)))
     assert len(set(kept)) == len(POLICIES)
@@ -280,7 +298,9 @@ def test_no_two_policies_keep_the_same(gqa, filters):
 def test_with_the_same_evictions_it_does_not_matter_how_the_text_is_cut(gqa, filters, name):
     ids, kept = tokens(gqa, 40), []
     for chunks in ((20, 20), (11, 9, 1, 12, 7), (4, 1, 6, 1, 8, 3, 1, 1, 15)):
-        cache = CompressedCache(gqa.config, spec_of(name, keep_ratio=0.3, evict_every=20), filters=filters)
+        cache = CompressedCache(
+            gqa.config, spec_of(name, keep_ratio=0.3, evict_every=20), filters=filters, special_ids=SPECIAL
+        )
         decode(gqa, ids, chunks, cache)
         kept.append(kept_sets(cache))
     assert kept[0] == kept[1] == kept[2]
@@ -301,6 +321,7 @@ def pairs_of(name, total=50):
         seed=7,
         directions=DIRECTIONS[1],
         filters=draw(3, 8),
+        special=draw(2, 3, total) > 1 if policy.needs_token_ids else None,
         received=draw(2, 3, total).abs() if policy.needs_received else None,
         last_rows=draw(2, 3, 2, policy.needs_rows, total).abs() if policy.needs_rows else None,
     )
@@ -316,6 +337,7 @@ def part(pairs, *, heads=slice(None), slots=slice(None)):
         heads=pairs.heads[heads],
         directions=pairs.directions[heads],
         filters=pairs.filters[heads],
+        special=None if pairs.special is None else pairs.special[:, heads, slots],
         received=None if pairs.received is None else pairs.received[:, heads, slots],
         last_rows=None if pairs.last_rows is None else pairs.last_rows[:, heads, :, :, slots],
     )
@@ -389,7 +411,7 @@ def forbid_attention(monkeypatch):
 @pytest.mark.parametrize("name", WITHOUT_ATTENTION)
 def test_a_policy_that_needs_no_attention_has_none_worked_out(gqa, filters, name, monkeypatch):
     forbid_attention(monkeypatch)
-    cache = CompressedCache(gqa.config, spec_of(name, head_ratios=RATIOS), filters=filters)
+    cache = CompressedCache(gqa.config, spec_of(name, head_ratios=RATIOS), filters=filters, special_ids=SPECIAL)
     decode(gqa, tokens(gqa, 44), IN_CHUNKS[:4], cache)
     assert cache.held == (40, 22, 31)
 
@@ -412,7 +434,7 @@ def test_a_policy_that_needs_no_attention_runs_with_flash_attention_alone(name, 
     ids = tokens(model, 44).to(device)
     found = q_filters(model, ids)
     for options in ({"keep_ratio": 0.5}, {"head_ratios": RATIOS}):
-        cache = CompressedCache(model.config, spec_of(name, **options), filters=found)
+        cache = CompressedCache(model.config, spec_of(name, **options), filters=found, special_ids=SPECIAL)
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             logits = decode(model, ids, (40, 1, 1, 1, 1), cache)
         assert logits.isfinite().all() and cache.held == ((22,) * 3 if "keep_ratio" in options else (40, 22, 31))
@@ -453,11 +475,70 @@ def test_one_order_for_a_whole_layer_refuses_a_ratio_per_head(gqa):
 def test_compressing_a_cache_once_refuses_what_a_cache_alone_cannot_tell(gqa, name):
     with torch.no_grad():
         given = gqa(tokens(gqa, 20), past_key_values=DynamicCache(config=gqa.config)).past_key_values
-    if POLICIES[name].needs_attention or POLICIES[name].needs_calibration:
+    policy = POLICIES[name]
+    if policy.needs_attention or policy.needs_calibration or policy.needs_token_ids:
         with pytest.raises(ValueError, match=name):
             l2_compress(given, policy=name)
     else:
         assert l2_compress(given, policy=name).held == (10, 10, 10)
+
+
+# Token ids.
+
+
+def test_which_tokens_are_special_survives_generate_in_chunks_and_beams(gqa):
+    """As `rule_of_fastgen` has it, of the text that was generated, whatever the cache was told when."""
+    ids, spec = tokens(gqa, 21, batch=2), CompressionSpec(budget=9, policy="fastgen")
+    caches = [CompressedCache(gqa.config, spec, special_ids=SPECIAL) for _ in range(2)]
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    with compressible(gqa):
+        chunked = gqa.generate(ids, past_key_values=caches[0], prefill_chunk_size=8, **options)
+        searched = gqa.generate(ids, past_key_values=caches[1], num_beams=3, num_return_sequences=3, **options)
+    for text, cache, beams in ((chunked, caches[0], 1), (searched, caches[1], 3)):
+        assert len(cache.kept_positions(0)[0]) == 2 * beams
+        kept = {tuple(row) for head in cache.kept_positions(1) for row in head.tolist()}
+        of_texts = set()
+        for row in text.tolist():
+            score = {p: 10**9 - p if row[p] in SPECIAL else p for p in range(26)}
+            of_texts.add(tuple(sorted(sorted(score, key=score.__getitem__)[-9:])))
+        assert of_texts <= kept and (kept == of_texts or beams > 1)
+
+
+def test_a_full_cache_with_its_ids_is_as_if_they_had_been_run_in(gqa):
+    ids, spec = tokens(gqa, 40, batch=2), CompressionSpec(keep_ratio=0.4, policy="fastgen", head_ratios=RATIOS)
+    live = CompressedCache(gqa.config, spec, special_ids=SPECIAL)
+    decode(gqa, ids[:, :30], (30,), live)
+    with torch.no_grad():
+        full = gqa(ids[:, :30], past_key_values=DynamicCache(config=gqa.config)).past_key_values
+    made = CompressedCache.from_full(full, gqa.config, spec, input_ids=ids[:, :30], special_ids=SPECIAL)
+    for cache in (live, made):
+        decode(gqa, ids[:, 30:], (1, 6, 3), cache)
+    assert kept_sets(made) == kept_sets(live)
+
+
+def test_a_policy_that_goes_by_token_ids_asks_for_them(gqa):
+    spec, ids = CompressionSpec(policy="fastgen"), tokens(gqa, 9)
+    with pytest.raises(SpecError, match=r"fastgen .*special_ids=special_ids\(tokenizer\)"):
+        CompressedCache(gqa.config, spec)
+    cache = CompressedCache(gqa.config, spec, special_ids=SPECIAL)
+    with pytest.raises(SpecError, match="give input_ids"), compressible(gqa):
+        gqa(inputs_embeds=gqa.get_input_embeddings()(ids), past_key_values=cache)
+    decode(gqa, ids, (9,), cache)  # the cache is as it was
+    assert cache.held == (5, 5, 5)
+    with torch.no_grad():
+        full = gqa(ids, past_key_values=DynamicCache(config=gqa.config)).past_key_values
+    for given, said in ((None, "give input_ids"), (ids[:, 1:], r"of shape \[1, 9\], got \[1, 8\]")):
+        with pytest.raises(SpecError, match=said):
+            CompressedCache.from_full(full, gqa.config, spec, input_ids=given, special_ids=SPECIAL)
+
+
+def test_special_ids_are_special_tokens_and_punctuation_alone():
+    tokenizer = load_model("books-5m").tokenizer
+    texts = {token: tokenizer.decode([token]) for token in special_ids(tokenizer)}
+    assert set(tokenizer.all_special_ids) <= set(texts)
+    of_text = {text.strip() for token, text in texts.items() if token not in tokenizer.all_special_ids}
+    assert {".", ",", "?", "!", ";"} <= of_text
+    assert not any(character.isalnum() or character.isspace() for text in of_text for character in text)
 
 
 # Calibration.

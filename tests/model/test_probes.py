@@ -1,4 +1,4 @@
-"""Probes: each of the last queries against slow loops; the synthetic run whose figures are known; both in the app."""
+"""Probes: each of the last queries against slow loops; the self-test; both in the app."""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Pages for those who have nothing installed: whole, safe, and true; and comparisons against slow loops."""
+"""Reports for readers who have nothing installed: complete, safe, and true; and comparisons against slow loops."""
 
 import base64
 import gzip
@@ -155,7 +155,7 @@ def test_a_report_answers_first_and_holds_all_that_is_given(studies, front, abla
     run = random_run()
     page = Page(report([run], studies=studies[:1], front=front, ablation=ablation))
     assert page.text.index(answer(study_of(run))) < page.text.index("Where it holds")
-    headings = ("Where it holds", "The best and the worst head", "Layers to leave whole", "What it saves", "Over many")
+    headings = ("Where it holds", "The best and the worst head", "Layers to skip", "What it saves", "Over many")
     for words in (
         *headings,
         "What each allocation strategy costs",
@@ -255,7 +255,7 @@ def test_a_comparison_of_few_texts_tells_of_no_head_and_of_more_what_chance_give
     few = compare(study_over(runs[:5], "abcde"), study_over(runs[5:10], "abcde"))
     assert "no head is defined in 6 texts or more" in str(few)
     found = compare(study_over(runs[:6], "abcdef"), study_over(runs[6:], "abcdef"))
-    # Of 6 texts an interval covers 87 % of the time (see test_across): of 18 heads 2.4 are called though none differs.
+    # Of 6 texts an interval covers 87 % (see test_statistics): 2.4 of 18 heads are called though none differs.
     assert found.by_chance == pytest.approx(2.4, abs=0.05) and "about 2.4 heads" in str(found)
     above, below = (int((end > 0).sum()) for end in (found.difference.low, -found.difference.high))
     assert f"in {above} of 18 heads, lower in {below}," in str(found)

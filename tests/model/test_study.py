@@ -1,4 +1,4 @@
-"""Studies of many texts: metrics against slow loops, runs that are gone on with, and their files."""
+"""Studies of many texts: metrics against slow loops, studies that are resumed, and their files."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What a tokenizer puts around a text, by every door to a model."""
+"""Special tokens around a text: the same in captures, continuations and commands, and the user is told."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""Attention worked out beside the model's own, held against float64 of the very same queries and keys.
+"""Attention probabilities computed beside the model's own, held against float64 of the same queries and keys.
 
 They are of the size of a real model's with biases on its keys: in a Qwen2.5 queries are -69 to 66 with a standard
 deviation of 3.5, keys -166 to 175 with one of 26.8 (https://github.com/tenstorrent/tt-metal/issues/21199).

@@ -139,7 +139,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Bloom": _refused(
         "BloomConfig", "past transformers' registry|cannot replace", vocab_size=160, hidden_size=48, n_layer=3, n_head=6
     ),
-    "Mamba": _refused("MambaConfig", "without a key/value cache", vocab_size=160, hidden_size=48, num_hidden_layers=3),
+    "Mamba": _refused("MambaConfig", "no key/value cache", vocab_size=160, hidden_size=48, num_hidden_layers=3),
     "T5": _refused(
         "T5Config", "decoder-only", "AutoModelForSeq2SeqLM", vocab_size=160, d_model=48, num_layers=2, d_ff=64
     ),

@@ -1,7 +1,7 @@
 """A tiny model of every causal language model class of the pinned transformers, from its config alone.
 
 Sizes are put in by the names that configs have for them; what some class needs beyond that is in `_NEEDS`. Which
-classes are compressed and looked into, and why the others are refused, is written down in docs/architectures.md:
+classes are compressed and captured, and why the others are refused, is written down in docs/architectures.md:
 `python -m tests.support.causal_models` makes it anew from a run of each.
 """
 
@@ -267,7 +267,7 @@ def compression(model_type: str) -> tuple[str, str]:
 
 
 def captured(model_type: str) -> str:
-    """Whether its attention is looked into, or why not, from a run."""
+    """Whether its attention is captured, or why not, from a run."""
     try:
         CompressedCache(config_of(model_type), CompressionSpec())
         capture(LoadedModel(model_of(model_type), tokenizer(), "it"), TEXT)
@@ -289,7 +289,7 @@ attention (`tests/model/test_causal_models.py`). A prompt in chunks of several t
 itself goes on exactly from its own cache; some hybrids (Jamba, Bamba) do so token by token only. Made by
 `python -m tests.support.causal_models`.
 
-| type | class | compressed | left alone, or why refused | looked into |
+| type | class | compressed | left alone, or why refused | captured |
 |---|---|---|---|---|
 """
 

@@ -75,6 +75,7 @@ def _score(task: Task) -> str:
 _NEEDS = {
     "needs_directions": "directions, measured on the model",
     "needs_filters": "filters, measured on the model",
+    "needs_token_ids": "token ids, and which are special",
     "needs_received": "attention, at every step",
     "needs_rows": "attention, at every eviction",
     "needs_costs": "the cost of each head, measured in the model",

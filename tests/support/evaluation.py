@@ -31,7 +31,7 @@ def front_of(
     losses: Mapping[str, float] | None = None,
     documents: Sequence[str] = (),
 ) -> Front:
-    """A front of (strategy, keep ratio, spec, NLL changes of N texts); each holds 2048 bytes, if not told."""
+    """A Pareto front from (strategy, keep ratio, spec, NLL changes of N texts); each holds 2048 bytes by default."""
     names, losses = [f"{name} {keep:g}" for name, keep, *_ in points], losses or {}
     n = len(points[0][-1])
     results = of_changes(
@@ -55,7 +55,7 @@ def front_of(
 def ablation_of(
     change, normalised_alr=None, *, spec=None, layers=None, model="made up", alr=None, documents=()
 ) -> Ablation:
-    """An ablation of NLL changes [K, N], with ALR of 1 if not told."""
+    """An ablation of NLL changes [K, N]; ALR is 1 by default."""
     change = np.asarray(change, float)
     layers = tuple(range(len(change))) if layers is None else tuple(layers)
     spec = spec or CompressionSpec(keep_ratio=0.3)

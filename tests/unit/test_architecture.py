@@ -1,4 +1,4 @@
-"""The shape of the project: who may import whom, what must stay light, and a README that is true."""
+"""The shape of the project: who may import whom, what must stay light, and a README that holds."""
 
 import ast
 import importlib

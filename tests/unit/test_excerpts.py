@@ -1,4 +1,4 @@
-"""Excerpts: of the tokens asked for, spread, apart, at the borders of words; those to plan on far from the others."""
+"""Excerpts: as long as asked for, spread, without overlap, at word borders; those to plan on far from the others."""
 
 import time
 import unicodedata
@@ -198,7 +198,7 @@ def test_of_one_file_the_first_half_is_planned_on_and_the_other_measured_on(book
 
 
 def test_a_file_of_one_excerpt_cannot_be_split(books):
-    with pytest.raises(TextError, match="a front takes two"):
+    with pytest.raises(TextError, match="a Pareto front needs two"):
         planning_and_measuring(books, {"a": prose(1)}, n_tokens=8, each=3)
     with pytest.raises(TextError, match="None of the texts has 200 tokens"):
         planning_and_measuring(books, files(1, 1), n_tokens=200, each=3)

@@ -1,4 +1,4 @@
-"""Which pairs a layer keeps by their norms, and random scores, without a model."""
+"""Pairs that a layer keeps by norm and at random, without a model."""
 
 import torch
 

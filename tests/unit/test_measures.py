@@ -282,7 +282,7 @@ def test_an_unknown_method_is_refused(run):
         correlation(run, "kendall")
 
 
-def test_layers_are_skipped_where_the_policy_is_no_better_than_dice():
+def test_layers_are_skipped_where_the_policy_is_no_better_than_a_random_order():
     ranks = np.arange(1.0, 9.0)
     run = run_of([[ranks], [ranks], [np.ones(8)]], [[1 / ranks], [ranks], [ranks]])
     assert layer_loss(run).by_layer[:2] == pytest.approx([0, 2])

@@ -1,4 +1,4 @@
-"""Needles in haystacks: where they stand, and how long the whole is."""
+"""Needles in haystacks: their place, and the length of the example."""
 
 import pytest
 from transformers import AutoTokenizer
@@ -69,7 +69,7 @@ def test_what_cannot_be_hidden_is_refused(tokenizer):
 
     with pytest.raises(SettingsError, match=r"shares from 0 to 1, got 50\. For per cents"):
         hide(depth=50)
-    with pytest.raises(TextError, match="'blue teapot', already"):
+    with pytest.raises(TextError, match="already holds the needle's answer, 'blue teapot'"):
         hide(f"A BLUE TEAPOT. {STRAW}")
     with pytest.raises(TextError, match="empty"):
         hide(" ")

@@ -110,7 +110,10 @@ def test_no_setting_of_a_task_has_the_name_of_another_option(name):
 
 
 def test_the_names_that_settings_cannot_have_are_those_of_the_command():
-    assert set(inspect.signature(evaluation._evaluate).parameters) | {"out", "help"} == RESERVED
+    assert (
+        set(inspect.signature(evaluation._evaluate).parameters) | {"help", "keep_ratio", "out", "output_dir"}
+        == RESERVED
+    )
 
 
 def test_a_setting_without_a_default_is_refused():

@@ -132,10 +132,10 @@ def test_where_norms_give_no_order_the_loss_is_that_of_a_random_one(last):
 @pytest.mark.parametrize("strategy", sorted(set(BY_NORMS) - {"skip_first_two", "by_head_with_signal"}))
 def test_the_shortest_texts_have_a_plan(n, strategy):
     curves = loss_curves(random_run(n=n))
-    made = plan(curves.weighed(np.ones((3, 2)), 0.5), 0.5, strategy)
+    made = plan(curves.weighted_by(np.ones((3, 2)), 0.5), 0.5, strategy)
     assert np.isfinite(made.ratios).all() and made.used <= 0.5 and 0 <= made.expected_loss <= 0.9
     with pytest.raises(ValueError, match="the keep ratio must be 1 or more"):
-        plan(loss_curves(random_run(n=n), protect_last=32).weighed(np.ones((3, 2)), 0.5), 0.5, strategy)
+        plan(loss_curves(random_run(n=n), protect_last=32).weighted_by(np.ones((3, 2)), 0.5), 0.5, strategy)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -156,7 +156,7 @@ def test_the_dynamic_program_finds_the_best_of_all_allocations(seed, by, least):
 
 def test_a_plan_by_cost_is_the_best_of_all_where_lost_attention_counts_by_what_it_costs():
     losses = whole_numbers(3, (2, 2, 5))
-    curves = curves_of(losses, losses + 1).weighed(np.array([[0.0, 9.0], [-1.0, 3.0]]), keep=0.5)
+    curves = curves_of(losses, losses + 1).weighted_by(np.array([[0.0, 9.0], [-1.0, 3.0]]), keep_ratio=0.5)
     lost = losses[..., 2]
     worth = [max(c, 0) / max(x, lost.mean() / 10) for c, x in zip([0, 9, -1, 3], lost.ravel(), strict=True)]
     weights = [0.2 + 0.8 * w / (sum(worth) / 4) for w in worth]
@@ -165,7 +165,8 @@ def test_a_plan_by_cost_is_the_best_of_all_where_lost_attention_counts_by_what_i
     made = plan(curves, 0.5, "by_head_by_cost", policy="low_norm")
     assert made.expected_loss * 4 == pytest.approx(least_loss(units, [1] * 4, 8))
     assert plan(curves, 0.5, policy="low_norm").expected_loss * 4 == least_loss(losses.reshape(4, 5), [1] * 4, 8)
-    assert (curves_of(losses).weighed(np.zeros((2, 2)), keep=0.5).weights == 1).all()  # nothing costs anything
+    free = curves_of(losses).weighted_by(np.zeros((2, 2)), keep_ratio=0.5)  # nothing costs anything
+    assert (free.weights == 1).all()
 
 
 def solved(curves, keep_ratio, *, by="head", skipped=None):
@@ -271,6 +272,27 @@ def test_a_baseline_is_one_ratio_for_all_of_which_no_loss_is_known(strategy, pol
     assert math.isnan(made.expected_loss) and math.isnan(made.bound) and made.directions is None
 
 
+@pytest.mark.parametrize("protect_last", [0, 5])
+def test_the_pyramid_is_as_its_authors_code_has_it(protect_last):
+    """As in pyramidkv_utils.py of KVCache-Factory, in numbers of tokens; `least` and `most` are beside the window."""
+    run, n = random_run(layers=5, n=100), 100
+    for keep in (0.1, 0.3, 0.5, 0.7, 0.95):
+        made = plan(loss_curves(run, bins=n, protect_last=protect_last), keep, "pyramid")
+        beside = keep * n - protect_last
+        most, least = 2 * beside - beside / 20, beside / 20
+        if most >= n - protect_last:
+            most, least = n - protect_last, 2 * beside - (n - protect_last)
+        expected = [most - layer * (most - least) / 4 + protect_last for layer in range(5)]
+        np.testing.assert_allclose(made.ratios * n, np.repeat(expected, 2).reshape(5, 2))
+        assert made.ratios.mean() == pytest.approx(keep) and made.used <= keep and math.isnan(made.expected_loss)
+        spec = made.to_spec()
+        assert (spec.policy, spec.protect_last) == ("window", protect_last) and spec.head_ratios is None
+    (alone,) = plan(loss_curves(random_run(layers=1)), 0.3, "pyramid").ratios
+    assert set(alone) == {0.3}
+    with pytest.raises(ValueError, match=r"must be 0\.32 or more here"):
+        plan(loss_curves(run, bins=n, protect_last=32), 0.3, "pyramid")
+
+
 def test_the_papers_skip_list_is_paid_for_by_the_other_layers():
     made = plan(loss_curves(random_run(layers=5)), 0.7, "skip_first_two").to_spec()
     assert made == CompressionSpec(keep_ratio=0.5, skip_layers=(0, 1))
@@ -372,7 +394,7 @@ def test_a_signal_is_of_the_policys_own_sign():
     assert curves.has_signal(0.5, "high_norm").tolist() == [[False, True, False]]
 
 
-def test_with_texts_enough_a_signal_is_an_interval_that_beats_dice_at_the_ratio():
+def test_with_texts_enough_a_signal_is_an_interval_that_beats_a_random_order_at_the_ratio():
     ranks = np.arange(1.0, 21.0)
     attention = [
         lambda text: 1 / ranks,  # low norms get it in every text
@@ -459,8 +481,8 @@ def test_what_cannot_be_planned_is_said():
         ({"keep_ratio": math.nan}, "keep_ratio must be from 0 to 1"),
         ({"strategy": "by_heads"}, "Did you mean 'by_head'"),
         ({"policy": "random"}, "policy must be one of signed_norm, low_norm, high_norm"),
-        ({"strategy": "adakv"}, "came without captures"),
-        ({"strategy": "by_head_by_cost"}, "needs what each head costs"),
+        ({"strategy": "adakv"}, "adakv needs captures"),
+        ({"strategy": "by_head_by_cost"}, "needs the cost of each head"),
     ):
         with pytest.raises(ValueError, match=words):
             plan(curves, **wrong)
@@ -504,6 +526,7 @@ def test_savings_by_hand():
         CompressionSpec(),
         CompressionSpec(keep_ratio=0.3, head_ratios={(0, 1): 0.2}, layer_ratios={1: 0.7}, skip_layers=(2,)),
         CompressionSpec(policy="signed_norm", directions=(("low", "high"),), protect_last=32, budget=9),
+        CompressionSpec(policy="fastgen"),
     ],
 )
 def test_the_code_of_this_library_makes_the_same_spec(spec):

@@ -35,16 +35,19 @@ class Text:
     values: torch.Tensor
     queries: torch.Tensor  # [B, H, T, D]
     filters: torch.Tensor  # [Hkv, D]
+    special: torch.Tensor  # [B, T] bool
     chunks: tuple[int, ...]
 
     def pieces(self):
         return zip(*(x.split(self.chunks, dim=2) for x in (self.keys, self.values, self.queries)), strict=True)
 
     def rows(self, change):
-        return replace(self, **{name: change(getattr(self, name)) for name in ("keys", "values", "queries")})
+        return replace(self, **{name: change(getattr(self, name)) for name in ("keys", "values", "queries", "special")})
 
     def layer(self, spec, layer_idx):
-        return CompressedLayer(spec, layer_idx, self.filters)
+        layer = CompressedLayer(spec, layer_idx, self.filters)
+        layer.special = self.special
+        return layer
 
 
 percents = st.integers(0, 100).map(lambda n: n / 100)
@@ -59,7 +62,8 @@ def texts(draw):
     quarters = lambda *shape: torch.randint(-9, 10, shape, generator=generator) / 4  # noqa: E731
     shape = (batch, kv_heads, sum(chunks), 2)
     queries = quarters(batch, kv_heads * group, sum(chunks), 2)
-    return Text(quarters(*shape), quarters(*shape), queries, quarters(kv_heads, 2), chunks)
+    special = quarters(batch, sum(chunks)) > 1
+    return Text(quarters(*shape), quarters(*shape), queries, quarters(kv_heads, 2), special, chunks)
 
 
 @st.composite
@@ -244,7 +248,7 @@ def test_changing_the_rows_of_a_batch_before_an_eviction_or_after_it_is_the_same
     rows = rows(text.keys.shape[0])
     argument = 2 if operation == "batch_repeat_interleave" else rows
     changed, at = text.rows(lambda x: x[rows]), data.draw(st.integers(0, len(text.chunks) - 1))
-    expected, before, after = (text.layer(spec, layer_idx) for _ in range(3))
+    expected, before, after = (one.layer(spec, layer_idx) for one in (changed, text, text))
     for i, (plain, other) in enumerate(zip(text.pieces(), changed.pieces(), strict=True)):
         feed(expected, *other)
         before.update(*(other if i > at else plain)[:2])

@@ -1,4 +1,4 @@
-"""What can be chosen by name, and the policies, which are such."""
+"""Registries, and the registry of policies."""
 
 import ast
 import dataclasses
@@ -24,7 +24,7 @@ def test_entries_are_found_in_the_order_in_which_they_came(fruit):
 
 
 def test_a_name_is_registered_once(fruit):
-    with pytest.raises(ValueError, match="there is a fruit 'pear' already"):
+    with pytest.raises(ValueError, match="the fruit 'pear' exists already"):
         fruit.register("pear", 4)
 
 

@@ -1,4 +1,4 @@
-"""What a spec keeps of a number of pairs, and which specs are refused."""
+"""How many pairs a spec keeps, and which specs are refused."""
 
 import pytest
 

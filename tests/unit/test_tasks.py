@@ -1,4 +1,4 @@
-"""How a question is asked, and what counts as its answer."""
+"""Questions to a model, and what counts as a right answer."""
 
 import pytest
 from transformers import AutoTokenizer

@@ -1,4 +1,4 @@
-"""One reading of a text, by whichever door it comes in."""
+"""A text reads the same as a file, an upload and a paste."""
 
 import io
 import sys
@@ -103,7 +103,7 @@ def test_a_file_without_end_is_refused_and_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(read, "MOST_BYTES", 2**20)
     (tmp_path / "big.txt").write_bytes(b"a" * (2**20 + 1))
     for path in (tmp_path / "big.txt", "/dev/zero"):
-        with pytest.raises(TextError, match="more than 1 MiB"):
+        with pytest.raises(TextError, match="larger than 1 MiB"):
             read_text(path)
 
 

@@ -1,4 +1,4 @@
-"""Tokens whose norms rounding alone tells apart: what is equal, and that no number hangs on how it was rounded."""
+"""Ties, norms that differ by rounding alone: what is equal, and that no number depends on the rounding."""
 
 import itertools
 import math
@@ -14,7 +14,7 @@ from analysis.metrics import METRICS, PROBES, by_query, metrics, status
 from analysis.paper.why import factors, sink_head
 from analysis.plans.curves import loss_curves
 from analysis.studies import study_of
-from analysis.ties import evened, levelled, shared_ranks, tolerance
+from analysis.ties import average_ties, levelled, shared_ranks, tolerance
 from analysis.verdicts import verdicts
 from tests.support.runs import made_up, run_of
 
@@ -126,7 +126,7 @@ def test_evened_attention_is_the_mean_over_all_orders_of_equals():
     values, attention = np.array([2.0, 1.0, 2.0, 3.0, 2.0]), np.array([0.1, 0.3, 0.05, 0.2, 0.15], np.float32)
     orders = [order for order in itertools.permutations(range(5)) if (values[list(order)] == np.sort(values)).all()]
     assert len(orders) == 6
-    np.testing.assert_allclose(evened(attention, values), np.mean([attention[list(o)] for o in orders], axis=0))
+    np.testing.assert_allclose(average_ties(attention, values), np.mean([attention[list(o)] for o in orders], axis=0))
 
 
 # What is made of it

@@ -280,7 +280,7 @@ def test_a_text_that_is_not_done_in_time_is_not_waited_for(monkeypatch):
             time.sleep(1)
 
     monkeypatch.setattr(module, "MOST_SECONDS", 0.1)
-    with pytest.raises(TextError, match=r"has not done with these 80,000 characters in 0\.1 seconds\. Shorten"):
+    with pytest.raises(TextError, match=r"has not finished these 80,000 characters in 0\.1 seconds\. Shorten"):
         tokenize(Slow(), "The sea." * 10_000)
 
 

@@ -12,17 +12,17 @@ from analysis.comparing import compare
 from analysis.statistics import (
     MIN_TEXTS,
     RESAMPLES,
+    few_documents_warning,
     head_means,
     kendall,
     layer_means,
     means,
     median_gamma,
-    misses,
+    miss_rate,
     resamples,
     simultaneous,
     spearman,
     stability,
-    told_of_documents,
 )
 from analysis.verdicts import answer, meanings, verdicts, verdicts_of
 from tests.support.runs import study_of
@@ -76,11 +76,11 @@ def test_intervals_leave_0_out_by_chance_as_often_as_is_said(n, groups):
     else:
         first, second = (study_of(values[:, None]) for values in samples)
         got = compare(first, dataclasses.replace(second, digests=("other",) * n)).difference
-    assert ((got.low > 0) | (got.high < 0)).mean() == pytest.approx(float(misses(n, groups=groups)), abs=0.02)
+    assert ((got.low > 0) | (got.high < 0)).mean() == pytest.approx(float(miss_rate(n, groups=groups)), abs=0.02)
 
 
 def test_fewer_than_two_texts_have_no_interval_to_leave_0_out():
-    assert np.isnan(misses(np.array([0, 1, 2]))).tolist() == [True, True, False]
+    assert np.isnan(miss_rate(np.array([0, 1, 2]))).tolist() == [True, True, False]
 
 
 def test_an_interval_of_many_texts_is_that_of_the_normal_law():
@@ -154,7 +154,7 @@ def test_intervals_cover_where_excerpts_of_one_document_are_alike(documents, eac
     values = clustered(np.random.default_rng(1), documents=documents, each=each, between=between, within=1, studies=900)
     got = means(values, documents=names(documents, each))
     missed = float(((got.low > 0) | (got.high < 0)).mean())
-    assert missed <= float(misses(np.array(documents))) + 0.03
+    assert missed <= float(miss_rate(np.array(documents))) + 0.03
     if between and each > 1:  # which an interval over the texts does not
         got = means(values)
         assert ((got.low > 0) | (got.high < 0)).mean() > 1.3 * missed
@@ -193,13 +193,13 @@ def test_simultaneous_intervals_take_the_excerpts_of_a_document_as_one():
 
 
 def test_that_there_are_few_documents_is_said_and_of_many_or_unknown_ones_nothing():
-    assert told_of_documents(()) == told_of_documents(names(8, 3)) == told_of_documents(names(3, 1)) == ""
-    assert told_of_documents(names(1, 8)) == (
+    assert few_documents_warning(()) == few_documents_warning(names(8, 3)) == few_documents_warning(names(3, 1)) == ""
+    assert few_documents_warning(names(1, 8)) == (
         "All 8 are excerpts of one document, so the interval is over its excerpts and too narrow for others."
     )
-    assert "only 2 documents" in told_of_documents(names(2, 8))
+    assert "only 2 documents" in few_documents_warning(names(2, 8))
     study = study_of(np.full((8, 1, 1), -0.5), documents=names(1, 8))
-    assert answer(study).endswith(told_of_documents(study.documents))
+    assert answer(study).endswith(few_documents_warning(study.documents))
 
 
 # Verdicts
