@@ -225,8 +225,8 @@ def test_a_plan_of_a_study_is_the_plan_of_its_captures(tmp_path, capsys):
 @pytest.mark.parametrize(
     "options,reason",
     [
-        (["--strategy", "adakv"], "adakv looks at single tokens"),
-        (["--strategy", "by_head_by_cost"], "by_head_by_cost needs what each head costs"),
+        (["--strategy", "adakv"], "adakv needs captures"),
+        (["--strategy", "by_head_by_cost"], "by_head_by_cost needs the cost of each head"),
         (["--protect-last", "32"], "Give --protect-last 4, or the texts"),
         ([STUDY], "Give one study"),
     ],
@@ -280,7 +280,7 @@ LITTLE = [*ON_CPU, "--policies", "streaming", "--keep-ratios", "0.5"]
         ("plan {study} --model books-5m --excerpts 3", "study.safetensors has a model and texts of its own: leave out"),
         ("savings books-5m --policy q_filters", "policy must be one of low_norm"),
         ("front {text} --strategies '' -o x", "Invalid value for '--strategies': an empty list"),
-        ("front {text} --keep-ratios ' , ' -o x", "Invalid value for '--keep-ratios': an empty list"),
+        ("front {text} --keep-ratios ' , ' -o x", "--keep-ratio': an empty list"),
         ("evaluate passkey --lengths ''", "Invalid value for '--lengths': an empty list"),
         ("evaluate needle --lengths 200 --samples 0", "The task needle has no samples"),
         ("evaluate lm --excerpts 3", "leave out --excerpts"),
