@@ -206,8 +206,8 @@ def savings(
         json=json,
         title=f"{size.name}: weights {human_bytes(size.weights_bytes)} ({counted}); {len(shape.layers)} layers can be "
         f"compressed, of {shape.n_kv_heads} kv heads of {shape.head_dim}, {shape.itemsize} bytes a number\n"
-        f"batch {batch}, GPU of {gpu_gib:g} GiB and {bandwidth_gb:g} GB/s; by arithmetic; fits: sequences that "
-        "fit; ms: of a step of a dense model, at least",
+        f"batch {batch}, GPU of {gpu_gib:g} GiB and {bandwidth_gb:g} GB/s. Computed, not measured. fits: number of "
+        "sequences; ms: lower bound for one decoding step of a dense model",
         model=size.name,
         weights_bytes=size.weights_bytes,
         spec=spec,

@@ -106,7 +106,7 @@ POLICIES = Named(policies.POLICIES, lambda policy: not policy.needs_calibration)
 OF_ALR = Named(Registry("policy", SettingsError, {name: policies.POLICIES[name] for name in ablation.POLICIES}))
 WHEN = Named(Registry("schedule", SettingsError, {name: name for name in SCHEDULES}))
 METRICS, STRATEGIES = Named(metrics.METRICS), Named(strategies.STRATEGIES)
-PROBES = Named(Registry("probe", SettingsError, metrics.PROBES))
+PROBES, PROBE = Named(Registry("probe", SettingsError, metrics.PROBES)), _shown(defaults.PROBE)
 FIGURES = Named(Registry("figure", SettingsError, figures.FIGURES))
 
 # Of texts and models. What a parser takes is not checked to be UTF-8: names of files need not be.
@@ -119,8 +119,8 @@ Model = Annotated[
     typer.Option("-m", "--model", "--model-id", parser=str, help="Name (see `models`), folder, GGUF file or hub id."),
 ]
 Device = Annotated[str | None, typer.Option(help="cuda or cpu; by default the GPU if there is one.")]
-Excerpts = Annotated[int, typer.Option(help="Most excerpts to take, spread over the texts.")]
-ExcerptTokens = Annotated[int, typer.Option("--tokens", help="Tokens in each excerpt, or the most the model takes.")]
+Excerpts = Annotated[int, typer.Option(help="Maximum number of excerpts, spread over the texts.")]
+ExcerptTokens = Annotated[int, typer.Option("--tokens", help="Tokens per excerpt, limited to what the model accepts.")]
 NewTokens = Annotated[int, typer.Option(help="Tokens to generate.")]
 
 # Of a compression.

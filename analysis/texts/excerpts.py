@@ -17,6 +17,7 @@ import regex
 
 from analysis.errors import TextError
 from analysis.texts.tokens import MIN_TOKENS, SENTENCE_END, beginning, check_text
+from analysis.words import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,7 +73,9 @@ def excerpts(
     if at_most < 1:
         raise TextError(f"At least one excerpt is needed, got {at_most}.")
     if n_tokens < MIN_TOKENS:
-        raise TextError(f"Excerpts of {n_tokens} tokens are too short; at least {MIN_TOKENS} are needed to rank them.")
+        raise TextError(
+            f"Excerpts of {counted(n_tokens, 'token')} are too short; at least {MIN_TOKENS} are needed to rank them."
+        )
     for name, text in texts.items():
         try:
             check_text(text)
