@@ -89,8 +89,8 @@ def lm_sample(tokenizer: PreTrainedTokenizerBase, excerpt: Excerpt, settings: Lm
     ids = tokenize(tokenizer, excerpt.text).ids
     if len(ids) < end:
         raise TextError(
-            f"The text has {len(ids)} tokens; {prompt} are needed for the prompt, {end - prompt} after it. "
-            "Give a longer text."
+            f"{excerpt.name}: the text has {len(ids)} tokens; {prompt} are needed for the prompt, {end - prompt} after "
+            "it. Give a longer text."
         )
     context, question, target = ids[: prompt - 1], ids[prompt - 1 : prompt], ids[prompt:end]
     return Sample(excerpt.name, context, question, target, document=excerpt.document)
@@ -124,6 +124,7 @@ LM = Task(
     higher_is_better=False,
     build=_build,
     settings=LmSettings,
-    needs_texts=True,
+    texts="must",
+    excerpt_tokens=lambda settings: settings.n_tokens,
     bundled=_bundled,
 )

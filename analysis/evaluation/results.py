@@ -22,6 +22,8 @@ from l2kv.spec import CompressionSpec
 if TYPE_CHECKING:
     import pandas as pd
 
+    from analysis.evaluation.task import Task
+
 Methods = Mapping[str, CompressionSpec | None]
 """What is compared, by name; None is the full cache."""
 Place = tuple[str | float, ...]
@@ -258,19 +260,18 @@ class Results:
         decoded = sum(row.decoded for name in one.values() for row in self.of(name))
         return Work(runs * context, saved * context, decoded)
 
-    def summary(self, *, right: float = 1.0) -> list[dict[str, Any]]:
-        """Tabulate each method at each place on the first axis of the grid: samples, bytes, score and NLL change.
+    def summary(self, task: Task) -> list[dict[str, Any]]:
+        """Tabulate each method at each place on the task's axes: samples, bytes, score and change of it.
 
-        Intervals of scores that are all 0 or `right` are Wilson's; others resample documents. "change" is
-        against the full cache, and there only where scores are of another kind and the full cache was measured. Where
-        tokens were predicted there are perplexity, its ratio (`exp` of the change), and next-token accuracy.
+        Intervals of shares are Wilson's; others resample documents. "change" is against the full cache, and there only
+        where scores are no shares and the full cache was measured. Where tokens were predicted there are perplexity,
+        its ratio (`exp` of the change), and next-token accuracy.
 
         Args:
-            right: score of a right answer, as `Task.right`.
+            task: task that the results are of, as registered. An axis that not all of its samples have is ignored.
         """
-        axes = tuple(self.rows[0].at)[:1] if self.rows else ()
-        shares = all(row.score in (0, right) for row in self.rows)
-        changes = not shares and None in self.methods.values()
+        axes = tuple(axis for axis in task.axes if all(axis in row.at for row in self.rows))
+        changes = not task.share and None in self.methods.values()
         predicted = bool(self.rows) and all(row.nats for row in self.rows)
         rows = []
         for method in self.methods:
@@ -278,7 +279,7 @@ class Results:
                 here = np.array([self._cells[method, sample].value for sample in samples])
                 row: dict[str, Any] = {"method": method, **dict(zip(axes, key, strict=True)), "samples": len(samples)}
                 row["MiB"] = np.mean([self._cells[method, sample].nbytes for sample in samples]) / 2**20
-                row["score"] = wilson(here, right) if shares else self.interval(here, samples)
+                row["score"] = wilson(here, task.right) if task.share else self.interval(here, samples)
                 if changes:
                     full = np.array([self._cells[self.full, sample].value for sample in samples])
                     row["change"] = self.interval(here - full, samples)

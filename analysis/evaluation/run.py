@@ -7,7 +7,7 @@ cache goes on evicting. Rows are written as they come (`analysis.evaluation.log`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -31,15 +31,12 @@ from analysis.models.load import LoadedModel
 from analysis.preview import end_tokens, prepared, whole_characters
 from analysis.progress import Progress, unheard
 from analysis.recorder import check_length
-from analysis.texts.excerpts import Excerpt
+from analysis.texts.excerpts import Texts, excerpts_from
 from analysis.texts.tokens import Tokens
 from l2kv import CompressedCache, CompressionSpec
 from l2kv.cache import cache_nbytes
 from l2kv.decoding import decode_one_token, new_cache, prefill
 from l2kv.policies import POLICIES
-
-Texts = Sequence[Excerpt | tuple[str, str]] | Mapping[str, str]
-"""Excerpts, (name, text) pairs, or texts by name."""
 
 
 def evaluate(
@@ -98,10 +95,14 @@ def samples_of(
         if settings != asked:
             notes.append(f"The bundled texts are short, so lengths were cut to {settings}.")
     else:
-        given = [Excerpt(*text) for text in (texts.items() if isinstance(texts, Mapping) else texts or ())]
-    if what.needs_texts and not given:
+        given = excerpts_from(texts or ())
+    if what.texts == "must" and not given:
         raise TextError(f"There are no texts, and the task {task} measures on texts. Give some.")
+    if what.texts == "no" and given:
+        raise TextError(f"The task {task} takes no texts, got {len(given)}.")
     samples = tuple(what.build(loaded, settings, given))
+    if not samples:
+        raise TextError(f"The task {task} has no samples: its settings leave none, {settings}.")
     return samples, settings, (*notes, *_checked(loaded, samples))
 
 

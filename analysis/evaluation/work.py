@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from analysis.evaluation.results import Methods, Work, passes
-from analysis.evaluation.run import Texts, batches, samples_of
+from analysis.evaluation.run import batches, samples_of
 from analysis.evaluation.task import Sample
 from analysis.models.load import LoadedModel
 from analysis.preview import prepared
+from analysis.texts.excerpts import Texts
 from l2kv import CompressionSpec
 from l2kv.decoding import decode_one_token, new_cache, prefill
 

@@ -18,6 +18,7 @@ from analysis.evaluation.lm import LmSettings
 from analysis.evaluation.passkey import PasskeySettings
 from analysis.evaluation.results import FULL, LIVE, ONCE, Results, Row, passes
 from analysis.evaluation.run import evaluate, samples_of
+from analysis.evaluation.tasks import TASKS
 from analysis.evaluation.work import estimate, work_of
 from analysis.texts.tokens import tokenize
 from l2kv import CompressionSpec
@@ -95,7 +96,7 @@ def test_perplexity_and_its_ratio_are_worked_out_by_hand():
         [[[ln(2), ln(8)], [ln(4), ln(4)]], [[ln(4), ln(16)], [ln(8), ln(2)]]],
         [[[1, 0], [1, 1]], [[0, 0], [1, 0]]],
     )
-    full, half = results.summary()
+    full, half = results.summary(TASKS["lm"])
     assert full["perplexity"].value == pytest.approx(4) and half["perplexity"].value == pytest.approx(32**0.5)
     assert full["perplexity_ratio"].value == 1 and half["perplexity_ratio"].value == pytest.approx(
         2**0.5
@@ -123,7 +124,7 @@ def test_where_nothing_is_predicted_or_not_at_the_same_positions_there_is_no_cur
             Results("m", "", "lm", {}, {"a": None}, some).by_position()
     undefined = replace(rows[0], nats=(None,), score=None)
     assert np.isnan(Results("m", "", "lm", {}, {"a": None}, (undefined,)).nats("a")).all()
-    assert "perplexity" not in Results("m", "", "p", {}, {"a": None}, (Row("a", "x", 0.3, 0),)).summary()[0]
+    assert "perplexity" not in Results("m", "", "p", {}, {"a": None}, (Row("a", "x", 0.3, 0),)).summary(TASKS["lm"])[0]
 
 
 def test_flat_rows_and_data_frames_hold_what_a_cell_is(loaded, tmp_path):
