@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -24,7 +24,7 @@ from analysis.metrics import METRICS, PROBES, STATUSES, metrics
 from analysis.models.digest import digest_of
 from analysis.plans.curves import BINS, text_curves
 from analysis.progress import Progress, unheard
-from analysis.texts.excerpts import Excerpt
+from analysis.texts.excerpts import Excerpt, Texts, excerpts_from
 
 if TYPE_CHECKING:
     from analysis.models.load import LoadedModel
@@ -179,7 +179,7 @@ def _of_text(
 
 def study(
     loaded: LoadedModel,
-    texts: Iterable[Excerpt | tuple[str, str]],
+    texts: Texts,
     path: str | Path | None = None,
     *,
     on_text: OnText | None = None,
@@ -204,7 +204,7 @@ def study(
     """
     from analysis.recorder import capture  # waits for torch, which reading a study need not
 
-    given = tuple(Excerpt(*text) for text in texts)
+    given = excerpts_from(texts)
     if not given:
         raise TextError("There are no texts to study.")
     if len(given) > MOST_TEXTS:

@@ -23,6 +23,7 @@ from analysis.plans.ablation import Ablation
 from analysis.plans.front import Front
 from analysis.records import Record, load_any, write_text
 from analysis.studies import Study
+from app.console import needs
 
 
 def commands() -> typer.Typer:
@@ -42,8 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def open_app(context: typer.Context) -> None:
     """Open the app. Options such as --server.port=8501 go to Streamlit."""
-    from app.__main__ import main as serve
+    with needs("app"):
+        import streamlit  # noqa: F401
 
+        from app.__main__ import main as serve
     serve(context.args)
 
 
@@ -65,8 +68,8 @@ def report(
             "A report is of one run or of two, and of at most two studies, one front and one ablation; got "
             f"{len(runs)}, {len(studies)}, {len(fronts)} and {len(ablations)} of them."
         )
-    from app import report as reports
-
+    with needs("app"):
+        from app import report as reports
     page = reports.report(runs, studies=studies, front=next(iter(fronts), None), ablation=next(iter(ablations), None))
     wrote(write_text(page, to))
 
@@ -98,9 +101,9 @@ def figures(
 ) -> None:
     """Reproduce the paper's figures for any model, as HTML and JSON."""
     documents = texts_of(texts)
+    with needs("app"):
+        from app.report.paper import write_pages
     loaded = loaded_model(model, device)
-    from app.report.paper import write_pages
-
     n_tokens = min(tokens, loaded.positions - 1)  # one for the next token
     given = excerpts_of(loaded, documents, n_tokens=n_tokens, at_most=excerpts)
     texts_given, names = [excerpt.text for excerpt in given], [excerpt.name for excerpt in given]

@@ -55,7 +55,8 @@ class Policy:
     """An eviction policy: a score, its title, and what it needs.
 
     Raises:
-        ValueError: the policy scores on arrival but needs attention, which is known only later.
+        ValueError: the policy scores on arrival but needs attention, which is known only later; or nothing says what it
+            keeps.
     """
 
     score: Callable[[Pairs], Tensor]
@@ -80,6 +81,8 @@ class Policy:
     def __post_init__(self) -> None:
         if self.on_arrival and self.needs_attention:
             raise ValueError(f"{self.title}: attention is not known when a pair arrives; give on_arrival=False")
+        if not self.about:
+            raise ValueError(f"{self.title}: give its function a docstring, whose first line says what it keeps")
 
     @property
     def about(self) -> str:
@@ -243,7 +246,7 @@ def register_policy(
     """Register an eviction policy, so that specs can name it; the arguments are the fields of `Policy`.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: the name is taken or no identifier, or as `Policy`.
     """
     policy = Policy(
         score,

@@ -23,7 +23,9 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         self._entries: dict[str, Entry] = dict(entries or {})
 
     def register(self, name: str, entry: Entry) -> Entry:
-        """Add an entry and return it. Raises ValueError if the name is taken."""
+        """Add an entry and return it. Raises ValueError if the name is taken, or is no identifier."""
+        if not (isinstance(name, str) and name.isidentifier()):  # it must be typed, in lists with commas too
+            raise ValueError(f"a {self.noun} needs a name of letters, digits and underscores, got {name!r:.60}")
         if name in self._entries:
             raise ValueError(f"the {self.noun} {name!r} exists already: choose another name")
         self._entries[name] = entry

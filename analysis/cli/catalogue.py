@@ -11,7 +11,6 @@ from analysis import defaults
 from analysis.captures import save_run
 from analysis.cli import options
 from analysis.cli.inputs import loaded_model, quiet_libraries, texts_of
-from analysis.cli.options import out
 from analysis.cli.output import row_of, shown, tell, wrote
 from analysis.demo.presets import RESULT_FILES, bundled_texts
 from analysis.models.at_hand import fetch, models_at_hand
@@ -34,7 +33,7 @@ def models(
     with shown("B", scale=True) as progress:
         fetched, folder = fetch(name, progress=progress)
     other = "" if fetched == name else f" (other weights than {name}: not quantised)"
-    print(f"{fetched}{other} is in {folder}")
+    tell({}, [], json=json, answer=f"{fetched}{other} is in {folder}", name=fetched, folder=str(folder))
 
 
 def demo(
@@ -48,7 +47,12 @@ def demo(
     without_tasks: Annotated[
         bool, typer.Option("--without-tasks", help="Look for no preset with a task: the model solves none.")
     ] = False,
-    to: Annotated[Path | None, out("a folder; by default the app's own for this model")] = None,
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--out", parser=Path, help="Folder to write to; by default the app's, named after the model."
+        ),
+    ] = None,
 ) -> None:
     """Make what the app opens with: presets and a run."""
     documents = texts_of(texts)

@@ -15,8 +15,8 @@ import typer
 from analysis import defaults
 from analysis.captures import Capture
 from analysis.cli import options
-from analysis.cli.inputs import excerpts_of, loaded_model, tell_notes, text_of, texts_of
-from analysis.cli.options import CompressionOrPlan, out
+from analysis.cli.inputs import excerpts_of, loaded_model, quiet_libraries, tell_notes, text_of, texts_of
+from analysis.cli.options import CompressionOrPlan, out, refuse
 from analysis.cli.output import Form, row_of, shown, tell, wrote
 from analysis.errors import UserError
 from analysis.evaluation.lm import Lengths, LmSettings
@@ -30,6 +30,7 @@ from analysis.plans.skip import Plan, suggest_skip_layers
 from analysis.records import load_any, save
 from analysis.studies import Study, load_study, study_of
 from analysis.texts.tokens import tokenize
+from analysis.words import counted, span
 from l2kv.spec import CompressionSpec
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 
 def skip(
+    context: typer.Context,
     files: Annotated[
         list[Path],
         typer.Argument(parser=Path, metavar="FILES", help="One ablation, one study, or runs of one model."),
@@ -50,7 +52,7 @@ def skip(
         bool, typer.Option("--gap", help="Skip the layers above the widest gap, if one stands out.")
     ] = False,
     keep_ratio: options.KeepRatio = defaults.KEEP_RATIO,
-    policy: options.Policy = "low_norm",
+    policy: options.PolicyOfAlr = "low_norm",
     protect_last: options.ProtectLast = defaults.RECENT_WINDOW,
     to: Annotated[Path | None, out("plan.json")] = None,
     json: options.Json = False,
@@ -60,21 +62,22 @@ def skip(
         raise UserError("Give one of --threshold, --count and --gap.")
     rule: dict[str, Any] = {"rule": "gap" if gap else "threshold" if count is None else "count", "count": count or 0}
     if threshold is not None:
+        if not 0 <= threshold < math.inf:
+            raise UserError(f"--threshold must be 0 or more, and finite, got {threshold:g}")
         rule["threshold"] = threshold
     read = [load_any((ablation.Ablation, Study, Capture), file) for file in files]
     if len(read) > 1 and not all(isinstance(one, Capture) for one in read):
         raise UserError("Give one ablation, or one study, or runs alone.")
     if isinstance(measured := read[0], ablation.Ablation):
+        refuse(context, ("keep_ratio", "policy", "protect_last"), f"{files[0].name} says how to compress")
         suggested = ablation.suggest_by_ablation(measured, **rule)
         spec, why = measured.spec, suggested.rule
-    elif policy in ablation.POLICIES:
+    else:
         suggested = suggest_skip_layers(
             measured if isinstance(measured, Study) else study_of(*read, probes=["next token"]), policy, **rule
         )
         spec = CompressionSpec(keep_ratio=keep_ratio, policy=policy, protect_last=protect_last)
         why = f"By a proxy, ALR. {suggested.rule}"
-    else:
-        raise UserError(f"--policy must be {' or '.join(ablation.POLICIES)}: ALR speaks of these; got {policy!r}")
     spec = replace(spec, skip_layers=(*spec.skip_layers, *suggested.layers))
     title = f"{measured.model}: skip {', '.join(map(str, spec.skip_layers)) or 'no layer'}"
     tell({}, [], json=json, title=title, answer=why, model=measured.model, spec=spec)
@@ -82,6 +85,7 @@ def skip(
 
 
 def plan(
+    context: typer.Context,
     sources: Annotated[
         list[Path],
         typer.Argument(
@@ -102,7 +106,7 @@ def plan(
 ) -> None:
     """Allocate a budget to layers or heads, by loss curves: those of a study, or measured on texts."""
     if any(source.suffix == ".safetensors" for source in sources):
-        name, curves, n_tokens = _of_study(sources, protect_last)
+        name, curves, n_tokens = _of_study(context, sources, protect_last)
     else:
         documents = texts_of(sources)
         loaded = loaded_model(model, device)
@@ -114,12 +118,12 @@ def plan(
             )
         name, n_tokens = loaded.name, [run.n_tokens for run in curves.captures]
     made = strategies.plan(curves, keep_ratio, strategy)
-    spec, note = made.to_spec(), f"{strategy}, keep ratio {keep_ratio:g}, planned on {len(n_tokens)} texts"
+    spec, note = made.to_spec(), f"{strategy}, keep ratio {keep_ratio:g}, planned on {counted(len(n_tokens), 'text')}"
     tell(
         {"layer": "d", "keep_ratio": ".2f", "by_kv_head": ".2f", "direction": ""},
         made.table(),
         json=json,
-        title=f"{name}: {note} of {min(n_tokens)} to {max(n_tokens)} tokens",
+        title=f"{name}: {note} of {span(n_tokens)} tokens",
         answer=str(made),
         model=name,
         strategy=strategy,
@@ -130,10 +134,12 @@ def plan(
     _save_plan(to, name, spec, note)
 
 
-def _of_study(files: Sequence[Path], protect_last: int) -> tuple[str, LossCurves, list[int]]:
+def _of_study(context: typer.Context, files: Sequence[Path], protect_last: int) -> tuple[str, LossCurves, list[int]]:
     """Model, loss curves and lengths of the texts of one study. Raises UserError."""
     if len(files) > 1:
         raise UserError("Give one study, or texts alone.")
+    of_texts = ("model", "device", "excerpts", "prompt_tokens", "new_tokens")
+    refuse(context, of_texts, f"{files[0].name} has a model and texts of its own")
     read = load_study(files[0])
     curves = curves_of(read)
     if protect_last != read.protect_last:
@@ -150,6 +156,7 @@ def _save_plan(to: Path | None, model: str, spec: CompressionSpec, note: str) ->
 
 
 def savings(
+    context: typer.Context,
     model: Annotated[
         str,
         typer.Argument(
@@ -169,6 +176,8 @@ def savings(
     for name, value in (("--gpu-gib", gpu_gib), ("--bandwidth-gb", bandwidth_gb)):
         if not 0 < value < math.inf:
             raise UserError(f"{name} must be positive and finite, got {value:g}")
+    compression.check(context)
+    quiet_libraries()
     size = model_size(model)
     spec, shape = compression.spec(size.config), size.shape
     size.check(spec)
@@ -199,8 +208,8 @@ def savings(
         json=json,
         title=f"{size.name}: weights {human_bytes(size.weights_bytes)} ({counted}); {len(shape.layers)} layers can be "
         f"compressed, of {shape.n_kv_heads} kv heads of {shape.head_dim}, {shape.itemsize} bytes a number\n"
-        f"batch {batch}, GPU of {gpu_gib:g} GiB and {bandwidth_gb:g} GB/s; by arithmetic; fits: sequences that "
-        "fit; ms: of a step of a dense model, at least",
+        f"batch {batch}, GPU of {gpu_gib:g} GiB and {bandwidth_gb:g} GB/s. Computed, not measured. fits: number of "
+        "sequences; ms: lower bound for one decoding step of a dense model",
         model=size.name,
         weights_bytes=size.weights_bytes,
         spec=spec,
@@ -209,6 +218,7 @@ def savings(
 
 
 def generate(
+    context: typer.Context,
     text: options.Text,
     compression: CompressionOrPlan,
     model: options.Model = defaults.MODEL,
@@ -218,6 +228,7 @@ def generate(
     json: options.Json = False,
 ) -> None:
     """Continue a text with the full cache and with a compressed one."""
+    compression.check(context)
     content = text_of(text)
     if new_tokens < 1:
         raise UserError(f"--new-tokens must be 1 or more, got {new_tokens}")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -15,22 +17,21 @@ from typer.main import get_command
 from analysis import defaults
 from analysis.cli import options
 from analysis.cli.inputs import excerpts_of, loaded_model, tell_notes, texts_of
-from analysis.cli.options import Compression, out
+from analysis.cli.options import Compression, CompressionOfAlr, out, refuse
 from analysis.cli.output import Form, form_of, shown, tell, wrote
 from analysis.cli.program import program, spread
+from analysis.errors import UserError
 from analysis.evaluation.lm import Lengths
 from analysis.evaluation.results import FULL
+from analysis.evaluation.task import Task
 from analysis.evaluation.tasks import TASKS
 from analysis.models.memory import human_bytes
 from analysis.plans.ablation import ablate_layers
 from analysis.plans.front import measure_front
 from analysis.plans.skip import Plan
 from analysis.records import load, save
-from analysis.texts.excerpts import SPLIT, planning_and_measuring
-from l2kv.spec import SCHEDULES
-
-if TYPE_CHECKING:
-    from analysis.models.load import LoadedModel
+from analysis.texts.excerpts import SPLIT, Texts, planning_and_measuring
+from l2kv.spec import SCHEDULES, CompressionSpec
 
 SEEN, REFERENCE = SCHEDULES
 
@@ -38,7 +39,7 @@ SEEN, REFERENCE = SCHEDULES
 def ablation(
     texts: options.Texts,
     to: Annotated[Path, out("ablation.json")],
-    compression: Compression,
+    compression: CompressionOfAlr,
     lengths: Lengths,
     model: options.Model = defaults.MODEL,
     excerpts: options.Excerpts = defaults.EXCERPTS,
@@ -128,16 +129,23 @@ class Tasks(TyperGroup):
         """The command of a task. Raises BadParameter, with the nearest name, where there is none."""
         name = options.Named(TASKS)(cmd_name)
         task = TASKS[name]
-        omit = (*(("texts", "excerpts") if not task.needs_texts else ()), *(("by_position",) if task.scoring else ()))
-        command = spread(partial(_evaluate, name), omit=omit, settings=task.settings)
+        omit = {"texts": task.texts == "no", "excerpts": task.excerpt_tokens is None, "by_position": bool(task.scoring)}
+        omitted = [name for name, applies in omit.items() if applies]
+        command = spread(partial(_evaluate, name), omit=omitted, settings=task.settings)
         command.__name__, command.__doc__ = name, task.about
         return get_command(program(command))
 
 
 def _evaluate(
     task: str,
+    context: typer.Context,
     settings: Any,
-    texts: options.Texts = [],  # noqa: B006
+    texts: Annotated[
+        list[Path],
+        typer.Argument(
+            parser=Path, metavar="TEXTS", help="Text files, or folders of .txt files; the bundled texts by default."
+        ),
+    ] = [],  # noqa: B006
     model: options.Model = defaults.MODEL,
     plan: Annotated[
         list[Path], typer.Option(parser=Path, help="Saved plan to evaluate as well; repeat for more.")
@@ -146,15 +154,14 @@ def _evaluate(
     policies: options.Policies = ("low_norm", "high_norm", "random", "streaming", "keydiff"),
     skip_layers: options.SkipLayers = "0,1",
     protect_last: options.ProtectLast = defaults.RECENT_WINDOW,
-    prune_after: Annotated[int, typer.Option(help="Pairs that a head must hold before any is evicted.")] = 0,
+    prune_after: Annotated[int, typer.Option(help="Number of pairs a head must hold before any is evicted.")] = 0,
     schedule: Annotated[
-        str | None, typer.Option(help=f"{SEEN} or {REFERENCE}; by default the latter where a chunk is predicted.")
+        str | None,
+        typer.Option(parser=options.WHEN, help=f"When to evict; by default {REFERENCE} with --chunk-size."),
     ] = None,
     excerpts: options.Excerpts = defaults.EXCERPTS,
     device: options.Device = None,
-    by_position: Annotated[
-        int, typer.Option(help="Print NLL and accuracy by so many positions, where tokens are predicted.")
-    ] = 0,
+    by_position: Annotated[int, typer.Option(help="Print NLL and accuracy for each group of this many positions.")] = 0,
     to: Annotated[
         Path | None,
         typer.Option(
@@ -162,51 +169,60 @@ def _evaluate(
             "--out",
             "--output-dir",
             parser=Path,
-            help="File to write rows to as they are computed, or a folder for it; rows in it are not computed again.",
+            help="File to write rows to as they are computed, or its folder; run again to continue it.",
         ),
     ] = None,
     json: options.Json = False,
 ) -> None:
     """Score a model on a task with the full cache and with compressed ones."""
     chosen = TASKS[task]
-    saved = {file.stem: load(Plan, file).spec for file in plan}
-    documents = texts_of(texts) if chosen.needs_texts and (texts or not chosen.bundled) else None
+    saved = saved_plans(plan)
+    documents = texts_of(texts) if texts or (chosen.texts == "must" and not chosen.bundled) else None
+    if documents is None:
+        refuse(context, ("excerpts",), "without TEXTS the bundled ones are taken as they are")
     loaded = loaded_model(model, device)
     from analysis.evaluation.run import evaluate
     from analysis.evaluation.work import estimate
 
-    schedule = schedule or (REFERENCE if getattr(settings, "chunk_size", 0) else SEEN)
+    when = schedule or (REFERENCE if getattr(settings, "chunk_size", 0) else SEEN)
     compressions = (
         Compression(keep_ratio=keep_ratio, policy=policy, skip_layers=skip_layers, protect_last=protect_last)
         for keep_ratio in keep_ratios
         for policy in policies
     )
-    specs = {
-        f"{one.policy} {one.keep_ratio:g}": replace(one.spec(loaded.config), prune_after=prune_after, schedule=schedule)
+    specs = (
+        (
+            f"{one.policy} {one.keep_ratio:.12g}",
+            replace(one.spec(loaded.config), prune_after=prune_after, schedule=when),
+        )
         for one in compressions
-    }
-    methods = {FULL: None, **saved, **specs}
-    given = excerpts_of(loaded, documents, n_tokens=settings.n_tokens, at_most=excerpts) if documents else None
+    )
+    methods: dict[str, CompressionSpec | None] = {FULL: None}
+    for name, spec in chain(saved, specs):
+        if name in methods:
+            raise UserError(f"Two methods are called {name!r}. Give each plan, policy and keep ratio once.")
+        methods[name] = spec
+    given: Texts | None = documents
+    if documents and chosen.excerpt_tokens:
+        given = excerpts_of(loaded, documents, n_tokens=chosen.excerpt_tokens(settings), at_most=excerpts)
     print(f"about {estimate(loaded, task, methods, texts=given, settings=settings)}", file=sys.stderr)
     file = to / f"{task}.jsonl" if to and (to.is_dir() or not to.suffix) else to
     with shown("sample") as progress:
         results = evaluate(loaded, task, methods, texts=given, settings=settings, out=file, progress=progress)
     if file:
         wrote(file)
-    for note in results.notes:
+    summary = results.summary(chosen)
+    for note in (*results.notes, *_useless(chosen, summary)):
         print(f"note: {note}", file=sys.stderr)
-    summary = results.summary(right=chosen.right)
-    for row in summary:
-        if row["method"] == FULL:
-            _warn(loaded, row, useless=chosen.higher_is_better and not row["score"].value)
     rows = results.by_position(width=by_position) if by_position else summary
     better = "higher" if chosen.higher_is_better else "lower"
+    change = "; change: against the full cache" if "change" in rows[0] else ""
     tell(
         {name: _FORMS.get(name, "") for name in rows[0]},
         rows,
         json=json,
         title=f"{loaded.name}, {chosen.title}: {chosen.about}\n"
-        f"score in {chosen.unit}, {better} is better; 95 % intervals; change: against the full cache; "
+        f"score in {chosen.unit}, {better} is better; 95 % intervals{change}; "
         f"compressed: {', '.join(dict.fromkeys(row.compressed for row in results.rows if row.compressed)) or 'never'}",
         results=results.table(),
         **{name: getattr(results, name) for name in ("model", "task", "settings", "methods", "run", "notes")},
@@ -214,21 +230,19 @@ def _evaluate(
     )
 
 
-_FORMS = {"n_tokens": "d", "samples": "d", "MiB": ".2f", "score": ".3f", "change": "+.3f"} | {
-    "perplexity": ".2f",
-    "perplexity_ratio": ".3f",
-    "accuracy": ".3f",
-    "position": "d",
-    "nll": ".3f",
-}
+def saved_plans(files: Sequence[Path]) -> list[tuple[str, CompressionSpec]]:
+    """Compressions of saved plans, by the stems of their files, or by their paths where two have one stem."""
+    stems = [file.stem for file in files]
+    return [(str(file) if stems.count(file.stem) > 1 else file.stem, load(Plan, file).spec) for file in files]
 
 
-def _warn(loaded: LoadedModel, row: dict[str, Any], *, useless: bool) -> None:
-    """Say on standard error where the full cache fails, or the prompt is longer than the model was trained on."""
-    n_tokens = row.get("n_tokens", 0)
-    if useless:
-        at = f" at {n_tokens:,} tokens" if n_tokens else ""
-        print(f"note: the full cache scores 0{at}, so the other rows say nothing.", file=sys.stderr)
-    if n_tokens > loaded.positions:
-        trained = f"{loaded.name} was trained on {loaded.positions:,} tokens at once"
-        print(f"note: {trained}; {n_tokens:,} are more.", file=sys.stderr)
+_FORMS: dict[str, Form] = {"n_tokens": "d", "samples": "d", "MiB": ".2f", "score": ".3f", "change": "+.3f"}
+_FORMS |= {"perplexity": ".2f", "perplexity_ratio": ".3f", "accuracy": ".3f", "position": "d", "nll": ".3f"}
+
+
+def _useless(task: Task, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Notes on where the full cache fails, so that the other methods can't be told apart."""
+    for row in rows:
+        if row["method"] == FULL and task.higher_is_better and not row["score"].value:
+            place = ", ".join(f"{axis} {row[axis]}" for axis in task.axes if axis in row)
+            yield f"the full cache scores 0{f' at {place}' if place else ''}, so the other rows say nothing."

@@ -47,7 +47,7 @@ def capture(
 
 def heads(
     run: Annotated[Path, typer.Argument(parser=Path, help="Saved run.", metavar="RUN")],
-    probe: options.Probe = defaults.PROBE,
+    probe: options.Probe = options.PROBE,
     json: options.Json = False,
 ) -> None:
     """Print the metrics of each head in a saved run."""
@@ -85,7 +85,7 @@ def study(
     model: options.Model = defaults.MODEL,
     tokens: options.ExcerptTokens = defaults.EXCERPT_TOKENS,
     excerpts: options.Excerpts = defaults.STUDY_EXCERPTS,
-    probe: options.Probe = defaults.PROBE,
+    probe: options.Probe = options.PROBE,
     metric: options.Metric = None,
     device: options.Device = None,
     json: options.Json = False,

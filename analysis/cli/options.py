@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from analysis import defaults, metrics
-from analysis.errors import SettingsError
+from analysis.errors import SettingsError, UserError
 from analysis.paper import figures
-from analysis.plans import strategies
+from analysis.plans import ablation, strategies
 from analysis.plans.skip import Plan, skip_list
 from analysis.records import load
 from l2kv import policies
 from l2kv.registry import Registry
-from l2kv.spec import CompressionSpec
+from l2kv.spec import SCHEDULES, CompressionSpec
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -32,20 +32,26 @@ class Named:
     """
 
     registry: Registry[Any]
+    fits: Callable[[Any], bool] = lambda entry: True
+    """entry -> whether it can be chosen in the command line."""
 
     def __call__(self, given: str) -> str:
         """Name of the entry that a user means. Raises BadParameter, with the nearest, where there is none."""
-        for name in self.registry:
+        offered = self._offered()
+        for name in offered.values():
             if _typed(name) == _typed(given):
                 return name
         try:
-            typed = {_shown(name): name for name in self.registry}
-            return Registry(self.registry.noun, SettingsError, typed).find(given)
+            return Registry(self.registry.noun, SettingsError, offered).find(given)
         except SettingsError as error:
             raise typer.BadParameter(str(error)) from error
 
     def __str__(self) -> str:
-        return f"One of {', '.join(map(_shown, self.registry))}."
+        return f"One of {', '.join(self._offered())}."
+
+    def _offered(self) -> dict[str, str]:
+        """Names by how they are typed."""
+        return {_shown(name): name for name, entry in self.registry.items() if self.fits(entry)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +65,12 @@ class Listed:
         if not isinstance(given, str):  # a default
             return tuple(given)
         try:
-            return tuple(self.of(word) for word in given.replace(",", " ").split())
+            values = tuple(self.of(word) for word in given.replace(",", " ").split())
         except ValueError:
             raise typer.BadParameter(f"must be a list such as 1,2,3, got {given!r}") from None
+        if not values:
+            raise typer.BadParameter("an empty list leaves nothing to do: give one at least")
+        return values
 
     def __str__(self) -> str:
         return str(self.of).replace("One", "Any", 1) if isinstance(self.of, Named) else ""
@@ -76,6 +85,13 @@ def _typed(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", name.lower())
 
 
+def refuse(context: typer.Context, options: Iterable[str], why: str) -> None:
+    """Refuse options that a user typed, by their parameters, where they would change nothing. Raises UserError."""
+    sources = {name: context.get_parameter_source(name) for name in options}
+    if typed := [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]:
+        raise UserError(f"{why}: leave out {', '.join('--' + name.replace('_', '-') for name in typed)}.")
+
+
 def listed(of: Callable[[str], Any], about: str, *names: str) -> Any:
     """The option of a list, by the names given, or else its parameter's."""
     return typer.Option(*names, parser=Listed(of), metavar="LIST", help=about)
@@ -86,8 +102,11 @@ def out(what: str) -> Any:
     return typer.Option("-o", "--out", parser=Path, help=f"File to write, such as {what}.")
 
 
-POLICIES, METRICS, STRATEGIES = Named(policies.POLICIES), Named(metrics.METRICS), Named(strategies.STRATEGIES)
-PROBES = Named(Registry("probe", SettingsError, metrics.PROBES))
+POLICIES = Named(policies.POLICIES, lambda policy: not policy.needs_calibration)
+OF_ALR = Named(Registry("policy", SettingsError, {name: policies.POLICIES[name] for name in ablation.POLICIES}))
+WHEN = Named(Registry("schedule", SettingsError, {name: name for name in SCHEDULES}))
+METRICS, STRATEGIES = Named(metrics.METRICS), Named(strategies.STRATEGIES)
+PROBES, PROBE = Named(Registry("probe", SettingsError, metrics.PROBES)), _shown(defaults.PROBE)
 FIGURES = Named(Registry("figure", SettingsError, figures.FIGURES))
 
 # Of texts and models. What a parser takes is not checked to be UTF-8: names of files need not be.
@@ -100,8 +119,8 @@ Model = Annotated[
     typer.Option("-m", "--model", "--model-id", parser=str, help="Name (see `models`), folder, GGUF file or hub id."),
 ]
 Device = Annotated[str | None, typer.Option(help="cuda or cpu; by default the GPU if there is one.")]
-Excerpts = Annotated[int, typer.Option(help="Most excerpts to take, spread over the texts.")]
-ExcerptTokens = Annotated[int, typer.Option("--tokens", help="Tokens in each excerpt, or the most the model takes.")]
+Excerpts = Annotated[int, typer.Option(help="Maximum number of excerpts, spread over the texts.")]
+ExcerptTokens = Annotated[int, typer.Option("--tokens", help="Tokens per excerpt, limited to what the model accepts.")]
 NewTokens = Annotated[int, typer.Option(help="Tokens to generate.")]
 
 # Of a compression.
@@ -111,6 +130,7 @@ KeepRatios = Annotated[
     listed(float, "Keep ratios to compare, such as 0.5,0.25.", "--keep-ratios", "--keep-ratio"),
 ]
 Policy = Annotated[str, typer.Option(parser=POLICIES, help="Which key/value pairs to keep.")]
+PolicyOfAlr = Annotated[str, typer.Option(parser=OF_ALR, help="Which key/value pairs to keep.")]
 Policies = Annotated[Sequence[str], listed(POLICIES, "Policies to compare.")]
 SkipLayers = Annotated[str, typer.Option(help="Layers to skip, such as 0,1.")]
 ProtectLast = Annotated[int, typer.Option(help="Number of latest tokens that are never evicted.")]
@@ -146,11 +166,23 @@ class Compression:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompressionOfAlr(Compression):
+    """The options of a compression by a policy that ALR speaks of."""
+
+    policy: PolicyOfAlr = "low_norm"
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompressionOrPlan(Compression):
-    """The options of a compression, or a plan in their place."""
+    """The options of a compression, or a plan instead of them."""
 
     plan: PlanFile = None
 
     def spec(self, config: PretrainedConfig) -> CompressionSpec:
         """As `Compression.spec`; that of the plan where there is one."""
         return load(Plan, self.plan).spec if self.plan else Compression.spec(self, config)
+
+    def check(self, context: typer.Context) -> None:
+        """Refuse options that a plan overrides. Raises UserError."""
+        if self.plan:
+            refuse(context, (field.name for field in fields(Compression)), "--plan says how to compress")

@@ -14,9 +14,9 @@ from pathlib import Path
 from analysis.demo.presets import Preset
 from analysis.errors import UserError
 from analysis.evaluation.passkey import passkey_text, passkeys
-from analysis.evaluation.prompts import can_chat, decided, found, prompt_tokens
+from analysis.evaluation.prompts import FOUND, can_chat, prompt_tokens
 from analysis.evaluation.run import measure
-from analysis.evaluation.task import Sample, Scoring
+from analysis.evaluation.task import Sample
 from analysis.models.load import BUNDLED, LoadedModel
 from analysis.progress import Progress, unheard
 from l2kv import CompressionSpec
@@ -24,10 +24,6 @@ from l2kv import CompressionSpec
 HALF = CompressionSpec(keep_ratio=0.5, skip_layers=(0, 1), protect_last=32)
 """Half the cache by low norm, as the paper's retrieval tasks have it: layers 0 and 1 skipped."""
 QUARTER = replace(HALF, keep_ratio=0.25)
-SCORING = Scoring(
-    lambda sample, text: float(found(sample.answer, text)), lambda sample, text: decided(sample.answer, text)
-)
-"""Answers are scored as `evaluation.prompts.found` says."""
 _FULL = {"the full cache": None}
 
 
@@ -92,7 +88,7 @@ def find_task_presets(
 def _first(loaded: LoadedModel, search: Search, questions: Sequence[Question], progress: Progress) -> Preset:
     methods = {**search.found_by, **search.lost_by}
     samples = [question.sample(loaded, str(i), new_tokens=search.new_tokens) for i, question in enumerate(questions)]
-    rows = measure(loaded, samples, methods, scoring=SCORING, progress=progress)
+    rows = measure(loaded, samples, methods, scoring=FOUND, progress=progress)
     right = {(row.method, row.sample) for row in rows if bool(row.score) is (row.method in search.found_by)}
     meeting = [q for i, q in enumerate(questions) if all((name, str(i)) in right for name in methods)]
     if not meeting:

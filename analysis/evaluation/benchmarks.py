@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
@@ -16,7 +16,8 @@ from analysis.evaluation.frames import read_frame
 from analysis.evaluation.longbench import read_longbench, read_longbench2
 from analysis.evaluation.needle import needle_examples
 from analysis.evaluation.ruler import OFFLINE, RULER, ruler_examples
-from analysis.evaluation.ruler_files import read_questions
+from analysis.evaluation.ruler_files import read_questions, read_ruler
+from analysis.evaluation.scoring import SCORERS
 from analysis.evaluation.task import Sample, Scoring, Task
 from analysis.texts.excerpts import Excerpt
 from analysis.texts.tokens import tokenize
@@ -44,11 +45,12 @@ def sample_of(tokenizer: PreTrainedTokenizerBase, example: Example) -> Sample:
 class RulerSettings:
     """Tasks, lengths and number of RULER's samples."""
 
-    tasks: Annotated[tuple[str, ...], "Names in `RULER`."] = OFFLINE
+    tasks: Annotated[tuple[str, ...], "Tasks of RULER.", RULER] = OFFLINE
     lengths: Annotated[tuple[int, ...], "Tokens of an example at most, the answer's included."] = (1000,)
     samples: Annotated[int, "Samples of each task and length."] = 5
     seed: Annotated[int, "Seed of keys, values and places."] = 0
-    questions: Annotated[str, "File for qa_1 or qa_2."] = ""
+    questions: Annotated[str, "File of questions for qa_1 or qa_2, in SQuAD's or HotpotQA's JSON."] = ""
+    path: Annotated[str, "RULER's own file, in a folder named after its task. Nothing is made then."] = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,6 @@ class FileSettings:
     """File of a benchmark's examples."""
 
     path: Annotated[str, "The file."] = ""
-    n_tokens: Annotated[int, "Tokens of an example at most, its middle cut out; 0 leaves it as it is."] = 0
 
     def required_path(self) -> str:
         """Path of the file. Raises SettingsError if none was given."""
@@ -75,14 +76,32 @@ class FileSettings:
         return self.path
 
 
+@dataclass(frozen=True, slots=True)
+class LongBenchSettings(FileSettings):
+    """File of LongBench, and the length that its examples are cut to."""
+
+    n_tokens: Annotated[int, "Tokens of an example at most, its middle cut out; 0 leaves it as it is."] = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FrameSettings(FileSettings):
+    """Data frame of kvpress, and how the examples of other tasks than RULER's and LongBench's are scored."""
+
+    scorer: Annotated[str | None, "Scorer of tasks that have none of their own.", SCORERS] = None
+
+
 def _haystack(texts: Sequence[Excerpt]) -> str | None:
     return "\n\n".join(excerpt.text for excerpt in texts) or None
 
 
-def _ruler(loaded: LoadedModel, settings: RulerSettings, texts: Sequence[Excerpt]) -> list[Sample]:
+def _ruler(loaded: LoadedModel, settings: RulerSettings, texts: Sequence[Excerpt]) -> Iterable[Example]:
+    if settings.path:
+        if texts:
+            raise SettingsError("RULER's examples are read from a file or made of texts: give its path or texts.")
+        return read_ruler(settings.path)
     questions = read_questions(settings.questions) if settings.questions else None
-    return [
-        sample_of(loaded.tokenizer, example)
+    return (
+        example
         for task in settings.tasks
         for n_tokens in settings.lengths
         for example in ruler_examples(
@@ -94,26 +113,11 @@ def _ruler(loaded: LoadedModel, settings: RulerSettings, texts: Sequence[Excerpt
             essay=_haystack(texts),
             questions=questions,
         )
-    ]
+    )
 
 
-ANSWERS = Scoring(
-    lambda sample, text: scoring.score(sample.example, text), lambda sample, text: scoring.decided(sample.example, text)
-)
-RULER_TASK = Task(
-    title="RULER",
-    about=f"RULER's {len(RULER)} tasks of retrieval, tracing and counting, {len(OFFLINE)} of them made here.",
-    unit="per cent",
-    higher_is_better=True,
-    build=_ruler,
-    settings=RulerSettings,
-    scoring=ANSWERS,
-    right=100,
-)
-
-
-def _needle(loaded: LoadedModel, settings: NeedleSettings, texts: Sequence[Excerpt]) -> list[Sample]:
-    examples = needle_examples(
+def _needle(loaded: LoadedModel, settings: NeedleSettings, texts: Sequence[Excerpt]) -> Iterable[Example]:
+    return needle_examples(
         loaded.tokenizer,
         _haystack(texts) or "\n\n".join(bundled_texts().values()),
         n_tokens=settings.lengths,
@@ -121,60 +125,71 @@ def _needle(loaded: LoadedModel, settings: NeedleSettings, texts: Sequence[Excer
         n_samples=settings.samples,
         seed=settings.seed,
     )
-    return [sample_of(loaded.tokenizer, example) for example in examples]
 
 
-def _longbench(loaded: LoadedModel, settings: FileSettings, texts: Sequence[Excerpt]) -> list[Sample]:
-    examples = read_longbench(settings.required_path(), loaded.tokenizer, n_tokens=settings.n_tokens or None)
-    return [sample_of(loaded.tokenizer, example) for example in examples]
+def _longbench(loaded: LoadedModel, settings: LongBenchSettings, texts: Sequence[Excerpt]) -> Iterable[Example]:
+    return read_longbench(settings.required_path(), loaded.tokenizer, n_tokens=settings.n_tokens or None)
 
 
-def _longbench2(loaded: LoadedModel, settings: FileSettings, texts: Sequence[Excerpt]) -> list[Sample]:
-    examples = read_longbench2(settings.required_path(), loaded.tokenizer, n_tokens=settings.n_tokens or None)
-    return [sample_of(loaded.tokenizer, example) for example in examples]
+def _longbench2(loaded: LoadedModel, settings: LongBenchSettings, texts: Sequence[Excerpt]) -> Iterable[Example]:
+    return read_longbench2(settings.required_path(), loaded.tokenizer, n_tokens=settings.n_tokens or None)
 
 
-def _frame(loaded: LoadedModel, settings: FileSettings, texts: Sequence[Excerpt]) -> list[Sample]:
-    return [sample_of(loaded.tokenizer, example) for example in read_frame(settings.required_path())]
+def _frame(loaded: LoadedModel, settings: FrameSettings, texts: Sequence[Excerpt]) -> Iterable[Example]:
+    return read_frame(settings.required_path(), scorer=settings.scorer)
 
 
-NEEDLE_TASK = Task(
-    "Needle in a haystack",
-    "A sentence hidden in a text and asked for after compression, by length and depth.",
-    "per cent",
-    True,
-    _needle,
-    NeedleSettings,
-    scoring=ANSWERS,
-    right=100,
+ANSWERS = Scoring(
+    lambda sample, text: scoring.score(sample.example, text), lambda sample, text: scoring.decided(sample.example, text)
 )
-LONGBENCH_TASK = Task(
+
+
+def _task(
+    title: str, about: str, examples: Callable[[LoadedModel, Any, Sequence[Excerpt]], Iterable[Example]], **other: Any
+) -> Task:
+    """Make a task of examples that are scored in per cent, each by its own rule."""
+
+    def build(loaded: LoadedModel, settings: Any, texts: Sequence[Excerpt]) -> tuple[Sample, ...]:
+        return tuple(sample_of(loaded.tokenizer, example) for example in examples(loaded, settings, texts))
+
+    return Task(title, about, "per cent", True, build, scoring=ANSWERS, right=100, **other)
+
+
+RULER_TASK = _task(
+    "RULER",
+    f"RULER's {len(RULER)} tasks of retrieval, tracing and counting, {len(OFFLINE)} of them made here.",
+    _ruler,
+    settings=RulerSettings,
+    texts="may",
+    axes=("task", "n_tokens"),
+)
+NEEDLE_TASK = _task(
+    "Needle in a haystack",
+    "A sentence hidden in a text, at several lengths and depths, and asked for after compression.",
+    _needle,
+    settings=NeedleSettings,
+    texts="may",
+    axes=("n_tokens",),
+    share=True,
+)
+LONGBENCH_TASK = _task(
     "LongBench",
     "Questions and summaries of long texts, from LongBench v1's own file.",
-    "per cent",
-    True,
     _longbench,
-    FileSettings,
-    scoring=ANSWERS,
-    right=100,
+    settings=LongBenchSettings,
+    axes=("task",),
 )
-LONGBENCH2_TASK = Task(
+LONGBENCH2_TASK = _task(
     "LongBench v2",
     "Questions of four choices about long texts, from LongBench v2's own file.",
-    "per cent",
-    True,
     _longbench2,
-    FileSettings,
-    scoring=ANSWERS,
-    right=100,
+    settings=LongBenchSettings,
+    share=True,
 )
-FRAME_TASK = Task(
+FRAME_TASK = _task(
     "kvpress data frame",
     "The examples of a file that kvpress evaluates, with the scores of their benchmarks.",
-    "per cent",
-    True,
     _frame,
-    FileSettings,
-    scoring=ANSWERS,
-    right=100,
+    settings=FrameSettings,
+    axes=("task",),
 )

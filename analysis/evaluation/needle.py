@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
 from analysis.errors import SettingsError, TextError
 from analysis.evaluation.examples import Example, fill, sentences
-from analysis.texts.read import read_documents
 from analysis.texts.tokens import SENTENCE_END, check_text
 
 if TYPE_CHECKING:
@@ -73,15 +71,6 @@ def needle_examples(
                 example, size = fill(tokenizer, make, n_tokens=length, least=1, guess=size)
                 examples.append(example)
     return tuple(examples)
-
-
-def read_haystack(path: str | Path) -> str:
-    """Read a file, or all .txt files of a folder by name. Raises TextError if there is none or one is no text."""
-    path = Path(path)
-    files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
-    if not files:
-        raise TextError(f"{path} holds no .txt files. Give a file, or a folder that holds some.")
-    return "\n\n".join(text for file in files for text in read_documents(file, file.stem).values())
 
 
 def _example(name: str, needle: Needle, straw: Sequence[str], depth: float, length: int, n_words: int) -> Example:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 
 from analysis.errors import SettingsError, TextError
-from analysis.evaluation.task import Sample, Scoring, Task
+from analysis.evaluation.prompts import FOUND
+from analysis.evaluation.task import Sample, Task
 from analysis.texts.excerpts import Excerpt
 from analysis.texts.tokens import tokenize
 
@@ -110,23 +111,14 @@ def _build(loaded: LoadedModel, settings: PasskeySettings, texts: Sequence[Excer
     )
 
 
-def _says_key(sample: Sample, text: str) -> float:
-    """1 if the text begins with the key, white space aside, else 0."""
-    return float(text.strip().startswith(sample.answer))
-
-
-def _decided(sample: Sample, text: str) -> bool:
-    """Whether the text has the key, or can't begin with it any more."""
-    said = text.strip()
-    return len(said) >= len(sample.answer) or not sample.answer.startswith(said)
-
-
 PASSKEY = Task(
     title="Passkey",
-    about="Share of hidden numbers that the model says exactly, asked after compression, by length and depth.",
+    about="A number hidden in filler, at several lengths and depths, and asked for after compression.",
     unit="share found",
     higher_is_better=True,
     build=_build,
     settings=PasskeySettings,
-    scoring=Scoring(_says_key, _decided),
+    scoring=FOUND,
+    axes=("n_tokens",),
+    share=True,
 )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from analysis.errors import TextError
+from analysis.evaluation.task import Scoring
 from analysis.texts.tokens import Tokens, check_text, tokenize
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def found(answer: str, text: str) -> bool:
-    """Tell whether a generated text gives the expected answer.
+    """Tell whether a generated text gives the expected answer: the rule of presets, the page Generate and the passkeys.
 
     A key of digits is found where the first digits of the text begin with it, wherever they stand ("48213", "The pass
     key is 48213."); other answers where the text holds them, whatever the case of letters ("paris" in "It is Paris.").
@@ -44,6 +45,12 @@ def decided(answer: str, text: str) -> bool:
         return False
     ended = digits.end() < len(text)
     return ended or not answer.startswith(digits[0])
+
+
+FOUND = Scoring(
+    lambda sample, text: float(found(sample.answer, text)), lambda sample, text: decided(sample.answer, text)
+)
+"""1 where the answer is `found`, else 0."""
 
 
 def can_chat(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -7,7 +7,7 @@ cache goes on evicting. Rows are written as they come (`analysis.evaluation.log`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -31,15 +31,12 @@ from analysis.models.load import LoadedModel
 from analysis.preview import end_tokens, prepared, whole_characters
 from analysis.progress import Progress, unheard
 from analysis.recorder import check_length
-from analysis.texts.excerpts import Excerpt
+from analysis.texts.excerpts import Texts, excerpts_from
 from analysis.texts.tokens import Tokens
 from l2kv import CompressedCache, CompressionSpec
 from l2kv.cache import cache_nbytes
 from l2kv.decoding import decode_one_token, new_cache, prefill
 from l2kv.policies import POLICIES
-
-Texts = Sequence[Excerpt | tuple[str, str]] | Mapping[str, str]
-"""Excerpts, (name, text) pairs, or texts by name."""
 
 
 def evaluate(
@@ -66,7 +63,7 @@ def evaluate(
     Raises:
         SettingsError, SpecError: the task is unknown, a setting is out of range, or a spec does not fit the model.
         TextError: texts are missing, empty, too short, or more than the model can take.
-        RecordError: `out` is another evaluation's, or can't be written.
+        RecordError: `out` belongs to another evaluation, or cannot be written.
         ModelError, OutOfMemoryError: as `stream`.
     """
     what = TASKS.find(task)
@@ -87,7 +84,7 @@ def evaluate(
 def samples_of(
     loaded: LoadedModel, task: str, *, texts: Texts | None = None, settings: object = None
 ) -> tuple[tuple[Sample, ...], object, tuple[str, ...]]:
-    """Samples of a task, the settings that they were made by, and what a reader should know. Raises as `evaluate`."""
+    """Make the samples of a task; return them, the settings they were made with, and warnings. Raises as `evaluate`."""
     what = TASKS.find(task)
     settings = what.settings() if settings is None else settings
     if not isinstance(settings, what.settings):
@@ -96,12 +93,16 @@ def samples_of(
     if texts is None and what.bundled:
         settings, given = what.bundled(loaded, settings)
         if settings != asked:
-            notes.append(f"No text was given, and the bundled ones are short: {settings} is measured.")
+            notes.append(f"The bundled texts are short, so lengths were cut to {settings}.")
     else:
-        given = [Excerpt(*text) for text in (texts.items() if isinstance(texts, Mapping) else texts or ())]
-    if what.needs_texts and not given:
+        given = excerpts_from(texts or ())
+    if what.texts == "must" and not given:
         raise TextError(f"There are no texts, and the task {task} measures on texts. Give some.")
+    if what.texts == "no" and given:
+        raise TextError(f"The task {task} takes no texts, got {len(given)}.")
     samples = tuple(what.build(loaded, settings, given))
+    if not samples:
+        raise TextError(f"The task {task} has no samples: its settings leave none, {settings}.")
     return samples, settings, (*notes, *_checked(loaded, samples))
 
 
@@ -269,7 +270,7 @@ def _finite(value: float) -> float | None:
 
 
 def _row(sample: Sample, nbytes: int, said: int) -> Row:
-    """The row of a sample by a method that is not named yet, of which so many tokens were predicted or generated."""
+    """Make the row of a sample with so many predicted or generated tokens; its method and score are set later."""
     return Row(
         "",
         sample.name,
@@ -285,9 +286,9 @@ def _row(sample: Sample, nbytes: int, said: int) -> Row:
 def _answered(
     loaded: LoadedModel, batch: Sequence[Sample], cache: Cache, scoring: Scoring, tick: Callable[[], object]
 ) -> list[Row]:
-    """The score of each row's greedy answer, which ends where the model ends it or its score is decided.
+    """Score the greedy answer of each sample, which ends where the model ends it or its score is decided.
 
-    Rows that have ended are run on with the others, and what they say is not listened to.
+    Rows that have ended keep running with the others, and their further tokens are ignored.
     """
     token, ends = _rows(loaded, [sample.question for sample in batch]), end_tokens(loaded)
     said: list[list[int]] = [[] for _ in batch]

@@ -7,8 +7,8 @@ tokens are predicted (their likelihood is the score), or an answer is generated 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import MISSING, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -65,9 +65,21 @@ class Scoring:
     """(sample, text so far) -> whether the score stays as it is, however the text goes on: generation ends there."""
 
 
+RESERVED = {
+    "by_position", "context", "device", "excerpts", "help", "json", "keep_ratio", "keep_ratios", "model", "out",
+    "output_dir", "plan", "policies", "protect_last", "prune_after", "schedule", "settings", "skip_layers", "task",
+    "texts", "to",
+}  # fmt: skip
+"""Names that no setting of a task may have: the command line has options of these names beside it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A task: how its samples are made and scored."""
+    """A task: how its samples are made and scored.
+
+    Raises:
+        ValueError: a setting has no default, or one of the `RESERVED` names.
+    """
 
     title: str
     about: str
@@ -78,14 +90,28 @@ class Task:
     build: Build
     settings: type = NoSettings
     """A dataclass of the settings, all with defaults. The command line makes them options, and reads what each is from
-    its type: `Annotated[int, "Keys asked for at each length."]`."""
-    needs_texts: bool = False
-    """True if samples are cut from texts, whose length `n_tokens` of its settings gives; False if they are made up."""
+    its type: `Annotated[int, "Keys asked for at each length."]`, and of names in a registry which:
+    `Annotated[str, "Scorer.", SCORERS]`."""
+    texts: Literal["no", "may", "must"] = "no"
+    """Whether samples are made of texts that a user gives."""
+    excerpt_tokens: Callable[[Any], int] | None = None
+    """settings -> tokens of the excerpts that it takes; None: it takes texts as they are."""
     scoring: Scoring | None = None
     """None where samples have a target: the score is its mean NLL."""
     right: float = 1.0
     """The score of a right answer; 100 where it is in per cent."""
+    share: bool = False
+    """Whether each score is 0 or `right`, so that their mean is a share."""
+    axes: tuple[str, ...] = ()
+    """Axes of the samples' grid (`Sample.at`) that results are summarised by: a row for each place on them."""
     bundled: Callable[[LoadedModel, Any], tuple[Any, Sequence[Excerpt]]] | None = None
-    """(model, settings) -> settings and texts that come with the program, where none are given. None: they must be."""
+    """(model, settings) -> settings and bundled texts to use if no texts are given; None if some must be."""
     version: int = 1
-    """Raised when samples or scores change, so that no file of results is gone on with that was made otherwise."""
+    """Increased when samples or scores change, so that older files of results are not continued."""
+
+    def __post_init__(self) -> None:
+        for setting in fields(self.settings):
+            if setting.name in RESERVED:
+                raise ValueError(f"{self.title}: no setting may be called {setting.name!r}, as an option is already")
+            if setting.default is MISSING and setting.default_factory is MISSING:
+                raise ValueError(f"{self.title}: the setting {setting.name!r} needs a default")

@@ -35,7 +35,7 @@ from analysis.statistics import (
     spearman,
 )
 from analysis.studies import study_of
-from analysis.texts.excerpts import Excerpt
+from analysis.texts.excerpts import Excerpt, Texts, excerpts_from
 from l2kv.config import CacheShape
 from l2kv.spec import CompressionSpec
 
@@ -47,8 +47,6 @@ COSTS_AT = 0.2  # the ratio at which each head is compressed alone: small, so th
 POLICIES = ("low_norm", "high_norm")  # ALR is about these, and they differ from chance
 Rows = tuple[tuple[float | None, ...], ...]
 """A number for each of K layers and N texts; None is undefined."""
-Texts = Sequence[Excerpt | tuple[str, str]]
-"""Excerpts, or (name, text) of each."""
 
 
 @record(
@@ -167,7 +165,7 @@ def ablate_layers(
     """
     from analysis.recorder import capture  # waits for torch, which reading an ablation need not
 
-    settings, given = settings or LmSettings(), [Excerpt(*text) for text in texts]
+    settings, given = settings or LmSettings(), excerpts_from(texts)
     if spec.policy not in POLICIES:
         raise SettingsError(f"the policy must be one of {', '.join(POLICIES)}, got {spec.policy!r}")
     shape = CacheShape.of(loaded.config, loaded.model.dtype.itemsize)
@@ -273,8 +271,8 @@ def head_costs(
     alone = {
         name: replace(others_kept, head_ratios=((head, spec.target_of(*head).ratio),)) for name, head in heads.items()
     }
-    results = _lm(loaded, [Excerpt(*text) for text in texts], alone, settings or LmSettings(), progress)
-    costs = np.full((len(texts), loaded.config.num_hidden_layers, shape.n_kv_heads), np.nan)
+    results = _lm(loaded, given := excerpts_from(texts), alone, settings or LmSettings(), progress)
+    costs = np.full((len(given), loaded.config.num_hidden_layers, shape.n_kv_heads), np.nan)
     for name, (layer, head) in heads.items():
         costs[:, layer, head] = results.change(name)
     return costs

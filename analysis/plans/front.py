@@ -25,7 +25,7 @@ from analysis.plans.strategies import STRATEGIES, plan, title_of
 from analysis.progress import Progress, part_of, unheard
 from analysis.records import record
 from analysis.statistics import MIN_TEXTS, Interval, few_documents_warning, simultaneous, spearman
-from analysis.texts.excerpts import Excerpt
+from analysis.texts.excerpts import Texts, excerpts_from
 from l2kv.config import CacheShape
 from l2kv.spec import CompressionSpec
 
@@ -287,8 +287,8 @@ def passes(n_planning: int, n_measuring: int, *, keep_ratios: int, strategies: I
 
 def measure_front(
     loaded: LoadedModel,
-    planning: Sequence[Excerpt | tuple[str, str]],
-    measuring: Sequence[Excerpt | tuple[str, str]],
+    planning: Texts,
+    measuring: Texts,
     *,
     keep_ratios: Sequence[float] = KEEP_RATIOS,
     strategies: Iterable[str] | None = None,
@@ -319,9 +319,11 @@ def measure_front(
     from analysis.recorder import capture
 
     names, settings = tuple(STRATEGIES if strategies is None else strategies), settings or LmSettings()
-    plan_texts, test_texts = ([Excerpt(*text) for text in texts] for texts in (planning, measuring))
+    plan_texts, test_texts = (excerpts_from(texts) for texts in (planning, measuring))
     if wrong := [keep for keep in keep_ratios if isinstance(keep, bool) or not 0 <= keep <= 1]:
         raise SettingsError(f"keep_ratios must be from 0 to 1, got {', '.join(map(str, wrong))}")
+    if not names or not keep_ratios:
+        raise SettingsError("A Pareto front takes one strategy and one keep ratio at least.")
     for name in names:
         STRATEGIES.find(name)
     if not plan_texts or not test_texts:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import cycle, islice, zip_longest
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,6 +17,7 @@ import regex
 
 from analysis.errors import TextError
 from analysis.texts.tokens import MIN_TOKENS, SENTENCE_END, beginning, check_text
+from analysis.words import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,6 +45,15 @@ class Excerpt(NamedTuple):
     document: str = ""  # the name of the text that it was cut from; that of the excerpt where it is not given
 
 
+Texts = Iterable[Excerpt | tuple[str, str]] | Mapping[str, str]
+"""Excerpts, (name, text) pairs, or texts by name."""
+
+
+def excerpts_from(texts: Texts) -> tuple[Excerpt, ...]:
+    """Make each text an excerpt, as it is: what has no document is its own."""
+    return tuple(Excerpt(*text) for text in (texts.items() if isinstance(texts, Mapping) else texts))
+
+
 def excerpts(
     tokenizer: PreTrainedTokenizerBase, texts: Mapping[str, str], *, n_tokens: int, at_most: int
 ) -> tuple[Excerpt, ...]:
@@ -63,7 +73,9 @@ def excerpts(
     if at_most < 1:
         raise TextError(f"At least one excerpt is needed, got {at_most}.")
     if n_tokens < MIN_TOKENS:
-        raise TextError(f"Excerpts of {n_tokens} tokens are too short; at least {MIN_TOKENS} are needed to rank them.")
+        raise TextError(
+            f"Excerpts of {counted(n_tokens, 'token')} are too short; at least {MIN_TOKENS} are needed to rank them."
+        )
     for name, text in texts.items():
         try:
             check_text(text)

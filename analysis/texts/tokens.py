@@ -278,7 +278,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 def check_text(text: str) -> None:
     """Raise TextError unless the text can be tokenized."""
     if not text.strip():
-        raise TextError("The text is empty. Paste or choose a text first.")
+        raise TextError("The text is empty. Give some text.")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

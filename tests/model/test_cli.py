@@ -4,11 +4,12 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import numpy as np
@@ -17,7 +18,7 @@ from typer.main import get_command
 
 from analysis import Plan
 from analysis.captures import load_run
-from analysis.cli import measures
+from analysis.cli import catalogue, measures
 from analysis.cli.output import form_of, shown, tell
 from analysis.cli.program import any_encoding
 from analysis.evaluation.task import Sample, Scoring, Task
@@ -25,12 +26,14 @@ from analysis.evaluation.tasks import TASKS
 from analysis.metrics import METRICS, metrics
 from analysis.plans.curves import loss_curves
 from analysis.plans.strategies import plan
-from analysis.records import load
+from analysis.records import load, save
 from analysis.statistics import Interval
 from analysis.studies import save_study, study_of
 from analysis.texts.tokens import tokenize
 from app.cli import commands, main
+from l2kv import CompressionSpec
 from l2kv.policies import POLICIES
+from tests.support.evaluation import ablation_of
 from tests.support.paths import BUNDLED, ROOT
 from tests.support.runs import random_run
 
@@ -239,6 +242,117 @@ def test_an_old_study_without_curves_says_how_to_make_one_with_them(tmp_path, ca
     old = replace(study_of(random_run()), curves=None, curve_status=None, curve_gammas=None)
     assert main(["plan", str(save_study(old, tmp_path / "study.safetensors"))]) == 2
     assert "Make it again: l2kv study" in capsys.readouterr().err
+
+
+# What is refused, in a line that says why
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Names of files -> their paths: a text, an ablation, a study with loss curves, and two plans of one name."""
+    study = study_of(random_run(), protect_last=4)
+    made = {
+        "text": tmp_path / "text.txt",
+        "ablation": save(ablation_of(np.array([[0.1, 0.2], [0.5, 0.4]])), tmp_path / "ablation.json"),
+        "study": save_study(study, tmp_path / "study.safetensors"),
+        "plan": save(Plan("m", CompressionSpec(), ""), tmp_path / "a" / "plan.json"),
+        "other": save(Plan("m", CompressionSpec(0.25), ""), tmp_path / "b" / "plan.json"),
+        "named": save(Plan("m", CompressionSpec(0.1), ""), tmp_path / "streaming 0.5.json"),
+    }
+    made["text"].write_text(TEXT)
+    return {name: str(path) for name, path in made.items()}
+
+
+ON_CPU = ["-m", "books-5m", "--device", "cpu"]
+LITTLE = [*ON_CPU, "--policies", "streaming", "--keep-ratios", "0.5"]
+
+
+@pytest.mark.parametrize(
+    "words,reason",
+    [
+        ("skip {ablation} --keep-ratio 0.5", "ablation.json says how to compress: leave out --keep-ratio."),
+        ("skip {ablation} --policy low_norm --protect-last 0", "leave out --policy, --protect-last."),
+        ("skip {ablation} --threshold nan", "--threshold must be 0 or more, and finite, got nan"),
+        ("skip {ablation} --threshold -1", "--threshold must be 0 or more, and finite, got -1"),
+        ("skip {study} --policy random", "policy must be one of low_norm, high_norm, got 'random'"),
+        ("ablation {text} --policy random -o x", "policy must be one of low_norm, high_norm, got 'random'"),
+        ("savings books-5m --plan {plan} --keep-ratio 0.1", "--plan says how to compress: leave out --keep-ratio."),
+        ("generate {text} --plan {plan} --policy random", "--plan says how to compress: leave out --policy."),
+        ("plan {study} --model books-5m --excerpts 3", "study.safetensors has a model and texts of its own: leave out"),
+        ("savings books-5m --policy q_filters", "policy must be one of low_norm"),
+        ("front {text} --strategies '' -o x", "Invalid value for '--strategies': an empty list"),
+        ("front {text} --keep-ratios ' , ' -o x", "--keep-ratio': an empty list"),
+        ("evaluate passkey --lengths ''", "Invalid value for '--lengths': an empty list"),
+        ("evaluate needle --lengths 200 --samples 0", "The task needle has no samples"),
+        ("evaluate lm --excerpts 3", "leave out --excerpts"),
+        ("evaluate passkey --keep-ratios 0.5,0.50", "Two methods are called 'streaming 0.5'"),
+        ("evaluate passkey --plan {plan} --plan {plan}", "Two methods are called '{plan}'"),
+        ("evaluate passkey --plan '{named}'", "Two methods are called 'streaming 0.5'"),
+        ("evaluate longbench", "give its path"),
+    ],
+)
+def test_what_would_change_nothing_or_be_lost_is_refused(capsys, files, words, reason):
+    words = shlex.split(words.format(**files))
+    if words[0] == "evaluate":
+        words = [*words[:2], *LITTLE, *words[2:]]
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and reason.format(**files) in error and error.count("\n") == 1
+
+
+def test_plans_of_one_name_and_ratios_that_look_alike_are_methods_of_their_own(capsys, files):
+    plans = ["--plan", files["plan"], "--plan", files["other"]]
+    options = [*LITTLE[:-1], "0.3333333,0.33333334", "--lengths", "120", "--depths", "0", "--keys", "1", "--json"]
+    assert main(["evaluate", "passkey", *options, *plans]) == 0
+    methods = json.loads(capsys.readouterr().out)["methods"]
+    ratios = ["streaming 0.3333333", "streaming 0.33333334"]
+    assert list(methods) == ["full cache", files["plan"], files["other"], *ratios]
+
+
+def test_a_benchmark_is_summarised_by_its_axes_and_takes_texts(capsys, tmp_path):
+    (tmp_path / "text.txt").write_text("A quiet harbour. " * 400)
+    options = [*LITTLE, "--lengths", "150,300", "--depths", "0,1", "--samples", "1", "--json"]
+    assert main(["evaluate", "needle", str(tmp_path), *options]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [(row["method"], row["n_tokens"], row["samples"]) for row in told["rows"]] == [
+        (method, length, 2) for method in ("full cache", "streaming 0.5") for length in (150, 300)
+    ]
+    assert {row["depth"] for row in told["results"]} == {0, 1}
+    assert main(["evaluate", "passkey", str(tmp_path), *LITTLE]) == 2
+    assert "Got unexpected extra argument" in capsys.readouterr().err
+
+
+def test_a_fetched_model_is_told_in_json_too(capsys, monkeypatch):
+    monkeypatch.setattr(catalogue, "fetch", lambda name, progress: (name, ROOT))
+    assert main(["models", "some/model", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) | {"answer": ""} == {
+        "name": "some/model", "folder": str(ROOT), "rows": [], "answer": "",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "missing,words,extra",
+    [
+        ("typer", ["heads", DEMO], "analysis"),
+        ("msgspec", ["--help"], "analysis"),
+        ("streamlit", ["app"], "app"),
+        ("jinja2", ["report", DEMO, "-o", "x"], "app"),
+        ("plotly", ["figures", "README.md", "-o", "x"], "app"),
+    ],
+)
+def test_without_an_extra_a_command_says_what_to_install(missing, words, extra):
+    code = f"import sys; sys.modules[{missing!r}] = None; from app.console import main; sys.exit(main())"
+    done = process(*words, code=code)
+    told, error = done.communicate()
+    needed = f"{missing} is not installed. Install what this command needs: pip install 'l2kv[{extra}]'"
+    assert (done.returncode, told, error) == (2, "", f"error: {needed}\n")
+
+
+def test_a_part_of_ours_that_is_missing_is_a_mistake_of_ours():
+    code = "import sys; sys.modules['analysis.cli'] = None; from app.console import main; sys.exit(main())"
+    done = process("--help", code=code)
+    _, error = done.communicate()
+    assert done.returncode == 1 and error.startswith("Traceback") and "analysis.cli" in error
 
 
 # A task of one's own

@@ -18,6 +18,7 @@ from analysis.evaluation.lm import LmSettings
 from analysis.evaluation.passkey import PasskeySettings
 from analysis.evaluation.results import FULL, LIVE, ONCE, Results, Row, passes
 from analysis.evaluation.run import evaluate, samples_of
+from analysis.evaluation.tasks import TASKS
 from analysis.evaluation.work import estimate, work_of
 from analysis.texts.tokens import tokenize
 from l2kv import CompressionSpec
@@ -95,7 +96,7 @@ def test_perplexity_and_its_ratio_are_worked_out_by_hand():
         [[[ln(2), ln(8)], [ln(4), ln(4)]], [[ln(4), ln(16)], [ln(8), ln(2)]]],
         [[[1, 0], [1, 1]], [[0, 0], [1, 0]]],
     )
-    full, half = results.summary()
+    full, half = results.summary(TASKS["lm"])
     assert full["perplexity"].value == pytest.approx(4) and half["perplexity"].value == pytest.approx(32**0.5)
     assert full["perplexity_ratio"].value == 1 and half["perplexity_ratio"].value == pytest.approx(
         2**0.5
@@ -123,7 +124,7 @@ def test_where_nothing_is_predicted_or_not_at_the_same_positions_there_is_no_cur
             Results("m", "", "lm", {}, {"a": None}, some).by_position()
     undefined = replace(rows[0], nats=(None,), score=None)
     assert np.isnan(Results("m", "", "lm", {}, {"a": None}, (undefined,)).nats("a")).all()
-    assert "perplexity" not in Results("m", "", "p", {}, {"a": None}, (Row("a", "x", 0.3, 0),)).summary()[0]
+    assert "perplexity" not in Results("m", "", "p", {}, {"a": None}, (Row("a", "x", 0.3, 0),)).summary(TASKS["lm"])[0]
 
 
 def test_flat_rows_and_data_frames_hold_what_a_cell_is(loaded, tmp_path):
@@ -143,7 +144,7 @@ def test_without_a_text_the_bundled_ones_are_spread_over(loaded):
     assert results.notes == () and results.settings["prompt_tokens"] == 40
     short = evaluate(loaded, "lm", {FULL: None}, settings=LmSettings(5000, 3))
     shortest = min(len(tokenize(loaded.tokenizer, text)) for text in presets.bundled_texts().values())
-    assert short.settings["prompt_tokens"] + 3 + 8 == shortest and "bundled ones are short" in short.notes[0]
+    assert short.settings["prompt_tokens"] + 3 + 8 == shortest and "bundled texts are short" in short.notes[0]
     assert LmSettings(chunk_size=3000).within(400).n_tokens == 400 == LmSettings(3000, 5).within(400).n_tokens
     assert LmSettings(30, 5).within(400) == LmSettings(30, 5)
     for wrong in (1, -5):
@@ -236,7 +237,7 @@ def test_the_quick_form_of_the_papers_readme_works_and_continues(capsys, tmp_pat
     assert main(quick) == 0
     told = capsys.readouterr()
     assert "compressed: live from the first token" in told.out and "perplexity ratio" in told.out
-    assert re.search(r"about \d+ s: [\d,]+ tokens one by one", told.err)
+    assert re.search(r"about \d+ s: at most [\d,]+ tokens one by one", told.err)
     results = records.load(Results, tmp_path / "out" / "lm.jsonl")
     assert results.methods["low_norm 0.9"] == PAPERS and results.settings["chunk_size"] == 60
     assert set(results.documents) == set(presets.bundled_texts())

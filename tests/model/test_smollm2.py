@@ -10,8 +10,9 @@ import torch
 from analysis import capture, correlation, load_model
 from analysis.captures import load_run
 from analysis.demo.presets import bundled_results, bundled_texts, presets
-from analysis.demo.questions import HALF, SCORING, Question
+from analysis.demo.questions import HALF, Question
 from analysis.evaluation.passkey import PasskeySettings
+from analysis.evaluation.prompts import FOUND
 from analysis.evaluation.run import evaluate, measure
 from analysis.metrics import metrics
 from analysis.models import packaged
@@ -88,7 +89,7 @@ def answers(loaded, question, *specs) -> bool:
     """Whether every cache gives the answer."""
     sample = question.sample(loaded, "it", new_tokens=32)
     methods = dict(enumerate(specs))
-    return all(row.score == 1 for row in measure(loaded, [sample], methods, scoring=SCORING))
+    return all(row.score == 1 for row in measure(loaded, [sample], methods, scoring=FOUND))
 
 
 def test_it_answers_a_question_through_its_template(loaded):

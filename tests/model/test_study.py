@@ -314,7 +314,7 @@ def aged(path, version):
 
 
 @pytest.mark.parametrize("version", [2, 3])
-def test_a_study_of_an_older_version_opens_and_is_gone_on_with(tmp_path, loaded, texts, whole, version):
+def test_a_study_of_an_older_version_opens_and_is_resumed(tmp_path, loaded, texts, whole, version):
     path = tmp_path / "study.safetensors"
     study(loaded, texts[:2], path)
     aged(path, version)

@@ -55,7 +55,7 @@ TABLE = {
     "policy": Extension(
         POLICIES,
         Policy(oldest_first, "A toy"),
-        ("generate", "savings", "ablation", "skip", "evaluate passkey"),
+        ("generate", "savings", "evaluate passkey"),
         choices.policies,
         "| `a_toy` | A toy | Keep the oldest. | nothing |",
     ),

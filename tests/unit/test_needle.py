@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from analysis.errors import SettingsError, TextError
-from analysis.evaluation.needle import Needle, needle_examples, read_haystack
+from analysis.evaluation.needle import Needle, needle_examples
 from analysis.evaluation.scoring import score
 from tests.support.paths import BUNDLED
 
@@ -75,13 +75,3 @@ def test_what_cannot_be_hidden_is_refused(tokenizer):
         hide(" ")
     with pytest.raises(TextError, match="needle needs at least"):
         hide(n_tokens=20)
-
-
-def test_a_haystack_is_a_file_or_a_folder(tmp_path):
-    with pytest.raises(TextError, match=r"no \.txt files"):
-        read_haystack(tmp_path)
-    (tmp_path / "b.txt").write_text("Second.")
-    (tmp_path / "a.txt").write_text("First.")
-    (tmp_path / "c.md").write_text("Not this.")
-    assert read_haystack(tmp_path) == "First.\n\nSecond."
-    assert read_haystack(tmp_path / "b.txt") == "Second."

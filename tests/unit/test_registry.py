@@ -28,6 +28,13 @@ def test_a_name_is_registered_once(fruit):
         fruit.register("pear", 4)
 
 
+@pytest.mark.parametrize("name", ["a pear", "pear,fig", "pear-tree", "", "1st", 3])
+def test_a_name_can_be_typed_in_a_list(fruit, name):
+    with pytest.raises(ValueError, match="a fruit needs a name of letters, digits and underscores"):
+        fruit.register(name, 4)
+    assert list(fruit) == ["apple", "pear"]
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
@@ -60,6 +67,12 @@ def test_a_policy_that_is_registered_evicts():
         POLICIES.remove("middle")
     with pytest.raises(SpecError, match=r"policy must be one of low_norm, .*, got 'middle'"):
         CompressionSpec(policy="middle")
+
+
+def test_a_policy_says_what_it_keeps():
+    with pytest.raises(ValueError, match="Toy: give its function a docstring"):
+        register_policy("toy", lambda pairs: pairs.positions, title="Toy")
+    assert "toy" not in POLICIES
 
 
 def test_a_policy_that_scores_pairs_as_they_arrive_cannot_need_attention():
