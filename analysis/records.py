@@ -311,7 +311,7 @@ def _check_readable(cls: type, fields: Mapping[str, Any], arrays: Mapping[str, n
         if arrays is not None:
             _check_names(set(arrays), cls)
             _check_dtypes(arrays, cls)
-        made = _checked(cls, _plain(fields), arrays)
+        made: object = _checked(cls, _plain(fields), arrays)
         check_shapes(made)
     except (msgspec.MsgspecError, ValueError, TypeError) as error:
         raise ValueError(f"{kind_of(cls).title} could not be read back: {error}") from error

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
@@ -212,7 +212,8 @@ def study(
     weights = digest_of(loaded)
     done = written = _resumed(path, loaded.name, weights, given)
     # A study is resumed as it was begun, whatever is registered or the default today.
-    probes, names, window, bins = tuple(PROBES), None, RECENT_WINDOW, BINS
+    probes, names, window = tuple(PROBES), tuple(METRICS), RECENT_WINDOW
+    bins: int | None = BINS
     if done is not None:
         probes, names, window = done.probes, done.metrics, done.protect_last
         bins = None if done.curves is None else done.curves.shape[-1] - 1
@@ -290,7 +291,9 @@ def _joined(parts: Sequence[Study]) -> Study:
     """The texts of several studies of one model, that were measured alike."""
     assert len({(one.probes, one.metrics, one.protect_last, one.curves is None) for one in parts}) == 1
     texts = sum(len(one.names) for one in parts)
-    of_texts = {name: sum((getattr(one, name) for one in parts), ()) for name in ("names", "digests", "documents")}
+    of_texts: dict[str, Any] = {
+        name: sum((getattr(one, name) for one in parts), ()) for name in ("names", "digests", "documents")
+    }
     arrays = {name: [getattr(one, name) for one in parts] for name in _ARRAYS}
-    joined = {name: np.concatenate(of) for name, of in arrays.items() if of[0] is not None}
-    return replace(parts[-1], texts=max(texts, parts[-1].texts), **of_texts, **joined)
+    of_texts |= {name: np.concatenate(of) for name, of in arrays.items() if of[0] is not None}
+    return replace(parts[-1], texts=max(texts, parts[-1].texts), **of_texts)

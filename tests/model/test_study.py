@@ -621,6 +621,11 @@ def test_the_command_prints_a_metric_of_each_layer(tmp_path, capsys):
         assert float(mean.split()[0]) == pytest.approx(sum(heads) / 8, rel=0.01)
         assert (int(low), int(high)) == (heads.index(min(heads)), heads.index(max(heads)))
         assert (float(least), float(most)) == pytest.approx((min(heads), max(heads)), rel=0.01)
+    assert main([*command, "normalised_alr", "--json"]) == 0  # the mean of heads, beside the layer's own
+    for layer, row in enumerate(json.loads(capsys.readouterr().out)["rows"]):
+        read = load_study(out)
+        assert row["layer_alr"]["value"] == pytest.approx(layer_alr(read)[:, layer].mean())
+        assert row["normalised_alr"]["value"] == pytest.approx(read.of("normalised_alr")[:, layer].mean())
     assert main([*command, "entropy of it"]) == 2
     assert "'--metric': metric must be one of gamma, gamma_skip_first" in capsys.readouterr().err
 
