@@ -357,7 +357,7 @@ def test_a_front_of_version_1_is_refused_with_the_command_that_makes_it_again():
 
 
 def content_of_a_front() -> dict:
-    """What the file of a front of one strategy on two texts says."""
+    """What the file of a Pareto front of one strategy on two texts says."""
     return json.loads(to_json(front_of([(LOW, 0.5, CompressionSpec(), (0.5, 0.25))], documents=("x", "y"))))
 
 
