@@ -154,16 +154,14 @@ def _evaluate(
     policies: options.Policies = ("low_norm", "high_norm", "random", "streaming", "keydiff"),
     skip_layers: options.SkipLayers = "0,1",
     protect_last: options.ProtectLast = defaults.RECENT_WINDOW,
-    prune_after: Annotated[int, typer.Option(help="Pairs that a head must hold before any is evicted.")] = 0,
+    prune_after: Annotated[int, typer.Option(help="Number of pairs a head must hold before any is evicted.")] = 0,
     schedule: Annotated[
         str | None,
-        typer.Option(parser=options.WHEN, help=f"When to evict; by default {REFERENCE} where a chunk is predicted."),
+        typer.Option(parser=options.WHEN, help=f"When to evict; by default {REFERENCE} with --chunk-size."),
     ] = None,
     excerpts: options.Excerpts = defaults.EXCERPTS,
     device: options.Device = None,
-    by_position: Annotated[
-        int, typer.Option(help="Print NLL and accuracy by so many positions, where tokens are predicted.")
-    ] = 0,
+    by_position: Annotated[int, typer.Option(help="Print NLL and accuracy for each group of this many positions.")] = 0,
     to: Annotated[
         Path | None,
         typer.Option(
@@ -171,7 +169,7 @@ def _evaluate(
             "--out",
             "--output-dir",
             parser=Path,
-            help="File to write rows to as they are computed, or a folder for it; rows in it are not computed again.",
+            help="File to write rows to as they are computed, or its folder; run again to continue it.",
         ),
     ] = None,
     json: options.Json = False,

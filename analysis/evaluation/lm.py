@@ -1,7 +1,7 @@
 """The task `lm`: how well the tokens of a text are predicted, one by one. Knows tokenizers; runs no model.
 
-Either a prompt is compressed once and what follows it is predicted over a cache that goes on evicting, or, as in the
-quick evaluation of the paper's code, the cache evicts from the first token on and all tokens of a chunk are predicted.
+Either a prompt is compressed once, and the tokens after it are predicted while the cache keeps evicting; or the cache
+evicts from the first token on and every token of a chunk is predicted, as in the quick evaluation of the paper's code.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Lengths:
 
     @property
     def settings(self) -> LmSettings:
-        """Settings of the task `lm` of these lengths."""
+        """Settings of the task `lm` with these lengths."""
         return LmSettings(self.prompt_tokens, self.new_tokens)
 
     def __post_init__(self) -> None:
@@ -49,12 +49,12 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True)
 class LmSettings(Lengths):
-    """Lengths of the prompt and of what is predicted after it, or of a chunk that is all predicted, in tokens."""
+    """Lengths of the prompt and of the continuation, or of a chunk, in tokens."""
 
     chunk_size: Annotated[
-        int, "Tokens of a chunk, in place of a prompt: all are predicted, over a cache that evicts from the first on."
+        int, "Tokens in each chunk, all predicted while the cache evicts from the first on; replaces the prompt."
     ] = 0
-    """As in the quick evaluation of the paper's code. 0: a prompt is compressed once."""
+    """0 compresses a prompt once."""
 
     def __post_init__(self) -> None:
         Lengths.__post_init__(self)
@@ -63,11 +63,11 @@ class LmSettings(Lengths):
 
     @property
     def n_tokens(self) -> int:
-        """Tokens to ask of an excerpt: a prompt or a chunk cut from it may be some shorter."""
+        """Number of tokens an excerpt should have, as in `Lengths`."""
         return (self.chunk_size or self.prompt_tokens + self.new_tokens) + SPARE
 
     def within(self, n_tokens: int) -> LmSettings:
-        """The same of excerpts of so many tokens at most, with a shorter prompt or chunk."""
+        """Shorten the prompt or the chunk to excerpts of `n_tokens`."""
         less = max(0, self.n_tokens - n_tokens)
         if self.chunk_size:
             return replace(self, chunk_size=self.chunk_size - less)
@@ -101,7 +101,7 @@ def _build(loaded: LoadedModel, settings: LmSettings, texts: Sequence[Excerpt]) 
 
 
 def _bundled(loaded: LoadedModel, settings: LmSettings) -> tuple[LmSettings, tuple[Excerpt, ...]]:
-    """Excerpts of the bundled texts, and settings that are no longer than the shortest of these."""
+    """Cut settings to the shortest bundled text, and take excerpts of that length from all of them."""
     texts = bundled_texts()
     settings = settings.within(min(len(tokenize(loaded.tokenizer, text)) for text in texts.values()))
     return settings, excerpts(loaded.tokenizer, texts, n_tokens=settings.n_tokens, at_most=EXCERPTS)

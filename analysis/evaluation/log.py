@@ -1,8 +1,8 @@
-"""The rows of an evaluation as a file of lines, written as they are computed. What it holds is not computed again.
+"""The rows of an evaluation in a file, written as they are computed, so that none is computed twice. Knows no model.
 
-A row is found by a key, a digest of all that its score depends on: the model, the task and its version, the sample,
-those that it was batched with, and the spec. The file's first line says what all rows have in common: it is gone on
-with only under the same threads, device, dtype and versions, so that ties fall alike. Knows no model.
+The key of a row is a digest of everything its score depends on: model, task and version of the task, the sample, the
+samples in the same batch, and the spec. The first line of the file is what all rows share. An evaluation continues a
+file only under the same settings, threads, device, dtype and versions, so that ties fall the same way.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from l2kv.spec import CompressionSpec
 
 
 def digest_of_sample(sample: Sample) -> str:
-    """Digest of all that a sample asks, and of what its score goes by."""
+    """Digest of a sample: its tokens, and what its answer is scored by."""
     ids = [part.tolist() for part in (sample.context, sample.question, sample.target)]
     asked = [*ids, sample.name, sample.answer, sample.new_tokens, sample.document, dict(sample.at), sample.example]
     return _digest(msgspec.json.encode(asked, enc_hook=repr))
 
 
 def digest_of_samples(samples: Sequence[Sample]) -> str:
-    """Digest of samples in their order."""
+    """Digest of samples, in order."""
     return _digest(" ".join(map(digest_of_sample, samples)).encode())
 
 
@@ -41,15 +41,15 @@ def _digest(content: bytes) -> str:
 
 
 class Log:
-    """The rows that are known of an evaluation, by batch and spec. With a path they are kept there, else nowhere.
+    """The known rows of an evaluation, by batch and spec.
 
     Args:
-        path: of a file that is started, or resumed.
-        about: the fields of the `Results` but for their rows.
+        path: file to begin or to continue; None keeps nothing.
+        about: fields of the `Results` without its rows.
 
     Raises:
-        RecordError: the file is none of results, or of others: another model, task, number of threads ...; or it
-            can't be written.
+        RecordError: the file holds no results, or those of another model, task, number of threads and so on, or it
+            cannot be written.
     """
 
     def __init__(self, path: str | Path | None, about: Mapping[str, Any]) -> None:
@@ -67,11 +67,11 @@ class Log:
             about = {**about, "methods": _methods_of(self.path, known, about)}
         self._rows = {row.key: row for row in rows}
         self._written = {(row.method, row.key) for row in rows}
-        # Anew, for the last line may be half written, and there may be more methods now.
+        # The last line may be half written, and there may be more methods now.
         write_text(text_of(Results, {**about, "rows": rows}), self.path)
 
     def find(self, batch: Sequence[Sample], spec: CompressionSpec | None) -> tuple[Row, ...] | None:
-        """The rows of a batch by a spec; None where one is missing, for a batch is computed as a whole."""
+        """Find the rows of a batch by a spec; None if any is missing, since a batch is computed as a whole."""
         if not self._rows:
             return None
         rows = [self._rows.get(key) for key in self._keys(batch, spec)]
@@ -79,7 +79,7 @@ class Log:
         return found if len(found) == len(batch) else None
 
     def add(self, batch: Sequence[Sample], spec: CompressionSpec | None, rows: Sequence[Row]) -> list[Row]:
-        """The rows of a batch by a spec with their keys. Written are those of each method that is it, if not yet."""
+        """Add keys to the rows of a batch by a spec, and write those that are new for each method with this spec."""
         rows = [replace(row, key=key) for row, key in zip(rows, self._keys(batch, spec), strict=True)]
         for row in rows if self.path else ():
             for method in (name for name, its in self.methods.items() if its == spec):
@@ -112,14 +112,12 @@ def _rows_of(path: Path, known: Mapping[str, Any]) -> tuple[Row, ...]:
 
 
 def _methods_of(path: Path, known: Mapping[str, Any], about: Mapping[str, Any]) -> Methods:
-    """The methods of the file and those of now. Raises RecordError unless all else is the same."""
+    """Join the methods of the file and the new ones. Raises RecordError unless everything else is equal."""
     now = msgspec.json.decode(json_text(about).encode())
     for name in ("model", "weights", "task", "settings", "run"):
         if (then := known.get(name)) != now[name]:
             told = _told(then, now[name])
-            raise RecordError(
-                f"{path} was begun with another {name}{told}. Go on under the same, or choose another file."
-            )
+            raise RecordError(f"{path} was made with another {name}{told}. Use the same, or choose another file.")
     try:
         before = msgspec.convert(known["methods"], Methods)
     except (msgspec.ValidationError, LookupError, ValueError) as error:
@@ -132,7 +130,7 @@ def _methods_of(path: Path, known: Mapping[str, Any], about: Mapping[str, Any]) 
 
 
 def _told(then: object, now: object) -> str:
-    """What differs, in words."""
+    """Describe what differs."""
     if isinstance(then, dict) and isinstance(now, dict):
         keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
         return ": " + ", ".join(f"{key} was {then.get(key)!s:.80}, is {now.get(key)!s:.80}" for key in keys)

@@ -71,15 +71,15 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What results depend on besides the model, the task, its settings and the methods, so that ties fall alike."""
+    """What results depend on besides the model, the task, its settings and the methods."""
 
     samples: int
     """Number of samples, N."""
     digest: str
-    """Digest of all samples, in their order."""
+    """Digest of the samples, in order."""
     task_version: int
     tokens_at_once: int
-    """Tokens in the rows of a batch at most."""
+    """Most tokens in the rows of a batch."""
     threads: int
     device: str
     dtype: str
@@ -89,14 +89,14 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Number of tokens that are run, over all samples and specs."""
+    """Number of tokens to run, over all samples and specs."""
 
     prefilled: int
-    """Tokens of contexts."""
+    """Number of context tokens."""
     saved: int
-    """Tokens of contexts that are not run again for each spec."""
+    """Number of context tokens that sharing one pass between specs saves."""
     decoded: int
-    """Tokens after them: of questions, targets and answers, each to its own end."""
+    """Number of tokens after the contexts: questions, targets and answers, each to its own end."""
 
 
 @record("results", version=2, title="a file of results", again="l2kv evaluate", lines="rows")
@@ -115,7 +115,7 @@ class Results:
     run: Run | None = None
     """None where it is not known."""
     notes: tuple[str, ...] = ()
-    """What a reader should know of texts and lengths."""
+    """Warnings about texts and lengths."""
 
     def __post_init__(self) -> None:
         if unknown := {row.method for row in self.rows} - set(self.methods):
@@ -124,14 +124,14 @@ class Results:
         if len(self.rows) != len(self.methods) * n or len(self.samples) != n or len(self._cells) != len(self.rows):
             raise ValueError(
                 f"each method must have one row for each sample, and {len(self.rows)} of {len(self.methods) * n} are "
-                "there; an evaluation that was stopped goes on where the same one is run again"
+                "there; run a stopped evaluation again to continue it"
             )
         if not all(row.score is None or isfinite(row.score) for row in self.rows):
             raise ValueError("a score must be a finite number, or none")
         if not all(0 <= row.nbytes < 2**63 for row in self.rows):
             raise ValueError("nbytes must be from 0 to 2^63")
         if any(len(row.nats) != len(row.hits) for row in self.rows):
-            raise ValueError("each token that has nats must be a hit or none")
+            raise ValueError("each token with an NLL must be a hit or a miss")
         # Files have them in the order in which they were computed.
         in_order = tuple(self._cells[method, sample] for method in self.methods for sample in self.samples)
         object.__setattr__(self, "rows", in_order)
@@ -216,17 +216,17 @@ class Results:
         """Positions of the predicted tokens in their texts, [T], counted from 0.
 
         Raises:
-            SettingsError: nothing was predicted token by token, or other positions of one sample than of another.
+            SettingsError: nothing was predicted token by token, or positions differ between samples.
         """
         spans = {(row.context + row.decoded + 1 - len(row.nats), len(row.nats)) for row in self.rows}
         if len(spans) != 1 or not (span := next(iter(spans)))[1]:
-            raise SettingsError("These results have no NLL by position, or not at the same positions of all samples.")
+            raise SettingsError("These results have no NLL by position, or at different positions of each sample.")
         return np.arange(span[0], sum(span))
 
     def by_position(self, *, width: int = 1) -> list[dict[str, Any]]:
-        """A row for each method and `width` positions: mean NLL, perplexity and accuracy with their intervals.
+        """Tabulate each method by `width` positions: mean NLL, perplexity and accuracy with their intervals.
 
-        The first position is told, and the last few may be less than `width`. "change" is as in `summary`.
+        "position" is the first of each group; the last group may be smaller. "change" is as in `summary`.
 
         Raises:
             SettingsError: as `positions`, or the width is less than 1.
@@ -253,7 +253,7 @@ class Results:
         return rows
 
     def work(self) -> Work:
-        """Number of tokens that were run for all rows, and of those that one pass over a context saved."""
+        """Count the tokens that were run, and those that sharing passes saved."""
         one = {spec: name for name, spec in self.methods.items()}  # equal specs are run once
         runs, saved = passes(one)
         context = sum(row.context for row in self.of(next(iter(self.methods)))) if self.methods else 0
@@ -304,16 +304,16 @@ class Results:
         ]
 
     def frame(self) -> pd.DataFrame:
-        """A data frame of `table`; `frame().to_csv(...)` writes it."""
+        """Return `table` as a data frame."""
         import pandas as pd
 
         return pd.DataFrame(self.table())
 
 
 def passes(specs: Collection[CompressionSpec | None]) -> tuple[int, int]:
-    """Passes over a context that specs take, and how many more they would take each on its own.
+    """Number of passes over a context that specs take, and number that sharing saves.
 
-    One pass is enough for all policies that look at keys alone; the others must see attention, each at its own.
+    One pass serves all policies that look at keys alone; each of the others needs its own.
     """
     policies = [POLICIES[spec.policy] for spec in specs if spec is not None]
     alone = sum(policy.needs_attention or policy.needs_filters for policy in policies)
@@ -322,7 +322,7 @@ def passes(specs: Collection[CompressionSpec | None]) -> tuple[int, int]:
 
 
 def _exp(values: Interval) -> Interval:
-    """Perplexity, or its ratio, of nats/token."""
+    """Perplexity of an NLL, or perplexity ratio of an NLL change."""
     return Interval(*(exp(min(value, 700.0)) for value in (values.value, values.low, values.high)))
 
 

@@ -63,7 +63,7 @@ def evaluate(
     Raises:
         SettingsError, SpecError: the task is unknown, a setting is out of range, or a spec does not fit the model.
         TextError: texts are missing, empty, too short, or more than the model can take.
-        RecordError: `out` is another evaluation's, or can't be written.
+        RecordError: `out` belongs to another evaluation, or cannot be written.
         ModelError, OutOfMemoryError: as `stream`.
     """
     what = TASKS.find(task)
@@ -84,7 +84,7 @@ def evaluate(
 def samples_of(
     loaded: LoadedModel, task: str, *, texts: Texts | None = None, settings: object = None
 ) -> tuple[tuple[Sample, ...], object, tuple[str, ...]]:
-    """Samples of a task, the settings that they were made by, and what a reader should know. Raises as `evaluate`."""
+    """Make the samples of a task; return them, the settings they were made with, and warnings. Raises as `evaluate`."""
     what = TASKS.find(task)
     settings = what.settings() if settings is None else settings
     if not isinstance(settings, what.settings):
@@ -93,7 +93,7 @@ def samples_of(
     if texts is None and what.bundled:
         settings, given = what.bundled(loaded, settings)
         if settings != asked:
-            notes.append(f"No text was given, and the bundled ones are short: {settings} is measured.")
+            notes.append(f"The bundled texts are short, so lengths were cut to {settings}.")
     else:
         given = excerpts_from(texts or ())
     if what.texts == "must" and not given:
@@ -270,7 +270,7 @@ def _finite(value: float) -> float | None:
 
 
 def _row(sample: Sample, nbytes: int, said: int) -> Row:
-    """The row of a sample by a method that is not named yet, of which so many tokens were predicted or generated."""
+    """Make the row of a sample with so many predicted or generated tokens; its method and score are set later."""
     return Row(
         "",
         sample.name,
@@ -286,9 +286,9 @@ def _row(sample: Sample, nbytes: int, said: int) -> Row:
 def _answered(
     loaded: LoadedModel, batch: Sequence[Sample], cache: Cache, scoring: Scoring, tick: Callable[[], object]
 ) -> list[Row]:
-    """The score of each row's greedy answer, which ends where the model ends it or its score is decided.
+    """Score the greedy answer of each sample, which ends where the model ends it or its score is decided.
 
-    Rows that have ended are run on with the others, and what they say is not listened to.
+    Rows that have ended keep running with the others, and their further tokens are ignored.
     """
     token, ends = _rows(loaded, [sample.question for sample in batch]), end_tokens(loaded)
     said: list[list[int]] = [[] for _ in batch]

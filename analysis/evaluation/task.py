@@ -105,9 +105,9 @@ class Task:
     axes: tuple[str, ...] = ()
     """Axes of the samples' grid (`Sample.at`) that results are summarised by: a row for each place on them."""
     bundled: Callable[[LoadedModel, Any], tuple[Any, Sequence[Excerpt]]] | None = None
-    """(model, settings) -> settings and texts that come with the program, where none are given. None: they must be."""
+    """(model, settings) -> settings and bundled texts to use if no texts are given; None if some must be."""
     version: int = 1
-    """Raised when samples or scores change, so that no file of results from before is resumed."""
+    """Increased when samples or scores change, so that older files of results are not continued."""
 
     def __post_init__(self) -> None:
         for setting in fields(self.settings):

@@ -1,4 +1,4 @@
-"""How long an evaluation will take: its tokens are counted, and a few of them timed. Scores nothing."""
+"""How long an evaluation will take: counts its tokens, and times a few. Scores nothing."""
 
 from __future__ import annotations
 
@@ -24,31 +24,29 @@ _STEPS = 3
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What an evaluation takes, begun from nothing."""
+    """Tokens and seconds that an evaluation takes from its beginning."""
 
     work: Work
-    """Answers are counted as if each were as long as it may be."""
+    """Tokens to run, with every answer at its longest."""
     seconds: float
-    """Of running the model; at most, where answers are generated."""
+    """Seconds to run the model; an upper bound where answers are generated."""
     prefill_rate: float
-    """Tokens of contexts a second; 0 where there are none."""
+    """Context tokens per second; 0 if there are none."""
     decode_rate: float
-    """Tokens a second after a context, over all rows of a batch."""
+    """Tokens per second after a context, over all rows of a batch."""
 
     def __str__(self) -> str:
         work = self.work
         time = f"{self.seconds:.0f} s" if self.seconds < 100 else f"{self.seconds / 60:.0f} min"
-        contexts = f"{work.prefilled:,} tokens of contexts ({work.saved:,} more are saved by running each once), "
-        return f"{time}: {contexts if work.prefilled else ''}{work.decoded:,} tokens one by one at most"
+        contexts = f"{work.prefilled:,} context tokens ({work.saved:,} more saved by sharing passes), "
+        return f"{time}: {contexts if work.prefilled else ''}at most {work.decoded:,} tokens one by one"
 
 
 @torch.inference_mode()
 def estimate(
     loaded: LoadedModel, task: str, methods: Methods, *, texts: Texts | None = None, settings: object = None
 ) -> Estimate:
-    """Count the tokens of an evaluation, and time one batch of middle length.
-
-    A part of its contexts is run once, and a few tokens after it over the full cache and over a compressed one.
+    """Count the tokens of an evaluation, and time a few tokens of a batch of median length.
 
     Raises:
         As `evaluate`.
@@ -70,7 +68,7 @@ def estimate(
 
 
 def work_of(samples: Sequence[Sample], methods: Methods) -> Work:
-    """Number of tokens that an evaluation runs, as if each answer were as long as it may be."""
+    """Count the tokens of an evaluation, with every answer at its longest."""
     specs = set(methods.values())
     runs, saved = passes(specs)
     context = sum(len(sample.context) for sample in samples)
@@ -81,7 +79,7 @@ def work_of(samples: Sequence[Sample], methods: Methods) -> Work:
 def _timed(
     loaded: LoadedModel, batch: Sequence[Sample], specs: Sequence[CompressionSpec | None]
 ) -> tuple[float, list[float]]:
-    """Tokens a second of contexts, and seconds of a step of the whole batch by each spec."""
+    """Context tokens per second, and seconds that one step of the batch takes with each spec."""
     fill = [sample.context if len(sample.context) else sample.target[: len(sample.target) // 2] for sample in batch]
     ids = torch.stack([torch.from_numpy(one[:_TIMED]) for one in fill]).to(loaded.device)
     rates, steps = [], []
@@ -104,6 +102,6 @@ def _timed(
 
 
 def _wait(computed: Tensor) -> None:
-    """Wait for what a GPU computes meanwhile."""
+    """Wait for a GPU to finish."""
     if computed.is_cuda:
         torch.cuda.synchronize(computed.device)

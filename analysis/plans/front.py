@@ -316,7 +316,7 @@ def measure_front(
     if wrong := [keep for keep in keep_ratios if isinstance(keep, bool) or not 0 <= keep <= 1]:
         raise SettingsError(f"keep_ratios must be from 0 to 1, got {', '.join(map(str, wrong))}")
     if not names or not keep_ratios:
-        raise SettingsError("A front takes one strategy and one keep ratio at least.")
+        raise SettingsError("A Pareto front takes one strategy and one keep ratio at least.")
     for name in names:
         STRATEGIES.find(name)
     if not plan_texts or not test_texts:

@@ -144,7 +144,7 @@ def test_without_a_text_the_bundled_ones_are_spread_over(loaded):
     assert results.notes == () and results.settings["prompt_tokens"] == 40
     short = evaluate(loaded, "lm", {FULL: None}, settings=LmSettings(5000, 3))
     shortest = min(len(tokenize(loaded.tokenizer, text)) for text in presets.bundled_texts().values())
-    assert short.settings["prompt_tokens"] + 3 + 8 == shortest and "bundled ones are short" in short.notes[0]
+    assert short.settings["prompt_tokens"] + 3 + 8 == shortest and "bundled texts are short" in short.notes[0]
     assert LmSettings(chunk_size=3000).within(400).n_tokens == 400 == LmSettings(3000, 5).within(400).n_tokens
     assert LmSettings(30, 5).within(400) == LmSettings(30, 5)
     for wrong in (1, -5):
@@ -237,7 +237,7 @@ def test_the_quick_form_of_the_papers_readme_works_and_continues(capsys, tmp_pat
     assert main(quick) == 0
     told = capsys.readouterr()
     assert "compressed: live from the first token" in told.out and "perplexity ratio" in told.out
-    assert re.search(r"about \d+ s: [\d,]+ tokens one by one", told.err)
+    assert re.search(r"about \d+ s: at most [\d,]+ tokens one by one", told.err)
     results = records.load(Results, tmp_path / "out" / "lm.jsonl")
     assert results.methods["low_norm 0.9"] == PAPERS and results.settings["chunk_size"] == 60
     assert set(results.documents) == set(presets.bundled_texts())

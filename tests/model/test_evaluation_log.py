@@ -93,7 +93,7 @@ def test_a_last_line_half_written_is_dropped_wherever_it_ends(loaded, undisturbe
         out = tmp_path / f"{end}.jsonl"
         out.write_bytes(whole[:end])
         if end < len(whole) - 1:
-            with pytest.raises(RecordError, match=r"of 35 are there; an evaluation that was stopped goes on"):
+            with pytest.raises(RecordError, match=r"of 35 are there; run a stopped evaluation again"):
                 records.load(Results, out)
         assert lm(loaded, out) == undisturbed == records.load(Results, out)
 
@@ -129,7 +129,7 @@ def test_a_file_of_another_evaluation_is_refused_and_left_as_it_is(loaded, tmp_p
     with pytest.raises(RecordError, match=r"another task"):
         evaluate(loaded, "passkey", METHODS, settings=PasskeySettings((120,), (0.5,), 1), out=out)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
-    with pytest.raises(RecordError, match=r"another run: threads was 1, is 7.*Go on under the same"):
+    with pytest.raises(RecordError, match=r"another run: threads was 1, is 7.*Use the same"):
         lm(loaded, out)
     monkeypatch.undo()
     with pytest.raises(RecordError, match=r"another run: tokens_at_once was 102, is 8192"):

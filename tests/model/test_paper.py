@@ -134,7 +134,7 @@ def test_other_heads_can_be_chosen_and_must_be_there():
     assert four_heads(run, [(2, 5)]).gamma == correlation(run)[2, 5]
     with pytest.raises(ValueError, match="3 layers of 6 heads"):
         four_heads(run, [(3, 0)])
-    with pytest.raises(TextError, match="no head"):
+    with pytest.raises(TextError, match="No head of this model is defined"):
         four_heads(run_of(np.ones((1, 1, 9)), np.ones((1, 1, 9)) / 9))
 
 

@@ -311,7 +311,7 @@ def aged(path, version):
 
 
 @pytest.mark.parametrize("version", [2, 3])
-def test_a_study_of_an_older_version_opens_and_is_gone_on_with(tmp_path, loaded, texts, whole, version):
+def test_a_study_of_an_older_version_opens_and_is_resumed(tmp_path, loaded, texts, whole, version):
     path = tmp_path / "study.safetensors"
     study(loaded, texts[:2], path)
     aged(path, version)
@@ -319,7 +319,7 @@ def test_a_study_of_an_older_version_opens_and_is_gone_on_with(tmp_path, loaded,
     assert old.documents == (() if version == 2 else ("Keats", "Keats")) and old.curves is None
     np.testing.assert_array_equal(old.of("gamma_skip_first"), whole.of("gamma_skip_first")[:2])
     np.testing.assert_array_equal(old.of("normalised_alr"), whole.of("normalised_alr")[:2])
-    with pytest.raises(SettingsError, match=r"no loss curves.*l2kv study"):
+    with pytest.raises(SettingsError, match=r"too old to hold loss curves.*l2kv study"):
         curves_of(old)
     assert_same(study(loaded, texts, path), dataclasses.replace(whole, **WITHOUT_CURVES))
 
