@@ -217,7 +217,7 @@ def test_a_config_that_would_not_be_loaded_is_not_counted(tmp_path, capsys, conf
     "arguments,reason",
     [
         (["skip", "TEXT"], "is not a single-layer ablation, a study or a run"),
-        (["skip", "RUN", "--policy", "random"], "policy must be one of low_norm, high_norm, got"),
+        (["skip", "RUN", "--policy", "random"], "one of low_norm, high_norm, got"),
         (["skip", "RUN", "--count", "7"], "count must be from 0 to 6"),
         (
             ["plan", "TEXT", "--excerpts", "1", "--prompt-tokens", "40", "--strategy", "by_token"],
@@ -227,7 +227,7 @@ def test_a_config_that_would_not_be_loaded_is_not_counted(tmp_path, capsys, conf
         (["plan", "nowhere.txt"], "cannot be read"),
         (
             ["ablation", "TEXT", "--policy", "random", "--prompt-tokens", "40", "-o", "OUT"],
-            "policy must be one of low_norm, high_norm, got",
+            "one of low_norm, high_norm, got",
         ),
         (["front", "TEXT", "--excerpts", "1", "--prompt-tokens", "99999", "-o", "OUT"], "None of the texts has"),
         (["savings", "books-5m", "--skip-layers", "0, 6"], "layer 6, but the layers are 0 to 5"),
