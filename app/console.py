@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from analysis.errors import UserError
@@ -23,7 +23,7 @@ def needs(extra: str) -> Iterator[None]:
         ) from missing
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run a command, and return the exit status."""
     try:
         with needs("analysis"):
@@ -31,4 +31,4 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return run()
+    return run(argv)

@@ -179,7 +179,7 @@ def _evaluate(
     saved = saved_plans(plan)
     documents = texts_of(texts) if texts or (chosen.texts == "must" and not chosen.bundled) else None
     if documents is None:
-        refuse(context, ("excerpts",), "without TEXTS the bundled ones are taken as they are")
+        refuse(context, ("excerpts",), "without TEXTS the number of excerpts is fixed")
     loaded = loaded_model(model, device)
     from analysis.evaluation.run import evaluate
     from analysis.evaluation.work import estimate
@@ -222,7 +222,7 @@ def _evaluate(
         rows,
         json=json,
         title=f"{loaded.name}, {chosen.title}: {chosen.about}\n"
-        f"score in {chosen.unit}, {better} is better; 95 % intervals{change}; "
+        f"score: {chosen.unit}, {better} is better; 95 % intervals{change}; "
         f"compressed: {', '.join(dict.fromkeys(row.compressed for row in results.rows if row.compressed)) or 'never'}",
         results=results.table(),
         **{name: getattr(results, name) for name in ("model", "task", "settings", "methods", "run", "notes")},
@@ -244,5 +244,6 @@ def _useless(task: Task, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Notes on where the full cache fails, so that the other methods can't be told apart."""
     for row in rows:
         if row["method"] == FULL and task.higher_is_better and not row["score"].value:
-            place = ", ".join(f"{axis} {row[axis]}" for axis in task.axes if axis in row)
+            at = {axis: row[axis] for axis in task.axes if axis in row}
+            place = ", ".join(f"{value:,} tokens" if axis == "n_tokens" else str(value) for axis, value in at.items())
             yield f"the full cache scores 0{f' at {place}' if place else ''}, so the other rows say nothing."

@@ -20,6 +20,7 @@ from analysis.errors import RecordError, SettingsError
 from analysis.evaluation import run
 from analysis.evaluation.benchmarks import NeedleSettings, RulerSettings
 from analysis.evaluation.lm import LmSettings
+from analysis.evaluation.needle import Needle
 from analysis.evaluation.passkey import (
     FILLER,
     PASSKEY,
@@ -37,7 +38,7 @@ from analysis.evaluation.task import Scoring
 from analysis.evaluation.tasks import TASKS
 from analysis.models.load import BUNDLED_MODELS, LoadedModel
 from analysis.preview import prefill
-from analysis.texts.excerpts import Excerpt
+from analysis.texts.excerpts import Excerpt, excerpts_from
 from analysis.texts.tokens import passages, tokenize
 from l2kv import CompressionSpec
 from tests.support.evaluation import continuation_nll
@@ -374,6 +375,40 @@ def test_a_task_of_a_file_needs_one(loaded):
     for task in ("longbench", "longbench2", "frame"):
         with pytest.raises(SettingsError, match="give its path"):
             evaluate(loaded, task, {FULL: None})
+
+
+def test_rulers_own_file_is_run_instead_of_examples_that_are_made(loaded, answering, tmp_path):
+    answering(lambda context, question, spec: " 48213 ")
+    line = {
+        "input": "The special magic number is 48213.\nWhat is the special magic number mentioned in the provided text?",
+        "outputs": ["48213"],
+        "answer_prefix": " The number is",
+    }
+    path = tmp_path / "niah_single_1" / "validation.jsonl"
+    path.parent.mkdir()
+    path.write_text(f"{json.dumps(line)}\n{json.dumps(line | {'outputs': ['77777']})}\n")
+    settings = RulerSettings(path=str(path))
+    results = evaluate(loaded, "ruler", {FULL: None}, settings=settings)
+    assert results.scores(FULL).tolist() == [100, 0]
+    (row,) = results.summary(TASKS["ruler"])  # a file says no length: the task is the only axis
+    assert (row["task"], row["samples"], row["score"].value) == ("niah_single_1", 2, 50) and "n_tokens" not in row
+    with pytest.raises(SettingsError, match="give its path or texts"):
+        evaluate(loaded, "ruler", {FULL: None}, settings=settings, texts={"a": TEXT})
+
+
+def test_a_haystack_is_made_of_the_texts_that_are_given(loaded):
+    settings = NeedleSettings(lengths=(200,), depths=(0.5,), samples=1)
+    texts = excerpts_from({"a": "Only grass. " * 99, "b": "And hay. " * 99})
+    (sample,) = TASKS["needle"].build(loaded, settings, texts)
+    said = loaded.tokenizer.decode(sample.context, skip_special_tokens=True).replace(Needle().text, "")
+    assert set(re.findall(r"\w+", said)) <= {"Only", "grass", "And", "hay"}
+
+
+def test_texts_that_a_task_does_not_take_and_settings_that_leave_no_samples_are_refused(loaded):
+    with pytest.raises(TextError, match="The task passkey takes no texts, got 1"):
+        evaluate(loaded, "passkey", {FULL: None}, texts=[("a", TEXT)])
+    with pytest.raises(TextError, match="The task passkey has no samples"):
+        evaluate(loaded, "passkey", {FULL: None}, settings=PasskeySettings(lengths=()))
 
 
 # ------------------------------------------------------------------------------------------------------------ results

@@ -217,7 +217,7 @@ def test_a_config_that_would_not_be_loaded_is_not_counted(tmp_path, capsys, conf
     "arguments,reason",
     [
         (["skip", "TEXT"], "is not a single-layer ablation, a study or a run"),
-        (["skip", "RUN", "--policy", "random"], "policy must be one of low_norm, high_norm"),
+        (["skip", "RUN", "--policy", "random"], "one of low_norm, high_norm, got"),
         (["skip", "RUN", "--count", "7"], "count must be from 0 to 6"),
         (
             ["plan", "TEXT", "--excerpts", "1", "--prompt-tokens", "40", "--strategy", "by_token"],
@@ -225,7 +225,10 @@ def test_a_config_that_would_not_be_loaded_is_not_counted(tmp_path, capsys, conf
         ),
         (["plan", "TEXT", "--excerpts", "1", "--prompt-tokens", "40", "--keep-ratio", "0.1"], "keep ratio must be 0.8"),
         (["plan", "nowhere.txt"], "cannot be read"),
-        (["ablation", "TEXT", "--policy", "random", "--prompt-tokens", "40", "-o", "OUT"], "policy must be one of"),
+        (
+            ["ablation", "TEXT", "--policy", "random", "--prompt-tokens", "40", "-o", "OUT"],
+            "one of low_norm, high_norm, got",
+        ),
         (["front", "TEXT", "--excerpts", "1", "--prompt-tokens", "99999", "-o", "OUT"], "None of the texts has"),
         (["savings", "books-5m", "--skip-layers", "0, 6"], "layer 6, but the layers are 0 to 5"),
         (["savings", "books-5m", "--batch", "0"], "batch must be positive"),
@@ -238,7 +241,7 @@ def test_a_config_that_would_not_be_loaded_is_not_counted(tmp_path, capsys, conf
         (["savings", "books-5m", "--plan", "PLAN"], "names layer 9"),
         (["generate", "TEXT", "--keep-ratio", "2"], "keep_ratio must be from 0 to 1"),
         (["generate", "TEXT", "--plan", "TEXT"], "not a plan"),
-        (["generate", "SHORT", "--policy", "q_filters"], "got 'q_filters'"),
+        (["generate", "SHORT", "--policy", "q_filters"], "policy must be one of low_norm, high_norm, random"),
         (["generate", "SHORT", "--new-tokens", "0"], "--new-tokens must be 1"),
     ],
 )

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer
 
 from analysis.errors import TextError
 from analysis.texts import excerpts as module
-from analysis.texts.excerpts import excerpts, planning_and_measuring
+from analysis.texts.excerpts import Excerpt, excerpts, excerpts_from, planning_and_measuring
 from analysis.texts.tokens import beginning, tokenize
 from tests.support.paths import BUNDLED, STORIES
 
@@ -209,3 +209,10 @@ def test_no_excerpt_begins_with_an_accent_that_is_of_no_letter(books, mark):
     text = "The accent stands alone here. " + f"A line ends.{mark} is an acute, and the text goes on after it. " * 120
     found = excerpts(books, {"accents": text}, n_tokens=24, at_most=20)
     assert len(found) > 5 and not any(unicodedata.combining(excerpt.text[0]) for excerpt in found)
+
+
+def test_texts_are_given_as_excerpts_pairs_or_by_name():
+    of_book = Excerpt("a 0", "One.", "a")
+    assert excerpts_from([of_book, ("b", "Two.")]) == (of_book, Excerpt("b", "Two."))
+    assert excerpts_from({"b": "Two."}) == excerpts_from(iter([("b", "Two.")])) == (Excerpt("b", "Two."),)
+    assert excerpts_from(()) == ()
