@@ -49,9 +49,29 @@ def program(*commands: Callable[..., None]) -> typer.Typer:
         rich_markup_mode=None,  # its frames are not in every encoding
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     )
+    made.callback()(_program)
     for command in commands:
         made.command(cls=Command)(spread(command))
     return made
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            typer.echo(f"l2kv {version('l2kv')}")
+        except PackageNotFoundError:
+            typer.echo("l2kv, not installed as a package")
+        raise typer.Exit
+
+
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Take the options that are of no command."""
 
 
 def spread(function: Callable[..., None], *, omit: Collection[str] = (), **kinds: type) -> Callable[..., None]:

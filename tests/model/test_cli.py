@@ -483,3 +483,8 @@ def test_settings_that_do_not_fit_are_one_line_and_status_2(capsys, options, rea
     assert main([*passkey, *options]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and reason in error and error.count("\n") == 1
+
+
+def test_the_version_is_told(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("l2kv")
