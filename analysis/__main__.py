@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import typer
 
 from analysis.cli import catalogue, compression, evaluation, measures
-from analysis.cli.program import program, run
+from analysis.cli.program import program, run, with_version
 
 COMMANDS = (
     measures.capture,
@@ -29,6 +29,7 @@ COMMANDS = (
 def commands() -> typer.Typer:
     """The commands of `analysis`, to which others may be added."""
     made = program(*COMMANDS)
+    made.callback()(with_version)
     about = "Score a model on a task, with the full cache and with compressed ones."
     made.add_typer(typer.Typer(), name="evaluate", cls=evaluation.Tasks, help=about)
     return made

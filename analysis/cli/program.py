@@ -49,7 +49,6 @@ def program(*commands: Callable[..., None]) -> typer.Typer:
         rich_markup_mode=None,  # its frames are not in every encoding
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     )
-    made.callback()(_program)
     for command in commands:
         made.command(cls=Command)(spread(command))
     return made
@@ -66,12 +65,12 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _program(
+def with_version(
     version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Take the options that are of no command."""
+    """Take the options of the program itself."""
 
 
 def spread(function: Callable[..., None], *, omit: Collection[str] = (), **kinds: type) -> Callable[..., None]:
