@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from analysis import statistics
-from analysis.statistics import LEVEL, MIN_TEXTS, Means, head_means, miss_rate, resampled_means, resamples
-from analysis.studies import Study
+from analysis.statistics import LEVEL, MIN_TEXTS, Means, miss_rate, resampled_means, resamples
+from analysis.studies import Study, head_means
 from analysis.verdicts import verdict_counts, verdicts
 from analysis.words import signed
 

@@ -1,4 +1,4 @@
-"""Eviction by norm on one text: the attention lost at each step, and the tokens kept. Knows no model.
+"""Eviction by norm on one text: the attention lost at each step, in loss curves, and the tokens kept. Knows no model.
 
 `analysis.metrics` sums this up in numbers per head.
 """
@@ -11,8 +11,12 @@ import numpy as np
 
 from analysis.captures import Capture
 from analysis.errors import SettingsError
+from analysis.metrics import metrics
 from analysis.ties import average_ties
-from l2kv.spec import CompressionSpec
+from l2kv.spec import CompressionSpec, share
+
+BINS = 100
+"""Steps of the keep ratio from 0 to 1: every percent is met exactly."""
 
 _NORM_SIGN = {"low_norm": -1.0, "high_norm": 1.0}
 
@@ -84,6 +88,52 @@ def kept_tokens(capture: Capture, layer: int, head: int, spec: CompressionSpec) 
     score[: spec.protect_first] = score[n - min(spec.protect_last, n) :] = np.inf
     kept[np.argsort(-score, kind="stable")[spec.kept(n, n, spec.target_of(layer, capture.kv_head(head))) :]] = False
     return kept
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TextCurves:
+    """Loss curves of one text."""
+
+    lost: np.ndarray  # [3, L, Hkv, B + 1] low norms kept, high norms kept, and expected of a random order
+    status: np.ndarray  # [L, Hkv] of str: "ok", or why norms give no order (`metrics.status`)
+    gammas: np.ndarray  # [L, Hkv] Γ of the group's mean attention, NaN where undefined
+
+
+def text_curves(capture: Capture, *, bins: int = BINS, protect_last: int = 0) -> TextCurves:
+    """Measure the loss curves of one text; arguments as in `analysis.loss_curves`."""
+    run = by_kv_head(slim(capture))
+    found = metrics(run, names=["gamma"])
+    status = found.status_of("gamma")
+    compressible = np.array([kind == "full" for kind in run.layer_kinds])
+    no_order = np.full_like(status, "a random order")
+    orders = ((1, status), (-1, status), (1, no_order))
+    lost = np.stack([_curves(run, state, sign, bins, protect_last) for sign, state in orders])
+    return TextCurves(lost * compressible[:, None, None], status, found.of("gamma"))
+
+
+def slim(capture: Capture) -> Capture:
+    """Drop what curves and plans do not read, the last queries' rows and the maps: most of a run's bytes."""
+    return capture.with_attention(
+        tokens_per_bin=capture.n_tokens,
+        recent_attention=np.zeros((0, *capture.probe_attention.shape), np.float32),  # a slice would hold on to the rows
+        pooled_attention=np.zeros((*capture.pooled_scale.shape, 1, 1), np.uint8),
+        pooled_scale=np.zeros_like(capture.pooled_scale),
+    )
+
+
+def _curves(run: Capture, state: np.ndarray, sign: int, bins: int, protect_last: int) -> np.ndarray:
+    """[L, Hkv, B + 1] of a run by kv head; `sign` 1 keeps low norms, -1 high ones."""
+    n, last = run.n_tokens, min(protect_last, run.n_tokens)
+    rank_by = sign * run.levels
+    rank_by[..., n - last :] = -np.inf
+    first_kept = average_ties(run.probe_attention, rank_by)
+    others = n - last
+    even = first_kept[..., last:].mean(axis=-1, keepdims=True) if others else 0.0
+    first_kept[..., last:] = np.where((state == "ok")[..., None], first_kept[..., last:], even)
+    lost = np.zeros((*first_kept.shape[:2], n + 1))  # when k are kept, k = 0..n
+    lost[..., :n] = first_kept[..., ::-1].cumsum(axis=-1)[..., ::-1]
+    kept = [min(n, max(last, share(b / bins, n))) for b in range(bins + 1)]
+    return lost[..., kept]
 
 
 def _cumulative(values: np.ndarray) -> np.ndarray:

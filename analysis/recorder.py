@@ -19,9 +19,18 @@ from torch import Tensor, nn
 from analysis.captures import Capture
 from analysis.errors import ModelError, OutOfMemoryError, SettingsError, TextError
 from analysis.models.load import LoadedModel
-from analysis.models.memory import BLOCK, LAST_QUERIES, MAX_BINS, RECENT_BYTES, check_fits, memory_errors
+from analysis.models.memory import (
+    BLOCK,
+    LAST_QUERIES,
+    MAX_BINS,
+    RECENT_BYTES,
+    capture_bytes,
+    memory_errors,
+    usable_bytes,
+)
 from analysis.progress import Progress, unheard
 from analysis.texts.tokens import LONG, MIN_TOKENS, Tokens, about_tokens, tokenize
+from analysis.words import human_bytes
 from l2kv import UnsupportedModelError
 from l2kv.config import CacheShape, layer_kinds
 from l2kv.hooks import Look, WatchedCache, watching
@@ -148,6 +157,25 @@ def check_estimate(loaded: LoadedModel, text: str, *, last_queries: int = 0) -> 
         check_fits(loaded, surely, last_queries=last_queries)
     except OutOfMemoryError:
         check_fits(loaded, about, last_queries=last_queries)
+
+
+def check_fits(loaded: LoadedModel, n_tokens: int, *, last_queries: int = LAST_QUERIES) -> int:
+    """Estimate a capture of `n_tokens`. Raises OutOfMemoryError, naming the length that would fit."""
+    itemsize, allowed = loaded.model.dtype.itemsize, usable_bytes(loaded.device)
+
+    def needed(n: int) -> int:
+        return capture_bytes(loaded.config, n, itemsize=itemsize, last_queries=last_queries)
+
+    if needed(n_tokens) <= allowed:
+        return needed(n_tokens)
+    fits, too_long = 0, n_tokens
+    while too_long - fits > 1:  # the estimate grows with n
+        middle = (fits + too_long) // 2
+        fits, too_long = (middle, too_long) if needed(middle) <= allowed else (fits, middle)
+    raise OutOfMemoryError(
+        f"A text of {n_tokens:,} tokens would take about {human_bytes(needed(n_tokens))} beyond the model, and "
+        f"{human_bytes(allowed)} may be used. Shorten it to about {fits:,} tokens."
+    )
 
 
 def check_length(loaded: LoadedModel, tokens: Tokens, *, new_tokens: int = 1) -> list[str]:

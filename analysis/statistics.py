@@ -12,15 +12,10 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.errors import SettingsError
 from analysis.words import counted, signed
-
-if TYPE_CHECKING:
-    from analysis.studies import Study
 
 MIN_TEXTS = 6  # with fewer, one sign in all of them is no rarer by chance than 5 % (2 / 2^5): no verdict
 STABLE = 0.9  # rank correlation of layers between two halves from which on their order is called stable
@@ -165,23 +160,11 @@ def simultaneous(values: np.ndarray, *, documents: Sequence[str] = (), seed: int
     return [Interval(*map(float, ends)) for ends in zip(mean, mean - half, mean + half, strict=True)]
 
 
-def head_means(study: Study, metric: str = "gamma", *, probe: str = "next token", seed: int = 0) -> Means:
-    """`means` of a metric for each head, [L, H]."""
-    return means(study.of(metric, probe=probe), documents=study.documents, seed=seed)
-
-
-def layer_means(study: Study, metric: str = "gamma", *, probe: str = "next token", seed: int = 0) -> Means:
-    """`means` for each layer, [L], of the mean over its heads that are defined."""
-    values = np.moveaxis(study.of(metric, probe=probe), 2, 0)  # [H, N, L]
-    return means(nanmean(values), documents=study.documents, seed=seed)
-
-
-def median_gamma(study: Study, *, probe: str = "next token", seed: int = 0) -> Interval:
-    """Median over heads of the mean Γ over texts; its interval resamples texts, not heads."""
-    values = study.of("gamma", probe=probe)
+def median(values: np.ndarray, *, documents: Sequence[str] = (), seed: int = 0) -> Interval:
+    """Median over all else of the means over texts, of values [N, ...]; its interval resamples the texts."""
     if not np.isfinite(values).any():
         return Interval(np.nan, np.nan, np.nan)
-    drawn = resampled_means(values, resamples(len(values), documents=study.documents, seed=seed))
+    drawn = resampled_means(values, resamples(len(values), documents=documents, seed=seed))
     low, high = _ends(_nanmedian(drawn.reshape(len(drawn), -1), axis=1)) if len(values) > 1 else (np.nan, np.nan)
     return Interval(float(_nanmedian(nanmean(values).ravel(), axis=0)), float(low), float(high))
 
@@ -193,30 +176,6 @@ def few_documents_warning(documents: Sequence[str]) -> str:
         return ""
     few = "one document, so the interval is over its excerpts" if n == 1 else f"only {n} documents, so the interval is"
     return f"All {len(documents)} are excerpts of {few}{' and' * (n == 1)} too narrow for others."
-
-
-def policy_alr(study: Study, policy: str = "low_norm", *, probe: str = "next token") -> np.ndarray:
-    """ALR of each head by a policy, [N, L, H]: low and high order are one measurement, and random is the chance level.
-
-    Raises:
-        SettingsError: there is no ALR of the policy, or the study does not have it.
-    """
-    low, chance = study.of("alr", probe=probe), study.of("alr_chance", probe=probe)
-    by_policy = {"low_norm": low, "high_norm": 2 * chance - low, "random": np.where(np.isnan(low), np.nan, chance)}
-    if policy not in by_policy:
-        raise SettingsError(f"policy must be one of {', '.join(by_policy)}: ALR speaks of these; got {policy!r}")
-    return by_policy[policy]
-
-
-def layer_alr(study: Study, policy: str = "low_norm", *, probe: str = "next token") -> np.ndarray:
-    """ALR over the chance level of each layer on each text, [N, L]: 0 is the ideal order, 1 chance, 2 the reverse.
-
-    That of all heads together, so that heads count by what there is to lose; not the mean of theirs. NaN where no head
-    of the layer is defined. Raises as `policy_alr`.
-    """
-    loss, chance = policy_alr(study, policy, probe=probe), study.of("alr_chance", probe=probe)
-    possible = np.nansum(chance, axis=2)
-    return np.divide(np.nansum(loss, axis=2), possible, where=possible > 0, out=np.full(possible.shape, np.nan))
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,10 +20,11 @@ from analysis import records
 from analysis.captures import Capture
 from analysis.defaults import RECENT_WINDOW
 from analysis.errors import RecordError, SettingsError, TextError
+from analysis.measures import BINS, text_curves
 from analysis.metrics import METRICS, PROBES, STATUSES, metrics
 from analysis.models.digest import digest_of
-from analysis.plans.curves import BINS, text_curves
 from analysis.progress import Progress, unheard
+from analysis.statistics import Interval, Means, means, median, nanmean
 from analysis.texts.excerpts import Excerpt, Texts, excerpts_from
 
 if TYPE_CHECKING:
@@ -256,6 +257,46 @@ def save_study(study: Study, path: str | Path) -> Path:
 def load_study(path: str | Path) -> Study:
     """Read a study from an untrusted file. Raises RecordError if it is not one."""
     return records.load(Study, path)
+
+
+def head_means(study: Study, metric: str = "gamma", *, probe: str = "next token", seed: int = 0) -> Means:
+    """`means` of a metric for each head, [L, H]."""
+    return means(study.of(metric, probe=probe), documents=study.documents, seed=seed)
+
+
+def layer_means(study: Study, metric: str = "gamma", *, probe: str = "next token", seed: int = 0) -> Means:
+    """`means` for each layer, [L], of the mean over its heads that are defined."""
+    values = np.moveaxis(study.of(metric, probe=probe), 2, 0)  # [H, N, L]
+    return means(nanmean(values), documents=study.documents, seed=seed)
+
+
+def median_gamma(study: Study, *, probe: str = "next token", seed: int = 0) -> Interval:
+    """Median over heads of the mean Γ over texts; its interval resamples texts, not heads."""
+    return median(study.of("gamma", probe=probe), documents=study.documents, seed=seed)
+
+
+def policy_alr(study: Study, policy: str = "low_norm", *, probe: str = "next token") -> np.ndarray:
+    """ALR of each head by a policy, [N, L, H]: low and high order are one measurement, and random is the chance level.
+
+    Raises:
+        SettingsError: there is no ALR of the policy, or the study does not have it.
+    """
+    low, chance = study.of("alr", probe=probe), study.of("alr_chance", probe=probe)
+    by_policy = {"low_norm": low, "high_norm": 2 * chance - low, "random": np.where(np.isnan(low), np.nan, chance)}
+    if policy not in by_policy:
+        raise SettingsError(f"policy must be one of {', '.join(by_policy)}: ALR speaks of these; got {policy!r}")
+    return by_policy[policy]
+
+
+def layer_alr(study: Study, policy: str = "low_norm", *, probe: str = "next token") -> np.ndarray:
+    """ALR over the chance level of each layer on each text, [N, L]: 0 is the ideal order, 1 chance, 2 the reverse.
+
+    That of all heads together, so that heads count by what there is to lose; not the mean of theirs. NaN where no head
+    of the layer is defined. Raises as `policy_alr`.
+    """
+    loss, chance = policy_alr(study, policy, probe=probe), study.of("alr_chance", probe=probe)
+    possible = np.nansum(chance, axis=2)
+    return np.divide(np.nansum(loss, axis=2), possible, where=possible > 0, out=np.full(possible.shape, np.nan))
 
 
 def _resumed(path: str | Path | None, model: str, weights: str, texts: tuple[Excerpt, ...]) -> Study | None:

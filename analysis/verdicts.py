@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from analysis.metrics import LEAST_MASS
-from analysis.statistics import MIN_TEXTS, few_documents_warning, means, median_gamma
+from analysis.statistics import MIN_TEXTS, few_documents_warning, means
+from analysis.studies import median_gamma
 from analysis.words import counted, ranges, signed
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from analysis.plans.ablation import Ablation
 from analysis.plans.front import Front
 from analysis.records import Record, load_any, write_text
 from analysis.studies import Study
-from app.console import needs
+from app.extras import needs
 
 
 def commands() -> typer.Typer:

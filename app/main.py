@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import streamlit as st
 
 from analysis.errors import UserError
-from analysis.models.memory import free_bytes, human_bytes
+from analysis.models.memory import free_bytes
+from analysis.words import human_bytes
 from app.components import markup
 from app.engine import Engine
 from app.views import capture, generate, heads, plan, skip, texts

@@ -22,7 +22,6 @@ from analysis.errors import UserError
 from analysis.evaluation.lm import Lengths, LmSettings
 from analysis.evaluation.prompts import chat_text
 from analysis.evaluation.results import FULL
-from analysis.models.memory import human_bytes
 from analysis.models.sizes import model_size
 from analysis.plans import ablation, export, strategies
 from analysis.plans.curves import LossCurves, curves_of
@@ -30,7 +29,7 @@ from analysis.plans.skip import Plan, suggest_skip_layers
 from analysis.records import load_any, save
 from analysis.studies import Study, load_study, study_of
 from analysis.texts.tokens import tokenize
-from analysis.words import counted, span
+from analysis.words import counted, human_bytes, span
 from l2kv.spec import CompressionSpec
 
 if TYPE_CHECKING:

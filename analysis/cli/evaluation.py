@@ -25,12 +25,12 @@ from analysis.evaluation.lm import Lengths
 from analysis.evaluation.results import FULL
 from analysis.evaluation.task import Task
 from analysis.evaluation.tasks import TASKS
-from analysis.models.memory import human_bytes
 from analysis.plans.ablation import ablate_layers
 from analysis.plans.front import measure_front
 from analysis.plans.skip import Plan
 from analysis.records import load, save
 from analysis.texts.excerpts import SPLIT, Texts, planning_and_measuring
+from analysis.words import human_bytes
 from l2kv.spec import SCHEDULES, CompressionSpec
 
 SEEN, REFERENCE = SCHEDULES

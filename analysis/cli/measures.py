@@ -19,7 +19,8 @@ from analysis.cli.output import form_of, row_of, shown, tell, wrote
 from analysis.errors import RecordError
 from analysis.measures import by_kv_head
 from analysis.metrics import METRICS, PROBES, metrics
-from analysis.statistics import Interval, head_means, layer_alr, layer_means, means, stability
+from analysis.statistics import Interval, means, stability
+from analysis.studies import head_means, layer_alr, layer_means
 from analysis.verdicts import answer, verdicts
 
 _QUESTION = "Does low norm predict attention in"

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.errors import ModelError, OutOfMemoryError
 from analysis.models.gguf import gguf_name, is_gguf, read_gguf
-from analysis.models.memory import human_bytes, usable_bytes
+from analysis.models.memory import usable_bytes
 from analysis.models.packaged import ORIGINALS, PACKAGED, fetch, stored_before
 from analysis.models.vet import check_length, one_line, read_config, read_json, reading, vet_config
 from analysis.progress import Progress, unheard
 from analysis.texts.tokens import check_tokenizer
+from analysis.words import human_bytes
 from l2kv.policies import POLICIES
 
 if TYPE_CHECKING:

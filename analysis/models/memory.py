@@ -11,14 +11,12 @@ import numpy as np
 import psutil
 
 from analysis.errors import OutOfMemoryError
-from analysis.words import human_bytes as human_bytes
 from l2kv.config import CacheShape
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
-    from analysis.models.load import LoadedModel
 
 DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4, "float8": 1}
 """Bytes of a number, by what caches may be in."""
@@ -55,25 +53,6 @@ def free_bytes(device: torch.device | str) -> int:
 def usable_bytes(device: torch.device | str) -> int:
     """Number of bytes that may be used on a torch device: the rest of the free memory is left to others."""
     return int(free_bytes(device) * _SHARE_OF_FREE)
-
-
-def check_fits(loaded: LoadedModel, n_tokens: int, *, last_queries: int = LAST_QUERIES) -> int:
-    """Estimate a capture of `n_tokens`. Raises OutOfMemoryError, naming the length that would fit."""
-    itemsize, allowed = loaded.model.dtype.itemsize, usable_bytes(loaded.device)
-
-    def needed(n: int) -> int:
-        return capture_bytes(loaded.config, n, itemsize=itemsize, last_queries=last_queries)
-
-    if needed(n_tokens) <= allowed:
-        return needed(n_tokens)
-    fits, too_long = 0, n_tokens
-    while too_long - fits > 1:  # the estimate grows with n
-        middle = (fits + too_long) // 2
-        fits, too_long = (middle, too_long) if needed(middle) <= allowed else (fits, middle)
-    raise OutOfMemoryError(
-        f"A text of {n_tokens:,} tokens would take about {human_bytes(needed(n_tokens))} beyond the model, and "
-        f"{human_bytes(allowed)} may be used. Shorten it to about {fits:,} tokens."
-    )
 
 
 @contextmanager

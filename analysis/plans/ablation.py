@@ -18,23 +18,14 @@ from analysis.defaults import RECENT_WINDOW
 from analysis.errors import ModelError, SettingsError
 from analysis.evaluation.lm import LmSettings, prompt_of
 from analysis.evaluation.results import FULL, Results
-from analysis.plans.curves import loss_curves, slim
+from analysis.measures import slim
+from analysis.plans.curves import loss_curves
 from analysis.plans.skip import Criterion, SkipSuggestion, choose
 from analysis.plans.strategies import STRATEGIES, plan
 from analysis.progress import Progress, part_of, unheard
 from analysis.records import record
-from analysis.statistics import (
-    MIN_TEXTS,
-    Interval,
-    few_documents_warning,
-    layer_alr,
-    means,
-    nanmean,
-    policy_alr,
-    resamples,
-    spearman,
-)
-from analysis.studies import study_of
+from analysis.statistics import MIN_TEXTS, Interval, few_documents_warning, means, nanmean, resamples, spearman
+from analysis.studies import layer_alr, policy_alr, study_of
 from analysis.texts.excerpts import Excerpt, Texts, excerpts_from
 from l2kv.config import CacheShape
 from l2kv.spec import CompressionSpec

@@ -18,14 +18,15 @@ from analysis.defaults import KEEP_RATIOS, RECENT_WINDOW
 from analysis.errors import ModelError, SettingsError, TextError
 from analysis.evaluation.lm import LmSettings, prompt_of
 from analysis.evaluation.results import FULL, Results
-from analysis.models.memory import human_bytes
+from analysis.measures import slim
 from analysis.plans.allocation import BudgetError
-from analysis.plans.curves import loss_curves, slim
+from analysis.plans.curves import loss_curves
 from analysis.plans.strategies import STRATEGIES, plan, title_of
 from analysis.progress import Progress, part_of, unheard
 from analysis.records import record
 from analysis.statistics import MIN_TEXTS, Interval, few_documents_warning, simultaneous, spearman
 from analysis.texts.excerpts import Texts, excerpts_from
+from analysis.words import human_bytes
 from l2kv.config import CacheShape
 from l2kv.spec import CompressionSpec
 

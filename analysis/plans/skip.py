@@ -8,8 +8,8 @@ import numpy as np
 
 from analysis.errors import RecordError, SettingsError
 from analysis.records import from_json, record
-from analysis.statistics import layer_alr, nanmean
-from analysis.studies import Study
+from analysis.statistics import nanmean
+from analysis.studies import Study, layer_alr
 from analysis.words import counted, span
 from l2kv.spec import CompressionSpec
 

@@ -19,8 +19,7 @@ from analysis.measures import by_kv_head
 from analysis.plans.allocation import AllocationPlan, Budget
 from analysis.plans.curves import BY_NORM, TINY, LossCurves, check_choice, curves_of, loss_curves
 from analysis.plans.skip import suggest_skip_layers
-from analysis.statistics import layer_alr
-from analysis.studies import Study, study_of
+from analysis.studies import Study, layer_alr, study_of
 from l2kv.registry import Registry
 
 ADAKV_FLOOR = 0.2  # of its even share, that AdaKV leaves to every head

@@ -24,8 +24,8 @@ from analysis.plans.export import LENGTHS, kvpress_code, library_code
 from analysis.plans.front import Front
 from analysis.plans.skip import suggest_skip_layers
 from analysis.records import json_text
-from analysis.statistics import layer_alr, nanmean, policy_alr
-from analysis.studies import Study, study_of
+from analysis.statistics import nanmean
+from analysis.studies import Study, layer_alr, policy_alr, study_of
 from analysis.verdicts import answer, meanings, verdict_counts, verdicts
 from analysis.words import human_bytes, layers_listed, signed
 from app import figures

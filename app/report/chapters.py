@@ -11,7 +11,7 @@ from analysis.comparing import Comparison
 from analysis.plans.ablation import Ablation
 from analysis.plans.front import Front, FrontPoint
 from analysis.plans.strategies import STRATEGIES, title_of
-from analysis.studies import Study
+from analysis.studies import Study, head_means, layer_alr
 from analysis.verdicts import answer, meanings, verdict_counts, verdicts
 from analysis.words import counted, span
 from app import figures
@@ -22,9 +22,9 @@ _MIB = 2**20
 
 def of_study(study: Study, name: str) -> Section:
     """What the heads do over many texts, with intervals."""
-    gamma, verdict = statistics.head_means(study), verdicts(study)
-    loss = statistics.means(statistics.layer_alr(study), documents=study.documents)
-    stability = statistics.stability(statistics.layer_alr(study))
+    gamma, verdict = head_means(study), verdicts(study)
+    loss = statistics.means(layer_alr(study), documents=study.documents)
+    stability = statistics.stability(layer_alr(study))
     layer, head = np.indices(gamma.mean.shape).reshape(2, -1)
     n = len(study.names)
     unfinished = "" if study.complete else f" {study.texts - n} texts asked for are not done."

@@ -16,10 +16,11 @@ from analysis.captures import Capture
 from analysis.demo.presets import Preset, presets
 from analysis.errors import UserError
 from analysis.evaluation.prompts import can_chat, decided, found, prompt_tokens
-from analysis.models.memory import DTYPES, human_bytes
+from analysis.models.memory import DTYPES
 from analysis.plans.skip import Plan
 from analysis.selftest import is_synthetic
 from analysis.texts.read import plain_text
+from analysis.words import human_bytes
 from app import figures, session
 from app.components import controls, markup, sources
 from app.components.charts import show

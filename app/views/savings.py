@@ -13,9 +13,10 @@ import streamlit as st
 
 from analysis.captures import Capture
 from analysis.errors import ModelError
-from analysis.models.memory import DTYPES, human_bytes
+from analysis.models.memory import DTYPES
 from analysis.models.sizes import weights_bytes
 from analysis.plans.export import LENGTHS, Saving, savings
+from analysis.words import human_bytes
 from app import session
 from app.components import controls, markup, sources, uploads
 from app.engine import Engine

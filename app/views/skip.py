@@ -10,11 +10,12 @@ import streamlit as st
 
 from analysis.captures import Capture
 from analysis.errors import RecordError
-from analysis.models.memory import human_bytes
 from analysis.plans.ablation import COSTLY, Ablation, suggest_by_ablation
 from analysis.plans.export import LENGTHS
 from analysis.plans.skip import RULES, Plan, SkipSuggestion, skip_list, suggest_skip_layers
-from analysis.statistics import layer_alr, nanmean, policy_alr
+from analysis.statistics import nanmean
+from analysis.studies import layer_alr, policy_alr
+from analysis.words import human_bytes
 from app import figures, session
 from app.components import controls, markup, sources, uploads
 from app.components.charts import show

@@ -8,8 +8,8 @@ import numpy as np
 import streamlit as st
 
 from analysis.metrics import METRICS, PROBES, Metric
-from analysis.statistics import MIN_TEXTS, STABLE, Means, Stability, head_means, layer_alr, means, stability
-from analysis.studies import Study
+from analysis.statistics import MIN_TEXTS, STABLE, Means, Stability, means, stability
+from analysis.studies import Study, head_means, layer_alr
 from analysis.verdicts import answer, meanings, verdict_counts, verdicts
 from analysis.words import signed, span
 from app import figures, session

@@ -15,8 +15,8 @@ from analysis.metrics import alr
 from analysis.plans import ablation
 from analysis.plans.ablation import Ablation, ablate_layers, agreement, head_costs, suggest_by_ablation
 from analysis.records import from_json, to_json
-from analysis.statistics import MIN_TEXTS, RESAMPLES, layer_alr
-from analysis.studies import study_of
+from analysis.statistics import MIN_TEXTS, RESAMPLES
+from analysis.studies import layer_alr, study_of
 from analysis.texts.excerpts import Excerpt, excerpts
 from analysis.texts.tokens import tokenize
 from l2kv import CompressionSpec

@@ -27,7 +27,8 @@ from analysis.measures import kept_tokens
 from analysis.metrics import status
 from analysis.models import memory as memory_module
 from analysis.models.load import LoadedModel
-from analysis.models.memory import BLOCK, MAX_BINS, capture_bytes, human_bytes
+from analysis.models.memory import BLOCK, MAX_BINS, capture_bytes
+from analysis.words import human_bytes
 from l2kv import CompressedCache, CompressionSpec, compressible
 from l2kv.config import CacheShape, layer_kinds
 from tests.support.architectures import ARCHITECTURES, WINDOW

@@ -27,8 +27,8 @@ from analysis.metrics import METRICS, PROBES, STATUSES, Metric, gamma, metrics
 from analysis.models.digest import digest_of
 from analysis.models.load import LoadedModel
 from analysis.plans.curves import LossCurves, curves_of, loss_curves
-from analysis.statistics import head_means, layer_alr, stability
-from analysis.studies import Study, load_study, save_study, study
+from analysis.statistics import stability
+from analysis.studies import Study, head_means, layer_alr, load_study, save_study, study
 from analysis.texts.excerpts import Excerpt, excerpts
 from analysis.verdicts import answer, verdicts
 from tests.support.runs import run_of, study_of

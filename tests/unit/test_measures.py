@@ -12,8 +12,7 @@ from analysis.errors import SettingsError
 from analysis.measures import by_kv_head, kept_tokens
 from analysis.metrics import LEAST_MASS, METRICS, PROBES, metrics, status
 from analysis.records import from_json, to_json
-from analysis.statistics import layer_alr, policy_alr
-from analysis.studies import study_of
+from analysis.studies import layer_alr, policy_alr, study_of
 from analysis.verdicts import answer, by_layer, in_short, verdicts, verdicts_of
 from l2kv import CompressionSpec
 from tests.support.losses import expected_losses, slow_losses

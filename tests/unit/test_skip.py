@@ -6,7 +6,7 @@ import pytest
 from analysis import Plan, RecordError, SettingsError, studies
 from analysis.plans.skip import RULES, skip_list, suggest_skip_layers
 from analysis.records import to_json
-from analysis.statistics import layer_alr
+from analysis.studies import layer_alr
 from analysis.words import counted
 from l2kv import CompressionSpec
 from tests.support.runs import run_of, study_of

@@ -13,17 +13,15 @@ from analysis.statistics import (
     MIN_TEXTS,
     RESAMPLES,
     few_documents_warning,
-    head_means,
     kendall,
-    layer_means,
     means,
-    median_gamma,
     miss_rate,
     resamples,
     simultaneous,
     spearman,
     stability,
 )
+from analysis.studies import head_means, layer_means, median_gamma
 from analysis.verdicts import answer, meanings, verdicts, verdicts_of
 from tests.support.runs import study_of
 
