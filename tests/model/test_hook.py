@@ -338,7 +338,7 @@ def test_vectors_are_those_of_the_models_own_attention(model_type):
 
 
 def test_vectors_of_a_model_that_masks_otherwise_are_refused():
-    with pytest.raises(ModelError, match="masks its attention"):
+    with pytest.raises(ModelError, match="hides more than the future and a window"):
         head_vectors(LoadedModel(model_of("doge"), tokenizer(), "doge"), TEXT, 0)
 
 
