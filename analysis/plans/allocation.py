@@ -53,10 +53,13 @@ class AllocationPlan:
                 f"curves of this policy, so its attention loss is not known; a Pareto front measures its NLL change. "
                 f"{1 - self.used:.0%} saved."
             )
+        bound = "no other allocation loses less"
+        if self.gap >= 5e-5:
+            bound = f"another allocation saves at most {self.gap:.4f} more"
         return (
-            f"Expected attention loss {self.expected_loss:.4f}; with one ratio for all {self.uniform_loss:.4f}; by any "
-            f"other allocation at most {self.gap:.4f} less. On the texts of the plan: a Pareto front measures on "
-            f"others. {1 - self.used:.0%} saved."
+            f"Expected attention loss {self.expected_loss:.4f}, against {self.uniform_loss:.4f} with one ratio for "
+            f"all; {bound}. This holds for the texts of the plan; a Pareto front measures on others. "
+            f"{1 - self.used:.0%} saved."
         )
 
     def table(self) -> list[dict[str, Any]]:
