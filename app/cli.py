@@ -18,12 +18,12 @@ from analysis.cli.inputs import excerpts_of, loaded_model, texts_of
 from analysis.cli.output import shown, wrote
 from analysis.cli.program import Command, run
 from analysis.errors import UserError
+from analysis.extras import needs
 from analysis.paper.figures import FIGURES, reproduce
 from analysis.plans.ablation import Ablation
 from analysis.plans.front import Front
 from analysis.records import Record, load_any, write_text
 from analysis.studies import Study
-from app.extras import needs
 
 
 def commands() -> typer.Typer:
