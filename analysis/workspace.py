@@ -195,5 +195,5 @@ def _in_words(thing: object) -> str:
     if isinstance(thing, Study):
         return f"{len(thing.names)} texts"
     if isinstance(thing, Results):
-        return f"{thing.task}, {thing.run.samples} samples, {len(thing.methods)} methods"
+        return f"{thing.task}, {len({row.sample for row in thing.rows})} samples, {len(thing.methods)} methods"
     return kind_of(type(thing)).title.removeprefix("a ")
