@@ -13,7 +13,7 @@ from analysis.words import human_bytes, layers_listed
 from app import library, new_run, state
 from app.components import choices, markup, uploads
 from app.components import progress as progress_bar
-from app.engine import Engine, allowed_models, check_allowed
+from app.engine import Engine, allowed_models
 from app.jobs import Job, Jobs
 from l2kv.config import layer_kinds
 from l2kv.policies import POLICIES
@@ -31,7 +31,7 @@ def draw(engine: Engine, jobs: Jobs) -> None:
     st.html(STYLE)
     with st.container(horizontal=True, vertical_alignment="center", key="header", gap="small"):
         with st.popover(f":material/deployed_code: {markup.plain(state.model())}", help="Model", width=240):
-            _model()
+            _model(engine)
         with st.popover(f":material/article: {_run_label()}", help="Text and run", width=280):
             _runs()
         with st.popover(f":material/tune: {in_words(state.spec())}", help="Compression", width=440):
@@ -76,7 +76,7 @@ def _status(engine: Engine, jobs: Jobs) -> str:
     return f":material/memory: {at_hand} · {free} free{busy}"
 
 
-def _model() -> None:
+def _model(engine: Engine) -> None:
     """Choose the model: one that is at hand, one of which there are records, or any other."""
     here = {state.name_of(ref): ref for ref in allowed_models()}
     known = here | {entry.model: entry.model for entry in library.entries("run") if entry.model not in here}
@@ -96,7 +96,7 @@ def _model() -> None:
     )
     if st.button("Use this model", type="primary", disabled=not ref.strip()):
         try:
-            state.show_model(check_allowed(ref))
+            state.show_model(engine.check(ref))
         except ModelError as error:
             st.error(markup.plain(str(error)), icon=":material/error:")
             return

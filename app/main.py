@@ -29,12 +29,13 @@ if TYPE_CHECKING:
 
 ICON = Path(__file__).parent / "assets" / "icon.png"  # a named icon would be fetched from elsewhere
 TITLE = "Does low norm predict attention?"
+_THIS_MACHINE = ("127.0.0.1", "localhost", "::1")  # an app that listens there can be reached by its operator alone
 
 
 @st.cache_resource
 def engine() -> Engine:
     """The one engine of this server."""
-    return Engine()
+    return Engine(any_folder=st.get_option("server.address") in _THIS_MACHINE)
 
 
 @st.cache_resource
