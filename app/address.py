@@ -40,8 +40,8 @@ def _take(name: str, text: str) -> None:
         entry = library.find(text)
         if entry is None or entry.kind != kind:
             state.notice(
-                f"The address names a {kind} that is not on this machine: {markup.plain(text[:40])}. Open its file in the "
-                "header, under *Text and run*, and the link will work."
+                f"The address names a {kind} that is not on this machine: {markup.plain(text[:40])}. Open its file in "
+                "the header, under *Text and run*, and the link will work."
             )
             return
         if kind == "run" and name == "run" and entry.model != state.model():
