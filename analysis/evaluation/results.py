@@ -5,7 +5,7 @@ A Pareto front, a single-layer ablation and a passkey grid are views of results.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import exp, isfinite, nan
@@ -16,7 +16,6 @@ import numpy as np
 from analysis.errors import SettingsError
 from analysis.records import record
 from analysis.statistics import Interval, means
-from l2kv.policies import POLICIES
 from l2kv.spec import CompressionSpec
 
 if TYPE_CHECKING:
@@ -43,8 +42,10 @@ class Row:
     score: float | None
     """In the task's unit; None is undefined."""
     nbytes: int
-    """Payload of the keys and values held, counted from tensors: after the last token where tokens were predicted,
-    after the question where an answer was generated."""
+    """Payload of the keys and values held, counted from tensors: after the prompt (context and question), or after the
+    last token where there is no context."""
+    allocated: int = 0
+    """Bytes allocated for them then, slack included; 0 where it is not known."""
     text: str = ""
     """The answer that was generated."""
     document: str = ""
@@ -79,12 +80,14 @@ class Run:
     """Digest of the samples, in order."""
     task_version: int
     tokens_at_once: int
-    """Most tokens in the rows of a batch."""
+    """Most tokens whose pairs a batch holds."""
     threads: int
     device: str
     dtype: str
     packages: Mapping[str, str]
     """Versions of l2kv, torch and transformers."""
+    together: tuple[tuple[str, ...], ...] = ()
+    """Methods that were evaluated at a time, in order, as batches are made of them: all, but for those added later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,10 +258,10 @@ class Results:
     def work(self) -> Work:
         """Count the tokens that were run, and those that sharing passes saved."""
         one = {spec: name for name, spec in self.methods.items()}  # equal specs are run once
-        runs, saved = passes(one)
+        runs = min(len(one), len(self.run.together) if self.run and self.run.together else 1)
         context = sum(row.context for row in self.of(next(iter(self.methods)))) if self.methods else 0
         decoded = sum(row.decoded for name in one.values() for row in self.of(name))
-        return Work(runs * context, saved * context, decoded)
+        return Work(runs * context, (len(one) - runs) * context, decoded)
 
     def summary(self, task: Task) -> list[dict[str, Any]]:
         """Tabulate each method at each place on the task's axes: samples, bytes, score and change of it.
@@ -294,7 +297,19 @@ class Results:
     def table(self) -> list[dict[str, Any]]:
         """Flatten the rows to dicts, for CSV or a data frame, with the model, its digest and the task in each."""
         common = {"model": self.model, "weights": self.weights, "task": self.task}
-        own = ("method", "sample", "document", "score", "nbytes", "compressed", "context", "decoded", "text", "key")
+        own = (
+            "method",
+            "sample",
+            "document",
+            "score",
+            "nbytes",
+            "allocated",
+            "compressed",
+            "context",
+            "decoded",
+            "text",
+            "key",
+        )
         return [
             common
             | {name: getattr(row, name) for name in own}
@@ -308,17 +323,6 @@ class Results:
         import pandas as pd
 
         return pd.DataFrame(self.table())
-
-
-def passes(specs: Collection[CompressionSpec | None]) -> tuple[int, int]:
-    """Number of passes over a context that specs take, and number that sharing saves.
-
-    One pass serves all policies that look at keys alone; each of the others needs its own.
-    """
-    policies = [POLICIES[spec.policy] for spec in specs if spec is not None]
-    alone = sum(policy.needs_attention or policy.needs_filters for policy in policies)
-    shared = len(specs) - alone
-    return alone + min(shared, 1), max(shared - 1, 0)
 
 
 def _exp(values: Interval) -> Interval:
