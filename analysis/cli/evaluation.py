@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -25,6 +26,8 @@ from analysis.evaluation.lm import Lengths
 from analysis.evaluation.results import FULL
 from analysis.evaluation.task import Task
 from analysis.evaluation.tasks import TASKS
+from analysis.extras import needs
+from analysis.models.load import outline
 from analysis.plans.ablation import ablate_layers
 from analysis.plans.front import measure_front
 from analysis.plans.skip import Plan
@@ -32,6 +35,9 @@ from analysis.records import load, save
 from analysis.texts.excerpts import SPLIT, Texts, planning_and_measuring
 from analysis.words import human_bytes
 from l2kv.spec import SCHEDULES, CompressionSpec
+
+if TYPE_CHECKING:
+    from analysis.evaluation.run import Workers
 
 SEEN, REFERENCE = SCHEDULES
 
@@ -162,6 +168,12 @@ def _evaluate(
     excerpts: options.Excerpts = defaults.EXCERPTS,
     device: options.Device = None,
     by_position: Annotated[int, typer.Option(help="Print NLL and accuracy for each group of this many positions.")] = 0,
+    ray: Annotated[
+        str | None, typer.Option(help="Ray cluster to run on: HOST:PORT, or auto for one on this machine.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Copies of the model on it; by default one for each GPU or machine.")
+    ] = None,
     to: Annotated[
         Path | None,
         typer.Option(
@@ -180,7 +192,9 @@ def _evaluate(
     documents = texts_of(texts) if texts or (chosen.texts == "must" and not chosen.bundled) else None
     if documents is None:
         refuse(context, ("excerpts",), "without TEXTS the number of excerpts is fixed")
-    loaded = loaded_model(model, device)
+    if ray is None:
+        refuse(context, ("workers",), "without --ray there is one copy of the model")
+    loaded = outline(model) if ray else loaded_model(model, device)
     from analysis.evaluation.run import evaluate
     from analysis.evaluation.work import estimate
 
@@ -205,10 +219,13 @@ def _evaluate(
     given: Texts | None = documents
     if documents and chosen.excerpt_tokens:
         given = excerpts_of(loaded, documents, n_tokens=chosen.excerpt_tokens(settings), at_most=excerpts)
-    print(f"about {estimate(loaded, task, methods, texts=given, settings=settings)}", file=sys.stderr)
+    if ray is None:
+        print(f"about {estimate(loaded, task, methods, texts=given, settings=settings)}", file=sys.stderr)
     file = to / f"{task}.jsonl" if to and (to.is_dir() or not to.suffix) else to
-    with shown("sample") as progress:
-        results = evaluate(loaded, task, methods, texts=given, settings=settings, out=file, progress=progress)
+    with _workers(ray, model, workers, device) as its, shown("sample") as progress:
+        results = evaluate(
+            loaded, task, methods, texts=given, settings=settings, out=file, workers=its, progress=progress
+        )
     if file:
         wrote(file)
     summary = results.summary(chosen)
@@ -228,6 +245,17 @@ def _evaluate(
         **{name: getattr(results, name) for name in ("model", "task", "settings", "methods", "run", "notes")},
         work=results.work(),
     )
+
+
+def _workers(
+    address: str | None, model: str, workers: int | None, device: str | None
+) -> AbstractContextManager[Workers | None]:
+    """The workers of a Ray cluster, or none where there is no address."""
+    if address is None:
+        return nullcontext()
+    with needs("ray"):
+        from analysis.evaluation.cluster import ray_workers
+    return ray_workers(model, address=address, workers=workers, device=device)
 
 
 def saved_plans(files: Sequence[Path]) -> list[tuple[str, CompressionSpec]]:

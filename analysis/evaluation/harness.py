@@ -87,7 +87,7 @@ class CompressedLM(HFLM):  # type: ignore[misc]  # untyped
         if not isinstance(chunk_size, int) or chunk_size < 1:
             raise SettingsError(f"chunk_size must be a whole number, 1 or more, got {chunk_size!r}")
         if str(size := options.get("batch_size")).startswith("auto"):
-            raise SettingsError(f"batch_size must be a number, got {size!r}: it is not tried out with compressed caches")
+            raise SettingsError(f"batch_size must be a number, got {size!r}: none is looked for with compressed caches")
         self._chunk_size = chunk_size
         options.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
         super().__init__(str(model_folder(pretrained)) if pretrained in NAMED_MODELS else pretrained, **options)

@@ -8,11 +8,12 @@ not run again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
@@ -48,6 +49,7 @@ def evaluate(
     texts: Texts | None = None,
     settings: object = None,
     out: str | Path | None = None,
+    workers: Workers | None = None,
     progress: Progress = unheard,
 ) -> Results:
     """Score a model on a task with each method.
@@ -59,6 +61,8 @@ def evaluate(
         settings: instance of the task's own class, such as `LmSettings`; by default its defaults.
         out: file to write each row to as it is computed, for `records.load(Results, out)`. Rows that it has already are
             not computed again, so a stopped evaluation continues.
+        workers: what runs the model, such as those of `ray_workers`; by default this process. With others, `loaded` may
+            be without weights (`models.load.outline`).
         progress: counts samples times distinct specs, and is called at every token.
 
     Raises:
@@ -67,19 +71,20 @@ def evaluate(
         RecordError: `out` belongs to another evaluation, or cannot be written.
         ModelError, OutOfMemoryError: as `stream`.
     """
-    what = TASKS.find(task)
+    what, workers = TASKS.find(task), workers or Here(loaded)
+    machine = workers.machine
     samples, settings, notes = samples_of(loaded, task, texts=texts, settings=settings)
     about: dict[str, Any] = {
         "model": loaded.name,
-        "weights": digest_of(loaded),
+        "weights": machine.weights,
         "task": task,
         "settings": msgspec.json.decode(msgspec.json.encode(settings)),  # as in a file
         "methods": dict(methods),
-        "run": _run(loaded, what, samples, methods),
+        "run": _run(machine, what, samples, methods),
         "notes": notes,
     }
     log = Log(out, about)
-    rows = measure(loaded, samples, methods, scoring=what.scoring, log=log, progress=progress)
+    rows = measure(loaded, samples, methods, scoring=what.scoring, log=log, workers=workers, progress=progress)
     return Results(rows=rows, **{**about, "run": log.run})
 
 
@@ -120,17 +125,74 @@ def _checked(loaded: LoadedModel, samples: Sequence[Sample]) -> tuple[str, ...]:
     return tuple(warnings)
 
 
-def _run(loaded: LoadedModel, task: Task, samples: Sequence[Sample], methods: Methods) -> Run:
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What runs a model, as far as scores depend on it."""
+
+    weights: str
+    """Digest of the model (`analysis.models.digest`)."""
+    threads: int
+    device: str
+    dtype: str
+    packages: Mapping[str, str]
+    """Versions of l2kv, torch and transformers."""
+
+    @classmethod
+    def of(cls, loaded: LoadedModel) -> Machine:
+        """This process, with a model."""
+        packages = {name: _version_of(name) for name in ("l2kv", "torch", "transformers")}
+        return cls(digest_of(loaded), torch.get_num_threads(), _name_of(loaded.device), loaded.dtype, packages)
+
+
+class Workers(Protocol):
+    """What runs batches, here or elsewhere."""
+
+    @property
+    def machine(self) -> Machine:
+        """What each of them computes with."""
+
+    def run(
+        self, passes: Sequence[Sequence[Cells]], scoring: Scoring | None, tick: Callable[[], object]
+    ) -> Generator[tuple[Cells, Sequence[Row]], None, None]:
+        """Run batches, and yield each with its rows, whose methods are not set; `tick` is called meanwhile.
+
+        Args:
+            passes: batches whose contexts are read in one pass, for each pass.
+            scoring: as for `measure`.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Here:
+    """This process as the only worker."""
+
+    loaded: LoadedModel
+
+    @property
+    def machine(self) -> Machine:
+        """This process, with the model."""
+        return Machine.of(self.loaded)
+
+    @torch.inference_mode()  # as a decorator it is on only while this runs, not between its steps
+    def run(
+        self, passes: Sequence[Sequence[Cells]], scoring: Scoring | None, tick: Callable[[], object]
+    ) -> Generator[tuple[Cells, Sequence[Row]], None, None]:
+        """As `Workers.run`, on a prepared model."""
+        for of_pass in passes:
+            yield from run_cells(self.loaded, of_pass, scoring, tick)
+
+
+def _run(machine: Machine, task: Task, samples: Sequence[Sample], methods: Methods) -> Run:
     return Run(
         samples=len(samples),
         digest=digest_of_samples(samples),
         task_version=task.version,
         tokens_at_once=batches.TOKENS_AT_ONCE,
         together=(tuple(methods),),
-        threads=torch.get_num_threads(),
-        device=_name_of(loaded.device),
-        dtype=loaded.dtype,
-        packages={name: _version_of(name) for name in ("l2kv", "torch", "transformers")},
+        threads=machine.threads,
+        device=machine.device,
+        dtype=machine.dtype,
+        packages=machine.packages,
     )
 
 
@@ -148,7 +210,6 @@ def _version_of(package: str) -> str:
         return ""
 
 
-@torch.inference_mode()
 def measure(
     loaded: LoadedModel,
     samples: Sequence[Sample],
@@ -156,6 +217,7 @@ def measure(
     *,
     scoring: Scoring | None = None,
     log: Log | None = None,
+    workers: Workers | None = None,
     progress: Progress = unheard,
 ) -> tuple[Row, ...]:
     """Score samples with each method, and return the rows method by method; equal specs are run once.
@@ -163,6 +225,7 @@ def measure(
     Args:
         scoring: how to score answers; samples with a target need none.
         log: rows that are known, and where to write others.
+        workers: as for `evaluate`.
 
     Raises:
         As `evaluate`, and SettingsError if two samples have the same name.
@@ -179,17 +242,21 @@ def measure(
                 found[sample.name, spec] = row
                 progress(len(found), total, "samples")
 
+    workers = workers or Here(loaded)
     with prepared(loaded):
+        todo: list[list[Cells]] = []
         for specs in log.together if log else [wanted]:
             for of_pass in cells_of(loaded, samples, specs):
-                missing = []
+                todo.append([])
                 for cells in of_pass:
-                    if log and (rows := log.find(cells)):
-                        keep(cells, log.add(cells, rows))  # a method may be new whose spec is known
+                    if log and (known := log.find(cells)):
+                        keep(cells, log.add(cells, known))  # a method may be new whose spec is known
                     elif set(cells.specs) & set(wanted):
-                        missing.append(cells)
-                for cells, rows in run_cells(loaded, missing, scoring, lambda: progress(len(found), total, "samples")):
-                    keep(cells, log.add(cells, rows) if log else rows)
+                        todo[-1].append(cells)
+        left = [of_pass for of_pass in todo if of_pass]
+        with closing(workers.run(left, scoring, lambda: progress(len(found), total, "samples"))) as runs:
+            for cells, rows in runs:
+                keep(cells, log.add(cells, rows) if log else rows)
     return tuple(replace(found[sample.name, spec], method=name) for name, spec in methods.items() for sample in samples)
 
 

@@ -130,6 +130,16 @@ def tokenizer_and_config(ref: str | Path) -> tuple[PreTrainedTokenizerBase, Pret
     return tokenizer, config.get_text_config(decoder=True)
 
 
+def outline(ref: str | Path) -> LoadedModel:
+    """Load a model without its weights, where others run it: it has a tokenizer and a config. Raises ModelError."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    tokenizer, config = tokenizer_and_config(ref)
+    with torch.device("meta"):
+        return LoadedModel(AutoModelForCausalLM.from_config(config), tokenizer, model_name(ref))
+
+
 def convert(gguf: Path, folder: Path) -> str:
     """Write a GGUF file as a folder of bfloat16 safetensors, as transformers writes them; return how it was stored."""
     import torch
