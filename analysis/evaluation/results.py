@@ -6,7 +6,7 @@ A Pareto front, a single-layer ablation and a passkey grid are views of results.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import exp, isfinite, nan
 from typing import TYPE_CHECKING, Any
@@ -150,6 +150,11 @@ class Results:
     @cached_property
     def _cells(self) -> dict[tuple[str, str], Row]:
         return {(row.method, row.sample): row for row in self.rows}
+
+    def complete(self) -> Results:
+        """Select the samples that every method has done: an evaluation may have been stopped at any of them."""
+        done = {sample for sample in self.samples if all((method, sample) in self._cells for method in self.methods)}
+        return replace(self, rows=tuple(row for row in self.rows if row.sample in done))
 
     @property
     def full(self) -> str:
