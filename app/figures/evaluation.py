@@ -97,41 +97,41 @@ def length_depth_maps(
         horizontal_spacing=0.06, vertical_spacing=_BETWEEN / height,
     )  # fmt: skip
     figure.update_annotations(font_size=14)
-    across, down = [f"{length:,g}" for length in lengths], [f"{depth:.0%}" for depth in depths]
-    ends = dict(type="category", showgrid=False, fixedrange=True, tickangle=0)
+    across, down = [f"{length:,.0f}" for length in lengths], [f"{100 * depth:g} %" for depth in depths]
+    ends = dict(type="category", showgrid=False, fixedrange=True, tickangle=0, ticks="")
     for i, (name, values) in enumerate(panels.items()):
         place = dict(row=i // _ACROSS + 1, col=i % _ACROSS + 1)
-        undefined = ~np.isfinite(values)
-        cells = dict(x=across, y=down, xgap=1, ygap=1, **place)
-        figure.add_heatmap(
-            z=values, coloraxis="coloraxis", customdata=samples, hoverongaps=False,
-            hovertemplate=f"{literal(name)}<br>%{{x}} tokens, depth %{{y}}<br>%{{z:.0%}} of %{{customdata}} found"
-            "<extra></extra>", **cells,
-        )  # fmt: skip
-        if undefined.any():
-            figure.add_heatmap(
-                z=np.where(undefined, 0.0, np.nan), colorscale=[[0, UNDEFINED], [1, UNDEFINED]], showscale=False,
-                hoverongaps=False, hovertemplate="%{x} tokens, depth %{y}<br>undefined<extra></extra>", **cells,
-            )  # fmt: skip
-        for chosen, color in (
-            (~undefined & (values < PALE), "#000000"),
-            (~undefined & (values >= PALE), "#FFFFFF"),
-            (undefined, None),
-        ):
-            depth, length = np.nonzero(chosen)
-            if len(depth):
-                words = ["–" if color is None else f"{values[cell]:.0%}" for cell in zip(depth, length, strict=True)]
-                figure.add_scatter(
-                    x=[across[n] for n in length], y=[down[d] for d in depth], mode="text", text=words,
-                    textfont=dict(size=12, color=color), hoverinfo="skip", showlegend=False, **place,
-                )  # fmt: skip
-        figure.update_xaxes(axis("tokens" if i + _ACROSS >= len(panels) else "", **ends), **place)
-        first = i % _ACROSS == 0
-        figure.update_yaxes(
-            axis("depth" if first else "", autorange="reversed", showticklabels=first, ticks="", **ends), **place
-        )
+        for trace in _cells(name, values, across, down, samples):
+            figure.add_trace(trace, **place)
+        first, last = i % _ACROSS == 0, i + _ACROSS >= len(panels)
+        figure.update_xaxes(axis("tokens" if last else "", **ends), **place)
+        figure.update_yaxes(axis("depth" if first else "", autorange="reversed", showticklabels=first, **ends), **place)
     bar = dict(tickformat=".0%", nticks=5, len=min(height, 240), lenmode="pixels", y=1, yanchor="top")
     return figure.update_layout(coloraxis=dict(cmin=0, cmax=1, colorscale=KEPT, colorbar=colorbar("found", **bar)))
+
+
+def _cells(
+    name: str, values: np.ndarray, across: Sequence[str], down: Sequence[str], samples: np.ndarray
+) -> Iterator[go.Heatmap | go.Scatter]:
+    """The cells of a panel, and what is written in them; undefined ones are grey, with a dash in the page's colour."""
+    undefined = ~np.isfinite(values)
+    grid: dict[str, Any] = dict(x=across, y=down, xgap=1, ygap=1, hoverongaps=False)
+    yield go.Heatmap(
+        z=values, coloraxis="coloraxis", customdata=samples, **grid,
+        hovertemplate=f"{literal(name)}<br>%{{x}} tokens, depth %{{y}}<br>%{{z:.0%}} of %{{customdata}} found"
+        "<extra></extra>",
+    )  # fmt: skip
+    yield go.Heatmap(
+        z=np.where(undefined, 0.0, np.nan), colorscale=[[0, UNDEFINED], [1, UNDEFINED]], showscale=False, **grid,
+        hovertemplate=f"{literal(name)}<br>%{{x}} tokens, depth %{{y}}<br>undefined<extra></extra>",
+    )  # fmt: skip
+    for cells, color in ((~undefined, np.where(values < PALE, "#000000", "#FFFFFF")), (undefined, None)):
+        depth, length = (index.tolist() for index in np.nonzero(cells))
+        yield go.Scatter(
+            x=[across[n] for n in length], y=[down[d] for d in depth], mode="text", hoverinfo="skip", showlegend=False,
+            text=["–" if color is None else f"{value:.0%}" for value in values[cells]],
+            textfont=dict(size=12, color=None if color is None else color[cells].tolist()),
+        )  # fmt: skip
 
 
 def _styled(lines: Mapping[str, Curve]) -> Iterator[tuple[str, Curve, dict[str, Any]]]:

@@ -31,7 +31,7 @@ class _Score:
     """The axis begins at 0 where there is one, and ends here."""
 
 
-_SCORES = {
+SCORES = {
     "nll": _Score("NLL", "NLL, nats/token"),
     "perplexity_ratio": _Score("Perplexity ratio", "perplexity ratio to the full cache"),
     "accuracy": _Score("Accuracy", "share of next tokens predicted", inf),
@@ -69,16 +69,23 @@ def section(
     )
 
 
+def summaries(results: Iterable[Results]) -> list[dict[str, Any]]:
+    """What each of some results is of, and its summary, for JSON."""
+    about = ("model", "task", "settings", "methods", "run", "notes")
+    return [
+        {name: getattr(one, name) for name in about} | {"rows": one.summary(TASKS.find(one.task))} for one in results
+    ]
+
+
 def _by_bytes(results: Results, task: Task) -> Drawing:
     rows, n = results.summary(replace(task, axes=())), len(results.samples)
-    relative = "perplexity_ratio" in rows[0]
-    name, unit = (
-        ("perplexity_ratio", _SCORES["perplexity_ratio"].unit) if relative else ("score", f"score, {task.unit}")
-    )
+    name = "perplexity_ratio" if "perplexity_ratio" in rows[0] else "score"
+    most = task.right if task.scoring else None
+    score = SCORES.get(name, _Score(task.title, f"score, {task.unit}", most))
     lines, full = _lines(results, (_Point(row["method"], row["MiB"], row[name]) for row in rows))
     return Drawing(
-        figures.score_by_bytes(lines, full=full, score=unit, most=task.right if task.scoring else None),
-        alt=f"The bytes held against the {unit}, a line for each method",
+        figures.score_by_bytes(lines, full=full, score=score.unit, most=score.most),
+        alt=f"The bytes held against the {score.unit}, a line for each method",
         title=f"{task.title} against bytes, n = {n}",
         caption=f"Means over {counted(n, 'sample')} with 95 % intervals. "
         f"{'Upper' if task.higher_is_better else 'Lower'} left is better.",
@@ -91,8 +98,8 @@ def _maps(results: Results, task: Task) -> Iterator[Drawing]:
     if not all({"n_tokens", "depth"} <= row.at.keys() for row in results.rows):
         return
     places = results.grouped("n_tokens", "depth")
-    lengths, depths = (sorted({place[axis] for place in places}) for axis in (0, 1))
-    cells = {place: (depths.index(place[1]), lengths.index(place[0])) for place in places}
+    lengths, depths = (sorted({float(place[axis]) for place in places}) for axis in (0, 1))
+    cells = {place: (depths.index(float(place[1])), lengths.index(float(place[0]))) for place in places}
     samples = np.zeros((len(depths), len(lengths)), dtype=np.int64)
     for place, names in places.items():
         samples[cells[place]] = len(names)
@@ -121,7 +128,7 @@ def _by_positions(results: Results, names: Sequence[str]) -> Iterator[Drawing]:
     for budget in dict.fromkeys(_budget_of(method) for method in compressed):
         here = [row for row in rows if row["method"] not in compressed or _budget_of(row["method"]) == budget]
         for name in (name for name in names if name in here[0]):
-            score = _SCORES[name]
+            score = SCORES[name]
             points = [_Point(row["method"], row["position"], row[name]) for row in here]
             lines, full = _lines(results, points)
             yield Drawing(
@@ -129,8 +136,7 @@ def _by_positions(results: Results, names: Sequence[str]) -> Iterator[Drawing]:
                 alt=f"{score.title} by position in the text, a line for each method",
                 title=f"{score.title} by position{budget and f', budget {budget}'}, n = {len(results.samples)}",
                 caption="Each point is the mean over neighbouring positions, with its 95 % interval.",
-                table={"method": [point.method for point in points], "position": [point.x for point in points]}
-                | _columns(score.unit, [point.value for point in points]),
+                table=_table([{"method": at.method, "position": at.x, score.unit: at.value} for at in points]),
             )
 
 
