@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,7 +26,6 @@ from analysis.plans.ablation import Ablation
 from analysis.plans.front import Front
 from analysis.records import Record, load_any, write_text
 from analysis.studies import Study
-from analysis.texts.excerpts import Excerpt
 from app.extras import needs
 
 if TYPE_CHECKING:
@@ -138,23 +137,23 @@ def paper(
     with needs("app"):
         from app.report.paper import write_pages
     loaded = loaded_model(model, device)
-    made: list[tuple[str, object]] = []
-    given: Sequence[Excerpt] = ()
     n_tokens = min(tokens or 1024, loaded.positions - 1)  # one for the next token
-    if read_off:
-        given = excerpts_of(loaded, documents, n_tokens=n_tokens, at_most=excerpts or defaults.EXCERPTS)
-        with shown("step") as progress:
-            made += reproduce(
-                loaded, [one.text for one in given], only=read_off, heads=heads or None, progress=progress
-            )
-    for name in measured:
-        size = EXPERIMENTS[name].quick if quick else EXPERIMENTS[name].size
-        size = replace(size, tokens=tokens or size.tokens, samples=excerpts or size.samples)
-        found = _measured(
-            loaded, cases(loaded, name, size, documents=documents if texts else None, files=path), to / name
-        )
-        made.append((name, found))
-    for file in write_pages(made, to, model=loaded.name, excerpts=[one.name for one in given], n_tokens=n_tokens):
+    at_most = excerpts or defaults.EXCERPTS
+    given = excerpts_of(loaded, documents, n_tokens=n_tokens, at_most=at_most) if read_off else ()
+
+    def made() -> Iterator[tuple[str, object]]:
+        if read_off:
+            with shown("step") as progress:
+                passages = [one.text for one in given]
+                yield from reproduce(loaded, passages, only=read_off, heads=heads or None, progress=progress)
+        for name in measured:
+            size = EXPERIMENTS[name].quick if quick else EXPERIMENTS[name].size
+            size = replace(size, tokens=tokens or size.tokens, samples=excerpts or size.samples)
+            asked = cases(loaded, name, size, documents=documents if texts else None, files=path)
+            yield name, _measured(loaded, asked, to / name)
+
+    names = [one.name for one in given]
+    for file in write_pages(made(), to, model=loaded.name, excerpts=names, n_tokens=n_tokens):
         wrote(file)
 
 

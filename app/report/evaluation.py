@@ -12,7 +12,7 @@ import numpy as np
 from analysis.evaluation.results import Results
 from analysis.evaluation.task import Task
 from analysis.evaluation.tasks import TASKS
-from analysis.statistics import Interval, few_documents_warning, nanmean
+from analysis.statistics import MIN_TEXTS, Interval, few_documents_warning, nanmean
 from analysis.words import counted, span
 from app import figures
 from app.figures import Curve
@@ -53,20 +53,27 @@ def section(
     task = TASKS.find(results.task)
     better = "higher" if task.higher_is_better else "lower"
     spread = "Wilson's, over samples" if task.share else "by resampling documents"
-    known = any(row.document for row in results.rows)
+    known, n = any(row.document for row in results.rows), len(results.samples)
     words = (
-        f"{task.about} {counted(len(results.samples), 'sample')}; the score is in {task.unit}, and {better} is better. "
+        f"{task.about} {counted(n, 'sample')}; the score is in {task.unit}, and {better} is better. "
         f"Intervals are 95 %, {spread}. Bytes are those of the keys and values held, the mean over samples.",
         few_documents_warning(results.documents if known else ()),
+        f"Of {counted(n, 'sample')} they are too narrow." if not task.share and n < MIN_TEXTS else "",
+        "The full cache scores 0, so this task tells nothing about this model." if _fails(results, task) else "",
         *results.notes,
     )
     maps = tuple(_maps(results, task))
     drawings = (_by_bytes(results, task), *maps, *_by_positions(results, by_position))
     columns = 1 if maps else 2  # a map for each method takes the whole width
-    rows = [{name.replace("_", " "): _told(value) for name, value in row.items()} for row in results.summary(task)]
+    rows = [{name: _told(value) for name, value in row.items()} for row in results.summary(task)]
     return Section(
         heading or f"{task.title}: {results.model}", tuple(filter(None, words)), drawings, columns, _table(rows)
     )
+
+
+def _fails(results: Results, task: Task) -> bool:
+    """Tell whether the full cache gets nothing right, so that nothing can be worse."""
+    return task.higher_is_better and None in results.methods.values() and not results.scores(results.full).any()
 
 
 def summaries(results: Iterable[Results]) -> list[dict[str, Any]]:
@@ -123,7 +130,9 @@ def _by_positions(results: Results, names: Sequence[str]) -> Iterator[Drawing]:
     """A figure for each score and budget, since the lines of all budgets would hide each other."""
     if not all(row.nats for row in results.rows):
         return
-    rows = results.by_position(width=-(-len(results.positions) // _PLACES))
+    n, least = len(results.positions), -(-len(results.positions) // _PLACES)
+    width = min(range(least, 2 * least), key=lambda width: -n % width)  # few tokens at the end would make a wild point
+    rows = results.by_position(width=width)
     compressed = [method for method, spec in results.methods.items() if spec is not None]
     for budget in dict.fromkeys(_budget_of(method) for method in compressed):
         here = [row for row in rows if row["method"] not in compressed or _budget_of(row["method"]) == budget]
@@ -186,19 +195,17 @@ def _told(value: Any) -> Any:
     mean, low, high = (f"{end:.3g}".replace("-", "\N{MINUS SIGN}") for end in (value.value, value.low, value.high))
     if np.isnan(value.value):
         return "undefined"
-    return mean if np.isnan(value.low) else f"{mean} ({low} to {high})"
+    return mean if np.isnan(value.low) else f"{mean} ({low} to {high})".replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """A summary as columns, an interval in three."""
+    """A summary as columns for readers, an interval in three."""
     columns: dict[str, Iterable[Any]] = {}
     for name, first in rows[0].items():
-        values = [row[name] for row in rows]
-        columns |= _columns(name, values) if isinstance(first, Interval) else {name: values}
+        values, title = [row[name] for row in rows], name.removeprefix("n_").replace("_", " ")
+        if isinstance(first, Interval):
+            ends = (("", "value"), (", from", "low"), (", to", "high"))
+            columns |= {f"{title}{word}": [getattr(one, end) for one in values] for word, end in ends}
+        else:
+            columns[title] = [_words(value) for value in values] if name == "method" else values
     return columns
-
-
-def _columns(name: str, values: Sequence[Interval]) -> dict[str, Iterable[float]]:
-    return {name: [one.value for one in values]} | {
-        f"{name}, {word}": [getattr(one, end) for one in values] for word, end in (("from", "low"), ("to", "high"))
-    }
