@@ -231,7 +231,8 @@ class Results:
     def by_position(self, *, width: int = 1) -> list[dict[str, Any]]:
         """Tabulate each method by `width` positions: mean NLL, perplexity and accuracy with their intervals.
 
-        "position" is the first of each group; the last group may be smaller. "change" is as in `summary`.
+        "position" is the first of each group; the last group may be smaller. "change" and "perplexity_ratio" are as in
+        `summary`.
 
         Raises:
             SettingsError: as `positions`, or the width is less than 1.
@@ -253,6 +254,7 @@ class Results:
             columns["perplexity"] = [_exp(one) for one in columns["nll"]]
             if full is not None:
                 columns["change"] = intervals(self.nats(method) - self.nats(full))
+                columns["perplexity_ratio"] = [_exp(one) for one in columns["change"]]
             for i, start in enumerate(self.positions[starts].tolist()):
                 rows.append({"method": method, "position": start} | {name: of[i] for name, of in columns.items()})
         return rows
