@@ -92,12 +92,7 @@ def main() -> None:
     )
     evaluate_page = _drawn(lambda: evaluate.draw(engine(), jobs()))
     new = [
-        st.Page(
-            _drawn(lambda: evaluate.draw(engine(), jobs())),
-            title="Evaluate",
-            icon=":material/science:",
-            url_path="evaluate",
-        ),
+        st.Page(evaluate_page, title="Evaluate", icon=":material/science:", url_path="evaluate"),
         st.Page(_drawn(help_page.draw), title="Help", icon=":material/help:", url_path="help"),
     ]
     pages = [*new, heads_page, also_heads, capture_page, texts_page, skip_page, plan_page, generate_page]
