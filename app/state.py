@@ -40,6 +40,10 @@ class Param(Generic[Value]):
     """Written even if it is the default, which may be another one in the next version."""
 
 
+IN_ADDRESS: dict[str, Slot[Any]] = {}
+"""All slots that stand in the address, by the names of their parameters."""
+
+
 @dataclass(frozen=True)
 class Slot(Generic[Value]):
     """One value of a session. Its key may also be a widget's, on any number of pages."""
@@ -47,6 +51,10 @@ class Slot(Generic[Value]):
     key: str
     default: Value
     param: Param[Value] | None = None
+
+    def __post_init__(self) -> None:
+        if self.param:
+            IN_ADDRESS[self.param.name] = self
 
     def get(self) -> Value:
         """Return the value, or the default where there is none."""
@@ -161,10 +169,6 @@ REFUSED = Slot[tuple[str, ...]]("refused", ())
 CHART_DRAWN = Slot("chart_drawn", False)
 """Whether the browser has drawn a chart."""
 FIRST_CHART_SENT = Slot[float | None]("first_chart_sent", None)
-
-IN_ADDRESS: dict[str, Slot[Any]] = {
-    slot.param.name: slot for slot in list(globals().values()) if isinstance(slot, Slot) and slot.param
-}
 
 
 def notice(text: str) -> None:
