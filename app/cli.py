@@ -133,6 +133,8 @@ def paper(
         options.refuse(context, ("quick",), "these figures have one size")
     if "fig5" not in figures:
         options.refuse(context, ("path",), "only fig5 reads files of examples")
+    if "fig1" not in figures:
+        options.refuse(context, ("heads",), "only fig1 shows heads by choice")
     documents = texts_of(texts)
     with needs("app"):
         from app.report.paper import write_pages

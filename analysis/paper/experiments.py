@@ -115,7 +115,8 @@ def cases(
         elif documents and task.texts != "no":
             texts = excerpts_from(documents)
         elif task.bundled:
-            settings, texts = task.bundled(loaded, settings)
+            settings, given = task.bundled(loaded, settings)
+            texts = given[: size.samples]
         yield Case(part.name, part.task, settings, part.methods(settings), texts)
 
 

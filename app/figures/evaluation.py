@@ -94,7 +94,7 @@ def length_depth_maps(
     figure = new_figure(height=height + 76, margin=dict(l=56, r=8, t=28, b=48))
     figure.set_subplots(
         rows=rows, cols=_ACROSS, subplot_titles=[literal(name) for name in panels],
-        horizontal_spacing=0.06, vertical_spacing=_BETWEEN / height,
+        horizontal_spacing=0.06, vertical_spacing=_BETWEEN / height if rows > 1 else 0,
     )  # fmt: skip
     figure.update_annotations(font_size=14)
     across, down = [f"{length:,.0f}" for length in lengths], [f"{100 * depth:g} %" for depth in depths]

@@ -195,7 +195,7 @@ def _told(value: Any) -> Any:
     mean, low, high = (f"{end:.3g}".replace("-", "\N{MINUS SIGN}") for end in (value.value, value.low, value.high))
     if np.isnan(value.value):
         return "undefined"
-    return mean if np.isnan(value.low) else f"{mean} ({low} to {high})".replace(" ", "\N{NO-BREAK SPACE}")
+    return mean if np.isnan(value.low) else f"{mean} ({low} to {high})"
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
