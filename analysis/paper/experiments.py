@@ -177,6 +177,7 @@ _GROWS = (
     "A cache grows to the share of the excerpt that its keep ratio says, then keeps 98 % of what it holds at each token"
 )
 _ASKED = "The question comes after compression, and the whole answer comes from the compressed cache"
+_PROMPTS = "Prompts are shorter, of the size's tokens, half and a quarter of them, with 5 depths each"
 EXPERIMENTS = {
     "fig3": Experiment(
         "Prediction by position, by norm and at random",
@@ -189,7 +190,7 @@ EXPERIMENTS = {
     "fig4": Experiment(
         "Needle and passkey by keep ratio, length and depth",
         "Llama-2-7b-80k: needle 99 % with 50 % evicted, passkey 100 % with 90 % evicted; keeping high norms near 0.",
-        here=f"{_ASKED}; the paper's code takes the first token from the full one. Prompts are shorter.",
+        here=f"{_ASKED}; the paper's code takes the first token from the full one. {_PROMPTS}.",
         size=Size(4000, 5, (0.9, 0.7, 0.5, 0.3, 0.1)),
         quick=Size(800, 1, (0.5, 0.1)),
         parts=partial(_retrieval, _NORMS, (SKIPPED,)),
@@ -212,14 +213,14 @@ EXPERIMENTS = {
     "fig10": Experiment(
         "Prediction by skipped layers",
         "Figures 10 to 13, skipped layers {0}, {0, 1} and {0, 1, 12}: little difference.",
-        here=f"Skipped layers none, {{0}} and {{0, 1}}. {_GROWS}.",
+        here=f"Skipped layers: none, {{0}} and {{0, 1}}. {_GROWS}.",
         parts=partial(_prediction, ("low_norm",), _SKIP_LISTS),
         **_PREDICTION,
     ),
     "fig16": Experiment(
         "Retrieval by skipped layers",
         "Figures 16 and 17, skip {0} at keep ratio 0.7: 0.876; skip {0, 1}: 0.997, and at 0.8: 1.000.",
-        here=f"{_ASKED}. Skipped layers none, {{0}} and {{0, 1}}; prompts are shorter.",
+        here=f"{_ASKED}. Skipped layers: none, {{0}} and {{0, 1}}. {_PROMPTS}.",
         size=Size(4000, 5, (0.8, 0.7, 0.5, 0.3)),
         quick=Size(800, 1, (0.7, 0.5)),
         parts=partial(_retrieval, ("low_norm",), _SKIP_LISTS),
