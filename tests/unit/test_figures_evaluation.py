@@ -269,3 +269,10 @@ def test_results_of_a_task_that_is_not_registered_are_refused():
 def test_figures_travel_as_json():
     for of in (section(FOUND), section(predictions({"low_norm 0.5": [[0.25] * 2] * 6}))):
         assert all(json.loads(each.figure.to_json())["data"] for each in of.drawings)
+
+
+def test_predictions_at_other_positions_in_each_sample_have_no_curve_and_still_a_score():
+    results = predictions({"low_norm 0.5": [[0.5, 0.0], [0.5, 0.0]]})
+    moved = [replace(row, context=7) if row.sample == "s1" else row for row in results.rows]
+    of = section(replace(results, rows=tuple(moved)))
+    assert [each.title for each in of.drawings] == ["Prediction against bytes, n = 2"]
