@@ -67,6 +67,12 @@ def test_a_line_looks_the_same_whether_there_is_a_full_cache_or_not():
     assert not [shape for shape in without.layout.shapes]
 
 
+def test_lines_of_equal_scores_do_not_hide_each_other():
+    drawn = score_by_bytes({name: curve(0, 0) for name in "abcd"}, full=None, score="x", most=1).data
+    sizes = [line.marker.size for line in drawn]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4  # the last is on top
+
+
 def test_an_undefined_score_is_named_and_not_drawn_as_a_number():
     figure = score_by_position({"a": curve(1, math.nan, 2), "b": curve(math.nan)}, full=None, score="x", most=None)
     undefined = trace(figure, "a (undefined at 1 of 3)")
