@@ -115,8 +115,12 @@ def paper(
     texts: options.MaybeTexts = [],  # noqa: B006
     model: options.Model = defaults.MODEL,
     quick: Annotated[bool, typer.Option("--quick", help="Measure less, for a laptop.")] = False,
-    tokens: Annotated[int | None, typer.Option(help="Tokens per excerpt, or of the longest prompt.")] = None,
-    excerpts: Annotated[int | None, typer.Option(help="Excerpts, or samples at each length and depth.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens per excerpt, or of the longest prompt; 1024 for figures without a size.")
+    ] = None,
+    excerpts: Annotated[
+        int | None, typer.Option(help="Excerpts, or samples at each length and depth; 16 for figures without a size.")
+    ] = None,
     path: Annotated[list[str], typer.Option(help="File of LongBench, for fig5; repeat for more.")] = [],  # noqa: B006
     heads: Annotated[
         Sequence[Any],
@@ -133,6 +137,8 @@ def paper(
         options.refuse(context, ("quick",), "these figures have one size")
     if "fig5" not in figures:
         options.refuse(context, ("path",), "only fig5 reads files of examples")
+    if "fig1" not in figures:
+        options.refuse(context, ("heads",), "only fig1 shows heads by choice")
     documents = texts_of(texts)
     with needs("app"):
         from app.report.paper import write_pages

@@ -30,9 +30,10 @@ from l2kv.spec import CompressionSpec
 if TYPE_CHECKING:
     from analysis.models.load import LoadedModel
 
-SKIPPED = (0, 1)
-"""Layers that the paper's code skips."""
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+_NORMS = ("low_norm", "high_norm", "random")
+_PAPERS = ((0, 1),)  # the skip list of the paper's code
+_SKIP_LISTS = ((), (0,), (0, 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +116,8 @@ def cases(
         elif documents and task.texts != "no":
             texts = excerpts_from(documents)
         elif task.bundled:
-            settings, texts = task.bundled(loaded, settings)
+            settings, given = task.bundled(loaded, settings)
+            texts = given[: size.samples]
         yield Case(part.name, part.task, settings, part.methods(settings), texts)
 
 
@@ -163,35 +165,34 @@ def _longbench(size: Size, files: Sequence[str]) -> tuple[Part, ...]:
         raise SettingsError(
             "Figure 5 is measured on LongBench's own files, which are not part of this project: give them by --path."
         )
-    methods = _methods(size.keep_ratios, _NORMS, (SKIPPED,), _once)
+    methods = _methods(size.keep_ratios, _NORMS, _PAPERS, _once)
     return tuple(
         Part(Path(file).stem, "longbench", LongBenchSettings(file, size.tokens), lambda _: methods) for file in files
     )
 
 
-_NORMS = ("low_norm", "high_norm", "random")
-_SKIP_LISTS = ((), (0,), (0, 1))
 _PREDICTION = dict(size=Size(2048, 16, (0.5, 0.25)), quick=Size(512, 4, (0.5,)))
 _GROWS = (
     "A cache grows to the share of the excerpt that its keep ratio says, then keeps 98 % of what it holds at each token"
 )
 _ASKED = "The question comes after compression, and the whole answer comes from the compressed cache"
+_PROMPTS = "Prompts are shorter, of the size's tokens, half and a quarter of them, with 5 depths each"
 EXPERIMENTS = {
     "fig3": Experiment(
         "Prediction by position, by norm and at random",
         "Llama-2-7b, Llama-3-8b, Gemma: up to 50 % evicted, no visible change; keeping high norms is far worse than "
         "random.",
         here=f"{_GROWS}, as in the paper's code. Excerpts are of your own texts, and shorter.",
-        parts=partial(_prediction, _NORMS, (SKIPPED,)),
+        parts=partial(_prediction, _NORMS, _PAPERS),
         **_PREDICTION,
     ),
     "fig4": Experiment(
         "Needle and passkey by keep ratio, length and depth",
         "Llama-2-7b-80k: needle 99 % with 50 % evicted, passkey 100 % with 90 % evicted; keeping high norms near 0.",
-        here=f"{_ASKED}; the paper's code takes the first token from the full one. Prompts are shorter.",
+        here=f"{_ASKED}; the paper's code takes the first token from the full one. {_PROMPTS}.",
         size=Size(4000, 5, (0.9, 0.7, 0.5, 0.3, 0.1)),
         quick=Size(800, 1, (0.5, 0.1)),
-        parts=partial(_retrieval, _NORMS, (SKIPPED,)),
+        parts=partial(_retrieval, _NORMS, _PAPERS),
     ),
     "fig5": Experiment(
         "LongBench by keep ratio",
@@ -205,20 +206,20 @@ EXPERIMENTS = {
         "Low norm against FastGen",
         "FastGen without attention (local, punctuation, special tokens): low norm is better with up to 50 % evicted.",
         here=f"As Figure 3, with the policy fastgen. {_GROWS}.",
-        parts=partial(_prediction, ("low_norm", "fastgen"), (SKIPPED,)),
+        parts=partial(_prediction, ("low_norm", "fastgen"), _PAPERS),
         **_PREDICTION,
     ),
     "fig10": Experiment(
         "Prediction by skipped layers",
         "Figures 10 to 13, skipped layers {0}, {0, 1} and {0, 1, 12}: little difference.",
-        here=f"Skipped layers none, {{0}} and {{0, 1}}. {_GROWS}.",
+        here=f"Skipped layers: none, {{0}} and {{0, 1}}. {_GROWS}.",
         parts=partial(_prediction, ("low_norm",), _SKIP_LISTS),
         **_PREDICTION,
     ),
     "fig16": Experiment(
         "Retrieval by skipped layers",
         "Figures 16 and 17, skip {0} at keep ratio 0.7: 0.876; skip {0, 1}: 0.997, and at 0.8: 1.000.",
-        here=f"{_ASKED}. Skipped layers none, {{0}} and {{0, 1}}; prompts are shorter.",
+        here=f"{_ASKED}. Skipped layers: none, {{0}} and {{0, 1}}. {_PROMPTS}.",
         size=Size(4000, 5, (0.8, 0.7, 0.5, 0.3)),
         quick=Size(800, 1, (0.7, 0.5)),
         parts=partial(_retrieval, ("low_norm",), _SKIP_LISTS),

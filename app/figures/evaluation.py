@@ -54,7 +54,7 @@ def score_by_bytes(lines: Mapping[str, Curve], *, full: Curve | None, score: str
     if full is not None:
         level(figure, float(full.mean[0]))
         _draw(figure, "full cache", full, "%{x:.2f} MiB", color=FULL_GREY, symbol="x", size=13)
-    for name, line, style in _styled(lines):
+    for name, line, style in _styled(lines, 13):
         _draw(figure, name, line, "%{x:.2f} MiB", **style)
     return figure.update_layout(
         xaxis=axis("keys and values held, MiB", rangemode="tozero"),
@@ -71,7 +71,7 @@ def score_by_position(lines: Mapping[str, Curve], *, full: Curve | None, score: 
     figure = new_figure(height=400, legend=BELOW)
     if full is not None:
         _draw(figure, "full cache", full, "from position %{x:d}", color=FULL_GREY, symbol="x", size=7)
-    for name, line, style in _styled(lines):
+    for name, line, style in _styled(lines, 10):
         _draw(figure, name, line, "from position %{x:d}", **style)
     return figure.update_layout(
         xaxis=axis("position of the token", tickformat="d"), yaxis=axis(score, **_scale(lines, most))
@@ -94,7 +94,7 @@ def length_depth_maps(
     figure = new_figure(height=height + 76, margin=dict(l=56, r=8, t=28, b=48))
     figure.set_subplots(
         rows=rows, cols=_ACROSS, subplot_titles=[literal(name) for name in panels],
-        horizontal_spacing=0.06, vertical_spacing=_BETWEEN / height,
+        horizontal_spacing=0.06, vertical_spacing=_BETWEEN / height if rows > 1 else 0,
     )  # fmt: skip
     figure.update_annotations(font_size=14)
     across, down = [f"{length:,.0f}" for length in lengths], [f"{100 * depth:g} %" for depth in depths]
@@ -134,10 +134,17 @@ def _cells(
         )  # fmt: skip
 
 
-def _styled(lines: Mapping[str, Curve]) -> Iterator[tuple[str, Curve, dict[str, Any]]]:
-    """Each line with a colour and a marker by its place: it looks the same in every figure of the same lines."""
+def _styled(lines: Mapping[str, Curve], largest: int) -> Iterator[tuple[str, Curve, dict[str, Any]]]:
+    """Each line with a colour and a marker by its place: it looks the same in every figure of the same lines.
+
+    Later markers are smaller, since they are drawn over earlier ones and equal scores are common.
+    """
     for i, (name, line) in enumerate(lines.items()):
-        yield name, line, dict(color=COLORS[i % len(COLORS)], symbol=MARKERS[i % len(MARKERS)], size=9)
+        yield (
+            name,
+            line,
+            dict(color=COLORS[i % len(COLORS)], symbol=MARKERS[i % len(MARKERS)], size=max(largest - 2 * i, 6)),
+        )
 
 
 def _scale(lines: Mapping[str, Curve], most: float | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from analysis.errors import SettingsError
 from analysis.evaluation.results import Results
 from analysis.evaluation.task import Task
 from analysis.evaluation.tasks import TASKS
@@ -128,9 +129,11 @@ def _maps(results: Results, task: Task) -> Iterator[Drawing]:
 
 def _by_positions(results: Results, names: Sequence[str]) -> Iterator[Drawing]:
     """A figure for each score and budget, since the lines of all budgets would hide each other."""
-    if not all(row.nats for row in results.rows):
+    try:
+        n = len(results.positions)
+    except SettingsError:  # nothing was predicted, or at other positions in each sample
         return
-    n, least = len(results.positions), -(-len(results.positions) // _PLACES)
+    least = -(-n // _PLACES)
     width = min(range(least, 2 * least), key=lambda width: -n % width)  # few tokens at the end would make a wild point
     rows = results.by_position(width=width)
     compressed = [method for method, spec in results.methods.items() if spec is not None]
@@ -195,7 +198,7 @@ def _told(value: Any) -> Any:
     mean, low, high = (f"{end:.3g}".replace("-", "\N{MINUS SIGN}") for end in (value.value, value.low, value.high))
     if np.isnan(value.value):
         return "undefined"
-    return mean if np.isnan(value.low) else f"{mean} ({low} to {high})".replace(" ", "\N{NO-BREAK SPACE}")
+    return mean if np.isnan(value.low) else f"{mean} ({low} to {high})"
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
