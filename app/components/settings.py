@@ -61,9 +61,7 @@ def _list(setting: Setting, text: str) -> tuple[Any, ...]:
     try:
         values = tuple(convert(word) for word in text.replace(",", " ").split())
     except ValueError:
-        raise SettingsError(
-            f"{setting.name} must be numbers with commas, such as 400, 1000; got {text!r:.60}"
-        ) from None
+        raise SettingsError(f"{setting.name} must be numbers such as 400, 1000; got {text!r:.60}") from None
     if not values:
         raise SettingsError(f"{setting.name} is empty: give one number at least")
     return values

@@ -220,7 +220,7 @@ def _results(ids: Sequence[str]) -> None:
 def _one(id: str, name: str) -> None:
     from app.report.evaluation import section
 
-    results = library.opened(Results, id).complete()
+    results = library.opened(Results, id)
     st.subheader(markup.plain(name))
     if not results.rows:
         st.info("Not one sample is done by all methods yet. Start the same evaluation again, and it goes on.")
