@@ -360,6 +360,21 @@ def test_an_experiment_of_the_paper_is_written_row_by_row_and_never_measured_twi
     assert load(Results, out / "fig3-lm.jsonl").rows == results.rows
 
 
+def test_each_file_of_longbench_is_a_part_of_figure_5(tmp_path):
+    for name in ("2wikimqa", "hotpotqa"):
+        example = {
+            "input": "Who came?", "context": "Ann came. " * 30, "answers": ["Ann"], "length": 60, "dataset": name,
+            "language": "en", "all_classes": None, "_id": "0",
+        }  # fmt: skip
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(example))
+    paths = [word for name in ("2wikimqa", "hotpotqa") for word in ("--path", str(tmp_path / f"{name}.jsonl"))]
+    options = ["-m", "books-5m", "--quick", "--device", "cpu", "-o", str(tmp_path / "out")]
+    assert main(["paper", "fig5", *paths, *options]) == 0
+    assert (tmp_path / "out" / "fig5-2wikimqa.jsonl").is_file()
+    text = Page((tmp_path / "out" / "fig5.html").read_text()).text
+    assert "LongBench: 2wikimqa" in text and "LongBench: hotpotqa" in text and "a small decrease with 50 %" in text
+
+
 def test_results_make_a_report_of_their_own_or_a_part_of_one(tmp_path, capsys):
     methods = {"full cache": None, "low_norm 0.5": CompressionSpec()}
     rows = tuple(Row(name, f"{i}", 1.0, 2**20, at={"n_tokens": 9, "depth": 0.5}) for name in methods for i in range(3))
