@@ -257,3 +257,9 @@ def test_predictions_at_other_positions_in_each_sample_have_no_curve_and_still_a
     moved = [replace(row, context=7) if row.sample == "s1" else row for row in results.rows]
     of = section(replace(results, rows=tuple(moved)))
     assert [each.title for each in of.drawings] == ["Prediction against bytes, n = 2"]
+
+
+def test_nothing_measured_is_an_empty_figure():
+    for draw in (score_by_bytes, score_by_position):
+        assert not draw({}, full=None, score="x", most=None).data
+    assert not length_depth_maps({}, lengths=[], depths=[], samples=np.zeros((0, 0))).data
