@@ -163,23 +163,21 @@ def paper(
         wrote(file)
 
 
-def _measured(loaded: LoadedModel, cases: Iterable[Case], to: Path) -> list[Results]:
-    """Run the evaluations of an experiment, each into a file of results beside `to`."""
+def _measured(loaded: LoadedModel, cases: Iterable[Case], to: Path) -> dict[str, Results]:
+    """Run the evaluations of an experiment, each into a file of results beside `to`; they are returned by name."""
     from analysis.evaluation.run import evaluate
     from analysis.evaluation.work import estimate
 
-    found = []
+    found = {}
     for case in cases:
         file = to.with_name(f"{to.name}-{case.name}.jsonl")
-        told = estimate(loaded, case.task, case.methods, texts=case.texts, settings=case.settings)
+        texts, settings = case.texts, case.settings
+        told = estimate(loaded, case.task, case.methods, texts=texts, settings=settings)
         print(f"{file.stem}: about {told}", file=sys.stderr)
         with shown("sample") as progress:
-            found.append(
-                evaluate(
-                    loaded, case.task, case.methods, texts=case.texts, settings=case.settings, out=file,
-                    progress=progress,
-                )
-            )  # fmt: skip
+            found[case.name] = evaluate(
+                loaded, case.task, case.methods, texts=texts, settings=settings, out=file, progress=progress
+            )
         wrote(file)
     return found
 

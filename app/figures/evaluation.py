@@ -38,8 +38,8 @@ class Curve:
     mean: np.ndarray
     low: np.ndarray
     high: np.ndarray
-    names: tuple[str, ...] = ()
-    """K names of what the places are, such as "low norm, keep 0.5"; the line's own where there are none."""
+    names: tuple[str, ...]
+    """K names of what was measured at each place, such as "low norm 0.5"."""
 
 
 def score_by_bytes(lines: Mapping[str, Curve], *, full: Curve | None, score: str, most: float | None) -> go.Figure:
@@ -52,7 +52,8 @@ def score_by_bytes(lines: Mapping[str, Curve], *, full: Curve | None, score: str
     """
     figure = new_figure(height=440, legend=BELOW)
     if full is not None:
-        level(figure, float(full.mean[0]))
+        if np.isfinite(full.mean[0]):
+            level(figure, float(full.mean[0]))
         _draw(figure, "full cache", full, "%{x:.2f} MiB", color=FULL_GREY, symbol="x", size=13)
     for name, line, style in _styled(lines, 13):
         _draw(figure, name, line, "%{x:.2f} MiB", **style)
@@ -163,11 +164,12 @@ def _draw(figure: go.Figure, name: str, line: Curve, place: str, *, color: str, 
     """Add a line with its intervals; its name says at how many places it is undefined, since nothing is drawn there."""
     undefined = int((~np.isfinite(line.mean)).sum())
     told = f"{literal(name)} (undefined at {undefined} of {len(line.mean)})" if undefined else literal(name)
-    names = [literal(each) for each in line.names or (name,) * len(line.x)]
+    notes = [
+        f"{literal(each)}<br>{mean:.3f}" + (f", 95 % {low:.3f} to {high:.3f}" if np.isfinite(low) else ", no interval")
+        for each, mean, low, high in zip(line.names, line.mean, line.low, line.high, strict=True)
+    ]
     figure.add_scatter(
         x=line.x, y=line.mean, mode="lines+markers", name=told, line=dict(color=color, width=2),
-        marker=dict(size=size, symbol=symbol), text=names, customdata=np.stack([line.low, line.high], axis=1).tolist(),
+        marker=dict(size=size, symbol=symbol), text=notes, hovertemplate=f"%{{text}}<br>{place}<extra></extra>",
         error_y=error_bars(line.mean, line.low, line.high, color=color) | dict(thickness=1, width=3),
-        hovertemplate=f"%{{text}}<br>{place}<br>%{{y:.3f}}, 95 % %{{customdata[0]:.3f}} to "
-        "%{customdata[1]:.3f}<extra></extra>",
     )  # fmt: skip

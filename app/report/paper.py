@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,8 @@ def write_pages(
     """Write a page and a JSON file for each figure, and an index of them; yields what was written.
 
     Args:
-        made: name and numbers of each figure, as `analysis.paper.figures.reproduce` gives them; of an experiment, its
-            `Results`.
+        made: name and numbers of each figure, as `analysis.paper.figures.reproduce` gives them; of an
+            experiment the `Results` of each of its parts, by name.
         excerpts: names of the excerpts that figures were read off, of `n_tokens` each.
 
     Raises:
@@ -71,13 +71,18 @@ class _Page:
     data: str
 
 
-def _experiment(name: str, numbers: Sequence[Results], model: str) -> _Page:
-    experiment, titles = EXPERIMENTS[name], [TASKS.find(each.task).title for each in numbers]
+def _experiment(name: str, numbers: Mapping[str, Results], model: str) -> _Page:
+    experiment = EXPERIMENTS[name]
     words = (f"The paper: {experiment.paper}", f"Here: {experiment.here}")
-    data = to_json(name, evaluation.summaries(numbers), {"model": model, "here": experiment.here}, figure=experiment)
+    told = evaluation.summaries(numbers.values())
+    data = to_json(name, told, {"model": model, "here": experiment.here}, figure=experiment)
     sections = tuple(
-        evaluation.section(each, heading=title, by_position=tuple(evaluation.SCORES))
-        for title, each in zip(titles, numbers, strict=True)
+        evaluation.section(
+            results,
+            heading=TASKS.find(results.task).title + (f": {part}" if part != results.task else ""),
+            by_position=tuple(evaluation.SCORES),
+        )
+        for part, results in numbers.items()
     )
     return _Page(_heading(name, experiment), "\n".join((model, *words)), words, sections, data)
 

@@ -354,10 +354,25 @@ def test_an_experiment_of_the_paper_is_written_row_by_row_and_never_measured_twi
     content = json.loads((out / "fig3.json").read_text())
     assert [one["task"] for one in content["numbers"]] == ["lm"] and "98 %" in content["here"]
 
-    monkeypatch.setattr("analysis.evaluation.run._predicted", None)  # nothing is left to compute
+    monkeypatch.setattr("transformers.LlamaForCausalLM.forward", None)  # nothing is left to compute
     monkeypatch.setattr("analysis.evaluation.work.estimate", lambda *_, **__: "no time")
     assert main(["paper", "fig3", *options]) == 0
     assert load(Results, out / "fig3-lm.jsonl").rows == results.rows
+
+
+def test_each_file_of_longbench_is_a_part_of_figure_5(tmp_path):
+    for name in ("2wikimqa", "hotpotqa"):
+        example = {
+            "input": "Who came?", "context": "Ann came. " * 30, "answers": ["Ann"], "length": 60, "dataset": name,
+            "language": "en", "all_classes": None, "_id": "0",
+        }  # fmt: skip
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(example))
+    paths = [word for name in ("2wikimqa", "hotpotqa") for word in ("--path", str(tmp_path / f"{name}.jsonl"))]
+    options = ["-m", "books-5m", "--quick", "--device", "cpu", "-o", str(tmp_path / "out")]
+    assert main(["paper", "fig5", *paths, *options]) == 0
+    assert (tmp_path / "out" / "fig5-2wikimqa.jsonl").is_file()
+    text = Page((tmp_path / "out" / "fig5.html").read_text()).text
+    assert "LongBench: 2wikimqa" in text and "LongBench: hotpotqa" in text and "a small decrease with 50 %" in text
 
 
 def test_results_make_a_report_of_their_own_or_a_part_of_one(tmp_path, capsys):

@@ -9,14 +9,12 @@ import plotly.graph_objects as go
 import pytest
 
 from analysis.errors import SettingsError
-from analysis.evaluation.results import FULL, Results, Row
+from analysis.evaluation.results import FULL
 from app.figures import Curve, length_depth_maps, score_by_bytes, score_by_position
 from app.figures.style import FULL_GREY
 from app.report.evaluation import section
 from app.report.writing import Drawing, Section
-from l2kv import CompressionSpec
-
-MIB = 2**20
+from tests.support.evaluation import passkeys_of, predictions_of
 
 
 def trace(figure: go.Figure, name: str) -> go.Scatter:
@@ -39,7 +37,8 @@ def drawing(of: Section, title: str) -> Drawing:
 
 def curve(*means: float) -> Curve:
     mean = np.array(means)
-    return Curve(np.arange(1.0, len(mean) + 1), mean, mean - 0.1, mean + 0.2)
+    names = tuple(f"method {i}" for i in range(len(mean)))
+    return Curve(np.arange(1.0, len(mean) + 1), mean, mean - 0.1, mean + 0.2, names)
 
 
 # the figures
@@ -52,7 +51,7 @@ def test_a_line_has_its_means_its_intervals_and_a_marker_of_its_own_and_the_full
     low, other, full = (trace(figure, name) for name in ("low norm", "&lt;img&gt; &#36;x&#36;", "full cache"))
     assert list(low.x) == [1, 2] and list(low.y) == [0.5, 0.75]
     np.testing.assert_allclose(ends(low), [(0.4, 0.7), (0.65, 0.95)])
-    assert low.customdata[0] == pytest.approx((0.4, 0.7))
+    assert low.text[1] == "method 1<br>0.750, 95 % 0.650 to 0.950"
     assert low.line.color != other.line.color and low.marker.symbol != other.marker.symbol
     assert full.line.color == FULL_GREY and list(full.y) == [1]
     low_end, high_end = figure.layout.yaxis.range
@@ -77,6 +76,7 @@ def test_an_undefined_score_is_named_and_not_drawn_as_a_number():
     figure = score_by_position({"a": curve(1, math.nan, 2), "b": curve(math.nan)}, full=None, score="x", most=None)
     undefined = trace(figure, "a (undefined at 1 of 3)")
     assert np.isnan(undefined.y[1]) and undefined.error_y.array[1] == 0
+    assert undefined.text[1].endswith(", no interval")
     assert trace(figure, "b (undefined at 1 of 1)")
 
 
@@ -124,25 +124,13 @@ def test_the_cells_of_a_map_are_written_and_an_undefined_one_is_grey_with_a_dash
 # results
 
 
-def passkeys(found: dict[str, dict[tuple[int, float], list[int]]]) -> Results:
-    """Results of the task `passkey`: method -> (tokens, depth) -> found or not. The full cache holds 4 MiB."""
-    rows = [
-        Row(method, f"{n} {depth} {i}", score, (4 if method == FULL else 1) * MIB, at={"n_tokens": n, "depth": depth})
-        for method, places in found.items()
-        for (n, depth), scores in places.items()
-        for i, score in enumerate(scores)
-    ]
-    specs = {name: None if name == FULL else CompressionSpec(0.25) for name in found}
-    return Results("a model", "", "passkey", {}, specs, tuple(rows))
-
-
 def wilson(k: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     """The score interval as its author writes it."""
     middle, half = k / n + z * z / (2 * n), z * math.sqrt(k / n * (1 - k / n) / n + z * z / (4 * n * n))
     return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
-FOUND = passkeys({
+FOUND = passkeys_of({
     FULL: {(400, 0.1): [1, 1], (400, 0.9): [1, 1], (1000, 0.1): [1, 1], (1000, 0.9): [1, 1]},
     "low_norm 0.25": {(400, 0.1): [1, 1], (400, 0.9): [1, 0], (1000, 0.1): [0, 0], (1000, 0.9): [1, 0]},
 })  # fmt: skip
@@ -171,36 +159,21 @@ def test_the_map_of_a_method_holds_its_shares_by_depth_and_length():
 
 def test_a_length_without_a_depth_is_an_undefined_cell():
     places = {(400, 0.1): [1], (400, 0.9): [1], (1000, 0.1): [0]}
-    drawn = drawing(section(passkeys({FULL: places})), "Passkey by length and depth, n = 1 in each")
+    drawn = drawing(section(passkeys_of({FULL: places})), "Passkey by length and depth, n = 1 in each")
     (full, grey) = [one for one in drawn.figure.data if one.type == "heatmap"]
     np.testing.assert_array_equal(full.z, [[1, 0], [1, math.nan]])
     np.testing.assert_array_equal(np.isfinite(grey.z), [[False, False], [False, True]])
 
 
 def test_where_the_full_cache_finds_nothing_the_page_says_so():
-    nothing = section(passkeys({FULL: {(400, 0.1): [0, 0]}, "low_norm 0.25": {(400, 0.1): [0, 0]}}))
+    nothing = section(passkeys_of({FULL: {(400, 0.1): [0, 0]}, "low_norm 0.25": {(400, 0.1): [0, 0]}}))
     assert any("full cache scores 0" in words for words in nothing.words)
     assert not any("full cache scores 0" in words for words in section(FOUND).words)
 
 
-def predictions(changes: dict[str, list[list[float]]], *, full: bool = True) -> Results:
-    """Results of the task `lm` from changes of an NLL of 2, method -> [documents][tokens]; half of the tokens hit."""
-    shape = np.shape(next(iter(changes.values())))
-    rows = [
-        Row(
-            method, f"s{i}", 2 + float(np.mean(of)), (2 if method == FULL else 1) * MIB, document=f"d{i}",
-            decoded=len(of), nats=tuple(2 + change for change in of), hits=tuple(k % 2 for k in range(len(of))),
-        )
-        for method, documents in (({FULL: np.zeros(shape).tolist()} if full else {}) | changes).items()
-        for i, of in enumerate(documents)
-    ]  # fmt: skip
-    specs = {row.method: None if row.method == FULL else CompressionSpec(0.5) for row in rows}
-    return Results("a model", "", "lm", {}, specs, tuple(rows))
-
-
 def test_the_perplexity_ratio_is_drawn_against_bytes_with_the_interval_of_two_documents_from_one_to_the_other():
     """Resampling two documents draws one alone half of the time: the 95 % interval is from the lower to the higher."""
-    results = predictions({"low_norm 0.5": [[math.log(2)] * 4, [math.log(8)] * 4]})
+    results = predictions_of({"low_norm 0.5": [[math.log(2)] * 4, [math.log(8)] * 4]})
     drawn = drawing(section(results), "Prediction against bytes, n = 2").figure
     line = trace(drawn, "low norm")
     assert list(line.x) == [1] and list(line.y) == pytest.approx([4])  # the geometric mean of 2 and 8
@@ -212,7 +185,7 @@ def test_the_perplexity_ratio_is_drawn_against_bytes_with_the_interval_of_two_do
 
 def test_predictions_are_drawn_by_position_a_figure_for_each_score_and_budget():
     change = [[0.0, 0.0, 1.0, 3.0]] * 2
-    results = predictions({"low_norm 0.5": change, "random 0.5": change, "low_norm 0.25": change, "my plan": change})
+    results = predictions_of({"low_norm 0.5": change, "random 0.5": change, "low_norm 0.25": change, "my plan": change})
     names = ("nll", "perplexity_ratio", "accuracy")
     of = section(results, by_position=names)
     titles = [each.title for each in of.drawings[1:]]
@@ -232,14 +205,16 @@ def test_predictions_are_drawn_by_position_a_figure_for_each_score_and_budget():
 
 def test_many_positions_are_means_of_neighbours_and_no_point_stands_on_a_few_tokens():
     ramp = [[float(i) for i in range(339)]] * 2
-    line = trace(drawing(section(predictions({"low_norm 0.5": ramp}), by_position=["nll"]), "NLL").figure, "low norm")
+    line = trace(
+        drawing(section(predictions_of({"low_norm 0.5": ramp}), by_position=["nll"]), "NLL").figure, "low norm"
+    )
     width = int(line.x[1] - line.x[0])
     assert 8 <= len(line.x) <= 16 and 339 - (len(line.x) - 1) * width > width / 2
     assert line.y[0] == pytest.approx(2 + (width - 1) / 2)
 
 
 def test_without_the_full_cache_there_is_an_nll_and_no_ratio():
-    results = predictions({"low_norm 0.5": [[1.0] * 2] * 2}, full=False)
+    results = predictions_of({"low_norm 0.5": [[1.0] * 2] * 2}, full=False)
     of = section(results, by_position=["nll", "perplexity_ratio"])
     assert [each.title for each in of.drawings] == [
         "Prediction against bytes, n = 2", "NLL by position, budget 0.5, n = 2",
@@ -248,7 +223,7 @@ def test_without_the_full_cache_there_is_an_nll_and_no_ratio():
 
 
 def test_what_no_document_defines_is_undefined_in_drawings_and_table():
-    known = predictions({"low_norm 0.5": [[0.5, 0.0], [0.5, 0.0]]})
+    known = predictions_of({"low_norm 0.5": [[0.5, 0.0], [0.5, 0.0]]})
     lost = [row if row.method == FULL else replace(row, score=None, nats=(2.5, None)) for row in known.rows]
     results = replace(known, rows=tuple(lost))
     figure = drawing(section(results, by_position=["nll"]), "NLL").figure
@@ -260,10 +235,10 @@ def test_what_no_document_defines_is_undefined_in_drawings_and_table():
 
 
 def test_the_table_tells_each_interval_in_a_cell_and_few_samples_are_warned_of():
-    of = section(predictions({"low_norm 0.5": [[0.25] * 2, [0.75] * 2]}))
+    of = section(predictions_of({"low_norm 0.5": [[0.25] * 2, [0.75] * 2]}))
     assert of.table["method"] == ["full cache", "low norm 0.5"] and of.table["change"][1] == "0.5 (0.25 to 0.75)"
     assert any("2 samples they are too narrow" in words for words in of.words)
-    many = section(predictions({"low_norm 0.5": [[0.25] * 2] * 6}))
+    many = section(predictions_of({"low_norm 0.5": [[0.25] * 2] * 6}))
     assert not any("too narrow" in words for words in many.words)
 
 
@@ -273,12 +248,18 @@ def test_results_of_a_task_that_is_not_registered_are_refused():
 
 
 def test_figures_travel_as_json():
-    for of in (section(FOUND), section(predictions({"low_norm 0.5": [[0.25] * 2] * 6}))):
+    for of in (section(FOUND), section(predictions_of({"low_norm 0.5": [[0.25] * 2] * 6}))):
         assert all(json.loads(each.figure.to_json())["data"] for each in of.drawings)
 
 
 def test_predictions_at_other_positions_in_each_sample_have_no_curve_and_still_a_score():
-    results = predictions({"low_norm 0.5": [[0.5, 0.0], [0.5, 0.0]]})
+    results = predictions_of({"low_norm 0.5": [[0.5, 0.0], [0.5, 0.0]]})
     moved = [replace(row, context=7) if row.sample == "s1" else row for row in results.rows]
     of = section(replace(results, rows=tuple(moved)))
     assert [each.title for each in of.drawings] == ["Prediction against bytes, n = 2"]
+
+
+def test_nothing_measured_is_an_empty_figure():
+    for draw in (score_by_bytes, score_by_position):
+        assert not draw({}, full=None, score="x", most=None).data
+    assert not length_depth_maps({}, lengths=[], depths=[], samples=np.zeros((0, 0))).data
