@@ -271,15 +271,15 @@ class Results:
     def summary(self, task: Task) -> list[dict[str, Any]]:
         """Tabulate each method at each place on the task's axes: samples, bytes, score and change of it.
 
-        Intervals of shares are Wilson's; others resample documents. "change" is against the full cache, and there only
-        where scores are no shares and the full cache was measured. Where tokens were predicted there are perplexity,
+        Intervals of shares are Wilson's; others resample documents. "change" is the paired difference to the full
+        cache, and there only where that was measured. Where tokens were predicted there are perplexity,
         its ratio (`exp` of the change), and next-token accuracy.
 
         Args:
             task: task that the results are of, as registered. An axis that not all of its samples have is ignored.
         """
         axes = tuple(axis for axis in task.axes if all(axis in row.at for row in self.rows))
-        changes = not task.share and None in self.methods.values()
+        changes, allocated = None in self.methods.values(), all(row.allocated for row in self.rows)
         predicted = bool(self.rows) and all(row.nats for row in self.rows)
         rows = []
         for method in self.methods:
@@ -287,6 +287,8 @@ class Results:
                 here = np.array([self._cells[method, sample].value for sample in samples])
                 row: dict[str, Any] = {"method": method, **dict(zip(axes, key, strict=True)), "samples": len(samples)}
                 row["MiB"] = np.mean([self._cells[method, sample].nbytes for sample in samples]) / 2**20
+                if allocated:
+                    row["allocated_MiB"] = np.mean([self._cells[method, one].allocated for one in samples]) / 2**20
                 row["score"] = wilson(here, task.right) if task.share else self.interval(here, samples)
                 if changes:
                     full = np.array([self._cells[self.full, sample].value for sample in samples])

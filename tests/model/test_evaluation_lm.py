@@ -233,7 +233,7 @@ def test_the_quick_form_of_the_papers_readme_works_and_continues(capsys, tmp_pat
     assert [row["position"] for row in told["rows"] if row["method"] == FULL] == [1, 21, 41]
     assert told["work"]["decoded"] == sum(row["decoded"] for row in told["results"])
     assert main([*quick, "--schedule", "seen"]) == 2
-    assert "another compression 'low_norm 0.9'" in capsys.readouterr().err
+    assert "another compression 'random 0.9'" in capsys.readouterr().err
     assert main([*quick, "--schedule", "never"]) == 2 and "schedule must be one of" in capsys.readouterr().err
     assert main(["evaluate", "passkey", "--by-position", "5"]) == 2 and "No such option" in capsys.readouterr().err
 
