@@ -16,7 +16,8 @@ from analysis.paper import figures
 from analysis.plans import ablation, strategies
 from analysis.plans.skip import Plan, skip_list
 from analysis.records import load
-from l2kv import policies
+from l2kv import policies, policy_files
+from l2kv.errors import SpecError
 from l2kv.registry import Registry
 from l2kv.spec import SCHEDULES, CompressionSpec
 
@@ -52,6 +53,23 @@ class Named:
     def _offered(self) -> dict[str, str]:
         """Names by how they are typed."""
         return {_shown(name): name for name, entry in self.registry.items() if self.fits(entry)}
+
+
+@dataclass(frozen=True, slots=True)
+class NamedPolicy(Named):
+    """The names of policies, and FILE.py:FUNCTION, a score of the user's own: the file is run."""
+
+    def __call__(self, given: str) -> str:
+        """Name of the policy that a user means. Raises BadParameter as `Named`, and where a file is not fit."""
+        if ".py:" not in given:
+            return Named.__call__(self, given)
+        try:
+            return policy_files.load_policy(given)
+        except SpecError as error:
+            raise typer.BadParameter(str(error)) from error
+
+    def __str__(self) -> str:
+        return f"{Named.__str__(self)[:-1]}, or my.py:score, a function of your own; the file is run."
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +120,7 @@ def out(what: str) -> Any:
     return typer.Option("-o", "--out", parser=Path, help=f"File to write, such as {what}.")
 
 
-POLICIES = Named(policies.POLICIES, lambda policy: not policy.needs_calibration)
+POLICIES = NamedPolicy(policies.POLICIES, lambda policy: not policy.needs_calibration)
 OF_ALR = Named(Registry("policy", SettingsError, {name: policies.POLICIES[name] for name in ablation.POLICIES}))
 WHEN = Named(Registry("schedule", SettingsError, {name: name for name in SCHEDULES}))
 METRICS, STRATEGIES = Named(metrics.METRICS), Named(strategies.STRATEGIES)
