@@ -17,8 +17,8 @@ from analysis.evaluation.task import Scoring as Scoring
 from analysis.evaluation.task import Task as Task
 from analysis.evaluation.tasks import TASKS as TASKS
 from analysis.evaluation.work import estimate as estimate
-from analysis.lab import agreement as agreement
 from analysis.lab import on_front as on_front
+from analysis.lab import studies_by_policy as studies_by_policy
 from analysis.measures import AttentionLoss as AttentionLoss
 from analysis.measures import attention_loss as attention_loss
 from analysis.metrics import METRICS as METRICS

@@ -1,7 +1,7 @@
 """The policy lab: what can be said of an eviction policy in a minute, beside others that look at keys alone.
 
-Does the order of its scores agree with attention, and is it on the Pareto front of bytes and scores? It composes a
-capture, the metrics of heads and the results of tasks, and measures nothing of its own.
+Does the order of its scores agree with attention, and is it on the Pareto front? It composes a capture, the metrics of
+heads and the results of tasks, and measures nothing of its own.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from analysis.evaluation.lm import LmSettings
 from analysis.evaluation.passkey import PasskeySettings
 from analysis.evaluation.results import FULL, Methods, Results
 from analysis.evaluation.tasks import TASKS
+from analysis.models.memory import LAST_QUERIES
 from analysis.progress import Progress, unheard
 from analysis.studies import Study, study_of
 from analysis.texts.excerpts import Texts, excerpts_from
-from l2kv.policies import POLICIES, Pairs
+from l2kv.policies import POLICIES, Pairs, Policy
 from l2kv.spec import CompressionSpec
 
 if TYPE_CHECKING:
@@ -33,13 +34,14 @@ OTHERS = ("low_norm", "keydiff", "random")
 KEEP_RATIOS = (0.5, 0.25)
 EXCERPTS = 6
 """Texts, the fewest of which there are intervals."""
-PREDICTION = LmSettings(prompt_tokens=384, new_tokens=32)
+# All together, with a model of 135 million weights on two cores: a minute.
+PREDICTION = LmSettings(prompt_tokens=384, new_tokens=16)
 PASSKEYS = PasskeySettings(lengths=(400,), depths=(0.1, 0.5, 0.9), keys=2)
 OF_ORDER = ("gamma", "gamma_skip_first", "alr", "alr_chance", "alr_per_token")
 """Metrics of an order, be it that of norms or of scores."""
 
 
-def agreement(
+def studies_by_policy(
     loaded: LoadedModel,
     texts: Texts,
     policies: Iterable[str],
@@ -67,9 +69,9 @@ def agreement(
     if not given:
         raise TextError("There are no texts to measure agreement with attention on.")
     for name in names:
-        policy = POLICIES.find(name)
-        if policy.needs_attention or policy.needs_calibration or policy.needs_token_ids:
+        if not by_pairs_alone(POLICIES.find(name)):
             raise SettingsError(f"The order of {name} depends on more than keys and values: leave it out.")
+    rows = LAST_QUERIES if probe == "last queries" else 0
     runs: dict[str, list[Capture]] = {name: [] for name in names}
     for i, text in enumerate(given):
         scores: dict[str, list[np.ndarray]] = {name: [] for name in names}
@@ -78,12 +80,18 @@ def agreement(
             for name, of_layers in scores.items():
                 of_layers.append(_scores(name, at))
 
-        run = capture(loaded, text.text, look=look, progress=lambda *_, i=i: progress(i, len(given), "texts"))
+        told = lambda *_, i=i: progress(i, len(given), "texts")  # noqa: E731
+        run = capture(loaded, text.text, last_queries=rows, look=look, progress=told)
         for name in names:  # norms that differ by rounding alone are equal already
             runs[name].append(run if name == "low_norm" else run.with_order(np.stack(scores[name])))
         progress(i + 1, len(given), "texts")
     documents = [text.document or text.name for text in given]
     return {name: study_of(*runs[name], probes=[probe], names=OF_ORDER, documents=documents) for name in names}
+
+
+def by_pairs_alone(policy: Policy) -> bool:
+    """Tell whether a policy looks at keys, values and positions alone."""
+    return not (policy.needs_attention or policy.needs_calibration or policy.needs_token_ids)
 
 
 def _scores(policy: str, at: Look) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +17,7 @@ from analysis.evaluation.lm import LM
 from analysis.evaluation.results import Results
 from analysis.evaluation.tasks import TASKS
 from analysis.metrics import PROBES
+from analysis.statistics import few_documents_warning
 from analysis.studies import Study, layer_means, median_gamma
 from analysis.words import counted, span
 
@@ -27,7 +28,7 @@ _PASSKEY: dict[str, Form] = {"method": "", "MiB": ".2f", "samples": "d", "score"
 def lab(
     policy: Annotated[
         str,
-        typer.Argument(parser=options.POLICIES, metavar="POLICY", help="Policy to try: my.py:score, or one by name."),
+        typer.Argument(parser=options.OF_PAIRS, metavar="POLICY", help="Policy to try: my.py:score, or one by name."),
     ],
     texts: Annotated[
         list[Path],
@@ -36,7 +37,7 @@ def lab(
         ),
     ] = [],  # noqa: B006
     model: options.Model = defaults.MODEL,
-    policies: options.Policies = measured.OTHERS,
+    policies: options.PoliciesOfPairs = measured.OTHERS,
     keep_ratios: options.KeepRatios = measured.KEEP_RATIOS,
     protect_last: options.ProtectLast = defaults.RECENT_WINDOW,
     excerpts: options.Excerpts = measured.EXCERPTS,
@@ -68,7 +69,7 @@ def lab(
 
     names = tuple(dict.fromkeys((policy, *policies)))
     with shown("text") as progress:
-        agreed = measured.agreement(loaded, given, names, probe=probe, progress=progress)
+        agreed = measured.studies_by_policy(loaded, given, names, probe=probe, progress=progress)
     section(
         "agreement",
         {"layer": "d"} | {f"{_SHORT[metric]} {name}": form_of(metric) for metric in _SHORT for name in names},
@@ -94,7 +95,7 @@ def lab(
         rows = [row | {"front": "yes" * (row["method"] in front)} for row in results.summary(TASKS[task])]
         title = f"{TASKS[task].title}, {TASKS[task].unit}: {counted(len(results.samples), 'sample')}, the last "
         title += f"{protect_last} tokens protected; front: no other method holds fewer bytes and scores better"
-        section(task, columns, rows, title, _against(results, policy, policies, keep_ratios))
+        section(task, columns, rows, title, "\n".join(_said(results, policy, policies, keep_ratios)))
     if json:
         tell({}, [], json=True, model=loaded.name, policy=policy, **found)
 
@@ -113,12 +114,16 @@ def _by_layer(agreed: Mapping[str, Study], probe: str) -> list[dict[str, Any]]:
     return [{"layer": layer} | {name: of_layers[layer] for name, of_layers in means.items()} for layer in layers]
 
 
-def _against(results: Results, policy: str, others: Sequence[str], keep_ratios: Sequence[float]) -> str:
-    """A line for each keep ratio: the scores of a policy less those of others, on the same samples."""
-    lines = []
+def _said(results: Results, policy: str, others: Sequence[str], keep_ratios: Sequence[float]) -> Iterator[str]:
+    """What the scores of a policy say beside those of others at the same keep ratio, on the same samples."""
+    if results.task == "passkey":
+        if not results.scores(results.full).any():
+            yield "The full cache finds no passkey, so the other rows say nothing."
+        return
     for keep in keep_ratios:
         own = results.scores(f"{policy} {keep:g}")
         less = {other: results.interval(own - results.scores(f"{other} {keep:g}")) for other in others}
-        told = ", ".join(f"{other} {one}" for other, one in less.items() if other != policy)
-        lines.append(f"{policy} at keep ratio {keep:g}, less {told}")
-    return "\n".join(lines)
+        told = "; ".join(f"{other} {one}" for other, one in less.items() if other != policy)
+        yield f"keep ratio {keep:g}, NLL of {policy} less that of {told}"
+    if warning := few_documents_warning(results.documents):
+        yield warning

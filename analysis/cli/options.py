@@ -12,6 +12,7 @@ import typer
 
 from analysis import defaults, metrics
 from analysis.errors import SettingsError, UserError
+from analysis.lab import by_pairs_alone
 from analysis.paper import figures
 from analysis.plans import ablation, strategies
 from analysis.plans.skip import Plan, skip_list
@@ -121,6 +122,7 @@ def out(what: str) -> Any:
 
 
 POLICIES = NamedPolicy(policies.POLICIES, lambda policy: not policy.needs_calibration)
+OF_PAIRS = NamedPolicy(policies.POLICIES, by_pairs_alone)
 OF_ALR = Named(Registry("policy", SettingsError, {name: policies.POLICIES[name] for name in ablation.POLICIES}))
 WHEN = Named(Registry("schedule", SettingsError, {name: name for name in SCHEDULES}))
 METRICS, STRATEGIES = Named(metrics.METRICS), Named(strategies.STRATEGIES)
@@ -148,8 +150,10 @@ KeepRatios = Annotated[
     listed(float, "Keep ratios to compare, such as 0.5,0.25.", "--keep-ratios", "--keep-ratio"),
 ]
 Policy = Annotated[str, typer.Option(parser=POLICIES, help="Which key/value pairs to keep.")]
+PolicyOfPairs = Annotated[str, typer.Option(parser=OF_PAIRS, help="Which key/value pairs to keep.")]
 PolicyOfAlr = Annotated[str, typer.Option(parser=OF_ALR, help="Which key/value pairs to keep.")]
 Policies = Annotated[Sequence[str], listed(POLICIES, "Policies to compare.")]
+PoliciesOfPairs = Annotated[Sequence[str], listed(OF_PAIRS, "Policies to compare with.")]
 SkipLayers = Annotated[str, typer.Option(help="Layers to skip, such as 0,1.")]
 ProtectLast = Annotated[int, typer.Option(help="Number of latest tokens that are never evicted.")]
 PlanFile = Annotated[
@@ -184,10 +188,10 @@ class Compression:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompressionOfAlr(Compression):
-    """The options of a compression by a policy that ALR speaks of."""
+class CompressionOfPairs(Compression):
+    """The options of a compression by a policy whose order has an ALR."""
 
-    policy: PolicyOfAlr = "low_norm"
+    policy: PolicyOfPairs = "low_norm"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import torch
 from scipy.stats import rankdata
 from transformers import DynamicCache
 
-from analysis import SettingsError, TextError, agreement, evaluate, on_front
+from analysis import SettingsError, TextError, evaluate, on_front, studies_by_policy
 from analysis.evaluation.lm import LmSettings
 from analysis.evaluation.log import Log
 from analysis.lab import OTHERS, methods
@@ -61,7 +61,7 @@ def attention_and_pairs(loaded):
 def test_agreement_is_that_of_the_order_of_scores_worked_out_head_by_head(loaded, my, attention_and_pairs):
     attention, keys, values = attention_and_pairs
     name = load_policy(f"{my}:score")
-    study = agreement(loaded, [("a text", TEXT)], [name, "low_norm"])[name]
+    study = studies_by_policy(loaded, [("a text", TEXT)], [name, "low_norm"])[name]
     scores = (values.norm(dim=-1) - 2 * keys.norm(dim=-1) + 0.01 * torch.arange(keys.shape[2])).double().numpy()
     layers, heads, n = attention.shape
     for layer, head in np.ndindex(layers, heads):
@@ -77,7 +77,9 @@ def test_agreement_is_that_of_the_order_of_scores_worked_out_head_by_head(loaded
 
 def test_a_file_that_scores_by_low_norm_agrees_as_low_norm_does(loaded, my):
     name = load_policy(f"{my}:low")
-    found = agreement(loaded, [("a", TEXT), ("b", TEXT[100:])], [name, "low_norm", "random"], probe="all queries")
+    found = studies_by_policy(
+        loaded, [("a", TEXT), ("b", TEXT[100:])], [name, "low_norm", "random"], probe="all queries"
+    )
     by_layer = {policy: layer_means(study, probe="all queries").mean for policy, study in found.items()}
     # All but layer 0, whose equal tokens a norm ties, and a file's score tells apart by rounding.
     np.testing.assert_allclose(by_layer[name][1:], by_layer["low_norm"][1:], atol=1e-3)
@@ -87,12 +89,12 @@ def test_a_file_that_scores_by_low_norm_agrees_as_low_norm_does(loaded, my):
 @pytest.mark.parametrize("policy", ["window", "q_filters", "fastgen"])
 def test_what_needs_more_than_pairs_has_no_agreement(loaded, policy):
     with pytest.raises(SettingsError, match=f"The order of {policy} depends on more than keys and values"):
-        agreement(loaded, [("a text", TEXT)], ["low_norm", policy])
+        studies_by_policy(loaded, [("a text", TEXT)], ["low_norm", policy])
 
 
 def test_without_a_text_there_is_no_agreement(loaded):
     with pytest.raises(TextError, match="no texts"):
-        agreement(loaded, [], ["low_norm"])
+        studies_by_policy(loaded, [], ["low_norm"])
 
 
 @pytest.mark.parametrize("ratios", [{}, {"head_ratios": {(1, 0): 0.8, (1, 1): 0.3}}], ids=["even", "ragged"])
