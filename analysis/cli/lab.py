@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -91,10 +92,12 @@ def lab(
                 out=to and to / f"{task}.jsonl",
                 progress=progress,
             )
+        for note in results.notes:
+            print(f"note: {note}", file=sys.stderr)
         front = measured.on_front(results)
         rows = [row | {"front": "yes" * (row["method"] in front)} for row in results.summary(TASKS[task])]
         title = f"{TASKS[task].title}, {TASKS[task].unit}: {counted(len(results.samples), 'sample')}, the last "
-        title += f"{protect_last} tokens protected; front: no other method holds fewer bytes and scores better"
+        title += f"{protect_last} tokens protected; front: on the Pareto front, by bytes and score"
         section(task, columns, rows, title, "\n".join(_said(results, policy, policies, keep_ratios)))
     if json:
         tell({}, [], json=True, model=loaded.name, policy=policy, **found)

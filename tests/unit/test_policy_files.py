@@ -11,6 +11,7 @@ import torch
 from analysis.plans.export import library_code, press_code
 from analysis.plans.skip import Plan
 from analysis.records import load, save
+from app import state
 from app.cli import main
 from app.components import choices
 from l2kv import POLICIES, CompressionSpec, SpecError, load_policy
@@ -171,6 +172,14 @@ def test_a_policy_whose_file_is_not_loaded_can_be_named_but_does_not_score(tmp_p
 def test_no_other_name_is_taken_for_that_of_a_file(name):
     with pytest.raises(SpecError, match="policy must be one of low_norm"):
         CompressionSpec(policy=name)
+
+
+@pytest.mark.parametrize("given", ["{}", "my.py:score", "my.py:score@0123abcd"])
+def test_no_address_of_the_app_names_a_file(write, given, capsys):
+    where = write("return -positions", "print('run')")
+    with pytest.raises(ValueError, match="low_norm"):
+        state.POLICY.param.read(given.format(where))
+    assert not capsys.readouterr().out
 
 
 def test_the_command_line_takes_it_alone_and_in_lists(write, capsys):
