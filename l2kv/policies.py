@@ -230,8 +230,8 @@ def not_loaded(name: str) -> SpecError:
     """Error of a policy that its file must be loaded for."""
     where = name.partition("@")[0]
     return SpecError(
-        f"The policy {name} is not loaded: give --policy {where}, or call l2kv.load_policy({where!r}). A file that was "
-        "changed since is another policy."
+        f"The policy {name} is not loaded: give {where} as a policy, or call l2kv.load_policy({where!r}). A file that "
+        "was changed since is another policy."
     )
 
 

@@ -205,6 +205,8 @@ class CompressionOrPlan(Compression):
         return load(Plan, self.plan).spec if self.plan else Compression.spec(self, config)
 
     def check(self, context: typer.Context) -> None:
-        """Refuse options that a plan overrides. Raises UserError."""
+        """Refuse options that a plan overrides, save for its own policy: that may be of a file. Raises UserError."""
         if self.plan:
-            refuse(context, (field.name for field in fields(Compression)), "--plan says how to compress")
+            same = {"policy"} if load(Plan, self.plan).spec.policy == self.policy else set()
+            overridden = (field.name for field in fields(Compression) if field.name not in same)
+            refuse(context, overridden, "--plan says how to compress")

@@ -164,7 +164,7 @@ def test_a_policy_whose_file_is_not_loaded_can_be_named_but_does_not_score(tmp_p
     plan = Plan("books-5m", CompressionSpec(policy="my.py:score@0123abcd"), "")
     assert load(Plan, save(plan, tmp_path / "plan.json")).spec == plan.spec
     assert "my.py:score@0123abcd" not in [*POLICIES, *choices.policies()]
-    with pytest.raises(SpecError, match=r"my.py:score@0123abcd is not loaded: give --policy my.py:score, or call l2kv"):
+    with pytest.raises(SpecError, match=r"@0123abcd is not loaded: give my.py:score as a policy, or call l2kv"):
         layer(plan.spec).evict_now()
 
 
@@ -190,6 +190,16 @@ def test_the_command_line_takes_it_alone_and_in_lists(write, capsys):
     assert main(["evaluate", "passkey", "-m", "books-5m", "--policies", f"low_norm,{where}s"]) == 2
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 2 and all("has no function scores; it has score." in line for line in told)
+
+
+def test_a_plan_takes_the_file_of_its_own_policy_beside_it_and_no_other_option(write, tmp_path, capsys):
+    where = write("return -positions")
+    save(Plan("books-5m", CompressionSpec(policy=load_policy(where)), ""), tmp_path / "plan.json")
+    command = ["savings", "books-5m", "--plan", str(tmp_path / "plan.json"), "--policy"]
+    assert main([*command, where]) == 0 and not capsys.readouterr().err
+    for other in ("low_norm", write("return positions")):
+        assert main([*command, other]) == 2
+        assert "--plan says how to compress: leave out --policy." in capsys.readouterr().err
 
 
 def test_the_exported_script_loads_it(write):
