@@ -35,7 +35,7 @@ KEEP_RATIOS = (0.5, 0.25)
 EXCERPTS = 6
 """Texts, the fewest of which there are intervals."""
 # All together, with a model of 135 million weights on two cores: a minute.
-PREDICTION = LmSettings(prompt_tokens=384, new_tokens=16)
+PREDICTION = LmSettings(prompt_tokens=384, new_tokens=32)
 PASSKEYS = PasskeySettings(lengths=(400,), depths=(0.1, 0.5, 0.9), keys=2)
 OF_ORDER = ("gamma", "gamma_skip_first", "alr", "alr_chance", "alr_per_token")
 """Metrics of an order, be it that of norms or of scores."""
