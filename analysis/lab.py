@@ -80,8 +80,13 @@ def studies_by_policy(
             for name, of_layers in scores.items():
                 of_layers.append(_scores(name, at))
 
-        told = lambda *_, i=i: progress(i, len(given), "texts")  # noqa: E731
-        run = capture(loaded, text.text, last_queries=rows, look=look, progress=told)
+        run = capture(
+            loaded,
+            text.text,
+            last_queries=rows,
+            look=look,
+            progress=lambda *_, i=i: progress(i, len(given), "texts"),
+        )
         for name in names:  # norms that differ by rounding alone are equal already
             runs[name].append(run if name == "low_norm" else run.with_order(np.stack(scores[name])))
         progress(i + 1, len(given), "texts")
