@@ -5,6 +5,7 @@ import time
 import pytest
 from streamlit.testing.v1 import AppTest
 
+from analysis.evaluation import batches
 from analysis.evaluation.results import FULL
 from analysis.evaluation.settings import settings_of
 from analysis.evaluation.tasks import TASKS
@@ -89,7 +90,8 @@ def test_what_was_measured_is_listed_and_opens_by_its_link(server, workspace):
     assert again.dataframe[0].value.equals(table)
 
 
-def test_a_cancelled_evaluation_keeps_its_rows_and_goes_on_when_started_again(server, workspace):
+def test_a_cancelled_evaluation_keeps_its_rows_and_goes_on_when_started_again(server, workspace, monkeypatch):
+    monkeypatch.setattr(batches, "TOKENS_AT_ONCE", 1000)  # else it is done with the first batch
     page = a_small_passkey(opened(server))
     page.number_input(key="task_passkey_keys").set_value(40).run()
     page.button(key="start_evaluation").click().run()
