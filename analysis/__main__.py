@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
-from analysis.cli import catalogue, compression, evaluation, measures
+from analysis.cli import catalogue, compression, decision, evaluation, measures
 from analysis.cli.program import program, run, with_version
 
 COMMANDS = (
@@ -21,6 +21,7 @@ COMMANDS = (
     evaluation.front,
     compression.savings,
     compression.generate,
+    decision.verdict,
     catalogue.models,
     catalogue.demo,
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from math import exp, isfinite, nan
+from math import exp, isnan, nan
 from typing import Annotated
 
 import numpy as np
@@ -18,7 +18,7 @@ from analysis.errors import SettingsError
 from analysis.evaluation.results import Results
 from analysis.evaluation.tasks import TASKS
 from analysis.statistics import Interval, few_documents_warning
-from analysis.words import counted, signed
+from analysis.words import counted
 from l2kv.spec import CompressionSpec
 
 RETRIEVAL = ("passkey", "needle")
@@ -80,8 +80,8 @@ class Check:
     """Number of samples measured with it and with the full cache."""
     missing: str = ""
     """What has to be measured yet: "8 more excerpts"; empty unless the status is NOT_YET."""
-    measured: Interval = Interval(nan, nan, nan)
-    """The perplexity ratio, or the change of the share found in points; NaN where there is none."""
+    measured: Interval | None = None
+    """The perplexity ratio, or the change of the share found in points."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +93,7 @@ class Decision:
     """The answer's reason, in a sentence or two."""
     checks: tuple[Check, ...]
     """Checks of the compression that was asked about."""
+    plan: CompressionSpec | None = None
     plan_checks: tuple[Check, ...] = ()
     """Checks of a plan of the same bytes; empty if there is none."""
     smallest: float | None = None
@@ -147,15 +148,17 @@ def decide(
                 Answer.NO_GO,
                 f"This compression fails, and so does a plan of the same bytes. {_would_pass(smallest)}",
             )
-    return Decision(answer, why, asked, planned, smallest)
+    if answer in (Answer.GO, Answer.GO_WITH_A_PLAN):
+        why += _not_judged(planned if answer is Answer.GO_WITH_A_PLAN else asked)
+    return Decision(answer, why, asked, plan, planned, smallest)
 
 
 def _check_one_model(results: Sequence[Results], weights: str) -> None:
-    """Raise SettingsError unless all results are of one model, by weights where they are known, else by name."""
-    known = {one.weights: one.model for one in results if one.weights} | ({weights: "this model"} if weights else {})
-    if len(names := known or dict.fromkeys(one.model for one in results)) > 1:
-        told = ", ".join(dict.fromkeys(str(known.get(one.weights, one.model)) for one in results))
-        raise SettingsError(f"The results are of {len(names)} different models ({told}). Give those of one.")
+    """Raise SettingsError unless all results are of one model: by its weights, and by name where those are unknown."""
+    digests = {one.weights for one in results if one.weights} | ({weights} if weights else set())
+    names = {one.model for one in results}
+    if len(digests) > 1 or (len(names) > 1 and not all(one.weights for one in results)):
+        raise SettingsError(f"The results are of different models ({', '.join(sorted(names))}). Give those of one.")
 
 
 def _checks(results: Sequence[Results], spec: CompressionSpec, limits: Limits) -> tuple[Check, ...]:
@@ -170,6 +173,12 @@ def _outcome(checks: Sequence[Check]) -> Status:
 
 def _missing(checks: Sequence[Check]) -> str:
     return ", ".join(check.missing for check in checks if check.status is Status.NOT_YET)
+
+
+def _not_judged(checks: Sequence[Check]) -> str:
+    """A sentence on the tasks that say nothing, since the full cache fails at them; empty where there are none."""
+    names = [task for task, check in zip(RETRIEVAL, checks[1:], strict=False) if check.status is Status.NOT_APPLICABLE]
+    return f" What the full cache does not find itself is not judged: {' and '.join(names)}." if names else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +231,7 @@ def _prediction(results: Sequence[Results], spec: CompressionSpec, limits: Limit
     change = pairs.interval()
     ratio = Interval(*(exp(min(end, 700.0)) for end in (change.value, change.low, change.high)))
     says = (
-        f"Perplexity × {ratio.value:.3f} (95 % {ratio.low:.3f} to {ratio.high:.3f}; {signed(change.value)} nats/token) "
+        f"Perplexity × {ratio.value:.3f} (95 % {ratio.low:.3f} to {ratio.high:.3f}; {_nats(change.value)} nats/token) "
         f"over {counted(pairs.n, 'excerpt')}; at most × {limits.perplexity_ratio:g} may be in the interval."
     )
     says = f"{says} {few_documents_warning(pairs.results.documents)}".rstrip()
@@ -257,6 +266,10 @@ def _retrieval(task: str, results: Sequence[Results], spec: CompressionSpec, lim
     return Check(asks, status, says, pairs.n, measured=points)
 
 
+def _nats(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "\N{MINUS SIGN}")
+
+
 def _points(value: float) -> str:
     return f"{value:+.3g}".replace("-", "\N{MINUS SIGN}") if value else "0"
 
@@ -271,29 +284,33 @@ def _undefined(asks: str, pairs: _Pairs) -> Check:
     return Check(asks, Status.FAILED, says, pairs.n)
 
 
+def bytes_beside(results: Iterable[Results], plan: CompressionSpec, spec: CompressionSpec) -> float:
+    """Bytes that a plan holds over those of a compression, on the task where it is most; NaN if none measured both."""
+    names = [(one, {its: name for name, its in one.methods.items()}) for one in results]
+    both = [(one.nbytes(of[plan]), one.nbytes(of[spec])) for one, of in names if {plan, spec} <= set(of)]
+    return max((planned / its for planned, its in both if its), default=nan)
+
+
 def _fair(
     results: Sequence[Results], plan: CompressionSpec, spec: CompressionSpec, planned_on: Collection[str]
 ) -> tuple[Check, Check]:
     """Whether a plan holds no more bytes than the compression, and was measured on texts that it was not made from."""
-    names = [{its: name for name, its in one.methods.items()} for one in results]
-    both = [(one, name[plan], name[spec]) for one, name in zip(results, names, strict=True) if {plan, spec} <= {*name}]
-    asks = "Does the plan hold no more bytes?"
-    more = max((one.nbytes(planned) / max(one.nbytes(its), 1) - 1 for one, planned, its in both), default=nan)
-    if not isfinite(more):
-        bytes_held = Check(asks, Status.NOT_YET, "Not measured.", missing="the plan and the compression side by side")
+    asks, ratio = "Does the plan hold no more bytes?", bytes_beside(results, plan, spec)
+    if isnan(ratio):
+        held = Check(asks, Status.NOT_YET, "Not measured.", missing="the plan and the compression side by side")
     else:
-        says = f"It holds {_points(100 * more)} % of them more, where it differs most; {SAME_BYTES:.0%} is allowed."
-        bytes_held = Check(asks, Status.PASSED if more <= SAME_BYTES else Status.FAILED, says)
+        says = f"It holds × {ratio:.3f} of them; × {1 + SAME_BYTES:g} is allowed."
+        held = Check(asks, Status.PASSED if ratio <= 1 + SAME_BYTES else Status.FAILED, says)
     asks = "Was the plan measured on other texts than it was made from?"
     pairs = _pairs(results, "lm", plan)
     if pairs is None or not planned_on:
         told = "Not measured." if pairs is None else "The texts that it was made from are not known."
-        return bytes_held, Check(asks, Status.NOT_YET, told, missing="a plan from known texts, on others")
+        return held, Check(asks, Status.NOT_YET, told, missing="a plan from known texts, on others")
     if same := set(planned_on) & {*pairs.results.samples, *pairs.results.documents}:
         says = f"{counted(len(same), 'text')} of those measured made the plan, such as {min(same)}."
-        return bytes_held, Check(asks, Status.FAILED, says)
+        return held, Check(asks, Status.FAILED, says)
     says = f"It was made from {counted(len(set(planned_on)), 'text')}, and measured on {len(pairs.results.samples)}."
-    return bytes_held, Check(asks, Status.PASSED, says)
+    return held, Check(asks, Status.PASSED, says)
 
 
 def _smallest_passing(results: Sequence[Results], spec: CompressionSpec, limits: Limits) -> float | None:

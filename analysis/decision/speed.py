@@ -149,7 +149,7 @@ def measure_speed(
         for cache in filled.values():
             cache.batch_repeat_interleave(batch)
         full, kept = filled[None], filled[spec]
-        nbytes = [cache_nbytes(cache, slack=False) for cache in (full, kept)]
+        full_nbytes, kept_nbytes = (cache_nbytes(cache, slack=False) for cache in (full, kept))
 
         def timed(cache: Cache, tick: Callable[[], object]) -> float:
             token, taken = prompt[:, -1:].expand(batch, 1), []
@@ -180,7 +180,8 @@ def measure_speed(
         n_tokens,
         batch,
         read_bytes(loaded),
-        *nbytes,
+        full_nbytes,
+        kept_nbytes,
         of_full,
         of_kept,
     )
@@ -188,7 +189,7 @@ def measure_speed(
 
 def read_bytes(loaded: LoadedModel) -> int:
     """Number of bytes of the weights that a decoding step of a dense model reads: all but the rows of an embedding."""
-    weights = {id(p): p for p in loaded.model.parameters()}
-    total = sum(p.numel() * p.itemsize for p in weights.values())
-    given, told = loaded.model.get_input_embeddings().weight, loaded.model.get_output_embeddings()
-    return total - (given.numel() * given.itemsize if told is None or told.weight is not given else 0)
+    total = sum(p.numel() * p.itemsize for p in loaded.model.parameters())
+    ends = loaded.model.get_input_embeddings(), loaded.model.get_output_embeddings()
+    read, written = (getattr(end, "weight", None) for end in ends)
+    return total if read is None or written is read else total - read.numel() * read.itemsize
