@@ -59,12 +59,12 @@ class Status(StrEnum):
 
 
 class Answer(StrEnum):
-    """The word that the checklist ends in."""
+    """The word that the checklist ends in, the best first: what is not measured yet may still pass."""
 
     GO = "GO"
     GO_WITH_A_PLAN = "GO WITH A PLAN"
-    NO_GO = "NO-GO"
     NOT_YET = "NOT YET"
+    NO_GO = "NO-GO"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +76,8 @@ class Check:
     status: Status
     says: str
     """What was measured, against which limit, in a sentence."""
+    short: str = ""
+    """What was measured, in a few characters: "× 1.013", "49 of 50 (full 50)"; empty if nothing was."""
     n: int = 0
     """Number of samples measured with it and with the full cache."""
     missing: str = ""
@@ -236,7 +238,7 @@ def _prediction(results: Sequence[Results], spec: CompressionSpec, limits: Limit
     )
     says = f"{says} {few_documents_warning(pairs.results.documents)}".rstrip()
     status = Status.PASSED if ratio.high <= limits.perplexity_ratio else Status.FAILED
-    return Check(asks, status, says, pairs.n, measured=ratio)
+    return Check(asks, status, says, f"× {ratio.value:.3f}", pairs.n, measured=ratio)
 
 
 def _retrieval(task: str, results: Sequence[Results], spec: CompressionSpec, limits: Limits) -> Check:
@@ -252,7 +254,7 @@ def _retrieval(task: str, results: Sequence[Results], spec: CompressionSpec, lim
             f"The full cache itself finds {of_full:g} of {pairs.n}, less than {limits.full_finds:.0%}: "
             "what it does not find cannot be lost."
         )
-        return Check(asks, Status.NOT_APPLICABLE, says, pairs.n)
+        return Check(asks, Status.NOT_APPLICABLE, says, f"full cache {of_full:g} of {pairs.n}", pairs.n)
     if pairs.undefined:
         return _undefined(asks, pairs)
     change = pairs.interval()
@@ -263,7 +265,7 @@ def _retrieval(task: str, results: Sequence[Results], spec: CompressionSpec, lim
         f"{_points(-limits.points_lost)}."
     )
     status = Status.PASSED if points.low > -limits.points_lost else Status.FAILED
-    return Check(asks, status, says, pairs.n, measured=points)
+    return Check(asks, status, says, f"{found:g} of {pairs.n} (full {of_full:g})", pairs.n, measured=points)
 
 
 def _nats(value: float) -> str:
@@ -276,12 +278,13 @@ def _points(value: float) -> str:
 
 def _not_yet(asks: str, n: int, needed: int, noun: str) -> Check:
     says = f"Measured on {n} of the {counted(needed, noun)} that it takes." if n else "Not measured."
-    return Check(asks, Status.NOT_YET, says, n, f"{needed - n}{' more' if n else ''} {noun}{'s' * (needed - n != 1)}")
+    missing = f"{needed - n}{' more' if n else ''} {noun}{'s' * (needed - n != 1)}"
+    return Check(asks, Status.NOT_YET, says, f"{n} of {needed}" if n else "", n, missing)
 
 
 def _undefined(asks: str, pairs: _Pairs) -> Check:
     says = f"{pairs.undefined} of {pairs.n} have no score under it, as its logits are not finite."
-    return Check(asks, Status.FAILED, says, pairs.n)
+    return Check(asks, Status.FAILED, says, "undefined", pairs.n)
 
 
 def bytes_beside(results: Iterable[Results], plan: CompressionSpec, spec: CompressionSpec) -> float:

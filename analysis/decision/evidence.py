@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
-from math import ceil
+from math import ceil, inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +24,7 @@ from analysis.evaluation.passkey import PasskeySettings
 from analysis.evaluation.results import FULL, Methods, Results
 from analysis.plans.front import Front
 from analysis.plans.skip import Plan
+from analysis.plans.strategies import STRATEGIES
 from analysis.progress import Progress, unheard
 from analysis.texts.excerpts import Excerpt, planning_and_measuring
 from analysis.words import duration
@@ -89,21 +90,27 @@ class Evidence:
     def _oldest_first(self) -> tuple[Results, ...]:
         return self.results[::-1]
 
+    def of_one_model(self) -> Evidence:
+        """Select what is of the weights that were measured last: a name may have been another model's before."""
+        weights = next((one.weights for one in self.results if one.weights), "")
+        return replace(
+            self,
+            results=tuple(one for one in self.results if one.weights in ("", weights)),
+            speeds=tuple(one for one in self.speeds if one.weights == weights or not weights),
+        )
+
     def decide(self, spec: CompressionSpec, *, weights: str = "", limits: Limits | None = None) -> Decision:
-        """Decide on a compression and, of the plans of the same bytes measured beside it, on the first that passes.
+        """Decide on a compression and, of the plans of the same bytes measured beside it, on the best.
 
         Raises as the function of this name.
         """
         plans = [plan for plan in self.plans if plan.spec != spec and self._same_budget(plan.spec, spec)]
-        decisions = (
+        decisions = [
             decide(self._oldest_first, spec, plan=one.spec, planned_on=one.planned_on, weights=weights, limits=limits)
             for one in plans
-        )
-        first = next(decisions, None)
-        if first is None:
-            return decide(self._oldest_first, spec, weights=weights, limits=limits)
-        best = (Answer.GO, Answer.GO_WITH_A_PLAN)
-        return first if first.answer in best else next((one for one in decisions if one.answer in best), first)
+        ]
+        alone = [decide(self._oldest_first, spec, weights=weights, limits=limits)]
+        return min(decisions or alone, key=_how_good)
 
     def _same_budget(self, plan: CompressionSpec, spec: CompressionSpec) -> bool:
         ratio = bytes_beside(self.results, plan, spec)
@@ -331,6 +338,16 @@ class _Stages:
             self._progress(min(round(at), total), total, f"s of work ({stage})")
 
         return tell
+
+
+def _is_plan(strategy: str) -> bool:
+    return strategy in STRATEGIES and STRATEGIES[strategy].kind == "plan"
+
+
+def _how_good(decision: Decision) -> tuple[int, float]:
+    """The better, the less: by the answer, then by the plan's perplexity ratio."""
+    ratio = decision.plan_checks[0].measured if decision.plan_checks else None
+    return list(Answer).index(decision.answer), ratio.high if ratio else inf
 
 
 def _digest(content: object) -> str:

@@ -20,6 +20,10 @@ RESULT_FILES = {
     "front": "front.json",
     "ablation": "causal.json",
     "presets": "presets.json",
+    "plan": "plan.json",
+    "lm": "lm.jsonl",
+    "passkey": "passkey.jsonl",
+    "needle": "needle.jsonl",
 }
 _TEXTS = BUNDLED / "texts"
 
@@ -55,6 +59,10 @@ class BundledResults:
     front: Path | None = None
     ablation: Path | None = None
     presets: Path | None = None
+    plan: Path | None = None
+    lm: Path | None = None  # results of this task, and of the next two
+    passkey: Path | None = None
+    needle: Path | None = None
 
 
 def bundled_results(model: str) -> BundledResults:
