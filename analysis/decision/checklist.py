@@ -18,7 +18,7 @@ from analysis.errors import SettingsError
 from analysis.evaluation.results import Results
 from analysis.evaluation.tasks import TASKS
 from analysis.statistics import Interval, few_documents_warning
-from analysis.words import counted
+from analysis.words import counted, signed
 from l2kv.spec import CompressionSpec
 
 RETRIEVAL = ("passkey", "needle")
@@ -143,8 +143,8 @@ def decide(
                 "This compression fails; a plan of the same bytes passes, on texts that it was not made from.",
             )
         case _, Status.NOT_YET:
-            missing = _missing(planned) if planned else "a plan of the same bytes, on texts that it is not made from"
-            answer, why = Answer.NOT_YET, f"This compression fails. To be measured: {missing}."
+            answer, why = Answer.NOT_YET, "This compression fails. A plan of the same bytes may pass: to be measured"
+            why += f" with it: {_missing(planned)}." if planned else ", on texts that it is not made from."
         case _:
             answer, why = (
                 Answer.NO_GO,
@@ -233,7 +233,7 @@ def _prediction(results: Sequence[Results], spec: CompressionSpec, limits: Limit
     change = pairs.interval()
     ratio = Interval(*(exp(min(end, 700.0)) for end in (change.value, change.low, change.high)))
     says = (
-        f"Perplexity × {ratio.value:.3f} (95 % {ratio.low:.3f} to {ratio.high:.3f}; {_nats(change.value)} nats/token) "
+        f"Perplexity × {ratio.value:.3f} (95 % {ratio.low:.3f} to {ratio.high:.3f}; {signed(change.value, 3)} nats/token) "
         f"over {counted(pairs.n, 'excerpt')}; at most × {limits.perplexity_ratio:g} may be in the interval."
     )
     says = f"{says} {few_documents_warning(pairs.results.documents)}".rstrip()
@@ -266,10 +266,6 @@ def _retrieval(task: str, results: Sequence[Results], spec: CompressionSpec, lim
     )
     status = Status.PASSED if points.low > -limits.points_lost else Status.FAILED
     return Check(asks, status, says, f"{found:g} of {pairs.n} (full {of_full:g})", pairs.n, measured=points)
-
-
-def _nats(value: float) -> str:
-    return f"{value:+.3f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _points(value: float) -> str:

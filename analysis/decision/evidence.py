@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 LADDER = (0.6, 0.7, 0.8, 0.9)
 """Keep ratios that are measured besides the one asked about, those above it: to name one that would pass."""
-CONTEXTS = (4000, 2000, 1000, 400)
+CONTEXTS = (4000, 2000, 900, 400)
 """Lengths in tokens of which the longest is taken that the time allows."""
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 _ABOUT_THE_SAME = 0.05  # bytes by which a plan may differ to be of the same budget; the checklist is stricter
@@ -173,7 +173,7 @@ class Measurement:
             planning = _CAPTURE * self.sizes.excerpts * Lengths().prompt_tokens / lm.prefill_rate
             seconds = {"plan": planning, "lm": lm.seconds}
         longest = min(self.loaded.positions - _AFTER, CONTEXTS[0])
-        tried = self.sizes.context or min(1000, longest)
+        tried = self.sizes.context or min(900, longest)
         one = estimate(self.loaded, "passkey", methods, settings=self._settings("passkey", tried))
         steps = 2 * RUNS * (WARM_UP + STEPS) / one.decode_rate
         left = 60 * self.sizes.minutes - sum(seconds.values()) - steps

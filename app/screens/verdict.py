@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import inf
+from math import inf, log
 from typing import TYPE_CHECKING
 
 import streamlit as st
@@ -19,7 +19,7 @@ from analysis.models.memory import DTYPES
 from analysis.models.sizes import checkpoint_dtype, weights_bytes
 from analysis.plans.export import Saving, library_code, savings
 from analysis.plans.skip import Plan
-from analysis.words import human_bytes
+from analysis.words import human_bytes, signed
 from app import library, state
 from app.components import documents, markup
 from app.engine import Engine
@@ -123,7 +123,9 @@ def _quality(decision: Decision) -> None:
     prediction, *retrieval = (decision.plan_checks if of_plan else decision.checks)[:3]
     st.markdown("**Quality**" + (" with the plan" if of_plan else ""))
     st.metric("Perplexity against the full cache", prediction.short or "Not yet measured", label_visibility="visible")
-    st.caption(markup.plain(prediction.says))
+    if (ends := prediction.measured) is not None:
+        nats = f"{signed(log(ends.value), 3)} nats/token"
+        st.caption(f"95 % × {ends.low:.3f} to {ends.high:.3f}; {nats}; {prediction.n} excerpts")
     for check, noun in zip(retrieval, ("Passkeys", "Needles"), strict=True):
         st.markdown(f"{_ICON[check.status]} {noun}: {markup.plain(check.short or 'not yet measured')}")
 
@@ -284,8 +286,8 @@ def _measure(engine: Engine, jobs: Jobs) -> None:
     """Say what will be measured and how long it takes, and start it."""
     spec, ref = state.uniform_spec(), state.model_ref()
     st.markdown(
-        f"Measures **{markup.plain(state.model())}** with {in_words(spec)}, with larger keep ratios, and with a plan by "
-        "kv head of the same bytes: prediction of prose, passkeys, needles, and decoding speed. Nothing is measured "
+        f"Measures **{markup.plain(state.model())}** with {in_words(spec)}, with larger keep ratios, and with a plan "
+        "by kv head of the same bytes: prediction of prose, passkeys, needles, and decoding speed. Nothing is measured "
         "twice, and what is measured before you cancel is kept."
     )
     left, middle, right = st.columns(3)
