@@ -233,8 +233,8 @@ def _prediction(results: Sequence[Results], spec: CompressionSpec, limits: Limit
     change = pairs.interval()
     ratio = Interval(*(exp(min(end, 700.0)) for end in (change.value, change.low, change.high)))
     says = (
-        f"Perplexity × {ratio.value:.3f} (95 % {ratio.low:.3f} to {ratio.high:.3f}; {signed(change.value, 3)} nats/token) "
-        f"over {counted(pairs.n, 'excerpt')}; at most × {limits.perplexity_ratio:g} may be in the interval."
+        f"Perplexity × {ratio.value:.3f} (95 % {ratio.low:.3f} to {ratio.high:.3f}; {signed(change.value, 3)} "
+        f"nats/token) over {counted(pairs.n, 'excerpt')}; the interval must end by × {limits.perplexity_ratio:g}."
     )
     says = f"{says} {few_documents_warning(pairs.results.documents)}".rstrip()
     status = Status.PASSED if ratio.high <= limits.perplexity_ratio else Status.FAILED
