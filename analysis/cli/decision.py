@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +13,7 @@ import typer
 from analysis import defaults
 from analysis.cli import options
 from analysis.cli.inputs import loaded_model, texts_of
-from analysis.cli.options import Compression
+from analysis.cli.options import Compression, listed
 from analysis.cli.output import row_of, shown, tell
 from analysis.decision.checklist import Limits
 from analysis.decision.evidence import Measurement, Sizes
@@ -30,7 +31,12 @@ def verdict(
         ),
     ] = [],  # noqa: B006
     model: options.Model = defaults.MODEL,
-    strategy: options.Strategy = "by_head",
+    strategies: Annotated[
+        Sequence[str],
+        listed(
+            options.STRATEGIES, "Allocation strategies that the plan is chosen from; all that need no costs by default."
+        ),
+    ] = (),
     device: options.Device = None,
     workspace: Annotated[
         Path | None,
@@ -46,7 +52,7 @@ def verdict(
         Workspace(workspace),
         replace(sizes, samples=max(sizes.samples, limits.least_samples)),
         texts_of(texts) if texts else None,
-        strategy,
+        tuple(strategies),
     )
     print(measurement.estimate, file=sys.stderr)
     with shown("s", scale=True) as progress:

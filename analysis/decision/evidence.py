@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from analysis.decision.checklist import RETRIEVAL, Answer, Decision, Limits, bytes_beside, decide
+from analysis.decision.planning import best_plan, strategies
 from analysis.decision.speed import RUNS, STEPS, WARM_UP, Speed, measure_speed
 from analysis.defaults import EXCERPTS
 from analysis.demo.presets import bundled_prose
@@ -145,7 +146,7 @@ class Measurement:
 
     Raises:
         TextError: there are too few or too short texts.
-        SettingsError: the strategy is unknown.
+        SettingsError: a strategy is unknown.
     """
 
     loaded: LoadedModel
@@ -154,8 +155,8 @@ class Measurement:
     sizes: Sizes = Sizes()
     texts: Mapping[str, str] | None = None
     """Texts by name, half of which are planned on; None is the bundled prose."""
-    strategy: str = "by_head"
-    """Allocation strategy of the plan; empty for no plan."""
+    strategies: tuple[str, ...] = ()
+    """Allocation strategies that the plan is chosen from; by default all that need no measured costs."""
 
     @cached_property
     def estimate(self) -> Estimate:
@@ -166,21 +167,22 @@ class Measurement:
         from analysis.evaluation.work import estimate
 
         plan = self._known_plan
-        methods = self._methods(plan.spec if plan else self._like_a_plan if self.strategy else None)
+        methods = self._methods(plan.spec if plan else self._like_a_plan)
         lm = estimate(self.loaded, "lm", methods, texts=self._excerpts[1])
         seconds = {"lm": lm.seconds}
-        if self.strategy and not plan:
-            planning = _CAPTURE * self.sizes.excerpts * Lengths().prompt_tokens / lm.prefill_rate
-            seconds = {"plan": planning, "lm": lm.seconds}
+        if not plan:
+            captures = _CAPTURE * self.sizes.excerpts * Lengths().prompt_tokens / lm.prefill_rate
+            tried = 2 * len(self.strategies or strategies())  # at most, by two policies each
+            seconds = {"plan": captures + lm.seconds * tried / len(methods), "lm": lm.seconds}
         longest = min(self.loaded.positions - _AFTER, CONTEXTS[0])
-        tried = self.sizes.context or min(900, longest)
-        one = estimate(self.loaded, "passkey", methods, settings=self._settings("passkey", tried))
+        timed = self.sizes.context or min(900, longest)
+        one = estimate(self.loaded, "passkey", methods, settings=self._settings("passkey", timed))
         steps = 2 * RUNS * (WARM_UP + STEPS) / one.decode_rate
         left = 60 * self.sizes.minutes - sum(seconds.values()) - steps
-        fits = [n for n in CONTEXTS if n <= longest and 2 * one.seconds * n / tried <= left]
+        fits = [n for n in CONTEXTS if n <= longest and 2 * one.seconds * n / timed <= left]
         begun = (n for n in CONTEXTS if plan and self._file("passkey", n, methods)[1].exists())
         context = self.sizes.context or next(begun, None) or next(iter(fits), min(longest, CONTEXTS[-1]))
-        retrieval = one.seconds * context / tried
+        retrieval = one.seconds * context / timed
         seconds |= {"passkey": retrieval, "needle": retrieval, "speed": steps}
         known = {task for task in ("lm", *RETRIEVAL) if self.workspace.find(self._file(task, context, methods)[0])}
         known |= {"speed"} if self._known_speed(context) else set()
@@ -198,11 +200,10 @@ class Measurement:
         from analysis.evaluation.run import evaluate
 
         context, stages = self.estimate.context, _Stages(self.estimate, progress)
-        plan = (self._known_plan or self._made_plan(stages.of("plan"))) if self.strategy else None
-        methods, results = self._methods(plan.spec if plan else None), []
+        plan = self._known_plan or self._made_plan(stages.of("plan"))
+        methods, results = self._methods(plan.spec), []
         for task in ("lm", *RETRIEVAL):
             id, file = self._file(task, context, methods)
-            file.parent.mkdir(parents=True, exist_ok=True)
             found = evaluate(
                 self.loaded,
                 task,
@@ -215,7 +216,7 @@ class Measurement:
             self.workspace.note_results(id, name=f"Verdict: {task}")
             results.append(found)
         speed = self._known_speed(context) or self.time(context, progress=stages.of("speed"))
-        return Evidence(tuple(results), (plan,) if plan else (), (speed,))
+        return Evidence(tuple(results), (plan,), (speed,))
 
     def time(self, context: int, *, progress: Progress = unheard) -> Speed:
         """Measure speed alone, again if need be. Raises as `measure_speed`."""
@@ -253,12 +254,12 @@ class Measurement:
             return PasskeySettings(lengths=(context,), depths=DEPTHS, keys=each)
         return NeedleSettings(lengths=(context,), depths=DEPTHS, samples=each) if task == "needle" else None
 
-    def _methods(self, plan: CompressionSpec | None) -> Methods:
+    def _methods(self, plan: CompressionSpec) -> Methods:
         ratios = [self.spec.keep_ratio, *(ratio for ratio in LADDER if ratio > self.spec.keep_ratio)]
         name = self.spec.policy.replace("_", " ")
         methods: dict[str, CompressionSpec | None] = {FULL: None}
         methods |= {f"{name} {ratio:g}": replace(self.spec, keep_ratio=ratio) for ratio in ratios}
-        return methods | ({f"plan {self.strategy}": plan} if plan else {})
+        return {**methods, "plan": plan}
 
     def _file(self, task: str, context: int, methods: Methods) -> tuple[str, Path]:
         """Id and file of results; the same measurement finds them again."""
@@ -283,34 +284,40 @@ class Measurement:
         n = Lengths().prompt_tokens
         return self._shape.nbytes(n, self.spec) / self._shape.nbytes(n)
 
-    @property
-    def _note(self) -> str:
-        """What tells the plan of this measurement from others."""
-        planning = self._excerpts[0]
-        asked = _digest((self._weights, planning, self.spec.protect_last, self.strategy, self._share))
-        return f"{self.strategy} at {self._share:.3g} of the bytes, from {len(planning)} excerpts ({asked[:8]})"
+    @cached_property
+    def _asked(self) -> str:
+        """Digest of what the plan depends on, which its note ends in."""
+        asked = (
+            self._weights,
+            self._excerpts[0],
+            self.spec.policy,
+            self.spec.protect_last,
+            self.strategies,
+            self._share,
+        )
+        return _digest(asked)[:8]
 
     @cached_property
     def _known_plan(self) -> Plan | None:
         plans = (self.workspace.open(Plan, one.id) for one in self.workspace.entries("plan", model=self.loaded.name))
-        return next((one for one in plans if one.note == self._note), None) if self.strategy else None
+        return next((one for one in plans if one.note.endswith(f"({self._asked})")), None)
 
     def _made_plan(self, progress: Progress) -> Plan:
         """Make the plan that has the compression's bytes."""
-        from analysis.plans.ablation import measured_curves
-        from analysis.plans.strategies import plan
-
-        curves = measured_curves(
+        planning = self._excerpts[0]
+        strategy, spec = best_plan(
             self.loaded,
-            self._excerpts[0],
-            self.strategy,
+            planning,
+            self._share,
+            policy=self.spec.policy,
+            tried=self.strategies,
             protect_last=self.spec.protect_last,
-            settings=Lengths().settings,
+            out=self.workspace.results_file({"plan": self._asked})[1],
             progress=progress,
         )
-        spec = plan(curves, self._share, self.strategy).to_spec()
-        made = Plan(self.loaded.name, spec, self._note, tuple(one.name for one in self._excerpts[0]))
-        self.workspace.add(made, name=f"Verdict: {self.strategy}, keep {self.spec.keep_ratio:g}")
+        note = f"{strategy}: the best on {len(planning)} excerpts at {self._share:.3g} of the bytes ({self._asked})"
+        made = Plan(self.loaded.name, spec, note, tuple(one.name for one in planning))
+        self.workspace.add(made, name=f"Verdict: {strategy}, keep {self.spec.keep_ratio:g}")
         return made
 
     def _known_speed(self, context: int) -> Speed | None:
