@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from analysis.decision.checklist import RETRIEVAL, Answer, Decision, Limits, bytes_beside, decide
 from analysis.decision.planning import best_plan, strategies
 from analysis.decision.speed import RUNS, STEPS, WARM_UP, Speed, measure_speed
-from analysis.defaults import EXCERPTS
+from analysis.defaults import EXCERPTS, PROMPT_TOKENS
 from analysis.demo.presets import bundled_prose
 from analysis.errors import SettingsError
 from analysis.evaluation.benchmarks import NeedleSettings
@@ -59,8 +59,10 @@ class Sizes:
     minutes: Annotated[float, "Time that choosing the length of prompts aims at."] = 20.0
 
     def __post_init__(self) -> None:
-        if min(self.excerpts, self.samples, self.batch) < 1 or self.context < 0 or not self.minutes > 0:
-            raise SettingsError("excerpts, samples and batch must be 1 or more, context 0 or more, minutes positive")
+        if min(self.excerpts, self.samples, self.batch) < 1 or not self.minutes > 0:
+            raise SettingsError("excerpts, samples and batch must be 1 or more, and minutes positive")
+        if self.context and self.context < PROMPT_TOKENS:  # the recent window would take more of the plan's bytes
+            raise SettingsError(f"context must be {PROMPT_TOKENS} or more, as plans are made at, got {self.context}")
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,7 @@ class Measurement:
         lm = estimate(self.loaded, "lm", methods, texts=self._excerpts[1])
         seconds = {"lm": lm.seconds}
         if not plan:
-            captures = _CAPTURE * self.sizes.excerpts * Lengths().prompt_tokens / lm.prefill_rate
+            captures = _CAPTURE * self.sizes.excerpts * PROMPT_TOKENS / lm.prefill_rate
             tried = 2 * len(self.strategies or strategies())  # at most, by two policies each
             seconds = {"plan": captures + lm.seconds * tried / len(methods), "lm": lm.seconds}
         longest = min(self.loaded.positions - _AFTER, CONTEXTS[0])
@@ -281,7 +283,7 @@ class Measurement:
     @property
     def _share(self) -> float:
         """Share of the bytes of the layers that can be compressed that the compression keeps: the plan's budget."""
-        n = Lengths().prompt_tokens
+        n = PROMPT_TOKENS
         return self._shape.nbytes(n, self.spec) / self._shape.nbytes(n)
 
     @cached_property
