@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
-from analysis.cli import catalogue, compression, decision, evaluation, measures
+from analysis.cli import catalogue, compression, decision, evaluation, export, lab, measures
 from analysis.cli.program import program, run, with_version
 
 COMMANDS = (
@@ -19,9 +19,12 @@ COMMANDS = (
     compression.plan,
     evaluation.ablation,
     evaluation.front,
+    lab.lab,
     compression.savings,
     compression.generate,
     decision.verdict,
+    export.export_generate,
+    export.export_press,
     catalogue.models,
     catalogue.demo,
 )

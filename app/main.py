@@ -20,8 +20,8 @@ from app import address, header
 from app.components import markup
 from app.engine import Engine
 from app.jobs import Jobs
+from app.screens import evaluate, tune, verdict
 from app.screens import help as help_page
-from app.screens import verdict
 from app.views import capture, generate, heads, plan, skip, texts
 from l2kv.errors import SpecError
 
@@ -92,9 +92,13 @@ def main() -> None:
     generate_page = st.Page(
         lambda: generate.page(engine()), title="Generate", icon=":material/compare:", url_path="generate"
     )
+    tune_page = _drawn(lambda: tune.draw(engine(), jobs()))
+    evaluate_page = _drawn(lambda: evaluate.draw(engine(), jobs()))
     new = [
         verdict_page,
         also_verdict,
+        st.Page(evaluate_page, title="Evaluate", icon=":material/science:", url_path="evaluate"),
+        st.Page(tune_page, title="Tune", icon=":material/tune:", url_path="tune"),
         st.Page(_drawn(help_page.draw), title="Help", icon=":material/help:", url_path="help"),
     ]
     pages = [*new, heads_page, capture_page, texts_page, skip_page, plan_page, generate_page]

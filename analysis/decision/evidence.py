@@ -6,6 +6,7 @@ What was measured before, by whomever, counts too: a decision is a view of all r
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
@@ -18,7 +19,7 @@ from analysis.decision.planning import best_plan, strategies
 from analysis.decision.speed import RUNS, STEPS, WARM_UP, Speed, measure_speed
 from analysis.defaults import EXCERPTS, PROMPT_TOKENS
 from analysis.demo.presets import bundled_prose
-from analysis.errors import SettingsError
+from analysis.errors import RecordError, SettingsError
 from analysis.evaluation.benchmarks import NeedleSettings
 from analysis.evaluation.lm import Lengths
 from analysis.evaluation.passkey import PasskeySettings
@@ -27,6 +28,7 @@ from analysis.plans.front import Front
 from analysis.plans.skip import Plan
 from analysis.plans.strategies import STRATEGIES
 from analysis.progress import Progress, unheard
+from analysis.records import load
 from analysis.texts.excerpts import Excerpt, planning_and_measuring
 from analysis.words import duration
 from l2kv.config import CacheShape
@@ -186,7 +188,7 @@ class Measurement:
         context = self.sizes.context or next(begun, None) or next(iter(fits), min(longest, CONTEXTS[-1]))
         retrieval = one.seconds * context / timed
         seconds |= {"passkey": retrieval, "needle": retrieval, "speed": steps}
-        known = {task for task in ("lm", *RETRIEVAL) if self.workspace.find(self._file(task, context, methods)[0])}
+        known = {task for task in ("lm", *RETRIEVAL) if _is_complete(self._file(task, context, methods)[1])}
         known |= {"speed"} if self._known_speed(context) else set()
         return Estimate(context, {stage: taken for stage, taken in seconds.items() if stage not in known})
 
@@ -206,16 +208,19 @@ class Measurement:
         methods, results = self._methods(plan.spec), []
         for task in ("lm", *RETRIEVAL):
             id, file = self._file(task, context, methods)
-            found = evaluate(
-                self.loaded,
-                task,
-                methods,
-                texts=self._texts_of(task),
-                settings=self._settings(task, context),
-                out=file,
-                progress=stages.of(task),
-            )
-            self.workspace.note_results(id, name=f"Verdict: {task}")
+            try:
+                found = evaluate(
+                    self.loaded,
+                    task,
+                    methods,
+                    texts=self._texts_of(task),
+                    settings=self._settings(task, context),
+                    out=file,
+                    progress=stages.of(task),
+                )
+            finally:  # what there is, cancelled or not
+                if file.exists():
+                    self.workspace.note_results(id, name=f"Verdict: {task}")
             results.append(found)
         speed = self._known_speed(context) or self.time(context, progress=stages.of("speed"))
         return Evidence(tuple(results), (plan,), (speed,))
@@ -347,6 +352,12 @@ class _Stages:
             self._progress(min(round(at), total), total, f"s of work ({stage})")
 
         return tell
+
+
+def _is_complete(results: Path) -> bool:
+    with suppress(RecordError):
+        return bool(load(Results, results).rows)
+    return False
 
 
 def _is_plan(strategy: str) -> bool:
