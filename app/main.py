@@ -20,7 +20,7 @@ from app import address, header
 from app.components import markup
 from app.engine import Engine
 from app.jobs import Jobs
-from app.screens import evaluate, tune
+from app.screens import evaluate, tune, verdict
 from app.screens import help as help_page
 from app.views import capture, generate, heads, plan, skip, texts
 from l2kv.errors import SpecError
@@ -75,8 +75,10 @@ def _status(place: DeltaGenerator) -> None:
 def main() -> None:
     """Draw the page that the address names."""
     st.set_page_config(page_title=TITLE, page_icon=str(ICON), layout="wide")
-    heads_page = st.Page(heads.page, title="Heads", icon=":material/grid_view:", default=True)
-    also_heads = st.Page(lambda: heads.page(), title="Heads", url_path="heads", visibility="hidden")  # an address too
+    draw_verdict = _drawn(lambda: verdict.draw(engine(), jobs(), {page.url_path: page for page in pages}))
+    verdict_page = st.Page(draw_verdict, title="Verdict", icon=":material/gavel:", default=True)
+    also_verdict = st.Page(draw_verdict, title="Verdict", url_path="verdict", visibility="hidden")  # an address too
+    heads_page = st.Page(lambda: heads.page(), title="Heads", icon=":material/grid_view:", url_path="heads")
     capture_page = st.Page(
         lambda: capture.page(engine(), heads_page), title="Capture", icon=":material/photo_camera:", url_path="capture"
     )
@@ -93,11 +95,13 @@ def main() -> None:
     tune_page = _drawn(lambda: tune.draw(engine(), jobs()))
     evaluate_page = _drawn(lambda: evaluate.draw(engine(), jobs()))
     new = [
+        verdict_page,
+        also_verdict,
         st.Page(evaluate_page, title="Evaluate", icon=":material/science:", url_path="evaluate"),
         st.Page(tune_page, title="Tune", icon=":material/tune:", url_path="tune"),
         st.Page(_drawn(help_page.draw), title="Help", icon=":material/help:", url_path="help"),
     ]
-    pages = [*new, heads_page, also_heads, capture_page, texts_page, skip_page, plan_page, generate_page]
+    pages = [*new, heads_page, capture_page, texts_page, skip_page, plan_page, generate_page]
     page = st.navigation(pages, position="top")
     st.html(markup.PAGE_STYLE)
     status = None if page in new else st.empty()  # new pages have it in their header
