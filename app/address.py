@@ -8,6 +8,7 @@ from urllib.parse import urlencode
 import streamlit as st
 
 from app import library, state
+from app.components import markup
 
 _WRITTEN = state.Slot[dict[str, str]]("address_written", {})
 _RECORDS = {"run": "run", "study": "study", "plan": "plan", "results": "results", "with": "run"}
@@ -33,14 +34,14 @@ def _take(name: str, text: str) -> None:
     try:
         value = slot.param.read(text)
     except ValueError as error:
-        state.notice(f"The address says {name}={text[:40]}, which {_reason(error)}. It was ignored.")
+        state.notice(f"The address says {name}={markup.plain(text[:40])}, which {_reason(error)}. It was ignored.")
         return
     if text and (kind := _RECORDS.get(name)):
         entry = library.find(text)
         if entry is None or entry.kind != kind:
             state.notice(
-                f"The address names a {kind} that is not on this machine: {text[:40]}. Open its file with *Runs* > "
-                "*Open a file*, and the link will work."
+                f"The address names a {kind} that is not on this machine: {markup.plain(text[:40])}. Open its file in "
+                "the header, under *Text and run*, and the link will work."
             )
             return
         if kind == "run" and name == "run" and entry.model != state.model():

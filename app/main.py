@@ -29,12 +29,13 @@ if TYPE_CHECKING:
 
 ICON = Path(__file__).parent / "assets" / "icon.png"  # a named icon would be fetched from elsewhere
 TITLE = "Does low norm predict attention?"
+_THIS_MACHINE = ("127.0.0.1", "localhost", "::1")  # an app that listens there can be reached by its operator alone
 
 
 @st.cache_resource
 def engine() -> Engine:
     """The one engine of this server."""
-    return Engine()
+    return Engine(any_folder=st.get_option("server.address") in _THIS_MACHINE)
 
 
 @st.cache_resource
@@ -92,8 +93,9 @@ def main() -> None:
     pages = [*new, heads_page, also_heads, capture_page, texts_page, skip_page, plan_page, generate_page]
     page = st.navigation(pages, position="top")
     st.html(markup.PAGE_STYLE)
-    status = st.empty()
-    _status(status)
+    status = None if page in new else st.empty()  # new pages have it in their header
+    if status:
+        _status(status)
     try:
         page.run()
     except (UserError, SpecError) as error:
@@ -105,7 +107,8 @@ def main() -> None:
             "details.",
             icon=":material/bug_report:",
         )
-    _status(status)  # again: the page may have loaded a model
+    if status:
+        _status(status)  # again: the page may have loaded a model
 
 
 main()
