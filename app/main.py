@@ -20,8 +20,9 @@ from app import address, header
 from app.components import markup
 from app.engine import Engine
 from app.jobs import Jobs
+from app.screens import explore
 from app.screens import help as help_page
-from app.views import capture, generate, heads, plan, skip, texts
+from app.views import capture, generate, plan, skip
 from l2kv.errors import SpecError
 
 if TYPE_CHECKING:
@@ -74,12 +75,15 @@ def _status(place: DeltaGenerator) -> None:
 def main() -> None:
     """Draw the page that the address names."""
     st.set_page_config(page_title=TITLE, page_icon=str(ICON), layout="wide")
-    heads_page = st.Page(heads.page, title="Heads", icon=":material/grid_view:", default=True)
-    also_heads = st.Page(lambda: heads.page(), title="Heads", url_path="heads", visibility="hidden")  # an address too
+    draw_explore = _drawn(lambda: explore.draw(engine(), jobs()))
+    explore_page = st.Page(draw_explore, title="Explore", icon=":material/grid_view:", default=True)
+    also_explore = st.Page(draw_explore, title="Explore", url_path="explore", visibility="hidden")  # an address too
     capture_page = st.Page(
-        lambda: capture.page(engine(), heads_page), title="Capture", icon=":material/photo_camera:", url_path="capture"
+        lambda: capture.page(engine(), explore_page),
+        title="Capture",
+        icon=":material/photo_camera:",
+        url_path="capture",
     )
-    texts_page = st.Page(lambda: texts.page(engine()), title="Texts", icon=":material/library_books:", url_path="texts")
     skip_page = st.Page(
         lambda: skip.page(engine(), generate_page), title="Skip layers", icon=":material/layers:", url_path="skip"
     )
@@ -89,8 +93,12 @@ def main() -> None:
     generate_page = st.Page(
         lambda: generate.page(engine()), title="Generate", icon=":material/compare:", url_path="generate"
     )
-    new = [st.Page(_drawn(help_page.draw), title="Help", icon=":material/help:", url_path="help")]
-    pages = [*new, heads_page, also_heads, capture_page, texts_page, skip_page, plan_page, generate_page]
+    new = [
+        explore_page,
+        also_explore,
+        st.Page(_drawn(help_page.draw), title="Help", icon=":material/help:", url_path="help"),
+    ]
+    pages = [*new, capture_page, skip_page, plan_page, generate_page]
     page = st.navigation(pages, position="top")
     st.html(markup.PAGE_STYLE)
     status = None if page in new else st.empty()  # new pages have it in their header
