@@ -28,7 +28,7 @@ def of_head(side: str, layer: int, head: int) -> None:
     if study is None:
         st.info("There is no study of this model yet: *Study more texts* makes one.", icon=":material/library_books:")
         return
-    probe, id = _probe(study), state.study_id()
+    probe, id = probe_of(study), state.study_id()
     gamma, without = (library.means_of(id, name, probe) for name in ("gamma", "gamma_skip_first"))
     single = [study.of(name, probe=probe)[:, layer, head] for name in ("gamma", "gamma_skip_first")]
     run = library.run(state.run_id())
@@ -68,7 +68,7 @@ def draw(study: Study | None) -> None:
     with right:
         _order(study)
     told = meanings(len(study.names))
-    verdict = library.verdicts_over(state.study_id(), _probe(study))
+    verdict = library.verdicts_over(state.study_id(), probe_of(study))
     st.dataframe(
         {"verdict": list(told), "heads": list(verdict_counts(verdict, told).values()), "meaning": list(told.values())},
         hide_index=True,
@@ -111,7 +111,7 @@ def _choose(study: Study) -> None:
             st.button("Delete", icon=":material/delete:", on_click=delete, key="study_delete")
     names = ", ".join(markup.plain(name) for name in study.names[:4]) + (", …" if len(study.names) > 4 else "")
     st.caption(
-        f"{len(study.names)} texts of {span(study.n_tokens.tolist())} tokens ({names}), by {_probe(study)}. "
+        f"{len(study.names)} texts of {span(study.n_tokens.tolist())} tokens ({names}), by {probe_of(study)}. "
         "Intervals come "
         f"from resampling {'documents and the texts of each' if study.documents else 'the texts'}, since tokens of one "
         "text are not independent."
@@ -130,13 +130,14 @@ def _choose(study: Study) -> None:
         )
 
 
-def _probe(study: Study) -> str:
+def probe_of(study: Study) -> str:
+    """Probe on screen, or the study's first where it lacks that one."""
     probe = state.PROBE.get()
     return probe if probe in study.probes else study.probes[0]
 
 
 def _layers(study: Study) -> None:
-    losses, _ = library.layers_over(state.study_id(), _probe(study))
+    losses, _ = library.layers_over(state.study_id(), probe_of(study))
     st.markdown("**What does low norm lose, layer by layer?**")
     show(
         figures.means_by_layer(losses.mean, losses.low, losses.high),
@@ -155,7 +156,7 @@ def _layers(study: Study) -> None:
 
 
 def _order(study: Study) -> None:
-    _, order = library.layers_over(state.study_id(), _probe(study))
+    _, order = library.layers_over(state.study_id(), probe_of(study))
     st.markdown("**From how many texts on is the order of layers stable?**")
     texts, spearman, kendall = (
         np.array([getattr(agreement, name) for agreement in order.by_texts])

@@ -71,12 +71,6 @@ def draw(side: str, layer: int, head: int, jobs: Jobs, *, redraw: Callable[[], N
         kept = None
     one = _Head(side, run, layer, head, kept, int(state.SKIP_FIRST.get()))
     _numbers(one)
-    if side == "a":
-        if state.VIEW.get() not in state.VIEWS:
-            state.VIEW.drop()
-        st.segmented_control(
-            "View", state.VIEWS, label_visibility="collapsed", required=True, on_change=redraw, **state.VIEW.widget()
-        )
     view = state.VIEW.get()
     if view in ("By position", "Queries"):
         _query_stepper(one, redraw)
@@ -99,15 +93,18 @@ def _numbers(one: _Head) -> None:
     verdict = str(library.verdicts_of(state.run_id(), probe)[layer, head])
     number = {name: float(values.of(name)[layer, head]) for name in values.names}
     whose = _PROBES.get(probe, f"the last {len(run.recent_positions)} queries")
-    st.markdown(f"#### {one.name}: {verdict}", help=f"By {whose}: {markup.plain(meanings(1)[verdict])}.")
+    said = verdict
+    if state.OVER.get() == "many texts" and (study := state.study()):
+        over = library.verdicts_over(state.study_id(), many_texts.probe_of(study))[layer, head]
+        said = f"{verdict} on this text, {over} over {len(study.names)}"
+    st.markdown(f"#### {one.name}: {said}", help=f"By {whose}: {markup.plain(meanings(1)[verdict])}.")
     lost = _lost(one)
     shown = {
         "Γ": (signed(number["gamma"]), "−1 the paper's claim, 0 chance, +1 the opposite"),
-        "Γ, no first token": (
+        "Γ without first": (
             signed(number["gamma_skip_first"]),
             "The same without the first token. Undefined where the others get less than 1 % of the attention.",
         ),
-        "Norm. ALR": (_decimals(number["normalised_alr"]), "0 the ideal order, 1 a random one, 2 the reverse"),
         "First token": (f"{number['sink_share']:.0%}", "share of the attention that the first token gets"),
         "Lost": (
             "not told" if lost is None else f"{lost:.1%}",

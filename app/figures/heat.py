@@ -20,6 +20,7 @@ Head = tuple[int, int]
 
 _PURPLE = {False: ("#4A38C9", "rgba(108,95,240,0.55)"), True: ("#A99FFF", "rgba(124,113,245,0.6)")}
 _ORANGE = {False: ("#B34D04", "rgba(232,113,10,0.55)"), True: ("#FFB066", "rgba(232,113,10,0.6)")}
+_PAGE = {False: "#FFFFFF", True: "#171614"}
 _INK = {False: "#14161D", True: "#FAFAFA"}
 _MOST_WRITTEN = 12  # heads or layers of a map in whose cells there is room for numbers
 _QUIET = {False: "#5A5E68", True: "#B4B8C2"}  # of numbers on axes: contrast 4.5 or more
@@ -84,7 +85,8 @@ def clickable_map(
             type="continuous", min=low, max=high, dimension=2, seriesIndex=0, calculable=False, orient="horizontal",
             left="center", bottom=0, itemWidth=10, itemHeight=150, hoverLink=False,
             text=[_written(high, scale, end=True), _written(low, scale, end=True)], textStyle=dict(color=_QUIET[dark]),
-            inRange=dict(color=_colours(scale.diverging, dark)),
+            inRange=dict(color=_colours(scale.diverging, dark, CLEAR)),
+            controller=dict(inRange=dict(color=_colours(scale.diverging, dark, _PAGE[dark]))),  # which is never clear
         ),
         series=[
             dict(
@@ -154,8 +156,6 @@ def _written(value: float, scale: Scale, *, end: bool = False) -> str:
     return number(value, signed=scale.diverging)
 
 
-def _colours(diverging: bool, dark: bool) -> list[str]:
+def _colours(diverging: bool, dark: bool, least: str) -> list[str]:
     strong, half = _ORANGE[dark]
-    if not diverging:
-        return [CLEAR, half, strong]
-    return [*_PURPLE[dark], "rgba(138,143,152,0)", half, strong]
+    return [*_PURPLE[dark], least, half, strong] if diverging else [least, half, strong]

@@ -59,17 +59,20 @@ def draw(engine: Engine, jobs: Jobs) -> None:
         _say(run)
         _choose_values(run, engine, jobs)
         pinned = state.PINNED.get()
-        left, *sides = st.columns([4, 5, 5] if pinned else [2, 3], gap="medium")
+        left, right = st.columns([2, 5] if pinned else [2, 3], gap="medium")
         with left:
             _map()
             _listen(run)
         if not charts.first_is_drawn():
             return
-        with sides[0]:
-            _head(jobs)
-        if pinned:
-            with sides[1]:
-                _pinned_head(jobs)
+        with right:
+            _bar()
+            sides = st.columns(2, gap="medium") if pinned else [st.container()]
+            with sides[0]:
+                _head(jobs)
+            if pinned:
+                with sides[1]:
+                    _pinned_head(jobs)
         _PANES.set(True)
         st.divider()
         _below(jobs)
@@ -172,7 +175,7 @@ def _map() -> None:
     def clicked() -> None:
         if cell := heat.cell_of(st.session_state["map_chart"].selection.selected, run.n_heads):
             state.choose_head(*cell)
-            _redraw("map", "head")()
+            _redraw("map", "bar", "head")()
 
     st.echarts_chart(
         heat.clickable_map(
@@ -311,15 +314,17 @@ def _listen(run: Capture) -> None:
             "]": ("next query", lambda: one_head.step_query(run, -1)),
         },
         hint="Keys: arrows move the cell, [ ] the query, ? lists all",
-        then=_redraw("map", "head", "pinned"),
+        then=_redraw("map", "bar", "head", "pinned"),
     )
 
 
-@st.fragment(key="head")
-def _head(jobs: Jobs) -> None:
-    """The open head."""
+@st.fragment(key="bar")
+def _bar() -> None:
+    """Which head is open, and what is shown of it."""
     run = library.run(state.run_id())
-    redraw = _redraw("map", "head")
+    layer, _ = state.chosen_head()
+    pinned, skipped = state.PINNED.get(), layer in state.SKIP_LAYERS.get()
+    redraw = _redraw("map", "bar", "head")
     with st.container(horizontal=True, vertical_alignment="bottom", gap="small"):
         st.selectbox(
             "Layer", range(run.n_layers), format_func="Layer {}".format, label_visibility="collapsed", width=125,
@@ -329,20 +334,26 @@ def _head(jobs: Jobs) -> None:
             "Head", range(run.n_heads), format_func=lambda head: f"KV {run.kv_head(head)}, query head {head}",
             label_visibility="collapsed", width=210, on_change=redraw, **state.HEAD.widget(),
         )  # fmt: skip
-        layer, head = state.chosen_head()
-        pinned = state.PINNED.get()
         st.button(
             "Unpin B" if pinned else "Pin as B", icon=":material/push_pin:", key="pin", on_click=_pin,
             help="Keep this head beside the next one that you open.",
         )  # fmt: skip
-        skipped = layer in state.SKIP_LAYERS.get()
         if run.layer_kinds[layer] == "full" and state.plan() is None:
             st.button(
                 f"Compress layer {layer}" if skipped else f"Skip layer {layer}",
                 icon=":material/playlist_remove:" if skipped else ":material/playlist_add:", key="skip_layer",
                 on_click=_skip, help="Skipped layers keep everything. Their list stands in the header.",
             )  # fmt: skip
-    one_head.draw("a", layer, head, jobs, redraw=_redraw("head", "pinned"))
+    st.segmented_control(
+        "View", state.VIEWS, label_visibility="collapsed", required=True, on_change=_redraw("bar", "head", "pinned"),
+        **state.VIEW.widget(),
+    )  # fmt: skip
+
+
+@st.fragment(key="head")
+def _head(jobs: Jobs) -> None:
+    """The open head."""
+    one_head.draw("a", *state.chosen_head(), jobs, redraw=_redraw("head", "pinned"))
     address.write()
 
 
@@ -389,7 +400,7 @@ def _all_heads() -> None:
 
     def open_head(layer: int, head: int) -> None:
         state.choose_head(layer, head)
-        _redraw("map", "head")()
+        _redraw("map", "bar", "head")()
 
     layer, head = np.indices(verdict.shape).reshape(2, -1)
     left, right = st.columns([2, 3], gap="medium")
