@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING
 import streamlit as st
 
 from analysis.defaults import EXCERPT_TOKENS, STUDY_EXCERPTS
-from analysis.demo.presets import bundled_texts
-from analysis.errors import RecordError, UserError
+from analysis.errors import RecordError, TextError, UserError
 from analysis.studies import load_study
-from analysis.texts.read import plain_text
 from analysis.words import counted, duration
 from analysis.workspace import digest_of_file
 from app import library, state
-from app.components import markup, uploads
+from app.components import documents, markup
 from app.engine import Engine
 from app.jobs import Jobs
 
@@ -26,9 +24,6 @@ if TYPE_CHECKING:
     from analysis.models.load import LoadedModel
     from analysis.progress import Progress
 
-_FILES = state.Slot[Mapping[str, str]]("study_files", {})
-_UPLOADER = state.Slot("study_uploader", 0)
-"""Number of the uploader: another one is empty."""
 _CHARACTERS_A_TOKEN = 4
 
 
@@ -66,7 +61,11 @@ def dialog(engine: Engine, jobs: Jobs) -> None:
         "every text, "
         "and no text. Excerpts of many texts say more than as many of one."
     )
-    texts = _texts()
+    try:
+        texts = documents.ask(few="They are short, of some 350 tokens: ask for excerpts of 128.")
+    except TextError as error:
+        st.error(markup.plain(str(error)), icon=":material/error:")
+        return
     with st.container(horizontal=True, vertical_alignment="bottom"):
         n_tokens = st.number_input(
             "Tokens of an excerpt", 16, 131_072, EXCERPT_TOKENS, 64, key="study_tokens",
@@ -74,9 +73,6 @@ def dialog(engine: Engine, jobs: Jobs) -> None:
         )  # fmt: skip
         at_most = st.number_input("Excerpts at most", 1, 1000, STUDY_EXCERPTS, 8, key="study_excerpts")
     name = st.text_input("Name of the study", _name(texts), max_chars=200)
-    if not texts:
-        st.caption("Upload files, paste a text, or tick the bundled texts.")
-        return
     asked = _Asked(state.model(), tuple(texts.items()), int(n_tokens), int(at_most))
     if not (expected := _expected(asked)):
         st.warning(
@@ -114,40 +110,6 @@ def start(jobs: Jobs, ref: str, asked: _Asked, name: str) -> str:
         return id
 
     return jobs.start(f"Studying “{name}”", ref, work, kind="study").id
-
-
-def _texts() -> dict[str, str]:
-    """Ask for texts, and return them by name."""
-    key = f"study_upload_{_UPLOADER.get()}"
-
-    def take() -> None:
-        _FILES.set(uploads.documents_of(st.session_state[key]))
-
-    def clear() -> None:
-        _FILES.drop()
-        _UPLOADER.set(_UPLOADER.get() + 1)
-        st.session_state["study_pasted"] = ""
-
-    st.file_uploader("Text files", type="txt", accept_multiple_files=True, key=key, on_change=take)
-    uploads.show_refused()
-    pasted = plain_text(
-        st.text_area(
-            "Or paste a long text", key="study_pasted", height=100, max_chars=4_000_000,
-            placeholder="Paste a text of some thousand words.",
-        )
-    )  # fmt: skip
-    bundled = st.checkbox(
-        f"Bundled texts: {', '.join(bundled_texts())}", key="study_bundled",
-        help="Short ones, of about 350 tokens each: ask for excerpts of 128 tokens.",
-    )  # fmt: skip
-    given = (
-        dict(_FILES.get()) | ({"pasted": pasted} if pasted.strip() else {}) | (dict(bundled_texts()) if bundled else {})
-    )
-    if _FILES.get():
-        with st.container(horizontal=True, vertical_alignment="center"):
-            st.caption(f"{markup.counted(len(given), 'text')}, {sum(map(len, given.values())):,} characters")
-            st.button("Clear", icon=":material/close:", type="tertiary", on_click=clear)
-    return given
 
 
 def _name(texts: Mapping[str, str]) -> str:

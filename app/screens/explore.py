@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
+from typing import cast
 
 import numpy as np
 import streamlit as st
 
 from analysis.captures import Capture
-from analysis.errors import SettingsError
+from analysis.errors import SettingsError, UserError
 from analysis.metrics import METRICS, PROBES
 from analysis.selftest import check, is_synthetic
 from analysis.verdicts import VERDICTS, meanings
@@ -18,6 +20,7 @@ from app.components import charts, choices, comparison, keys, many_texts, markup
 from app.engine import Engine
 from app.figures import heat, planes
 from app.jobs import Jobs
+from l2kv.errors import SpecError
 
 _FEW_TOKENS = 64
 _STYLE = """<style>
@@ -77,6 +80,22 @@ def draw(engine: Engine, jobs: Jobs) -> None:
         st.divider()
         _below(jobs)
         # The eviction time machine goes here.
+
+
+def _part(key: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a function a fragment of the page, which says what is wrong by itself when it is drawn alone."""
+
+    def made(draw: Callable[..., None]) -> Callable[..., None]:
+        @wraps(draw)
+        def guarded(*given: object) -> None:
+            try:
+                draw(*given)
+            except (UserError, SpecError) as error:
+                st.error(markup.plain(str(error)), icon=":material/error:")
+
+        return cast(Callable[..., None], st.fragment(guarded, key=key))
+
+    return made
 
 
 def _redraw(*parts: str) -> Callable[[], None]:
@@ -150,7 +169,7 @@ def _choose_values(run: Capture, engine: Engine, jobs: Jobs) -> None:
         )
 
 
-@st.fragment(key="map")
+@_part("map")
 def _map() -> None:
     """The map, and what chooses its numbers and its cells."""
     run = library.run(state.run_id())
@@ -318,7 +337,7 @@ def _listen(run: Capture) -> None:
     )
 
 
-@st.fragment(key="bar")
+@_part("bar")
 def _bar() -> None:
     """Which head is open, and what is shown of it."""
     run = library.run(state.run_id())
@@ -350,7 +369,7 @@ def _bar() -> None:
     )  # fmt: skip
 
 
-@st.fragment(key="head")
+@_part("head")
 def _head(jobs: Jobs) -> None:
     """The open head."""
     one_head.draw("a", *state.chosen_head(), jobs, redraw=_redraw("head", "pinned"))
@@ -369,14 +388,14 @@ def _skip() -> None:
     st.rerun()  # of the whole page: the header has the list
 
 
-@st.fragment(key="pinned")
+@_part("pinned")
 def _pinned_head(jobs: Jobs) -> None:
     """The pinned head, as the open one is shown."""
     if pinned := state.PINNED.get():
         one_head.draw("b", *pinned, jobs, redraw=_redraw("head", "pinned"))
 
 
-@st.fragment(key="below")
+@_part("below")
 def _below(jobs: Jobs) -> None:
     """Many heads, texts or runs at once."""
     study = state.study()
