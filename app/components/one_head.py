@@ -114,10 +114,11 @@ def _numbers(one: _Head) -> None:
     with st.container(horizontal=True, gap="medium", vertical_alignment="bottom"):
         for name, (value, about) in shown.items():
             st.metric(name, value.replace("nan%", "undefined"), help=about, width="content")
-        with st.popover("All", type="tertiary", key=f"numbers_{one.side}", on_change="rerun") as every:
+    with st.container(horizontal=True, vertical_alignment="top", gap="small", key=f"explain_numbers_{one.side}"):
+        st.caption(f"{_kept_words(one, lost)} {_layer_note(run, layer)}".rstrip(), width="stretch")
+        with st.popover("All metrics", type="tertiary", key=f"numbers_{one.side}", on_change="rerun") as every:
             if every.open:
                 _all_numbers(one, number, whose)
-    st.caption(f"{_kept_words(one, lost)} {_layer_note(run, layer)}".rstrip())
 
 
 def _all_numbers(one: _Head, number: dict[str, float], whose: str) -> None:

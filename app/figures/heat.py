@@ -18,9 +18,11 @@ from app.figures.style import CLEAR, GRID, UNDEFINED, largest, number
 Head = tuple[int, int]
 """(layer, query head)."""
 
-_PURPLE = {False: ("#4A38C9", "rgba(108,95,240,0.55)"), True: ("#A99FFF", "rgba(124,113,245,0.6)")}
-_ORANGE = {False: ("#B34D04", "rgba(232,113,10,0.55)"), True: ("#FFB066", "rgba(232,113,10,0.6)")}
-_PAGE = {False: "#FFFFFF", True: "#171614"}
+_Rgb = tuple[int, int, int]
+_PURPLE: dict[bool, _Rgb] = {False: (74, 56, 201), True: (169, 159, 255)}  # by whether the page is dark
+_ORANGE: dict[bool, _Rgb] = {False: (179, 77, 4), True: (255, 176, 102)}
+_PAGE: dict[bool, _Rgb] = {False: (255, 255, 255), True: (23, 22, 20)}
+_STEPS = 20  # of a scale from the clear end to the full colour
 _INK = {False: "#14161D", True: "#FAFAFA"}
 _MOST_WRITTEN = 12  # heads or layers of a map in whose cells there is room for numbers
 _QUIET = {False: "#5A5E68", True: "#B4B8C2"}  # of numbers on axes: contrast 4.5 or more
@@ -85,8 +87,8 @@ def clickable_map(
             type="continuous", min=low, max=high, dimension=2, seriesIndex=0, calculable=False, orient="horizontal",
             left="center", bottom=0, itemWidth=10, itemHeight=150, hoverLink=False,
             text=[_written(high, scale, end=True), _written(low, scale, end=True)], textStyle=dict(color=_QUIET[dark]),
-            inRange=dict(color=_colours(scale.diverging, dark, CLEAR)),
-            controller=dict(inRange=dict(color=_colours(scale.diverging, dark, _PAGE[dark]))),  # which is never clear
+            inRange=dict(color=_colours(scale.diverging, dark)),
+            controller=dict(inRange=dict(color=_colours(scale.diverging, dark, page=_PAGE[dark]))),  # it can't be clear
         ),
         series=[
             dict(
@@ -156,6 +158,13 @@ def _written(value: float, scale: Scale, *, end: bool = False) -> str:
     return number(value, signed=scale.diverging)
 
 
-def _colours(diverging: bool, dark: bool, least: str) -> list[str]:
-    strong, half = _ORANGE[dark]
-    return [*_PURPLE[dark], least, half, strong] if diverging else [least, half, strong]
+def _colours(diverging: bool, dark: bool, *, page: _Rgb | None = None) -> list[str]:
+    """Colours of a scale in even steps: ever more of one hue over the page, or over its colour where it is given."""
+    purple, orange = _PURPLE[dark], _ORANGE[dark]
+    steps = [(orange, step / _STEPS) for step in range(_STEPS + 1)]
+    if diverging:
+        steps = [(purple, step / _STEPS) for step in range(_STEPS, 0, -1)] + steps
+    if page is None:
+        return [f"rgba({red},{green},{blue},{share:g})" for (red, green, blue), share in steps]
+    mixed = ([round(share * c + (1 - share) * p) for c, p in zip(hue, page, strict=True)] for hue, share in steps)
+    return [f"rgb({red},{green},{blue})" for red, green, blue in mixed]
