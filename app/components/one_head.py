@@ -49,6 +49,13 @@ class _Head:
         """Attention of the next token, [T] float64."""
         return np.asarray(self.run.probe_attention[self.layer, self.head], dtype=np.float64)
 
+    def attention_of(self, position: int) -> np.ndarray:
+        """Attention of the query at a position to the tokens before it, [position] float64."""
+        if position == self.run.n_tokens:
+            return self.row
+        row = self.run.recent_attention[position - self.run.n_tokens, self.layer, self.head, :position]
+        return np.asarray(row, dtype=np.float64)
+
     @property
     def norm(self) -> np.ndarray:
         return self.run.key_norm[self.layer, self.run.kv_head(self.head)]
@@ -58,12 +65,8 @@ class _Head:
         return [markup.visible(label) for label in self.run.labels]
 
 
-def draw(side: str, layer: int, head: int, jobs: Jobs, *, redraw: Callable[[], None]) -> None:
-    """Draw the head on one side, "a" or "b".
-
-    Args:
-        redraw: callback that draws both sides again, of a control that they share.
-    """
+def draw(side: str, layer: int, head: int, jobs: Jobs) -> None:
+    """Draw the head on one side, "a" or "b"."""
     run = library.run(state.run_id())
     try:
         kept = kept_tokens(run, layer, head, state.spec())
@@ -72,8 +75,6 @@ def draw(side: str, layer: int, head: int, jobs: Jobs, *, redraw: Callable[[], N
     one = _Head(side, run, layer, head, kept, int(state.SKIP_FIRST.get()))
     _numbers(one)
     view = state.VIEW.get()
-    if view in ("By position", "Queries"):
-        _query_stepper(one, redraw)
     if view == "Over texts":
         many_texts.of_head(side, layer, head)
     elif view == "Why":
@@ -96,7 +97,8 @@ def _numbers(one: _Head) -> None:
     said = verdict
     if state.OVER.get() == "many texts" and (study := state.study()):
         over = library.verdicts_over(state.study_id(), many_texts.probe_of(study))[layer, head]
-        said = f"{verdict} on this text, {over} over {len(study.names)}"
+        n = len(study.names)
+        said = f"{verdict}, here and over {n} texts" if over == verdict else f"{verdict} here, {over} over {n} texts"
     st.markdown(f"#### {one.name}: {said}", help=f"By {whose}: {markup.plain(meanings(1)[verdict])}.")
     lost = _lost(one)
     shown = {
@@ -165,13 +167,16 @@ def _layer_note(run: Capture, layer: int) -> str:
     return ""
 
 
-def _query_stepper(one: _Head, redraw: Callable[[], None]) -> None:
-    if one.side == "b":
-        return
-    query, last = state.QUERY.get(), len(one.run.recent_positions)
+def query_stepper(run: Capture, redraw: Callable[[], None]) -> None:
+    """Draw what steps through the queries whose attention the heads are shown by.
+
+    Args:
+        redraw: callback that draws the heads again.
+    """
+    query, last = state.QUERY.get(), len(run.recent_positions)
 
     def step(by: int) -> None:
-        step_query(one.run, by)
+        step_query(run, by)
         redraw()
 
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
@@ -180,24 +185,22 @@ def _query_stepper(one: _Head, redraw: Callable[[], None]) -> None:
             (-1, "right", "Next query", query <= 0),
         ):
             st.button(
-                about, icon=f":material/chevron_{icon}:", type="tertiary", on_click=step, args=(by,), disabled=end,
-            )  # fmt: skip
-        st.caption(f"Attention of {_query(one)[0]}")
+                about, icon=f":material/chevron_{icon}:", type="tertiary", on_click=step, args=(by,), disabled=end
+            )
+        st.caption(f"Attention of {_query(run)[0]}")
 
 
-def _query(one: _Head) -> tuple[str, int, np.ndarray]:
-    """The query that is shown: its name in Markdown, its position, and its attention to the tokens before it."""
-    run, back = one.run, min(state.QUERY.get(), len(one.run.recent_positions))
-    if not back:
-        return f"the next token “{markup.plain(markup.visible(run.probe_label))}”", run.n_tokens, one.row
+def _query(run: Capture) -> tuple[str, int]:
+    """The query that is shown: its name in Markdown, and its position."""
+    back = min(state.QUERY.get(), len(run.recent_positions))
+    label = markup.plain(markup.visible(run.labels[-back] if back else run.probe_label))
     position = run.n_tokens - back
-    label = markup.plain(markup.visible(run.labels[position]))
-    row = run.recent_attention[-back, one.layer, one.head, :position]
-    return f"token {position:,} “{label}”", position, np.asarray(row, dtype=np.float64)
+    return f"token {position:,} “{label}”" if back else f"the next token “{label}”", position
 
 
 def _by_position(one: _Head) -> None:
-    named, end, row = _query(one)
+    named, end = _query(one.run)
+    row = one.attention_of(end)
     shown = slice(one.skip_first, end)
     received = one.run.attention_received[one.layer, one.head]
     show(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from analysis.words import head_name
+from app.figures.maps import luminance
 from app.figures.style import CLEAR, GRID, UNDEFINED, largest, number
 
 Head = tuple[int, int]
@@ -72,6 +73,11 @@ def clickable_map(
         _cell((layer, head), group, scale, float(values[layer, head]), str(notes[layer, head]), bool(kept[layer, head]))
         for layer, head in np.ndindex(layers, heads)
     ]
+    if room:
+        share = np.abs(values) if scale.diverging else (values - low) / (high - low)
+        for cell, of, value in zip(cells, share.ravel(), values.ravel(), strict=True):
+            hue = (_PURPLE if scale.diverging and value < 0 else _ORANGE)[dark]
+            cell["label"] = dict(color=_ink_on(_mixed(hue, _PAGE[dark], float(np.clip(np.nan_to_num(of), 0, 1)))))
     outlines = [_outline(cell, kind, dark) for cell, kind in ((pinned, "dashed"), (chosen, "solid")) if cell]
     groups = dict(show=kv_heads > 1, interval=0, lineStyle=dict(color=_INK[dark], opacity=0.55, width=1.5))
     return dict(
@@ -96,7 +102,7 @@ def clickable_map(
                 itemStyle=dict(borderColor=GRID, borderWidth=0.5),
                 emphasis=dict(itemStyle=dict(borderColor=_INK[dark], borderWidth=1)),
                 select=dict(itemStyle=dict(borderColor=GRID, borderWidth=0.5)),  # the outline is ours: see below
-                label=dict(show=room, formatter="{@[4]}", fontSize=11),
+                label=dict(show=room, formatter="{@[4]}", fontSize=11, textBorderWidth=0),
             ),
             # Of its own: the selection of a chart is its user's, and knows no arrow keys, links or second clicks.
             dict(type="heatmap", name="chosen", data=outlines, silent=True, z=5, tooltip=dict(show=False)),
@@ -166,5 +172,15 @@ def _colours(diverging: bool, dark: bool, *, page: _Rgb | None = None) -> list[s
         steps = [(purple, step / _STEPS) for step in range(_STEPS, 0, -1)] + steps
     if page is None:
         return [f"rgba({red},{green},{blue},{share:g})" for (red, green, blue), share in steps]
-    mixed = ([round(share * c + (1 - share) * p) for c, p in zip(hue, page, strict=True)] for hue, share in steps)
-    return [f"rgb({red},{green},{blue})" for red, green, blue in mixed]
+    return [f"rgb{_mixed(hue, page, share)}" for hue, share in steps]
+
+
+def _mixed(hue: _Rgb, page: _Rgb, share: float) -> _Rgb:
+    """A share of one colour over another."""
+    red, green, blue = (round(share * over + (1 - share) * under) for over, under in zip(hue, page, strict=True))
+    return red, green, blue
+
+
+def _ink_on(color: _Rgb) -> str:
+    """Black or white, whichever reads better on a colour."""
+    return "#000000" if luminance([tuple(c / 255 for c in color)])[0] > 0.179 else "#FFFFFF"

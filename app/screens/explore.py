@@ -367,12 +367,14 @@ def _bar() -> None:
         "View", state.VIEWS, label_visibility="collapsed", required=True, on_change=_redraw("bar", "head", "pinned"),
         **state.VIEW.widget(),
     )  # fmt: skip
+    if state.VIEW.get() in ("By position", "Queries"):
+        one_head.query_stepper(run, _redraw("bar", "head", "pinned"))
 
 
 @_part("head")
 def _head(jobs: Jobs) -> None:
     """The open head."""
-    one_head.draw("a", *state.chosen_head(), jobs, redraw=_redraw("head", "pinned"))
+    one_head.draw("a", *state.chosen_head(), jobs)
     address.write()
 
 
@@ -392,7 +394,7 @@ def _skip() -> None:
 def _pinned_head(jobs: Jobs) -> None:
     """The pinned head, as the open one is shown."""
     if pinned := state.PINNED.get():
-        one_head.draw("b", *pinned, jobs, redraw=_redraw("head", "pinned"))
+        one_head.draw("b", *pinned, jobs)
 
 
 @_part("below")
