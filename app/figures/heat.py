@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from analysis.words import head_name
 from app.figures.maps import luminance
 from app.figures.style import CLEAR, GRID, UNDEFINED, largest, number
 
@@ -49,6 +48,7 @@ def clickable_map(
     scale: Scale,
     *,
     kv_heads: int,
+    names: np.ndarray,
     notes: np.ndarray,
     chosen: Head,
     pinned: Head | None = None,
@@ -60,18 +60,18 @@ def clickable_map(
     Args:
         values: NaN is undefined, and grey.
         kv_heads: number of kv heads: lines part their groups of query heads.
+        names: [L, H] of str, the places of the heads, no two alike.
         notes: [L, H] of str, what to add to the value when the pointer is over a cell.
         shown: [L, H] bool, cells that are not faded; all by default.
         dark: whether the page behind it is.
     """
     layers, heads = values.shape
     low, high = _ends(values, scale)
-    group = heads // kv_heads
     kept = np.ones(values.shape, dtype=bool) if shown is None else shown
     room = max(layers, heads) <= _MOST_WRITTEN
     cells = [
-        _cell((layer, head), group, scale, float(values[layer, head]), str(notes[layer, head]), bool(kept[layer, head]))
-        for layer, head in np.ndindex(layers, heads)
+        _cell(cell, str(names[cell]), scale, float(values[cell]), str(notes[cell]), bool(kept[cell]))
+        for cell in np.ndindex(layers, heads)
     ]
     if room:
         share = np.abs(values) if scale.diverging else (values - low) / (high - low)
@@ -140,9 +140,8 @@ def _ends(values: np.ndarray, scale: Scale) -> tuple[float, float]:
     return scale.low, max(high, scale.low + 1e-9)
 
 
-def _cell(cell: Head, group: int, scale: Scale, value: float, note: str, shown: bool) -> dict[str, Any]:
+def _cell(cell: tuple[int, ...], name: str, scale: Scale, value: float, note: str, shown: bool) -> dict[str, Any]:
     layer, head = cell
-    name = head_name(layer, head // group, head)
     defined = bool(np.isfinite(value))
     written = _written(value, scale)
     told = f"{scale.title} {written if defined else 'undefined'}" + (f": {note}" if note else "")

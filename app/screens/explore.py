@@ -198,13 +198,19 @@ def _map() -> None:
 
     st.echarts_chart(
         heat.clickable_map(
-            values, scale, kv_heads=run.n_kv_heads, notes=notes, chosen=(layer, head), pinned=state.PINNED.get(),
+            values, scale, kv_heads=run.n_kv_heads, names=_names(run), notes=notes, chosen=(layer, head), pinned=state.PINNED.get(),
             shown=_shown(run, verdict), dark=st.context.theme.type == "dark",
         ),
         key="map_chart", height=heat.map_height(run.n_layers), alt=alt, on_select=clicked,
     )  # fmt: skip
     charts.explain("map_chart", alt=alt, caption=caption, table=_table(run, verdict, values, scale))
     address.write()
+
+
+def _names(run: Capture) -> np.ndarray:
+    """Places of the heads, [L, H] of str."""
+    names = [head_name(layer, run.kv_head(head), head) for layer, head in np.ndindex(run.n_layers, run.n_heads)]
+    return np.array(names).reshape(run.n_layers, run.n_heads)
 
 
 def _titles() -> dict[str, str]:

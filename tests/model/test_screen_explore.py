@@ -9,8 +9,11 @@ from streamlit.testing.v1 import AppTest
 from analysis.captures import save_run
 from analysis.errors import RecordError
 from analysis.measures import TOLD, attention_lost
-from analysis.metrics import METRICS, PROBES, Metric, gamma
+from analysis.metrics import METRICS, PROBES, Metric, gamma, metrics
 from analysis.selftest import synthetic_run
+from analysis.studies import study_of
+from analysis.verdicts import verdict_counts, verdicts
+from analysis.words import signed
 from analysis.workspace import Workspace
 from app import library, new_study, state
 from app.engine import Engine
@@ -88,6 +91,18 @@ def test_every_metric_has_a_map_of_its_numbers(probe):
         page.selectbox(key=state.MAP.key).set_value(name).run()
         assert not page.exception
         np.testing.assert_allclose(shown_map(page), library.values_of(SMALL, 0, probe).of(name))
+
+
+@pytest.mark.parametrize("probe", PROBES)
+def test_the_first_token_and_the_probe_go_together_on_the_map_beside_the_head_and_in_the_answer(probe):
+    run = library.run(SMALL)
+    page = explored(probe=probe, skip_first="1", layer="3", head="1")
+    expected = metrics(run, probe, skip_first=1).of("gamma")
+    np.testing.assert_allclose(shown_map(page), expected)
+    assert next(tile.value for tile in page.metric if tile.label == "Γ") == signed(expected[3, 1])
+    counts = verdict_counts(verdicts(study_of(run), probe=probe))
+    said = next(line.help for line in page.markdown if "Layer" in line.value and line.help).replace("\\", "")
+    assert f"In {counts['follows the paper']} of 48 heads low" in said and f"in {counts['mirror']} high" in said
 
 
 def test_a_metric_that_is_registered_has_a_map():
