@@ -198,8 +198,8 @@ def _map() -> None:
 
     st.echarts_chart(
         heat.clickable_map(
-            values, scale, kv_heads=run.n_kv_heads, names=_names(run), notes=notes, chosen=(layer, head), pinned=state.PINNED.get(),
-            shown=_shown(run, verdict), dark=st.context.theme.type == "dark",
+            values, scale, kv_heads=run.n_kv_heads, names=_names(run), notes=notes, chosen=(layer, head),
+            pinned=state.PINNED.get(), shown=_shown(run, verdict), dark=st.context.theme.type == "dark",
         ),
         key="map_chart", height=heat.map_height(run.n_layers), alt=alt, on_select=clicked,
     )  # fmt: skip
