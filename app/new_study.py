@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from analysis.progress import Progress
 
 _CHARACTERS_A_TOKEN = 4
+_SHORT = 128  # tokens of an excerpt of texts that have no longer one
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +63,14 @@ def dialog(engine: Engine, jobs: Jobs) -> None:
         "and no text. Excerpts of many texts say more than as many of one."
     )
     try:
-        texts = documents.ask(few="They are short, of some 350 tokens: ask for excerpts of 128.")
+        texts = documents.ask(few="They are short: your own say more.")
     except TextError as error:
         st.error(markup.plain(str(error)), icon=":material/error:")
         return
     with st.container(horizontal=True, vertical_alignment="bottom"):
+        usual = EXCERPT_TOKENS if max(map(len, texts.values())) >= _CHARACTERS_A_TOKEN * EXCERPT_TOKENS else _SHORT
         n_tokens = st.number_input(
-            "Tokens of an excerpt", 16, 131_072, EXCERPT_TOKENS, 64, key="study_tokens",
+            "Tokens of an excerpt", 16, 131_072, usual, 64, key=f"study_tokens_{usual}",
             help="At most what the model was trained on. Shorter texts are left out.",
         )  # fmt: skip
         at_most = st.number_input("Excerpts at most", 1, 1000, STUDY_EXCERPTS, 8, key="study_excerpts")

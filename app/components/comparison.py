@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import streamlit as st
 
 from analysis.comparing import Comparison, compare
@@ -30,17 +31,26 @@ def draw() -> None:
     if not (other := state.OTHER_RUN.get()):
         st.caption("Runs of all models are listed. *New run* in the header makes another.")
         return
-    compared = of_comparison(_compared(other, shown))
+    comparison = _compared(other, shown)
+    compared = of_comparison(comparison)
     for words in compared.words:
         st.markdown(markup.plain(words))
     columns = st.columns(len(compared.drawings), gap="medium")
     for i, (column, drawing) in enumerate(zip(columns, compared.drawings, strict=True)):
         with column:
             st.markdown(f"**{markup.plain(drawing.title)}**")
-            show(
-                drawing.figure, key=f"compared_{i}", alt=drawing.alt, caption=drawing.caption, table=drawing.table or {}
-            )
+            table = drawing.table or (_gammas(comparison) if drawing.title.startswith("Γ") else compared.table)
+            show(drawing.figure, key=f"compared_{i}", alt=drawing.alt, caption=drawing.caption, table=table)
     st.dataframe(compared.table, hide_index=True, key="compared_verdicts")
+
+
+def _gammas(comparison: Comparison) -> dict[str, np.ndarray]:
+    """Γ of every head of both, a row for each."""
+    means = [means.mean.ravel() for means in comparison.means]
+    return {
+        "run": np.repeat(np.array(comparison.names), [len(values) for values in means]),
+        "Γ": np.concatenate(means),
+    }
 
 
 def _open() -> None:

@@ -49,8 +49,9 @@ def draw(side: str, layer: int, head: int, jobs: Jobs) -> None:
             f"one more pass over the text gets them, about {duration(run.seconds)} once the model is in memory."
         )
         if st.button(
-            f"Get the vectors of layer {layer}", type="primary", icon=":material/play_arrow:", key=f"why_{side}"
-        ):
+            f"Get the vectors of layer {layer}", type="primary", icon=":material/play_arrow:", key=f"why_{side}",
+            disabled=bool(state.JOB.get()),
+        ):  # fmt: skip
             state.JOB.set(_start(jobs, run_id, layer))
             st.rerun()
         return

@@ -83,7 +83,7 @@ def draw(engine: Engine, jobs: Jobs) -> None:
 
 
 def _part(key: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a function a fragment of the page, which says what is wrong by itself when it is drawn alone."""
+    """Make a function a fragment of the page: drawn alone, it too says what is wrong and keeps the address."""
 
     def made(draw: Callable[..., None]) -> Callable[..., None]:
         @wraps(draw)
@@ -92,6 +92,7 @@ def _part(key: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
                 draw(*given)
             except (UserError, SpecError) as error:
                 st.error(markup.plain(str(error)), icon=":material/error:")
+            address.write()
 
         return cast(Callable[..., None], st.fragment(guarded, key=key))
 
@@ -204,7 +205,6 @@ def _map() -> None:
         key="map_chart", height=heat.map_height(run.n_layers), alt=alt, on_select=clicked,
     )  # fmt: skip
     charts.explain("map_chart", alt=alt, caption=caption, table=_table(run, verdict, values, scale))
-    address.write()
 
 
 def _names(run: Capture) -> np.ndarray:
@@ -381,7 +381,6 @@ def _bar() -> None:
 def _head(jobs: Jobs) -> None:
     """The open head."""
     one_head.draw("a", *state.chosen_head(), jobs)
-    address.write()
 
 
 def _pin() -> None:
