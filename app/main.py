@@ -20,7 +20,7 @@ from app import address, header
 from app.components import markup
 from app.engine import Engine
 from app.jobs import Jobs
-from app.screens import explore
+from app.screens import evaluate, explore, tune
 from app.screens import help as help_page
 from app.views import capture, generate, plan, skip
 from l2kv.errors import SpecError
@@ -93,9 +93,13 @@ def main() -> None:
     generate_page = st.Page(
         lambda: generate.page(engine()), title="Generate", icon=":material/compare:", url_path="generate"
     )
+    tune_page = _drawn(lambda: tune.draw(engine(), jobs()))
+    evaluate_page = _drawn(lambda: evaluate.draw(engine(), jobs()))
     new = [
         explore_page,
         also_explore,
+        st.Page(evaluate_page, title="Evaluate", icon=":material/science:", url_path="evaluate"),
+        st.Page(tune_page, title="Tune", icon=":material/tune:", url_path="tune"),
         st.Page(_drawn(help_page.draw), title="Help", icon=":material/help:", url_path="help"),
     ]
     pages = [*new, capture_page, skip_page, plan_page, generate_page]

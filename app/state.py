@@ -47,6 +47,10 @@ class Param(Generic[Value]):
     """Written even if it is the default, which may be another one in the next version."""
 
 
+IN_ADDRESS: dict[str, Slot[Any]] = {}
+"""All slots that stand in the address, by the names of their parameters."""
+
+
 @dataclass(frozen=True)
 class Slot(Generic[Value]):
     """One value of a session. Its key may also be a widget's, on any number of pages."""
@@ -54,6 +58,10 @@ class Slot(Generic[Value]):
     key: str
     default: Value
     param: Param[Value] | None = None
+
+    def __post_init__(self) -> None:
+        if self.param:
+            IN_ADDRESS[self.param.name] = self
 
     def get(self) -> Value:
         """Return the value, or the default where there is none."""
@@ -97,7 +105,9 @@ def _within(low: float, high: float, kind: Callable[[str], Any] = int) -> Callab
     return read
 
 
-def _one_of(names: Sequence[str]) -> Callable[[str], str]:
+def one_of(names: Sequence[str]) -> Callable[[str], str]:
+    """Make the reader of a value that is one of some names."""
+
     def read(text: str) -> str:
         if text not in names:
             raise ValueError(f"must be one of {', '.join(names)}")
@@ -121,11 +131,11 @@ def _layers(text: str) -> tuple[int, ...]:
 
 
 def _map(text: str) -> str:
-    return _one_of(tuple(maps()))(text)
+    return one_of(tuple(maps()))(text)
 
 
 def _verdicts(text: str) -> tuple[str, ...]:
-    known = _one_of(tuple(VERDICTS))
+    known = one_of(tuple(VERDICTS))
     return tuple(known(name) for name in text.split(",") if name)
 
 
@@ -134,7 +144,7 @@ def _numbers(numbers: Sequence[int]) -> str:
 
 
 def _flag(text: str) -> bool:
-    return _one_of(("0", "1"))(text) == "1"
+    return one_of(("0", "1"))(text) == "1"
 
 
 _NUMBERED = _within(0, 9999)
@@ -148,16 +158,16 @@ JOB = Slot("job_id", "", Param("job", str))
 OTHER_RUN = Slot("other_run_id", "", Param("with", str))
 """Run that is shown beside the one on screen."""
 
-PROBE = Slot("probe", "next token", Param("probe", _one_of(tuple(PROBES)), always=True))
+PROBE = Slot("probe", "next token", Param("probe", one_of(tuple(PROBES)), always=True))
 SKIP_FIRST = Slot("skip_first", False, Param("skip_first", _flag, lambda on: str(int(on))))
-OVER = Slot("over", "one text", Param("over", _one_of(("one text", "many texts")), always=True))
+OVER = Slot("over", "one text", Param("over", one_of(("one text", "many texts")), always=True))
 """Whether the map shows one text or the mean of many."""
 MAP = Slot("map", "gamma", Param("map", _map, always=True))
 ONLY_VERDICTS = Slot[Sequence[str]]("only_verdicts", (), Param("verdicts", _verdicts, ",".join))
 """Verdicts of the heads that the map does not fade; empty: all."""
 ONLY_KV = Slot[Sequence[int]]("only_kv", (), Param("kv", _layers, _numbers))
 """Numbers of the kv heads whose query heads the map does not fade; empty: all."""
-VIEW = Slot("view", "By position", Param("view", _one_of(VIEWS), always=True))
+VIEW = Slot("view", "By position", Param("view", one_of(VIEWS), always=True))
 """What is shown of the open head."""
 LAYER = Slot("layer_open", 0, Param("layer", _NUMBERED, always=True))
 HEAD = Slot("head_open", 0, Param("head", _NUMBERED, always=True))
@@ -165,17 +175,17 @@ PINNED = Slot[tuple[int, int] | None](
     "pinned", None, Param("pinned", _pair, lambda pair: ".".join(map(str, pair or ())))
 )
 """The head B that is shown beside the chosen one."""
-BELOW = Slot("below", "All heads", Param("below", _one_of(BELOWS)))
+BELOW = Slot("below", "All heads", Param("below", one_of(BELOWS)))
 """What is shown below the map and the head."""
 QUERY = Slot("query", 0, Param("query", _NUMBERED))
 """Which query is shown: 0 is the next token, 1 the text's last token, 2 the one before it, ..."""
 
-POLICY = Slot("policy", "low_norm", Param("policy", _one_of(tuple(POLICIES)), always=True))
+POLICY = Slot("policy", "low_norm", Param("policy", one_of(tuple(POLICIES)), always=True))
 KEEP_RATIO = Slot("keep_ratio", defaults.KEEP_RATIO, Param("keep", _within(0.01, 1, float), "{:g}".format, always=True))
 PROTECT_LAST = Slot("protect_last", defaults.RECENT_WINDOW, Param("window", _within(0, 4096), always=True))
 PROTECT_FIRST = Slot("protect_first", 0, Param("first", _within(0, 4096)))
 SKIP_LAYERS = Slot[Sequence[int]]("skip_layers", (), Param("skip", _layers, _numbers, always=True))
-CACHE_DTYPE = Slot("bytes_dtype", "", Param("dtype", _one_of(("", *DTYPES))))
+CACHE_DTYPE = Slot("bytes_dtype", "", Param("dtype", one_of(("", *DTYPES))))
 """Dtype that bytes are counted in; empty: the model's own."""
 
 NOTICES = Slot[tuple[str, ...]]("notices", ())
@@ -187,10 +197,6 @@ REFUSED = Slot[tuple[str, ...]]("refused", ())
 CHART_DRAWN = Slot("chart_drawn", False)
 """Whether the browser has drawn a chart."""
 FIRST_CHART_SENT = Slot[float | None]("first_chart_sent", None)
-
-IN_ADDRESS: dict[str, Slot[Any]] = {
-    slot.param.name: slot for slot in list(globals().values()) if isinstance(slot, Slot) and slot.param
-}
 
 
 def notice(text: str) -> None:

@@ -40,7 +40,8 @@ _PICTURE = st.components.v2.component(
     "picture",
     html='<button type="button">PNG</button>',
     css="""
-button { font: 0.875rem var(--st-font); color: var(--st-text-color); background: var(--st-background-color); width: 100%;
+button { font: 0.875rem var(--st-font); color: var(--st-text-color); width: 100%;
+  background: var(--st-background-color);
   border: 1px solid var(--st-border-color); border-radius: var(--st-button-radius); padding: 0.55rem 0.75rem;
   cursor: pointer; }
 button:hover, button:focus-visible { color: var(--st-primary-color); border-color: var(--st-primary-color); }
