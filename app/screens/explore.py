@@ -57,6 +57,10 @@ def draw(engine: Engine, jobs: Jobs) -> None:
                 icon=":material/article:",
             )
             return
+        # What is shown by default is chosen now: a link then names it, and the parts below need not look for it.
+        state.RUN.set(state.run_id())
+        if state.OVER.get() == "many texts":
+            state.STUDY.set(state.study_id())
         run = library.run(state.run_id())
         state.choose_head(*state.chosen_head())
         _say(run)
@@ -120,8 +124,8 @@ def _say(run: Capture) -> None:
         )
         return
     told = library.answer_of(state.study_id() if _over_many() else state.run_id(), state.PROBE.get())
-    word, by_layer, rest = (*told.split(". ", 2), "", "")[:3]
-    st.markdown(f"**{markup.plain(word)}.** {markup.plain(by_layer)}.", help=markup.plain(rest) or None)
+    word, by_layer, rest = (*(f"{part.rstrip('.')}." for part in told.split(". ", 2)), "", "")[:3]
+    st.markdown(f"**{markup.plain(word)}** {markup.plain(by_layer)}", help=markup.plain(rest) or None)
     if run.n_tokens < _FEW_TOKENS:
         st.warning(f"{run.n_tokens} tokens say little: take a text of some hundred.", icon=":material/warning:")
     for warning in run.warnings:

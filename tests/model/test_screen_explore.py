@@ -20,6 +20,7 @@ from app.engine import Engine
 from app.jobs import Jobs
 from l2kv.policies import POLICIES
 from l2kv.spec import CompressionSpec
+from tests.support.runs import random_run
 
 BUNDLED = {entry.model: entry.id for entry in library.entries("run") if library.is_bundled(entry.id)}
 SMALL = BUNDLED["books-5m"]
@@ -170,8 +171,10 @@ def test_heads_that_do_not_match_the_filter_are_faded():
 
 
 def test_an_address_brings_back_the_whole_view():
+    study = next(entry.id for entry in library.entries("study", model="books-5m"))
     asked = {
-        "model": "books-5m", "run": SMALL, "over": "many texts", "map": "alr", "view": "Loss curves", "layer": "3",
+        "model": "books-5m", "run": SMALL, "over": "many texts", "study": study, "map": "alr", "layer": "3",
+        "view": "Loss curves",
         "head": "4", "pinned": "0.2", "query": "3", "verdicts": "mirror,sink only", "kv": "0,3", "below": "Many texts",
         "skip_first": "1", "probe": "all queries", "policy": "streaming", "keep": "0.25", "window": "8", "skip": "2",
     }  # fmt: skip
@@ -235,6 +238,15 @@ def test_a_synthetic_run_is_said_to_be_no_models(workspace):
     page = explored(run=workspace.add(synthetic_run(), name="self-test").id)
     assert "made by no model" in page.success[0].value and not page.error
     np.testing.assert_allclose(shown_map(page), [[-1] * 4, [0] * 4, [1] * 4], atol=1e-6)
+
+
+def test_a_run_that_is_too_short_says_so_and_every_view_of_it_opens(workspace):
+    id = workspace.add(random_run(n=9, layer_kinds=("full", "sliding", "full"), windows=(0, 4, 0)), name="short").id
+    page = explored(run=id, layer="1", head="0")
+    assert "**This run cannot tell: 9 tokens are too few.** Take a text of some hundred." in told(page)
+    assert "never compressed" in told(page) and not [b for b in page.button if b.key == "skip_layer"]
+    for view in state.VIEWS:
+        assert not explored(run=id, view=view, skip_first="1", pinned="0.1").error
 
 
 def test_a_model_without_a_run_says_how_to_make_one():
