@@ -17,6 +17,11 @@ def counted(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'s' * (n != 1)}"
 
 
+def head_name(layer: int, kv_head: int, head: int) -> str:
+    """Write the place of a query head: "L12 KV1 Q4"."""
+    return f"L{layer} KV{kv_head} Q{head}"
+
+
 def span(numbers: Iterable[int]) -> str:
     """Write the range of some numbers: "60 to 80", or "60" if they are equal."""
     least, most = min(numbers), max(numbers)

@@ -128,14 +128,18 @@ class Workspace:
 
     def results_file(self, asked: Mapping[str, Any]) -> tuple[str, Path]:
         """Id and file of results that are measured as they were `asked` for: the same question finds them again."""
-        canonical = json.dumps(json.loads(json_line(asked)), sort_keys=True)
-        id = hashlib.sha256(canonical.encode()).hexdigest()[:ID_DIGITS]
+        id = _digest(asked)
         return id, self.folder / f"{id}.jsonl"
 
     def note_results(self, id: str, *, name: str) -> Entry:
         """List results that were written to their `results_file`, whether or not all of them. Raises RecordError."""
         path = self.folder / f"{id}.jsonl"
         return self._note(id, path, results_so_far(path), name)
+
+    def unfinished(self, asked: Mapping[str, Any]) -> Path:
+        """File for a record that is still being made as it was `asked` for: the same question finds it again."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self.folder / f".unfinished-{_digest(asked)}.safetensors"
 
     def rename(self, id: str, name: str) -> Entry:
         """Call a record something else. Raises RecordError where there is none."""
@@ -171,6 +175,11 @@ class Workspace:
     def _write(self, entry: Entry) -> Entry:
         save(entry, self.folder / f"{entry.id}{_ABOUT}")
         return entry
+
+
+def _digest(asked: Mapping[str, Any]) -> str:
+    canonical = json.dumps(json.loads(json_line(asked)), sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:ID_DIGITS]
 
 
 def digest_of_file(path: str | Path) -> str:

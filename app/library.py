@@ -17,11 +17,13 @@ from analysis.decision.evidence import Evidence
 from analysis.demo.presets import BUNDLED_RUNS, bundled_results
 from analysis.errors import RecordError
 from analysis.evaluation.results import Results, results_so_far
-from analysis.metrics import METRICS, HeadValues, metrics
+from analysis.measures import attention_lost, by_kv_head
+from analysis.metrics import METRICS, HeadValues, by_query, metrics
 from analysis.plans.curves import LossCurves, loss_curves
 from analysis.records import load_any
-from analysis.studies import Study, study_of
-from analysis.verdicts import verdicts
+from analysis.statistics import Means, Stability, means, stability
+from analysis.studies import Study, head_means, layer_alr, study_of
+from analysis.verdicts import answer, verdicts
 from analysis.workspace import KINDS, Entry, Workspace, digest_of_file
 from l2kv.spec import CompressionSpec
 
@@ -159,6 +161,52 @@ def values_of(id: str, skip_first: int, probe: str = "next token") -> HeadValues
 def verdicts_of(id: str, probe: str = "next token") -> Any:
     """Verdict of each head of a run by a probe, [L, H] of str."""
     return verdicts(study_of_run(id, probe), probe=probe)
+
+
+@remembered
+def kv_alr_of(id: str, skip_first: int, probe: str) -> Any:
+    """ALR of each kv head of a run, [L, Hkv], by the mean attention of the query heads that read it."""
+    return metrics(by_kv_head(run(id)), probe, skip_first, ["alr"]).values[0]
+
+
+@remembered
+def gamma_by_query(id: str, skip_first: int) -> Any:
+    """Γ of each of the last queries of a run, [W, L, H], with or without the first token."""
+    return by_query(run(id), "gamma_skip_first" if skip_first else "gamma")
+
+
+@remembered
+def lost_of(id: str, spec: CompressionSpec) -> Any:
+    """Attention that each head of a run loses at given settings, [L, H]. Raises SettingsError."""
+    return attention_lost(run(id), spec)
+
+
+@remembered
+def means_of(id: str, metric: str, probe: str) -> Means:
+    """Mean over the texts of a study of a metric of each head, with intervals, [L, H]."""
+    return head_means(opened(Study, id), metric, probe=probe)
+
+
+@remembered
+def verdicts_over(id: str, probe: str) -> Any:
+    """Verdict of each head by a study, [L, H] of str."""
+    return verdicts(opened(Study, id), probe=probe)
+
+
+@remembered
+def answer_of(id: str, probe: str) -> str:
+    """Answer for a model in a few sentences, by one of its runs or studies."""
+    entry = find(id)
+    assert entry is not None
+    return answer(opened(Study, id) if entry.kind == "study" else study_of_run(id, probe), probe=probe)
+
+
+@remembered
+def layers_over(id: str, probe: str) -> tuple[Means, Stability]:
+    """Normalised ALR of each layer by a study, [L], and how stable the order of layers is."""
+    study = opened(Study, id)
+    losses = layer_alr(study, probe=probe)
+    return means(losses, documents=study.documents), stability(losses)
 
 
 @remembered
