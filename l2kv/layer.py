@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
 from l2kv import ranks
+from l2kv.errors import SpecError
 from l2kv.heads import of_query_heads, options_of_heads
 from l2kv.policies import POLICIES, Pairs, Policy
 from l2kv.probabilities import attention_probabilities
@@ -66,6 +67,7 @@ class CompressedLayer(CacheLayerMixin):
         self._stored: Storage | None = None  # nothing before the first token
         self._targets: tuple[Target, ...] = ()  # of each kv head
         self._queries: Tensor | None = None  # [B, H, w, D], the last ones
+        self._beside: list[Tensor] = []  # positions that each kv head holds for being pinned alone
         self.is_initialized = False
 
     @property
@@ -96,6 +98,7 @@ class CompressedLayer(CacheLayerMixin):
     def _begin(self, storage: Storage) -> None:
         self._stored = storage
         self._targets = tuple(self.spec.target_of(self._layer_idx, head) for head in range(len(storage.held)))
+        self._beside = [torch.empty(0, dtype=torch.long, device=self.device) for _ in storage.held]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -186,16 +189,36 @@ class CompressedLayer(CacheLayerMixin):
         """Evict now, whenever the last time was; `options` as for `evict`."""
         self._evicted_at = self.seen
         held = self._storage.held
-        of_heads = list(zip(held, self._targets, strict=True))
+        competing = tuple(n - len(beside) for n, beside in zip(held, self._beside, strict=True))
+        of_heads = list(zip(competing, self._targets, strict=True))
         allowed = {(n, target): self.spec.kept(n, self.seen, target) for n, target in set(of_heads)}
         kept = tuple(allowed[of_head] for of_head in of_heads)
+        if kept == competing:
+            kept = held
+        else:
+            order = self._order(options or {})
+            if self.spec.pinned:
+                order, kept = self._pin(order, kept)
         if kept == held:
             self._storage.let_go()
         elif self.ragged or len(set(kept)) == 1:
-            self._storage.keep(self._order(options or {}), kept)
+            self._storage.keep(order, kept)
         else:
-            self._stored = PagedStorage(self._storage, self._order(options or {}), kept)
+            self._stored = PagedStorage(self._storage, order, kept)
         self._show()
+
+    def _pin(self, order: Tensor, kept: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
+        """Ranks by which pinned pairs stay, too, and how many each kv head then keeps."""
+        if len(order) > 1:
+            raise SpecError(f"Pinned tokens are those of one text, got a batch of {len(order)}. Run it row by row.")
+        order = order.clone()  # it may be the buffer of ranks
+        pinned = torch.tensor(self.spec.pinned, device=order.device)
+        if self.first_real is not None:
+            pinned = pinned + self.first_real.to(order.device)
+        of_heads = [head for part in self._storage.parts(order) for head in part[0]]
+        for i, (head, n) in enumerate(zip(of_heads, kept, strict=True)):
+            head[:], self._beside[i] = ranks.pin(head, n, pinned, self._beside[i])
+        return order, tuple(n + len(beside) for n, beside in zip(kept, self._beside, strict=True))
 
     def positions(self) -> list[Tensor]:
         """Positions in the text of the pairs held, per part: int64 [B, h, held] in storage order."""
