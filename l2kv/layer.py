@@ -50,6 +50,8 @@ class CompressedLayer(CacheLayerMixin):
     """
 
     is_sliding = False
+    observer: Callable[[Tensor, Mapping[str, Any]], object] | None = None
+    """Called with the arguments of `evict` before it evicts: every pair that was attended to is still held."""
 
     def __init__(self, spec: CompressionSpec, layer_idx: int, filters: Tensor | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)  # type: ignore[no-untyped-call]  # theirs
@@ -174,6 +176,8 @@ class CompressedLayer(CacheLayerMixin):
             options: of the attention call: scaling, softcap, s_aux.
         """
         self.unattended = False
+        if self.observer is not None:
+            self.observer(query, options)
         if self._policy.needs_received:
             self._receive(query, options)
         if rows := self._policy.needs_rows:
@@ -258,7 +262,7 @@ class CompressedLayer(CacheLayerMixin):
             if received:
                 pairs = replace(pairs, received=received[i])
             if self._queries is not None:
-                pairs = replace(pairs, last_rows=self._attention(part, self._queries, 0, positions, options))
+                pairs = replace(pairs, last_rows=self.attention(part, self._queries, 0, positions, options))
             of_parts.append(ranks.rank(self._policy.score(pairs), positions, self.first_real))
         return self._protect(storage.join(of_parts))
 
@@ -312,13 +316,14 @@ class CompressedLayer(CacheLayerMixin):
         for part, positions, received in zip(self.parts(), self.positions(), self._storage[RECEIVED], strict=True):
             for start in range(0, queries, _BLOCK):
                 end = min(start + _BLOCK, queries)
-                block = self._attention(part, query[:, :, start:end], queries - end, positions, options)
+                block = self.attention(part, query[:, :, start:end], queries - end, positions, options)
                 received += block.sum(dim=(2, 3))
 
-    def _attention(
-        self, part: Part, query: Tensor, later: int, positions: Tensor, options: Mapping[str, Any]
-    ) -> Tensor:
-        """Attention of queries [B, H, q, D], which `later` others follow, to a part's pairs: [B, h, G, q, held]."""
+    def attention(self, part: Part, query: Tensor, later: int, positions: Tensor, options: Mapping[str, Any]) -> Tensor:
+        """Attention of queries [B, H, q, D], which `later` others follow, to a part's pairs: [B, h, G, q, held].
+
+        `positions` are those of the part, and `options` as for `evict`.
+        """
         query_positions = torch.arange(self.seen - later - query.shape[2], self.seen - later, device=self.device)
         hidden = positions[:, :, None, None] > query_positions[:, None]
         if self.first_real is not None:
