@@ -1,4 +1,4 @@
-"""A recorded generation, held against runs that ask the cache after each token and a full pass with the evicted masked."""
+"""A recorded generation, against a loop that asks the cache after each token and a full pass with the evicted masked."""
 
 import json
 import math
