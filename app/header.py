@@ -28,16 +28,20 @@ _OTHER = "Another model …"
 
 def draw(engine: Engine, jobs: Jobs) -> None:
     """Draw the header, then the job that runs, then what is to be said once."""
+    job = progress_bar.current(jobs, on_done=show_result)
     st.html(STYLE)
     with st.container(horizontal=True, vertical_alignment="center", key="header", gap="small"):
-        with st.popover(f":material/deployed_code: {markup.plain(state.model())}", help="Model", width=240):
+        with st.popover(f":material/deployed_code: {markup.plain(state.model())}", help="Model", width=180):
             _model(engine)
-        with st.popover(f":material/article: {_run_label()}", help="Text and run", width=280):
+        with st.popover(f":material/article: {_run_label()}", help="Text and run", width=260):
             _runs()
-        with st.popover(f":material/tune: {in_words(state.spec())}", help="Compression", width=440):
+        if st.button("New run", icon=":material/add:", key="new_run", help="Capture a text in this model"):
+            state.OPENING.set(new_run.DIALOG)
+        with st.popover(f":material/tune: {in_words(state.spec())}", help="Compression", width=400):
             _compression(engine)
         st.caption(_status(engine, jobs))
-    progress_bar.follow(jobs, on_done=show_result)
+    if job is not None:
+        progress_bar.draw(job)
     for said in state.NOTICES.take():
         st.warning(said, icon=":material/info:")
     if state.OPENING.take() == new_run.DIALOG:
@@ -100,7 +104,6 @@ def _model(engine: Engine) -> None:
         except ModelError as error:
             st.error(markup.plain(str(error)), icon=":material/error:")
             return
-        state.OPENING.set(new_run.DIALOG)
         st.rerun()
 
 
@@ -110,11 +113,8 @@ def _run_label() -> str:
 
 
 def _runs() -> None:
-    """Choose, make, open, rename, delete and download runs of the model on screen."""
+    """Choose, open, rename, delete and download runs of the model on screen."""
     entries = {entry.id: entry for entry in library.entries("run", model=state.model())}
-    if st.button("New run", icon=":material/add:", type="primary", width="stretch", key="new_run"):
-        state.OPENING.set(new_run.DIALOG)
-        st.rerun()
     if entries:
         ids = list(entries)
         shown = state.run_id()

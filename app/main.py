@@ -93,8 +93,9 @@ def main() -> None:
     pages = [*new, heads_page, also_heads, capture_page, texts_page, skip_page, plan_page, generate_page]
     page = st.navigation(pages, position="top")
     st.html(markup.PAGE_STYLE)
-    status = st.empty()
-    _status(status)
+    status = None if page in new else st.empty()  # new pages have it in their header
+    if status:
+        _status(status)
     try:
         page.run()
     except (UserError, SpecError) as error:
@@ -106,7 +107,8 @@ def main() -> None:
             "details.",
             icon=":material/bug_report:",
         )
-    _status(status)  # again: the page may have loaded a model
+    if status:
+        _status(status)  # again: the page may have loaded a model
 
 
 main()

@@ -22,24 +22,29 @@ def told(job: Job) -> str:
     return f"{job.done:,} of {job.total:,} {job.what}" + (f", about {duration(left)} left" if left is not None else "")
 
 
-def follow(jobs: Jobs, *, on_done: Callable[[Job], object] | None = None) -> None:
-    """Draw the job that the address names, if it runs, and then how it ended.
+def current(jobs: Jobs, *, on_done: Callable[[Job], object]) -> Job | None:
+    """Find the job that the address names; once it has ended the address forgets it. Call it before a page is drawn.
 
     Args:
-        on_done: called once after it is done, before the page is drawn again.
+        on_done: called once after it is done.
     """
     job = jobs.find(state.JOB.get())
     if job is None:
         if state.JOB.get():
-            state.JOB.drop()
-            st.info("The job that the address names is gone: the server was restarted. What it measured is kept.")
-        return
+            state.notice("The job that the address names is gone: the server was restarted. What it measured is kept.")
+        state.JOB.drop()
+    elif not job.running:
+        state.JOB.drop()
+        if job.status == "done":
+            on_done(job)
+    return job
+
+
+def draw(job: Job) -> None:
+    """Draw how far a job is, or once, how it ended."""
     if job.running:
         _running(job)
     else:
-        state.JOB.drop()
-        if job.status == "done" and on_done:
-            on_done(job)
         _end(job)
 
 
@@ -47,11 +52,10 @@ def follow(jobs: Jobs, *, on_done: Callable[[Job], object] | None = None) -> Non
 def _running(job: Job) -> None:
     if not job.running:
         st.rerun()
-    with st.container(border=True, key="job"):
-        left, right = st.columns([5, 1], vertical_alignment="center")
+    with st.container(border=True, key="job", horizontal=True, vertical_alignment="center"):
         share = min(job.done / job.total, 1.0) if job.total else 0.0
-        left.progress(share, f"{markup.plain(job.title)}: {markup.plain(told(job))}")
-        right.button("Cancel", icon=":material/cancel:", key="job_cancel", on_click=job.cancel, width="stretch")
+        st.progress(share, f"{markup.plain(job.title)}: {markup.plain(told(job))}")
+        st.button("Cancel", icon=":material/cancel:", key="job_cancel", on_click=job.cancel)
 
 
 def _end(job: Job) -> None:
