@@ -76,8 +76,8 @@ def _bundled_files() -> dict[str, Path]:
 
 @lru_cache(maxsize=len(_BUNDLED))
 def _bundled_entries(kind: str) -> tuple[Entry, ...]:
-    field = next(field for field, of in _BUNDLED.items() if of == kind)
-    found = ((model, getattr(bundled_results(model), field)) for model in BUNDLED_RUNS)
+    fields = [field for field, of in _BUNDLED.items() if of == kind]
+    found = ((model, getattr(bundled_results(model), field)) for field in fields for model in BUNDLED_RUNS)
     return tuple(
         Entry(digest_of_file(file), kind, model, _NAMES.get(kind, f"Bundled {kind}"), "bundled", "", str(file))
         for model, file in found

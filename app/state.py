@@ -113,6 +113,12 @@ def _layers(text: str) -> tuple[int, ...]:
         raise ValueError("must be numbers of layers, such as 0,1") from None
 
 
+def _positions(text: str) -> tuple[int, ...]:
+    if not all(part.isdecimal() and len(part) < 8 for part in text.split(",")):
+        raise ValueError("must be positions of tokens, such as 3,17")
+    return tuple(sorted({int(part) for part in text.split(",")}))
+
+
 def _flag(text: str) -> bool:
     return _one_of(("0", "1"))(text) == "1"
 
@@ -124,6 +130,9 @@ RUN = Slot("run_id", "", Param("run", str, always=True))
 STUDY = Slot("study_id", "", Param("study", str))
 PLAN = Slot("plan_id", "", Param("plan", str))
 RESULTS = Slot("results_id", "", Param("results", str))
+TIMELINE = Slot("timeline_id", "", Param("timeline", str))
+TOKENS = Slot[tuple[int, ...]]("tokens", (), Param("tokens", _positions, lambda chosen: ",".join(map(str, chosen))))
+"""Tokens that are chosen in the recorded generation."""
 JOB = Slot("job_id", "", Param("job", str))
 OTHER_RUN = Slot("other_run_id", "", Param("with", str))
 """Run that is shown beside the one on screen."""
@@ -250,7 +259,9 @@ def take_spec(spec: CompressionSpec) -> None:
 def show_model(ref: str) -> None:
     """Put another model on screen. What belongs to the one before is dropped."""
     if name_of(ref) != model():
-        for slot in (RUN, STUDY, PLAN, RESULTS, OTHER_RUN, LAYER, HEAD, PINNED, QUERY, SKIP_LAYERS, CACHE_DTYPE):
+        for slot in (RUN, STUDY, PLAN, RESULTS, TIMELINE, TOKENS, OTHER_RUN, LAYER, HEAD, PINNED, QUERY):
+            slot.drop()
+        for slot in (SKIP_LAYERS, CACHE_DTYPE):
             slot.drop()
     MODEL.set(ref)
 

@@ -243,7 +243,7 @@ export default function ({ parentElement, data, setStateValue }) {
     machine.listen()
     machine.layOut()
     machine.chosen = data.chosen
-    machine.go(data.step)
+    machine.go(1)  // the context is compressed
     resized.observe(machine.find("strip"))
   }
   state.machine.setStateValue = setStateValue

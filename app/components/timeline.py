@@ -6,6 +6,7 @@ All numbers are sent once, and the browser scrubs through them. Knows no models;
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import streamlit as st
 
-from analysis.timelines import CONTEXT, Timeline
+from analysis.timelines import Timeline
 from app.components import markup
 
 _HTML = """
@@ -24,10 +25,12 @@ _HTML = """
     <output class="told"></output>
   </div>
   <ul class="legend">
-    <li><b>▮</b> filled as far as heads still hold it</li>
-    <li><b>▯</b> evicted by every head</li>
-    <li><b>·</b> not read yet</li>
-    <li><b>▁</b> underlined: continuation (the first token in orange)</li>
+    <li><i style="--filled: 100%"></i>held in all heads</li>
+    <li><i style="--filled: 40%"></i>in some</li>
+    <li><i style="--filled: 0%"></i>evicted by all</li>
+    <li><i class="dot"></i>not read yet</li>
+    <li><i class="under"></i>continuation</li>
+    <li><i class="under first"></i>first token, the usual attention sink</li>
   </ul>
   <canvas class="strip" tabindex="0" role="slider" aria-label="Token" aria-valuemin="0"></canvas>
   <p class="about"></p>
@@ -43,22 +46,17 @@ def _component() -> Any:
     return st.components.v2.component("l2kv_timeline", html=_HTML, css=css, js=js)
 
 
-def strip(timeline: Timeline, *, key: str, step: int = CONTEXT) -> tuple[int, ...]:
-    """Draw the strip, and return the positions of the tokens that are chosen on it.
+def strip(timeline: Timeline, *, key: str, chosen: Sequence[int], on_choose: Callable[[], object]) -> None:
+    """Draw the strip.
 
     Args:
         timeline: the recorded generation.
-        key: key of the element, one for each recording: the choice belongs to it.
-        step: step that is shown first.
+        key: key of the element, one for each recording.
+        chosen: positions of the tokens that are outlined.
+        on_choose: called when others are chosen, which are in `st.session_state[key].tokens`.
     """
-    chosen = st.session_state.get(key, {}).get("tokens") or []
-    found = _component()(
-        key=key,
-        data=content(timeline) | {"id": key, "step": step, "chosen": chosen},
-        default={"tokens": []},
-        on_tokens_change=lambda: None,
-    )
-    return tuple(token for token in found.tokens or () if token < len(timeline.labels))
+    data = content(timeline) | {"id": key, "chosen": list(chosen)}
+    _component()(key=key, data=data, default={"tokens": []}, on_tokens_change=on_choose)
 
 
 @lru_cache(maxsize=4)

@@ -13,7 +13,7 @@ from analysis import records
 from analysis.errors import ModelError, RecordError, SettingsError, TextError
 from analysis.evaluation.task import Sample
 from analysis.generations import record_timeline, text_sample, what_if
-from analysis.timelines import LAST_QUERIES, MOST_ROWS, Timeline
+from analysis.timelines import LAST_QUERIES, MOST_ROWS, Timeline, timeline_bytes
 from l2kv import CompressedCache, CompressionSpec, SpecError, compressible
 from tests.support.oracle import attending
 
@@ -192,8 +192,8 @@ def test_it_survives_a_file_and_its_file_is_small(recorded, tmp_path):
     for field in fields(Timeline):
         np.testing.assert_array_equal(getattr(again, field.name), getattr(timeline, field.name))
     arrays = load_file(tmp_path / "a.safetensors")
-    tokens, heads = len(timeline.labels), timeline.n_heads
-    assert sum(a.nbytes for a in arrays.values()) <= 8 * heads * tokens + (4 * MOST_ROWS + 8) * tokens + 8 * tokens
+    assert sum(a.nbytes for a in arrays.values()) <= timeline_bytes(timeline.n_heads, len(timeline.labels))
+    assert timeline_bytes(90, 4000) < 4 * 10**6
 
 
 @pytest.mark.parametrize(
