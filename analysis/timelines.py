@@ -116,13 +116,15 @@ class Timeline:
         return self.received / np.maximum(steps, 1)
 
     def missed(self, most: int = 10) -> np.ndarray:
-        """Positions of evicted tokens that had received most attention in the heads that evicted them, int64 [<= most].
+        """Positions of evicted tokens that are most worth asking `what_if` about, int64 [<= most].
 
-        A cheap shortlist of the tokens that may have mattered: what evicting them cost is not measured here.
+        By the highest mean attention of any head while it held the token, times the number of heads that evicted it: a
+        token that one head reads and others have lost, as the digits of a passkey. A cheap shortlist, not a measurement
+        of what evicting them cost.
         """
-        lost = np.where(self.evicted != 0, self.mean_attention, 0.0).sum(axis=0)
-        order = np.argsort(-lost, kind="stable")[:most]
-        return order[lost[order] > 0]
+        worth = self.mean_attention.max(axis=0) * (self.evicted != 0).sum(axis=0)
+        order = np.argsort(-worth, kind="stable")[:most]
+        return order[worth[order] > 0]
 
     @property
     def sample(self) -> Sample:

@@ -172,7 +172,7 @@ class TimeMachine {
       span.textContent = this.labels[token]
       span.className = !this.isRead(token) ? "unread" : share > 0 ? "held" : "evicted"
       span.style.setProperty("--share", share)
-      if (token === at) span.classList.add("cursor")
+      if (token === at || this.chosen.includes(token)) span.classList.add(token === at ? "cursor" : "chosen")
       spans.push(span, " ")
     }
     this.find("text").replaceChildren(...spans)

@@ -34,7 +34,8 @@ def evictions_by_head(timeline: Timeline, token: int) -> go.Figure:
     )  # fmt: skip
     low, high = float(timeline.seen[COMPRESSED]), float(timeline.seen[-1])
     figure.add_heatmap(
-        z=after, x=names, zmin=low, zmax=high, colorscale=SEQUENTIAL[::-1], xgap=1, ygap=1, hoverongaps=False,
+        z=after, x=names, zmin=low, zmax=high, colorscale=SEQUENTIAL, reversescale=True, xgap=1, ygap=1,
+        hoverongaps=False,
         text=np.where(np.isnan(after), "", _EVICTED), texttemplate="%{text}",
         colorbar=colorbar("tokens read", len=1, tickvals=[low, high], tickformat="d"),
         hovertemplate=place + "evicted after %{z:,.0f} tokens<extra></extra>",
@@ -72,7 +73,13 @@ def attention_by_step(timeline: Timeline, token: int) -> go.Figure:
         xaxis=axis("tokens read", tickformat="d"),
         yaxis=axis("mean attention", rangemode="tozero", tickformat=".2~%"),
         yaxis2=axis(
-            "heads that hold it", overlaying="y", side="right", range=[0, 1.05], tickformat=".0%", showgrid=False
+            "heads that hold it",
+            overlaying="y",
+            side="right",
+            range=[0, 1.05],
+            dtick=0.5,
+            tickformat=".0%",
+            showgrid=False,
         ),
     )
     return figure

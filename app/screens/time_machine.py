@@ -106,17 +106,20 @@ def _chosen(recorded: Timeline) -> tuple[int, ...]:
 def _shortlist(recorded: Timeline) -> None:
     st.markdown("**Worth asking about**")
     st.caption(
-        "Evicted tokens that had received the most attention in the heads that evicted them. A cheap shortlist: what "
-        "their eviction cost is not measured until you ask."
+        "Tokens that some head paid much attention to while it held them, and that many heads evicted. A cheap "
+        "shortlist: what the eviction cost is not measured until you ask."
     )
-    lost = recorded.mean_attention * (recorded.evicted != 0)
-    for token in recorded.missed(_MOST_LISTED).tolist():
-        heads = int((recorded.evicted[:, token] != 0).sum())
-        name = f"{token}: {markup.plain(markup.visible(recorded.labels[token]))}"
-        told = f"evicted by {heads} of {recorded.n_heads} heads, {lost[:, token].sum() / heads:.2%} of their attention"
-        if st.button(f"{name} — {told}", key=f"missed_{token}", type="tertiary"):
-            state.TOKENS.set((token,))
-            st.rerun(scope="fragment")
+    most = recorded.mean_attention.max(axis=0)
+    with st.container(gap=None):
+        for token in recorded.missed(_MOST_LISTED).tolist():
+            name = f"{token} “{markup.plain(markup.visible(recorded.labels[token]))}”"
+            heads = int((recorded.evicted[:, token] != 0).sum())
+            told = (
+                f"evicted by {heads} of {recorded.n_heads} heads, up to {most[token]:.1%} of a head's attention before"
+            )
+            if st.button(f"**{name}**: {told}", key=f"missed_{token}", type="tertiary"):
+                state.TOKENS.set((token,))
+                st.rerun(scope="fragment")
 
 
 def _detail(id: str, recorded: Timeline, jobs: Jobs) -> None:
