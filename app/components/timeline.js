@@ -188,7 +188,7 @@ class TimeMachine {
     const others = this.chosen.filter((one) => one !== token)
     this.chosen = !more ? [token] : others.length < this.chosen.length ? others : [...this.chosen, token].sort((a, b) => a - b)
     this.draw()
-    this.setStateValue("tokens", this.chosen)
+    this.setTriggerValue("chosen", this.chosen)
   }
 
   // What is done to it.
@@ -226,7 +226,7 @@ class TimeMachine {
   }
 }
 
-export default function ({ parentElement, data, setStateValue }) {
+export default function ({ parentElement, data, setTriggerValue }) {
   let state = states.get(parentElement)
   if (!state || state.machine.id !== data.id) {
     state?.machine.play(false)
@@ -246,7 +246,7 @@ export default function ({ parentElement, data, setStateValue }) {
     machine.go(1)  // the context is compressed
     resized.observe(machine.find("strip"))
   }
-  state.machine.setStateValue = setStateValue
+  state.machine.setTriggerValue = setTriggerValue
   state.machine.chosen = data.chosen
   state.machine.layOut()  // the theme may be another
   state.machine.draw()

@@ -46,17 +46,23 @@ def _component() -> Any:
     return st.components.v2.component("l2kv_timeline", html=_HTML, css=css, js=js)
 
 
-def strip(timeline: Timeline, *, key: str, chosen: Sequence[int], on_choose: Callable[[], object]) -> None:
+def strip(
+    timeline: Timeline, *, key: str, chosen: Sequence[int], on_choose: Callable[[tuple[int, ...]], object]
+) -> None:
     """Draw the strip.
 
     Args:
         timeline: the recorded generation.
         key: key of the element, one for each recording.
         chosen: positions of the tokens that are outlined.
-        on_choose: called when others are chosen, which are in `st.session_state[key].tokens`.
+        on_choose: called with the positions of others that the user chooses, before the page is drawn again.
     """
-    data = content(timeline) | {"id": key, "chosen": list(chosen)}
-    _component()(key=key, data=data, default={"tokens": []}, on_tokens_change=on_choose)
+
+    def take() -> None:
+        sent = st.session_state[key].chosen
+        on_choose(tuple(token for token in sent if type(token) is int and 0 <= token < len(timeline.labels)))
+
+    _component()(key=key, data=content(timeline) | {"id": key, "chosen": list(chosen)}, on_chosen_change=take)
 
 
 @lru_cache(maxsize=4)

@@ -64,7 +64,7 @@ def draw(engine: Engine, jobs: Jobs) -> None:
         if st.button(
             "Record a generation", icon=":material/fiber_manual_record:", type="secondary" if entries else "primary"
         ):
-            _record(engine, jobs)
+            _dialog(engine, jobs)
     if not entries:
         st.info("None is recorded yet for this model. A short one takes less than a minute.", icon=":material/history:")
         return
@@ -85,12 +85,7 @@ def _recording(id: str, recorded: Timeline, jobs: Jobs) -> None:
         f"{markup.counted(recorded.n_question, 'token')} read after that; {len(recorded.nats)} {whose}, "
         f"{recorded.nats.mean():.3f} nats/token"
     )
-    key = f"timeline_{id}"
-
-    def take() -> None:
-        state.TOKENS.set(tuple(st.session_state[key].tokens))
-
-    timeline.strip(recorded, key=key, chosen=_chosen(recorded), on_choose=take)
+    timeline.strip(recorded, key=f"timeline_{id}", chosen=_chosen(recorded), on_choose=state.TOKENS.set)
     listed, detail = st.columns([2, 3], gap="large")
     with listed:
         _shortlist(recorded)
@@ -117,9 +112,13 @@ def _shortlist(recorded: Timeline) -> None:
             told = (
                 f"evicted by {heads} of {recorded.n_heads} heads, up to {most[token]:.1%} of a head's attention before"
             )
-            if st.button(f"**{name}**: {told}", key=f"missed_{token}", type="tertiary"):
-                state.TOKENS.set((token,))
-                st.rerun(scope="fragment")
+            st.button(
+                f"**{name}**: {told}",
+                key=f"missed_{token}",
+                type="tertiary",
+                on_click=state.TOKENS.set,
+                args=((token,),),
+            )
 
 
 def _detail(id: str, recorded: Timeline, jobs: Jobs) -> None:
@@ -191,8 +190,12 @@ def _ask(jobs: Jobs, id: str, chosen: tuple[int, ...]) -> str:
 
 
 @st.dialog("Record a generation", width="large")
-def _record(engine: Engine, jobs: Jobs) -> None:
-    """Ask for a prompt and what follows it, say what it takes, and start it."""
+def _dialog(engine: Engine, jobs: Jobs) -> None:
+    form(engine, jobs)
+
+
+def form(engine: Engine, jobs: Jobs) -> None:
+    """Ask for a prompt and what follows it, say what it takes, and start the recording."""
     st.markdown(
         f"**{markup.plain(state.model())}** reads the prompt, which is then compressed, and goes on from what is left."
     )

@@ -28,8 +28,8 @@ from app.components import timeline
 
 st.set_page_config(layout="wide")
 recorded = st.cache_resource(records.load)(Timeline, os.environ["RECORDED"])
-chosen = st.session_state.get("strip", {}).get("tokens", [])
-timeline.strip(recorded, key="strip", chosen=chosen, on_choose=lambda: None)
+chosen = st.session_state.setdefault("chosen", ())
+timeline.strip(recorded, key="strip", chosen=chosen, on_choose=lambda tokens: st.session_state.update(chosen=tokens))
 st.text(f"chosen: {list(chosen)}")
 """
 
