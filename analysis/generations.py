@@ -8,7 +8,7 @@ query: memory grows with heads times tokens.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ from analysis.models.digest import digest_of
 from analysis.models.load import LoadedModel
 from analysis.preview import end_tokens, prepared
 from analysis.progress import Progress, unheard
-from analysis.recorder import check_length
+from analysis.recorder import check_finite, check_length
 from analysis.texts.tokens import Tokens, check_text, tokenize
 from analysis.timelines import COMPRESSED, CONTEXT, LAST_QUERIES, MOST_ROWS, Timeline, WhatIf
 from l2kv import CompressedCache, CompressionSpec
@@ -106,6 +106,7 @@ def record_timeline(
         fed = question
         for i in range(written):
             logits = loaded.model(fed, past_key_values=cache, use_cache=True).logits[0, -1].float()
+            check_finite(loaded, logits)
             recorder.end_step()
             progress(i, written, "tokens")
             tokens.append(int(sample.target[i]) if len(sample.target) else int(logits.argmax()))
@@ -138,7 +139,7 @@ def record_timeline(
 
 
 def what_if(
-    loaded: LoadedModel, timeline: Timeline, choices: Sequence[Collection[int]], *, progress: Progress = unheard
+    loaded: LoadedModel, timeline: Timeline, choices: Sequence[Iterable[int]], *, progress: Progress = unheard
 ) -> tuple[WhatIf, ...]:
     """Measure the recorded continuation with tokens pinned: for each choice of positions, against none of them.
 
@@ -152,28 +153,23 @@ def what_if(
         raise ModelError(
             f"{loaded.name} is not the model with which this was recorded, {timeline.model}. Load that one."
         )
-    most = len(timeline.labels) - 1
-    for positions in choices:
-        if not positions or not all(0 <= position <= most for position in positions):
-            raise SettingsError(f"choose one or more of the tokens 0 to {most} to pin, got {sorted(positions)}")
-    specs = [replace(timeline.spec, pinned=(*timeline.spec.pinned, *positions)) for positions in choices]
+    most, chosen = len(timeline.labels) - 1, [sorted({int(position) for position in choice}) for choice in choices]
+    for positions in chosen:
+        if not positions or positions[0] < 0 or positions[-1] > most:
+            raise SettingsError(f"choose one or more of the tokens 0 to {most} to pin, got {positions}")
+    specs = [replace(timeline.spec, pinned=(*timeline.spec.pinned, *positions)) for positions in chosen]
     methods = {"without": timeline.spec} | {str(i): spec for i, spec in enumerate(specs)}
-    without, *rows = measure(loaded, [timeline.sample], methods, progress=progress)
+    without, *rows = (
+        tuple(nll for nll in row.nats if nll is not None)
+        for row in measure(loaded, [timeline.sample], methods, progress=progress)
+    )
+    if any(len(nats) < len(timeline.nats) for nats in (without, *rows)):
+        raise ModelError(f"{loaded.name} predicts the continuation with numbers that are undefined.")
     gone = timeline.evicted != 0
     return tuple(
-        WhatIf(
-            pinned=tuple(sorted(positions)),
-            with_them=_known(row.nats),
-            without=_known(without.nats),
-            pairs=int(gone[:, sorted(set(positions))].sum()),
-        )
-        for positions, row in zip(choices, rows, strict=True)
+        WhatIf(pinned=tuple(positions), with_them=nats, without=without, pairs=int(gone[:, positions].sum()))
+        for positions, nats in zip(chosen, rows, strict=True)
     )
-
-
-def _known(nats: Sequence[float | None]) -> tuple[float, ...]:
-    """NLLs, NaN where they are undefined."""
-    return tuple(float("nan") if one is None else one for one in nats)
 
 
 def _labels(loaded: LoadedModel, ids: np.ndarray) -> tuple[str, ...]:
