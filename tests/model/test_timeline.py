@@ -262,7 +262,7 @@ def test_a_prompt_is_put_as_a_chat_where_the_model_has_a_template_and_an_answer_
 
 def test_bad_requests_are_refused_with_what_to_do(loaded):
     timeline = record_timeline(loaded, sample_of(loaded), SPECS[0])
-    with pytest.raises(SettingsError, match="choose one or more of the tokens 0 to \\d+ to pin, got \\[\\]"):
+    with pytest.raises(SettingsError, match=r"choose one or more of the tokens 0 to \d+ to pin, got \[\]"):
         what_if(loaded, timeline, [[]])
     with pytest.raises(SettingsError, match="got \\[1, 999\\]"):
         what_if(loaded, timeline, [[999, 1]])
