@@ -20,9 +20,9 @@ from analysis.verdicts import verdicts
 from analysis.workspace import KINDS, Entry, Workspace, digest_of_file
 
 WORKSPACE = Workspace()
-_BUNDLED = {"demo": "run", "study": "study", "front": "front", "ablation": "ablation"}
+_BUNDLED = {"demo": "run", "study": "study", "front": "front", "ablation": "ablation", "timeline": "timeline"}
 """Field of `BundledResults` -> kind of record."""
-_NAMES = {"run": "Anne of Avonlea"}  # the text of the bundled runs
+_NAMES = {"run": "Anne of Avonlea", "timeline": "A pass key that is lost"}  # of the bundled records
 _MOST_OPEN = 8
 _MOST_ANSWERS = 256
 

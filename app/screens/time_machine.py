@@ -5,13 +5,13 @@ The strip is `app.components.timeline`. What was asked of a recording is kept as
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import streamlit as st
 
 from analysis.demo.presets import Preset, presets
 from analysis.errors import RecordError, UserError
-from analysis.evaluation.passkey import QUESTION
 from analysis.evaluation.prompts import can_chat
 from analysis.texts.read import plain_text
 from analysis.texts.tokens import about_tokens
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from analysis.progress import Progress
 
 _OWN = "My own text"
+_FIELDS = ("record_prompt", "record_question", "record_continuation", "record_chat")
 _MOST_LISTED = 8
 _ANSWERS: dict[tuple[str, tuple[int, ...]], WhatIf] = {}
 """(id of the recording, pinned tokens) -> what they would have changed."""
@@ -88,7 +89,7 @@ def _recording(id: str, recorded: Timeline, jobs: Jobs) -> None:
     timeline.strip(recorded, key=f"timeline_{id}", chosen=_chosen(recorded), on_choose=state.TOKENS.set)
     listed, detail = st.columns([2, 3], gap="large")
     with listed:
-        _shortlist(recorded)
+        _shortlist(id, recorded, jobs)
     with detail:
         _detail(id, recorded, jobs)
     address.write()
@@ -98,27 +99,36 @@ def _chosen(recorded: Timeline) -> tuple[int, ...]:
     return tuple(token for token in state.TOKENS.get() if token < len(recorded.labels))
 
 
-def _shortlist(recorded: Timeline) -> None:
+def _shortlist(id: str, recorded: Timeline, jobs: Jobs) -> None:
     st.markdown("**Worth asking about**")
     st.caption(
         "Tokens that some head paid much attention to while it held them, and that many heads evicted. A cheap "
         "shortlist: what the eviction cost is not measured until you ask."
     )
+    listed = recorded.missed(_MOST_LISTED).tolist()
     most = recorded.mean_attention.max(axis=0)
     with st.container(gap=None):
-        for token in recorded.missed(_MOST_LISTED).tolist():
+        for token in listed:
             name = f"{token} “{markup.plain(markup.visible(recorded.labels[token]))}”"
             heads = int((recorded.evicted[:, token] != 0).sum())
             told = (
                 f"evicted by {heads} of {recorded.n_heads} heads, up to {most[token]:.1%} of a head's attention before"
             )
+            answer = _ANSWERS.get((id, (token,)))
+            measured = f"; had it stayed **{_change(answer)}** nats/token" if answer else ""
             st.button(
-                f"**{name}**: {told}",
+                f"**{name}**: {told}{measured}",
                 key=f"missed_{token}",
                 type="tertiary",
                 on_click=state.TOKENS.set,
                 args=((token,),),
             )
+    open_ones = [(token,) for token in listed if (id, (token,)) not in _ANSWERS]
+    if open_ones:
+        seconds = recorded.context_seconds + (1 + len(open_ones)) * recorded.seconds
+        if st.button(f"Ask for each of these (about {duration(seconds)})", icon=":material/history:", key="ask_all"):
+            state.JOB.set(_ask(jobs, id, open_ones))
+            st.rerun()
 
 
 def _detail(id: str, recorded: Timeline, jobs: Jobs) -> None:
@@ -161,13 +171,13 @@ def _what_if(id: str, recorded: Timeline, chosen: tuple[int, ...], gone: int, jo
             icon=":material/history:",
             help="The same continuation is predicted again, once as recorded and once with the chosen tokens pinned.",
         ):
-            state.JOB.set(_ask(jobs, id, chosen))
+            state.JOB.set(_ask(jobs, id, [chosen]))
             st.rerun()
         st.caption(f"About {duration(seconds)} at the pace of the recording; the context is read once for both.")
         return
     st.markdown(
-        f"Had {'it' if len(chosen) == 1 else 'they'} stayed: **{answer.change:+.4f} nats/token** (perplexity × "
-        f"{answer.perplexity_ratio:.3f}), for {answer.pairs} pairs more in the cache.".replace("-", "−")
+        f"Had {'it' if len(chosen) == 1 else 'they'} stayed: **{_change(answer)} nats/token** "
+        f"(perplexity × {answer.perplexity_ratio:.3f}), for {answer.pairs} pairs more in the cache."
     )
     labels = [literal(markup.visible(label)) for label in recorded.labels[-len(recorded.nats) :]]
     show(
@@ -177,16 +187,21 @@ def _what_if(id: str, recorded: Timeline, chosen: tuple[int, ...], gone: int, jo
     )  # fmt: skip
 
 
-def _ask(jobs: Jobs, id: str, chosen: tuple[int, ...]) -> str:
-    """Start the counterfactual as a job, and return the job's id."""
+def _change(answer: WhatIf) -> str:
+    return f"{answer.change:+.3f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _ask(jobs: Jobs, id: str, choices: Sequence[tuple[int, ...]]) -> str:
+    """Start to measure what each choice of tokens would have changed, and return the job's id."""
 
     def work(loaded: LoadedModel, progress: Progress) -> str:
         from analysis.generations import what_if
 
-        (_ANSWERS[id, chosen],) = what_if(loaded, library.opened(Timeline, id), [chosen], progress=progress)
+        for answer in what_if(loaded, library.opened(Timeline, id), choices, progress=progress):
+            _ANSWERS[id, answer.pinned] = answer
         return id
 
-    return jobs.start("What if the chosen tokens had stayed", state.model_ref(), work, kind="timeline").id
+    return jobs.start("What if tokens had stayed", state.model_ref(), work, kind="timeline").id
 
 
 @st.dialog("Record a generation", width="large")
@@ -203,9 +218,10 @@ def form(engine: Engine, jobs: Jobs) -> None:
 
     def take() -> None:
         if preset := offered.get(st.session_state["record_preset"]):
-            st.session_state.update(zip(_FIELDS, _parts(preset), strict=True))
+            st.session_state.update(zip(_FIELDS, (*preset.parts, preset.chat), strict=True))
 
-    for field, value in zip(_FIELDS, _parts(next(iter(offered.values()))), strict=True):
+    first = next(iter(offered.values()))
+    for field, value in zip(_FIELDS, (*first.parts, first.chat), strict=True):
         st.session_state.setdefault(field, value)
     name = st.selectbox("Start from", [*offered, _OWN], key="record_preset", on_change=take)
     found = engine.tokenizer_and_config(state.model_ref())
@@ -239,16 +255,6 @@ def form(engine: Engine, jobs: Jobs) -> None:
         state.JOB.set(jobs.start(f"Recording “{title}”", state.model_ref(), work, kind="timeline").id)
         state.TOKENS.drop()
         st.rerun()
-
-
-_FIELDS = ("record_prompt", "record_question", "record_continuation", "record_chat")
-
-
-def _parts(preset: Preset) -> tuple[str, str, str, bool]:
-    """Values of the `_FIELDS`: the question of a passkey is read after compression, and its answer predicted."""
-    prompt = preset.text.removesuffix(f" {QUESTION}")
-    question = preset.text[len(prompt) :]
-    return prompt, question, f" {preset.answer}" if preset.answer else "", preset.chat
 
 
 def _spec_for(preset: Preset | None) -> CompressionSpec:

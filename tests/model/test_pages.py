@@ -19,6 +19,7 @@ from analysis.plans.front import Front
 from analysis.records import load, to_json
 from analysis.selftest import synthetic_run
 from analysis.studies import Study, save_study
+from analysis.timelines import Timeline
 from app import session
 from app.components import choices, controls, sources
 from app.views import generate
@@ -115,7 +116,7 @@ def test_what_is_bundled_can_be_read_and_is_of_the_model_that_it_is_bundled_with
         assert load_study(found.study).complete and load_study(found.study).model == model
     if found.presets:
         assert load(FoundPresets, found.presets).model == model
-    for file, kind in ((found.front, Front), (found.ablation, Ablation)):
+    for file, kind in ((found.front, Front), (found.ablation, Ablation), (found.timeline, Timeline)):
         if file:
             assert load(kind, file).model == model
 

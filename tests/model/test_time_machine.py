@@ -128,11 +128,20 @@ def test_what_if_tells_the_change_that_a_plain_loop_measures(loaded, recorded):
     page = finished(page)
     _, without = fed_one_by_one(loaded, timeline, SPEC)
     _, pinned = fed_one_by_one(loaded, timeline, replace(SPEC, pinned=first))
-    change = f"{np.mean(pinned) - np.mean(without):+.4f}".replace("-", "−")
+    change = f"{np.mean(pinned) - np.mean(without):+.3f}".replace("-", "\N{MINUS SIGN}")
     gone = int((timeline.evicted[:, first] != 0).sum())
     assert f"{change} nats/token" in words(page) and f"for {gone} pairs more" in words(page)
     assert len(page.get("plotly_chart")) == 3
     assert "What if it had stayed?" not in [one.label for one in page.button]
+
+
+def test_the_whole_shortlist_is_asked_for_at_once(recorded):
+    page = opened(timeline=recorded[0])
+    button(page, "Ask for each of these").click().run()
+    page = finished(page)
+    listed = [one.label for one in page.button if one.key and one.key.startswith("missed_")]
+    assert len(listed) == 8 and all("had it stayed" in label for label in listed)
+    assert "ask_all" not in [one.key for one in page.button]
 
 
 def test_a_token_that_no_head_evicted_has_no_what_if(workspace):
