@@ -96,6 +96,21 @@ class Timeline:
         holding = ((self.evicted == 0) | (self.evicted > step)).sum(axis=0)
         return np.where(self.arrived <= step, holding, 0)
 
+    def evicted_after(self, token: int) -> np.ndarray:
+        """Number of tokens read when each head evicted a token, float64 [K]; NaN where it never did."""
+        step = self.evicted[:, token]
+        return np.where(step == 0, np.nan, self.seen[step])
+
+    def history(self, token: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Numbers of tokens read, attention to a token (the mean over all heads) and heads that hold it, by step.
+
+        From the step at which it is read on, and from the step `COMPRESSED`.
+        """
+        steps = np.arange(max(int(self.arrived[token]), COMPRESSED), len(self.seen))
+        evicted = self.evicted[:, token]
+        holding = (evicted == 0).sum() + (evicted[:, None] > steps).sum(axis=0)
+        return self.seen[steps], self.attention[(steps - COMPRESSED) // self.steps_per_row, token], holding
+
     @cached_property
     def evictions(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """All evictions, by step: (step, token, number of heads that evict it there), int64 each."""

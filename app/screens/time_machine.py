@@ -144,13 +144,17 @@ def _detail(id: str, recorded: Timeline, jobs: Jobs) -> None:
     _what_if(id, recorded, chosen, gone, jobs)
     label = markup.visible(recorded.labels[token])
     show(
-        figures.evictions_by_head(recorded, token), key="evictions_by_head",
+        figures.evictions_by_head(
+            recorded.layers, recorded.heads, recorded.evicted_after(token),
+            span=(recorded.n_context, len(recorded.labels)),
+        ),
+        key="evictions_by_head",
         alt=f"Map of layers and kv heads: {int((recorded.evicted[:, token] == 0).sum())} of {recorded.n_heads} hold "
         f"token {token} to the end, the others evicted it.",
         caption=f"Heads that hold token {token} to the end (●) and those that evicted it (×), by the tokens read then.",
     )  # fmt: skip
     show(
-        figures.attention_by_step(recorded, token), key="attention_by_step",
+        figures.attention_by_step(*recorded.history(token), n_heads=recorded.n_heads), key="attention_by_step",
         alt=f"Lines: mean attention to token {token} at each step, and the share of heads that hold it.",
         caption=f"Attention to “{markup.plain(label)}”, mean over all {recorded.n_heads} heads, without its own. The "
         "first point is that of the last 32 queries of the context.",

@@ -13,8 +13,7 @@ from analysis.workspace import Workspace
 from app.components import markup
 from app.jobs import Jobs
 from l2kv import CompressionSpec
-from tests.model.test_timeline import TEXT, fed_one_by_one
-from tests.support.timelines import HOSTILE, invented
+from tests.support.timelines import HOSTILE, TEXT, fed_one_by_one, invented
 
 SPEC = CompressionSpec(keep_ratio=0.3, protect_last=8)
 

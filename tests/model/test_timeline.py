@@ -14,10 +14,10 @@ from analysis.errors import ModelError, RecordError, SettingsError, TextError
 from analysis.evaluation.task import Sample
 from analysis.generations import record_timeline, text_sample, what_if
 from analysis.timelines import LAST_QUERIES, MOST_ROWS, Timeline, timeline_bytes
-from l2kv import CompressedCache, CompressionSpec, SpecError, compressible
+from l2kv import CompressionSpec, SpecError
 from tests.support.oracle import attending
+from tests.support.timelines import TEXT, fed_one_by_one
 
-TEXT = "The old man looked at the sea, and the sea looked back at him. He had not caught a fish in forty days. " * 2
 SPECS = [
     CompressionSpec(keep_ratio=0.5, protect_last=8),
     CompressionSpec(keep_ratio=0.2, policy="high_norm", skip_layers=(1,), evict_every=3),
@@ -36,22 +36,6 @@ def sample_of(loaded, new_tokens=12):
     """A context, a question of five tokens, and whatever the model writes."""
     ids = text_sample(loaded, TEXT).context
     return Sample("a", ids[:-5], ids[-5:], new_tokens=new_tokens)
-
-
-def fed_one_by_one(loaded, timeline, spec):
-    """[step][head] -> positions held, and the NLL of each token of the continuation: a loop over a cache."""
-    context, question, target = np.split(
-        torch.from_numpy(timeline.token_ids)[None], np.cumsum([timeline.n_context, timeline.n_question]), axis=1
-    )
-    pieces = [context, question, *(target[:, i : i + 1] for i in range(target.shape[1]))]
-    cache, held, nats = CompressedCache(loaded.config, spec), [], []
-    with compressible(loaded.model), torch.no_grad():
-        for i, piece in enumerate(pieces):
-            logits = loaded.model(piece, past_key_values=cache, use_cache=True).logits[0, -1]
-            held.append([set(h[0].tolist()) for layer in range(len(cache)) for h in cache.kept_positions(layer)])
-            if 1 <= i <= target.shape[1]:
-                nats.append(-torch.log_softmax(logits.double(), dim=-1)[target[0, i - 1]].item())
-    return held, nats
 
 
 def masked_attention(loaded, timeline, held):

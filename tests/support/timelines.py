@@ -1,10 +1,12 @@
-"""Recorded generations that no model made: of any size, with tokens that mean harm."""
+"""Recorded generations that no model made, with tokens that mean harm; and what a recorded one must say, by a loop."""
 
 import numpy as np
+import torch
 
 from analysis.timelines import MOST_ROWS, Timeline
-from l2kv import CompressionSpec
+from l2kv import CompressedCache, CompressionSpec, compressible
 
+TEXT = "The old man looked at the sea, and the sea looked back at him. He had not caught a fish in forty days. " * 2
 HOSTILE = (
     "<img src=x onerror=alert(1)>",
     "\N{RIGHT-TO-LEFT OVERRIDE}evil",
@@ -52,3 +54,19 @@ def invented(context=40, question=3, continuation=6, *, layers=4, kv_heads=2, la
         attention=random.random((-(-(steps - 1) // per_row), total), dtype=np.float32) / total,
         nats=random.random(continuation, dtype=np.float32) * 5,
     )
+
+
+def fed_one_by_one(loaded, timeline, spec):
+    """[step][head] -> positions held, and the NLL of each token of the continuation: a loop over a cache."""
+    context, question, target = np.split(
+        torch.from_numpy(timeline.token_ids)[None], np.cumsum([timeline.n_context, timeline.n_question]), axis=1
+    )
+    pieces = [context, question, *(target[:, i : i + 1] for i in range(target.shape[1]))]
+    cache, held, nats = CompressedCache(loaded.config, spec), [], []
+    with compressible(loaded.model), torch.no_grad():
+        for i, piece in enumerate(pieces):
+            logits = loaded.model(piece, past_key_values=cache, use_cache=True).logits[0, -1]
+            held.append([set(h[0].tolist()) for layer in range(len(cache)) for h in cache.kept_positions(layer)])
+            if 1 <= i <= target.shape[1]:
+                nats.append(-torch.log_softmax(logits.double(), dim=-1)[target[0, i - 1]].item())
+    return held, nats

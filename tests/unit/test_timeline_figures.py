@@ -17,9 +17,14 @@ def recorded():
     return invented()
 
 
+def drawn(recorded, token):
+    after = recorded.evicted_after(token)
+    return figures.evictions_by_head(recorded.layers, recorded.heads, after, span=(40, 49)).data
+
+
 def test_the_map_tells_held_heads_from_evicting_ones_by_sign_as_well_as_colour(recorded):
     token = 5
-    held, evicted = figures.evictions_by_head(recorded, token).data
+    held, evicted = drawn(recorded, token)
     for k, (layer, head) in enumerate(zip(recorded.layers, recorded.heads, strict=True)):
         step = recorded.evicted[k, token]
         assert np.isnan(held.z[head][layer]) == bool(step) and np.isnan(evicted.z[head][layer]) == (not step)
@@ -38,13 +43,13 @@ def test_heads_that_layers_lack_are_gaps():
         evicted=ragged.evicted[fewer],
         received=ragged.received[fewer],
     )
-    held, evicted = figures.evictions_by_head(ragged, 7).data
+    held, evicted = drawn(ragged, 7)
     assert np.isnan(held.z[1][1]) and np.isnan(evicted.z[1][1])
 
 
 @pytest.mark.parametrize("token", [0, 5, 41, 48])
 def test_attention_is_drawn_from_when_the_token_is_read_with_the_heads_that_hold_it(recorded, token):
-    attention, holding = figures.attention_by_step(recorded, token).data
+    attention, holding = figures.attention_by_step(*recorded.history(token), n_heads=recorded.n_heads).data
     first = max(int(recorded.arrived[token]), 1)
     steps = range(first, len(recorded.seen))
     assert attention.x.tolist() == [recorded.seen[step] for step in steps]
