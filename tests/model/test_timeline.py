@@ -13,8 +13,11 @@ from analysis import records
 from analysis.errors import ModelError, RecordError, SettingsError, TextError
 from analysis.evaluation.task import Sample
 from analysis.generations import record_timeline, text_sample, what_if
+from analysis.models.load import LoadedModel
 from analysis.timelines import LAST_QUERIES, MOST_ROWS, Timeline, timeline_bytes
-from l2kv import CompressionSpec, SpecError
+from l2kv import CompressedCache, CompressionSpec, SpecError, compressible
+from tests.support.architectures import ARCHITECTURES
+from tests.support.causal_models import text_for, tokenizer
 from tests.support.oracle import attending
 from tests.support.timelines import TEXT, fed_one_by_one
 
@@ -107,6 +110,24 @@ def test_attention_received_is_that_of_a_full_pass_with_the_evicted_masked(loade
             last = timeline.evicted[head, token] or len(timeline.seen) - 1
             there = there[: last - max(timeline.arrived[token], 1) + 1]
             assert timeline.mean_attention[head, token] == pytest.approx(np.mean(there), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["Gemma 3 (text)", "Gemma 3n (text)", "gpt-oss", "Qwen3-Next"])
+def test_layers_that_never_evict_are_left_out(name):
+    """Sliding windows, borrowed keys and running states have nothing to show."""
+    architecture = ARCHITECTURES[name]
+    model = LoadedModel(architecture.model(), tokenizer(), "it")
+    ids = text_for(30)[0].numpy()
+    timeline = record_timeline(model, Sample("a", ids[:20], ids[20:23], ids[23:]), CompressionSpec(keep_ratio=0.4))
+    cache = CompressedCache(model.config, CompressionSpec(keep_ratio=0.4))
+    evicting = [i for i, layer in enumerate(cache.layers) if layer in cache.compressed_layers()]
+    assert sorted(set(timeline.layers)) == evicting and len(evicting) == len(cache.layers) - architecture.left
+    with compressible(model.model), torch.no_grad():
+        for piece in torch.from_numpy(ids)[None].split([20, 3, *[1] * 7], dim=1):
+            model.model(piece, past_key_values=cache, use_cache=True)
+    for head, (layer, number) in enumerate(zip(timeline.layers, timeline.heads, strict=True)):
+        held = np.flatnonzero(timeline.evicted[head] == 0).tolist()
+        assert cache.kept_positions(layer)[number][0].tolist() == held
 
 
 def test_rows_of_steps_are_means_over_heads_and_steps_and_stay_few(loaded):
