@@ -19,6 +19,7 @@ from app.components import choices, documents, markup, settings
 from app.components.charts import show
 from app.engine import Engine
 from app.jobs import Jobs
+from app.report.evaluation import section, told
 from l2kv.errors import SpecError
 from l2kv.spec import CompressionSpec
 
@@ -218,8 +219,6 @@ def _results(ids: Sequence[str]) -> None:
 
 
 def _one(id: str, name: str) -> None:
-    from app.report.evaluation import section
-
     results = library.opened(Results, id)
     st.subheader(markup.plain(name))
     if not results.rows:
@@ -252,12 +251,10 @@ def _table(results: Results, id: str) -> None:
     """A row for each method: what it scores, what it holds, and how far it is from the full cache."""
     task = TASKS[results.task]
     rows = results.summary(replace(task, axes=()))
+    titles = {"samples": "n", "MiB": "MiB held"}
     st.dataframe(
-        [{name: _cell(value) for name, value in row.items()} for row in rows],
+        [{titles.get(name, name.replace("_", " ")): told(value) for name, value in row.items()} for row in rows],
         hide_index=True,
+        column_config={"MiB held": st.column_config.NumberColumn(format="%.2f")},
         key=f"summary_{id}",
     )
-
-
-def _cell(value: Any) -> Any:
-    return value if isinstance(value, (str, int, float)) else str(value)

@@ -82,7 +82,7 @@ def test_what_was_measured_is_listed_and_opens_by_its_link(server, workspace):
     page.run()
     assert not page.exception and not page.error
     table = page.dataframe[0].value
-    assert list(table["method"]) == [FULL, "low_norm 0.5"] and list(table["samples"]) == [2, 2]
+    assert list(table["method"]) == [FULL, "low_norm 0.5"] and list(table["n"]) == [2, 2]
     link = {name: "".join(values) for name, values in page.query_params.items()}
     assert link["results"] == job.result == workspace.entries("results")[0].id
     again = opened(server, **link)
@@ -143,4 +143,4 @@ def test_a_text_is_measured_in_excerpts(server, workspace):
     job = measured(page, server[1])
     assert job.status == "done", job.message
     page.run()
-    assert list(page.dataframe[0].value["samples"]) == [3, 3] and not page.exception
+    assert list(page.dataframe[0].value["n"]) == [3, 3] and not page.exception
