@@ -56,9 +56,7 @@ class Timeline:
     token_ids: Annotated[np.ndarray, "int64 T"]
     seen: Annotated[np.ndarray, "int32 S"]  # number of tokens read, at each step
     evicted: Annotated[np.ndarray, "int32 K T"]  # step from which on the head does not hold it; 0: never evicted
-    received: Annotated[
-        np.ndarray, "float32 K T"
-    ]  # attention by step, added up while it was held; see `mean_attention`
+    received: Annotated[np.ndarray, "float32 K T"]  # attention, summed over steps while held: see `mean_attention`
     attention: Annotated[np.ndarray, "float32 R T"]  # the same by step, mean over all heads, pooled over steps
     nats: Annotated[np.ndarray, "float32 N"]  # NLL of each token of the continuation
 
@@ -66,15 +64,22 @@ class Timeline:
         records.check_shapes(self)
         kinds, length, steps = self.evicted.shape[0], len(self.token_ids), len(self.seen)
         continued = length - self.n_context - self.n_question
-        if min(self.n_context, self.n_question, continued, kinds) < 1 or len(self.nats) != continued:
+        if (
+            min(self.n_context, self.n_question, continued, kinds, self.steps_per_row) < 1
+            or len(self.nats) != continued
+        ):
             raise ValueError(f"there is no generation of {length} tokens after {self.n_context} + {self.n_question}")
         if len(self.labels) != length or {len(self.layers), len(self.heads)} != {kinds}:
             raise ValueError(f"labels, layers or heads do not fit {length} tokens in {kinds} heads")
+        if len(set(zip(self.layers, self.heads, strict=True))) < kinds or not all(0 <= h < kinds for h in self.heads):
+            raise ValueError("no two heads are the same, and none is numbered beyond all of them")
         read = [self.n_context] * 2 + [self.n_context + self.n_question + i for i in range(continued + 1)]
-        if self.seen.tolist() != read or len(self.attention) != -(-(steps - 1) // max(self.steps_per_row, 1)):
+        if self.seen.tolist() != read or len(self.attention) != -(-(steps - 1) // self.steps_per_row):
             raise ValueError("its steps are not those of such a generation")
         if ((self.evicted != 0) & ((self.evicted < np.maximum(self.arrived, 1)) | (self.evicted >= steps))).any():
             raise ValueError("a token cannot be evicted before it is read, or after the end")
+        if (self.token_ids < 0).any():
+            raise ValueError("token ids cannot be negative")
         if not (0 <= self.context_seconds < np.inf and 0 <= self.seconds < np.inf):
             raise ValueError("times must be finite and not negative")
         if not (all(np.isfinite(a).all() and (a >= 0).all() for a in (self.received, self.attention))):

@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from analysis import records
@@ -209,6 +210,7 @@ def test_it_survives_a_file_and_its_file_is_small(recorded, tmp_path):
         {"received": np.nan},
         {"attention": -1.0},
         {"seen": 3},
+        {"token_ids": -1},
     ],
     ids=str,
 )
@@ -216,8 +218,6 @@ def test_a_file_of_what_cannot_be_is_refused(loaded, tmp_path, change):
     timeline = record_timeline(loaded, sample_of(loaded), SPECS[0])
     path = records.save(timeline, tmp_path / "a.safetensors")
     arrays, ((name, value),) = load_file(path), change.items()
-    from safetensors import safe_open
-
     with safe_open(path, framework="numpy") as file:
         metadata = file.metadata()
     arrays[name] = arrays[name].copy()
@@ -225,9 +225,28 @@ def test_a_file_of_what_cannot_be_is_refused(loaded, tmp_path, change):
     save_file(arrays, path, metadata=metadata)
     with pytest.raises(RecordError, match="is not a recorded generation that can be read"):
         records.load(Timeline, path)
-    header = json.loads(metadata["header"])
-    save_file(load_file(path), path, metadata=metadata | {"header": json.dumps(header | {"labels": ["a"]})})
-    with pytest.raises(RecordError):
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"labels": ["a"]},
+        {"heads": [10**9] * 24},
+        {"heads": [0] * 24},
+        {"n_context": 1},
+        {"steps_per_row": 0},
+        {"seconds": -1.0},
+        {"spec": {"keep_ratio": 2.0}},
+    ],
+    ids=str,
+)
+def test_a_file_that_says_what_cannot_be_is_refused(loaded, tmp_path, change):
+    path = records.save(record_timeline(loaded, sample_of(loaded), SPECS[0]), tmp_path / "a.safetensors")
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata()
+    header = json.loads(metadata["header"]) | change
+    save_file(load_file(path), path, metadata=metadata | {"header": json.dumps(header)})
+    with pytest.raises(RecordError, match="is not a recorded generation that can be read"):
         records.load(Timeline, path)
 
 
