@@ -198,18 +198,21 @@ class CompressedLayer(CacheLayerMixin):
         allowed = {(n, target): self.spec.kept(n, self.seen, target) for n, target in set(of_heads)}
         kept = tuple(allowed[of_head] for of_head in of_heads)
         if kept == competing:
-            kept = held
+            self._storage.let_go()
         else:
-            order = self._order(options or {})
-            if self.spec.pinned:
-                order, kept = self._pin(order, kept)
-        if kept == held:
+            self._keep(self._order(options or {}), kept)
+        self._show()
+
+    def _keep(self, order: Tensor, kept: tuple[int, ...]) -> None:
+        """Keep so many pairs of each kv head, those of highest rank, and the pinned ones beside them."""
+        if self.spec.pinned:
+            order, kept = self._pin(order, kept)
+        if kept == self._storage.held:  # all that would go are pinned
             self._storage.let_go()
         elif self.ragged or len(set(kept)) == 1:
             self._storage.keep(order, kept)
         else:
             self._stored = PagedStorage(self._storage, order, kept)
-        self._show()
 
     def _pin(self, order: Tensor, kept: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
         """Ranks by which pinned pairs stay, too, and how many each kv head then keeps."""
