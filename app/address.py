@@ -90,8 +90,9 @@ def params(**changed: Any) -> dict[str, str]:
     written = {}
     for name, slot in state.IN_ADDRESS.items():
         assert slot.param is not None
-        if slot.param.always or values[name] != slot.default:
-            written[name] = slot.param.write(values[name])
+        text = slot.param.write(values[name])
+        if slot.param.always or text != slot.param.write(slot.default):
+            written[name] = text
     return written
 
 

@@ -233,12 +233,20 @@ def _evaluate(
     file = to / f"{task}.jsonl" if to and (to.is_dir() or not to.suffix) else to
     with _workers(ray, model, workers, device) as its, shown("sample") as progress:
         results = evaluate(
-            loaded, task, methods, texts=given, settings=settings, out=file, workers=its, progress=progress
+            loaded,
+            task,
+            methods,
+            texts=given,
+            settings=settings,
+            out=file,
+            workers=its,
+            notes=comparison.notes,
+            progress=progress,
         )
     if file:
         wrote(file)
     summary = results.summary(chosen)
-    for note in (*comparison.notes, *results.notes, *_useless(chosen, summary)):
+    for note in (*results.notes, *_useless(chosen, summary)):
         print(f"note: {note}", file=sys.stderr)
     rows = results.by_position(width=by_position) if by_position else summary
     better = "higher" if chosen.higher_is_better else "lower"
@@ -252,7 +260,6 @@ def _evaluate(
         f"compressed: {', '.join(dict.fromkeys(row.compressed for row in results.rows if row.compressed)) or 'never'}",
         results=results.table(),
         **{name: getattr(results, name) for name in ("model", "task", "settings", "methods", "run", "notes")},
-        left_out=comparison.notes,
         work=results.work(),
     )
 

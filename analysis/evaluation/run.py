@@ -50,6 +50,7 @@ def evaluate(
     settings: object = None,
     out: str | Path | None = None,
     workers: Workers | None = None,
+    notes: Sequence[str] = (),
     progress: Progress = unheard,
 ) -> Results:
     """Score a model on a task with each method.
@@ -63,6 +64,7 @@ def evaluate(
             not computed again, so a stopped evaluation continues.
         workers: what runs the model, such as those of `ray_workers`; by default this process. With others, `loaded` may
             be without weights (`models.load.outline`).
+        notes: what is to be known of the methods, kept with the results.
         progress: counts samples times distinct specs, and is called at every token.
 
     Raises:
@@ -73,7 +75,7 @@ def evaluate(
     """
     what, workers = TASKS.find(task), workers or Here(loaded)
     machine = workers.machine
-    samples, settings, notes = samples_of(loaded, task, texts=texts, settings=settings)
+    samples, settings, warnings = samples_of(loaded, task, texts=texts, settings=settings)
     about: dict[str, Any] = {
         "model": loaded.name,
         "weights": machine.weights,
@@ -81,7 +83,7 @@ def evaluate(
         "settings": msgspec.json.decode(msgspec.json.encode(settings)),  # as in a file
         "methods": dict(methods),
         "run": _run(machine, what, samples, methods),
-        "notes": notes,
+        "notes": (*notes, *warnings),
     }
     log = Log(out, about)
     rows = measure(loaded, samples, methods, scoring=what.scoring, log=log, workers=workers, progress=progress)

@@ -1,4 +1,4 @@
-"""The pages Texts, Plan, Skip layers and Generate as Streamlit runs them, without a browser."""
+"""The pages Plan, Skip layers and Generate as Streamlit runs them, without a browser."""
 
 import json
 import shutil
@@ -10,15 +10,14 @@ from streamlit.testing.v1 import AppTest
 from streamlit.util import calc_hash
 
 from analysis import Plan, load_study
-from analysis.captures import load_run, save_run
+from analysis.captures import load_run
 from analysis.demo.presets import BundledResults, FoundPresets, Preset, bundled_results
 from analysis.metrics import METRICS, PROBES
 from analysis.models.load import BUNDLED_MODELS
 from analysis.plans.ablation import Ablation
 from analysis.plans.front import Front
 from analysis.records import load, to_json
-from analysis.selftest import synthetic_run
-from analysis.studies import Study, save_study
+from analysis.studies import Study
 from analysis.timelines import Timeline
 from app import session
 from app.components import choices, controls, sources
@@ -32,7 +31,7 @@ from tests.support.texts import TEMPLATE
 N_LAYERS, N_HEADS = 6, 8  # as the demo run
 
 
-def opened(page="texts", **state):
+def opened(page="plan", **state):
     """The app on a page, with a session that holds `state`."""
     app = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=60)
     for key, value in state.items():
@@ -41,7 +40,7 @@ def opened(page="texts", **state):
 
 
 def go(app, page):
-    app._page_hash = calc_hash("" if page == "heads" else page)  # switch_page knows only pages that are files
+    app._page_hash = calc_hash(page)  # switch_page knows only pages that are files
     return app.run()
 
 
@@ -102,7 +101,7 @@ def a_check(model="books-5m", alr=None):
     return ablation_of(change, 1 + change, spec=spec, model=model, alr=alr)
 
 
-@pytest.mark.parametrize("page", ["heads", "capture", "texts", "skip", "plan", "generate"])
+@pytest.mark.parametrize("page", ["capture", "skip", "plan", "generate"])
 def test_every_page_opens_on_a_fresh_session(page):
     app = opened(page)
     assert not app.exception and not app.error and app.header
@@ -126,59 +125,12 @@ def test_nothing_is_bundled_of_a_model_that_is_not(name):
     assert bundled_results(name) == BundledResults()
 
 
-# texts
-
-
-def test_a_study_is_answered_mapped_and_told_by_layer():
-    app = opened(study=a_study())
-    assert not app.exception and charts(app) == 4
-    assert "heads low-norm keys get the attention" in words(app) and "over 8 texts" in words(app)
-    assert "order of layers is stable from 1 texts on" in words(app).replace("\\", "")
-
-
-def test_the_study_is_told_by_every_probe():
-    app = opened(study=a_study())
-    (choice,) = [control for control in app.get("button_group") if control.key == "study_probe"]
-    assert list(choice.options) == list(PROBES)
-    for probe in PROBES:
-        choice.set_value(probe)
-        app.run()
-        assert not app.exception and charts(app) == 4
-
-
-def test_the_head_of_a_study_is_chosen_by_number_and_at_first_follows_the_paper_most():
-    study = a_study()
-    app = opened(study=study)
-    mean = study.of("gamma").mean(axis=0)
-    layer, head = np.unravel_index(mean.argmin(), mean.shape)
-    assert f"**Layer {layer}, head {head}: follows the paper.**" in words(app)
-    app.number_input(key="study_layer").set_value(5).run()
-    assert f"**Layer 5, head {head}: mirror.**" in words(app)
-
-
-def test_few_texts_and_unfinished_studies_are_said_to_be_such():
-    app = opened(study=a_study(n=3, texts=10))
-    told = words(app)
-    assert not app.exception and "3 of 10 texts are done" in told and "fewer than 6 texts" in told
-
-
-def test_a_study_of_another_model_is_not_the_answer_for_the_one_on_screen():
-    run = of_a_model_that_nothing_was_measured_of()
-    app = opened(run=run)
-    assert "in elsewhere?" in app.header[0].value and "No study of elsewhere yet" in words(app) and not charts(app)
-    app = opened(run=run, study=a_study())
-    assert "No study of elsewhere yet" in words(app) and not charts(app)
-    button(app, "Show the study of books\\-5m").click().run()
-    assert "in books-5m?" in app.header[0].value.replace("\\", "") and charts(app) == 4
-    assert "the run on screen is of elsewhere" in words(app)
-
-
 def test_what_is_measured_is_measured_of_the_model_on_screen_unless_another_is_chosen(tmp_path, monkeypatch):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text("{}")
     monkeypatch.setenv("L2KV_MODEL_DIRS", str(tmp_path))
     at_hand = replace(session.demo_run(), model="other")
-    for page in ("texts", "skip", "plan"):
+    for page in ("skip", "plan"):
         app = opened(page, run=at_hand)
         assert app.selectbox(key="model_choice").value == str(tmp_path / "other")
         assert any(box.label == "Measure it for other" for box in app.button)
@@ -188,50 +140,6 @@ def test_what_is_measured_is_measured_of_the_model_on_screen_unless_another_is_c
         assert app.text_input(key="model_ref").value == "Qwen/Qwen3-0.6B"
 
 
-def test_a_study_of_one_text_opens():
-    app = opened(study=a_study(n=1))
-    assert not app.exception and "no interval" in words(app)
-
-
-def test_a_saved_study_is_opened_and_a_bad_one_refused_in_one_sentence(tmp_path):
-    app = opened(study=a_study())
-    upload(app, "study_file", "s.safetensors", save_study(a_study(n=7), tmp_path / "s.safetensors").read_bytes())
-    assert not app.error and "over 7 texts" in words(app)
-    upload(app, "study_file", "bad.safetensors", b"no study")
-    assert len(app.error) == 1 and "not a study that can be read" in app.error[0].value.replace("\\", "")
-    assert not app.exception and "over 7 texts" in words(app)
-
-
-def test_without_texts_a_study_says_what_is_missing():
-    app = opened()
-    app.button(key="run_study").click().run()
-    assert "Upload texts or paste a long one first." in [error.value for error in app.error]
-
-
-def test_a_pasted_text_is_cut_studied_and_shown_and_more_of_it_asked_for_goes_on_by_itself():
-    app = opened()
-    app.text_area(key="pasted").set_value("The old man looked at the sea and the sea looked at him. " * 12)
-    app.number_input(key="excerpt_tokens").set_value(32)
-    app.number_input(key="excerpts").set_value(3).run()
-    app.button(key="run_study").click().run()
-    study = app.session_state["study"]
-    assert not app.exception and not app.error
-    assert study.complete and study.names == ("pasted 0", "pasted 1", "pasted 2") and set(study.n_tokens) == {32}
-    assert any("Done" in message.value for message in app.toast)
-
-
-def test_every_metric_of_a_study_has_a_map_and_a_row_for_each_head():
-    study = a_study()
-    for probe in ("next token", "all queries"):
-        app = opened(study=study, study_probe=probe)
-        for metric in METRICS:
-            app.selectbox(key="study_map").set_value(metric).run()
-            assert not app.exception and not app.error and charts(app) == 4
-            shown = next(table.value for table in app.dataframe if "verdict" in table.value and "layer" in table.value)
-            mean = sum(study.of(metric, probe=probe)) / len(study.names)
-            assert np.allclose(shown[METRICS[metric].title], mean.ravel())
-
-
 def test_files_of_one_name_are_both_kept():
     app = opened()
     box = next(box for box in app.file_uploader if box.key.startswith("text_files"))
@@ -239,52 +147,6 @@ def test_files_of_one_name_are_both_kept():
     sources = app.session_state["sources"]
     assert [name for name in sources] == ["a.txt", "a.txt (2)", "b.txt"]
     assert list(sources.values()) == ["one " * 50, "two " * 60, "three"]
-
-
-# two runs
-
-
-def test_a_run_is_held_and_compared_head_by_head_with_the_next():
-    app = opened("heads", compare=True)
-    before = charts(app)
-    button(app, "Hold this run").click().run()
-    assert not app.exception and charts(app) == before and "This run is held" in words(app)
-    demo = session.demo_run()
-    turned = replace(demo, key_norm=demo.key_norm.max() + demo.key_norm.min() - demo.key_norm, model="turned")
-    app.session_state["run"] = turned
-    app.run()
-    told = words(app)
-    assert not app.exception and charts(app) == before + 3
-    assert "Median Γ is" in told and "books-5m (the other)" in told and "turned (on screen)" in told
-    # upside down, every norm order is turned round, and so is the sign of every Γ, but for ties
-    table = next(table.value for table in app.dataframe if "difference" in table.value)
-    assert np.allclose(table["difference"], -2 * table["Γ, books-5m (the other)"], atol=0.01)
-
-
-def test_a_run_of_other_heads_is_compared_as_a_whole_and_a_bad_file_refused(tmp_path):
-    app = opened("heads", compare=True)
-    before = charts(app)
-    upload(app, "other_run_file", "r.safetensors", b"no run")
-    assert not app.exception and len(app.error) == 1 and "not a run that can be read" in words(app)
-    upload(app, "other_run_file", "r.safetensors", save_run(synthetic_run(), tmp_path / "r.safetensors").read_bytes())
-    assert not app.exception and not app.error and charts(app) == before + 2
-    assert "no head of one is a head of the other" in words(app)
-
-
-def test_the_loss_of_a_kv_head_is_of_the_mean_attention_of_its_query_heads():
-    run = session.demo_run()
-    layer, head, group = 2, 5, run.n_heads // run.n_kv_heads
-    kv = head // group
-    attention = run.probe_attention[layer, kv * group : (kv + 1) * group].astype(float).mean(axis=0)
-    lost = ideal = total = 0.0
-    by_norm = sorted(range(run.n_tokens), key=lambda i: (run.key_norm[layer, kv, i], i))
-    by_attention = sorted(range(run.n_tokens), key=lambda i: attention[i])
-    for m in range(run.n_tokens):
-        lost += attention[by_norm[-1 - m]]
-        ideal += attention[by_attention[m]]
-        total += lost - ideal
-    app = opened("heads", layer=layer, head=head)
-    assert next(metric.value for metric in app.metric if metric.label == "ALR of its kv head") == f"{total:.1f}"
 
 
 # plan
@@ -527,7 +389,7 @@ def test_what_each_layer_costs_alone_is_shown_for_the_model_that_it_is_of():
 
 def test_a_check_that_keeps_the_papers_alr_tells_of_both():
     check = a_check()
-    app = opened("skip", ablation=a_check(alr=-check.nll_change))
+    app = opened("skip", ablation=a_check(alr=-check.nll_change), layer_costs_data=True)
     table = next(table.value for table in app.dataframe if "NLL change, nats/token" in table.value)
     assert not app.exception and "of the paper's ALR and that change: −1.00" in words(app)
     assert np.allclose(table["the paper's ALR"], -table["NLL change, nats/token"])

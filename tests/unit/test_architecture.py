@@ -75,10 +75,11 @@ def test_test_files_share_helpers_through_support_alone():
 
 def test_what_the_first_paint_needs_does_not_wait_for_torch():
     code = (
-        "import sys, app.session, app.engine, app.views.heads, app.views.generate, app.views.capture, app.views.skip; "
+        "import sys, app.session, app.engine, app.views.generate, app.views.capture, app.views.skip, app.views.plan; "
     )
-    code += "import app.views.texts, app.views.plan; "
-    code += "app.session.demo_run(); print('torch' in sys.modules, 'transformers' in sys.modules)"
+    code += "import app.screens.explore; from app import library, state; "
+    code += "library.answer_of(state.run_id(), 'next token'); library.lost_of(state.run_id(), state.spec()); "
+    code += "print('torch' in sys.modules, 'transformers' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout.split() == ["False", "False"]
 
