@@ -52,8 +52,8 @@ def show_result(job: Job) -> None:
     """Put on screen what a job has made."""
     if job.kind == "run":
         state.show_run(job.result)
-    elif job.kind in ("study", "plan", "results"):
-        {"study": state.STUDY, "plan": state.PLAN, "results": state.RESULTS}[job.kind].set(job.result)
+    elif job.kind in ("study", "plan", "results", "timeline"):
+        state.IN_ADDRESS[job.kind].set(job.result)
 
 
 def in_words(spec: CompressionSpec) -> str:

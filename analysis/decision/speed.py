@@ -121,15 +121,17 @@ def measure_speed(
         ModelError: the model cannot be compressed.
     """
     import torch
+    from transformers import DynamicCache
 
-    from analysis.evaluation.run import _caches_after as caches_after
-    from analysis.evaluation.run import _name_of as device_name
+    from analysis.evaluation.run import name_of_device
     from analysis.models.digest import digest_of
     from analysis.preview import prepared
     from analysis.recorder import check_length
     from analysis.texts.tokens import Tokens, tokenize
+    from l2kv import CompressedCache
     from l2kv.cache import cache_nbytes
-    from l2kv.decoding import decode_one_token
+    from l2kv.decoding import decode_one_token, prefill
+    from l2kv.policies import POLICIES
 
     if n_tokens < 2 or min(batch, steps, runs) < 1:
         raise SettingsError(
@@ -145,10 +147,17 @@ def measure_speed(
         )
     prompt = torch.from_numpy(ids)[None].to(loaded.device)
     with torch.inference_mode(), prepared(loaded):
-        filled = dict(caches_after(loaded, prompt[:, :-1], [spec, None]))
-        for cache in filled.values():
+        full, special_ids = DynamicCache(config=loaded.config), loaded.special_ids(spec)
+        prefill(loaded.model, prompt[:, :-1], full)
+        if POLICIES[spec.policy].needs_attention:  # it must see the queries, which a stock cache does not keep
+            kept = CompressedCache(loaded.config, spec, special_ids=special_ids)
+            prefill(loaded.model, prompt[:, :-1], kept)
+        else:
+            kept = CompressedCache.from_full(
+                full, loaded.config, spec, input_ids=prompt[:, :-1], special_ids=special_ids
+            )
+        for cache in (full, kept):
             cache.batch_repeat_interleave(batch)
-        full, kept = filled[None], filled[spec]
         full_nbytes, kept_nbytes = (cache_nbytes(cache, slack=False) for cache in (full, kept))
 
         def timed(cache: Cache, tick: Callable[[], object]) -> float:
@@ -173,7 +182,7 @@ def measure_speed(
     return Speed(
         loaded.name,
         digest_of(loaded),
-        device_name(loaded.device),
+        name_of_device(loaded.device),
         loaded.dtype,
         torch.get_num_threads(),
         spec,

@@ -13,6 +13,7 @@ from analysis.models.load import BUNDLED_MODELS
 from analysis.plans.ablation import Ablation
 from analysis.plans.front import Front
 from analysis.records import load
+from analysis.timelines import Timeline
 from app.components import controls
 from app.views import generate
 from app.views.generate import Column
@@ -61,7 +62,7 @@ def test_what_is_bundled_can_be_read_and_is_of_the_model_that_it_is_bundled_with
         assert load_study(found.study).complete and load_study(found.study).model == model
     if found.presets:
         assert load(FoundPresets, found.presets).model == model
-    for file, kind in ((found.front, Front), (found.ablation, Ablation)):
+    for file, kind in ((found.front, Front), (found.ablation, Ablation), (found.timeline, Timeline)):
         if file:
             assert load(kind, file).model == model
 
