@@ -181,7 +181,7 @@ class Measurement:
         longest = min(self.loaded.positions - _AFTER, CONTEXTS[0])
         timed = self.sizes.context or min(900, longest)
         one = estimate(self.loaded, "passkey", methods, settings=self._settings("passkey", timed))
-        steps = 2 * RUNS * (WARM_UP + STEPS) / one.decode_rate
+        steps = 2 * RUNS * (WARM_UP + STEPS) * len(methods) / one.decode_rate  # one row takes nearly as long as each
         left = 60 * self.sizes.minutes - sum(seconds.values()) - steps
         fits = [n for n in CONTEXTS if n <= longest and 2 * one.seconds * n / timed <= left]
         begun = (n for n in CONTEXTS if plan and self._file("passkey", n, methods)[1].exists())
@@ -192,10 +192,11 @@ class Measurement:
         known |= {"speed"} if self._known_speed(context) else set()
         return Estimate(context, {stage: taken for stage, taken in seconds.items() if stage not in known})
 
-    def run(self, *, progress: Progress = unheard) -> Evidence:
+    def run(self, *, known: Estimate | None = None, progress: Progress = unheard) -> Evidence:
         """Measure all that the workspace does not have yet.
 
         Args:
+            known: the estimate of an equal measurement, which is not made again then.
             progress: counts seconds of the estimate; an exception cancels, and what was measured is kept.
 
         Raises:
@@ -203,7 +204,8 @@ class Measurement:
         """
         from analysis.evaluation.run import evaluate
 
-        context, stages = self.estimate.context, _Stages(self.estimate, progress)
+        left = known or self.estimate
+        context, stages = left.context, _Stages(left, progress)
         plan = self._known_plan or self._made_plan(stages.of("plan"))
         methods, results = self._methods(plan.spec), []
         for task in ("lm", *RETRIEVAL):
