@@ -35,6 +35,7 @@ from l2kv.config import CacheShape
 from l2kv.spec import CompressionSpec
 
 if TYPE_CHECKING:
+    from analysis.evaluation.run import Machine
     from analysis.models.load import LoadedModel
     from analysis.workspace import Workspace
 
@@ -235,10 +236,10 @@ class Measurement:
         return speed
 
     @cached_property
-    def _weights(self) -> str:
-        from analysis.models.digest import digest_of
+    def _machine(self) -> Machine:
+        from analysis.evaluation.run import Machine
 
-        return digest_of(self.loaded)
+        return Machine.of(self.loaded)
 
     @cached_property
     def _given(self) -> Mapping[str, str]:
@@ -272,9 +273,8 @@ class Measurement:
 
     def _file(self, task: str, context: int, methods: Methods) -> tuple[str, Path]:
         """Id and file of results; the same measurement finds them again."""
-        asked = {"task": task, "settings": self._settings(task, context), "methods": methods, "weights": self._weights}
-        texts = _digest(self._texts_of(task))
-        return self.workspace.results_file({**asked, "texts": texts, "device": str(self.loaded.device)})
+        asked = {"task": task, "settings": self._settings(task, context), "methods": methods}
+        return self.workspace.results_file({**asked, "machine": self._machine, "texts": _digest(self._texts_of(task))})
 
     @cached_property
     def _shape(self) -> CacheShape:
@@ -297,7 +297,7 @@ class Measurement:
     def _asked(self) -> str:
         """Digest of what the plan depends on, which its note ends in."""
         asked = (
-            self._weights,
+            self._machine.weights,
             self._excerpts[0],
             self.spec.policy,
             self.spec.protect_last,
@@ -331,7 +331,7 @@ class Measurement:
 
     def _known_speed(self, context: int) -> Speed | None:
         found = (self.workspace.open(Speed, one.id) for one in self.workspace.entries("speed", model=self.loaded.name))
-        wanted = self._weights, self.spec, context, self.sizes.batch
+        wanted = self._machine.weights, self.spec, context, self.sizes.batch
         return next((one for one in found if (one.weights, one.spec, one.n_tokens, one.batch) == wanted), None)
 
 
