@@ -1,4 +1,4 @@
-"""The engineer's flow in a real Chromium: measure, leave and come back, change the limits, take the script and run it."""
+"""The engineer's flow in a real Chromium: measure, leave, come back, change the limits, take the script and run it."""
 
 import os
 import re
@@ -21,7 +21,7 @@ FEW = "&min_excerpts=2&min_samples=5"
 
 def test_from_not_yet_to_an_answer_and_a_script_that_runs_as_pasted(page, address):
     assert page.get_by_role("heading", level=1).inner_text() == "Can I halve this cache?"
-    assert page.get_by_text("NOT YET").is_visible()
+    assert page.get_by_text("NOT YET", exact=True).is_visible()
     page.get_by_role("button", name="Measure").click()
     for label, value in (("Excerpts", "2"), ("Passkeys, and needles", "5")):
         page.get_by_role("spinbutton", name=label, exact=True).fill(value)
