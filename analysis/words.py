@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 
-def signed(value: float) -> str:
-    """Write a correlation with two decimals, its sign, and a true minus."""
-    return "undefined" if np.isnan(value) else f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
+def signed(value: float, decimals: int = 2) -> str:
+    """Write a number with its sign, a true minus, and two decimals, as of a correlation, or more."""
+    return "undefined" if np.isnan(value) else f"{value:+.{decimals}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def counted(n: int, noun: str) -> str:

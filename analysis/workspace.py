@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from analysis.captures import Capture
+from analysis.decision.speed import Speed
 from analysis.errors import RecordError
 from analysis.evaluation.results import Results, results_so_far
 from analysis.models.packaged import home
@@ -32,7 +33,7 @@ from analysis.plans.skip import Plan
 from analysis.records import json_line, kind_of, load, load_any, record, save
 from analysis.studies import Study
 
-KINDS: dict[str, type] = {kind_of(cls).name: cls for cls in (Capture, Study, Results, Plan, Front, Ablation)}
+KINDS: dict[str, type] = {kind_of(cls).name: cls for cls in (Capture, Study, Results, Plan, Front, Ablation, Speed)}
 """Classes of records that a workspace holds, by the name of their kind: "run", "study", "results", ..."""
 ID_DIGITS = 12
 _ABOUT = ".about.json"
@@ -102,7 +103,7 @@ class Workspace:
 
     def add(self, thing: object, *, name: str) -> Entry:
         """Save a record, and return what is known of it; the same record again keeps its id and gets the new name."""
-        arrays = not isinstance(thing, (Results, Plan, Front, Ablation))
+        arrays = isinstance(thing, (Capture, Study))
         new = self.folder / f".new-{os.urandom(6).hex()}{'.safetensors' if arrays else '.json'}"
         try:
             return self._take(save(thing, new), thing, name)

@@ -14,9 +14,11 @@ import streamlit as st
 
 from analysis import defaults
 from analysis.captures import Capture
+from analysis.decision.checklist import Limits
 from analysis.demo.presets import demo_model
 from analysis.errors import ModelError, RecordError
 from analysis.metrics import METRICS, PROBES
+from analysis.models.gpus import GPUS
 from analysis.models.load import model_name
 from analysis.models.memory import DTYPES
 from analysis.plans.skip import Plan, skip_list
@@ -188,6 +190,17 @@ SKIP_LAYERS = Slot[Sequence[int]]("skip_layers", (), Param("skip", _layers, _num
 CACHE_DTYPE = Slot("bytes_dtype", "", Param("dtype", one_of(("", *DTYPES))))
 """Dtype that bytes are counted in; empty: the model's own."""
 
+GPU = Slot("gpu", "H100 SXM (80 GB)", Param("gpu", one_of(tuple(GPUS))))
+CACHE_TOKENS = Slot("cache_tokens", 4096, Param("cache_tokens", _within(1, 10_000_000)))
+"""Tokens of a sequence that memory is counted for."""
+BATCH = Slot("batch", 1, Param("batch", _within(1, 4096)))
+"""Sequences that are decoded at once."""
+MOST_PERPLEXITY = Slot("most_perplexity", Limits().perplexity_ratio, Param("max_ppl", _within(1, 99, float)))
+POINTS_LOST = Slot("points_lost", Limits().points_lost, Param("max_points", _within(0.1, 100, float)))
+LEAST_EXCERPTS = Slot("least_excerpts", Limits().least_excerpts, Param("min_excerpts", _within(2, 9999)))
+LEAST_SAMPLES = Slot("least_samples", Limits().least_samples, Param("min_samples", _within(2, 9999)))
+FULL_FINDS = Slot("full_finds", Limits().full_finds, Param("full_finds", _within(0.01, 1, float)))
+
 NOTICES = Slot[tuple[str, ...]]("notices", ())
 """What to say once at the top of the page, such as a part of an address that had to be ignored."""
 OPENING = Slot("opening", "")
@@ -268,6 +281,17 @@ def uniform_spec() -> CompressionSpec:
         protect_first=int(PROTECT_FIRST.get()),
         protect_last=int(PROTECT_LAST.get()),
         skip_layers=tuple(sorted(SKIP_LAYERS.get())),
+    )
+
+
+def limits() -> Limits:
+    """What a compression may cost, as set on the page Verdict."""
+    return Limits(
+        round(MOST_PERPLEXITY.get(), 4),
+        round(POINTS_LOST.get(), 2),
+        int(LEAST_EXCERPTS.get()),
+        int(LEAST_SAMPLES.get()),
+        round(FULL_FINDS.get(), 4),
     )
 
 

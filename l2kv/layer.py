@@ -13,7 +13,7 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionAndFullAtte
 from l2kv import ranks
 from l2kv.heads import of_query_heads, options_of_heads
 from l2kv.policies import POLICIES, Pairs, Policy
-from l2kv.probabilities import attention_probabilities
+from l2kv.probabilities import OPTIONS, attention_probabilities
 from l2kv.spec import WHOLE, CompressionSpec, Target
 from l2kv.storage.base import KEYS, RANKS, RECEIVED, VALUES, Storage
 from l2kv.storage.dense import DenseStorage
@@ -53,6 +53,7 @@ class CompressedLayer(CacheLayerMixin):
     def __init__(self, spec: CompressionSpec, layer_idx: int, filters: Tensor | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)  # type: ignore[no-untyped-call]  # theirs
         self.spec, self._layer_idx, self._filters = spec, layer_idx, filters
+        self.recorded: Policy | None = None  # what to keep at hand for other layers, see `CompressedCache.recording`
         self.reset()
 
     def reset(self) -> None:
@@ -66,11 +67,12 @@ class CompressedLayer(CacheLayerMixin):
         self._stored: Storage | None = None  # nothing before the first token
         self._targets: tuple[Target, ...] = ()  # of each kv head
         self._queries: Tensor | None = None  # [B, H, w, D], the last ones
+        self._options: dict[str, Any] = {}  # of their attention call
         self.is_initialized = False
 
     @property
     def _policy(self) -> Policy:
-        return POLICIES[self.spec.policy]
+        return self.recorded or POLICIES[self.spec.policy]
 
     @property
     def _storage(self) -> Storage:
@@ -124,11 +126,15 @@ class CompressedLayer(CacheLayerMixin):
         self._show()
 
     def load(self, source: CompressedLayer) -> None:
-        """Begin with what another layer holds; it is not written to."""
+        """Begin with what another layer holds, and with what it knows of attention; it is not written to."""
         self.dtype, self.device = source.dtype, source.device
         self.seen, self.first_real = source.seen, source.first_real
         self._begin(source._storage.lend())
         self._add_ranks(source.positions())
+        if self._policy.needs_received and source._storage.has(RECEIVED):
+            self._storage.add_buffer(RECEIVED, source._storage.whole(RECEIVED).clone())
+        if (rows := self._policy.needs_rows) and source._queries is not None:
+            self._queries, self._options = source._queries[:, :, -rows:], source._options
         self._show()
 
     def evict_no_more(self) -> None:
@@ -176,14 +182,15 @@ class CompressedLayer(CacheLayerMixin):
         if rows := self._policy.needs_rows:
             queries = query if self._queries is None else torch.cat([self._queries, query], dim=2)
             self._queries = queries[:, :, -rows:].clone()  # a view would keep all of a prompt's
+            self._options = {name: options[name] for name in OPTIONS if name in options}
         if self.seen - self._evicted_at >= self.spec.evict_every:
-            self.evict_now(options)
+            self.evict_now()
         else:
             self._storage.let_go()
             self._show()
 
-    def evict_now(self, options: Mapping[str, Any] | None = None) -> None:
-        """Evict now, whenever the last time was; `options` as for `evict`."""
+    def evict_now(self) -> None:
+        """Evict now, whenever the last time was."""
         self._evicted_at = self.seen
         held = self._storage.held
         of_heads = list(zip(held, self._targets, strict=True))
@@ -192,9 +199,9 @@ class CompressedLayer(CacheLayerMixin):
         if kept == held:
             self._storage.let_go()
         elif self.ragged or len(set(kept)) == 1:
-            self._storage.keep(self._order(options or {}), kept)
+            self._storage.keep(self._order(), kept)
         else:
-            self._stored = PagedStorage(self._storage, self._order(options or {}), kept)
+            self._stored = PagedStorage(self._storage, self._order(), kept)
         self._show()
 
     def positions(self) -> list[Tensor]:
@@ -221,7 +228,7 @@ class CompressedLayer(CacheLayerMixin):
             score = self._policy.score(self._pairs(part, positions))
         return ranks.rank(score, positions, self.first_real).expand(part.keys.shape[:3])
 
-    def _order(self, options: Mapping[str, Any]) -> Tensor:
+    def _order(self) -> Tensor:
         """Ranks of all pairs held, laid out like a `whole` buffer: by score, and the protected above all."""
         storage = self._storage
         if not storage.has(RANKS):
@@ -235,7 +242,7 @@ class CompressedLayer(CacheLayerMixin):
             if received:
                 pairs = replace(pairs, received=received[i])
             if self._queries is not None:
-                pairs = replace(pairs, last_rows=self._attention(part, self._queries, 0, positions, options))
+                pairs = replace(pairs, last_rows=self._attention(part, self._queries, 0, positions, self._options))
             of_parts.append(ranks.rank(self._policy.score(pairs), positions, self.first_real))
         return self._protect(storage.join(of_parts))
 

@@ -20,6 +20,10 @@ RESULT_FILES = {
     "front": "front.json",
     "ablation": "causal.json",
     "presets": "presets.json",
+    "plan": "plan.json",
+    "lm": "lm.jsonl",
+    "passkey": "passkey.jsonl",
+    "needle": "needle.jsonl",
 }
 _TEXTS = BUNDLED / "texts"
 
@@ -55,6 +59,10 @@ class BundledResults:
     front: Path | None = None
     ablation: Path | None = None
     presets: Path | None = None
+    plan: Path | None = None
+    lm: Path | None = None  # results of this task, and of the next two
+    passkey: Path | None = None
+    needle: Path | None = None
 
 
 def bundled_results(model: str) -> BundledResults:
@@ -97,6 +105,15 @@ def bundled_texts() -> Mapping[str, str]:
         "Anne of Avonlea (L. M. Montgomery, 1909)": _read("anne.txt"),
         "The Tomb of Keats (Oscar Wilde, 1877)": _read("keats.txt"),
     }
+
+
+def bundled_prose() -> Mapping[str, str]:
+    """Read sixteen bundled excerpts of some 5,000 characters, by name: enough to plan on half and measure on the rest.
+
+    They are in the public domain, by the authors of `bundled_texts` (seven works of Wilde's and three of Montgomery's
+    novels).
+    """
+    return {file.stem: _read(f"prose/{file.name}") for file in sorted((_TEXTS / "prose").glob("*.txt"))}
 
 
 def _read(name: str) -> str:
