@@ -15,6 +15,7 @@ from l2kv.policies import POLICIES
 
 SCHEDULES = ("seen", "reference")
 DIRECTIONS = ("low", "high")
+BITS = (8, 4)
 _COUNTS = ("prune_after", "protect_first", "protect_last", "seed")
 
 
@@ -52,6 +53,9 @@ class CompressionSpec:
             | None = None,
             directions: Sequence[Sequence[str]] | None = None,
             seed: int = 0,
+            key_bits: int | None = None,
+            value_bits: int | None = None,
+            key_channels: float = 1.0,
         ) -> None: ...
 
     keep_ratio: float = 0.5
@@ -80,6 +84,14 @@ class CompressionSpec:
     """For `signed_norm`: per layer and kv head, whether "low" or "high" norms stay."""
     seed: int = 0
     """Seed of the policy `random`."""
+    key_bits: int | None = None
+    """Bits per number of a stored key, 8 or 4; None keeps the model's dtype. As the next two, for skipped layers too.
+
+    The latest `protect_last` tokens are stored as they are as well, and attention takes those."""
+    value_bits: int | None = None
+    """Bits per number of a stored value, 8 or 4; None keeps the model's dtype."""
+    key_channels: float = 1.0
+    """Share of the channels of each key that is stored, those that the latest queries weigh most (ThinK keeps 0.6)."""
 
     def __post_init__(self) -> None:
         _check_ratio("keep_ratio", self.keep_ratio)
@@ -90,6 +102,11 @@ class CompressionSpec:
             _check_count("budget", self.budget)
         POLICIES.find(self.policy)
         _check_choice("schedule", self.schedule, SCHEDULES)
+        for name in ("key_bits", "value_bits"):
+            _check_bits(name, getattr(self, name))
+        _check_ratio("key_channels", self.key_channels)
+        if not self.key_channels:
+            raise SpecError("key_channels must be above 0: a key without channels has no attention")
         if isinstance(self.skip_layers, str) or not isinstance(self.skip_layers, Iterable):
             raise TypeError(f"skip_layers must be a sequence of layer numbers such as (0, 1), got {self.skip_layers!r}")
         skip_layers = tuple(self.skip_layers)  # once: it may be a generator
@@ -98,6 +115,7 @@ class CompressionSpec:
         for name, value in {
             **{name: int(getattr(self, name)) for name in (*_COUNTS, "evict_every")},
             "keep_ratio": float(self.keep_ratio),
+            "key_channels": float(self.key_channels),
             "budget": None if self.budget is None else int(self.budget),
             "skip_layers": tuple(sorted({int(layer) for layer in skip_layers})),
             "layer_ratios": _layer_ratios(self.layer_ratios),
@@ -110,6 +128,11 @@ class CompressionSpec:
                 f"The policy {self.policy} needs directions: for each layer a row that says, for each kv head, "
                 "whether 'low' or 'high' norms are kept."
             )
+
+    @property
+    def codes(self) -> bool:
+        """True if pairs are stored in fewer bits or channels than the model has."""
+        return self.key_bits is not None or self.value_bits is not None or self.key_channels < 1.0
 
     def target_of(self, layer: int, head: int) -> Target:
         """Target of one kv head of one layer."""
@@ -227,6 +250,11 @@ def _check_count(name: str, value: object, least: int = 0) -> None:
         raise TypeError(f"{name} must be a whole number, got {value!r}")
     if value < least:
         raise SpecError(f"{name} must {f'be {least} or more' if least else 'not be negative'}, got {value}")
+
+
+def _check_bits(name: str, value: object) -> None:
+    if value is not None and (isinstance(value, bool) or value not in BITS):
+        raise SpecError(f"{name} must be 8, 4 or None (the model's dtype), got {value!r}")
 
 
 def _check_choice(name: str, value: object, choices: Iterable[str]) -> None:
