@@ -18,7 +18,7 @@ from l2kv.probabilities import QUERIES, attention_scale, normalised
 from l2kv.spec import WHOLE, CompressionSpec, Target, share
 from l2kv.storage.base import KEYS, RANKS, RECEIVED, VALUES, Storage
 from l2kv.storage.dense import DenseStorage
-from l2kv.storage.formats import Coding, Format, fitted, joined, weightiest_channels
+from l2kv.storage.formats import Coding, Format, even, joined, weightiest_channels
 from l2kv.storage.paged import PagedStorage, Pages
 
 
@@ -229,7 +229,7 @@ class CompressedLayer(CacheLayerMixin):
         return Coding((of_keys, of_values), (keys, values))
 
     def _fitted(self, part: Part | CodedPart, of_text: Tensor) -> tuple[Format, Format]:
-        """Formats fitted to the keys and the values of a part, of which those `of_text` [B, h, held] count."""
+        """Formats of the keys and the values of a part, fitted to those `of_text` [B, h, held]."""
         spec, channels, width = self.spec, None, part.keys.shape[-1]
         if (n := share(spec.key_channels, width)) < width:
             assert self._queries is not None
@@ -237,10 +237,9 @@ class CompressedLayer(CacheLayerMixin):
             latest = torch.arange(self.seen - queries.shape[2], self.seen, device=self.device)
             counting = ranks.in_text(latest.expand(1, 1, -1), self.first_real)[:, 0] >= 0
             channels = weightiest_channels(queries, part.keys, (counting, of_text), n)
-        return (
-            fitted(part.keys, of_text, bits=spec.key_bits, channels=channels),
-            fitted(part.values, of_text, bits=spec.value_bits),
-        )
+        of_keys = Format(part.keys.dtype, n, spec.key_bits, channels)
+        of_values = Format(part.values.dtype, part.values.shape[-1], spec.value_bits)
+        return of_keys if spec.key_bits is None else even(of_keys, part.keys, of_text), of_values
 
     @property
     def _rows(self) -> int:

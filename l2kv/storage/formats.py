@@ -15,37 +15,40 @@ from torch.nn.functional import pad
 
 from l2kv.heads import of_kv_heads
 
-_LEAST_SPREAD = 0.1  # of a channel, as a share of the mean one: later vectors may differ where the first did not
+_LEAST_REACH = 0.1  # of a channel, as a share of the mean one: later vectors may differ where the first did not
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
     """Format of the vectors of some kv heads: chosen channels of each, and numbers of so many bits.
 
-    Channels are first brought to one centre and spread, by the vectors that the format was fitted to; then each vector
-    is rounded to 2^bits levels from its lowest to its highest number. So a channel of outliers does not coarsen
-    the others, which is why KIVI rounds keys by channel (Liu et al., arXiv 2402.02750) and SmoothQuant scales channels
-    (Xiao et al., arXiv 2211.10438), and yet no row depends on its neighbours.
+    Each vector is rounded to 2^bits levels from its lowest to its highest number. Where channels differ in range, as in
+    keys, all are first brought to one: so a channel of outliers does not coarsen the others (KIVI rounds keys by
+    channel: Liu et al., arXiv 2402.02750; SmoothQuant scales channels: Xiao et al., arXiv 2211.10438), and yet no row
+    depends on its neighbours.
     """
 
     dtype: torch.dtype
     """That of the vectors, and of a row's lowest number and step."""
+    width: int
+    """Number of stored channels."""
     bits: int | None = None
     """8, 4 or, for numbers as they are, None."""
     channels: Tensor | None = None
-    """Numbers of the stored channels, int64 [B, h, C] ascending; None where all are."""
+    """Numbers of the stored channels, int64 [B, h, width] ascending; None where all are."""
     centre: Tensor | None = None
-    """Mean of each stored channel, float32 [B, h, 1, C]; None without bits, as is the next."""
-    spread: Tensor | None = None
-    """Standard deviation of each stored channel, float32 [B, h, 1, C]."""
+    """Middle of each stored channel's range, float32 [B, h, 1, width]; None where channels stay as they are."""
+    reach: Tensor | None = None
+    """Half of each stored channel's range, likewise."""
 
     def encode(self, vectors: Tensor) -> Tensor:
-        """Turn vectors [B, h, T, D] into rows: [B, h, T, C] of their dtype, or uint8 [B, h, T, bytes]."""
+        """Turn vectors [B, h, T, D] into rows: [B, h, T, width] of their dtype, or uint8 [B, h, T, bytes]."""
         vectors = self.narrow(vectors)
         if self.bits is None:
             return vectors
-        assert self.centre is not None and self.spread is not None
-        even = (vectors.float() - self.centre) / self.spread
+        even = vectors.float()
+        if self.centre is not None and self.reach is not None:
+            even = (even - self.centre) / self.reach
         lowest, highest = even.aminmax(dim=-1, keepdim=True)
         top = 2**self.bits - 1
         low_and_step = torch.cat([lowest, (highest - lowest) / top], dim=-1).to(self.dtype)
@@ -54,14 +57,16 @@ class Format:
         return torch.cat([_packed(codes.to(torch.uint8), self.bits), low_and_step.view(torch.uint8)], dim=-1)
 
     def decode(self, rows: Tensor) -> Tensor:
-        """Turn rows back into vectors, float32 [B, h, T, C]."""
+        """Turn rows back into vectors, float32 [B, h, T, width]."""
         if self.bits is None:
             return rows.float()
-        assert self.centre is not None and self.spread is not None
         numbers = 2 * self.dtype.itemsize
-        codes = _unpacked(rows[..., :-numbers], self.bits)[..., : self.centre.shape[-1]]
+        codes = _unpacked(rows[..., :-numbers], self.bits)[..., : self.width].float()
         low, step = rows[..., -numbers:].contiguous().view(self.dtype).float().split(1, dim=-1)
-        return torch.addcmul(self.centre, torch.addcmul(low, codes.float(), step), self.spread)
+        even = torch.addcmul(low, codes, step)
+        if self.centre is None or self.reach is None:
+            return even
+        return torch.addcmul(self.centre, even, self.reach)
 
     def narrow(self, vectors: Tensor) -> Tensor:
         """Select the stored channels of vectors [B, h, T, D], as of queries that meet stored keys."""
@@ -79,12 +84,12 @@ class Format:
 
     @property
     def shared(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """What all vectors of a head share: channels, centre and spread."""
-        return self.channels, self.centre, self.spread
+        """What all vectors of a head share: channels, centre and reach."""
+        return self.channels, self.centre, self.reach
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Format:
-        channels, centre, spread = (x if x is None else change(x) for x in self.shared)
-        return replace(self, channels=channels, centre=centre, spread=spread)
+        channels, centre, reach = (x if x is None else change(x) for x in self.shared)
+        return replace(self, channels=channels, centre=centre, reach=reach)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,23 +135,23 @@ def joined(formats: Sequence[Format]) -> Format:
     """Join the formats of the kv heads of a layer, in their order."""
     by_name = zip(*(of_heads.shared for of_heads in formats), strict=True)
     there = [[x for x in of_heads if x is not None] for of_heads in by_name]
-    channels, centre, spread = (torch.cat(of_heads, dim=1) if of_heads else None for of_heads in there)
-    return replace(formats[0], channels=channels, centre=centre, spread=spread)
+    channels, centre, reach = (torch.cat(of_heads, dim=1) if of_heads else None for of_heads in there)
+    return replace(formats[0], channels=channels, centre=centre, reach=reach)
 
 
-def fitted(vectors: Tensor, of_text: Tensor, *, bits: int | None, channels: Tensor | None = None) -> Format:
-    """Fit a format to vectors [B, h, T, D], of which those with `of_text` (bool, broadcasts to [B, h, T]) count."""
-    chosen = Format(vectors.dtype, bits, channels)
-    if bits is None:
-        return chosen
-    weight = of_text[..., None].float()
-    weight = weight / weight.sum(dim=2, keepdim=True).clamp_min(1.0)
-    vectors = chosen.narrow(vectors).float()
-    centre = (vectors * weight).sum(dim=2, keepdim=True)
-    variance = ((vectors - centre).square() * weight).sum(dim=2, keepdim=True)
-    least = _LEAST_SPREAD**2 * variance.mean(dim=-1, keepdim=True)
-    spread = torch.maximum(variance, least).sqrt()
-    return replace(chosen, centre=centre, spread=torch.where(spread > 0, spread, 1.0))
+def even(chosen: Format, vectors: Tensor, of_text: Tensor) -> Format:
+    """Format that brings the channels of vectors like these, [B, h, T, D], to one range.
+
+    Args:
+        of_text: which of them count, bool [B, h, T].
+    """
+    vectors, counts = chosen.narrow(vectors).float(), of_text[..., None]
+    low = torch.where(counts, vectors, torch.inf).amin(dim=2, keepdim=True)
+    high = torch.where(counts, vectors, -torch.inf).amax(dim=2, keepdim=True)
+    low, high = (torch.where(low > high, 0.0, end) for end in (low, high))  # of a row that has no text yet
+    reach = (high - low) / 2
+    reach = torch.maximum(reach, _LEAST_REACH * reach.mean(dim=-1, keepdim=True))
+    return replace(chosen, centre=(low + high) / 2, reach=torch.where(reach > 0, reach, 1.0))
 
 
 def weightiest_channels(queries: Tensor, keys: Tensor, of_text: tuple[Tensor, Tensor], n: int) -> Tensor:
