@@ -35,6 +35,14 @@ def layers_listed(layers: Sequence[int]) -> str:
     return f"layer{'s' * (len(layers) != 1)} {', '.join(map(str, layers))}" if layers else "no layer"
 
 
+def duration(seconds: float) -> str:
+    """Write a time as a person would say it: "4 s", "12 min", "2 h 5 min"."""
+    if seconds < 99.5:
+        return f"{max(seconds, 0):.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def human_bytes(n: float) -> str:
     """Write a number of bytes: 1536 -> "1.5 KiB"."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):

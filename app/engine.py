@@ -34,9 +34,15 @@ if TYPE_CHECKING:
 
 
 class Engine:
-    """Turns at the model: one session has it at a time. A closed tab gives up its turn at its next step."""
+    """Turns at the model: one session has it at a time. A closed tab gives up its turn at its next step.
 
-    def __init__(self) -> None:
+    Args:
+        any_folder: whether models may be anywhere on this machine, not only in folders that the operator allowed: right
+            for an app that only this machine can reach.
+    """
+
+    def __init__(self, *, any_folder: bool = False) -> None:
+        self._any_folder = any_folder
         self._queue: deque[object] = deque()
         self._changed = threading.Condition()
         self._loaded: LoadedModel | None = None
@@ -102,7 +108,7 @@ class Engine:
         Raises:
             ModelError: the model is not allowed, does not exist, or cannot be loaded.
         """
-        ref = check_allowed(ref)
+        ref = self.check(ref)
 
         def fetching(done: int, total: int, what: str) -> None:
             progress(0, 0, f"{what}: {done / total:.0%}")
@@ -115,6 +121,10 @@ class Engine:
         ) as loaded:
             progress(0, 0, "Running …")
             yield loaded
+
+    def check(self, ref: str) -> str:
+        """Check that the app may load a model. Raises ModelError, as `check_allowed`."""
+        return check_allowed(ref, any_folder=self._any_folder)
 
     def _ahead_of(self, ticket: object) -> int:
         with self._changed:
@@ -143,8 +153,8 @@ def allowed_models() -> list[str]:
     return [*NAMED_MODELS, *map(str, found)]
 
 
-def check_allowed(ref: str) -> str:
-    """Check that a model is bundled, in an allowed folder, or a hub id. Raises ModelError for others."""
+def check_allowed(ref: str, *, any_folder: bool = False) -> str:
+    """Check that a model is bundled, in an allowed folder (or in any), or a hub id. Raises ModelError for others."""
     ref = ref.strip()
     if ref in NAMED_MODELS:
         return ref
@@ -157,7 +167,9 @@ def check_allowed(ref: str) -> str:
         raise ModelError(f"{ref[:60]!r} is neither the id of a model nor a folder or file.") from error
     if not is_path:
         return ref
-    if not any(resolved.is_relative_to(root) for root in _allowed_folders()):
+    if not (any_folder and resolved.exists()) and not any(resolved.is_relative_to(r) for r in _allowed_folders()):
+        if any_folder:
+            raise ModelError(f"There is no folder or file {ref}.")
         raise ModelError(
             "Local folders and files must be allowed by whoever runs the app: start it with the environment variable "
             "L2KV_MODEL_DIRS set to the folder that holds your models."

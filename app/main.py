@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,11 @@ import streamlit as st
 from analysis.errors import UserError
 from analysis.models.memory import free_bytes
 from analysis.words import human_bytes
+from app import address, header
 from app.components import markup
 from app.engine import Engine
+from app.jobs import Jobs
+from app.screens import help as help_page
 from app.views import capture, generate, heads, plan, skip, texts
 from l2kv.errors import SpecError
 
@@ -25,12 +29,31 @@ if TYPE_CHECKING:
 
 ICON = Path(__file__).parent / "assets" / "icon.png"  # a named icon would be fetched from elsewhere
 TITLE = "Does low norm predict attention?"
+_THIS_MACHINE = ("127.0.0.1", "localhost", "::1")  # an app that listens there can be reached by its operator alone
 
 
 @st.cache_resource
 def engine() -> Engine:
     """The one engine of this server."""
-    return Engine()
+    return Engine(any_folder=st.get_option("server.address") in _THIS_MACHINE)
+
+
+@st.cache_resource
+def jobs() -> Jobs:
+    """The jobs of this server."""
+    return Jobs(engine())
+
+
+def _drawn(page: Callable[[], None]) -> Callable[[], None]:
+    """Draw a page below the header, and write its address."""
+
+    def draw() -> None:
+        address.read()
+        header.draw(engine(), jobs())
+        page()
+        address.write()
+
+    return draw
 
 
 def _status(place: DeltaGenerator) -> None:
@@ -66,11 +89,13 @@ def main() -> None:
     generate_page = st.Page(
         lambda: generate.page(engine()), title="Generate", icon=":material/compare:", url_path="generate"
     )
-    pages = [heads_page, also_heads, capture_page, texts_page, skip_page, plan_page, generate_page]
+    new = [st.Page(_drawn(help_page.draw), title="Help", icon=":material/help:", url_path="help")]
+    pages = [*new, heads_page, also_heads, capture_page, texts_page, skip_page, plan_page, generate_page]
     page = st.navigation(pages, position="top")
     st.html(markup.PAGE_STYLE)
-    status = st.empty()
-    _status(status)
+    status = None if page in new else st.empty()  # new pages have it in their header
+    if status:
+        _status(status)
     try:
         page.run()
     except (UserError, SpecError) as error:
@@ -82,7 +107,8 @@ def main() -> None:
             "details.",
             icon=":material/bug_report:",
         )
-    _status(status)  # again: the page may have loaded a model
+    if status:
+        _status(status)  # again: the page may have loaded a model
 
 
 main()

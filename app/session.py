@@ -105,12 +105,7 @@ PROMPT_TOKENS = Slot("prompt_tokens", defaults.PROMPT_TOKENS)
 PREDICTED_TOKENS = Slot("predicted", defaults.NEW_TOKENS)
 
 # To be said once.
-REFUSED = Slot[tuple[str, ...]]("refused", ())  # files that could not be read, and why
 NOTES = Slot[tuple[str, ...]]("notes", ())  # on special tokens in the texts, beside a result
-
-# What the browser has drawn.
-CHART_DRAWN = Slot("chart_drawn", False)
-FIRST_CHART_SENT = Slot[float | None]("first_chart_sent", None)
 
 SLOTS = tuple(value for value in list(globals().values()) if isinstance(value, Slot))
 

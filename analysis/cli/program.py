@@ -7,19 +7,18 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from io import TextIOWrapper
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TextIO, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TextIO
 
 import typer
 from typer.core import TyperCommand
 from typer.main import get_command
 
 from analysis.cli.options import Listed, Named, listed
-from analysis.errors import SettingsError, UserError
+from analysis.errors import UserError
+from analysis.evaluation.settings import Setting, settings_of
 from l2kv.errors import SpecError
-from l2kv.registry import Registry
 
 # What is printed that not every encoding has, in letters that all have.
 _IN_ASCII = {
@@ -86,10 +85,9 @@ def spread(function: Callable[..., None], *, omit: Collection[str] = (), **kinds
         kind = kinds.get(parameter.name, parameter.annotation)
         if isinstance(kind, type) and is_dataclass(kind):
             settings[parameter.name] = kind
-            hints = get_type_hints(kind, include_extras=True)
             options += [
-                parameter.replace(name=field.name, default=_default(field), annotation=_option(hints[field.name]))
-                for field in fields(kind)
+                parameter.replace(name=setting.name, default=setting.default, annotation=_option(setting))
+                for setting in settings_of(kind)
             ]
         elif parameter.name not in omit:
             options.append(parameter)
@@ -107,28 +105,16 @@ def spread(function: Callable[..., None], *, omit: Collection[str] = (), **kinds
     return command
 
 
-def _default(setting: Field[Any]) -> Any:
-    """The default of a setting; a command's options need one each."""
-    return setting.default if setting.default_factory is MISSING else setting.default_factory()
-
-
-def _option(hint: Any) -> Any:
-    """The option of a setting: a number, a word, a name of a registry or of a `Literal`, or several with commas."""
-    kind, about, *more = (*get_args(hint), "")[:3] if get_origin(hint) is Annotated else (hint, "")
-    if not isinstance(about, str):  # an option already
-        return hint
-    if get_origin(kind) in (Union, UnionType):  # None is its default
-        kind = next(one for one in get_args(kind) if one is not NoneType)
-    if several := get_origin(kind) in (tuple, Sequence):
-        kind = get_args(kind)[0]
-    if get_origin(kind) is Literal:
-        more = [Registry("value", SettingsError, {name: name for name in get_args(kind)})]
-    parser = Named(more[0]) if more and isinstance(more[0], Registry) else kind
-    if several:
-        return Annotated[Sequence[Any], listed(parser, about)]
+def _option(setting: Setting) -> Any:
+    """The option of a setting: a number, a word, a name of a registry, or several with commas."""
+    if setting.own is not None:
+        return setting.own
+    parser = setting.kind if setting.choices is None else Named(setting.choices)
+    if setting.several:
+        return Annotated[Sequence[Any], listed(parser, setting.about)]
     if isinstance(parser, Named):
-        return Annotated[str, typer.Option(parser=parser, help=about)]
-    return Annotated[kind, typer.Option(help=about)]
+        return Annotated[str, typer.Option(parser=parser, help=setting.about)]
+    return Annotated[setting.kind, typer.Option(help=setting.about)]
 
 
 def run(commands: typer.Typer, argv: Sequence[str] | None = None, *, name: str) -> int:

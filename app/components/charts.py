@@ -9,7 +9,7 @@ from typing import Any
 import plotly.graph_objects as go
 import streamlit as st
 
-from app import session
+from app import state
 
 LONGEST_WAIT = 10.0  # seconds, for a browser to draw its first chart
 _FIRST_CHART = st.components.v2.component(
@@ -40,11 +40,11 @@ def first_is_drawn() -> bool:
     The library of charts takes a browser a second or more to load, and then it draws all charts it was sent before any
     is seen: so the first one is sent alone. Without a browser there is nothing to wait for, and no page waits for long.
     """
-    if (sent := session.FIRST_CHART_SENT.get()) is None:
-        session.FIRST_CHART_SENT.set(sent := time.monotonic())
-    if session.CHART_DRAWN.get() or not _in_a_browser() or time.monotonic() - sent > LONGEST_WAIT:
+    if (sent := state.FIRST_CHART_SENT.get()) is None:
+        state.FIRST_CHART_SENT.set(sent := time.monotonic())
+    if state.CHART_DRAWN.get() or not _in_a_browser() or time.monotonic() - sent > LONGEST_WAIT:
         return True
-    _FIRST_CHART(key="first_chart", on_drawn_change=lambda: session.CHART_DRAWN.set(True))
+    _FIRST_CHART(key="first_chart", on_drawn_change=lambda: state.CHART_DRAWN.set(True))
     return False
 
 

@@ -24,6 +24,8 @@ PAGE_STYLE = """<style>
 [data-testid="stColumn"] { min-width: min(26rem, 100%); }
 .st-key-caches [data-testid="stColumn"] { min-width: min(18rem, 100%); }
 [data-testid="stMainBlockContainer"] { padding-top: 4.5rem; }
+[data-testid="stCaptionContainer"] { opacity: 1; }
+[data-testid="stCaptionContainer"] p { color: color-mix(in srgb, currentColor 40%, var(--st-text-color, inherit)); }
 </style>"""
 _STYLE = f"""<style>
 .l2kv-strip {{ line-height: 1.5; font-size: .86rem; max-height: 24rem; overflow-y: auto; unicode-bidi: isolate; }}

@@ -11,7 +11,7 @@ import streamlit as st
 
 from analysis.errors import TextError
 from analysis.texts import read
-from app import session
+from app import state
 from app.components import markup
 
 if TYPE_CHECKING:
@@ -51,12 +51,12 @@ def documents_of(files: list[UploadedFile]) -> dict[str, str]:
 
 def refuse(reason: str) -> None:
     """Note why a file was refused, for `show_refused`: callbacks cannot draw in the right place."""
-    session.REFUSED.set((*session.REFUSED.get(), reason))
+    state.REFUSED.set((*state.REFUSED.get(), reason))
 
 
 def show_refused() -> None:
     """Draw, once, why files were refused."""
-    for reason in session.REFUSED.take():
+    for reason in state.REFUSED.take():
         st.error(markup.plain(reason), icon=":material/error:")
 
 

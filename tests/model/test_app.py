@@ -134,6 +134,9 @@ def test_folders_are_opened_only_where_the_operator_allowed(monkeypatch, tmp_pat
     for ref in (str(BUNDLED), "./analysis", "~", "analysis", "../x", "/no/such"):
         with pytest.raises(ModelError, match="L2KV_MODEL_DIRS"):
             check_allowed(ref)
+    assert check_allowed(str(BUNDLED), any_folder=True) == str(BUNDLED)  # an app that listens on 127.0.0.1 alone
+    with pytest.raises(ModelError, match="There is no folder or file"):
+        check_allowed("/no/such/folder", any_folder=True)
     monkeypatch.setenv("L2KV_MODEL_DIRS", str(BUNDLED.parent))
     assert check_allowed(str(BUNDLED)) == str(BUNDLED)
     assert str(BUNDLED) in engine_module.allowed_models()

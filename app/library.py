@@ -1,0 +1,131 @@
+"""Records that pages show: those of the workspace, and those that come with the program. Opened once, kept by id.
+
+Records never change, so what was computed from one is kept by its id, for all sessions (`remembered`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar, cast
+
+from analysis.captures import Capture
+from analysis.demo.presets import BUNDLED_RUNS, bundled_results
+from analysis.metrics import METRICS, HeadValues, metrics
+from analysis.plans.curves import LossCurves, loss_curves
+from analysis.records import load, load_any
+from analysis.studies import Study, study_of
+from analysis.verdicts import verdicts
+from analysis.workspace import KINDS, Entry, Workspace, digest_of_file
+
+WORKSPACE = Workspace()
+_BUNDLED = {"demo": "run", "study": "study", "front": "front", "ablation": "ablation"}
+"""Field of `BundledResults` -> kind of record."""
+_NAMES = {"run": "Anne of Avonlea"}  # the text of the bundled runs
+_MOST_OPEN = 8
+_MOST_ANSWERS = 256
+
+Thing = TypeVar("Thing")
+Asked = ParamSpec("Asked")
+Answer = TypeVar("Answer")
+
+
+def entries(kind: str, *, model: str | None = None) -> list[Entry]:
+    """List the records of a kind, and of a model: the workspace's, newest first, then the bundled ones."""
+    found = WORKSPACE.entries(kind, model=model)
+    ids = {entry.id for entry in found}
+    return found + [one for one in _bundled_entries(kind) if model in (None, one.model) and one.id not in ids]
+
+
+def find(id: str) -> Entry | None:
+    """Find what is known of a record; None where this machine doesn't have it."""
+    bundled = (entry for kind in _BUNDLED.values() for entry in _bundled_entries(kind) if entry.id == id)
+    return WORKSPACE.find(id) or next(bundled, None)
+
+
+def is_bundled(id: str) -> bool:
+    """Tell whether a record comes with the program."""
+    return id in _bundled_files()
+
+
+def path_of(id: str) -> Path:
+    """File of a record. Raises RecordError where there is none."""
+    return _bundled_files().get(id) or WORKSPACE.path(id)
+
+
+@lru_cache(maxsize=_MOST_OPEN)
+def _opened(id: str) -> object:
+    return load_any(tuple(KINDS.values()), path_of(id))
+
+
+def opened(cls: type[Thing], id: str) -> Thing:
+    """Open a record of a class. Raises RecordError. Results may still grow, so they are read each time."""
+    if id not in _bundled_files() and WORKSPACE.path(id).suffix == ".jsonl":
+        return load(cls, WORKSPACE.path(id))
+    thing = _opened(id)
+    assert isinstance(thing, cls), f"{id} is a {type(thing).__name__}, not a {cls.__name__}"
+    return thing
+
+
+@lru_cache(maxsize=1)
+def _bundled_files() -> dict[str, Path]:
+    """Files that come with the program, by id."""
+    return {entry.id: Path(entry.file) for kind in _BUNDLED.values() for entry in _bundled_entries(kind)}
+
+
+@lru_cache(maxsize=len(_BUNDLED))
+def _bundled_entries(kind: str) -> tuple[Entry, ...]:
+    field = next(field for field, of in _BUNDLED.items() if of == kind)
+    found = ((model, getattr(bundled_results(model), field)) for model in BUNDLED_RUNS)
+    return tuple(
+        Entry(digest_of_file(file), kind, model, _NAMES.get(kind, f"Bundled {kind}"), "bundled", "", str(file))
+        for model, file in found
+        if file
+    )
+
+
+def remembered(work: Callable[Asked, Answer]) -> Callable[Asked, Answer]:
+    """Keep the latest answers of a function of ids and settings."""
+    return cast(Callable[Asked, Answer], wraps(work)(lru_cache(maxsize=_MOST_ANSWERS)(work)))
+
+
+def run(id: str) -> Capture:
+    """Open a run. Raises RecordError."""
+    return opened(Capture, id)
+
+
+@remembered
+def study_of_run(id: str, probe: str) -> Study:
+    """Make the study of one text from a run, by one probe."""
+    return study_of(run(id), probes=(probe,))
+
+
+@remembered
+def values_of(id: str, skip_first: int, probe: str = "next token") -> HeadValues:
+    """Metrics of all heads of a run by a probe. Metrics of the first token itself ignore `skip_first`."""
+    study = study_of_run(id, probe)
+    of_all = HeadValues(study.metrics, study.values[0, 0], study.status[0, 0])
+    if not skip_first:
+        return of_all
+    import numpy as np
+
+    others = metrics(run(id), probe, skip_first)
+    about_sink = np.array([METRICS[name].about_sink for name in of_all.names])[:, None, None]
+    return HeadValues(
+        of_all.names,
+        np.where(about_sink, of_all.values, others.values),
+        np.where(about_sink, of_all.status, others.status),
+    )
+
+
+@remembered
+def verdicts_of(id: str, probe: str = "next token") -> Any:
+    """Verdict of each head of a run by a probe, [L, H] of str."""
+    return verdicts(study_of_run(id, probe), probe=probe)
+
+
+@remembered
+def curves_of(id: str, protect_last: int) -> LossCurves:
+    """Loss curves of a run."""
+    return loss_curves(run(id), protect_last=protect_last)

@@ -1,0 +1,83 @@
+"""Help: the method in six sentences, words, limits, when not to use it, versions, keys."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+import streamlit as st
+
+from analysis.verdicts import VERDICTS, WEAK
+from app.components import markup
+
+_METHOD = (
+    "A language model keeps a key and a value for every token that it has read: the KV cache. For long texts it takes "
+    "more memory than the model.",
+    "Keys with a low L2 norm tend to get high attention later. So the keys with the highest norms can be evicted, with "
+    "no attention scores and no training.",
+    "How well that holds differs by model, layer and head. Often it is one token, the attention sink, that carries it.",
+    "For each head this app measures Γ, the Gini correlation of key norm and attention: −1 says that low norms get the "
+    "attention, 0 that norms say nothing, +1 the opposite.",
+    "ALR is the attention that is lost by evicting high norms first, beyond what the best order would lose. "
+    "Normalised, it is 0 for the best order, 1 for a random one and 2 for the reverse.",
+    "Neither tells what compression costs: that is measured on tasks, beside the full cache, on the pages Verdict and "
+    "Evaluate.",
+)
+_ALR = r"\mathrm{ALR}_{l,h} = \sum_m \left( L^{\mathrm{norm}}_{l,h}(m) - L^{\mathrm{best}}_{l,h}(m) \right)"
+_GLOSSARY = {
+    "keep ratio": "share of the tokens seen that each head keeps",
+    "recent window": "the latest tokens, which are never evicted",
+    "attention sink": "the first token, which often gets most of the attention whatever it is",
+    "skipped layers": "layers that keep everything",
+    "policy": "the rule that ranks keys for eviction, such as low norm or KeyDiff",
+    "kv head": "a head of the cache; several query heads may read the same one",
+    "ΔNLL": "change of the mean negative log-likelihood of the next token, in nats; exp(ΔNLL) is the perplexity ratio",
+    "payload": "bytes of the keys and values held, without slack",
+    "probe": "the queries whose attention a number is of: the next token, the last queries, or all of them",
+}
+_LIMITS = (
+    "One text says little: take a study of many before you skip a layer.",
+    "On a CPU the app computes in float32; a cache in bfloat16 ranks keys with nearly equal norms differently.",
+    "Speed measured here is of this machine. On a GPU decoding is bound by memory, and the bound is shown beside it.",
+    "A compressed cache can't be cropped, so it is no use for assisted or contrastive decoding.",
+)
+_NOT_FOR = (
+    "Short prompts: a few hundred tokens take little memory.",
+    "Models whose layers have a sliding window, or that cache latents (DeepSeek's MLA): there is little to save.",
+    "Answers that must quote the prompt word for word: needles may be among the evicted.",
+)
+_KEYS = {
+    "← → ↑ ↓": "move to the next head in the map (Explore)",
+    "[ ]": "previous and next query (Explore)",
+    "?": "list the keys of the page",
+}
+
+
+def draw() -> None:
+    """Draw the page."""
+    st.title("Help")
+    left, right = st.columns([3, 2], gap="large")
+    with left:
+        st.subheader("The method")
+        st.markdown("\n".join(f"{i}. {sentence}" for i, sentence in enumerate(_METHOD, start=1)))
+        st.latex(_ALR)
+        st.caption("L(m) is the attention lost by evicting m tokens, of highest norm or of least attention.")
+        st.subheader("Verdicts on a head")
+        meanings = {name: of.on_many or of.on_one for name, of in VERDICTS.items()}
+        st.markdown("\n".join(f"- **{name}**: {markup.plain(meaning)}" for name, meaning in meanings.items()))
+        st.caption(f"On one text a sign counts if |Γ| ≥ {WEAK}; on many, if its 95 % interval is on one side of 0.")
+    with right:
+        st.subheader("Words")
+        st.markdown("\n".join(f"- **{word}**: {meaning}" for word, meaning in _GLOSSARY.items()))
+        st.subheader("Limits")
+        st.markdown("\n".join(f"- {limit}" for limit in _LIMITS))
+        st.subheader("When not to use it")
+        st.markdown("\n".join(f"- {case}" for case in _NOT_FOR))
+        st.subheader("Keyboard")
+        st.table({"key": list(_KEYS), "what it does": list(_KEYS.values())})
+    st.subheader("Source")
+    st.markdown(
+        "A. Devoto, Y. Zhao, S. Scardapane, P. Minervini: *A Simple and Effective L2 Norm-Based Strategy for KV Cache "
+        "Compression*, EMNLP 2024, arXiv 2406.11430."
+    )
+    packages = ("torch", "transformers", "streamlit", "plotly", "scipy")
+    st.caption(" · ".join(f"{name} {version(name)}" for name in packages))

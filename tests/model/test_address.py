@@ -1,0 +1,86 @@
+"""The address holds what is on screen: a fresh session that opens it shows the same, and bad parts are named."""
+
+import pytest
+from streamlit.testing.v1 import AppTest
+
+from app import library
+
+RUNS = {entry.model: entry.id for entry in library.entries("run") if library.is_bundled(entry.id)}
+
+
+@pytest.fixture(autouse=True)
+def opens_on_smollm2(monkeypatch):
+    monkeypatch.setenv("L2KV_DEMO", "smollm2")
+
+
+def shown(**params):
+    """Parameters of the address after a fresh session has opened one, and what the page said."""
+
+    def script():
+        import streamlit as st
+
+        from app import address, state
+
+        address.read()
+        for said in state.NOTICES.take():
+            st.warning(said)
+        address.write()
+
+    page = AppTest.from_function(script, default_timeout=60)
+    for name, value in params.items():
+        page.query_params[name] = value
+    page.run()
+    assert not page.exception
+    return {name: "".join(values) for name, values in page.query_params.items()}, [said.value for said in page.warning]
+
+
+def test_an_empty_address_becomes_that_of_the_first_model_and_its_run():
+    told, said = shown()
+    assert told["model"] == "smollm2" and told["run"] == RUNS["smollm2"] and told["keep"] == "0.5" and not said
+
+
+def test_what_one_session_wrote_another_shows():
+    asked = {
+        "model": "books-5m",
+        "run": RUNS["books-5m"],
+        "layer": "2",
+        "head": "5",
+        "pinned": "1.3",
+        "policy": "keydiff",
+        "keep": "0.25",
+        "window": "8",
+        "skip": "0,1",
+        "map": "alr",
+        "probe": "all queries",
+        "skip_first": "1",
+    }
+    told, said = shown(**asked)
+    assert {name: told[name] for name in asked} == asked and not said
+    assert shown(**told) == (told, [])
+
+
+def test_a_run_by_its_id_alone_brings_its_model():
+    told, _ = shown(run=RUNS["books-5m"])
+    assert told["model"] == "books-5m"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("run", "0" * 12, "names a run that is not on this machine"),
+        ("run", "../../etc/passwd", "names a run that is not on this machine"),
+        ("keep", "7", "keep=7, which must be from 0.01 to 1"),
+        ("keep", "nan", "must be from 0.01 to 1"),
+        ("window", "x", "window=x, which is not a value that it can have"),
+        ("policy", "best", "must be one of low_norm"),
+        ("skip", "<b>", "must be numbers of layers, such as 0,1"),
+        ("skip", "99", "skips layer 99; this model has 30"),
+        ("layer", "31", "layer 31, head 0"),
+        ("pinned", "1.99", "layer 1, head 99"),
+        ("pinned", "1", "not a value that it can have"),
+    ],
+)
+def test_a_part_that_cannot_be_is_ignored_and_named(name, text, said):
+    told, warnings = shown(**{name: text})
+    assert len(warnings) == 1 and said in warnings[0]
+    assert told == shown()[0]

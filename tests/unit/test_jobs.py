@@ -1,0 +1,106 @@
+"""Jobs outlive the page that started them, wait their turn, say how far they are, and end when they are cancelled."""
+
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+
+from analysis.errors import ModelError
+from app.jobs import Jobs
+
+
+class OneAtATime:
+    """An engine that lends a model to one job after another."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+
+    @contextmanager
+    def lend(self, ref, progress):
+        if ref == "missing":
+            raise ModelError("There is no model 'missing'.")
+        while not self.lock.acquire(timeout=0.01):
+            progress(0, 0, "Waiting: 1 ahead of you")
+        try:
+            yield f"the model {ref}"
+        finally:
+            self.lock.release()
+
+
+@pytest.fixture
+def jobs():
+    return Jobs(OneAtATime())
+
+
+def ended(job):
+    for _ in range(1000):
+        if not job.running:
+            return job
+        time.sleep(0.005)
+    raise AssertionError(f"{job.title} goes on: {job.stage} {job.done} of {job.total}")
+
+
+def test_a_job_is_found_again_by_its_id_with_what_it_made(jobs):
+    job = jobs.start("Capturing", "toy", lambda loaded, progress: f"made by {loaded}", kind="run")
+    assert ended(jobs.find(job.id)) is job
+    assert (job.status, job.result, job.kind) == ("done", "made by the model toy", "run")
+    assert jobs.find("another") is None and list(jobs.running()) == []
+
+
+def test_one_works_and_the_others_say_that_they_wait(jobs):
+    go = threading.Event()
+    first = jobs.start("first", "toy", lambda loaded, progress: go.wait(5) and "1", kind="run")
+    time.sleep(0.05)
+    second = jobs.start("second", "toy", lambda loaded, progress: "2", kind="run")
+    time.sleep(0.1)
+    assert second.stage == "Waiting: 1 ahead of you" and [job.title for job in jobs.running()] == ["first", "second"]
+    go.set()
+    assert ended(first).result == "1" and ended(second).result == "2"
+
+
+def test_cancelling_ends_it_at_its_next_step_also_while_it_waits(jobs):
+    def steps(loaded, progress):
+        for i in range(10_000):
+            progress(i, 10_000, "steps")
+            time.sleep(0.002)
+
+    first, waiting = (jobs.start(name, "toy", steps, kind="run") for name in ("first", "waiting"))
+    time.sleep(0.05)
+    for job in (waiting, first):
+        job.cancel()
+        assert ended(job).status == "cancelled"
+    assert 0 < first.done < 10_000 and waiting.done == 0
+
+
+def test_the_time_left_goes_by_the_pace_of_the_steps_and_not_by_the_loading_before_them(jobs):
+    told = threading.Event()
+
+    def steps(loaded, progress):
+        time.sleep(0.3)
+        for i in range(5):
+            progress(i, 20, "texts")
+            time.sleep(0.02)
+        told.wait(5)
+        return ""
+
+    job = jobs.start("steps", "toy", steps, kind="study")
+    assert job.seconds_left is None
+    while job.done < 4:
+        time.sleep(0.001)
+    assert 16 * 0.02 <= job.seconds_left < 16 * 0.075
+    told.set()
+    ended(job)
+    assert job.seconds_left is None
+
+
+def test_a_users_mistake_is_told_and_a_bug_of_ours_is_not_dressed_up_as_one(jobs, caplog):
+    missing = ended(jobs.start("a", "missing", lambda loaded, progress: "", kind="run"))
+    assert (missing.status, missing.message) == ("failed", "There is no model 'missing'.")
+    bug = ended(jobs.start("b", "toy", lambda loaded, progress: 1 / 0, kind="run"))
+    assert bug.status == "failed" and "should not have" in bug.message and "ZeroDivisionError" in caplog.text
+
+
+def test_the_engine_goes_on_after_a_job_that_failed(jobs):
+    ended(jobs.start("b", "toy", lambda loaded, progress: 1 / 0, kind="run"))
+    assert ended(jobs.start("c", "toy", lambda loaded, progress: "c", kind="run")).result == "c"
