@@ -95,7 +95,8 @@ class CompressedCache(TracedCache):
             special_ids: as for the constructor.
 
         Raises:
-            SpecError: the policy needs queries or filters, which a full cache does not hold; or as the constructor.
+            SpecError: the policy or the channels need queries or filters, which a full cache does not hold; or as the
+                constructor.
             ValueError: the mask hides anything but padding on the left.
         """
         _check_keys_alone(spec, "run the prompt into a CompressedCache")
@@ -208,8 +209,9 @@ class CompressedCache(TracedCache):
     def nbytes(self) -> int:
         """Number of bytes of key and value storage in all layers, slack included.
 
-        Ranks take 8 more per pair and kv head, and the attention sums of `accumulated` 4; `window` holds 32 queries per
-        layer.
+        Of keys and values in fewer bits or channels this includes what it takes to read them, and the latest pairs as
+        they came. Ranks take 8 more per pair and kv head, and the attention sums of `accumulated` 4; `window` holds 32
+        queries per layer.
         """
         return cache_nbytes(self)
 
@@ -254,7 +256,7 @@ def l2_compress(
         keep_ratio, prune_after, skip_layers, policy, protect_first, protect_last, seed: as in `CompressionSpec`.
 
     Raises:
-        TypeError: this is no cache, or one whose pairs cannot be read (quantised, static, offloaded).
+        TypeError: this is no cache, or one whose pairs cannot be read (of fewer bits or channels, static, offloaded).
         SpecError: as `CompressionSpec`, the policy needs more than a cache, or the mask has the wrong shape.
         ValueError: the mask hides anything but padding on the left, or contradicts an earlier one.
     """
@@ -286,10 +288,12 @@ def l2_compress(
 
 
 def _check_keys_alone(spec: CompressionSpec, instead: str) -> None:
-    """Raise SpecError if the policy needs what a full cache does not hold."""
+    """Raise SpecError if the policy or the channels need what a full cache does not hold."""
     policy = POLICIES[spec.policy]
     if policy.needs_attention or policy.needs_filters:
         raise SpecError(f"The policy {spec.policy} needs more than a cache: {instead}.")
+    if spec.key_channels < 1:
+        raise SpecError(f"key_channels go by the latest queries, which a cache does not hold: {instead}.")
 
 
 def _compressed_once(spec: CompressionSpec, layer_idx: int, source: Layer, attention_mask: Tensor | None) -> Layer:

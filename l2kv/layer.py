@@ -105,7 +105,7 @@ class CompressedLayer(CacheLayerMixin):
         else:
             rows = keys, values
             if self._coding is not None:
-                rows = self._coding.encode(keys, values)
+                rows = self._coding.encode(keys.detach(), values.detach())
                 self._coding = self._coding.after(keys, values)
             self._storage.append(*rows)
         if self._storage.has(RANKS):

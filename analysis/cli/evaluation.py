@@ -154,6 +154,9 @@ def _evaluate(
     policies: options.Policies = ("low_norm", "high_norm", "random", "streaming", "keydiff"),
     skip_layers: options.SkipLayers = "0,1",
     protect_last: options.ProtectLast = defaults.RECENT_WINDOW,
+    key_bits: options.KeyBits = None,
+    value_bits: options.ValueBits = None,
+    key_channels: options.KeyChannels = 1.0,
     prune_after: Annotated[int, typer.Option(help="Number of pairs a head must hold before any is evicted.")] = 0,
     schedule: Annotated[
         str | None,
@@ -186,7 +189,15 @@ def _evaluate(
 
     when = schedule or (REFERENCE if getattr(settings, "chunk_size", 0) else SEEN)
     compressions = (
-        Compression(keep_ratio=keep_ratio, policy=policy, skip_layers=skip_layers, protect_last=protect_last)
+        Compression(
+            keep_ratio=keep_ratio,
+            policy=policy,
+            skip_layers=skip_layers,
+            protect_last=protect_last,
+            key_bits=key_bits,
+            value_bits=value_bits,
+            key_channels=key_channels,
+        )
         for keep_ratio in keep_ratios
         for policy in policies
     )

@@ -62,7 +62,8 @@ class Format:
             return rows.float()
         numbers = 2 * self.dtype.itemsize
         codes = _unpacked(rows[..., :-numbers], self.bits)[..., : self.width].float()
-        low, step = rows[..., -numbers:].contiguous().view(self.dtype).float().split(1, dim=-1)
+        low_and_step = rows[..., -numbers:].clone(memory_format=torch.contiguous_format)  # aligned, to be viewed
+        low, step = low_and_step.view(self.dtype).float().split(1, dim=-1)
         even = torch.addcmul(low, codes, step)
         if self.centre is None or self.reach is None:
             return even
