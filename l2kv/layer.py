@@ -208,7 +208,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def _settle(self) -> None:
         """Give up what a step needed and the next does not: numbers as they came, and borrowed memory."""
-        if self.spec.codes:
+        if self.spec.codes_in(self._layer_idx):
             self._coding = (self._coding or self._coded()).last(self.spec.protect_last)
         self._storage.let_go()
         self._show()
@@ -244,7 +244,8 @@ class CompressedLayer(CacheLayerMixin):
     @property
     def _rows(self) -> int:
         """Number of latest queries that are needed."""
-        return max(self._policy.needs_rows, WINDOW if self.spec.key_channels < 1 and not self.coded else 0)
+        narrows = self.spec.key_channels < 1 and self.spec.codes_in(self._layer_idx) and not self.coded
+        return max(self._policy.needs_rows, WINDOW if narrows else 0)
 
     def positions(self) -> list[Tensor]:
         """Positions in the text of the pairs held, per part: int64 [B, h, held] in storage order."""

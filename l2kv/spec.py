@@ -65,7 +65,7 @@ class CompressionSpec:
     prune_after: int = 0
     """A head that holds fewer pairs than this evicts nothing."""
     skip_layers: tuple[int, ...] = ()
-    """Skipped layers (0-based): they evict nothing."""
+    """Skipped layers (0-based): they evict nothing, and store all in full."""
     policy: str = "low_norm"
     """Name of a score in `l2kv.POLICIES`."""
     schedule: str = "seen"
@@ -85,9 +85,9 @@ class CompressionSpec:
     seed: int = 0
     """Seed of the policy `random`."""
     key_bits: int | None = None
-    """Bits per number of a stored key, 8 or 4; None keeps the model's dtype. As the next two, for skipped layers too.
+    """Bits per number of a stored key, 8 or 4; None keeps the model's dtype.
 
-    The latest `protect_last` tokens are stored as they are as well, and attention takes those."""
+    Where pairs are stored in fewer bits or channels, the latest `protect_last` tokens are held in full as well."""
     value_bits: int | None = None
     """Bits per number of a stored value, 8 or 4; None keeps the model's dtype."""
     key_channels: float = 1.0
@@ -133,6 +133,10 @@ class CompressionSpec:
     def codes(self) -> bool:
         """True if pairs are stored in fewer bits or channels than the model has."""
         return self.key_bits is not None or self.value_bits is not None or self.key_channels < 1.0
+
+    def codes_in(self, layer: int) -> bool:
+        """Tell whether a layer stores its pairs so."""
+        return self.codes and layer not in self.skip_layers
 
     def target_of(self, layer: int, head: int) -> Target:
         """Target of one kv head of one layer."""

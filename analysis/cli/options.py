@@ -134,8 +134,12 @@ PolicyOfAlr = Annotated[str, typer.Option(parser=OF_ALR, help="Which key/value p
 Policies = Annotated[Sequence[str], listed(POLICIES, "Policies to compare.")]
 SkipLayers = Annotated[str, typer.Option(help="Layers to skip, such as 0,1.")]
 ProtectLast = Annotated[int, typer.Option(help="Number of latest tokens that are never evicted.")]
-KeyBits = Annotated[int | None, typer.Option(help="Bits per number of a stored key, 8 or 4.", show_default="all")]
-ValueBits = Annotated[int | None, typer.Option(help="Bits per number of a stored value, 8 or 4.", show_default="all")]
+KeyBits = Annotated[
+    int | None, typer.Option(help="Bits per number of a stored key, 8 or 4.", show_default="the model's dtype")
+]
+ValueBits = Annotated[
+    int | None, typer.Option(help="Bits per number of a stored value, 8 or 4.", show_default="the model's dtype")
+]
 KeyChannels = Annotated[float, typer.Option(help="Share of the channels of each key to store (ThinK keeps 0.6).")]
 PlanFile = Annotated[
     Path | None, typer.Option(parser=Path, help="Saved plan to compress by, instead of the options above.")

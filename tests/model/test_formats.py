@@ -84,6 +84,12 @@ def test_so_it_is_beside_eager_attention(name):
         model.set_attn_implementation(before)
 
 
+def test_a_skipped_layer_stores_all_in_full():
+    model = built("Llama")
+    spec = CompressionSpec(keep_ratio=0.5, skip_layers=(1,), **ALL_AT_ONCE)
+    assert_decoding_is_the_full_forward_over_rounded_pairs(model, spec, IN_CHUNKS)
+
+
 @pytest.mark.parametrize("name", ["Granite", "Gemma 2", "gpt-oss"])
 def test_a_policy_that_goes_by_attention_goes_by_that_to_rounded_keys(name):
     model = built(name)

@@ -48,12 +48,13 @@ def masked_forward(model, ids, chunks, spec):
                 scores = (-key[0, h].pow(2).sum(-1).sqrt()).tolist()
                 if spec.policy == "accumulated":
                     scores = received(odds[h], sinks[h])
-                return replay(scores, chunks, keep_ratio=ratio, protect_last=spec.protect_last)
+                skipped = layer in spec.skip_layers
+                return replay(scores, chunks, keep_ratio=ratio, protect_last=spec.protect_last, skipped=skipped)
 
             if layer not in keys_of:
                 first = [replayed(h, chunks[:1])[1] for h in range(kv_heads)]
                 stored[layer] = what_is_left(queries, key[0], value[0], first, chunks[0], spec)
-            rounded = coded(chunks, spec.protect_last)
+            rounded = rounded if layer in spec.skip_layers else coded(chunks, spec.protect_last)
             odds = torch.where(rounded, odds_of(stored[layer][0]), odds)
             values = stored[layer][1]
             seen, kept[layer] = zip(*(replayed(h, chunks) for h in range(kv_heads)), strict=True)
