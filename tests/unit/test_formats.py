@@ -169,7 +169,7 @@ def largest_allocation(work):
 
 @pytest.mark.parametrize("shares", [{"keep_ratio": 0.9}, {"head_ratios": {(0, 1): 0.8}, "keep_ratio": 0.9}], ids=str)
 def test_keys_of_few_channels_are_never_widened(shares, monkeypatch):
-    """A step over narrow keys and values in 4 bits makes no tensor as large as half of the full-width keys of the heads together."""
+    """A step over narrow keys and values in 4 bits makes no tensor of half the size of a part's full-width keys."""
     monkeypatch.setattr("l2kv.probabilities._CAST", 2 * 3 * 40 * 200)
     spec = CompressionSpec(protect_last=4, key_channels=0.25, value_bits=4, **shares)
     layer, generator = fed(spec, n=4000, steps=1, width=64)
