@@ -136,7 +136,12 @@ def content_of(cls: type, text: str) -> Content:
 
 def from_json(cls: type[Record], text: str) -> Record:
     """Read a record without arrays from the text of `to_json`. Raises RecordError if it is not one."""
-    kind, content = kind_of(cls), content_of(cls, text)
+    return from_content(cls, content_of(cls, text))
+
+
+def from_content(cls: type[Record], content: Content) -> Record:
+    """Make a record without arrays from its fields, as `content_of` gives them. Raises RecordError."""
+    kind = kind_of(cls)
     with _refusing(kind, f"This is not {kind.title} that can be read"):
         return _checked(cls, content)
 

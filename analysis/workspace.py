@@ -24,7 +24,7 @@ import msgspec
 
 from analysis.captures import Capture
 from analysis.errors import RecordError
-from analysis.evaluation.results import Results
+from analysis.evaluation.results import Results, results_so_far
 from analysis.models.packaged import home
 from analysis.plans.ablation import Ablation
 from analysis.plans.front import Front
@@ -134,7 +134,7 @@ class Workspace:
     def note_results(self, id: str, *, name: str) -> Entry:
         """List results that were written to their `results_file`, whether or not all of them. Raises RecordError."""
         path = self.folder / f"{id}.jsonl"
-        return self._note(id, path, load(Results, path), name)
+        return self._note(id, path, results_so_far(path), name)
 
     def rename(self, id: str, name: str) -> Entry:
         """Call a record something else. Raises RecordError where there is none."""

@@ -12,9 +12,10 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 from analysis.captures import Capture
 from analysis.demo.presets import BUNDLED_RUNS, bundled_results
+from analysis.evaluation.results import Results, results_so_far
 from analysis.metrics import METRICS, HeadValues, metrics
 from analysis.plans.curves import LossCurves, loss_curves
-from analysis.records import load, load_any
+from analysis.records import load_any
 from analysis.studies import Study, study_of
 from analysis.verdicts import verdicts
 from analysis.workspace import KINDS, Entry, Workspace, digest_of_file
@@ -61,9 +62,7 @@ def _opened(id: str) -> object:
 
 def opened(cls: type[Thing], id: str) -> Thing:
     """Open a record of a class. Raises RecordError. Results may still grow, so they are read each time."""
-    if id not in _bundled_files() and WORKSPACE.path(id).suffix == ".jsonl":
-        return load(cls, WORKSPACE.path(id))
-    thing = _opened(id)
+    thing = results_so_far(path_of(id)) if cls is Results and path_of(id).suffix == ".jsonl" else _opened(id)
     assert isinstance(thing, cls), f"{id} is a {type(thing).__name__}, not a {cls.__name__}"
     return thing
 
@@ -76,8 +75,8 @@ def _bundled_files() -> dict[str, Path]:
 
 @lru_cache(maxsize=len(_BUNDLED))
 def _bundled_entries(kind: str) -> tuple[Entry, ...]:
-    field = next(field for field, of in _BUNDLED.items() if of == kind)
-    found = ((model, getattr(bundled_results(model), field)) for model in BUNDLED_RUNS)
+    field = next((field for field, of in _BUNDLED.items() if of == kind), "")
+    found = ((model, getattr(bundled_results(model), field, None)) for model in BUNDLED_RUNS)
     return tuple(
         Entry(digest_of_file(file), kind, model, _NAMES.get(kind, f"Bundled {kind}"), "bundled", "", str(file))
         for model, file in found

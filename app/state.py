@@ -40,6 +40,10 @@ class Param(Generic[Value]):
     """Written even if it is the default, which may be another one in the next version."""
 
 
+IN_ADDRESS: dict[str, Slot[Any]] = {}
+"""All slots that stand in the address, by the names of their parameters."""
+
+
 @dataclass(frozen=True)
 class Slot(Generic[Value]):
     """One value of a session. Its key may also be a widget's, on any number of pages."""
@@ -47,6 +51,10 @@ class Slot(Generic[Value]):
     key: str
     default: Value
     param: Param[Value] | None = None
+
+    def __post_init__(self) -> None:
+        if self.param:
+            IN_ADDRESS[self.param.name] = self
 
     def get(self) -> Value:
         """Return the value, or the default where there is none."""
@@ -90,7 +98,9 @@ def _within(low: float, high: float, kind: Callable[[str], Any] = int) -> Callab
     return read
 
 
-def _one_of(names: Sequence[str]) -> Callable[[str], str]:
+def one_of(names: Sequence[str]) -> Callable[[str], str]:
+    """Make the reader of a value that is one of some names."""
+
     def read(text: str) -> str:
         if text not in names:
             raise ValueError(f"must be one of {', '.join(names)}")
@@ -114,7 +124,7 @@ def _layers(text: str) -> tuple[int, ...]:
 
 
 def _flag(text: str) -> bool:
-    return _one_of(("0", "1"))(text) == "1"
+    return one_of(("0", "1"))(text) == "1"
 
 
 _NUMBERED = _within(0, 9999)
@@ -128,7 +138,7 @@ JOB = Slot("job_id", "", Param("job", str))
 OTHER_RUN = Slot("other_run_id", "", Param("with", str))
 """Run that is shown beside the one on screen."""
 
-PROBE = Slot("probe", "next token", Param("probe", _one_of(tuple(PROBES)), always=True))
+PROBE = Slot("probe", "next token", Param("probe", one_of(tuple(PROBES)), always=True))
 SKIP_FIRST = Slot("skip_first", False, Param("skip_first", _flag, lambda on: str(int(on))))
 MAP = Slot("map", "gamma", Param("map", str, always=True))
 LAYER = Slot("layer_open", 0, Param("layer", _NUMBERED, always=True))
@@ -140,14 +150,14 @@ PINNED = Slot[tuple[int, int] | None](
 QUERY = Slot("query", 0, Param("query", _NUMBERED))
 """Which of the last queries is shown, counted back from the last."""
 
-POLICY = Slot("policy", "low_norm", Param("policy", _one_of(tuple(POLICIES)), always=True))
+POLICY = Slot("policy", "low_norm", Param("policy", one_of(tuple(POLICIES)), always=True))
 KEEP_RATIO = Slot("keep_ratio", defaults.KEEP_RATIO, Param("keep", _within(0.01, 1, float), "{:g}".format, always=True))
 PROTECT_LAST = Slot("protect_last", defaults.RECENT_WINDOW, Param("window", _within(0, 4096), always=True))
 PROTECT_FIRST = Slot("protect_first", 0, Param("first", _within(0, 4096)))
 SKIP_LAYERS = Slot[Sequence[int]](
     "skip_layers", (), Param("skip", _layers, lambda layers: ",".join(map(str, layers)), always=True)
 )
-CACHE_DTYPE = Slot("bytes_dtype", "", Param("dtype", _one_of(("", *DTYPES))))
+CACHE_DTYPE = Slot("bytes_dtype", "", Param("dtype", one_of(("", *DTYPES))))
 """Dtype that bytes are counted in; empty: the model's own."""
 
 NOTICES = Slot[tuple[str, ...]]("notices", ())
@@ -159,10 +169,6 @@ REFUSED = Slot[tuple[str, ...]]("refused", ())
 CHART_DRAWN = Slot("chart_drawn", False)
 """Whether the browser has drawn a chart."""
 FIRST_CHART_SENT = Slot[float | None]("first_chart_sent", None)
-
-IN_ADDRESS: dict[str, Slot[Any]] = {
-    slot.param.name: slot for slot in list(globals().values()) if isinstance(slot, Slot) and slot.param
-}
 
 
 def notice(text: str) -> None:

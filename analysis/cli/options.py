@@ -12,7 +12,8 @@ import typer
 
 from analysis import defaults, metrics
 from analysis.errors import SettingsError, UserError
-from analysis.paper import figures
+from analysis.paper.experiments import EXPERIMENTS
+from analysis.paper.figures import FIGURES as READ_OFF
 from analysis.plans import ablation, strategies
 from analysis.plans.skip import Plan, skip_list
 from analysis.records import load
@@ -107,12 +108,17 @@ OF_ALR = Named(Registry("policy", SettingsError, {name: policies.POLICIES[name] 
 WHEN = Named(Registry("schedule", SettingsError, {name: name for name in SCHEDULES}))
 METRICS, STRATEGIES = Named(metrics.METRICS), Named(strategies.STRATEGIES)
 PROBES, PROBE = Named(Registry("probe", SettingsError, metrics.PROBES)), _shown(defaults.PROBE)
-FIGURES = Named(Registry("figure", SettingsError, figures.FIGURES))
+_PAPER = dict(sorted({**READ_OFF, **EXPERIMENTS}.items(), key=lambda each: (len(each[0]), each[0])))  # fig2, fig10
+FIGURES = Named(Registry("figure", SettingsError, _PAPER))
 
 # Of texts and models. What a parser takes is not checked to be UTF-8: names of files need not be.
 Text = Annotated[str, typer.Argument(parser=str, help="Text file, or - for standard input.", metavar="TEXT")]
 Texts = Annotated[
     list[Path], typer.Argument(parser=Path, help="Text files, or folders of .txt files.", metavar="TEXTS")
+]
+MaybeTexts = Annotated[
+    list[Path],
+    typer.Argument(parser=Path, metavar="TEXTS", help="Text files, or folders of .txt files; the bundled by default."),
 ]
 Model = Annotated[
     str,

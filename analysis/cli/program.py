@@ -37,6 +37,8 @@ class Command(TyperCommand):
             parser = parameter.type_descriptor.parameter_info.parser  # type: ignore[attr-defined]
             if names := str(parser) if isinstance(parser, (Named, Listed)) else "":
                 parameter.help = f"{parameter.type_descriptor.parameter_info.help} {names}"  # type: ignore[attr-defined]
+            if isinstance(parser, Listed):
+                parameter.display_type = lambda _: "LIST"  # type: ignore[attr-defined]
         super().format_help(ctx, formatter)
 
 

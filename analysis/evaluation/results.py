@@ -5,17 +5,20 @@ A Pareto front, a single-layer ablation and a passkey grid are views of results.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import exp, isfinite, nan
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from analysis.errors import SettingsError
-from analysis.records import record
+from analysis.records import content_of, from_content, record
 from analysis.statistics import Interval, means
+from analysis.texts.read import read_text
 from l2kv.policies import POLICIES
 from l2kv.spec import CompressionSpec
 
@@ -226,7 +229,8 @@ class Results:
     def by_position(self, *, width: int = 1) -> list[dict[str, Any]]:
         """Tabulate each method by `width` positions: mean NLL, perplexity and accuracy with their intervals.
 
-        "position" is the first of each group; the last group may be smaller. "change" is as in `summary`.
+        "position" is the first of each group; the last group may be smaller. "change" and "perplexity_ratio" are as in
+        `summary`.
 
         Raises:
             SettingsError: as `positions`, or the width is less than 1.
@@ -248,6 +252,7 @@ class Results:
             columns["perplexity"] = [_exp(one) for one in columns["nll"]]
             if full is not None:
                 columns["change"] = intervals(self.nats(method) - self.nats(full))
+                columns["perplexity_ratio"] = [_exp(one) for one in columns["change"]]
             for i, start in enumerate(self.positions[starts].tolist()):
                 rows.append({"method": method, "position": start} | {name: of[i] for name, of in columns.items()})
         return rows
@@ -308,6 +313,23 @@ class Results:
         import pandas as pd
 
         return pd.DataFrame(self.table())
+
+
+def results_so_far(path: str | Path) -> Results:
+    """Read results that may have been stopped at any row: those of the samples that every method has done.
+
+    Raises:
+        RecordError: the file is missing, or no file of results.
+    """
+    content = content_of(Results, read_text(path))
+    rows = content.get("rows", [])
+    done = Counter(row.get("sample") for row in rows)
+    n_methods = len(content.get("methods", ()))
+    of_all = [row for row in rows if done[row.get("sample")] == n_methods]
+    run = content.get("run")
+    if isinstance(run, dict) and n_methods:
+        content["run"] = run | {"samples": len(of_all) // n_methods}
+    return from_content(Results, content | {"rows": of_all})
 
 
 def passes(specs: Collection[CompressionSpec | None]) -> tuple[int, int]:

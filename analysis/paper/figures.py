@@ -1,7 +1,8 @@
 """The paper's figures for any model: the numbers behind each, beside those that the paper reports.
 
 Figures 1, 2 and 7 are read off captures here, 8 and 9 and the factors off vectors (`analysis.paper.why`). `reproduce`
-makes them all; a figure's numbers become a record, {"l2kv_figure": 2, ...}. Draws nothing.
+makes them all; a figure's numbers become a record, {"l2kv_figure": 2, ...}. Those that tasks measure are in
+`analysis.paper.experiments`. Draws nothing.
 
 Source: Devoto et al., EMNLP 2024, arXiv 2406.11430. Its numbers are quoted where it gives any.
 """
@@ -9,7 +10,7 @@ Source: Devoto et al., EMNLP 2024, arXiv 2406.11430. Its numbers are quoted wher
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
@@ -221,10 +222,11 @@ class OfSink(Generic[Found]):
     of: Found
 
 
-def to_json(name: str, numbers: object, about: Mapping[str, object]) -> str:
-    """Write a figure as JSON. `about` describes its origin: model, texts and the like."""
-    figure = FIGURES[name]
-    return json_text({"l2kv_figure": VERSION, "figure": name, **asdict(figure), **about, "numbers": numbers})
+def to_json(name: str, numbers: object, about: Mapping[str, object], *, figure: Figure | None = None) -> str:
+    """Write a figure as JSON. `about` describes its origin: model, texts and the like; `figure` is by default ours."""
+    figure = figure or FIGURES[name]
+    told = {"l2kv_figure": VERSION, "figure": name, "title": figure.title, "paper": figure.paper}
+    return json_text({**told, **about, "numbers": numbers})
 
 
 def _of_a_sink(loaded: LoadedModel, text: str, run: Capture, only: Sequence[str]) -> Iterator[tuple[str, OfSink[Any]]]:

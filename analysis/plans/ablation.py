@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -139,6 +140,7 @@ def ablate_layers(
     spec: CompressionSpec,
     *,
     settings: LmSettings | None = None,
+    out: str | Path | None = None,
     progress: Progress = unheard,
 ) -> Ablation:
     """Compress each layer alone by `spec`, skip all others, and measure the NLL change.
@@ -147,6 +149,7 @@ def ablate_layers(
 
     Args:
         spec: the compression; its `skip_layers` are not compared. Its policy is one of `POLICIES`.
+        out: file to write each continuation to, so that a stopped ablation continues, as for `evaluate`.
         progress: counts captures and continuations ("passes").
 
     Raises:
@@ -170,7 +173,7 @@ def ablate_layers(
         measured.append(study_of(run, probes=("next token",), names=("alr", "alr_chance")))
         progress(i + 1, total, "passes")
     alone = {_method(layer): _alone(spec, layer, loaded.config.num_hidden_layers) for layer in layers}
-    results = _lm(loaded, given, alone, settings, part_of(progress, len(given), total, "passes"))
+    results = _lm(loaded, given, alone, settings, part_of(progress, len(given), total, "passes"), out)
     return Ablation(
         spec,
         layers,
@@ -190,10 +193,11 @@ def _lm(
     methods: Mapping[str, CompressionSpec],
     settings: LmSettings,
     progress: Progress,
+    out: str | Path | None = None,
 ) -> Results:
     from analysis.evaluation.run import evaluate
 
-    return evaluate(loaded, "lm", {FULL: None, **methods}, texts=texts, settings=settings, progress=progress)
+    return evaluate(loaded, "lm", {FULL: None, **methods}, texts=texts, settings=settings, out=out, progress=progress)
 
 
 COSTLY = 0.01  # nats/token: a layer that changes the NLL by this or more, alone, raises the perplexity by one percent

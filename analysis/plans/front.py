@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -295,6 +296,7 @@ def measure_front(
     strategies: Iterable[str] | None = None,
     settings: LmSettings | None = None,
     protect_last: int = RECENT_WINDOW,
+    out: str | Path | None = None,
     progress: Progress = unheard,
 ) -> Front:
     """Plan by every strategy on the prompts of some texts, and measure the plans on other texts.
@@ -307,6 +309,7 @@ def measure_front(
         planning, measuring: pairs (name, text), or `excerpts`; no text may be in both.
         keep_ratios: budgets, shares of the pairs of the layers that can be compressed.
         strategies: names in `STRATEGIES`; by default all.
+        out: file to write each continuation to, so that a stopped measurement continues, as for `evaluate`.
         progress: counts captures and continuations ("passes").
 
     Raises:
@@ -374,6 +377,7 @@ def measure_front(
         {FULL: None, **methods},
         texts=test_texts,
         settings=settings,
+        out=out,
         progress=part_of(progress, before, total, "passes"),
     )
     plans = tuple(

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import streamlit as st
 
+from analysis.defaults import EXCERPTS, NEW_TOKENS, PROMPT_TOKENS
 from analysis.demo.presets import bundled_texts
+from analysis.evaluation.lm import LmSettings
 from analysis.texts.read import plain_text
 from analysis.words import counted
 from app import state
 from app.components import uploads
+
+if TYPE_CHECKING:
+    from analysis.models.load import LoadedModel
+    from analysis.texts.excerpts import Excerpt
 
 _FILES = state.Slot[Mapping[str, str]]("documents", {})
 _PASTED = state.Slot("documents_pasted", "")
@@ -52,3 +60,38 @@ def ask(*, few: str = "") -> Mapping[str, str]:
         st.caption(f"{counted(len(given), 'text')}, {characters:,} characters.")
         st.button("Use the bundled texts", on_click=clear, icon=":material/close:", key="documents_clear")
     return given
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How excerpts are cut from texts: how many, and how long their prompts and continuations are."""
+
+    excerpts: int
+    lm: LmSettings
+
+    def given(self, loaded: LoadedModel, texts: Mapping[str, str]) -> tuple[Excerpt, ...]:
+        """Cut the excerpts. Raises TextError where there is none."""
+        from analysis.texts.excerpts import excerpts
+
+        n_tokens = min(self.lm.n_tokens, loaded.positions)
+        return excerpts(loaded.tokenizer, texts, n_tokens=n_tokens, at_most=self.excerpts)
+
+    def planning_and_measuring(
+        self, loaded: LoadedModel, texts: Mapping[str, str]
+    ) -> tuple[tuple[Excerpt, ...], tuple[Excerpt, ...]]:
+        """Cut excerpts to plan on, and as many others to measure on. Raises TextError where there are too few."""
+        from analysis.texts.excerpts import planning_and_measuring
+
+        n_tokens = min(self.lm.n_tokens, loaded.positions)
+        return planning_and_measuring(loaded.tokenizer, texts, n_tokens=n_tokens, each=self.excerpts)
+
+
+def ask_cut(key: str, *, label: str = "Excerpts") -> Cut:
+    """Ask for the number and the lengths of excerpts. Raises SettingsError."""
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        n = st.number_input(
+            label, 1, 256, EXCERPTS, key=f"{key}_excerpts", help="Spread over the texts. Fewer than 16 say little."
+        )
+        prompt = st.number_input("Prompt tokens", 8, 131_072, PROMPT_TOKENS, 64, key=f"{key}_prompt")
+        new = st.number_input("Tokens to predict", 1, 4096, NEW_TOKENS, 16, key=f"{key}_new")
+    return Cut(int(n), LmSettings(int(prompt), int(new)))

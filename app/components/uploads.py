@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -72,3 +73,8 @@ def saved(thing: Thing, save: Callable[[Thing, Path], Path]) -> bytes:
     """Make the bytes of a download with a function that writes to disk."""
     with tempfile.TemporaryDirectory() as folder:
         return save(thing, Path(folder) / "saved.safetensors").read_bytes()
+
+
+def safe_name(name: str) -> str:
+    """The name of an uploaded file without anything that leads elsewhere."""
+    return re.sub(r"[^\w.\-]", "_", Path(name).name)[-80:].lstrip(".") or "file"

@@ -8,6 +8,7 @@ also draws headings and captions.
 """
 
 from app.figures.comparing import gamma_spread, verdict_bars
+from app.figures.evaluation import Curve, length_depth_maps, score_by_bytes, score_by_position
 from app.figures.layers import kept_by_layer, layer_alr, layer_costs, means_by_layer
 from app.figures.maps import direction_map, head_map, ratio_map
 from app.figures.paper import excess_loss, key_dimensions, zeroed_dimensions
@@ -17,6 +18,7 @@ from app.figures.texts import head_over_texts, order_agreement
 from app.figures.tokens import gamma_by_query, loss_curves, norm_and_attention, norm_attention_scatter, pooled_map
 
 __all__ = [
+    "Curve",
     "Line",
     "direction_map",
     "excess_loss",
@@ -32,6 +34,7 @@ __all__ = [
     "key_dimensions",
     "layer_alr",
     "layer_costs",
+    "length_depth_maps",
     "loss_curves",
     "means_by_layer",
     "norm_and_attention",
@@ -39,6 +42,8 @@ __all__ = [
     "order_agreement",
     "pooled_map",
     "ratio_map",
+    "score_by_bytes",
+    "score_by_position",
     "verdict_bars",
     "zeroed_dimensions",
 ]

@@ -9,7 +9,18 @@ from dataclasses import dataclass
 import numpy as np
 import plotly.graph_objects as go
 
-from app.figures.style import CONTRAST, FULL_GREY, PRIMARY, axis, error_bars, level, literal, new_figure
+from app.figures.style import (
+    BELOW,
+    CONTRAST,
+    FULL_GREY,
+    MARKERS,
+    PRIMARY,
+    axis,
+    error_bars,
+    level,
+    literal,
+    new_figure,
+)
 
 # Lines of a Pareto front: kinds are told apart by dash and filling, those of a kind by colour and marker.
 _DASHES = {"uniform": "dash", "plan": "solid", "baseline": "dot"}
@@ -18,7 +29,6 @@ _COLORS = {
     "plan": ("#3E7CD6", "#B8456F", "#2C8C9B", "#A08A00", PRIMARY, "#8A5A2B", "#D98C00", "#E05299"),
     "baseline": (FULL_GREY,),
 }
-_MARKERS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "star", "pentagon", "x")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,12 +49,12 @@ def front(lines: Mapping[str, Line], *, full_mib: float, shown: Collection[str] 
     Plans are solid with filled markers, uniform strategies dashed and hollow, baselines dotted grey; the full cache is
     a grey cross at no change. Only the lines `shown` are drawn; a line looks the same whichever they are.
     """
-    figure = new_figure(height=560, legend=dict(orientation="h", x=0, y=-0.16, yanchor="top", title_text=""))
+    figure = new_figure(height=560, legend=BELOW)
     level(figure, 0)
     drawn: Counter[str] = Counter()
     for name, line in lines.items():
         place, colors = drawn[line.kind], _COLORS[line.kind]
-        color, symbol = colors[place % len(colors)], _MARKERS[place % len(_MARKERS)]
+        color, symbol = colors[place % len(colors)], MARKERS[place % len(MARKERS)]
         drawn[line.kind] += 1
         if shown is not None and name not in shown:
             continue

@@ -24,6 +24,11 @@ SEQUENTIAL = [[0.0, "#F5EFE9"], [0.5, "#EE9A50"], [1.0, "#A34503"]]
 # Viridis without its ends, which drown in a white or in a dark page.
 LAYERS = [[0.0, "#5B5BB5"], [0.33, "#2C8C9B"], [0.67, "#3BB273"], [1.0, "#C9C22B"]]
 
+# Lines that stand side by side: a colour and a marker each, so that colour never tells them apart alone.
+COLORS = (PRIMARY, CONTRAST, "#2C8C9B", "#B8456F", "#A08A00", "#3E7CD6", "#8A5A2B", "#E05299")
+MARKERS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "star", "pentagon", "x")
+BELOW = dict(orientation="h", x=0, y=-0.16, yanchor="top", title_text="")  # a legend of many lines, under the axis
+
 MOST_POINTS = 4000  # SVG markers a browser still pans smoothly
 MOST_SAMPLES = 500  # points of a line: more than a screen has use for
 OF_HEAD = "layer %{customdata[0]}, head %{customdata[1]}<br>"  # hover text begins so, over `as_customdata`

@@ -1,4 +1,4 @@
-"""The report: one page about a run, or about two compared, for a reader who has nothing installed. Runs no model.
+"""The report: one page about a run, two compared, or evaluations, for readers with nothing installed. Runs no model.
 
 Puts together what `analysis` says and `app.figures` draws; `app.report.chapters` has the sections that not every report
 has.
@@ -14,6 +14,7 @@ import numpy as np
 from analysis.captures import Capture
 from analysis.comparing import compare
 from analysis.defaults import KEEP_RATIO, RECENT_WINDOW
+from analysis.evaluation.results import Results
 from analysis.measures import attention_loss
 from analysis.metrics import METRICS
 from analysis.models.load import BUNDLED_MODELS
@@ -29,7 +30,7 @@ from analysis.studies import Study, layer_alr, policy_alr, study_of
 from analysis.verdicts import answer, meanings, verdict_counts, verdicts
 from analysis.words import human_bytes, layers_listed, signed
 from app import figures
-from app.report import chapters
+from app.report import chapters, evaluation
 from app.report.writing import Drawing, Section, Table, document
 from l2kv.spec import CompressionSpec
 
@@ -68,19 +69,21 @@ def report(
     studies: Sequence[Study] = (),
     front: Front | None = None,
     ablation: Ablation | None = None,
+    results: Sequence[Results] = (),
 ) -> str:
     """The HTML of a report.
 
     Args:
-        runs: one, or two that are compared.
+        runs: one, or two that are compared; none where there are results.
         studies: of many texts; two are compared.
-        front, ablation: shown where they are given; whichever model they are of is named.
+        front, ablation, results: shown where they are given; whichever models they are of are named.
 
     Raises:
-        ValueError: there is no run, or more than two runs or studies.
+        ValueError: there are neither runs nor results, or more than two runs or studies.
+        SettingsError: results are of a task that is not registered.
     """
-    if not 1 <= len(runs) <= 2 or len(studies) > 2:
-        raise ValueError(f"a report is of 1 or 2 runs and up to 2 studies, got {len(runs)} and {len(studies)}")
+    if not (runs or results) or len(runs) > 2 or len(studies) > 2:
+        raise ValueError(f"a report is of up to 2 runs and 2 studies, or of results, got {len(runs)}, {len(studies)}")
     names, measured = _names(runs, "run"), [study_of(run, probes=("next token",)) for run in runs]
     advice = [_Advice.of(study, studies) for study in measured]
     sections: list[Section] = []
@@ -100,18 +103,25 @@ def report(
         sections.append(chapters.of_front(front))
     if ablation is not None:
         sections.append(chapters.of_ablation(ablation))
+    sections += [evaluation.section(each) for each in results]
+    data = _data(runs, names, measured, advice, results)
+    if not runs:
+        return document(f"What compression costs in {_models(results)}", "", sections, data=data)
     table = {"figure": list(_READING), "meaning": list(_READING.values())}
     sections += [
         Section("How to read it", ("Layers and heads count from 0.",), table=table),
         Section("What it does not say", _LIMITS),
     ]
-    title = f"Does low norm predict attention in {' and in '.join(dict.fromkeys(run.model for run in runs))}?"
     lead = (
         answer(measured[0])
         if len(runs) == 1
         else "\n".join(f"{name}: {answer(study)}" for name, study in zip(names, measured, strict=True))
     )
-    return document(title, lead, sections, data=_data(runs, names, measured, advice))
+    return document(f"Does low norm predict attention in {_models(runs)}?", lead, sections, data=data)
+
+
+def _models(of: Sequence[Capture] | Sequence[Results]) -> str:
+    return " and in ".join(dict.fromkeys(each.model for each in of))
 
 
 def _names(of: Sequence[Capture] | Sequence[Study], what: str) -> tuple[str, ...]:
@@ -283,7 +293,13 @@ class _Advice:
         )
 
 
-def _data(runs: Sequence[Capture], names: Sequence[str], measured: Sequence[Study], advice: Sequence[_Advice]) -> str:
+def _data(
+    runs: Sequence[Capture],
+    names: Sequence[str],
+    measured: Sequence[Study],
+    advice: Sequence[_Advice],
+    results: Sequence[Results],
+) -> str:
     told = [
         {
             "name": name,
@@ -296,4 +312,5 @@ def _data(runs: Sequence[Capture], names: Sequence[str], measured: Sequence[Stud
         }
         for name, run, study, each in zip(names, runs, measured, advice, strict=True)
     ]
-    return json_text({"l2kv_report": VERSION, "runs": told})
+    scored = evaluation.summaries(results)
+    return json_text({"l2kv_report": VERSION, "runs": told} | ({"results": scored} if scored else {}))

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from analysis.paper.figures import FIGURES, BestAndWorst, FourHeads, OfSink, OverChunks, to_json
+from analysis.evaluation.results import Results
+from analysis.evaluation.tasks import TASKS
+from analysis.paper.experiments import EXPERIMENTS
+from analysis.paper.figures import FIGURES, BestAndWorst, Figure, FourHeads, OfSink, OverChunks, to_json
 from analysis.paper.why import Factors, SinkKey, Zeroing
 from analysis.records import write_text
 from analysis.words import counted, signed, span
 from app import figures
 from app.components import markup
+from app.report import evaluation
 from app.report.writing import Drawing, Section, document
 
 
@@ -23,28 +28,63 @@ def section(name: str, numbers: object) -> Section:
 
 
 def write_pages(
-    made: Iterable[tuple[str, object]], folder: Path, *, model: str, names: Sequence[str], n_tokens: int
+    made: Iterable[tuple[str, Any]], folder: Path, *, model: str, excerpts: Sequence[str] = (), n_tokens: int = 0
 ) -> Iterator[Path]:
     """Write a page and a JSON file for each figure, and an index of them; yields what was written.
 
     Args:
-        made: name and numbers of each figure, as `analysis.paper.figures.reproduce` gives them.
-        names: of the excerpts that they were made from, of `n_tokens` each.
+        made: name and numbers of each figure, as `analysis.paper.figures.reproduce` gives them; of an
+            experiment the `Results` of each of its parts, by name.
+        excerpts: names of the excerpts that figures were read off, of `n_tokens` each.
 
     Raises:
         RecordError: a file cannot be written; says which.
     """
-    lead = f"{model}, on excerpts of {n_tokens} tokens; the first is “{names[0]}”."
-    about = {"model": model, "texts": names, "tokens_per_excerpt": n_tokens}
-    sections = []
+    index = []
+    about = {"model": model, "texts": excerpts, "tokens_per_excerpt": n_tokens}
+    read_off = f"{model}, on excerpts of {n_tokens} tokens; the first is “{next(iter(excerpts), '')}”."
     for name, numbers in made:
-        drawn, data = section(name, numbers), to_json(name, numbers, about)
-        page = document(drawn.heading, lead, [replace(drawn, heading="")], data=data)
-        yield write_text(page, folder / f"{name}.html")
-        yield write_text(data, folder / f"{name}.json")
+        if name in EXPERIMENTS:
+            page = _experiment(name, numbers, model)
+        else:
+            drawn = section(name, numbers)
+            words = (drawn.words[0], drawn.words[-1])
+            page = _Page(drawn.heading, read_off, words, (replace(drawn, heading=""),), to_json(name, numbers, about))
+        html = document(page.heading, page.lead, page.sections, data=page.data)
+        yield write_text(html, folder / f"{name}.html")
+        yield write_text(page.data, folder / f"{name}.json")
         links = (("The figure", f"{name}.html"), ("Its numbers, as JSON", f"{name}.json"))
-        sections.append(Section(drawn.heading, (drawn.words[0], drawn.words[-1]), links=links))
-    yield write_text(document(f"The paper's figures, for {model}", lead, sections), folder / "index.html")
+        index.append(Section(page.heading, page.words, links=links))
+    if len(index) > 1:
+        yield write_text(document(f"The paper's figures, for {model}", "", index), folder / "index.html")
+
+
+@dataclass(frozen=True, slots=True)
+class _Page:
+    """What the page of a figure holds."""
+
+    heading: str
+    lead: str
+    words: tuple[str, ...]
+    """Words about it in the index."""
+    sections: tuple[Section, ...]
+    data: str
+
+
+def _experiment(name: str, numbers: Mapping[str, Results], model: str) -> _Page:
+    experiment = EXPERIMENTS[name]
+    words = (f"The paper: {experiment.paper}", f"Here: {experiment.here}")
+    told = evaluation.summaries(numbers.values())
+    data = to_json(name, told, {"model": model, "here": experiment.here}, figure=experiment)
+    sections = tuple(
+        evaluation.section(
+            results,
+            heading=TASKS.find(results.task).title + (f": {part}" if part != results.task else ""),
+            by_position=tuple(evaluation.SCORES),
+        )
+        for part, results in numbers.items()
+    )
+    return _Page(_heading(name, experiment), "\n".join((model, *words)), words, sections, data)
 
 
 def _fig1(numbers: FourHeads) -> Section:
@@ -255,9 +295,12 @@ _SECTIONS: dict[str, Callable[..., Section]] = {
 
 def _section(name: str, *words: str, drawings: Iterable[Drawing], columns: int = 1) -> Section:
     figure = FIGURES[name]
-    words = (*words, f"The paper: {figure.paper}")
+    return Section(_heading(name, figure), (*words, f"The paper: {figure.paper}"), tuple(drawings), columns)
+
+
+def _heading(name: str, figure: Figure) -> str:
     number = f"Figure {name.removeprefix('fig')}: " if name.startswith("fig") else ""
-    return Section(f"{number}{figure.title}", words, tuple(drawings), columns)
+    return f"{number}{figure.title}"
 
 
 def _excerpts(n_tokens: np.ndarray) -> str:

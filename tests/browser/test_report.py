@@ -5,7 +5,9 @@ import shutil
 
 import pytest
 
+from analysis.evaluation.results import FULL
 from app.report import VERSION, report
+from tests.support.evaluation import passkeys_of, predictions_of
 from tests.support.runs import random_run
 from tests.support.texts import HOSTILE
 
@@ -18,7 +20,13 @@ pytestmark = [
 def test_a_browser_draws_a_page_asks_for_nothing_and_follows_light_and_dark(tmp_path):
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     file = tmp_path / "report.html"
-    file.write_text(report([random_run(model=HOSTILE, text=HOSTILE.ljust(40))]))
+    results = [
+        passkeys_of(
+            {FULL: {(400, 0.1): [1], (1000, 0.9): [0]}, f"{HOSTILE} 0.25": {(400, 0.1): [1], (1000, 0.9): [0]}}
+        ),
+        predictions_of({"low_norm 0.5": [[0.0, 3.0]] * 2}),
+    ]
+    file.write_text(report([random_run(model=HOSTILE, text=HOSTILE.ljust(40))], results=results))
     wrong, ink = [], "getComputedStyle(document.querySelector('.plot .xtick text')).fill"
     with sync_api.sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])

@@ -337,7 +337,7 @@ def test_a_fetched_model_is_told_in_json_too(capsys, monkeypatch):
         ("msgspec", ["--help"], "analysis"),
         ("streamlit", ["app"], "app"),
         ("jinja2", ["report", DEMO, "-o", "x"], "app"),
-        ("plotly", ["figures", "README.md", "-o", "x"], "app"),
+        ("plotly", ["paper", "fig1", "README.md", "-o", "x"], "app"),
     ],
 )
 def test_without_an_extra_a_command_says_what_to_install(missing, words, extra):

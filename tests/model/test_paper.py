@@ -9,9 +9,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer, FalconConfig, FalconForCausalLM
 
-from analysis import ModelError, TextError, capture
+from analysis import ModelError, TextError, capture, load_model
+from analysis.errors import SettingsError
 from analysis.metrics import correlation
 from analysis.models.load import LoadedModel
+from analysis.paper import experiments
 from analysis.paper.figures import FIGURES, VERSION, best_and_worst, four_heads, over_chunks, reproduce, to_json
 from analysis.paper.vectors import attention_rows, each_layer, head_vectors, pooled_attention
 from analysis.paper.why import Factors, factors, sink_head, sink_key, zeroing
@@ -350,3 +352,80 @@ def test_the_drawn_figures_say_what_the_numbers_say(reproduced):
     np.testing.assert_array_equal([curve.y for curve in curves], two.excess)
     plane = figures.factor_plane(np.array([[0.1, np.nan]]), np.array([[0.2, 0.3]]))
     assert list(plane.data[0].x) == [0.1] and list(plane.data[0].y) == [0.2]
+
+
+# experiments
+
+
+def specs_of(case) -> dict[str, tuple]:
+    return {
+        name: (spec.policy, spec.keep_ratio, spec.prune_after, spec.skip_layers, spec.protect_last)
+        for name, spec in case.methods.items()
+        if spec
+    }
+
+
+def test_retrieval_is_asked_of_needles_and_passkeys_at_all_lengths_and_depths():
+    loaded = load_model("books-5m", device="cpu")
+    for name, lines in (
+        ("fig4", {policy: (policy, (0, 1)) for policy in ("low_norm", "high_norm", "random")}),
+        (
+            "fig16",
+            {
+                "no layer skipped": ("low_norm", ()),
+                "layer 0 skipped": ("low_norm", (0,)),
+                "layers 0, 1 skipped": ("low_norm", (0, 1)),
+            },
+        ),
+    ):
+        needle, passkey = experiments.cases(loaded, name, experiments.Size(400, 2, (0.5, 0.1)))
+        assert (needle.task, passkey.task) == ("needle", "passkey")
+        assert needle.settings.lengths == passkey.settings.lengths == (100, 200, 400)
+        assert needle.settings.samples == passkey.settings.keys == 2
+        assert len(needle.settings.depths) == 5 and needle.texts is None
+        expected = {
+            f"{line} {keep}": (policy, keep, 0, skip, 0)
+            for keep in (0.5, 0.1)
+            for line, (policy, skip) in lines.items()
+        }
+        assert specs_of(needle) == specs_of(passkey) == expected and needle.methods["full cache"] is None
+
+
+def test_prediction_evicts_as_the_papers_code_does_at_shares_of_the_excerpt_that_is_there():
+    loaded = load_model("books-5m", device="cpu")
+    size = experiments.Size(200, 3, (0.5, 0.25))
+    documents = {"a": TEXT * 20, "b": TEXT * 20}
+    (case,) = experiments.cases(loaded, "fig3", size, documents=documents)
+    assert case.settings.chunk_size == 200 and [text.document for text in case.texts] == ["a", "b", "a"]
+    assert specs_of(case) == {
+        f"{policy} {share}": (policy, 0.98, int(200 * share), (0, 1), 0)
+        for share in (0.5, 0.25)
+        for policy in ("low_norm", "high_norm", "random")
+    }
+    assert {spec.schedule for spec in case.methods.values() if spec} == {"reference"}
+    (bundled,) = experiments.cases(loaded, "fig6", experiments.Size(100_000, 1, (0.5,)))  # longer than they are
+    assert bundled.settings.chunk_size < 1000 and len(bundled.texts) == 1
+    assert {spec.prune_after for spec in bundled.methods.values() if spec} == {round(bundled.settings.chunk_size / 2)}
+    assert list(bundled.methods) == ["full cache", "low_norm 0.5", "fastgen 0.5"]
+
+
+def test_longbench_is_a_part_for_each_file_and_needs_one():
+    loaded = load_model("books-5m", device="cpu")
+    size = experiments.EXPERIMENTS["fig5"].quick
+    cases = list(experiments.cases(loaded, "fig5", size, files=["a/hotpotqa.jsonl", "qasper.jsonl"]))
+    assert [(case.name, case.settings.path) for case in cases] == [
+        ("hotpotqa", "a/hotpotqa.jsonl"), ("qasper", "qasper.jsonl"),
+    ]  # fmt: skip
+    assert {case.settings.n_tokens for case in cases} == {min(size.tokens, loaded.positions)}
+    with pytest.raises(SettingsError, match="give them by --path"):
+        next(experiments.cases(loaded, "fig5", size))
+    with pytest.raises(SettingsError, match="experiment must be one of"):
+        next(experiments.cases(loaded, "fig1", size))
+
+
+@pytest.mark.parametrize("name", experiments.EXPERIMENTS)
+def test_an_experiment_says_what_differs_and_is_smaller_for_a_laptop(name):
+    experiment = experiments.EXPERIMENTS[name]
+    assert experiment.here.endswith(".") and experiment.paper.endswith(".")
+    assert experiment.quick.tokens < experiment.size.tokens and experiment.quick.samples <= experiment.size.samples
+    assert set(experiment.quick.keep_ratios) <= set(experiment.size.keep_ratios)

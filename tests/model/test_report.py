@@ -15,8 +15,9 @@ from plotly.offline import get_plotlyjs_version
 from analysis import correlation, load_run, save_run
 from analysis.comparing import compare
 from analysis.demo import presets
+from analysis.evaluation.results import Results, Row
 from analysis.metrics import METRICS
-from analysis.records import save
+from analysis.records import load, save
 from analysis.studies import Study, save_study, study_of
 from analysis.verdicts import answer, verdicts
 from app.cli import main
@@ -301,11 +302,11 @@ def test_a_report_without_a_run_or_with_three_is_refused(tmp_path, capsys, studi
         assert "of one run or of two" in capsys.readouterr().err
 
 
-def test_the_figures_command_writes_pages_and_records(tmp_path, capsys):
+def test_the_paper_command_writes_pages_and_records(tmp_path, capsys):
     text = tmp_path / "keats.txt"
     text.write_text(presets.bundled_texts()["The Tomb of Keats (Oscar Wilde, 1877)"])
-    options = ["-m", "books-5m", "--only", "fig1,fig7", "--heads", "2.1", "--tokens", "60", "--excerpts", "2"]
-    assert main(["figures", str(text), "-o", str(tmp_path / "out"), *options]) == 0
+    options = ["-m", "books-5m", "--heads", "2.1", "--tokens", "60", "--excerpts", "2"]
+    assert main(["paper", "fig1,fig7", str(text), "-o", str(tmp_path / "out"), *options]) == 0
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
         "fig1.html", "fig1.json", "fig7.html", "fig7.json", "index.html",
     ]  # fmt: skip
@@ -316,14 +317,79 @@ def test_the_figures_command_writes_pages_and_records(tmp_path, capsys):
     assert {"fig7.html", "fig7.json"} <= {attributes.get("href") for _, attributes in index.tags}
     capsys.readouterr()
     for bad, reason in (
-        (["--only", "fig3"], "got 'fig3'"),
-        (["--heads", "1"], "layer.head"),
-        (["--heads", "9.0"], "6 layers"),
+        (["fig11"], "got 'fig11'"),
+        (["fig1", "--heads", "1"], "layer.head"),
+        (["fig1", "--heads", "9.0"], "6 layers"),
+        (["fig1", "--quick"], "leave out --quick"),
+        (["fig3", "--path", "x.jsonl"], "leave out --path"),
+        (["fig3", "--heads", "0.0"], "leave out --heads"),
+        (["fig5"], "give them by --path"),
     ):
-        assert main(["figures", str(text), "-o", str(tmp_path / "no"), "-m", "books-5m", "--tokens", "60", *bad]) == 2
+        figure, *others = bad
+        given = ["paper", figure, str(text), "-o", str(tmp_path / "no"), "-m", "books-5m", "--tokens", "60", *others]
+        assert main(given) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and reason in error and error.count("\n") == 1
     assert not (tmp_path / "no").exists()
+
+
+def test_an_experiment_of_the_paper_is_written_row_by_row_and_never_measured_twice(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    options = ["-m", "books-5m", "--quick", "--tokens", "40", "--excerpts", "2", "-o", str(out), "--device", "cpu"]
+    assert main(["paper", "fig3", *options]) == 0
+    assert "fig3-lm: about " in capsys.readouterr().err
+    assert sorted(file.name for file in out.iterdir()) == ["fig3-lm.jsonl", "fig3.html", "fig3.json"]
+    results = load(Results, out / "fig3-lm.jsonl")
+    assert list(results.methods) == ["full cache", "low_norm 0.5", "high_norm 0.5", "random 0.5"]
+    assert len(results.samples) == 2 and len(results.positions) == 39
+    text = Page((out / "fig3.html").read_text()).text
+    assert "Figure 3: Prediction by position" in text and "high norms is far worse than random" in text
+    for title in (
+        "Prediction against bytes",
+        "NLL by position",
+        "Perplexity ratio by position",
+        "Accuracy by position",
+    ):
+        assert title in text
+    content = json.loads((out / "fig3.json").read_text())
+    assert [one["task"] for one in content["numbers"]] == ["lm"] and "98 %" in content["here"]
+
+    monkeypatch.setattr("transformers.LlamaForCausalLM.forward", None)  # nothing is left to compute
+    monkeypatch.setattr("analysis.evaluation.work.estimate", lambda *_, **__: "no time")
+    assert main(["paper", "fig3", *options]) == 0
+    assert load(Results, out / "fig3-lm.jsonl").rows == results.rows
+
+
+def test_each_file_of_longbench_is_a_part_of_figure_5(tmp_path):
+    for name in ("2wikimqa", "hotpotqa"):
+        example = {
+            "input": "Who came?", "context": "Ann came. " * 30, "answers": ["Ann"], "length": 60, "dataset": name,
+            "language": "en", "all_classes": None, "_id": "0",
+        }  # fmt: skip
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(example))
+    paths = [word for name in ("2wikimqa", "hotpotqa") for word in ("--path", str(tmp_path / f"{name}.jsonl"))]
+    options = ["-m", "books-5m", "--quick", "--device", "cpu", "-o", str(tmp_path / "out")]
+    assert main(["paper", "fig5", *paths, *options]) == 0
+    assert (tmp_path / "out" / "fig5-2wikimqa.jsonl").is_file()
+    text = Page((tmp_path / "out" / "fig5.html").read_text()).text
+    assert "LongBench: 2wikimqa" in text and "LongBench: hotpotqa" in text and "a small decrease with 50 %" in text
+
+
+def test_results_make_a_report_of_their_own_or_a_part_of_one(tmp_path, capsys):
+    methods = {"full cache": None, "low_norm 0.5": CompressionSpec()}
+    rows = tuple(Row(name, f"{i}", 1.0, 2**20, at={"n_tokens": 9, "depth": 0.5}) for name in methods for i in range(3))
+    file, out = tmp_path / "results.jsonl", tmp_path / "report.html"
+    save(Results("a model", "", "passkey", {}, methods, rows), file)
+    assert main(["report", str(file), "-o", str(out)]) == 0
+    page = Page(out.read_text())
+    assert "What compression costs in a model" in page.text and "Passkey against bytes, n = 3" in page.text
+    (numbers,) = [one for one in page.data if "l2kv_report" in one]
+    (of,) = numbers["results"]
+    assert [row["score"]["value"] for row in of["rows"]] == [1, 1]
+    run = save_run(random_run(), tmp_path / "run.safetensors")
+    assert main(["report", str(run), str(file), "-o", str(out)]) == 0
+    text = Page(out.read_text()).text
+    assert "Does low norm predict attention in made up?" in text and "Passkey against bytes" in text
 
 
 def test_a_saved_run_makes_the_same_report(tmp_path):

@@ -1,4 +1,4 @@
-"""One NLL at a time, and fronts and ablations made up from NLL changes."""
+"""One NLL at a time; fronts, ablations and results made up from scores and NLL changes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +12,8 @@ from analysis.models.load import LoadedModel
 from analysis.plans.ablation import Ablation
 from analysis.plans.front import Front, Planned
 from l2kv import CompressionSpec
+
+MIB = 2**20
 
 
 def continuation_nll(
@@ -107,3 +109,30 @@ def ablation_of(
     )
     normalised = rows(np.ones_like(change) if normalised_alr is None else normalised_alr)
     return Ablation(spec, layers, results, normalised, None if alr is None else rows(alr))
+
+
+def passkeys_of(found: dict[str, dict[tuple[int, float], list[int]]]) -> Results:
+    """Results of the task `passkey`: method -> (tokens, depth) -> found or not. The full cache holds 4 MiB."""
+    rows = [
+        Row(method, f"{n} {depth} {i}", score, (4 if method == FULL else 1) * MIB, at={"n_tokens": n, "depth": depth})
+        for method, places in found.items()
+        for (n, depth), scores in places.items()
+        for i, score in enumerate(scores)
+    ]
+    specs = {name: None if name == FULL else CompressionSpec(0.25) for name in found}
+    return Results("a model", "", "passkey", {}, specs, tuple(rows))
+
+
+def predictions_of(changes: dict[str, list[list[float]]], *, full: bool = True) -> Results:
+    """Results of the task `lm` from changes of an NLL of 2, method -> [documents][tokens]; half of the tokens hit."""
+    shape = np.shape(next(iter(changes.values())))
+    rows = [
+        Row(
+            method, f"s{i}", 2 + float(np.mean(of)), (2 if method == FULL else 1) * MIB, document=f"d{i}",
+            decoded=len(of), nats=tuple(2 + change for change in of), hits=tuple(k % 2 for k in range(len(of))),
+        )
+        for method, documents in (({FULL: np.zeros(shape).tolist()} if full else {}) | changes).items()
+        for i, of in enumerate(documents)
+    ]  # fmt: skip
+    specs = {row.method: None if row.method == FULL else CompressionSpec(0.5) for row in rows}
+    return Results("a model", "", "lm", {}, specs, tuple(rows))

@@ -1,0 +1,260 @@
+"""Evaluate: what does compression cost? Tasks x methods x keep ratios, measured as a job; earlier results beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import streamlit as st
+
+from analysis import defaults
+from analysis.demo.presets import bundled_texts
+from analysis.errors import UserError
+from analysis.evaluation.results import FULL, Results
+from analysis.evaluation.tasks import TASKS
+from analysis.words import counted, duration
+from app import library, state
+from app.components import choices, documents, markup, settings
+from app.components.charts import show
+from app.engine import Engine
+from app.jobs import Jobs
+from app.report.evaluation import section, told
+from l2kv.errors import SpecError
+from l2kv.spec import CompressionSpec
+
+if TYPE_CHECKING:
+    from analysis.models.load import LoadedModel
+    from analysis.progress import Progress
+
+TASK = state.Slot("task", "passkey", state.Param("task", state.one_of(tuple(TASKS))))
+OTHER = state.Slot("other_results", "", state.Param("and", str))
+_RATIOS = (0.9, 0.75, 0.5, 0.25, 0.1)
+_BASELINES = ("random",)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An evaluation, before it has begun."""
+
+    task: str
+    settings: object
+    methods: Mapping[str, CompressionSpec | None]
+    texts: Mapping[str, str] | None
+    """Texts by name; None where the task takes none, or is content with the bundled ones."""
+    excerpts: int
+
+    def given(self, loaded: LoadedModel) -> Any:
+        """Excerpts of the texts, as the task takes them."""
+        from analysis.texts.excerpts import excerpts
+
+        of = TASKS[self.task].excerpt_tokens
+        if self.texts is None or of is None:
+            return self.texts
+        n_tokens = min(of(self.settings), loaded.positions)
+        return excerpts(loaded.tokenizer, self.texts, n_tokens=n_tokens, at_most=self.excerpts)
+
+
+def draw(engine: Engine, jobs: Jobs) -> None:
+    """Draw the page."""
+    st.title("What does it cost?")
+    found = library.entries("results", model=state.model())
+    st.caption(
+        f"Tasks are scored with the full cache of {markup.plain(state.model())} and with compressed ones. The prompt "
+        "is compressed once, the question comes after it, and the cache goes on evicting."
+    )
+    with st.expander("New evaluation", icon=":material/science:", expanded=not found, key="new_evaluation"):
+        _new(engine, jobs)
+    if found:
+        _results([entry.id for entry in found])
+
+
+def _new(engine: Engine, jobs: Jobs) -> None:
+    """Ask what to measure, say what it takes, and start it."""
+    left, right = st.columns(2, gap="large")
+    with left:
+        offered = choices.tasks()
+        task = st.selectbox(
+            "Task", list(offered), format_func=lambda name: offered[name].title,
+            help=choices.explained(offered), **TASK.widget(),
+        )  # fmt: skip
+        st.caption(offered[task].about)
+    try:
+        with left:
+            chosen = settings.ask(offered[task].settings, key=f"task_{task}")
+            texts, excerpts = _texts(task)
+        with right:
+            methods = _methods()
+        asked = Asked(task, chosen, methods, texts, excerpts)
+    except (UserError, SpecError) as error:
+        st.error(markup.plain(str(error)), icon=":material/error:")
+        return
+    with right:
+        st.caption(f"{counted(len(methods), 'method')}: {markup.plain(', '.join(methods))}.")
+        _estimate(engine, asked)
+        if st.button("Start", type="primary", icon=":material/play_arrow:", key="start_evaluation"):
+            state.JOB.set(start(jobs, state.model_ref(), asked))
+            st.rerun()
+
+
+def _texts(task: str) -> tuple[Mapping[str, str] | None, int]:
+    """Ask for texts where the task takes some, and for the number of excerpts."""
+    of = TASKS[task]
+    if of.texts == "no":
+        return None, 0
+    texts = documents.ask(few="They are short: give your own for more than a first look." if of.excerpt_tokens else "")
+    if texts == bundled_texts() and of.bundled:
+        return None, 0
+    if of.excerpt_tokens is None:
+        return texts, 0
+    excerpts = st.number_input(
+        "Excerpts",
+        1,
+        1000,
+        defaults.EXCERPTS,
+        help="Spread over the texts. A verdict takes 16.",
+        key="excerpts",
+    )
+    return texts, int(excerpts)
+
+
+def _methods() -> dict[str, CompressionSpec | None]:
+    """Ask for methods, all with the header's protection: policies at keep ratios, the plan in force, and baselines."""
+    base = state.uniform_spec()
+    offered = {name: policy for name, policy in choices.policies().items()}
+    policies = st.multiselect(
+        "Policies", list(offered), list(dict.fromkeys([base.policy, *_BASELINES, "keydiff"])),
+        format_func=lambda name: offered[name].title, help=choices.explained(offered), key="evaluate_policies",
+    )  # fmt: skip
+    options = sorted({*_RATIOS, base.keep_ratio}, reverse=True)
+    ratios = st.multiselect(
+        "Keep ratios", options, [base.keep_ratio], format_func=lambda ratio: f"{ratio:.0%}".replace("%", " %"),
+        key=f"evaluate_ratios_{base.keep_ratio}",
+    )  # fmt: skip
+    methods: dict[str, CompressionSpec | None] = {FULL: None}
+    if (plan := state.plan()) is not None and st.checkbox("The plan in force", True, key="evaluate_plan"):
+        methods["plan"] = plan.spec
+    for ratio in ratios:
+        for name in policies:
+            methods[f"{name} {ratio:g}"] = replace(base, policy=name, keep_ratio=ratio)
+    protected = f"first {base.protect_first} and last {base.protect_last} tokens" if base.protect_first else (
+        f"last {base.protect_last} tokens"
+    )  # fmt: skip
+    st.caption(f"For all of them the {protected} are protected, as set in the header, so random is protected, too.")
+    return methods
+
+
+def _estimate(engine: Engine, asked: Asked) -> None:
+    """Say how long it will take: at once if the model is in memory, else on a click that loads it."""
+    key = state.Slot[tuple[object, str] | None]("estimate", None)
+    known = key.get()
+    if known and known[0] == repr(asked):
+        st.markdown(f"It takes about **{markup.plain(known[1])}** here.")
+        return
+    if not st.button("Estimate the time", icon=":material/timer:", key="estimate_time", help="Runs a few tokens."):
+        return
+    from analysis.evaluation.work import estimate
+
+    try:
+        with (
+            st.spinner("Running a few tokens …", show_time=True),
+            engine.lend(state.model_ref(), lambda done, total, what: st.empty().empty()) as loaded,
+        ):
+            found = estimate(loaded, asked.task, asked.methods, texts=asked.given(loaded), settings=asked.settings)
+    except (UserError, SpecError) as error:
+        st.error(markup.plain(str(error)), icon=":material/error:")
+        return
+    key.set((repr(asked), f"{duration(found.seconds)}, {found.work.decoded:,} tokens at most"))
+    st.rerun()
+
+
+def start(jobs: Jobs, ref: str, asked: Asked) -> str:
+    """Start an evaluation, and return the job's id. The same one again goes on where it stopped."""
+    title = TASKS[asked.task].title
+
+    def work(loaded: LoadedModel, progress: Progress) -> str:
+        from analysis.evaluation.run import evaluate
+        from analysis.models.digest import digest_of
+
+        about = {
+            "weights": digest_of(loaded),
+            "task": asked.task,
+            "settings": asked.settings,
+            "methods": dict(asked.methods),
+            "texts": asked.texts,
+            "excerpts": asked.excerpts,
+        }
+        id, file = library.WORKSPACE.results_file(about)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        texts = asked.given(loaded)
+        try:
+            evaluate(
+                loaded, asked.task, asked.methods, texts=texts, settings=asked.settings, out=file, progress=progress
+            )
+        finally:  # what was measured is listed, also if it was cancelled
+            if file.exists():
+                library.WORKSPACE.note_results(id, name=f"{title}, {', '.join(list(asked.methods)[1:4])}")
+        return id
+
+    return jobs.start(f"Measuring {title}", ref, work, kind="results").id
+
+
+def _results(ids: Sequence[str]) -> None:
+    """Choose earlier results, one or two, and show them."""
+    names = {id: entry for id in ids if (entry := library.find(id))}
+
+    def label(id: str) -> str:
+        return f"{names[id].name} · {names[id].about} · {names[id].created[:16].replace('T', ' ')}" if id else "none"
+
+    shown = state.RESULTS.get() if state.RESULTS.get() in names else ids[0]
+    left, right = st.columns(2, gap="large")
+    chosen = left.selectbox("Results, newest first", ids, ids.index(shown), format_func=label, key=f"results_{shown}")
+    state.RESULTS.set(chosen)
+    others = ["", *(id for id in ids if id != chosen)]
+    if OTHER.get() not in others:
+        OTHER.set("")
+    other = right.selectbox("Compare with", others, format_func=label, **OTHER.widget())
+    for id in filter(None, (chosen, other)):
+        _one(id, names[id].name)
+
+
+def _one(id: str, name: str) -> None:
+    results = library.opened(Results, id)
+    st.subheader(markup.plain(name))
+    if not results.rows:
+        st.info("Not one sample is done by all methods yet. Start the same evaluation again, and it goes on.")
+        return
+    made = section(results)
+    for words in made.words:
+        st.caption(markup.plain(words))
+    _table(results, id)
+    for i, drawing in enumerate(made.drawings):
+        show(drawing.figure, key=f"{id}_{i}", alt=drawing.alt, caption=f"**{drawing.title}.** {drawing.caption}")
+    with st.expander("Every answer", icon=":material/table:", key=f"rows_{id}"):
+        st.dataframe(results.frame(), hide_index=True, key=f"frame_{id}")
+    with st.container(horizontal=True):
+        st.download_button(
+            "CSV", lambda: results.frame().to_csv(index=False).encode(), f"{id}.csv", "text/csv",
+            icon=":material/download:", on_click="ignore", key=f"csv_{id}",
+        )  # fmt: skip
+        st.download_button(
+            "JSON lines", lambda: library.path_of(id).read_bytes(), f"{id}.jsonl", "application/jsonl",
+            icon=":material/download:", on_click="ignore", key=f"json_{id}",
+        )  # fmt: skip
+        if st.button("Delete", icon=":material/delete:", key=f"delete_{id}"):
+            library.WORKSPACE.delete(id)
+            state.RESULTS.drop()
+            st.rerun()
+
+
+def _table(results: Results, id: str) -> None:
+    """A row for each method: what it scores, what it holds, and how far it is from the full cache."""
+    task = TASKS[results.task]
+    rows = results.summary(replace(task, axes=()))
+    titles = {"samples": "n", "MiB": "MiB held"}
+    st.dataframe(
+        [{titles.get(name, name.replace("_", " ")): told(value) for name, value in row.items()} for row in rows],
+        hide_index=True,
+        column_config={"MiB held": st.column_config.NumberColumn(format="%.2f")},
+        key=f"summary_{id}",
+    )

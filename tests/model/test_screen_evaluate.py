@@ -1,0 +1,146 @@
+"""The page Evaluate: what it asks for comes from the registries, and what it measured is there after a reload."""
+
+import time
+
+import pytest
+from streamlit.testing.v1 import AppTest
+
+from analysis.evaluation.results import FULL
+from analysis.evaluation.settings import settings_of
+from analysis.evaluation.tasks import TASKS
+from analysis.workspace import Workspace
+from app import library
+from app.engine import Engine
+from app.jobs import Jobs
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    workspace = Workspace(tmp_path / "workspace")
+    monkeypatch.setattr(library, "WORKSPACE", workspace)
+    return workspace
+
+
+@pytest.fixture(scope="module")
+def server():
+    engine = Engine()
+    return engine, Jobs(engine)
+
+
+def opened(server, **params):
+    def script(engine, jobs):
+        from app import address, header
+        from app.screens import evaluate
+
+        address.read()
+        header.draw(engine, jobs)
+        evaluate.draw(engine, jobs)
+        address.write()
+
+    page = AppTest.from_function(script, args=server, default_timeout=120)
+    for name, value in ({"model": "books-5m"} | params).items():
+        page.query_params[name] = value
+    page.run()
+    assert not page.exception
+    return page
+
+
+def a_small_passkey(page):
+    page.text_input(key="task_passkey_lengths").set_value("120")
+    page.text_input(key="task_passkey_depths").set_value("0.5")
+    page.number_input(key="task_passkey_keys").set_value(2)
+    page.multiselect(key="evaluate_policies").set_value(["low_norm"]).run()
+    return page
+
+
+def measured(page, jobs):
+    page.button(key="start_evaluation").click().run()
+    job = jobs.find("".join(page.query_params["job"]))
+    for _ in range(600):
+        if not job.running:
+            return job
+        time.sleep(0.1)
+    raise AssertionError(job)
+
+
+@pytest.mark.parametrize("task", list(TASKS))
+def test_each_task_has_its_settings_on_the_page(server, workspace, task):
+    page = opened(server, task=task)
+    asked = {widget.key for kind in ("text_input", "number_input", "multiselect") for widget in page.get(kind)}
+
+    files = ("path", "questions")
+    named = {
+        f"task_{task}_{setting.name}" for setting in settings_of(TASKS[task].settings) if setting.name not in files
+    }
+    assert {key for key in named if not key.endswith("_scorer")} <= asked
+
+
+def test_what_was_measured_is_listed_and_opens_by_its_link(server, workspace):
+    page = a_small_passkey(opened(server))
+    job = measured(page, server[1])
+    assert job.status == "done", job.message
+    page.run()
+    assert not page.exception and not page.error
+    table = page.dataframe[0].value
+    assert list(table["method"]) == [FULL, "low_norm 0.5"] and list(table["n"]) == [2, 2]
+    link = {name: "".join(values) for name, values in page.query_params.items()}
+    assert link["results"] == job.result == workspace.entries("results")[0].id
+    again = opened(server, **link)
+    assert again.dataframe[0].value.equals(table)
+
+
+def test_a_cancelled_evaluation_keeps_its_rows_and_goes_on_when_started_again(server, workspace):
+    page = a_small_passkey(opened(server))
+    page.number_input(key="task_passkey_keys").set_value(40).run()
+    page.button(key="start_evaluation").click().run()
+    job = server[1].find("".join(page.query_params["job"]))
+    while job.running and not job.done:
+        time.sleep(0.01)
+    job.cancel()
+    while job.running:
+        time.sleep(0.01)
+    assert job.status == "cancelled", job.message
+    (entry,) = workspace.entries("results")
+    before = workspace.path(entry.id).stat().st_size
+    page.run()
+    assert not page.exception
+    again = measured(page, server[1])
+    assert again.status == "done" and again.result == entry.id
+    assert workspace.path(entry.id).stat().st_size > before and len(workspace.entries("results")) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "said"),
+    [
+        ("task_passkey_lengths", "many", "must be numbers such as 400, 1000; got 'many'"),
+        ("task_passkey_lengths", "", "is empty"),
+    ],
+)
+def test_a_bad_setting_is_refused_in_a_line_before_anything_runs(server, workspace, key, text, said):
+    page = opened(server, task="passkey")
+    page.text_input(key=key).set_value(text).run()
+    assert not page.exception and len(page.error) == 1 and said in page.error[0].value.replace("\\", "")
+    assert not [button for button in page.button if button.key == "start_evaluation"]
+
+
+def test_a_mistake_that_only_the_model_can_tell_is_told_by_the_job(server, workspace):
+    page = opened(server, task="longbench")
+    job = measured(page, server[1])
+    assert job.status == "failed" and "none was given" in job.message
+    page.run()
+    assert any("none was given" in error.value.replace("\\", "") for error in page.error)
+
+
+def test_a_text_is_measured_in_excerpts(server, workspace):
+    page = opened(server, task="lm")
+    page.number_input(key="task_lm_prompt_tokens").set_value(40)
+    page.number_input(key="task_lm_new_tokens").set_value(4)
+    page.text_area(key="documents_pasted").set_value(
+        "It was a fine day, and the pony went on over the bridge. " * 60
+    ).run()
+    page.number_input(key="excerpts").set_value(3)
+    page.multiselect(key="evaluate_policies").set_value(["low_norm"]).run()
+    job = measured(page, server[1])
+    assert job.status == "done", job.message
+    page.run()
+    assert list(page.dataframe[0].value["n"]) == [3, 3] and not page.exception

@@ -1,0 +1,117 @@
+"""The page Tune: what is measured stands before proxies, and what is chosen there is in force on every page."""
+
+import pytest
+from streamlit.testing.v1 import AppTest
+
+from analysis.plans.skip import Plan
+from analysis.workspace import Workspace
+from app import library
+from app.engine import Engine
+from app.jobs import Jobs
+
+
+@pytest.fixture(autouse=True)
+def workspace(tmp_path, monkeypatch):
+    workspace = Workspace(tmp_path / "workspace")
+    monkeypatch.setattr(library, "WORKSPACE", workspace)
+    return workspace
+
+
+def opened(model="books-5m", **params):
+    def script(engine, jobs):
+        from app import address, header
+        from app.screens import tune
+
+        address.read()
+        header.draw(engine, jobs)
+        tune.draw(engine, jobs)
+        address.write()
+
+    engine = Engine()
+    page = AppTest.from_function(script, args=(engine, Jobs(engine)), default_timeout=120)
+    for name, value in ({"model": model} | params).items():
+        page.query_params[name] = value
+    page.run()
+    assert not page.exception
+    return page
+
+
+def said(page):
+    return "\n".join(part.value for kind in ("markdown", "caption", "info", "warning") for part in page.get(kind))
+
+
+def link(page):
+    return {name: "".join(values) for name, values in page.query_params.items()}
+
+
+def test_layers_are_suggested_by_what_was_measured_and_the_list_is_in_force_everywhere():
+    page = opened()
+    assert "Suggested, measured: layers 1, 3, 4, 5." in said(page)
+    page.button(key="use_skip_list").click().run()
+    assert link(page)["skip"] == "1,3,4,5" and not page.exception
+    assert "skip layers 1, 3, 4, 5" in said(page)  # of the export, which says what is in force
+
+
+def test_without_a_measurement_the_suggestion_says_that_it_is_a_proxy():
+    page = opened("smollm2")
+    assert "Not measured yet for smollm2" in said(page) and "by ALR, a proxy: layer 0." in said(page)
+
+
+def test_other_settings_than_the_measured_ones_are_said():
+    assert "the header says otherwise" not in said(opened())
+    assert "the header says otherwise" in said(opened(keep="0.25"))
+
+
+def test_a_uniform_point_sets_the_controls_and_one_by_head_a_plan(workspace):
+    page = opened()
+    page.selectbox(key="tune_line").set_value("uniform_high").run()
+    page.selectbox(key="tune_point").set_value(0).run()
+    page.button(key="use_point").click().run()
+    assert (link(page)["policy"], link(page)["keep"]) == ("high_norm", "0.1") and "plan" not in link(page)
+    page.selectbox(key="tune_line").set_value("by_head_by_cost").run()
+    page.button(key="use_point").click().run()
+    assert not page.exception
+    plan = workspace.open(Plan, link(page)["plan"])
+    assert plan.spec.head_ratios and plan.model == "books-5m"
+    assert opened(plan=link(page)["plan"]).session_state["plan_id"] == link(page)["plan"]
+
+
+def test_a_plan_from_the_run_is_saved_and_in_force(workspace):
+    page = opened(strategy="by_layer", keep="0.4")
+    page.button(key="use_plan").click().run()
+    plan = workspace.open(Plan, link(page)["plan"])
+    assert plan.spec.layer_ratios or plan.spec.head_ratios
+    assert str(plan.spec.keep_ratio) in "\n".join(block.value for block in page.code)
+
+
+def test_the_script_holds_every_chosen_value():
+    page = opened(policy="keydiff", keep="0.35", window="16", skip="0,2")
+    script = page.code[0].value
+    for value in ("keydiff", "0.35", "protect_last=16", "(0, 2)", "books-5m"):
+        assert value in script, value
+
+
+@pytest.mark.parametrize("policy", ["random", "keydiff", "streaming"])
+def test_a_policy_that_norms_say_nothing_of_is_said_and_not_a_traceback(policy):
+    page = opened(policy=policy)
+    assert not page.exception and not page.error
+
+
+def test_the_layers_are_measured_as_a_job_with_the_texts_given(workspace):
+    import time
+
+    page = opened()
+    page.text_area(key="documents_pasted").set_value("The pony went on over the bridge in the rain. " * 100).run()
+    page.segmented_control(key="tune_what").set_value("Cost of each layer").run()
+    page.number_input(key="tune_excerpts").set_value(2)
+    page.number_input(key="tune_prompt").set_value(40)
+    page.number_input(key="tune_new").set_value(2).run()
+    page.button(key="measure_layers").click().run()
+    for _ in range(600):
+        page.run()
+        if "job" not in page.query_params:
+            break
+        time.sleep(0.2)
+    assert not page.exception and not page.error
+    (entry,) = workspace.entries("ablation")
+    assert "cost of each layer" in entry.name
