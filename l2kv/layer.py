@@ -18,7 +18,7 @@ from l2kv.probabilities import QUERIES, attention_scale, normalised
 from l2kv.spec import WHOLE, CompressionSpec, Target, share
 from l2kv.storage.base import KEYS, RANKS, RECEIVED, VALUES, Storage
 from l2kv.storage.dense import DenseStorage
-from l2kv.storage.formats import Coding, Format, even, joined, weightiest_channels
+from l2kv.storage.formats import Coding, Format, fitted, joined, weightiest_channels
 from l2kv.storage.paged import PagedStorage, Pages
 
 
@@ -26,8 +26,8 @@ class CompressedLayer(CacheLayerMixin):
     """The cached pairs of one layer. For inference: no gradient passes.
 
     `keys` and `values` are [B, Hkv, held, D] views in storage order while all heads hold the same number of pairs.
-    After an eviction that leaves some more than others they are None: attention goes by `pages`, or by `parts`. So they
-    are once pairs are coded, after the first step, where the spec says so.
+    After an eviction that leaves some more than others they are None: attention goes by `pages`, or by `parts`. They are
+    None, too, once pairs are stored in fewer bits or channels, which is from the end of the first step on.
 
     Args:
         spec: what to keep.
@@ -226,6 +226,8 @@ class CompressedLayer(CacheLayerMixin):
         keys, values = (torch.cat(of_parts, dim=1) for of_parts in zip(*latest, strict=True))
         self._storage.recode(KEYS, lambda heads, vectors: of_keys.of(heads).encode(vectors))
         self._storage.recode(VALUES, lambda heads, vectors: of_values.of(heads).encode(vectors))
+        if not self._policy.needs_rows:
+            self._queries = None
         return Coding((of_keys, of_values), (keys, values))
 
     def _fitted(self, part: Part | CodedPart, of_text: Tensor) -> tuple[Format, Format]:
@@ -239,7 +241,7 @@ class CompressedLayer(CacheLayerMixin):
             channels = weightiest_channels(queries, part.keys, (counting, of_text), n)
         of_keys = Format(part.keys.dtype, n, spec.key_bits, channels)
         of_values = Format(part.values.dtype, part.values.shape[-1], spec.value_bits)
-        return of_keys if spec.key_bits is None else even(of_keys, part.keys, of_text), of_values
+        return of_keys if spec.key_bits is None else fitted(of_keys, part.keys, of_text), of_values
 
     @property
     def _rows(self) -> int:

@@ -138,19 +138,19 @@ def joined(formats: Sequence[Format]) -> Format:
     return replace(formats[0], channels=channels, centre=centre, reach=reach)
 
 
-def even(chosen: Format, vectors: Tensor, of_text: Tensor) -> Format:
-    """Format that brings the channels of vectors like these, [B, h, T, D], to one range.
+def fitted(form: Format, vectors: Tensor, of_text: Tensor) -> Format:
+    """Fit a format to vectors [B, h, T, D]: it brings channels like theirs to one range.
 
     Args:
         of_text: which of them count, bool [B, h, T].
     """
-    vectors, counts = chosen.narrow(vectors).float(), of_text[..., None]
+    vectors, counts = form.narrow(vectors).float(), of_text[..., None]
     low = torch.where(counts, vectors, torch.inf).amin(dim=2, keepdim=True)
     high = torch.where(counts, vectors, -torch.inf).amax(dim=2, keepdim=True)
     low, high = (torch.where(low > high, 0.0, end) for end in (low, high))  # of a row that has no text yet
     reach = (high - low) / 2
     reach = torch.maximum(reach, _LEAST_REACH * reach.mean(dim=-1, keepdim=True))
-    return replace(chosen, centre=(low + high) / 2, reach=torch.where(reach > 0, reach, 1.0))
+    return replace(form, centre=(low + high) / 2, reach=torch.where(reach > 0, reach, 1.0))
 
 
 def weightiest_channels(queries: Tensor, keys: Tensor, of_text: tuple[Tensor, Tensor], n: int) -> Tensor:

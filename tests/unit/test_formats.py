@@ -10,7 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from l2kv import CompressionSpec, SpecError
 from l2kv.attention import attend
 from l2kv.layer import CompressedLayer
-from l2kv.storage.formats import Format, even, weightiest_channels
+from l2kv.storage.formats import Format, fitted, weightiest_channels
 from tests.support.architecture_oracle import by_hand, heaviest
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -39,7 +39,7 @@ def test_a_number_is_off_by_half_a_step_of_its_vector_at_most(bits, dtype):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_vectors_are_rounded_as_by_hand_by_the_range_that_their_channels_had(bits, width):
     x, later = vectors(width=width), vectors(width=width, seed=1)
-    form = even(Format(torch.float32, width, bits), x, torch.ones(2, 3, 50, dtype=torch.bool))
+    form = fitted(Format(torch.float32, width, bits), x, torch.ones(2, 3, 50, dtype=torch.bool))
     for new in (x, later):
         decoded = form.decode(form.encode(new))
         for row in range(2):
@@ -52,8 +52,8 @@ def test_vectors_are_rounded_as_by_hand_by_the_range_that_their_channels_had(bit
 def test_a_channel_of_outliers_does_not_coarsen_the_others():
     x = vectors()
     plain = Format(torch.float32, 9, 4)
-    fitted = even(plain, x, torch.ones(2, 3, 50, dtype=torch.bool))
-    off = [(form.decode(form.encode(x)) - x).abs()[..., 0].mean() for form in (plain, fitted)]
+    evened = fitted(plain, x, torch.ones(2, 3, 50, dtype=torch.bool))
+    off = [(form.decode(form.encode(x)) - x).abs()[..., 0].mean() for form in (plain, evened)]
     assert off[0] > 5 * off[1]
 
 
@@ -72,7 +72,7 @@ def test_a_vector_of_one_number_is_exact(constant):
 
 def test_channels_that_did_not_differ_at_first_may_differ_later():
     first, later = torch.ones(1, 1, 3, 6), torch.tensor([[[[1.0, 2, 3, 4, 5, 6]]]])
-    form = even(Format(torch.float32, 6, 8), first, torch.ones(1, 1, 3, dtype=torch.bool))
+    form = fitted(Format(torch.float32, 6, 8), first, torch.ones(1, 1, 3, dtype=torch.bool))
     torch.testing.assert_close(form.decode(form.encode(later)), later, atol=0.02, rtol=0)
 
 
@@ -80,10 +80,10 @@ def test_padding_has_no_say_in_a_format():
     x, of_text = vectors(), torch.ones(2, 3, 50, dtype=torch.bool)
     of_text[1, :, :20] = False
     x[1, :, :20] = 1e4
-    form = even(Format(torch.float32, 9, 8), x, of_text)
-    alone = even(Format(torch.float32, 9, 8), x[1:, :, 20:], of_text[1:, :, 20:])
+    form = fitted(Format(torch.float32, 9, 8), x, of_text)
+    alone = fitted(Format(torch.float32, 9, 8), x[1:, :, 20:], of_text[1:, :, 20:])
     assert torch.equal(form.centre[1:], alone.centre) and torch.equal(form.reach[1:], alone.reach)
-    nothing = even(Format(torch.float32, 9, 8), x, torch.zeros_like(of_text))
+    nothing = fitted(Format(torch.float32, 9, 8), x, torch.zeros_like(of_text))
     assert torch.equal(nothing.centre, torch.zeros_like(nothing.centre)) and (nothing.reach == 1).all()
 
 
