@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
-from analysis.cli import catalogue, compression, evaluation, measures
+from analysis.cli import catalogue, compression, evaluation, export, lab, measures
 from analysis.cli.program import program, run, with_version
 
 COMMANDS = (
@@ -19,8 +19,11 @@ COMMANDS = (
     compression.plan,
     evaluation.ablation,
     evaluation.front,
+    lab.lab,
     compression.savings,
     compression.generate,
+    export.export_generate,
+    export.export_press,
     catalogue.models,
     catalogue.demo,
 )

@@ -26,8 +26,8 @@ class CompressedLayer(CacheLayerMixin):
     """The cached pairs of one layer. For inference: no gradient passes.
 
     `keys` and `values` are [B, Hkv, held, D] views in storage order while all heads hold the same number of pairs.
-    After an eviction that leaves some more than others they are None: attention goes by `pages`, or by `parts`. They are
-    None, too, once pairs are stored in fewer bits or channels, which is from the end of the first step on.
+    After an eviction that leaves some more than others they are None: attention goes by `pages`, or by `parts`. So they
+    are from the end of the first step on where pairs are stored in fewer bits or channels.
 
     Args:
         spec: what to keep.

@@ -17,7 +17,7 @@ from typer.main import get_command
 from analysis import defaults
 from analysis.cli import options
 from analysis.cli.inputs import excerpts_of, loaded_model, tell_notes, texts_of
-from analysis.cli.options import Compression, CompressionOfAlr, out, refuse
+from analysis.cli.options import Compression, CompressionOfPairs, out, refuse
 from analysis.cli.output import Form, form_of, shown, tell, wrote
 from analysis.cli.program import program, spread
 from analysis.errors import UserError
@@ -39,7 +39,7 @@ SEEN, REFERENCE = SCHEDULES
 def ablation(
     texts: options.Texts,
     to: Annotated[Path, out("ablation.json")],
-    compression: CompressionOfAlr,
+    compression: CompressionOfPairs,
     lengths: Lengths,
     model: options.Model = defaults.MODEL,
     excerpts: options.Excerpts = defaults.EXCERPTS,

@@ -275,7 +275,10 @@ LITTLE = [*ON_CPU, "--policies", "streaming", "--keep-ratios", "0.5"]
         ("skip {ablation} --threshold nan", "--threshold must be 0 or more, and finite, got nan"),
         ("skip {ablation} --threshold -1", "--threshold must be 0 or more, and finite, got -1"),
         ("skip {study} --policy random", "policy must be one of low_norm, high_norm, got 'random'"),
-        ("ablation {text} --policy random -o x", "policy must be one of low_norm, high_norm, got 'random'"),
+        (
+            "ablation {text} --policy window -o x",
+            "policy must be one of low_norm, high_norm, random, streaming, keydiff",
+        ),
         ("savings books-5m --plan {plan} --keep-ratio 0.1", "--plan says how to compress: leave out --keep-ratio."),
         ("generate {text} --plan {plan} --policy random", "--plan says how to compress: leave out --policy."),
         ("plan {study} --model books-5m --excerpts 3", "study.safetensors has a model and texts of its own: leave out"),
