@@ -289,11 +289,9 @@ def l2_compress(
 
 def _check_keys_alone(spec: CompressionSpec, instead: str) -> None:
     """Raise SpecError if the policy or the channels need what a full cache does not hold."""
-    policy = POLICIES[spec.policy]
-    if policy.needs_attention or policy.needs_filters:
-        raise SpecError(f"The policy {spec.policy} needs more than a cache: {instead}.")
-    if spec.key_channels < 1:
-        raise SpecError(f"key_channels go by the latest queries, which a cache does not hold: {instead}.")
+    if spec.needs_queries or POLICIES[spec.policy].needs_filters:
+        what = f"key_channels of {spec.key_channels}" if spec.key_channels < 1 else f"The policy {spec.policy}"
+        raise SpecError(f"{what} needs more than a cache: {instead}.")
 
 
 def _compressed_once(spec: CompressionSpec, layer_idx: int, source: Layer, attention_mask: Tensor | None) -> Layer:

@@ -134,6 +134,11 @@ class CompressionSpec:
         """True if pairs are stored in fewer bits or channels than the model has."""
         return self.key_bits is not None or self.value_bits is not None or self.key_channels < 1.0
 
+    @property
+    def needs_queries(self) -> bool:
+        """True if it goes by the queries of the prompt, by policy or by channels, which a full cache does not hold."""
+        return POLICIES[self.policy].needs_attention or self.key_channels < 1.0
+
     def codes_in(self, layer: int) -> bool:
         """Tell whether a layer stores its pairs so."""
         return self.codes and layer not in self.skip_layers

@@ -337,8 +337,8 @@ def passes(specs: Collection[CompressionSpec | None]) -> tuple[int, int]:
 
     One pass serves all policies that look at keys alone; each of the others needs its own.
     """
-    policies = [POLICIES[spec.policy] for spec in specs if spec is not None]
-    alone = sum(policy.needs_attention or policy.needs_filters for policy in policies)
+    given = [spec for spec in specs if spec is not None]
+    alone = sum(spec.needs_queries or POLICIES[spec.policy].needs_filters for spec in given)
     shared = len(specs) - alone
     return alone + min(shared, 1), max(shared - 1, 0)
 

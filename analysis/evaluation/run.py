@@ -219,8 +219,9 @@ def _caches_after(
         if not context.shape[1]:
             yield spec, new_cache(loaded.config, spec, special_ids=loaded.special_ids(spec))
             continue
-        if spec is not None and (POLICIES[spec.policy].needs_attention or POLICIES[spec.policy].needs_filters):
-            yield spec, _filled(loaded, context, new_cache(loaded.config, spec))
+        if spec is not None and (spec.needs_queries or POLICIES[spec.policy].needs_filters):
+            own = new_cache(loaded.config, spec, special_ids=loaded.special_ids(spec))
+            yield spec, _filled(loaded, context, own)
             continue
         if full is None:
             full = _filled(loaded, context, DynamicCache(config=loaded.config))

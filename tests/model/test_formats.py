@@ -214,7 +214,7 @@ def test_a_cache_from_a_full_one_is_as_if_the_prompt_had_been_run_into_it(tiny, 
 
 def test_what_a_full_or_a_rounded_cache_cannot_give_is_refused(tiny):
     full = DynamicCache(config=tiny.config)
-    with pytest.raises(SpecError, match="key_channels go by the latest queries"):
+    with pytest.raises(SpecError, match=r"key_channels of 0\.6 needs more than a cache: run the prompt"):
         CompressedCache.from_full(full, tiny.config, CompressionSpec(key_channels=0.6))
     cache = CompressedCache(tiny.config, CompressionSpec(keep_ratio=1.0, key_bits=8))
     decode(tiny, tokens(tiny, 20), [20], cache)
