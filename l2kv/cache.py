@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -72,6 +73,21 @@ class CompressedCache(TracedCache):
         self.serving = False  # inside a forward pass of a model prepared with `compressible`
 
     @classmethod
+    def recording(cls, config: PretrainedConfig, specs: Iterable[CompressionSpec]) -> CompressedCache:
+        """Make an empty cache that keeps all pairs, and the attention that `specs` go by, for `from_full`.
+
+        Raises:
+            UnsupportedModelError: as the constructor.
+        """
+        cache, specs = cls(config, CompressionSpec(keep_ratio=1.0)), tuple(specs)
+        if any(spec.needs_queries for spec in specs):
+            received = any(POLICIES[spec.policy].needs_received for spec in specs)
+            rows = max(spec.needs_rows for spec in specs)
+            for layer in cache.compressed_layers():
+                layer.recorded = replace(POLICIES["accumulated"], needs_received=received, needs_rows=rows)
+        return cache
+
+    @classmethod
     def from_full(
         cls,
         full: Cache,
@@ -87,7 +103,8 @@ class CompressedCache(TracedCache):
         So one forward pass over a prompt serves many specs. The full cache is not changed, and shares no memory.
 
         Args:
-            full: the cache after a forward pass over the prompt.
+            full: the cache after a forward pass over the prompt: for a policy that goes by attention, one made by
+                `recording`.
             config: the model's config.
             spec: what to keep.
             attention_mask: [B, tokens seen], as the model was given it: needed where rows are padded.
@@ -95,11 +112,12 @@ class CompressedCache(TracedCache):
             special_ids: as for the constructor.
 
         Raises:
-            SpecError: the policy or the channels need queries or filters, which a full cache does not hold; or as the
+            SpecError: the policy needs filters, or it or the channels go by queries that were not recorded; or as the
                 constructor.
             ValueError: the mask hides anything but padding on the left.
         """
-        _check_keys_alone(spec, "run the prompt into a CompressedCache")
+        if not _is_recorded(spec, full):
+            _check_keys_alone(spec, "run the prompt into a CompressedCache, or into CompressedCache.recording")
         cache = cls(config, spec, special_ids=special_ids)
         cache.note_tokens(input_ids)
         for i, (layer, source) in enumerate(zip(cache.layers, full.layers, strict=True)):
@@ -126,13 +144,16 @@ class CompressedCache(TracedCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append the pairs of one layer, as models do. Raises RuntimeError on a model that was not prepared."""
-        if not self.serving:
-            raise RuntimeError(
-                "This cache evicts tokens layer by layer, which a stock model cannot follow. Prepare the model first:\n"
-                "    with compressible(model):\n"
-                "        model(input_ids, past_key_values=cache)"
-            )
+        check_prepared(self.serving)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def note_padding(self, begins: Tensor | None) -> None:
+        """Tell where rows padded on the left begin, [B]. Raises ValueError where that contradicts an earlier pass."""
+        layers = self.compressed_layers()
+        for layer in layers[:1]:  # what holds for one holds for all
+            check_padding(layer.first_real, begins, layer.seen)
+        for layer in layers:
+            layer.first_real = begins
 
     def note_tokens(self, input_ids: Tensor | None) -> None:
         """Tell a policy that goes by token ids which tokens [B, q] come next. Raises SpecError where there are none."""
@@ -216,6 +237,16 @@ class CompressedCache(TracedCache):
         return cache_nbytes(self)
 
 
+def check_prepared(serving: bool) -> None:
+    """Raise RuntimeError unless a cache is inside a forward pass of a prepared model."""
+    if not serving:
+        raise RuntimeError(
+            "This cache evicts tokens layer by layer, which a stock model cannot follow. Prepare the model first:\n"
+            "    with compressible(model):\n"
+            "        model(input_ids, past_key_values=cache)"
+        )
+
+
 def cache_nbytes(cache: Cache, *, slack: bool = True) -> int:
     """Count the bytes of keys and values in any transformers cache, from its tensors.
 
@@ -285,6 +316,16 @@ def l2_compress(
     _check_layers(spec, len(past_key_values.layers))
     layers = [_compressed_once(spec, i, layer, attention_mask) for i, layer in enumerate(past_key_values.layers)]
     return CompressedCache._holding(layers, CompressionSpec(keep_ratio=1.0))
+
+
+def _is_recorded(spec: CompressionSpec, cache: Cache) -> bool:
+    """Whether a cache holds the attention that a spec goes by."""
+    layers = cache.compressed_layers() if isinstance(cache, CompressedCache) else []
+    recorded = [layer.recorded for layer in layers if layer.recorded]
+    received = POLICIES[spec.policy].needs_received
+    return spec.needs_queries and any(
+        known.needs_received >= received and known.needs_rows >= spec.needs_rows for known in recorded
+    )
 
 
 def _check_keys_alone(spec: CompressionSpec, instead: str) -> None:

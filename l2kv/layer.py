@@ -14,7 +14,7 @@ from l2kv import ranks
 from l2kv.heads import of_query_heads, options_of_heads
 from l2kv.parts import CodedPart, Part, slots_of_latest, take_slots
 from l2kv.policies import POLICIES, WINDOW, Pairs, Policy
-from l2kv.probabilities import QUERIES, attention_scale, normalised
+from l2kv.probabilities import OPTIONS, QUERIES, attention_scale, normalised
 from l2kv.spec import WHOLE, CompressionSpec, Target, share
 from l2kv.storage.base import KEYS, RANKS, RECEIVED, VALUES, Storage
 from l2kv.storage.dense import DenseStorage
@@ -40,6 +40,7 @@ class CompressedLayer(CacheLayerMixin):
     def __init__(self, spec: CompressionSpec, layer_idx: int, filters: Tensor | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)  # type: ignore[no-untyped-call]  # theirs
         self.spec, self._layer_idx, self._filters = spec, layer_idx, filters
+        self.recorded: Policy | None = None  # what to keep at hand for other layers, see `CompressedCache.recording`
         self.reset()
 
     def reset(self) -> None:
@@ -54,11 +55,12 @@ class CompressedLayer(CacheLayerMixin):
         self._coding: Coding | None = None  # of pairs that are not stored as they come
         self._targets: tuple[Target, ...] = ()  # of each kv head
         self._queries: Tensor | None = None  # [B, H, w, D], the last ones
+        self._options: dict[str, Any] = {}  # of their attention call
         self.is_initialized = False
 
     @property
     def _policy(self) -> Policy:
-        return POLICIES[self.spec.policy]
+        return self.recorded or POLICIES[self.spec.policy]
 
     @property
     def _storage(self) -> Storage:
@@ -116,7 +118,11 @@ class CompressedLayer(CacheLayerMixin):
         self._show()
 
     def load(self, source: CompressedLayer) -> None:
-        """Begin with what another layer holds; it is not written to. Raises TypeError if that is coded."""
+        """Begin with what another layer holds, and with what it knows of attention; it is not written to.
+
+        Raises:
+            TypeError: that is coded.
+        """
         if source.coded:
             raise TypeError(
                 "A cache of fewer bits or channels cannot be compressed again: its keys are not there as they came. "
@@ -126,6 +132,10 @@ class CompressedLayer(CacheLayerMixin):
         self.seen, self.first_real = source.seen, source.first_real
         self._begin(source._storage.lend())
         self._add_ranks(source.positions())
+        if self._policy.needs_received and source._storage.has(RECEIVED):
+            self._storage.add_buffer(RECEIVED, source._storage.whole(RECEIVED).clone())
+        if (rows := self._rows) and source._queries is not None:
+            self._queries, self._options = source._queries[:, :, -rows:], source._options
         self._show()
 
     def evict_no_more(self) -> None:
@@ -186,20 +196,21 @@ class CompressedLayer(CacheLayerMixin):
         if rows := self._rows:
             queries = query if self._queries is None else torch.cat([self._queries, query], dim=2)
             self._queries = queries[:, :, -rows:].clone()  # a view would keep all of a prompt's
+            self._options = {name: options[name] for name in OPTIONS if name in options}
         if self.seen - self._evicted_at >= self.spec.evict_every:
-            self.evict_now(options)
+            self.evict_now()
         else:
             self._settle()
 
-    def evict_now(self, options: Mapping[str, Any] | None = None) -> None:
-        """Evict now, whenever the last time was; `options` as for `evict`."""
+    def evict_now(self) -> None:
+        """Evict now, whenever the last time was."""
         self._evicted_at = self.seen
         held = self._storage.held
         of_heads = list(zip(held, self._targets, strict=True))
         allowed = {(n, target): self.spec.kept(n, self.seen, target) for n, target in set(of_heads)}
         kept = tuple(allowed[of_head] for of_head in of_heads)
         if kept != held:
-            order = self._order(options or {})
+            order = self._order()
             if self.ragged or len(set(kept)) == 1:
                 self._storage.keep(order, kept)
             else:
@@ -273,7 +284,7 @@ class CompressedLayer(CacheLayerMixin):
             score = self._policy.score(self._pairs(part, positions))
         return ranks.rank(score, positions, self.first_real).expand(part.keys.shape[:3])
 
-    def _order(self, options: Mapping[str, Any]) -> Tensor:
+    def _order(self) -> Tensor:
         """Ranks of all pairs held, laid out like a `whole` buffer: by score, and the protected above all."""
         storage = self._storage
         if not storage.has(RANKS):
@@ -288,7 +299,7 @@ class CompressedLayer(CacheLayerMixin):
                 pairs = replace(pairs, received=received[i])
             if (rows := self._policy.needs_rows) and self._queries is not None:
                 queries = self._queries[:, :, -rows:]
-                pairs = replace(pairs, last_rows=self._attention(part, queries, 0, positions, options))
+                pairs = replace(pairs, last_rows=self._attention(part, queries, 0, positions, self._options))
             of_parts.append(ranks.rank(self._policy.score(pairs), positions, self.first_real))
         return self._protect(storage.join(of_parts))
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 QUERIES = 128  # queries whose attention is worked out at a time
+OPTIONS = ("scaling", "softcap", "s_aux")
+"""Options of transformers' attention call that probabilities depend on."""
 _CAST = 2**20  # numbers of half precision keys that are held in float32 at a time
 
 

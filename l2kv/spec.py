@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from l2kv.errors import SpecError
-from l2kv.policies import POLICIES
+from l2kv.policies import POLICIES, WINDOW
 
 SCHEDULES = ("seen", "reference")
 DIRECTIONS = ("low", "high")
@@ -136,8 +136,13 @@ class CompressionSpec:
 
     @property
     def needs_queries(self) -> bool:
-        """True if it goes by the queries of the prompt, by policy or by channels, which a full cache does not hold."""
-        return POLICIES[self.policy].needs_attention or self.key_channels < 1.0
+        """True if it goes by queries, which a full cache does not hold."""
+        return POLICIES[self.policy].needs_received or self.needs_rows > 0
+
+    @property
+    def needs_rows(self) -> int:
+        """Number of latest queries that its policy and its channels go by."""
+        return max(POLICIES[self.policy].needs_rows, WINDOW if self.key_channels < 1.0 else 0)
 
     def codes_in(self, layer: int) -> bool:
         """Tell whether a layer stores its pairs so."""

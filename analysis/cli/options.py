@@ -161,6 +161,7 @@ PolicyOfAlr = Annotated[str, typer.Option(parser=OF_ALR, help="Which key/value p
 Policies = Annotated[Sequence[str], listed(POLICIES, "Policies to compare.")]
 PoliciesOfPairs = Annotated[Sequence[str], listed(OF_PAIRS, "Policies to compare with.")]
 SkipLayers = Annotated[str, typer.Option(help="Layers to skip, such as 0,1.")]
+ProtectFirst = Annotated[int, typer.Option(help="Number of first tokens that are never evicted.")]
 ProtectLast = Annotated[int, typer.Option(help="Number of latest tokens that are never evicted.")]
 KeyBits = Annotated[
     int | None, typer.Option(help="Bits per number of a stored key, 8 or 4.", show_default="the model's dtype")

@@ -264,7 +264,7 @@ def files(tmp_path):
 
 
 ON_CPU = ["-m", "books-5m", "--device", "cpu"]
-LITTLE = [*ON_CPU, "--policies", "streaming", "--keep-ratios", "0.5"]
+LITTLE = ["--no-baselines", *ON_CPU, "--policies", "streaming", "--keep-ratios", "0.5"]
 
 
 @pytest.mark.parametrize(
@@ -375,7 +375,7 @@ def test_a_task_that_is_registered_is_run_by_its_command(capsys):
     TASKS.register("a_toy", Task("A toy", "Play.", "share", True, build, Rounds, scoring=scoring))
     try:
         options = ["-m", "books-5m", "--device", "cpu", "--rounds", "2", "--policies", "streaming", "--json"]
-        assert main(["evaluate", "a-toy", *options, "--keep-ratios", "0.5"]) == 0
+        assert main(["evaluate", "a-toy", *options, "--keep-ratios", "0.5", "--no-baselines"]) == 0
         told = json.loads(capsys.readouterr().out)
     finally:
         TASKS.remove("a_toy")

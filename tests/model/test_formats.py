@@ -11,6 +11,7 @@ from transformers.cache_utils import QuantizedLayer
 
 from l2kv import CacheShape, CompressedCache, CompressionSpec, SpecError, compressible, l2_compress
 from l2kv.cache import cache_nbytes
+from l2kv.together import CachesTogether
 from tests.support.architecture_oracle import by_hand, evicting_layers, masked_forward
 from tests.support.architectures import ARCHITECTURES
 from tests.support.decoding import IN_CHUNKS, ONE_BY_ONE, decode
@@ -210,6 +211,31 @@ def test_a_cache_from_a_full_one_is_as_if_the_prompt_had_been_run_into_it(tiny, 
         for step in range(20, 40):
             one, other = (tiny(ids[:, step : step + 1], past_key_values=cache).logits for cache in (made, live))
             torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("policy", ["low_norm", "accumulated", "window"])
+def test_one_pass_over_a_prompt_records_the_queries_that_channels_go_by(tiny, policy):
+    spec, ids = CompressionSpec(keep_ratio=0.4, policy=policy, **ALL_AT_ONCE), tokens(tiny, 40)
+    full, live = CompressedCache.recording(tiny.config, [spec]), CompressedCache(tiny.config, spec)
+    with torch.no_grad(), compressible(tiny):
+        tiny(ids[:, :36], past_key_values=full)
+        tiny(ids[:, :36], past_key_values=live)
+        made = CompressedCache.from_full(full, tiny.config, spec)
+        for step in range(36, 40):
+            one, other = (tiny(ids[:, step : step + 1], past_key_values=cache).logits for cache in (made, live))
+            torch.testing.assert_close(one, other)
+
+
+def test_caches_of_several_formats_run_as_one_batch(tiny):
+    specs = [CompressionSpec(keep_ratio=0.5, **form) for form in FORMATS.values()]
+    ids, alone, together = tokens(tiny, 30), [], []
+    for spec in specs:
+        together.append(CompressedCache(tiny.config, spec))
+        decode(tiny, ids[:, :20], [20], together[-1])
+        alone.append(decode(tiny, ids, [20, 1, 4, *[1] * 5], CompressedCache(tiny.config, spec))[:, 20:])
+    joint = CachesTogether(together, [1] * len(specs))
+    logits = decode(tiny, ids[:, 20:].expand(len(specs), -1), [1, 4, *[1] * 5], joint)
+    assert_close_but_for_ties(logits, torch.cat(alone))
 
 
 def test_what_a_full_or_a_rounded_cache_cannot_give_is_refused(tiny):
