@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
-from analysis.cli import catalogue, compression, evaluation, export, harness, lab, measures
+from analysis.cli import catalogue, compression, decision, evaluation, export, harness, lab, measures
 from analysis.cli.program import Command, program, run, with_version
 
 COMMANDS = (
@@ -22,6 +22,7 @@ COMMANDS = (
     lab.lab,
     compression.savings,
     compression.generate,
+    decision.verdict,
     export.export_generate,
     export.export_press,
     catalogue.models,

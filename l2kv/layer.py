@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
 from l2kv import ranks
+from l2kv.errors import SpecError
 from l2kv.heads import of_query_heads, options_of_heads
 from l2kv.parts import CodedPart, Part, slots_of_latest, take_slots
 from l2kv.policies import POLICIES, WINDOW, Pairs, Policy
@@ -36,6 +37,8 @@ class CompressedLayer(CacheLayerMixin):
     """
 
     is_sliding = False
+    observer: Callable[[Tensor, Mapping[str, Any]], object] | None = None
+    """Called with the arguments of `evict` before it evicts: every pair that was attended to is still held."""
 
     def __init__(self, spec: CompressionSpec, layer_idx: int, filters: Tensor | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)  # type: ignore[no-untyped-call]  # theirs
@@ -56,6 +59,7 @@ class CompressedLayer(CacheLayerMixin):
         self._targets: tuple[Target, ...] = ()  # of each kv head
         self._queries: Tensor | None = None  # [B, H, w, D], the last ones
         self._options: dict[str, Any] = {}  # of their attention call
+        self._beside: list[Tensor] = []  # positions that each kv head holds for being pinned alone
         self.is_initialized = False
 
     @property
@@ -86,6 +90,7 @@ class CompressedLayer(CacheLayerMixin):
     def _begin(self, storage: Storage) -> None:
         self._stored = storage
         self._targets = tuple(self.spec.target_of(self._layer_idx, head) for head in range(len(storage.held)))
+        self._beside = [torch.empty(0, dtype=torch.long, device=self.device) for _ in storage.held]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -191,6 +196,8 @@ class CompressedLayer(CacheLayerMixin):
             options: of the attention call: scaling, softcap, s_aux.
         """
         self.unattended = False
+        if self.observer is not None:
+            self.observer(query, options)
         if self._policy.needs_received:
             self._receive(query, options)
         if rows := self._rows:
@@ -206,16 +213,37 @@ class CompressedLayer(CacheLayerMixin):
         """Evict now, whenever the last time was."""
         self._evicted_at = self.seen
         held = self._storage.held
-        of_heads = list(zip(held, self._targets, strict=True))
+        competing = tuple(n - len(beside) for n, beside in zip(held, self._beside, strict=True))
+        of_heads = list(zip(competing, self._targets, strict=True))
         allowed = {(n, target): self.spec.kept(n, self.seen, target) for n, target in set(of_heads)}
         kept = tuple(allowed[of_head] for of_head in of_heads)
-        if kept != held:
-            order = self._order()
-            if self.ragged or len(set(kept)) == 1:
-                self._storage.keep(order, kept)
-            else:
-                self._stored = PagedStorage(self._storage, order, kept)
+        if kept != competing:
+            self._keep(self._order(), kept)
         self._settle()
+
+    def _keep(self, order: Tensor, kept: tuple[int, ...]) -> None:
+        """Keep so many pairs of each kv head, those of highest rank, and the pinned ones beside them."""
+        if self.spec.pinned:
+            order, kept = self._pin(order, kept)
+        if kept == self._storage.held:  # all that would go are pinned
+            return
+        if self.ragged or len(set(kept)) == 1:
+            self._storage.keep(order, kept)
+        else:
+            self._stored = PagedStorage(self._storage, order, kept)
+
+    def _pin(self, order: Tensor, kept: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
+        """Ranks by which pinned pairs stay, too, and how many each kv head then keeps."""
+        if len(order) > 1:
+            raise SpecError(f"Pinned tokens are those of one text, got a batch of {len(order)}. Run it row by row.")
+        order = order.clone()  # it may be the buffer of ranks
+        pinned = torch.tensor(self.spec.pinned, device=order.device)
+        if self.first_real is not None:
+            pinned = pinned + self.first_real.to(order.device)
+        of_heads = [head for part in self._storage.parts(order) for head in part[0]]
+        for i, (head, n) in enumerate(zip(of_heads, kept, strict=True)):
+            head[:], self._beside[i] = ranks.pin(head, n, pinned, self._beside[i])
+        return order, tuple(n + len(beside) for n, beside in zip(kept, self._beside, strict=True))
 
     def _settle(self) -> None:
         """Give up what a step needed and the next does not: numbers as they came, and borrowed memory."""
@@ -299,7 +327,7 @@ class CompressedLayer(CacheLayerMixin):
                 pairs = replace(pairs, received=received[i])
             if (rows := self._policy.needs_rows) and self._queries is not None:
                 queries = self._queries[:, :, -rows:]
-                pairs = replace(pairs, last_rows=self._attention(part, queries, 0, positions, self._options))
+                pairs = replace(pairs, last_rows=self.attention(part, queries, 0, positions, self._options))
             of_parts.append(ranks.rank(self._policy.score(pairs), positions, self.first_real))
         return self._protect(storage.join(of_parts))
 
@@ -353,13 +381,16 @@ class CompressedLayer(CacheLayerMixin):
         for part, positions, received in zip(self.parts(), self.positions(), self._storage[RECEIVED], strict=True):
             for start in range(0, queries, QUERIES):
                 end = min(start + QUERIES, queries)
-                block = self._attention(part, query[:, :, start:end], queries - end, positions, options)
+                block = self.attention(part, query[:, :, start:end], queries - end, positions, options)
                 received += block.sum(dim=(2, 3))
 
-    def _attention(
+    def attention(
         self, part: Part | CodedPart, query: Tensor, later: int, positions: Tensor, options: Mapping[str, Any]
     ) -> Tensor:
-        """Attention of queries [B, H, q, D], which `later` others follow, to a part's pairs: [B, h, G, q, held]."""
+        """Attention of queries [B, H, q, D], which `later` others follow, to a part's pairs: [B, h, G, q, held].
+
+        `positions` are those of the part, and `options` as for `evict`.
+        """
         query_positions = torch.arange(self.seen - later - query.shape[2], self.seen - later, device=self.device)
         hidden = positions[:, :, None, None] > query_positions[:, None]
         if self.first_real is not None:

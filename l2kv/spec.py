@@ -56,6 +56,7 @@ class CompressionSpec:
             key_bits: int | None = None,
             value_bits: int | None = None,
             key_channels: float = 1.0,
+            pinned: Iterable[int] = (),
         ) -> None: ...
 
     keep_ratio: float = 0.5
@@ -92,6 +93,9 @@ class CompressionSpec:
     """Bits per number of a stored value, 8 or 4; None keeps the model's dtype."""
     key_channels: float = 1.0
     """Share of the channels of each key that is stored, those that the latest queries weigh most (ThinK keeps 0.6)."""
+    pinned: tuple[int, ...] = ()
+    """Positions in the text (0-based) that no head evicts. Where a head would have, it holds them beside what it holds
+    without them: they take no other's place. For a batch of one row."""
 
     def __post_init__(self) -> None:
         _check_ratio("keep_ratio", self.keep_ratio)
@@ -107,20 +111,16 @@ class CompressionSpec:
         _check_ratio("key_channels", self.key_channels)
         if not self.key_channels:
             raise SpecError("key_channels must be above 0: a key without channels has no attention")
-        if isinstance(self.skip_layers, str) or not isinstance(self.skip_layers, Iterable):
-            raise TypeError(f"skip_layers must be a sequence of layer numbers such as (0, 1), got {self.skip_layers!r}")
-        skip_layers = tuple(self.skip_layers)  # once: it may be a generator
-        for layer in skip_layers:
-            _check_count("each of skip_layers", layer)
         for name, value in {
             **{name: int(getattr(self, name)) for name in (*_COUNTS, "evict_every")},
             "keep_ratio": float(self.keep_ratio),
             "key_channels": float(self.key_channels),
             "budget": None if self.budget is None else int(self.budget),
-            "skip_layers": tuple(sorted({int(layer) for layer in skip_layers})),
+            "skip_layers": _numbers("skip_layers", self.skip_layers, "layer numbers"),
             "layer_ratios": _layer_ratios(self.layer_ratios),
             "head_ratios": _head_ratios(self.head_ratios),
             "directions": _directions(self.directions),
+            "pinned": _numbers("pinned", self.pinned, "positions"),
         }.items():
             object.__setattr__(self, name, value)
         if POLICIES[self.policy].needs_directions and self.directions is None:
@@ -196,6 +196,16 @@ def _as_written(ratio: float) -> Fraction:
     if abs(simple - exact) <= exact / 2**24:  # 203/282 too, whose float32 happens to be a short binary fraction
         return simple
     return exact if exact.denominator <= 2**20 else Fraction(str(round(ratio, 7)))
+
+
+def _numbers(name: str, given: object, what: str) -> tuple[int, ...]:
+    """Whole numbers in ascending order, each once."""
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise TypeError(f"{name} must be a sequence of {what} such as (0, 1), got {given!r}")
+    numbers = tuple(given)  # once: it may be a generator
+    for number in numbers:
+        _check_count(f"each of {name}", number)
+    return tuple(sorted({int(number) for number in numbers}))
 
 
 def _layer_ratios(given: object) -> tuple[tuple[int, float], ...] | None:

@@ -287,4 +287,5 @@ def _kvpress_cannot(spec: CompressionSpec) -> list[tuple[str, bool]]:
         (f"Caches under {spec.prune_after} tokens are not left alone.", spec.prune_after > 0),
         ("Keys and values are stored in full, not in fewer bits or channels.", spec.codes),
         ("A ratio of the pairs held, anew each time, is not known.", spec.schedule == "reference"),
+        ("Pinned tokens may be evicted.", bool(spec.pinned)),
     ]

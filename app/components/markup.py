@@ -23,6 +23,7 @@ _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|$<>~:^&])")
 PAGE_STYLE = """<style>
 [data-testid="stColumn"] { min-width: min(26rem, 100%); }
 .st-key-caches [data-testid="stColumn"] { min-width: min(18rem, 100%); }
+[class*="st-key-explain_"] { flex-wrap: nowrap; }
 [data-testid="stMainBlockContainer"] { padding-top: 4.5rem; }
 [data-testid="stCaptionContainer"] { opacity: 1; }
 [data-testid="stCaptionContainer"] p { color: color-mix(in srgb, currentColor 40%, var(--st-text-color, inherit)); }

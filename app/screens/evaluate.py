@@ -119,7 +119,7 @@ def _texts(task: str) -> tuple[Mapping[str, str] | None, int]:
     of = TASKS[task]
     if of.texts == "no":
         return None, 0
-    texts = documents.ask(few="They are short: give your own for more than a first look." if of.excerpt_tokens else "")
+    texts = documents.ask(few="Give your own for more than a first look." if of.excerpt_tokens else "")
     if texts == bundled_texts() and of.bundled:
         return None, 0
     if of.excerpt_tokens is None:
