@@ -17,6 +17,9 @@ from analysis.evaluation.task import Scoring as Scoring
 from analysis.evaluation.task import Task as Task
 from analysis.evaluation.tasks import TASKS as TASKS
 from analysis.evaluation.work import estimate as estimate
+from analysis.generations import record_timeline as record_timeline
+from analysis.generations import text_sample as text_sample
+from analysis.generations import what_if as what_if
 from analysis.lab import on_front as on_front
 from analysis.lab import studies_by_policy as studies_by_policy
 from analysis.measures import AttentionLoss as AttentionLoss
@@ -62,4 +65,6 @@ from analysis.studies import study_of as study_of
 from analysis.texts.excerpts import Excerpt as Excerpt
 from analysis.texts.read import read_text as read_text
 from analysis.texts.tokens import tokenize as tokenize
+from analysis.timelines import Timeline as Timeline
+from analysis.timelines import WhatIf as WhatIf
 from analysis.verdicts import answer as answer

@@ -32,8 +32,11 @@ from analysis.plans.front import Front
 from analysis.plans.skip import Plan
 from analysis.records import json_line, kind_of, load, load_any, record, save
 from analysis.studies import Study
+from analysis.timelines import Timeline
 
-KINDS: dict[str, type] = {kind_of(cls).name: cls for cls in (Capture, Study, Results, Plan, Front, Ablation, Speed)}
+KINDS: dict[str, type] = {
+    kind_of(cls).name: cls for cls in (Capture, Study, Results, Plan, Front, Ablation, Speed, Timeline)
+}
 """Classes of records that a workspace holds, by the name of their kind: "run", "study", "results", ..."""
 ID_DIGITS = 12
 _ABOUT = ".about.json"
@@ -206,4 +209,6 @@ def _in_words(thing: object) -> str:
         return f"{len(thing.names)} texts"
     if isinstance(thing, Results):
         return f"{thing.task}, {len({row.sample for row in thing.rows})} samples, {len(thing.methods)} methods"
+    if isinstance(thing, Timeline):
+        return f"{len(thing.labels):,} tokens, {len(thing.nats)} of them its continuation"
     return kind_of(type(thing)).title.removeprefix("a ")

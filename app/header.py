@@ -31,15 +31,15 @@ def draw(engine: Engine, jobs: Jobs) -> None:
     job = progress_bar.current(jobs, on_done=show_result)
     st.html(STYLE)
     with st.container(horizontal=True, vertical_alignment="center", key="header", gap="small"):
-        with st.popover(f":material/deployed_code: {markup.plain(state.model())}", help="Model", width=180):
+        with st.popover(f":material/deployed_code: {markup.plain(state.model())}", help="Model", width=160):
             _model(engine)
-        with st.popover(f":material/article: {_run_label()}", help="Text and run", width=260):
+        with st.popover(f":material/article: {_run_label()}", help="Text and run", width=230):
             _runs()
         if st.button("New run", icon=":material/add:", key="new_run", help="Capture a text in this model"):
             state.OPENING.set(new_run.DIALOG)
-        with st.popover(f":material/tune: {in_words(state.spec())}", help="Compression", width=400):
+        with st.popover(f":material/tune: {in_words(state.spec())}", help="Compression", width=340):
             _compression(engine)
-        st.caption(_status(engine, jobs))
+        st.caption(status(engine, jobs))
     if job is not None:
         progress_bar.draw(job)
     for said in state.NOTICES.take():
@@ -52,8 +52,8 @@ def show_result(job: Job) -> None:
     """Put on screen what a job has made."""
     if job.kind == "run":
         state.show_run(job.result)
-    elif job.kind in ("study", "plan", "results"):
-        {"study": state.STUDY, "plan": state.PLAN, "results": state.RESULTS}[job.kind].set(job.result)
+    elif job.kind in ("study", "plan", "results", "timeline"):
+        state.IN_ADDRESS[job.kind].set(job.result)
 
 
 def in_words(spec: CompressionSpec) -> str:
@@ -67,11 +67,14 @@ def in_words(spec: CompressionSpec) -> str:
     return " · ".join(parts)
 
 
-def _status(engine: Engine, jobs: Jobs) -> str:
+def status(engine: Engine, jobs: Jobs) -> str:
+    """Say what is in memory, how much is free, and what the server is doing, in Markdown."""
     loaded = engine.loaded
-    at_hand = (
-        f"{markup.plain(loaded.name)} in memory, {loaded.dtype} on {loaded.device}" if loaded else "no model in memory"
-    )
+    at_hand = "no model in memory"
+    if loaded:
+        other = loaded.stored not in ("", loaded.dtype)
+        stored = f"stored as {loaded.stored}, computed and cached in " if other else ""
+        at_hand = f"{markup.plain(loaded.name)} in memory, {stored}{loaded.dtype} on {loaded.device}"
     running = sum(1 for _ in jobs.running())
     waiting = max(engine.waiting - 1, 0)
     busy = f" · {running} job{'s' * (running != 1)} running" if running else ""

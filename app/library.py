@@ -29,9 +29,9 @@ from l2kv.spec import CompressionSpec
 
 WORKSPACE = Workspace()
 _BUNDLED = {"demo": "run", "study": "study", "front": "front", "ablation": "ablation", "plan": "plan"}
-_BUNDLED |= dict.fromkeys(("lm", "passkey", "needle"), "results")
+_BUNDLED |= {"timeline": "timeline"} | dict.fromkeys(("lm", "passkey", "needle"), "results")
 """Field of `BundledResults` -> kind of record."""
-_NAMES = {"run": "Anne of Avonlea"}  # the text of the bundled runs
+_NAMES = {"run": "Anne of Avonlea", "timeline": "A pass key that is lost"}  # of the bundled records
 _MOST_OPEN = 8
 _MOST_ANSWERS = 256
 _MOST_EVIDENCE = 200

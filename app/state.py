@@ -145,6 +145,12 @@ def _numbers(numbers: Sequence[int]) -> str:
     return ",".join(map(str, numbers))
 
 
+def _positions(text: str) -> tuple[int, ...]:
+    if not all(part.isdecimal() and len(part) < 8 for part in text.split(",")):
+        raise ValueError("must be positions of tokens, such as 3,17")
+    return tuple(sorted({int(part) for part in text.split(",")}))
+
+
 def _flag(text: str) -> bool:
     return one_of(("0", "1"))(text) == "1"
 
@@ -156,6 +162,9 @@ RUN = Slot("run_id", "", Param("run", str, always=True))
 STUDY = Slot("study_id", "", Param("study", str))
 PLAN = Slot("plan_id", "", Param("plan", str))
 RESULTS = Slot("results_id", "", Param("results", str))
+TIMELINE = Slot("timeline_id", "", Param("timeline", str))
+TOKENS = Slot[tuple[int, ...]]("tokens", (), Param("tokens", _positions, _numbers))
+"""Tokens that are chosen in the recorded generation."""
 JOB = Slot("job_id", "", Param("job", str))
 OTHER_RUN = Slot("other_run_id", "", Param("with", str))
 """Run that is shown beside the one on screen."""
@@ -313,6 +322,8 @@ def show_model(ref: str) -> None:
             STUDY,
             PLAN,
             RESULTS,
+            TIMELINE,
+            TOKENS,
             OTHER_RUN,
             LAYER,
             HEAD,

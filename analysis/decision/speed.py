@@ -17,6 +17,7 @@ from analysis.progress import Progress, unheard
 from analysis.records import record
 from analysis.words import human_bytes
 from l2kv.config import CacheShape
+from l2kv.policies import POLICIES
 from l2kv.spec import CompressionSpec
 
 if TYPE_CHECKING:
@@ -122,14 +123,12 @@ def measure_speed(
     """
     import torch
 
-    from analysis.evaluation.run import _caches_after as caches_after
-    from analysis.evaluation.run import _name_of as device_name
-    from analysis.models.digest import digest_of
+    from analysis.evaluation.run import Machine
     from analysis.preview import prepared
     from analysis.recorder import check_length
     from analysis.texts.tokens import Tokens, tokenize
-    from l2kv.cache import cache_nbytes
-    from l2kv.decoding import decode_one_token
+    from l2kv.cache import CompressedCache, cache_nbytes
+    from l2kv.decoding import decode_one_token, new_cache, prefill
 
     if n_tokens < 2 or min(batch, steps, runs) < 1:
         raise SettingsError(
@@ -145,10 +144,16 @@ def measure_speed(
         )
     prompt = torch.from_numpy(ids)[None].to(loaded.device)
     with torch.inference_mode(), prepared(loaded):
-        filled = dict(caches_after(loaded, prompt[:, :-1], [spec, None]))
-        for cache in filled.values():
+        context, special_ids = prompt[:, :-1], loaded.special_ids(spec)
+        full = new_cache(loaded.config, None)
+        prefill(loaded.model, context, full)
+        if POLICIES[spec.policy].needs_attention:  # which a full cache does not hold
+            kept = new_cache(loaded.config, spec, special_ids=special_ids)
+            prefill(loaded.model, context, kept)
+        else:
+            kept = CompressedCache.from_full(full, loaded.config, spec, input_ids=context, special_ids=special_ids)
+        for cache in (full, kept):
             cache.batch_repeat_interleave(batch)
-        full, kept = filled[None], filled[spec]
         full_nbytes, kept_nbytes = (cache_nbytes(cache, slack=False) for cache in (full, kept))
 
         def timed(cache: Cache, tick: Callable[[], object]) -> float:
@@ -170,20 +175,21 @@ def measure_speed(
             seconds.append((one, other))
         progress(2 * runs, 2 * runs, "runs")
     of_full, of_kept = zip(*seconds, strict=True)
+    machine = Machine.of(loaded)
     return Speed(
-        loaded.name,
-        digest_of(loaded),
-        device_name(loaded.device),
-        loaded.dtype,
-        torch.get_num_threads(),
-        spec,
-        n_tokens,
-        batch,
-        read_bytes(loaded),
-        full_nbytes,
-        kept_nbytes,
-        of_full,
-        of_kept,
+        model=loaded.name,
+        weights=machine.weights,
+        device=machine.device,
+        dtype=machine.dtype,
+        threads=machine.threads,
+        spec=spec,
+        n_tokens=n_tokens,
+        batch=batch,
+        read_nbytes=read_bytes(loaded),
+        full_nbytes=full_nbytes,
+        kept_nbytes=kept_nbytes,
+        full_seconds=of_full,
+        kept_seconds=of_kept,
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from analysis.evaluation.passkey import QUESTION
 from analysis.models.load import BUNDLED
 from analysis.records import load, record
 from analysis.texts.read import read_text
@@ -24,6 +25,7 @@ RESULT_FILES = {
     "lm": "lm.jsonl",
     "passkey": "passkey.jsonl",
     "needle": "needle.jsonl",
+    "timeline": "timeline.safetensors",
 }
 _TEXTS = BUNDLED / "texts"
 
@@ -39,6 +41,12 @@ class Preset:
     answer: str = ""  # what should be generated, as `prompts.found` scores it; empty: nothing is right or wrong
     chat: bool = False  # a question, to be put through the model's chat template
     beside: CompressionSpec | None = None  # another one of the same protection, in which the task ends otherwise
+
+    @property
+    def parts(self) -> tuple[str, str, str]:
+        """Its text without the question of a passkey, that question, and the answer as a continuation; or empty."""
+        prompt = self.text.removesuffix(f" {QUESTION}")
+        return prompt, self.text[len(prompt) :], f" {self.answer}" if self.answer else ""
 
 
 @record("presets", version=1, title="a file of presets", again="l2kv demo")
@@ -63,6 +71,7 @@ class BundledResults:
     lm: Path | None = None  # results of this task, and of the next two
     passkey: Path | None = None
     needle: Path | None = None
+    timeline: Path | None = None
 
 
 def bundled_results(model: str) -> BundledResults:

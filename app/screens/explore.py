@@ -20,6 +20,7 @@ from app.components import charts, choices, comparison, keys, many_texts, markup
 from app.engine import Engine
 from app.figures import heat, planes
 from app.jobs import Jobs
+from app.screens import time_machine
 from l2kv.errors import SpecError
 
 _FEW_TOKENS = 64
@@ -80,7 +81,8 @@ def draw(engine: Engine, jobs: Jobs) -> None:
         _PANES.set(True)
         st.divider()
         _below(jobs)
-        # The eviction time machine goes here.
+        st.divider()
+        time_machine.draw(engine, jobs)
 
 
 def _part(key: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -50,6 +50,9 @@ _NOT_FOR = (
 _KEYS = {
     "← → ↑ ↓": "move to the next head in the map (Explore)",
     "[ ]": "previous and next query (Explore)",
+    "← →, Shift, Home, End": "one step, ten steps, the first, the last (slider of the eviction time machine)",
+    "Space": "play the generation, or pause it (the same slider)",
+    "← → ↑ ↓, Enter": "move to a token and choose it (strip of the eviction time machine)",
     "?": "list the keys of the page",
 }
 

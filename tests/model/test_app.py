@@ -12,7 +12,7 @@ from streamlit.testing.v1 import AppTest
 
 from analysis import ModelError, TextError
 from app import engine as engine_module
-from app import session
+from app import session, state
 from app.components import choices, controls, jobs, markup, uploads
 from app.engine import Engine, check_allowed
 from app.views.generate import Column, Parting, Preview
@@ -232,21 +232,11 @@ def test_the_first_sentence_of_an_answer_is_its_headline():
 
 
 def test_every_value_of_the_session_has_a_key_of_its_own_and_a_home_in_one_file():
-    keys = [slot.key for slot in session.SLOTS]
-    assert len(keys) == len(set(keys)) > 30
+    keys = [slot.key for slot in vars(state).values() if isinstance(slot, state.Slot)]
+    assert len(keys) == len(set(keys)) > 20
     for file in [*(ROOT / "app" / "components").glob("*.py"), ROOT / "app" / "main.py"]:
         named = re.findall(r"""(?:session_state\W+|key=)["'](\w+)["']""", file.read_text(encoding="utf-8"))
         assert not set(named) & set(keys), (file, named)
-
-
-def test_what_belongs_to_a_run_goes_when_another_is_shown_and_the_rest_stays(monkeypatch):
-    monkeypatch.setattr(session.st, "session_state", {slot.key: "x" for slot in session.SLOTS})
-    session.show_run(None)
-    left = set(session.st.session_state)
-    assert not {"layer", "head", "skip_layers", "generated", "remembered", "model_choice", "study_anyway"} & left
-    assert {"keep_ratio", "policy", "protect_last", "plan", "study", "sources", "other_run"} <= left
-    session.show_study(None)
-    assert left - set(session.st.session_state) == {"study_layer", "study_head"}
 
 
 def test_a_job_tells_every_stage_and_what_it_gives_to_one_callback_without_a_page(loads, monkeypatch):

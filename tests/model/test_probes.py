@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from scipy import stats
-from streamlit.testing.v1 import AppTest
 
 from analysis import by_query
 from analysis import selftest as synthetic_module
@@ -266,21 +265,3 @@ def test_the_strip_of_queries_stands_on_a_fixed_scale_and_leaves_out_what_is_und
         np.full(2, np.nan), ["a", "b"], first_position=0, next_token=np.nan, next_label=""
     )
     assert len(undefined.data) == 2  # no mean of nothing
-
-
-def test_the_page_capture_opens_the_synthetic_check():
-    def pages():
-        import streamlit as st
-
-        from analysis.selftest import is_synthetic
-        from app import session
-        from app.engine import Engine
-        from app.views import capture
-
-        heads = st.Page(lambda: st.title(f"synthetic: {is_synthetic(session.current_run())}"), title="h", url_path="h")
-        here = st.Page(lambda: capture.page(Engine(), heads), title="c", url_path="c", default=True)
-        st.navigation([here, heads]).run()
-
-    app = AppTest.from_function(pages, default_timeout=60).run()
-    next(button for button in app.button if button.label == "Open the synthetic check").click().run()
-    assert not app.exception and app.title[0].value == "synthetic: True"
