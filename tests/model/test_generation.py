@@ -42,7 +42,8 @@ def test_a_question_is_put_through_the_template_and_its_end_token_ends_the_answe
 
 
 def test_special_tokens_are_not_shown(loaded, monkeypatch):
-    monkeypatch.setattr("analysis.preview.decode_one_token", lambda *_: torch.tensor([[loaded.tokenizer.eos_token_id]]))
+    end = torch.nn.functional.one_hot(torch.tensor(loaded.tokenizer.eos_token_id), len(loaded.tokenizer))
+    monkeypatch.setattr("analysis.preview.next_logits", lambda *_: end)
     (step,) = list(stream(loaded, PROMPT, [None], max_new_tokens=3))[-1]
     assert step.finished and step.text == "" and len(step.token_ids) == 1
 
