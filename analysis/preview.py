@@ -176,9 +176,7 @@ def _turn(
                 return
 
 
-def _columns(
-    loaded: LoadedModel, specs: Sequence[CompressionSpec | None], counted: int = 0
-) -> list[_Column]:
+def _columns(loaded: LoadedModel, specs: Sequence[CompressionSpec | None], counted: int = 0) -> list[_Column]:
     try:
         return [_Column(loaded, spec, counted) for spec in specs]
     except UnsupportedModelError as error:

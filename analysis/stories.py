@@ -48,7 +48,7 @@ class Told:
     """Median rate of decoding, in a run of its own; None where it was not measured."""
 
 
-@record("story", version=1, title="a story", again="l2kv demo")
+@record("story", version=1, title="a story", again="l2kv demo", lines="caches")
 @dataclass(frozen=True, slots=True)
 class Story:
     """What several caches made of one prompt, token by token. The first is the full cache."""

@@ -30,9 +30,10 @@ from analysis.plans.ablation import Ablation
 from analysis.plans.front import Front
 from analysis.plans.skip import Plan
 from analysis.records import json_line, kind_of, load, load_any, record, save
+from analysis.stories import Story
 from analysis.studies import Study
 
-KINDS: dict[str, type] = {kind_of(cls).name: cls for cls in (Capture, Study, Results, Plan, Front, Ablation)}
+KINDS: dict[str, type] = {kind_of(cls).name: cls for cls in (Capture, Study, Results, Plan, Front, Ablation, Story)}
 """Classes of records that a workspace holds, by the name of their kind: "run", "study", "results", ..."""
 ID_DIGITS = 12
 _ABOUT = ".about.json"
@@ -102,7 +103,7 @@ class Workspace:
 
     def add(self, thing: object, *, name: str) -> Entry:
         """Save a record, and return what is known of it; the same record again keeps its id and gets the new name."""
-        arrays = not isinstance(thing, (Results, Plan, Front, Ablation))
+        arrays = not isinstance(thing, (Results, Plan, Front, Ablation, Story))
         new = self.folder / f".new-{os.urandom(6).hex()}{'.safetensors' if arrays else '.json'}"
         try:
             return self._take(save(thing, new), thing, name)
@@ -196,4 +197,6 @@ def _in_words(thing: object) -> str:
         return f"{len(thing.names)} texts"
     if isinstance(thing, Results):
         return f"{thing.task}, {len({row.sample for row in thing.rows})} samples, {len(thing.methods)} methods"
+    if isinstance(thing, Story):
+        return f"{len(thing.caches)} caches, {len(thing.labels):,} tokens and {thing.n_steps} new ones"
     return kind_of(type(thing)).title.removeprefix("a ")

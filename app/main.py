@@ -20,7 +20,7 @@ from app import address, header
 from app.components import markup
 from app.engine import Engine
 from app.jobs import Jobs
-from app.screens import evaluate, tune
+from app.screens import demo, evaluate, tune
 from app.screens import help as help_page
 from app.views import capture, generate, heads, plan, skip, texts
 from l2kv.errors import SpecError
@@ -92,9 +92,11 @@ def main() -> None:
     )
     tune_page = _drawn(lambda: tune.draw(engine(), jobs()))
     evaluate_page = _drawn(lambda: evaluate.draw(engine(), jobs()))
+    demo_page = _drawn(lambda: demo.draw(engine(), jobs()))
     new = [
         st.Page(evaluate_page, title="Evaluate", icon=":material/science:", url_path="evaluate"),
         st.Page(tune_page, title="Tune", icon=":material/tune:", url_path="tune"),
+        st.Page(demo_page, title="Demo", icon=":material/slideshow:", url_path="demo"),
         st.Page(_drawn(help_page.draw), title="Help", icon=":material/help:", url_path="help"),
     ]
     pages = [*new, heads_page, also_heads, capture_page, texts_page, skip_page, plan_page, generate_page]

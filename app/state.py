@@ -134,6 +134,7 @@ RUN = Slot("run_id", "", Param("run", str, always=True))
 STUDY = Slot("study_id", "", Param("study", str))
 PLAN = Slot("plan_id", "", Param("plan", str))
 RESULTS = Slot("results_id", "", Param("results", str))
+STORY = Slot("story_id", "", Param("story", str))
 JOB = Slot("job_id", "", Param("job", str))
 OTHER_RUN = Slot("other_run_id", "", Param("with", str))
 """Run that is shown beside the one on screen."""
@@ -256,7 +257,7 @@ def take_spec(spec: CompressionSpec) -> None:
 def show_model(ref: str) -> None:
     """Put another model on screen. What belongs to the one before is dropped."""
     if name_of(ref) != model():
-        for slot in (RUN, STUDY, PLAN, RESULTS, OTHER_RUN, LAYER, HEAD, PINNED, QUERY, SKIP_LAYERS, CACHE_DTYPE):
+        for slot in (RUN, STUDY, PLAN, RESULTS, STORY, OTHER_RUN, LAYER, HEAD, PINNED, QUERY, SKIP_LAYERS, CACHE_DTYPE):
             slot.drop()
     MODEL.set(ref)
 

@@ -21,6 +21,7 @@ RESULT_FILES = {
     "ablation": "causal.json",
     "presets": "presets.json",
 }
+STORY_FILES = "story-{}.json"
 _TEXTS = BUNDLED / "texts"
 
 
@@ -55,6 +56,7 @@ class BundledResults:
     front: Path | None = None
     ablation: Path | None = None
     presets: Path | None = None
+    stories: tuple[Path, ...] = ()
 
 
 def bundled_results(model: str) -> BundledResults:
@@ -62,7 +64,8 @@ def bundled_results(model: str) -> BundledResults:
     if model not in {folder.name for folder in BUNDLED.iterdir()}:
         return BundledResults()
     files = {kind: BUNDLED / model / name for kind, name in RESULT_FILES.items()}
-    return BundledResults(**{kind: file for kind, file in files.items() if file.is_file()})
+    here = {kind: file for kind, file in files.items() if file.is_file()}
+    return BundledResults(**here, stories=tuple(sorted((BUNDLED / model).glob(STORY_FILES.format("*")))))
 
 
 def demo_model() -> str:

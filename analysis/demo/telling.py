@@ -86,28 +86,29 @@ def _with(cache: Told, step: Step) -> Told:
     return cache if cache.steps and cache.steps[-1].finished else replace(cache, steps=(*cache.steps, step))
 
 
-def timed(loaded: LoadedModel, story: Story) -> Story:
+def timed(loaded: LoadedModel, story: Story, *, progress: Progress = unheard) -> Story:
     """Time the decoding of each cache of a story, one after the other. Raises as `stream`."""
-    return replace(
-        story,
-        caches=tuple(
-            replace(cache, tokens_per_second=tokens_per_second(loaded, story.prompt, cache.spec, chat=story.chat))
-            for cache in story.caches
-        ),
-    )
+    caches = []
+    for i, cache in enumerate(story.caches):
+        progress(i, len(story.caches), "caches")
+        rate = tokens_per_second(loaded, story.prompt, cache.spec, chat=story.chat)
+        caches.append(replace(cache, tokens_per_second=rate))
+    progress(len(caches), len(caches), "caches")
+    return replace(story, caches=tuple(caches))
 
 
 def record_story(loaded: LoadedModel, preset: Preset, *, dtype: str = "", new_tokens: int = 24) -> Story:
-    """Tell a preset to its end: over its own compression, the one beside it, and high norm where a key is searched.
+    """Tell a preset to its end: over its own compression, the one beside it, and high norm where random loses the task.
 
     Raises as `stream`.
     """
     spec = preset.spec or HALF
-    specs = {_name(each): each for each in (spec, preset.beside) if each is not None}
-    if preset.answer and spec.policy == "low_norm" and preset.beside and preset.beside.policy == "random":
-        specs |= {_name(other): other for other in [replace(spec, policy="high_norm")]}
-    *_, story = tell(loaded, begin(loaded, preset, specs, dtype=dtype), new_tokens=new_tokens)
-    return timed(loaded, story)
+    specs = [spec, *([preset.beside] if preset.beside else [])]
+    if preset.beside and preset.beside.policy == "random" and not preset.chat:
+        specs.append(replace(spec, policy="high_norm"))
+    story = begin(loaded, preset, {_name(each): each for each in specs}, dtype=dtype)
+    *_, story = tell(loaded, story, new_tokens=new_tokens)
+    return story
 
 
 def _name(spec: CompressionSpec) -> str:
