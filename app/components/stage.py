@@ -23,14 +23,15 @@ _HALF = 0.5
 STYLE = f"""<style>
 .l2kv-stage {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(16rem, 100%), 1fr)); gap: .75rem; }}
 .l2kv-cache {{ border: 1px solid color-mix(in srgb, currentColor 18%, transparent); border-top: 4px solid {PRIMARY};
-  border-radius: .5rem; padding: .6rem .8rem; min-width: 0; }}
+  border-radius: .5rem; padding: .6rem .8rem; min-width: 0;
+  display: grid; grid-template-rows: subgrid; grid-row: span 4; row-gap: .2rem; }}
 .l2kv-cache.full {{ border-top-color: {FULL_GREY}; }}
 .l2kv-cache.found {{ box-shadow: inset 0 0 0 2px #1B7F3B; }}
 .l2kv-cache.lost {{ box-shadow: inset 0 0 0 2px #C0392B; }}
 .l2kv-name {{ font-weight: 600; display: flex; gap: .5rem; justify-content: space-between; flex-wrap: wrap; }}
 .l2kv-score {{ color: #fff; border-radius: .4rem; padding: 0 .5rem; font-weight: 600; }}
 .l2kv-score.found {{ background: #1B7F3B; }} .l2kv-score.lost {{ background: #C0392B; }}
-.l2kv-said {{ white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.5; min-height: 4.5rem; max-height: 16rem;
+.l2kv-said {{ white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.5; min-height: 3rem; max-height: 16rem;
   overflow-y: auto; unicode-bidi: isolate; margin: .3rem 0; }}
 .l2kv-asked {{ color: color-mix(in srgb, currentColor 68%, transparent); }}
 .l2kv-new {{ font-weight: 600; }}
@@ -101,9 +102,9 @@ def _held(
     shares = (min(n / max(whole, 1), 1) for n, whole in zip(held, of, strict=True))
     bars = "".join(f'<i><b style="height:{share:.0%}"></b></i>' for share in shares)
     return (
-        f'<div><span class="l2kv-bytes">{human_bytes(nbytes)}</span> <span class="l2kv-small">{share}</span></div>'
+        f'<div><div><span class="l2kv-bytes">{human_bytes(nbytes)}</span> <span class="l2kv-small">{share}</span></div>'
         f'<div class="l2kv-layers" role="img" aria-label="{told}">{bars}</div>'
-        f'<div class="l2kv-small">{told}{rate}</div>'
+        f'<div class="l2kv-small">{told}{rate}</div></div>'
     )
 
 
@@ -118,7 +119,7 @@ def _tokens(story: Story, i: int, step: int) -> str:
         lead = (
             f'<div class="l2kv-small"><b>{escaped(story.answer)}</b> in the prompt: held by {held:.0%} of heads</div>'
         )
-    return lead + token_strip(story.labels, shares, story.answer_at, heads=story.heads)
+    return f"<div>{lead}{token_strip(story.labels, shares, story.answer_at, heads=story.heads)}</div>"
 
 
 def answers(names: Sequence[str], steps: Sequence[Step], *, memory: bool) -> str:

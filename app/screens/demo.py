@@ -57,9 +57,21 @@ def draw(engine: Engine, jobs: Jobs) -> None:
     """Draw the page."""
     st.title("Show me")
     mode = st.segmented_control(
-        "What to show", [RECORDED, LIVE, CHAT], required=True, label_visibility="collapsed", **MODE.widget()
+        "What to show",
+        [RECORDED, LIVE, CHAT],
+        required=True,
+        label_visibility="collapsed",
+        on_change=_enter,
+        **MODE.widget(),
     )
     {RECORDED: _recorded, LIVE: _live, CHAT: _chat}[mode or RECORDED](engine, jobs)
+
+
+def _enter() -> None:
+    """Begin live with a preset that shows something, under its own compression."""
+    if MODE.get() == LIVE and "live_preset" not in st.session_state:
+        by_name = {preset.name: preset for preset in presets(state.model())}
+        _begin_with(next(iter(_tasks_first(by_name)), OWN), settings=True)
 
 
 def _recorded(engine: Engine, jobs: Jobs) -> None:
@@ -280,16 +292,8 @@ def _live(engine: Engine, jobs: Jobs) -> None:
 def _ask_prompt(engine: Engine, ref: str) -> Preset:
     """Ask for the prompt: one that was found to show something in this model, a bundled text, or one's own."""
     by_name = {preset.name: preset for preset in presets(state.model())}
-
-    def take() -> None:
-        preset = by_name.get(st.session_state["live_preset"])
-        if preset is None:
-            return
-        st.session_state.update(live_prompt=preset.text, live_answer=preset.answer, live_chat=preset.chat)
-        if preset.spec is not None:
-            state.take_spec(preset.spec)
-        BESIDE.set(preset.beside.policy if preset.beside else "")
-        BESIDE_RATIO.set(preset.beside.keep_ratio if preset.beside else BESIDE_RATIO.default)
+    if st.session_state.get("live_preset") not in (*by_name, OWN):  # at first, or of another model
+        _begin_with(next(iter(_tasks_first(by_name)), OWN), settings=False)
 
     def edited() -> None:
         st.session_state["live_preset"] = OWN
@@ -298,13 +302,8 @@ def _ask_prompt(engine: Engine, ref: str) -> Preset:
         if text := uploads.text_of(st.session_state["live_file"]):
             st.session_state.update(live_prompt=text, live_answer="", live_preset=OWN)
 
-    if st.session_state.get("live_preset") not in (*by_name, OWN):  # at first, or of another model
-        st.session_state["live_preset"] = next(iter(_tasks_first(by_name)))
-        take()
-    for key in ("live_prompt", "live_answer"):
-        st.session_state.setdefault(key, "")
     name = st.selectbox(
-        "Start from", [*_tasks_first(by_name), OWN], key="live_preset", persist_state="session", on_change=take,
+        "Start from", [*_tasks_first(by_name), OWN], key="live_preset", persist_state="session", on_change=_take_preset,
         help="A task is offered for a model only where its full cache solves it.",
     )  # fmt: skip
     with st.expander("Prompt", icon=":material/edit:", expanded=name == OWN):
@@ -323,6 +322,25 @@ def _ask_prompt(engine: Engine, ref: str) -> Preset:
     preset = Preset(name, plain_text(prompt), known.why if known else "", None, answer.strip(), chat)
     _length(engine, ref, preset)
     return preset
+
+
+def _take_preset() -> None:
+    _begin_with(st.session_state["live_preset"], settings=True)
+
+
+def _begin_with(name: str, *, settings: bool) -> None:
+    """Begin with a preset's text, and with its compression in the header; that of a link is left as it is."""
+    st.session_state["live_preset"] = name
+    preset = next((one for one in presets(state.model()) if one.name == name), None)
+    if preset is None:  # one's own text begins with what is there
+        for key in ("live_prompt", "live_answer"):
+            st.session_state.setdefault(key, "")
+        return
+    st.session_state.update(live_prompt=preset.text, live_answer=preset.answer, live_chat=preset.chat)
+    if settings and preset.spec is not None:
+        state.take_spec(preset.spec)
+        BESIDE.set(preset.beside.policy if preset.beside else "")
+        BESIDE_RATIO.set(preset.beside.keep_ratio if preset.beside else BESIDE_RATIO.default)
 
 
 def _tasks_first(by_name: Mapping[str, Preset]) -> list[str]:
