@@ -16,6 +16,13 @@ from l2kv.spec import CompressionSpec
 FULL = "full cache"
 
 
+def name_of(spec: CompressionSpec) -> str:
+    """Name a compressed cache: "low norm, 50% kept"."""
+    kept = f"{spec.keep_ratio:.0%} kept" if spec.budget is None else f"{spec.budget} tokens kept"
+    by = " by kv head" if spec.head_ratios else " by layer" if spec.layer_ratios else ""
+    return f"{spec.policy.replace('_', ' ')}, {kept}{by}"
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """A new token, and the state of the cache after it."""
@@ -72,6 +79,8 @@ class Story:
     """Dtype that the model was run in, and bytes were counted in."""
     dtype: str = "float32"
     """Dtype of the checkpoint, which bytes are told in."""
+    ended: bool = True
+    """It was told to its end, and not stopped."""
 
     @property
     def n_steps(self) -> int:
@@ -99,8 +108,8 @@ class Story:
         step_ = self.at(cache, step)
         if found(self.answer, step_.text):
             return True
-        over = step_.finished or step >= self.n_steps - 1 or decided(self.answer, step_.text)
-        return False if over else None
+        at_its_end = self.ended and step >= self.n_steps - 1
+        return False if at_its_end or step_.finished or decided(self.answer, step_.text) else None
 
     def answer_held(self, cache: int, step: int) -> float | None:
         """Share of the heads that hold the answer's tokens in the prompt, their mean; None where none say it."""

@@ -12,7 +12,7 @@ from analysis.evaluation.prompts import decided, prompt_labels
 from analysis.models.load import LoadedModel
 from analysis.preview import GREEDY, Sampling, heads_that_evict, stream, tokens_per_second
 from analysis.progress import Progress, unheard
-from analysis.stories import FULL, Step, Story, Told
+from analysis.stories import FULL, Step, Story, Told, name_of
 from l2kv.spec import CompressionSpec
 
 
@@ -47,6 +47,7 @@ def begin(
         heads=heads_that_evict(loaded),
         counted_dtype=loaded.dtype,
         dtype=dtype or loaded.dtype,
+        ended=False,
     )
 
 
@@ -59,7 +60,7 @@ def tell(
     count_heads: bool = True,
     progress: Progress = unheard,
 ) -> Generator[Story, None, None]:
-    """Generate, and yield the story after each new token; a task that is decided ends it, but not a chat.
+    """Generate, and yield the story after each new token, and at last as ended; a decided task ends it, but not a chat.
 
     Close the iterator to stop at once. Raises as `analysis.preview.stream`.
     """
@@ -79,7 +80,8 @@ def tell(
             story = replace(story, caches=tuple(_with(cache, step) for cache, step in caches))
             yield story
             if story.answer and not story.chat and all(decided(story.answer, step.text) for step in row):
-                return
+                break
+    yield replace(story, ended=True)
 
 
 def _with(cache: Told, step: Step) -> Told:
@@ -106,10 +108,6 @@ def record_story(loaded: LoadedModel, preset: Preset, *, dtype: str = "", new_to
     specs = [spec, *([preset.beside] if preset.beside else [])]
     if preset.beside and preset.beside.policy == "random" and not preset.chat:
         specs.append(replace(spec, policy="high_norm"))
-    story = begin(loaded, preset, {_name(each): each for each in specs}, dtype=dtype)
+    story = begin(loaded, preset, {name_of(each): each for each in specs}, dtype=dtype)
     *_, story = tell(loaded, story, new_tokens=new_tokens)
     return story
-
-
-def _name(spec: CompressionSpec) -> str:
-    return f"{spec.policy.replace('_', ' ')}, {spec.keep_ratio:.0%} kept"

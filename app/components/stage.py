@@ -10,12 +10,13 @@ import html
 from collections.abc import Sequence
 from itertools import pairwise
 
-from analysis.stories import Step, Story
+from analysis.stories import FULL, Step, Story, name_of
 from analysis.words import human_bytes, span
 from app.components.markup import escaped, visible
 from app.figures.style import CONTRAST, FULL_GREY, PRIMARY
+from l2kv.spec import CompressionSpec
 
-_PROMPT_TAIL = 160  # characters
+_PROMPT_TAIL = 110  # characters
 _AROUND = 14  # tokens shown before and after each that says the answer
 _MOST = 160  # tokens shown where there is no answer
 _HALF = 0.5
@@ -28,7 +29,8 @@ STYLE = f"""<style>
 .l2kv-cache.full {{ border-top-color: {FULL_GREY}; }}
 .l2kv-cache.found {{ box-shadow: inset 0 0 0 2px #1B7F3B; }}
 .l2kv-cache.lost {{ box-shadow: inset 0 0 0 2px #C0392B; }}
-.l2kv-name {{ font-weight: 600; display: flex; gap: .5rem; justify-content: space-between; flex-wrap: wrap; }}
+.l2kv-name {{ font-weight: 600; display: flex; gap: .5rem; justify-content: space-between; flex-wrap: wrap;
+  align-items: flex-start; }}
 .l2kv-score {{ color: #fff; border-radius: .4rem; padding: 0 .5rem; font-weight: 600; }}
 .l2kv-score.found {{ background: #1B7F3B; }} .l2kv-score.lost {{ background: #C0392B; }}
 .l2kv-said {{ white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.5; min-height: 3rem; max-height: 16rem;
@@ -83,28 +85,40 @@ def _box(kind: str, name: str, score: str, says: str, below: str) -> str:
 def _tail(story: Story) -> str:
     tail = story.prompt[-_PROMPT_TAIL:]
     if len(story.prompt) > _PROMPT_TAIL:
-        tail = "… " + tail.partition(" ")[2]
+        tail = "… " + (tail.partition(" ")[2] or tail)
     return tail + "\n" * story.chat  # an answer does not go on with the question
 
 
 def _memory(story: Story, i: int, step: int) -> str:
     now = story.at(i, step)
     share = "" if story.caches[i].spec is None else f"{story.share(i, step):.0%} of the full cache"
-    return _held(story.nbytes(i, step), share, now.held, story.at(0, step).held, story.caches[i].tokens_per_second)
+    cache = story.caches[i]
+    return _held(story.nbytes(i, step), share, now, story.at(0, step), cache.spec, cache.tokens_per_second)
 
 
 def _held(
-    nbytes: float, share: str, held: Sequence[int], of: Sequence[int], tokens_per_second: float | None = None
+    nbytes: float,
+    share: str,
+    now: Step,
+    full: Step,
+    spec: CompressionSpec | None,
+    tokens_per_second: float | None = None,
 ) -> str:
-    """Write as HTML what a cache takes, and as a picture what each of its layers holds `of` the full cache's tokens."""
-    told = f"{span(held)} of {max(of, default=0)} tokens held per layer"
+    """Write what a cache takes, and as a picture what each of its layers holds of the full cache's tokens."""
+    seen = max(full.held, default=0) - len(full.token_ids) + len(now.token_ids)
+    told = f"{span(now.held)} of {seen} tokens held per layer"
     rate = f" · {tokens_per_second:.1f} tokens/s alone" if tokens_per_second else ""
-    shares = (min(n / max(whole, 1), 1) for n, whole in zip(held, of, strict=True))
+    shares = (min(n / max(whole, 1), 1) for n, whole in zip(now.held, full.held, strict=True))
     bars = "".join(f'<i><b style="height:{share:.0%}"></b></i>' for share in shares)
+    notes = []
+    if now.finished and not now.text:
+        notes.append("It ended at once, without a word.")
+    if spec is not None and min(now.held) < seen and min(now.held) <= spec.protect_first + spec.protect_last:
+        notes.append("It holds the protected tokens alone: the policy chose none.")
     return (
         f'<div><div><span class="l2kv-bytes">{human_bytes(nbytes)}</span> <span class="l2kv-small">{share}</span></div>'
         f'<div class="l2kv-layers" role="img" aria-label="{told}">{bars}</div>'
-        f'<div class="l2kv-small">{told}{rate}</div></div>'
+        f'<div class="l2kv-small">{told}{rate}</div><div class="l2kv-small">{" ".join(notes)}</div></div>'
     )
 
 
@@ -122,14 +136,14 @@ def _tokens(story: Story, i: int, step: int) -> str:
     return f"<div>{lead}{token_strip(story.labels, shares, story.answer_at, heads=story.heads)}</div>"
 
 
-def answers(names: Sequence[str], steps: Sequence[Step], *, memory: bool) -> str:
+def answers(specs: Sequence[CompressionSpec | None], steps: Sequence[Step], *, memory: bool) -> str:
     """Write as HTML what each cache of a chat answers, and what it holds if it is the latest turn."""
     boxes = []
-    for i, (name, now) in enumerate(zip(names, steps, strict=True)):
-        share = f"{now.nbytes / steps[0].nbytes:.0%} of the full cache's" if i else ""
-        below = _held(now.nbytes, share, now.held, steps[0].held) if memory else ""
+    for spec, now in zip(specs, steps, strict=True):
+        share = f"{now.nbytes / steps[0].nbytes:.0%} of the full cache's" if spec else ""
+        below = _held(now.nbytes, share, now, steps[0], spec) if memory else ""
         said = f'<span class="l2kv-new">{escaped(now.text)}</span>'
-        boxes.append(_box("compressed" if i else "full", name, "", said, below))
+        boxes.append(_box("compressed" if spec else "full", name_of(spec) if spec else FULL, "", said, below))
     return f'{STYLE}<div class="l2kv-stage">{"".join(boxes)}</div>'
 
 

@@ -6,7 +6,6 @@ without a model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -18,7 +17,7 @@ from analysis.errors import ModelError, UserError
 from analysis.evaluation.prompts import can_chat, prompt_tokens
 from analysis.models.memory import DTYPES
 from analysis.models.sizes import checkpoint_dtype
-from analysis.stories import FULL, Story
+from analysis.stories import Story, name_of
 from analysis.texts.read import plain_text
 from analysis.words import counted, human_bytes
 from app import header, library, state
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from streamlit.delta_generator import DeltaGenerator
 
     from analysis.models.load import LoadedModel
-    from analysis.preview import Chat, Sampling
+    from analysis.preview import Sampling
     from analysis.progress import Progress
 
 RECORDED, LIVE, CHAT = "Recorded", "Live", "Chat"
@@ -44,8 +43,7 @@ BESIDE_RATIO = state.Slot("demo_beside_ratio", 0.5)
 TOLD = state.Slot[Story | None]("demo_told", None)
 """The latest story that was told live, which grows while it is."""
 TALK = state.Slot["Chat | None"]("demo_talk", None)
-TALKED = state.Slot[tuple[object, ...]]("demo_talked", ())
-"""Model and settings of the chat."""
+TALK_MODEL = state.Slot("demo_talk_model", "")
 STEP = state.Slot("demo_step", 0)
 PLAYING = state.Slot("demo_playing", False)
 PRESENT = state.Slot("demo_present", False)
@@ -55,23 +53,20 @@ _LONGEST_COUNTED = 4000  # tokens of a prompt whose heads are counted at every s
 
 def draw(engine: Engine, jobs: Jobs) -> None:
     """Draw the page."""
-    st.title("Show me")
-    mode = st.segmented_control(
-        "What to show",
-        [RECORDED, LIVE, CHAT],
-        required=True,
-        label_visibility="collapsed",
-        on_change=_enter,
-        **MODE.widget(),
-    )
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.title("Show me", width="content")
+        mode = st.segmented_control(
+            "What to show", [RECORDED, LIVE, CHAT], required=True, label_visibility="collapsed", on_change=_enter,
+            **MODE.widget(),
+        )  # fmt: skip
     {RECORDED: _recorded, LIVE: _live, CHAT: _chat}[mode or RECORDED](engine, jobs)
 
 
 def _enter() -> None:
     """Begin live with a preset that shows something, under its own compression."""
     if MODE.get() == LIVE and "live_preset" not in st.session_state:
-        by_name = {preset.name: preset for preset in presets(state.model())}
-        _begin_with(next(iter(_tasks_first(by_name)), OWN), settings=True)
+        _presets()
+        _take_preset()
 
 
 def _recorded(engine: Engine, jobs: Jobs) -> None:
@@ -228,24 +223,21 @@ def _time(story: Story, jobs: Jobs) -> None:
 
 
 def _specs() -> dict[str, CompressionSpec]:
-    """The compressed caches: that of the header, and one beside it with the same protection."""
-    first = state.spec()
-    specs = {header.in_words(first).replace("\\", ""): first}
+    """The compressed caches by name: that of the header, and one beside it with the same protection."""
+    specs = [state.spec()]
     if BESIDE.get():
-        second = replace(state.uniform_spec(), policy=BESIDE.get(), keep_ratio=round(BESIDE_RATIO.get(), 2))
-        specs[header.in_words(second).replace("\\", "")] = second
-    return specs
+        specs.append(replace(state.uniform_spec(), policy=BESIDE.get(), keep_ratio=round(BESIDE_RATIO.get(), 2)))
+    return {name_of(spec): spec for spec in specs}
 
 
 def _ask_beside() -> None:
     offered = choices.policies()
-    left, right = st.columns([3, 2], vertical_alignment="bottom")
-    left.selectbox(
+    st.selectbox(
         "Beside it", ["", *offered], format_func=lambda name: offered[name].title if name else "Nothing",
         help="A second compressed cache, with the header's window and skipped layers.", **BESIDE.widget(),
     )  # fmt: skip
     if BESIDE.get():
-        right.number_input("Its keep ratio", 0.05, 1.0, step=0.05, **BESIDE_RATIO.widget())
+        st.number_input("Its keep ratio", 0.05, 1.0, step=0.05, width=150, **BESIDE_RATIO.widget())
 
 
 def _ask_sampling(key: str) -> tuple[int, Sampling]:
@@ -265,35 +257,43 @@ def _ask_sampling(key: str) -> tuple[int, Sampling]:
 
 def _live(engine: Engine, jobs: Jobs) -> None:
     ref, shown = state.model_ref(), TOLD.get()
-    left, right = st.columns([3, 2], gap="large")
-    with left:
-        preset = _ask_prompt(engine, ref)
-    with right:
-        st.caption(f"Compressed: {header.in_words(state.spec())}. Set it in the header.")
+    begin = _presets()
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        name = st.selectbox(
+            "Start from", [*begin, OWN], key="live_preset", persist_state="session", on_change=_take_preset,
+            help="A task is offered for a model only where its full cache solves it.",
+        )  # fmt: skip
         _ask_beside()
-        with st.expander("Length and sampling", icon=":material/casino:"):
-            new_tokens, sampling = _ask_sampling("live")
-    with st.container(horizontal=True, vertical_alignment="center"):
         started = st.button("Start", type="primary", icon=":material/play_arrow:", key="tell_story")
         place = st.empty()
+    left, right = st.columns([3, 2])
+    with left:
+        preset = _ask_prompt(engine, ref, begin.get(name, Preset(OWN, "")))
+    with right, st.expander("Length and sampling", icon=":material/casino:"):
+        new_tokens, sampling = _ask_sampling("live")
     if started:
         place.button("Cancel", icon=":material/cancel:", key="cancel_story")  # any click ends this script
         _tell(engine, preset, new_tokens, sampling)
-        return
-    if shown is None or not shown.n_steps:
-        return
-    if (shown.model, shown.prompt, [cache.spec for cache in shown.caches[1:]]) != (
-        state.model(), preset.text, list(_specs().values()),
-    ):  # fmt: skip
-        st.caption(":material/history: This is of earlier settings. Press *Start* to see the new ones.")
-    _player(shown, engine, jobs, id=f"{id(shown)}")
+    elif shown is not None and shown.n_steps:
+        asked = (state.model(), preset.text, preset.answer, preset.chat, list(_specs().values()))
+        if (shown.model, shown.prompt, shown.answer, shown.chat, [cache.spec for cache in shown.caches[1:]]) != asked:
+            st.caption(":material/history: This is of earlier settings. Press *Start* to see the new ones.")
+        if not shown.ended:
+            st.caption(":material/cancel: Cancelled: what was written until then is kept.")
+        _player(shown, engine, jobs, id=f"{id(shown)}")
 
 
-def _ask_prompt(engine: Engine, ref: str) -> Preset:
-    """Ask for the prompt: one that was found to show something in this model, a bundled text, or one's own."""
-    by_name = {preset.name: preset for preset in presets(state.model())}
+def _presets() -> dict[str, Preset]:
+    """Presets of the model on screen, by name, those with a task first; one of them, or one's own text, is chosen."""
+    found = sorted(presets(state.model()), key=lambda preset: not preset.answer)
+    by_name = {preset.name: preset for preset in found}
     if st.session_state.get("live_preset") not in (*by_name, OWN):  # at first, or of another model
-        _begin_with(next(iter(_tasks_first(by_name)), OWN), settings=False)
+        _begin_with(next(iter(by_name), OWN), settings=False)
+    return by_name
+
+
+def _ask_prompt(engine: Engine, ref: str, chosen: Preset) -> Preset:
+    """Show the prompt that was chosen, to be edited, and return it."""
 
     def edited() -> None:
         st.session_state["live_preset"] = OWN
@@ -302,11 +302,7 @@ def _ask_prompt(engine: Engine, ref: str) -> Preset:
         if text := uploads.text_of(st.session_state["live_file"]):
             st.session_state.update(live_prompt=text, live_answer="", live_preset=OWN)
 
-    name = st.selectbox(
-        "Start from", [*_tasks_first(by_name), OWN], key="live_preset", persist_state="session", on_change=_take_preset,
-        help="A task is offered for a model only where its full cache solves it.",
-    )  # fmt: skip
-    with st.expander("Prompt", icon=":material/edit:", expanded=name == OWN):
+    with st.expander("Prompt", icon=":material/edit:", expanded=chosen.name == OWN):
         prompt = st.text_area(
             "Prompt", key="live_prompt", persist_state="session", height=180, max_chars=400_000, on_change=edited
         )
@@ -317,10 +313,9 @@ def _ask_prompt(engine: Engine, ref: str) -> Preset:
         )  # fmt: skip
         st.file_uploader("Or upload a text", type="txt", key="live_file", on_change=uploaded)
         uploads.show_refused()
-    chat = _ask_template(engine, ref)
-    known = by_name.get(name)
-    preset = Preset(name, plain_text(prompt), known.why if known else "", None, answer.strip(), chat)
-    _length(engine, ref, preset)
+        chat = _ask_template(engine, ref)
+        preset = Preset(chosen.name, plain_text(prompt), chosen.why, None, answer.strip(), chat)
+        _length(engine, ref, preset)
     return preset
 
 
@@ -341,10 +336,6 @@ def _begin_with(name: str, *, settings: bool) -> None:
         state.take_spec(preset.spec)
         BESIDE.set(preset.beside.policy if preset.beside else "")
         BESIDE_RATIO.set(preset.beside.keep_ratio if preset.beside else BESIDE_RATIO.default)
-
-
-def _tasks_first(by_name: Mapping[str, Preset]) -> list[str]:
-    return sorted(by_name, key=lambda name: not by_name[name].answer)
 
 
 def _ask_template(engine: Engine, ref: str) -> bool:
@@ -433,56 +424,49 @@ def _chat(engine: Engine, jobs: Jobs) -> None:
             icon=":material/forum:",
         )
         return
-    left, right = st.columns([3, 2], gap="large")
-    with left:
-        st.caption(
-            f"Each cache lives on between the turns: it keeps what it kept, and reads the new message alone. "
-            f"Compressed: {header.in_words(state.spec())}."
-        )
-        again = st.button("New chat", icon=":material/add_comment:", key="new_chat")
-    with right, st.expander("Beside it, length and sampling", icon=":material/casino:"):
+    with st.container(horizontal=True, vertical_alignment="bottom"):
         _ask_beside()
+        if st.button("New chat", icon=":material/add_comment:", key="new_chat"):
+            TALK.drop()
+    left, right = st.columns([3, 2])
+    left.caption(
+        "Each cache lives on between the turns: it keeps what it kept, and reads the new message alone. Compressed: "
+        f"{header.in_words(state.spec())}."
+    )
+    with right, st.expander("Length and sampling", icon=":material/casino:"):
         new_tokens, sampling = _ask_sampling("chat")
-    asked = (state.model(), *_specs().items())
-    if again:
-        TALK.drop()
-    if TALK.get() is not None and TALKED.get() != asked:
+    asked, talk = (state.model(), None, *_specs().values()), TALK.get()
+    if talk is not None and (TALK_MODEL.get(), *talk.specs) != asked:
         st.caption(":material/history: This chat has earlier settings. *New chat* begins one with those of the header.")
     message, shown = st.chat_input("Ask it something", key="chat_message"), st.container()
     with shown:
-        _talk(TALK.get())
+        for i, (earlier, steps) in enumerate(talk.turns if talk else []):
+            st.chat_message("user").text(markup.printable(earlier))
+            assert talk is not None
+            st.html(stage.answers(talk.specs, steps, memory=i == len(talk.turns) - 1))
         if message:
-            _say(engine, plain_text(message), asked, new_tokens, sampling)
+            _say(engine, plain_text(message), new_tokens, sampling)
 
 
-def _talk(talk: Chat | None) -> None:
-    """Draw what was said, and what each cache holds now."""
-    names = [FULL, *(str(name) for name, _ in TALKED.get()[1:])]
-    for i, (message, steps) in enumerate(talk.turns if talk else []):
-        st.chat_message("user").text(markup.printable(message))
-        st.html(stage.answers(names, steps, memory=talk is not None and i == len(talk.turns) - 1))
-
-
-def _say(engine: Engine, message: str, asked: tuple[object, ...], new_tokens: int, sampling: Sampling) -> None:
+def _say(engine: Engine, message: str, new_tokens: int, sampling: Sampling) -> None:
+    """Answer a message in this script, as `_tell`; the chat keeps its caches, and no model."""
     from analysis.preview import Chat
 
-    if TALK.get() is None:
-        TALK.set(Chat([None, *_specs().values()]))
-        TALKED.set(asked)
     talk = TALK.get()
-    assert talk is not None
+    if talk is None:
+        TALK.set(talk := Chat([None, *_specs().values()]))
+        TALK_MODEL.set(state.model())
     st.chat_message("user").text(markup.printable(message))
-    place, names = st.empty(), [FULL, *(str(name) for name, _ in TALKED.get()[1:])]
+    place = st.empty()
     try:
-        if TALKED.get()[0] != state.model():
-            raise ModelError("This chat is with another model. Press New chat.")
-        with (
-            engine.lend(state.model_ref(), _shown_in(place)) as loaded,
-            closing(
-                talk.say(loaded, message, max_new_tokens=new_tokens, sampling=sampling, progress=_shown_in(place))
-            ) as rows,
-        ):
-            for steps in rows:
-                place.html(stage.answers(names, steps, memory=True))
+        if TALK_MODEL.get() != state.model():
+            raise ModelError(f"This chat is with {TALK_MODEL.get()}. Press New chat.")
+        with engine.lend(state.model_ref(), _shown_in(place)) as loaded:
+            rows = talk.say(
+                loaded, message, max_new_tokens=new_tokens, sampling=sampling, progress=_shown_in(place)
+            )  # fmt: skip
+            with closing(rows):
+                for steps in rows:
+                    place.html(stage.answers(talk.specs, steps, memory=True))
     except (UserError, SpecError) as error:
         place.error(markup.plain(str(error)), icon=":material/error:")
