@@ -223,6 +223,7 @@ class _Column:
         shown = self._new[:-1] if finished else self._new
         self._last = Step(
             token_ids=tuple(self._new),
+            seen=len(self.seen),
             text=whole_characters(str(loaded.tokenizer.decode(shown, skip_special_tokens=True))),
             held=_held(self._cache),
             nbytes=nbytes,

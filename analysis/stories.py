@@ -29,6 +29,8 @@ class Step:
 
     token_ids: tuple[int, ...]
     """All new tokens."""
+    seen: int
+    """Number of tokens that the cache has seen, evicted or not."""
     text: str
     """All new tokens, without special ones such as the end token."""
     held: tuple[int, ...]

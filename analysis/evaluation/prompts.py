@@ -6,7 +6,6 @@ Knows tokenizers and text; knows no model.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -121,11 +120,11 @@ def prompt_labels(
 _ANSWER = "An answer \N{SECTION SIGN} 7041."  # stands for one that was written, in a template that is read off
 
 
-def _templated(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> str:
+def _templated(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
     if not can_chat(tokenizer):
         raise TextError("This model has no chat template. Give it plain text.")
     try:
-        return str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))
+        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
     except Exception as error:  # a template is a program, and raises what it likes
         raise TextError(f"The model's chat template does not take this question: {str(error)[:200]}") from error
 

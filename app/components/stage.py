@@ -93,27 +93,25 @@ def _memory(story: Story, i: int, step: int) -> str:
     now = story.at(i, step)
     share = "" if story.caches[i].spec is None else f"{story.share(i, step):.0%} of the full cache"
     cache = story.caches[i]
-    return _held(story.nbytes(i, step), share, now, story.at(0, step), cache.spec, cache.tokens_per_second)
+    return _held(story.nbytes(i, step), share, now, cache.spec, cache.tokens_per_second)
 
 
 def _held(
     nbytes: float,
     share: str,
     now: Step,
-    full: Step,
     spec: CompressionSpec | None,
     tokens_per_second: float | None = None,
 ) -> str:
-    """Write what a cache takes, and as a picture what each of its layers holds of the full cache's tokens."""
-    seen = max(full.held, default=0) - len(full.token_ids) + len(now.token_ids)
-    told = f"{span(now.held)} of {seen} tokens held per layer"
+    """Write what a cache takes, and as a picture what each of its layers holds of the tokens seen."""
+    told = f"{span(now.held)} of {now.seen} tokens held per layer"
     rate = f" · {tokens_per_second:.1f} tokens/s alone" if tokens_per_second else ""
-    shares = (min(n / max(whole, 1), 1) for n, whole in zip(now.held, full.held, strict=True))
+    shares = (n / max(now.seen, 1) for n in now.held)
     bars = "".join(f'<i><b style="height:{share:.0%}"></b></i>' for share in shares)
     notes = []
     if now.finished and not now.text:
         notes.append("It ended at once, without a word.")
-    if spec is not None and min(now.held) < seen and min(now.held) <= spec.protect_first + spec.protect_last:
+    if spec is not None and min(now.held) < now.seen and min(now.held) <= spec.protect_first + spec.protect_last:
         notes.append("It holds the protected tokens alone: the policy chose none.")
     return (
         f'<div><div><span class="l2kv-bytes">{human_bytes(nbytes)}</span> <span class="l2kv-small">{share}</span></div>'
@@ -141,7 +139,7 @@ def answers(specs: Sequence[CompressionSpec | None], steps: Sequence[Step], *, m
     boxes = []
     for spec, now in zip(specs, steps, strict=True):
         share = f"{now.nbytes / steps[0].nbytes:.0%} of the full cache's" if spec else ""
-        below = _held(now.nbytes, share, now, steps[0], spec) if memory else ""
+        below = _held(now.nbytes, share, now, spec) if memory else ""
         said = f'<span class="l2kv-new">{escaped(now.text)}</span>'
         boxes.append(_box("compressed" if spec else "full", name_of(spec) if spec else FULL, "", said, below))
     return f'{STYLE}<div class="l2kv-stage">{"".join(boxes)}</div>'

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from streamlit.delta_generator import DeltaGenerator
 
     from analysis.models.load import LoadedModel
-    from analysis.preview import Sampling
+    from analysis.preview import Chat, Sampling
     from analysis.progress import Progress
 
 RECORDED, LIVE, CHAT = "Recorded", "Live", "Chat"
@@ -42,7 +42,7 @@ BESIDE = state.Slot("demo_beside", "", state.Param("beside", state.one_of(("", *
 BESIDE_RATIO = state.Slot("demo_beside_ratio", 0.5)
 TOLD = state.Slot[Story | None]("demo_told", None)
 """The latest story that was told live, which grows while it is."""
-TALK = state.Slot["Chat | None"]("demo_talk", None)
+TALK: state.Slot[Chat | None] = state.Slot("demo_talk", None)
 TALK_MODEL = state.Slot("demo_talk_model", "")
 STEP = state.Slot("demo_step", 0)
 PLAYING = state.Slot("demo_playing", False)
