@@ -17,6 +17,11 @@ from analysis.evaluation.task import Scoring as Scoring
 from analysis.evaluation.task import Task as Task
 from analysis.evaluation.tasks import TASKS as TASKS
 from analysis.evaluation.work import estimate as estimate
+from analysis.generations import record_timeline as record_timeline
+from analysis.generations import text_sample as text_sample
+from analysis.generations import what_if as what_if
+from analysis.lab import on_front as on_front
+from analysis.lab import studies_by_policy as studies_by_policy
 from analysis.measures import AttentionLoss as AttentionLoss
 from analysis.measures import attention_loss as attention_loss
 from analysis.metrics import METRICS as METRICS
@@ -36,9 +41,12 @@ from analysis.plans.curves import LossCurves as LossCurves
 from analysis.plans.curves import curves_of as curves_of
 from analysis.plans.curves import loss_curves as loss_curves
 from analysis.plans.export import Saving as Saving
+from analysis.plans.export import generate_code as generate_code
 from analysis.plans.export import kvpress_code as kvpress_code
 from analysis.plans.export import library_code as library_code
+from analysis.plans.export import press_code as press_code
 from analysis.plans.export import savings as savings
+from analysis.plans.export_folder import export_generate as export_generate
 from analysis.plans.front import Front as Front
 from analysis.plans.front import measure_front as measure_front
 from analysis.plans.skip import Plan as Plan
@@ -57,4 +65,6 @@ from analysis.studies import study_of as study_of
 from analysis.texts.excerpts import Excerpt as Excerpt
 from analysis.texts.read import read_text as read_text
 from analysis.texts.tokens import tokenize as tokenize
+from analysis.timelines import Timeline as Timeline
+from analysis.timelines import WhatIf as WhatIf
 from analysis.verdicts import answer as answer

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import typer
 
-from analysis.cli import catalogue, compression, evaluation, measures
-from analysis.cli.program import program, run, with_version
+from analysis.cli import catalogue, compression, decision, evaluation, export, harness, lab, measures
+from analysis.cli.program import Command, program, run, with_version
 
 COMMANDS = (
     measures.capture,
@@ -19,8 +19,12 @@ COMMANDS = (
     compression.plan,
     evaluation.ablation,
     evaluation.front,
+    lab.lab,
     compression.savings,
     compression.generate,
+    decision.verdict,
+    export.export_generate,
+    export.export_press,
     catalogue.models,
     catalogue.demo,
 )
@@ -32,6 +36,10 @@ def commands() -> typer.Typer:
     made.callback()(with_version)
     about = "Score a model on a task, with the full cache and with compressed ones."
     made.add_typer(typer.Typer(), name="evaluate", cls=evaluation.Tasks, help=about)
+    passed_on = {"allow_extra_args": True, "ignore_unknown_options": True}
+    made.command("lm-eval", cls=Command, context_settings=passed_on, options_metavar="[LM-EVAL OPTIONS]")(
+        harness.lm_eval
+    )
     return made
 
 

@@ -186,6 +186,14 @@ class Capture:
         vars(made).update({name: of for name, of in vars(self).items() if name in ("levels", "ranks")})
         return made
 
+    def with_order(self, scores: np.ndarray) -> Capture:
+        """Copy the run with another order of its pairs: those of low score [L, Hkv, T] are as those of high norm."""
+        ranks = shared_ranks(-scores)
+        rank = ranks.mean(axis=0)
+        made = replace(self, key_norm=rank.astype(np.float32))
+        vars(made).update(levels=rank, ranks=ranks)  # ranks that are no norms have no rounding to level
+        return made
+
     def pooled(self, layer: int, head: int) -> np.ndarray:
         """Share of attention that the queries of a bin (row) give to the keys of a bin (column), [P, P] float32."""
         return (self.pooled_attention[layer, head] / np.float32(255)) ** 2 * self.pooled_scale[layer, head]

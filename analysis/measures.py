@@ -1,4 +1,4 @@
-"""Eviction by norm on one text: the attention lost at each step, in loss curves, and the tokens kept. Knows no model.
+"""Eviction on one text: the attention lost at each step, in loss curves, and the tokens kept. Knows no model.
 
 `analysis.metrics` sums this up in numbers per head.
 """
@@ -13,12 +13,15 @@ from analysis.captures import Capture
 from analysis.errors import SettingsError
 from analysis.metrics import metrics
 from analysis.ties import average_ties
+from l2kv.policies import POLICIES, Pairs
 from l2kv.spec import CompressionSpec, share
 
 BINS = 100
 """Steps of the keep ratio from 0 to 1: every percent is met exactly."""
 
 _NORM_SIGN = {"low_norm": -1.0, "high_norm": 1.0}
+TOLD = (*_NORM_SIGN, "signed_norm", "random", "streaming", "accumulated")
+"""Policies of which a run tells what they keep: they go by norms, by positions, or by the attention received."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,7 @@ class AttentionLoss:
 
 
 def attention_loss(
-    capture: Capture, layer: int, head: int, *, skip_first: int = 0, protect_last: int = 0
+    capture: Capture, layer: int, head: int, *, skip_first: int = 0, protect_first: int = 0, protect_last: int = 0
 ) -> AttentionLoss:
     """Compute the loss curves of a head, for the probe query.
 
@@ -41,9 +44,10 @@ def attention_loss(
 
     Args:
         skip_first: number of tokens to ignore at the beginning of the text.
-        protect_last: the latest tokens cannot be dropped; 0 in the paper.
+        protect_first, protect_last: the first and the latest tokens cannot be dropped; 0 in the paper.
     """
-    free = slice(skip_first, max(capture.n_tokens - protect_last, skip_first))
+    first = max(skip_first, protect_first)
+    free = slice(first, max(capture.n_tokens - protect_last, first))
     attention = capture.probe_attention[layer, head, free].astype(np.float64)
     by_norm = average_ties(attention, capture.levels[layer, capture.kv_head(head), free])
     n = len(attention)
@@ -77,17 +81,64 @@ def by_kv_head(capture: Capture) -> Capture:
 
 
 def kept_tokens(capture: Capture, layer: int, head: int, spec: CompressionSpec) -> np.ndarray:
-    """Mark the tokens that the kv head of `head` keeps when the whole text is compressed at once by norm, [T] bool."""
-    if spec.policy not in _NORM_SIGN:
-        raise SettingsError(f"kept_tokens goes by norm: {', '.join(_NORM_SIGN)}; got {spec.policy!r}")
-    n = capture.n_tokens
+    """Mark the tokens that the kv head of `head` keeps when the whole text is compressed at once, [T] bool.
+
+    Raises:
+        SettingsError: a run does not tell what the policy keeps (see `TOLD`).
+    """
+    if spec.policy not in TOLD:
+        raise SettingsError(
+            f"A run holds norms and attention but no keys, so it does not tell what {spec.policy} keeps. It does for "
+            f"{', '.join(TOLD)}."
+        )
+    n, kv_head = capture.n_tokens, capture.kv_head(head)
     kept = np.ones(n, dtype=bool)
     if layer in spec.skip_layers or capture.layer_kinds[layer] != "full":
         return kept
-    score = _NORM_SIGN[spec.policy] * capture.key_norm[layer, capture.kv_head(head)].astype(np.float64)
+    score = _score(capture, layer, kv_head, spec)
     score[: spec.protect_first] = score[n - min(spec.protect_last, n) :] = np.inf
-    kept[np.argsort(-score, kind="stable")[spec.kept(n, n, spec.target_of(layer, capture.kv_head(head))) :]] = False
+    kept[np.argsort(-score, kind="stable")[spec.kept(n, n, spec.target_of(layer, kv_head)) :]] = False
     return kept
+
+
+def attention_lost(capture: Capture, spec: CompressionSpec) -> np.ndarray:
+    """Share of the next token's attention that each head loses when the whole text is compressed at once, [L, H].
+
+    It is the attention that the evicted tokens would get; 0 where nothing is evicted. Raises as `kept_tokens`.
+    """
+    lost = np.zeros(capture.probe_attention.shape[:2])
+    group = capture.n_heads // capture.n_kv_heads
+    for layer, first in np.ndindex(capture.n_layers, capture.n_kv_heads):
+        heads = slice(first * group, (first + 1) * group)
+        evicted = ~kept_tokens(capture, layer, first * group, spec)
+        lost[layer, heads] = capture.probe_attention[layer, heads][:, evicted].sum(axis=-1, dtype=np.float64)
+    return lost
+
+
+def _score(capture: Capture, layer: int, kv_head: int, spec: CompressionSpec) -> np.ndarray:
+    """Score of each token by one of the policies `TOLD`, [T] float64; higher is kept."""
+    norm = capture.key_norm[layer, kv_head]
+    if spec.policy in _NORM_SIGN:
+        return _NORM_SIGN[spec.policy] * norm.astype(np.float64)
+    if spec.policy == "accumulated":
+        group = capture.n_heads // capture.n_kv_heads
+        received = capture.attention_received[layer, kv_head * group : (kv_head + 1) * group]
+        return received.sum(axis=0, dtype=np.float64) * np.arange(capture.n_tokens, 0, -1)  # so many queries see it
+    import torch  # waits until a policy of the cache's own is asked for
+
+    row = spec.directions[layer] if spec.directions else ()
+    keys = torch.from_numpy(norm.copy())[None, None, :, None]  # of one dimension, so that its norm is the norm
+    pairs = Pairs(
+        keys=keys,
+        values=keys,
+        positions=torch.arange(capture.n_tokens)[None, None],
+        layer_idx=layer,
+        heads=(kv_head,),
+        seed=spec.seed,
+        directions=(row[kv_head],) if row else None,
+    )
+    scores: np.ndarray = POLICIES[spec.policy].score(pairs)[0, 0].double().numpy()
+    return scores
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -38,7 +38,12 @@ from l2kv.probabilities import attention_probabilities, hide_unseen
 
 
 def capture(
-    loaded: LoadedModel, text: str, *, last_queries: int = LAST_QUERIES, progress: Progress = unheard
+    loaded: LoadedModel,
+    text: str,
+    *,
+    last_queries: int = LAST_QUERIES,
+    look: Callable[[Look], object] = lambda at: None,
+    progress: Progress = unheard,
 ) -> Capture:
     """Capture a text: run the model over it, then over its greedy next token, and record what each head did.
 
@@ -47,6 +52,7 @@ def capture(
         text: text of at least a few tokens.
         last_queries: number of last queries whose rows are kept one by one. Fewer are kept of a shorter text, and where
             they would take more than 256 MiB.
+        look: called with the queries, keys and values of each layer, while the model runs over the text.
         progress: counts layers; called after each, and before each block of queries in it.
 
     Raises:
@@ -61,7 +67,7 @@ def capture(
     config, model, started = loaded.config, loaded.model, time.perf_counter()
     ids = torch.from_numpy(tokens.ids)[None].to(loaded.device)
     cache = WatchedCache(config=config)
-    recorder = _Recorder(len(tokens), len(cache.layers), last_queries, progress)
+    recorder = _Recorder(len(tokens), len(cache.layers), last_queries, look, progress)
     with looking_into(loaded, cache, recorder.look):
         logits = last_logits(model, ids, cache)
         check_finite(loaded, logits)
@@ -208,8 +214,15 @@ def last_logits(model: nn.Module, ids: Tensor, cache: WatchedCache) -> Tensor:
 class _Recorder:
     """Recorder of key norms and attention while the model runs."""
 
-    def __init__(self, n_tokens: int, n_layers: int, last_queries: int, progress: Progress) -> None:
-        self.n_tokens, self.n_layers, self.progress = n_tokens, n_layers, progress
+    def __init__(
+        self,
+        n_tokens: int,
+        n_layers: int,
+        last_queries: int,
+        look_too: Callable[[Look], object],
+        progress: Progress,
+    ) -> None:
+        self.n_tokens, self.n_layers, self.look_too, self.progress = n_tokens, n_layers, look_too, progress
         self.last_queries = min(last_queries, n_tokens)
         self.bin_width = -(-n_tokens // MAX_BINS)
         self.results: dict[str, np.ndarray] = {}  # fields of `Capture`
@@ -229,6 +242,7 @@ class _Recorder:
             self._record_probe(attention, at.layer_idx)
         else:
             self.sources.append(at.source)
+            self.look_too(at)
             self._record_prompt(attention, at.key[0], at.value[0], at.layer_idx)
 
     def _allocate(self, heads: int, kv_heads: int) -> None:

@@ -7,14 +7,19 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 
-def signed(value: float) -> str:
-    """Write a correlation with two decimals, its sign, and a true minus."""
-    return "undefined" if np.isnan(value) else f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
+def signed(value: float, decimals: int = 2) -> str:
+    """Write a number with its sign, a true minus, and two decimals, as of a correlation, or more."""
+    return "undefined" if np.isnan(value) else f"{value:+.{decimals}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def counted(n: int, noun: str) -> str:
     """Count things: 1, "text" -> "1 text"; 3, "text" -> "3 texts"."""
     return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
+def head_name(layer: int, kv_head: int, head: int) -> str:
+    """Write the place of a query head: "L12 KV1 Q4"."""
+    return f"L{layer} KV{kv_head} Q{head}"
 
 
 def span(numbers: Iterable[int]) -> str:

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from analysis.captures import Capture
+from analysis.decision.speed import Speed
 from analysis.errors import RecordError
 from analysis.evaluation.results import Results, results_so_far
 from analysis.models.packaged import home
@@ -32,8 +33,11 @@ from analysis.plans.skip import Plan
 from analysis.records import json_line, kind_of, load, load_any, record, save
 from analysis.stories import Story
 from analysis.studies import Study
+from analysis.timelines import Timeline
 
-KINDS: dict[str, type] = {kind_of(cls).name: cls for cls in (Capture, Study, Results, Plan, Front, Ablation, Story)}
+KINDS: dict[str, type] = {
+    kind_of(cls).name: cls for cls in (Capture, Study, Results, Plan, Front, Ablation, Speed, Timeline, Story)
+}
 """Classes of records that a workspace holds, by the name of their kind: "run", "study", "results", ..."""
 ID_DIGITS = 12
 _ABOUT = ".about.json"
@@ -103,7 +107,7 @@ class Workspace:
 
     def add(self, thing: object, *, name: str) -> Entry:
         """Save a record, and return what is known of it; the same record again keeps its id and gets the new name."""
-        arrays = not isinstance(thing, (Results, Plan, Front, Ablation, Story))
+        arrays = isinstance(thing, (Capture, Study, Timeline))
         new = self.folder / f".new-{os.urandom(6).hex()}{'.safetensors' if arrays else '.json'}"
         try:
             return self._take(save(thing, new), thing, name)
@@ -128,14 +132,18 @@ class Workspace:
 
     def results_file(self, asked: Mapping[str, Any]) -> tuple[str, Path]:
         """Id and file of results that are measured as they were `asked` for: the same question finds them again."""
-        canonical = json.dumps(json.loads(json_line(asked)), sort_keys=True)
-        id = hashlib.sha256(canonical.encode()).hexdigest()[:ID_DIGITS]
+        id = _digest(asked)
         return id, self.folder / f"{id}.jsonl"
 
     def note_results(self, id: str, *, name: str) -> Entry:
         """List results that were written to their `results_file`, whether or not all of them. Raises RecordError."""
         path = self.folder / f"{id}.jsonl"
         return self._note(id, path, results_so_far(path), name)
+
+    def unfinished(self, asked: Mapping[str, Any]) -> Path:
+        """File for a record that is still being made as it was `asked` for: the same question finds it again."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self.folder / f".unfinished-{_digest(asked)}.safetensors"
 
     def rename(self, id: str, name: str) -> Entry:
         """Call a record something else. Raises RecordError where there is none."""
@@ -173,6 +181,11 @@ class Workspace:
         return entry
 
 
+def _digest(asked: Mapping[str, Any]) -> str:
+    canonical = json.dumps(json.loads(json_line(asked)), sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:ID_DIGITS]
+
+
 def digest_of_file(path: str | Path) -> str:
     """Id of a record by the bytes of its file."""
     with Path(path).open("rb") as file:
@@ -197,6 +210,8 @@ def _in_words(thing: object) -> str:
         return f"{len(thing.names)} texts"
     if isinstance(thing, Results):
         return f"{thing.task}, {len({row.sample for row in thing.rows})} samples, {len(thing.methods)} methods"
+    if isinstance(thing, Timeline):
+        return f"{len(thing.labels):,} tokens, {len(thing.nats)} of them its continuation"
     if isinstance(thing, Story):
         return f"{len(thing.caches)} caches, {len(thing.labels):,} tokens and {thing.n_steps} new ones"
     return kind_of(type(thing)).title.removeprefix("a ")

@@ -24,10 +24,10 @@ def _make_ready() -> None:
 
     while not Runtime.exists():  # parts of pages are registered with it
         time.sleep(0.01)
-    from app import session
-    from app.views import heads  # noqa: F401
+    from app import library, state
+    from app.screens import explore  # noqa: F401
 
-    session.values_of(session.demo_run(), 0, "next token")
+    library.answer_of(state.run_id(), state.PROBE.default)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from app import library, state
 from app.components import markup
 
 _WRITTEN = state.Slot[dict[str, str]]("address_written", {})
-_RECORDS = {"run": "run", "study": "study", "plan": "plan", "results": "results", "with": "run", "story": "story"}
+_RECORDS = {name: name for name in ("run", "study", "plan", "results", "timeline", "story")} | {"with": "run"}
 """Parameter -> kind of the record that it names."""
 
 
@@ -90,8 +90,9 @@ def params(**changed: Any) -> dict[str, str]:
     written = {}
     for name, slot in state.IN_ADDRESS.items():
         assert slot.param is not None
-        if slot.param.always or values[name] != slot.default:
-            written[name] = slot.param.write(values[name])
+        text = slot.param.write(values[name])
+        if slot.param.always or text != slot.param.write(slot.default):
+            written[name] = text
     return written
 
 

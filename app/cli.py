@@ -20,13 +20,13 @@ from analysis.cli.output import shown, wrote
 from analysis.cli.program import Command, run
 from analysis.errors import UserError
 from analysis.evaluation.results import Results
+from analysis.extras import needs
 from analysis.paper.experiments import EXPERIMENTS, Case, cases
 from analysis.paper.figures import FIGURES, reproduce
 from analysis.plans.ablation import Ablation
 from analysis.plans.front import Front
 from analysis.records import Record, load_any, write_text
 from analysis.studies import Study
-from app.extras import needs
 
 if TYPE_CHECKING:
     from analysis.models.load import LoadedModel

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from analysis.errors import UserError
-from app.extras import needs
+from analysis.extras import needs
 
 
 def main(argv: Sequence[str] | None = None) -> int:

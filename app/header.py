@@ -39,7 +39,7 @@ def draw(engine: Engine, jobs: Jobs) -> None:
             state.OPENING.set(new_run.DIALOG)
         with st.popover(f":material/tune: {in_words(state.spec())}", help="Compression", width=400):
             _compression(engine)
-        st.caption(_status(engine, jobs))
+        st.caption(status(engine, jobs))
     if job is not None:
         progress_bar.draw(job)
     for said in state.NOTICES.take():
@@ -67,11 +67,14 @@ def in_words(spec: CompressionSpec) -> str:
     return " · ".join(parts)
 
 
-def _status(engine: Engine, jobs: Jobs) -> str:
+def status(engine: Engine, jobs: Jobs) -> str:
+    """Say what is in memory, how much is free, and what the server is doing, in Markdown."""
     loaded = engine.loaded
-    at_hand = (
-        f"{markup.plain(loaded.name)} in memory, {loaded.dtype} on {loaded.device}" if loaded else "no model in memory"
-    )
+    at_hand = "no model in memory"
+    if loaded:
+        other = loaded.stored not in ("", loaded.dtype)
+        stored = f"stored as {loaded.stored}, computed and cached in " if other else ""
+        at_hand = f"{markup.plain(loaded.name)} in memory, {stored}{loaded.dtype} on {loaded.device}"
     running = sum(1 for _ in jobs.running())
     waiting = max(engine.waiting - 1, 0)
     busy = f" · {running} job{'s' * (running != 1)} running" if running else ""

@@ -6,28 +6,37 @@ Records never change, so what was computed from one is kept by its id, for all s
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
 from analysis.captures import Capture
+from analysis.decision.checklist import RETRIEVAL, Decision, Limits
+from analysis.decision.evidence import Evidence
 from analysis.demo.presets import BUNDLED_RUNS, bundled_results
+from analysis.errors import RecordError
 from analysis.evaluation.results import Results, results_so_far
-from analysis.metrics import METRICS, HeadValues, metrics
+from analysis.measures import attention_lost, by_kv_head
+from analysis.metrics import METRICS, HeadValues, by_query, metrics
 from analysis.plans.curves import LossCurves, loss_curves
 from analysis.records import load, load_any
+from analysis.statistics import Means, Stability, means, stability
 from analysis.stories import Story
-from analysis.studies import Study, study_of
-from analysis.verdicts import verdicts
+from analysis.studies import Study, head_means, layer_alr, study_of
+from analysis.verdicts import answer, verdicts
 from analysis.workspace import KINDS, Entry, Workspace, digest_of_file
+from l2kv.spec import CompressionSpec
 
 WORKSPACE = Workspace()
-_BUNDLED = {"demo": "run", "study": "study", "front": "front", "ablation": "ablation"}
+_BUNDLED = {"demo": "run", "study": "study", "front": "front", "ablation": "ablation", "plan": "plan"}
+_BUNDLED |= {"timeline": "timeline"} | dict.fromkeys(("lm", "passkey", "needle"), "results")
 """Field of `BundledResults` -> kind of record."""
-_BUNDLED_KINDS = (*_BUNDLED.values(), "story")
-_NAMES = {"run": "Anne of Avonlea"}  # the text of the bundled runs
+_BUNDLED_KINDS = (*dict.fromkeys(_BUNDLED.values()), "story")
+_NAMES = {"run": "Anne of Avonlea", "timeline": "A pass key that is lost"}  # of the bundled records
 _MOST_OPEN = 8
 _MOST_ANSWERS = 256
+_MOST_EVIDENCE = 200
 
 Thing = TypeVar("Thing")
 Asked = ParamSpec("Asked")
@@ -84,13 +93,43 @@ def _bundled_entries(kind: str) -> tuple[Entry, ...]:
             Entry(digest_of_file(file), kind, story.model, story.name, "recorded", "", str(file))
             for file, story in stories
         )
-    field = next((field for field, of in _BUNDLED.items() if of == kind), "")
-    found = ((model, getattr(bundled_results(model), field, None)) for model in BUNDLED_RUNS)
+    fields = [field for field, of in _BUNDLED.items() if of == kind]
+    found = ((model, field, getattr(bundled_results(model), field)) for model in BUNDLED_RUNS for field in fields)
     return tuple(
-        Entry(digest_of_file(file), kind, model, _NAMES.get(kind, f"Bundled {kind}"), "bundled", "", str(file))
-        for model, file in found
+        Entry(
+            digest_of_file(file),
+            kind,
+            model,
+            _NAMES.get(kind, f"Bundled {field}"),
+            f"{field}, bundled" if kind == "results" else "bundled",
+            "",
+            str(file),
+        )
+        for model, field, file in found
         if file
     )
+
+
+def evidence(model: str) -> tuple[tuple[str, int], ...]:
+    """Ids of all that a decision on a model may rest on, the newest first, each with the version of its file."""
+    found = [one for kind in ("results", "front", "plan", "speed") for one in entries(kind, model=model)]
+    stamps = []
+    for one in found[:_MOST_EVIDENCE]:
+        if one.kind != "results" or one.about.split(",")[0] in ("lm", *RETRIEVAL):
+            with suppress(RecordError, OSError):  # it has just been deleted
+                stamps.append((one.id, path_of(one.id).stat().st_mtime_ns))
+    return tuple(stamps)
+
+
+@lru_cache(maxsize=_MOST_OPEN)
+def gathered(stamps: tuple[tuple[str, int], ...]) -> Evidence:
+    """Open `evidence`; what is still being measured is left out."""
+    records = []
+    for id, _ in stamps:
+        with suppress(RecordError):
+            entry = find(id)
+            records.append(entry and opened(KINDS[entry.kind], id))
+    return Evidence.of(records).of_one_model()
 
 
 def remembered(work: Callable[Asked, Answer]) -> Callable[Asked, Answer]:
@@ -134,6 +173,58 @@ def verdicts_of(id: str, probe: str = "next token") -> Any:
 
 
 @remembered
+def kv_alr_of(id: str, skip_first: int, probe: str) -> Any:
+    """ALR of each kv head of a run, [L, Hkv], by the mean attention of the query heads that read it."""
+    return metrics(by_kv_head(run(id)), probe, skip_first, ["alr"]).values[0]
+
+
+@remembered
+def gamma_by_query(id: str, skip_first: int) -> Any:
+    """Γ of each of the last queries of a run, [W, L, H], with or without the first token."""
+    return by_query(run(id), "gamma_skip_first" if skip_first else "gamma")
+
+
+@remembered
+def lost_of(id: str, spec: CompressionSpec) -> Any:
+    """Attention that each head of a run loses at given settings, [L, H]. Raises SettingsError."""
+    return attention_lost(run(id), spec)
+
+
+@remembered
+def means_of(id: str, metric: str, probe: str) -> Means:
+    """Mean over the texts of a study of a metric of each head, with intervals, [L, H]."""
+    return head_means(opened(Study, id), metric, probe=probe)
+
+
+@remembered
+def verdicts_over(id: str, probe: str) -> Any:
+    """Verdict of each head by a study, [L, H] of str."""
+    return verdicts(opened(Study, id), probe=probe)
+
+
+@remembered
+def answer_of(id: str, probe: str) -> str:
+    """Answer for a model in a few sentences, by one of its runs or studies."""
+    entry = find(id)
+    assert entry is not None
+    return answer(opened(Study, id) if entry.kind == "study" else study_of_run(id, probe), probe=probe)
+
+
+@remembered
+def layers_over(id: str, probe: str) -> tuple[Means, Stability]:
+    """Normalised ALR of each layer by a study, [L], and how stable the order of layers is."""
+    study = opened(Study, id)
+    losses = layer_alr(study, probe=probe)
+    return means(losses, documents=study.documents), stability(losses)
+
+
+@remembered
 def curves_of(id: str, protect_last: int) -> LossCurves:
     """Loss curves of a run."""
     return loss_curves(run(id), protect_last=protect_last)
+
+
+@remembered
+def decision(stamps: tuple[tuple[str, int], ...], spec: CompressionSpec, limits: Limits) -> Decision:
+    """Decide on a compression by `evidence`."""
+    return gathered(stamps).decide(spec, limits=limits)

@@ -14,18 +14,27 @@ import streamlit as st
 
 from analysis import defaults
 from analysis.captures import Capture
+from analysis.decision.checklist import Limits
 from analysis.demo.presets import demo_model
 from analysis.errors import ModelError, RecordError
 from analysis.metrics import METRICS, PROBES
+from analysis.models.gpus import GPUS
 from analysis.models.load import model_name
 from analysis.models.memory import DTYPES
 from analysis.plans.skip import Plan, skip_list
 from analysis.studies import Study
+from analysis.verdicts import VERDICTS
 from app import library
 from l2kv.policies import POLICIES
 from l2kv.spec import CompressionSpec
 
 Value = TypeVar("Value")
+VIEWS = ("By position", "Tokens", "Loss curves", "Scatter", "Queries", "Attention map", "Over texts", "Why")
+"""What there is to see of a head."""
+BELOWS = ("All heads", "Many texts", "Another run")
+"""What there is to see of many heads at once."""
+LOST = "lost"
+"""Map that is no metric: the attention lost at the settings in force."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +132,25 @@ def _layers(text: str) -> tuple[int, ...]:
         raise ValueError("must be numbers of layers, such as 0,1") from None
 
 
+def _map(text: str) -> str:
+    return one_of(tuple(maps()))(text)
+
+
+def _verdicts(text: str) -> tuple[str, ...]:
+    known = one_of(tuple(VERDICTS))
+    return tuple(known(name) for name in text.split(",") if name)
+
+
+def _numbers(numbers: Sequence[int]) -> str:
+    return ",".join(map(str, numbers))
+
+
+def _positions(text: str) -> tuple[int, ...]:
+    if not all(part.isdecimal() and len(part) < 8 for part in text.split(",")):
+        raise ValueError("must be positions of tokens, such as 3,17")
+    return tuple(sorted({int(part) for part in text.split(",")}))
+
+
 def _flag(text: str) -> bool:
     return one_of(("0", "1"))(text) == "1"
 
@@ -134,6 +162,9 @@ RUN = Slot("run_id", "", Param("run", str, always=True))
 STUDY = Slot("study_id", "", Param("study", str))
 PLAN = Slot("plan_id", "", Param("plan", str))
 RESULTS = Slot("results_id", "", Param("results", str))
+TIMELINE = Slot("timeline_id", "", Param("timeline", str))
+TOKENS = Slot[tuple[int, ...]]("tokens", (), Param("tokens", _positions, _numbers))
+"""Tokens that are chosen in the recorded generation."""
 STORY = Slot("story_id", "", Param("story", str))
 JOB = Slot("job_id", "", Param("job", str))
 OTHER_RUN = Slot("other_run_id", "", Param("with", str))
@@ -141,25 +172,44 @@ OTHER_RUN = Slot("other_run_id", "", Param("with", str))
 
 PROBE = Slot("probe", "next token", Param("probe", one_of(tuple(PROBES)), always=True))
 SKIP_FIRST = Slot("skip_first", False, Param("skip_first", _flag, lambda on: str(int(on))))
-MAP = Slot("map", "gamma", Param("map", str, always=True))
+OVER = Slot("over", "one text", Param("over", one_of(("one text", "many texts")), always=True))
+"""Whether the map shows one text or the mean of many."""
+MAP = Slot("map", "gamma", Param("map", _map, always=True))
+ONLY_VERDICTS = Slot[Sequence[str]]("only_verdicts", (), Param("verdicts", _verdicts, ",".join))
+"""Verdicts of the heads that the map does not fade; empty: all."""
+ONLY_KV = Slot[Sequence[int]]("only_kv", (), Param("kv", _layers, _numbers))
+"""Numbers of the kv heads whose query heads the map does not fade; empty: all."""
+VIEW = Slot("view", "By position", Param("view", one_of(VIEWS), always=True))
+"""What is shown of the open head."""
 LAYER = Slot("layer_open", 0, Param("layer", _NUMBERED, always=True))
 HEAD = Slot("head_open", 0, Param("head", _NUMBERED, always=True))
 PINNED = Slot[tuple[int, int] | None](
     "pinned", None, Param("pinned", _pair, lambda pair: ".".join(map(str, pair or ())))
 )
 """The head B that is shown beside the chosen one."""
+BELOW = Slot("below", "All heads", Param("below", one_of(BELOWS)))
+"""What is shown below the map and the head."""
 QUERY = Slot("query", 0, Param("query", _NUMBERED))
-"""Which of the last queries is shown, counted back from the last."""
+"""Which query is shown: 0 is the next token, 1 the text's last token, 2 the one before it, ..."""
 
 POLICY = Slot("policy", "low_norm", Param("policy", one_of(tuple(POLICIES)), always=True))
 KEEP_RATIO = Slot("keep_ratio", defaults.KEEP_RATIO, Param("keep", _within(0.01, 1, float), "{:g}".format, always=True))
 PROTECT_LAST = Slot("protect_last", defaults.RECENT_WINDOW, Param("window", _within(0, 4096), always=True))
 PROTECT_FIRST = Slot("protect_first", 0, Param("first", _within(0, 4096)))
-SKIP_LAYERS = Slot[Sequence[int]](
-    "skip_layers", (), Param("skip", _layers, lambda layers: ",".join(map(str, layers)), always=True)
-)
+SKIP_LAYERS = Slot[Sequence[int]]("skip_layers", (), Param("skip", _layers, _numbers, always=True))
 CACHE_DTYPE = Slot("bytes_dtype", "", Param("dtype", one_of(("", *DTYPES))))
 """Dtype that bytes are counted in; empty: the model's own."""
+
+GPU = Slot("gpu", "H100 SXM (80 GB)", Param("gpu", one_of(tuple(GPUS))))
+CACHE_TOKENS = Slot("cache_tokens", 4096, Param("cache_tokens", _within(1, 10_000_000)))
+"""Tokens of a sequence that memory is counted for."""
+BATCH = Slot("batch", 1, Param("batch", _within(1, 4096)))
+"""Sequences that are decoded at once."""
+MOST_PERPLEXITY = Slot("most_perplexity", Limits().perplexity_ratio, Param("max_ppl", _within(1, 99, float)))
+POINTS_LOST = Slot("points_lost", Limits().points_lost, Param("max_points", _within(0.1, 100, float)))
+LEAST_EXCERPTS = Slot("least_excerpts", Limits().least_excerpts, Param("min_excerpts", _within(2, 9999)))
+LEAST_SAMPLES = Slot("least_samples", Limits().least_samples, Param("min_samples", _within(2, 9999)))
+FULL_FINDS = Slot("full_finds", Limits().full_finds, Param("full_finds", _within(0.01, 1, float)))
 
 NOTICES = Slot[tuple[str, ...]]("notices", ())
 """What to say once at the top of the page, such as a part of an address that had to be ignored."""
@@ -244,6 +294,17 @@ def uniform_spec() -> CompressionSpec:
     )
 
 
+def limits() -> Limits:
+    """What a compression may cost, as set on the page Verdict."""
+    return Limits(
+        round(MOST_PERPLEXITY.get(), 4),
+        round(POINTS_LOST.get(), 2),
+        int(LEAST_EXCERPTS.get()),
+        int(LEAST_SAMPLES.get()),
+        round(FULL_FINDS.get(), 4),
+    )
+
+
 def take_spec(spec: CompressionSpec) -> None:
     """Set the header's controls to a compression, in place of a plan."""
     PLAN.drop()
@@ -257,7 +318,23 @@ def take_spec(spec: CompressionSpec) -> None:
 def show_model(ref: str) -> None:
     """Put another model on screen. What belongs to the one before is dropped."""
     if name_of(ref) != model():
-        for slot in (RUN, STUDY, PLAN, RESULTS, STORY, OTHER_RUN, LAYER, HEAD, PINNED, QUERY, SKIP_LAYERS, CACHE_DTYPE):
+        for slot in (
+            RUN,
+            STUDY,
+            PLAN,
+            RESULTS,
+            TIMELINE,
+            TOKENS,
+            STORY,
+            OTHER_RUN,
+            LAYER,
+            HEAD,
+            PINNED,
+            QUERY,
+            SKIP_LAYERS,
+            ONLY_KV,
+            CACHE_DTYPE,
+        ):
             slot.drop()
     MODEL.set(ref)
 
@@ -306,4 +383,5 @@ def teaching_head(run_id: str, probe: str) -> tuple[int, int]:
 
 def maps() -> dict[str, str]:
     """Titles of the maps of heads, by name."""
-    return {name: metric.title for name, metric in METRICS.items()}
+    titles = {name: metric.title for name, metric in METRICS.items()}
+    return {"gamma": titles.pop("gamma"), LOST: "Attention lost at my settings"} | titles

@@ -11,6 +11,7 @@ from l2kv.policies import POLICIES as POLICIES
 from l2kv.policies import Pairs as Pairs
 from l2kv.policies import Policy as Policy
 from l2kv.policies import register_policy as register_policy
+from l2kv.policy_files import load_policy as load_policy
 from l2kv.prepare import compressible as compressible
 from l2kv.registry import Registry as Registry
 from l2kv.spec import CompressionSpec as CompressionSpec

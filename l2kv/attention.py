@@ -19,10 +19,11 @@ from l2kv.heads import of_query_heads, options_of_heads
 from l2kv.hooks import Attention
 from l2kv.layer import CompressedLayer, Part
 from l2kv.storage.paged import Pages
+from l2kv.together import JoinedLayer
 
 
 def attend(
-    layer: CompressedLayer,
+    layer: CompressedLayer | JoinedLayer,
     inner: Attention,
     module: nn.Module,
     query: Tensor,
@@ -45,6 +46,10 @@ def attend(
     Raises:
         UnsupportedModelError: the model has a position bias or a window, which go by the place in the cache.
     """
+    if isinstance(layer, JoinedLayer):
+        of_rows = zip(layer.members, layer.split(query), layer.split(mask), strict=True)
+        outputs = [attend(one, inner, module, its, shown, options, times=times)[0] for one, its, shown in of_rows]
+        return torch.cat(outputs), None
     if options.get("position_bias") is not None:
         raise UnsupportedModelError(
             "This model adds a bias to its attention scores that goes by the place in the cache."
@@ -118,7 +123,7 @@ def _head_by_head(query: Tensor, parts: Sequence[Part], scale: float | None, dro
     return torch.cat(outputs, dim=1)
 
 
-def check_mask(layer: CompressedLayer, queries: int, mask: Tensor) -> None:
+def check_mask(layer: CompressedLayer | JoinedLayer, queries: int, mask: Tensor) -> None:
     """Raise UnsupportedModelError unless a mask [B or 1, 1, q, n] hides nothing but the future and padding.
 
     Any other mask goes by places in the cache, and these change where tokens are evicted.

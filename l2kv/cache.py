@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -26,7 +27,7 @@ from l2kv.errors import SpecError, UnsupportedModelError
 from l2kv.hooks import TracedCache
 from l2kv.layer import CompressedHybridLayer, CompressedLayer
 from l2kv.padding import check_padding, first_real
-from l2kv.policies import POLICIES
+from l2kv.policies import POLICIES, Policy
 from l2kv.spec import CompressionSpec
 
 Layer: TypeAlias = CacheLayerMixin | LinearAttentionCacheLayerMixin | DummyLayer
@@ -72,6 +73,20 @@ class CompressedCache(TracedCache):
         self.serving = False  # inside a forward pass of a model prepared with `compressible`
 
     @classmethod
+    def recording(cls, config: PretrainedConfig, specs: Iterable[CompressionSpec]) -> CompressedCache:
+        """Make an empty cache that keeps all pairs, and the attention that policies of `specs` need, for `from_full`.
+
+        Raises:
+            UnsupportedModelError: as the constructor.
+        """
+        cache, policies = cls(config, CompressionSpec(keep_ratio=1.0)), [POLICIES[spec.policy] for spec in specs]
+        if any(policy.needs_attention for policy in policies):
+            received, rows = any(p.needs_received for p in policies), max(p.needs_rows for p in policies)
+            for layer in cache.compressed_layers():
+                layer.recorded = replace(POLICIES["accumulated"], needs_received=received, needs_rows=rows)
+        return cache
+
+    @classmethod
     def from_full(
         cls,
         full: Cache,
@@ -87,7 +102,8 @@ class CompressedCache(TracedCache):
         So one forward pass over a prompt serves many specs. The full cache is not changed, and shares no memory.
 
         Args:
-            full: the cache after a forward pass over the prompt.
+            full: the cache after a forward pass over the prompt: for a policy that goes by attention, one made by
+                `recording`.
             config: the model's config.
             spec: what to keep.
             attention_mask: [B, tokens seen], as the model was given it: needed where rows are padded.
@@ -95,10 +111,11 @@ class CompressedCache(TracedCache):
             special_ids: as for the constructor.
 
         Raises:
-            SpecError: the policy needs queries or filters, which a full cache does not hold; or as the constructor.
+            SpecError: the policy needs filters, or attention that was not recorded; or as the constructor.
             ValueError: the mask hides anything but padding on the left.
         """
-        _check_keys_alone(spec, "run the prompt into a CompressedCache")
+        if not _is_recorded(POLICIES[spec.policy], full):
+            _check_keys_alone(spec, "run the prompt into a CompressedCache, or into CompressedCache.recording")
         cache = cls(config, spec, special_ids=special_ids)
         cache.note_tokens(input_ids)
         for i, (layer, source) in enumerate(zip(cache.layers, full.layers, strict=True)):
@@ -125,13 +142,16 @@ class CompressedCache(TracedCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append the pairs of one layer, as models do. Raises RuntimeError on a model that was not prepared."""
-        if not self.serving:
-            raise RuntimeError(
-                "This cache evicts tokens layer by layer, which a stock model cannot follow. Prepare the model first:\n"
-                "    with compressible(model):\n"
-                "        model(input_ids, past_key_values=cache)"
-            )
+        check_prepared(self.serving)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def note_padding(self, begins: Tensor | None) -> None:
+        """Tell where rows padded on the left begin, [B]. Raises ValueError where that contradicts an earlier pass."""
+        layers = self.compressed_layers()
+        for layer in layers[:1]:  # what holds for one holds for all
+            check_padding(layer.first_real, begins, layer.seen)
+        for layer in layers:
+            layer.first_real = begins
 
     def note_tokens(self, input_ids: Tensor | None) -> None:
         """Tell a policy that goes by token ids which tokens [B, q] come next. Raises SpecError where there are none."""
@@ -214,6 +234,16 @@ class CompressedCache(TracedCache):
         return cache_nbytes(self)
 
 
+def check_prepared(serving: bool) -> None:
+    """Raise RuntimeError unless a cache is inside a forward pass of a prepared model."""
+    if not serving:
+        raise RuntimeError(
+            "This cache evicts tokens layer by layer, which a stock model cannot follow. Prepare the model first:\n"
+            "    with compressible(model):\n"
+            "        model(input_ids, past_key_values=cache)"
+        )
+
+
 def cache_nbytes(cache: Cache, *, slack: bool = True) -> int:
     """Count the bytes of keys and values in any transformers cache, from its tensors.
 
@@ -283,6 +313,15 @@ def l2_compress(
     _check_layers(spec, len(past_key_values.layers))
     layers = [_compressed_once(spec, i, layer, attention_mask) for i, layer in enumerate(past_key_values.layers)]
     return CompressedCache._holding(layers, CompressionSpec(keep_ratio=1.0))
+
+
+def _is_recorded(policy: Policy, cache: Cache) -> bool:
+    """Whether a cache holds the attention that a policy needs."""
+    layers = cache.compressed_layers() if isinstance(cache, CompressedCache) else []
+    recorded = [layer.recorded for layer in layers if layer.recorded]
+    return policy.needs_attention and any(
+        known.needs_received >= policy.needs_received and known.needs_rows >= policy.needs_rows for known in recorded
+    )
 
 
 def _check_keys_alone(spec: CompressionSpec, instead: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import unicodedata
 
 import torch
@@ -11,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from l2kv.errors import UnsupportedModelError
 from l2kv.hooks import Look, WatchedCache, watching
+from l2kv.padding import row_inputs
 
 
 @torch.no_grad()
@@ -36,9 +36,6 @@ def q_filters(model: PreTrainedModel, input_ids: Tensor, *, attention_mask: Tens
             f"got {list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}"
         )
     of_text = mask.flatten().bool()
-    padded = {} if of_text.all() else {"attention_mask": mask}
-    if padded and "position_ids" in inspect.signature(model.base_model.forward).parameters:
-        padded["position_ids"] = (mask.long().cumsum(dim=-1) - 1).clamp_min(0)  # as of each row alone
     filters: dict[int, Tensor] = {}
 
     def look(at: Look) -> None:
@@ -50,7 +47,7 @@ def q_filters(model: PreTrainedModel, input_ids: Tensor, *, attention_mask: Tens
 
     cache = WatchedCache(config=model.config)
     with watching(model, cache, look):
-        model.base_model(input_ids, past_key_values=cache, use_cache=True, **padded)
+        model.base_model(input_ids, past_key_values=cache, use_cache=True, **row_inputs(model, mask, mask.shape[1]))
     if not filters:
         raise UnsupportedModelError(f"{type(model).__name__} shows no attention: it bypasses transformers' registry.")
     none = torch.zeros_like(next(iter(filters.values())))  # of layers that carry a state, not keys

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
 from l2kv import ranks
+from l2kv.errors import SpecError
 from l2kv.heads import of_query_heads, options_of_heads
 from l2kv.policies import POLICIES, Pairs, Policy
-from l2kv.probabilities import attention_probabilities
+from l2kv.probabilities import OPTIONS, attention_probabilities
 from l2kv.spec import WHOLE, CompressionSpec, Target
 from l2kv.storage.base import KEYS, RANKS, RECEIVED, VALUES, Storage
 from l2kv.storage.dense import DenseStorage
@@ -49,10 +50,13 @@ class CompressedLayer(CacheLayerMixin):
     """
 
     is_sliding = False
+    observer: Callable[[Tensor, Mapping[str, Any]], object] | None = None
+    """Called with the arguments of `evict` before it evicts: every pair that was attended to is still held."""
 
     def __init__(self, spec: CompressionSpec, layer_idx: int, filters: Tensor | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)  # type: ignore[no-untyped-call]  # theirs
         self.spec, self._layer_idx, self._filters = spec, layer_idx, filters
+        self.recorded: Policy | None = None  # what to keep at hand for other layers, see `CompressedCache.recording`
         self.reset()
 
     def reset(self) -> None:
@@ -66,11 +70,13 @@ class CompressedLayer(CacheLayerMixin):
         self._stored: Storage | None = None  # nothing before the first token
         self._targets: tuple[Target, ...] = ()  # of each kv head
         self._queries: Tensor | None = None  # [B, H, w, D], the last ones
+        self._options: dict[str, Any] = {}  # of their attention call
+        self._beside: list[Tensor] = []  # positions that each kv head holds for being pinned alone
         self.is_initialized = False
 
     @property
     def _policy(self) -> Policy:
-        return POLICIES[self.spec.policy]
+        return self.recorded or POLICIES[self.spec.policy]
 
     @property
     def _storage(self) -> Storage:
@@ -96,6 +102,7 @@ class CompressedLayer(CacheLayerMixin):
     def _begin(self, storage: Storage) -> None:
         self._stored = storage
         self._targets = tuple(self.spec.target_of(self._layer_idx, head) for head in range(len(storage.held)))
+        self._beside = [torch.empty(0, dtype=torch.long, device=self.device) for _ in storage.held]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -124,11 +131,15 @@ class CompressedLayer(CacheLayerMixin):
         self._show()
 
     def load(self, source: CompressedLayer) -> None:
-        """Begin with what another layer holds; it is not written to."""
+        """Begin with what another layer holds, and with what it knows of attention; it is not written to."""
         self.dtype, self.device = source.dtype, source.device
         self.seen, self.first_real = source.seen, source.first_real
         self._begin(source._storage.lend())
         self._add_ranks(source.positions())
+        if self._policy.needs_received and source._storage.has(RECEIVED):
+            self._storage.add_buffer(RECEIVED, source._storage.whole(RECEIVED).clone())
+        if (rows := self._policy.needs_rows) and source._queries is not None:
+            self._queries, self._options = source._queries[:, :, -rows:], source._options
         self._show()
 
     def evict_no_more(self) -> None:
@@ -171,31 +182,57 @@ class CompressedLayer(CacheLayerMixin):
             options: of the attention call: scaling, softcap, s_aux.
         """
         self.unattended = False
+        if self.observer is not None:
+            self.observer(query, options)
         if self._policy.needs_received:
             self._receive(query, options)
         if rows := self._policy.needs_rows:
             queries = query if self._queries is None else torch.cat([self._queries, query], dim=2)
             self._queries = queries[:, :, -rows:].clone()  # a view would keep all of a prompt's
+            self._options = {name: options[name] for name in OPTIONS if name in options}
         if self.seen - self._evicted_at >= self.spec.evict_every:
-            self.evict_now(options)
+            self.evict_now()
         else:
             self._storage.let_go()
             self._show()
 
-    def evict_now(self, options: Mapping[str, Any] | None = None) -> None:
-        """Evict now, whenever the last time was; `options` as for `evict`."""
+    def evict_now(self) -> None:
+        """Evict now, whenever the last time was."""
         self._evicted_at = self.seen
         held = self._storage.held
-        of_heads = list(zip(held, self._targets, strict=True))
+        competing = tuple(n - len(beside) for n, beside in zip(held, self._beside, strict=True))
+        of_heads = list(zip(competing, self._targets, strict=True))
         allowed = {(n, target): self.spec.kept(n, self.seen, target) for n, target in set(of_heads)}
         kept = tuple(allowed[of_head] for of_head in of_heads)
-        if kept == held:
+        if kept == competing:
+            self._storage.let_go()
+        else:
+            self._keep(self._order(), kept)
+        self._show()
+
+    def _keep(self, order: Tensor, kept: tuple[int, ...]) -> None:
+        """Keep so many pairs of each kv head, those of highest rank, and the pinned ones beside them."""
+        if self.spec.pinned:
+            order, kept = self._pin(order, kept)
+        if kept == self._storage.held:  # all that would go are pinned
             self._storage.let_go()
         elif self.ragged or len(set(kept)) == 1:
-            self._storage.keep(self._order(options or {}), kept)
+            self._storage.keep(order, kept)
         else:
-            self._stored = PagedStorage(self._storage, self._order(options or {}), kept)
-        self._show()
+            self._stored = PagedStorage(self._storage, order, kept)
+
+    def _pin(self, order: Tensor, kept: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
+        """Ranks by which pinned pairs stay, too, and how many each kv head then keeps."""
+        if len(order) > 1:
+            raise SpecError(f"Pinned tokens are those of one text, got a batch of {len(order)}. Run it row by row.")
+        order = order.clone()  # it may be the buffer of ranks
+        pinned = torch.tensor(self.spec.pinned, device=order.device)
+        if self.first_real is not None:
+            pinned = pinned + self.first_real.to(order.device)
+        of_heads = [head for part in self._storage.parts(order) for head in part[0]]
+        for i, (head, n) in enumerate(zip(of_heads, kept, strict=True)):
+            head[:], self._beside[i] = ranks.pin(head, n, pinned, self._beside[i])
+        return order, tuple(n + len(beside) for n, beside in zip(kept, self._beside, strict=True))
 
     def positions(self) -> list[Tensor]:
         """Positions in the text of the pairs held, per part: int64 [B, h, held] in storage order."""
@@ -221,7 +258,7 @@ class CompressedLayer(CacheLayerMixin):
             score = self._policy.score(self._pairs(part, positions))
         return ranks.rank(score, positions, self.first_real).expand(part.keys.shape[:3])
 
-    def _order(self, options: Mapping[str, Any]) -> Tensor:
+    def _order(self) -> Tensor:
         """Ranks of all pairs held, laid out like a `whole` buffer: by score, and the protected above all."""
         storage = self._storage
         if not storage.has(RANKS):
@@ -235,7 +272,7 @@ class CompressedLayer(CacheLayerMixin):
             if received:
                 pairs = replace(pairs, received=received[i])
             if self._queries is not None:
-                pairs = replace(pairs, last_rows=self._attention(part, self._queries, 0, positions, options))
+                pairs = replace(pairs, last_rows=self.attention(part, self._queries, 0, positions, self._options))
             of_parts.append(ranks.rank(self._policy.score(pairs), positions, self.first_real))
         return self._protect(storage.join(of_parts))
 
@@ -289,13 +326,14 @@ class CompressedLayer(CacheLayerMixin):
         for part, positions, received in zip(self.parts(), self.positions(), self._storage[RECEIVED], strict=True):
             for start in range(0, queries, _BLOCK):
                 end = min(start + _BLOCK, queries)
-                block = self._attention(part, query[:, :, start:end], queries - end, positions, options)
+                block = self.attention(part, query[:, :, start:end], queries - end, positions, options)
                 received += block.sum(dim=(2, 3))
 
-    def _attention(
-        self, part: Part, query: Tensor, later: int, positions: Tensor, options: Mapping[str, Any]
-    ) -> Tensor:
-        """Attention of queries [B, H, q, D], which `later` others follow, to a part's pairs: [B, h, G, q, held]."""
+    def attention(self, part: Part, query: Tensor, later: int, positions: Tensor, options: Mapping[str, Any]) -> Tensor:
+        """Attention of queries [B, H, q, D], which `later` others follow, to a part's pairs: [B, h, G, q, held].
+
+        `positions` are those of the part, and `options` as for `evict`.
+        """
         query_positions = torch.arange(self.seen - later - query.shape[2], self.seen - later, device=self.device)
         hidden = positions[:, :, None, None] > query_positions[:, None]
         if self.first_real is not None:

@@ -2,8 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
+
+
+def row_inputs(model: PreTrainedModel, mask: Tensor | None, new: int) -> dict[str, Tensor]:
+    """Arguments that a forward pass over the last `new` tokens takes for padded rows; none where no row is padded.
+
+    They are the mask, and where the model takes them positions that count from each row's own beginning.
+
+    Args:
+        mask: of all tokens so far, the new ones included, [B, T].
+    """
+    if mask is None or (mask == 1).all():
+        return {}
+    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+        return {"attention_mask": mask}
+    positions = (mask.long().cumsum(dim=-1) - 1).clamp_min(0)
+    return {"attention_mask": mask, "position_ids": positions[:, mask.shape[1] - new :]}
 
 
 def first_real(mask: object) -> Tensor | None:

@@ -9,6 +9,7 @@ it up from there, and the first line of its docstring is what a user reads about
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -208,7 +209,41 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-POLICIES = Registry[Policy](
+OF_FILE = re.compile(r"(([^\W\d]\w*)\.py:([^\W\d]\w*))@[0-9a-f]{8}")
+"""Name of a policy that `l2kv.load_policy` loads: file and function, and a digest of the file's bytes."""
+
+
+class Policies(Registry[Policy]):
+    """Policies by name, those of files included: unless its file is loaded, such a policy can be named, and not run.
+
+    So a record of what was measured with it can be read by those who do not have the file, or do not trust it.
+    """
+
+    def __getitem__(self, name: str) -> Policy:
+        return super().__getitem__(name) if name in self._entries or not OF_FILE.fullmatch(name) else _unscored(name)
+
+    def _may_be_called(self, name: str) -> bool:
+        return super()._may_be_called(name) or OF_FILE.fullmatch(name) is not None
+
+
+def not_loaded(name: str) -> SpecError:
+    """Error of a policy that its file must be loaded for."""
+    where = name.partition("@")[0]
+    return SpecError(
+        f"The policy {name} is not loaded: give {where} as a policy, or call l2kv.load_policy({where!r}). A file that "
+        "was changed since is another policy."
+    )
+
+
+def _unscored(name: str) -> Policy:
+    def score(pairs: Pairs) -> Tensor:
+        """Keep what a file says that is not loaded."""
+        raise not_loaded(name)
+
+    return Policy(score, name.partition("@")[0], on_arrival=False)
+
+
+POLICIES = Policies(
     "policy",
     SpecError,
     {

@@ -24,7 +24,8 @@ from l2kv.errors import UnsupportedModelError
 from l2kv.heads import in_groups, in_model_order
 from l2kv.hooks import Attention, attention_hook
 from l2kv.layer import CompressedLayer
-from l2kv.padding import check_padding, first_real
+from l2kv.padding import first_real
+from l2kv.together import CachesTogether, JoinedLayer
 
 
 class compressible:
@@ -70,7 +71,7 @@ class _Preparation:
     """The hooks on one model, and the compressed cache of the forward pass that is under way."""
 
     _hooked: Callable[[], bool] | None = None
-    _cache: CompressedCache | None = None
+    _cache: CompressedCache | CachesTogether | None = None
     _outermost: nn.Module | None = None  # the part of the model that was called with the cache
     _mask: Tensor | None = None  # that was found to be as it must
     _evict_later: Callable[[], None] | None = None
@@ -97,7 +98,7 @@ class _Preparation:
         return object.__new__, (_Preparation,)  # in a copy of the model, which is not prepared, the hooks do nothing
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = next((a for a in (*kwargs.values(), *args) if isinstance(a, CompressedCache)), None)
+        cache = next((a for a in (*kwargs.values(), *args) if isinstance(a, CompressedCache | CachesTogether)), None)
         if cache is None or self._hooked is None:
             return
         if module is self._outermost:  # an interrupt came past its end
@@ -118,11 +119,7 @@ class _Preparation:
         mask = _argument("attention_mask", module, args, kwargs)
         if mask is not None:
             _check_columns(mask, cache.get_seq_length(), _new_tokens(module, args, kwargs))
-        begins = first_real(mask)
-        for layer in cache.compressed_layers()[:1]:  # what holds for one holds for all
-            check_padding(layer.first_real, begins, layer.seen)
-        for layer in cache.compressed_layers():
-            layer.first_real = begins
+        cache.note_padding(first_real(mask))
         cache.note_tokens(_argument("input_ids", module, args, kwargs))
         self._let_go()  # of another cache, where an interrupt came past the end of its pass
         self._outermost, self._cache, self._seen_before = module, cache, cache.get_seq_length()
@@ -166,7 +163,9 @@ class _Preparation:
         cache = self._cache
         taken = cache.take(key, value) if cache is not None else None
         layer = cache.layers[taken.source] if cache is not None and taken is not None else None
-        if taken is None or not isinstance(layer, CompressedLayer):  # a tower's, say, or one with a window
+        if taken is None or not isinstance(
+            layer, CompressedLayer | JoinedLayer
+        ):  # a tower's, say, or one with a window
             return inner(module, query, key, value, mask, **kwargs)
         if mask is not None and mask is not self._mask:
             check_mask(layer, query.shape[2], mask)

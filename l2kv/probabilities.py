@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+OPTIONS = ("scaling", "softcap", "s_aux")
+"""Options of transformers' attention call that probabilities depend on."""
 _CAST = 2**20  # numbers of half precision keys that are held in float32 at a time
 
 
@@ -24,7 +26,7 @@ def attention_probabilities(
         options: of transformers' attention call: `scaling`, `softcap` (Gemma 2), `s_aux` (the sinks of gpt-oss: a logit
             per head that takes attention and gives nothing).
     """
-    scaling, softcap, sinks = (options.get(name) for name in ("scaling", "softcap", "s_aux"))
+    scaling, softcap, sinks = map(options.get, OPTIONS)
     with torch.autocast(query.device.type, enabled=False):
         scores = _scores(query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:

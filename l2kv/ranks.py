@@ -47,3 +47,18 @@ def protect(ranks: Tensor, *, first: int, last: int, seen: int, starts: Tensor |
 def in_text(positions: Tensor, starts: Tensor | None) -> Tensor:
     """Count positions from where the text of each row begins: negative in its padding."""
     return positions if starts is None else positions - starts.to(positions.device)[:, None, None]
+
+
+def pin(ranks: Tensor, kept: int, pinned: Tensor, beside: Tensor) -> tuple[Tensor, Tensor]:
+    """Raise the `pinned` pairs of one head that would go above all others: (ranks [T], the positions of these).
+
+    Args:
+        ranks: ranks [T] of all pairs that the head holds.
+        kept: number of pairs that it keeps beside these.
+        pinned: positions, int64.
+        beside: the positions that it was to evict before, and holds for being pinned alone: they compete no more.
+    """
+    positions = position(ranks)
+    competing = ranks.masked_fill(torch.isin(positions, beside), torch.iinfo(torch.int64).min)
+    going = torch.isin(positions, pinned).index_fill(0, competing.topk(kept).indices, False)
+    return torch.where(going, (ranks & _LOW_HALF) + (_FIRST << 32), ranks), positions[going]

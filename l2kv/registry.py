@@ -24,12 +24,15 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
 
     def register(self, name: str, entry: Entry) -> Entry:
         """Add an entry and return it. Raises ValueError if the name is taken, or is no identifier."""
-        if not (isinstance(name, str) and name.isidentifier()):  # it must be typed, in lists with commas too
+        if not (isinstance(name, str) and self._may_be_called(name)):
             raise ValueError(f"a {self.noun} needs a name of letters, digits and underscores, got {name!r:.60}")
         if name in self._entries:
             raise ValueError(f"the {self.noun} {name!r} exists already: choose another name")
         self._entries[name] = entry
         return entry
+
+    def _may_be_called(self, name: str) -> bool:
+        return name.isidentifier()  # it must be typed, in lists with commas too
 
     def remove(self, name: str) -> None:
         """Remove an entry. Raises KeyError if there is none."""
@@ -37,8 +40,8 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
 
     def find(self, name: object) -> Entry:
         """Find the entry of a user's name. Raises `error`, which lists the choices and suggests the nearest."""
-        if isinstance(name, str) and name in self._entries:
-            return self._entries[name]
+        if isinstance(name, str) and name in self:
+            return self[name]
         close = get_close_matches(name, self._entries, n=1) if isinstance(name, str) else []
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise self.error(f"{self.noun} must be one of {', '.join(self._entries)}, got {name!r:.60}.{hint}")

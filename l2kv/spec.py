@@ -52,6 +52,7 @@ class CompressionSpec:
             | None = None,
             directions: Sequence[Sequence[str]] | None = None,
             seed: int = 0,
+            pinned: Iterable[int] = (),
         ) -> None: ...
 
     keep_ratio: float = 0.5
@@ -80,6 +81,9 @@ class CompressionSpec:
     """For `signed_norm`: per layer and kv head, whether "low" or "high" norms stay."""
     seed: int = 0
     """Seed of the policy `random`."""
+    pinned: tuple[int, ...] = ()
+    """Positions in the text (0-based) that no head evicts. Where a head would have, it holds them beside what it holds
+    without them: they take no other's place. For a batch of one row."""
 
     def __post_init__(self) -> None:
         _check_ratio("keep_ratio", self.keep_ratio)
@@ -90,19 +94,15 @@ class CompressionSpec:
             _check_count("budget", self.budget)
         POLICIES.find(self.policy)
         _check_choice("schedule", self.schedule, SCHEDULES)
-        if isinstance(self.skip_layers, str) or not isinstance(self.skip_layers, Iterable):
-            raise TypeError(f"skip_layers must be a sequence of layer numbers such as (0, 1), got {self.skip_layers!r}")
-        skip_layers = tuple(self.skip_layers)  # once: it may be a generator
-        for layer in skip_layers:
-            _check_count("each of skip_layers", layer)
         for name, value in {
             **{name: int(getattr(self, name)) for name in (*_COUNTS, "evict_every")},
             "keep_ratio": float(self.keep_ratio),
             "budget": None if self.budget is None else int(self.budget),
-            "skip_layers": tuple(sorted({int(layer) for layer in skip_layers})),
+            "skip_layers": _numbers("skip_layers", self.skip_layers, "layer numbers"),
             "layer_ratios": _layer_ratios(self.layer_ratios),
             "head_ratios": _head_ratios(self.head_ratios),
             "directions": _directions(self.directions),
+            "pinned": _numbers("pinned", self.pinned, "positions"),
         }.items():
             object.__setattr__(self, name, value)
         if POLICIES[self.policy].needs_directions and self.directions is None:
@@ -159,6 +159,16 @@ def _as_written(ratio: float) -> Fraction:
     if abs(simple - exact) <= exact / 2**24:  # 203/282 too, whose float32 happens to be a short binary fraction
         return simple
     return exact if exact.denominator <= 2**20 else Fraction(str(round(ratio, 7)))
+
+
+def _numbers(name: str, given: object, what: str) -> tuple[int, ...]:
+    """Whole numbers in ascending order, each once."""
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise TypeError(f"{name} must be a sequence of {what} such as (0, 1), got {given!r}")
+    numbers = tuple(given)  # once: it may be a generator
+    for number in numbers:
+        _check_count(f"each of {name}", number)
+    return tuple(sorted({int(number) for number in numbers}))
 
 
 def _layer_ratios(given: object) -> tuple[tuple[int, float], ...] | None:

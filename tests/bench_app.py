@@ -51,7 +51,8 @@ from app.__main__ import main
 main(sys.argv[2:])
 """
 DRAWN = """() => {
-    if (!document.querySelector('.js-plotly-plot .main-svg image')) return false;
+    const chart = '.js-plotly-plot .main-svg image, [data-testid=stEChartsChart] canvas';
+    if (!document.querySelector(chart)) return false;
     window.drawnAt ??= performance.now();
     return performance.now() > window.drawnAt;  // a frame later
 }"""

@@ -12,10 +12,11 @@ from analysis.captures import save_run
 from analysis.cli import options
 from analysis.cli.inputs import loaded_model, quiet_libraries, texts_of
 from analysis.cli.output import row_of, shown, tell, wrote
-from analysis.demo.presets import RESULT_FILES, bundled_texts
+from analysis.demo.presets import RESULT_FILES, Preset, bundled_texts
 from analysis.models.at_hand import fetch, models_at_hand
 from analysis.models.load import BUNDLED
 from analysis.records import save
+from l2kv.spec import CompressionSpec
 
 
 def models(
@@ -54,10 +55,11 @@ def demo(
         ),
     ] = None,
 ) -> None:
-    """Make what the app opens with: presets and a run."""
+    """Make what the app opens with: presets, a run, and the recorded generation of a preset."""
     documents = texts_of(texts)
     loaded = loaded_model(model, "cpu")
     from analysis.demo.finding import ARTICLE, find_presets
+    from analysis.generations import record_timeline, text_sample
     from analysis.recorder import capture
 
     with shown("prompt") as progress:
@@ -67,5 +69,13 @@ def demo(
     text = next((preset.text for preset in found.presets if preset.name == ARTICLE), first)
     wrote(save_run(capture(loaded, text), folder / RESULT_FILES["demo"]))
     wrote(save(found, folder / RESULT_FILES["presets"]))
+    # The hardest answer to keep that there is, if there is any.
+    stories = found.presets or (Preset("", first),)
+    story = max(stories, key=lambda one: (bool(one.answer and not one.chat), -one.spec.keep_ratio if one.spec else -1))
+    prompt, question, continuation = story.parts
+    sample = text_sample(loaded, prompt, question=question, continuation=continuation, chat=story.chat)
+    with shown("token") as progress:
+        recorded = record_timeline(loaded, sample, story.spec or CompressionSpec(), progress=progress)
+    wrote(save(recorded, folder / RESULT_FILES["timeline"]))
     for preset in found.presets:
         print(f"{preset.name}: {preset.why}")

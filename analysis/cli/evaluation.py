@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -17,21 +17,30 @@ from typer.main import get_command
 from analysis import defaults
 from analysis.cli import options
 from analysis.cli.inputs import excerpts_of, loaded_model, tell_notes, texts_of
-from analysis.cli.options import Compression, CompressionOfAlr, out, refuse
+from analysis.cli.options import Compression, CompressionOfPairs, out, refuse
 from analysis.cli.output import Form, form_of, shown, tell, wrote
 from analysis.cli.program import program, spread
-from analysis.errors import UserError
 from analysis.evaluation.lm import Lengths
+from analysis.evaluation.methods import compare, prompt_length
 from analysis.evaluation.results import FULL
 from analysis.evaluation.task import Task
 from analysis.evaluation.tasks import TASKS
+from analysis.extras import needs
+from analysis.models.load import outline
 from analysis.plans.ablation import ablate_layers
+from analysis.plans.curves import curves_of
 from analysis.plans.front import measure_front
 from analysis.plans.skip import Plan
+from analysis.plans.strategies import STRATEGIES
 from analysis.records import load, save
+from analysis.studies import load_study
 from analysis.texts.excerpts import SPLIT, Texts, planning_and_measuring
 from analysis.words import human_bytes
+from l2kv.config import CacheShape
 from l2kv.spec import SCHEDULES, CompressionSpec
+
+if TYPE_CHECKING:
+    from analysis.evaluation.run import Workers
 
 SEEN, REFERENCE = SCHEDULES
 
@@ -39,7 +48,7 @@ SEEN, REFERENCE = SCHEDULES
 def ablation(
     texts: options.Texts,
     to: Annotated[Path, out("ablation.json")],
-    compression: CompressionOfAlr,
+    compression: CompressionOfPairs,
     lengths: Lengths,
     model: options.Model = defaults.MODEL,
     excerpts: options.Excerpts = defaults.EXCERPTS,
@@ -151,8 +160,18 @@ def _evaluate(
         list[Path], typer.Option(parser=Path, help="Saved plan to evaluate as well; repeat for more.")
     ] = [],  # noqa: B006
     keep_ratios: options.KeepRatios = (0.5, 0.25),
-    policies: options.Policies = ("low_norm", "high_norm", "random", "streaming", "keydiff"),
+    policies: options.Policies = ("low_norm", "high_norm", "streaming", "keydiff"),
+    strategies: Annotated[
+        Sequence[str], options.listed(STRATEGIES, "Allocation strategies to compare as well, by --study.")
+    ] = (),
+    study: Annotated[
+        Path | None, typer.Option(parser=Path, help="Saved study whose loss curves the strategies go by.")
+    ] = None,
+    baselines: Annotated[
+        bool, typer.Option(help="Compare with random tokens too: of all, and of those between the protected ends.")
+    ] = True,
     skip_layers: options.SkipLayers = "0,1",
+    protect_first: options.ProtectFirst = 0,
     protect_last: options.ProtectLast = defaults.RECENT_WINDOW,
     prune_after: Annotated[int, typer.Option(help="Number of pairs a head must hold before any is evicted.")] = 0,
     schedule: Annotated[
@@ -162,6 +181,12 @@ def _evaluate(
     excerpts: options.Excerpts = defaults.EXCERPTS,
     device: options.Device = None,
     by_position: Annotated[int, typer.Option(help="Print NLL and accuracy for each group of this many positions.")] = 0,
+    ray: Annotated[
+        str | None, typer.Option(help="Ray cluster to run on: HOST:PORT, or auto for one on this machine.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Copies of the model on it; by default one for each GPU or machine.")
+    ] = None,
     to: Annotated[
         Path | None,
         typer.Option(
@@ -176,39 +201,48 @@ def _evaluate(
 ) -> None:
     """Score a model on a task with the full cache and with compressed ones."""
     chosen = TASKS[task]
-    saved = saved_plans(plan)
+    saved, curves = saved_plans(plan), curves_of(load_study(study)) if study else None
     documents = texts_of(texts) if texts or (chosen.texts == "must" and not chosen.bundled) else None
     if documents is None:
         refuse(context, ("excerpts",), "without TEXTS the number of excerpts is fixed")
-    loaded = loaded_model(model, device)
-    from analysis.evaluation.run import evaluate
+    if ray is None:
+        refuse(context, ("workers",), "without --ray there is one copy of the model")
+    loaded = outline(model, device=device) if ray else loaded_model(model, device)
+    from analysis.evaluation.run import evaluate, samples_of
     from analysis.evaluation.work import estimate
 
-    when = schedule or (REFERENCE if getattr(settings, "chunk_size", 0) else SEEN)
-    compressions = (
-        Compression(keep_ratio=keep_ratio, policy=policy, skip_layers=skip_layers, protect_last=protect_last)
-        for keep_ratio in keep_ratios
-        for policy in policies
-    )
-    specs = (
-        (
-            f"{one.policy} {one.keep_ratio:.12g}",
-            replace(one.spec(loaded.config), prune_after=prune_after, schedule=when),
-        )
-        for one in compressions
-    )
-    methods: dict[str, CompressionSpec | None] = {FULL: None}
-    for name, spec in chain(saved, specs):
-        if name in methods:
-            raise UserError(f"Two methods are called {name!r}. Give each plan, policy and keep ratio once.")
-        methods[name] = spec
     given: Texts | None = documents
     if documents and chosen.excerpt_tokens:
         given = excerpts_of(loaded, documents, n_tokens=chosen.excerpt_tokens(settings), at_most=excerpts)
-    print(f"about {estimate(loaded, task, methods, texts=given, settings=settings)}", file=sys.stderr)
+    when = schedule or (REFERENCE if getattr(settings, "chunk_size", 0) else SEEN)
+    common = Compression(skip_layers=skip_layers, protect_last=protect_last).spec(loaded.config)
+    comparison = compare(
+        CacheShape.of(loaded.config, loaded.model.dtype.itemsize),
+        replace(common, protect_first=protect_first, prune_after=prune_after, schedule=when),
+        n_tokens=prompt_length(samples_of(loaded, task, texts=given, settings=settings)[0]),
+        keep_ratios=keep_ratios,
+        policies=policies,
+        strategies=strategies,
+        curves=curves,
+        plans=saved,
+        baselines=baselines,
+    )
+    methods = comparison.methods
+    if ray is None:
+        print(f"about {estimate(loaded, task, methods, texts=given, settings=settings)}", file=sys.stderr)
     file = to / f"{task}.jsonl" if to and (to.is_dir() or not to.suffix) else to
-    with shown("sample") as progress:
-        results = evaluate(loaded, task, methods, texts=given, settings=settings, out=file, progress=progress)
+    with _workers(ray, model, workers, device) as its, shown("sample") as progress:
+        results = evaluate(
+            loaded,
+            task,
+            methods,
+            texts=given,
+            settings=settings,
+            out=file,
+            workers=its,
+            notes=comparison.notes,
+            progress=progress,
+        )
     if file:
         wrote(file)
     summary = results.summary(chosen)
@@ -230,6 +264,17 @@ def _evaluate(
     )
 
 
+def _workers(
+    address: str | None, model: str, workers: int | None, device: str | None
+) -> AbstractContextManager[Workers | None]:
+    """The workers of a Ray cluster, or none where there is no address."""
+    if address is None:
+        return nullcontext()
+    with needs("ray"):
+        from analysis.evaluation.cluster import ray_workers
+    return ray_workers(model, address=address, workers=workers, device=device)
+
+
 def saved_plans(files: Sequence[Path]) -> list[tuple[str, CompressionSpec]]:
     """Compressions of saved plans, by the stems of their files, or by their paths where two have one stem."""
     stems = [file.stem for file in files]
@@ -237,6 +282,7 @@ def saved_plans(files: Sequence[Path]) -> list[tuple[str, CompressionSpec]]:
 
 
 _FORMS: dict[str, Form] = {"n_tokens": "d", "samples": "d", "MiB": ".2f", "score": ".3f", "change": "+.3f"}
+_FORMS |= {"allocated_MiB": ".2f"}
 _FORMS |= {"perplexity": ".2f", "perplexity_ratio": ".3f", "accuracy": ".3f", "position": "d", "nll": ".3f"}
 
 

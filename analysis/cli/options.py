@@ -12,12 +12,14 @@ import typer
 
 from analysis import defaults, metrics
 from analysis.errors import SettingsError, UserError
+from analysis.lab import by_pairs_alone
 from analysis.paper.experiments import EXPERIMENTS
 from analysis.paper.figures import FIGURES as READ_OFF
 from analysis.plans import ablation, strategies
 from analysis.plans.skip import Plan, skip_list
 from analysis.records import load
-from l2kv import policies
+from l2kv import policies, policy_files
+from l2kv.errors import SpecError
 from l2kv.registry import Registry
 from l2kv.spec import SCHEDULES, CompressionSpec
 
@@ -53,6 +55,23 @@ class Named:
     def _offered(self) -> dict[str, str]:
         """Names by how they are typed."""
         return {_shown(name): name for name, entry in self.registry.items() if self.fits(entry)}
+
+
+@dataclass(frozen=True, slots=True)
+class NamedPolicy(Named):
+    """The names of policies, and FILE.py:FUNCTION, a score of the user's own: the file is run."""
+
+    def __call__(self, given: str) -> str:
+        """Name of the policy that a user means. Raises BadParameter as `Named`, and where a file is not fit."""
+        if ".py:" not in given:
+            return Named.__call__(self, given)
+        try:
+            return policy_files.load_policy(given)
+        except SpecError as error:
+            raise typer.BadParameter(str(error)) from error
+
+    def __str__(self) -> str:
+        return f"{Named.__str__(self)[:-1]}, or my.py:score, a function of your own; the file is run."
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +122,8 @@ def out(what: str) -> Any:
     return typer.Option("-o", "--out", parser=Path, help=f"File to write, such as {what}.")
 
 
-POLICIES = Named(policies.POLICIES, lambda policy: not policy.needs_calibration)
+POLICIES = NamedPolicy(policies.POLICIES, lambda policy: not policy.needs_calibration)
+OF_PAIRS = NamedPolicy(policies.POLICIES, by_pairs_alone)
 OF_ALR = Named(Registry("policy", SettingsError, {name: policies.POLICIES[name] for name in ablation.POLICIES}))
 WHEN = Named(Registry("schedule", SettingsError, {name: name for name in SCHEDULES}))
 METRICS, STRATEGIES = Named(metrics.METRICS), Named(strategies.STRATEGIES)
@@ -136,9 +156,12 @@ KeepRatios = Annotated[
     listed(float, "Keep ratios to compare, such as 0.5,0.25.", "--keep-ratios", "--keep-ratio"),
 ]
 Policy = Annotated[str, typer.Option(parser=POLICIES, help="Which key/value pairs to keep.")]
+PolicyOfPairs = Annotated[str, typer.Option(parser=OF_PAIRS, help="Which key/value pairs to keep.")]
 PolicyOfAlr = Annotated[str, typer.Option(parser=OF_ALR, help="Which key/value pairs to keep.")]
 Policies = Annotated[Sequence[str], listed(POLICIES, "Policies to compare.")]
+PoliciesOfPairs = Annotated[Sequence[str], listed(OF_PAIRS, "Policies to compare with.")]
 SkipLayers = Annotated[str, typer.Option(help="Layers to skip, such as 0,1.")]
+ProtectFirst = Annotated[int, typer.Option(help="Number of first tokens that are never evicted.")]
 ProtectLast = Annotated[int, typer.Option(help="Number of latest tokens that are never evicted.")]
 PlanFile = Annotated[
     Path | None, typer.Option(parser=Path, help="Saved plan to compress by, instead of the options above.")
@@ -172,10 +195,10 @@ class Compression:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompressionOfAlr(Compression):
-    """The options of a compression by a policy that ALR speaks of."""
+class CompressionOfPairs(Compression):
+    """The options of a compression by a policy whose order has an ALR."""
 
-    policy: PolicyOfAlr = "low_norm"
+    policy: PolicyOfPairs = "low_norm"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +212,8 @@ class CompressionOrPlan(Compression):
         return load(Plan, self.plan).spec if self.plan else Compression.spec(self, config)
 
     def check(self, context: typer.Context) -> None:
-        """Refuse options that a plan overrides. Raises UserError."""
+        """Refuse options that a plan overrides, save for its own policy: that may be of a file. Raises UserError."""
         if self.plan:
-            refuse(context, (field.name for field in fields(Compression)), "--plan says how to compress")
+            same = {"policy"} if load(Plan, self.plan).spec.policy == self.policy else set()
+            overridden = (field.name for field in fields(Compression) if field.name not in same)
+            refuse(context, overridden, "--plan says how to compress")

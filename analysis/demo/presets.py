@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from analysis.evaluation.passkey import QUESTION
 from analysis.models.load import BUNDLED
 from analysis.records import load, record
 from analysis.texts.read import read_text
@@ -20,6 +21,11 @@ RESULT_FILES = {
     "front": "front.json",
     "ablation": "causal.json",
     "presets": "presets.json",
+    "plan": "plan.json",
+    "lm": "lm.jsonl",
+    "passkey": "passkey.jsonl",
+    "needle": "needle.jsonl",
+    "timeline": "timeline.safetensors",
 }
 STORY_FILES = "story-{}.json"
 _TEXTS = BUNDLED / "texts"
@@ -36,6 +42,12 @@ class Preset:
     answer: str = ""  # what should be generated, as `prompts.found` scores it; empty: nothing is right or wrong
     chat: bool = False  # a question, to be put through the model's chat template
     beside: CompressionSpec | None = None  # another one of the same protection, in which the task ends otherwise
+
+    @property
+    def parts(self) -> tuple[str, str, str]:
+        """Its text without the question of a passkey, that question, and the answer as a continuation; or empty."""
+        prompt = self.text.removesuffix(f" {QUESTION}")
+        return prompt, self.text[len(prompt) :], f" {self.answer}" if self.answer else ""
 
 
 @record("presets", version=1, title="a file of presets", again="l2kv demo")
@@ -56,6 +68,11 @@ class BundledResults:
     front: Path | None = None
     ablation: Path | None = None
     presets: Path | None = None
+    plan: Path | None = None
+    lm: Path | None = None  # results of this task, and of the next two
+    passkey: Path | None = None
+    needle: Path | None = None
+    timeline: Path | None = None
     stories: tuple[Path, ...] = ()
 
 
@@ -100,6 +117,15 @@ def bundled_texts() -> Mapping[str, str]:
         "Anne of Avonlea (L. M. Montgomery, 1909)": _read("anne.txt"),
         "The Tomb of Keats (Oscar Wilde, 1877)": _read("keats.txt"),
     }
+
+
+def bundled_prose() -> Mapping[str, str]:
+    """Read sixteen bundled excerpts of some 5,000 characters, by name: enough to plan on half and measure on the rest.
+
+    They are in the public domain, by the authors of `bundled_texts` (seven works of Wilde's and three of Montgomery's
+    novels).
+    """
+    return {file.stem: _read(f"prose/{file.name}") for file in sorted((_TEXTS / "prose").glob("*.txt"))}
 
 
 def _read(name: str) -> str:

@@ -1,8 +1,9 @@
 """The rows of an evaluation in a file, written as they are computed, so that none is computed twice. Knows no model.
 
 The key of a row is a digest of everything its score depends on: model, task and version of the task, the sample, the
-samples in the same batch, and the spec. The first line of the file is what all rows share. An evaluation continues a
-file only under the same settings, threads, device, dtype and versions, so that ties fall the same way.
+spec, and the samples and specs in the same batch. The first line of the file is what all rows share. An evaluation
+continues a file only under the same settings, threads, device, dtype and versions, and makes the same batches again, so
+that ties fall the same way: methods that are added later are batches of their own.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import Any
 import msgspec
 
 from analysis.errors import RecordError
-from analysis.evaluation.results import Methods, Results, Row
+from analysis.evaluation.batches import Cells, Specs
+from analysis.evaluation.results import Methods, Results, Row, Run
 from analysis.evaluation.task import Sample
 from analysis.records import content_of, json_line, json_text, text_of, write_text
 from analysis.texts.read import read_text
@@ -55,7 +57,9 @@ class Log:
     def __init__(self, path: str | Path | None, about: Mapping[str, Any]) -> None:
         self.path = None if path is None else Path(path)
         self.methods: Methods = about["methods"]
-        self._common = json_text({name: about[name] for name in ("weights", "task", "run")})
+        self.run: Run = about["run"]
+        common = {"weights": about["weights"], "task": about["task"], "run": replace(self.run, together=())}
+        self._common = json_text(common)
         self._rows: dict[str, Row] = {}
         self._written: set[tuple[str, str]] = set()
         if self.path is None:
@@ -64,24 +68,34 @@ class Log:
         if self.path.exists():
             known = content_of(Results, read_text(self.path))
             rows = _rows_of(self.path, known)
-            about = {**about, "methods": _methods_of(self.path, known, about)}
+            self.methods, self.run = _continued(self.path, known, about)
+            about = {**about, "methods": self.methods, "run": self.run}
         self._rows = {row.key: row for row in rows}
         self._written = {(row.method, row.key) for row in rows}
         # The last line may be half written, and there may be more methods now.
         write_text(text_of(Results, {**about, "rows": rows}), self.path)
 
-    def find(self, batch: Sequence[Sample], spec: CompressionSpec | None) -> tuple[Row, ...] | None:
-        """Find the rows of a batch by a spec; None if any is missing, since a batch is computed as a whole."""
+    @property
+    def together(self) -> list[Specs]:
+        """Specs that are evaluated at a time, as `Run.together`; none twice."""
+        known: set[CompressionSpec | None] = set()
+        found = []
+        for names in self.run.together:
+            found.append(tuple(dict.fromkeys(spec for name in names if (spec := self.methods[name]) not in known)))
+            known |= {*found[-1]}
+        return found
+
+    def find(self, cells: Cells) -> list[Row] | None:
+        """Find the rows of a batch; None if any is missing, since a batch is computed as a whole."""
         if not self._rows:
             return None
-        rows = [self._rows.get(key) for key in self._keys(batch, spec)]
-        found = tuple(row for row in rows if row)
-        return found if len(found) == len(batch) else None
+        rows = [row for key in self._keys(cells) if (row := self._rows.get(key))]
+        return rows if len(rows) == len(list(cells.rows())) else None
 
-    def add(self, batch: Sequence[Sample], spec: CompressionSpec | None, rows: Sequence[Row]) -> list[Row]:
-        """Add keys to the rows of a batch by a spec, and write those that are new for each method with this spec."""
-        rows = [replace(row, key=key) for row, key in zip(rows, self._keys(batch, spec), strict=True)]
-        for row in rows if self.path else ():
+    def add(self, cells: Cells, rows: Sequence[Row]) -> list[Row]:
+        """Add keys to the rows of a batch, and write those that are new, for each method with their spec."""
+        rows = [replace(row, key=key) for row, key in zip(rows, self._keys(cells), strict=True)]
+        for row, (spec, _) in zip(rows, cells.rows(), strict=True) if self.path else ():
             for method in (name for name, its in self.methods.items() if its == spec):
                 if (method, row.key) not in self._written:
                     self._append(replace(row, method=method))
@@ -99,9 +113,10 @@ class Log:
         self._rows[row.key] = row
         self._written.add((row.method, row.key))
 
-    def _keys(self, batch: Sequence[Sample], spec: CompressionSpec | None) -> list[str]:
-        common = self._common + json_text({"spec": spec, "batch": list(map(digest_of_sample, batch))})
-        return [_digest(f"{common} {i}".encode()) for i in range(len(batch))]
+    def _keys(self, cells: Cells) -> list[str]:
+        of_batch = {"specs": cells.specs, "samples": list(map(digest_of_sample, cells.samples))}
+        common = self._common + json_text(of_batch)
+        return [_digest(f"{common} {i}".encode()) for i, _ in enumerate(cells.rows())]
 
 
 def _rows_of(path: Path, known: Mapping[str, Any]) -> tuple[Row, ...]:
@@ -111,9 +126,18 @@ def _rows_of(path: Path, known: Mapping[str, Any]) -> tuple[Row, ...]:
         raise RecordError(f"{path} holds rows that cannot be read: {error}. Choose another file.") from error
 
 
-def _methods_of(path: Path, known: Mapping[str, Any], about: Mapping[str, Any]) -> Methods:
+def _together_of(path: Path, known: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
+    try:
+        return msgspec.convert(known["run"].get("together", ()), tuple[tuple[str, ...], ...])
+    except (msgspec.ValidationError, LookupError, AttributeError) as error:
+        raise RecordError(f"{path} does not say what was evaluated together: {error}. Choose another file.") from error
+
+
+def _continued(path: Path, known: Mapping[str, Any], about: Mapping[str, Any]) -> tuple[Methods, Run]:
     """Join the methods of the file and the new ones. Raises RecordError unless everything else is equal."""
-    now = msgspec.json.decode(json_text(about).encode())
+    run: Run = about["run"]
+    together = _together_of(path, known)
+    now = msgspec.json.decode(json_text({**about, "run": replace(run, together=together)}).encode())
     for name in ("model", "weights", "task", "settings", "run"):
         if (then := known.get(name)) != now[name]:
             told = _told(then, now[name])
@@ -126,7 +150,8 @@ def _methods_of(path: Path, known: Mapping[str, Any], about: Mapping[str, Any]) 
     for name in methods:
         if name in before and before[name] != methods[name]:
             raise RecordError(f"{path} calls another compression {name!r}. Choose another name, or another file.")
-    return {**before, **methods}
+    new = tuple(name for name in methods if name not in before)
+    return {**before, **methods}, replace(run, together=(*together, new) if new else together)
 
 
 def _told(then: object, now: object) -> str:

@@ -6,7 +6,7 @@ A Pareto front, a single-layer ablation and a passkey grid are views of results.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import exp, isfinite, nan
@@ -19,7 +19,6 @@ from analysis.errors import SettingsError
 from analysis.records import content_of, from_content, record
 from analysis.statistics import Interval, means
 from analysis.texts.read import read_text
-from l2kv.policies import POLICIES
 from l2kv.spec import CompressionSpec
 
 if TYPE_CHECKING:
@@ -46,8 +45,10 @@ class Row:
     score: float | None
     """In the task's unit; None is undefined."""
     nbytes: int
-    """Payload of the keys and values held, counted from tensors: after the last token where tokens were predicted,
-    after the question where an answer was generated."""
+    """Payload of the keys and values held, counted from tensors: after the prompt (context and question), or after the
+    last token where there is no context."""
+    allocated: int = 0
+    """Bytes allocated for them then, slack included; 0 where it is not known."""
     text: str = ""
     """The answer that was generated."""
     document: str = ""
@@ -82,12 +83,14 @@ class Run:
     """Digest of the samples, in order."""
     task_version: int
     tokens_at_once: int
-    """Most tokens in the rows of a batch."""
+    """Most tokens whose pairs a batch holds."""
     threads: int
     device: str
     dtype: str
     packages: Mapping[str, str]
     """Versions of l2kv, torch and transformers."""
+    together: tuple[tuple[str, ...], ...] = ()
+    """Methods that were evaluated at a time, in order, as batches are made of them: all, but for those added later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,23 +263,23 @@ class Results:
     def work(self) -> Work:
         """Count the tokens that were run, and those that sharing passes saved."""
         one = {spec: name for name, spec in self.methods.items()}  # equal specs are run once
-        runs, saved = passes(one)
+        runs = min(len(one), len(self.run.together) if self.run and self.run.together else 1)
         context = sum(row.context for row in self.of(next(iter(self.methods)))) if self.methods else 0
         decoded = sum(row.decoded for name in one.values() for row in self.of(name))
-        return Work(runs * context, saved * context, decoded)
+        return Work(runs * context, (len(one) - runs) * context, decoded)
 
     def summary(self, task: Task) -> list[dict[str, Any]]:
         """Tabulate each method at each place on the task's axes: samples, bytes, score and change of it.
 
-        Intervals of shares are Wilson's; others resample documents. "change" is against the full cache, and there only
-        where scores are no shares and the full cache was measured. Where tokens were predicted there are perplexity,
+        Intervals of shares are Wilson's; others resample documents. "change" is the paired difference to the full
+        cache, and there only where that was measured. Where tokens were predicted there are perplexity,
         its ratio (`exp` of the change), and next-token accuracy.
 
         Args:
             task: task that the results are of, as registered. An axis that not all of its samples have is ignored.
         """
         axes = tuple(axis for axis in task.axes if all(axis in row.at for row in self.rows))
-        changes = not task.share and None in self.methods.values()
+        changes, allocated = None in self.methods.values(), all(row.allocated for row in self.rows)
         predicted = bool(self.rows) and all(row.nats for row in self.rows)
         rows = []
         for method in self.methods:
@@ -284,6 +287,8 @@ class Results:
                 here = np.array([self._cells[method, sample].value for sample in samples])
                 row: dict[str, Any] = {"method": method, **dict(zip(axes, key, strict=True)), "samples": len(samples)}
                 row["MiB"] = np.mean([self._cells[method, sample].nbytes for sample in samples]) / 2**20
+                if allocated:
+                    row["allocated_MiB"] = np.mean([self._cells[method, one].allocated for one in samples]) / 2**20
                 row["score"] = wilson(here, task.right) if task.share else self.interval(here, samples)
                 if changes:
                     full = np.array([self._cells[self.full, sample].value for sample in samples])
@@ -299,7 +304,19 @@ class Results:
     def table(self) -> list[dict[str, Any]]:
         """Flatten the rows to dicts, for CSV or a data frame, with the model, its digest and the task in each."""
         common = {"model": self.model, "weights": self.weights, "task": self.task}
-        own = ("method", "sample", "document", "score", "nbytes", "compressed", "context", "decoded", "text", "key")
+        own = (
+            "method",
+            "sample",
+            "document",
+            "score",
+            "nbytes",
+            "allocated",
+            "compressed",
+            "context",
+            "decoded",
+            "text",
+            "key",
+        )
         return [
             common
             | {name: getattr(row, name) for name in own}
@@ -330,17 +347,6 @@ def results_so_far(path: str | Path) -> Results:
     if isinstance(run, dict) and n_methods:
         content["run"] = run | {"samples": len(of_all) // n_methods}
     return from_content(Results, content | {"rows": of_all})
-
-
-def passes(specs: Collection[CompressionSpec | None]) -> tuple[int, int]:
-    """Number of passes over a context that specs take, and number that sharing saves.
-
-    One pass serves all policies that look at keys alone; each of the others needs its own.
-    """
-    policies = [POLICIES[spec.policy] for spec in specs if spec is not None]
-    alone = sum(policy.needs_attention or policy.needs_filters for policy in policies)
-    shared = len(specs) - alone
-    return alone + min(shared, 1), max(shared - 1, 0)
 
 
 def _exp(values: Interval) -> Interval:

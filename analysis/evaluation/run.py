@@ -1,27 +1,29 @@
 """The one driver of tasks: every sample by every method, with one pass over a context for all methods.
 
-The context is run once into a full cache, and compressed for each method from there; policies that look at attention
-need a pass of their own. The question, and what is predicted or generated after it, runs over what is left, and the
-cache goes on evicting. Rows are written as they come (`analysis.evaluation.log`), and those of a file not run again.
+The context is run once into a full cache, which records the attention that policies need, and is compressed for each
+method from there. The question, and what is predicted or generated after it, runs over what is left, for all methods as
+one batch, and the caches go on evicting. Rows are written as they come (`analysis.evaluation.log`), and those of a file
+not run again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
-from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache
 
 from analysis.errors import SettingsError, TextError
+from analysis.evaluation import batches
+from analysis.evaluation.batches import Cells, cells_of
 from analysis.evaluation.log import Log, digest_of_samples
 from analysis.evaluation.results import LIVE, ONCE, Methods, Results, Row, Run
 from analysis.evaluation.task import Sample, Scoring, Task
@@ -35,8 +37,8 @@ from analysis.texts.excerpts import Texts, excerpts_from
 from analysis.texts.tokens import Tokens
 from l2kv import CompressedCache, CompressionSpec
 from l2kv.cache import cache_nbytes
-from l2kv.decoding import decode_one_token, new_cache, prefill
-from l2kv.policies import POLICIES
+from l2kv.decoding import decode_one_token, prefill
+from l2kv.together import CachesTogether, can_run_together
 
 
 def evaluate(
@@ -47,6 +49,8 @@ def evaluate(
     texts: Texts | None = None,
     settings: object = None,
     out: str | Path | None = None,
+    workers: Workers | None = None,
+    notes: Sequence[str] = (),
     progress: Progress = unheard,
 ) -> Results:
     """Score a model on a task with each method.
@@ -58,6 +62,9 @@ def evaluate(
         settings: instance of the task's own class, such as `LmSettings`; by default its defaults.
         out: file to write each row to as it is computed, for `records.load(Results, out)`. Rows that it has already are
             not computed again, so a stopped evaluation continues.
+        workers: what runs the model, such as those of `ray_workers`; by default this process. With others, `loaded` may
+            be without weights (`models.load.outline`).
+        notes: what is to be known of the methods, kept with the results.
         progress: counts samples times distinct specs, and is called at every token.
 
     Raises:
@@ -66,19 +73,21 @@ def evaluate(
         RecordError: `out` belongs to another evaluation, or cannot be written.
         ModelError, OutOfMemoryError: as `stream`.
     """
-    what = TASKS.find(task)
-    samples, settings, notes = samples_of(loaded, task, texts=texts, settings=settings)
+    what, workers = TASKS.find(task), workers or Here(loaded)
+    machine = workers.machine
+    samples, settings, warnings = samples_of(loaded, task, texts=texts, settings=settings)
     about: dict[str, Any] = {
         "model": loaded.name,
-        "weights": digest_of(loaded),
+        "weights": machine.weights,
         "task": task,
         "settings": msgspec.json.decode(msgspec.json.encode(settings)),  # as in a file
         "methods": dict(methods),
-        "run": _run(loaded, what, samples),
-        "notes": notes,
+        "run": _run(machine, what, samples, methods),
+        "notes": (*notes, *warnings),
     }
     log = Log(out, about)
-    return Results(rows=measure(loaded, samples, methods, scoring=what.scoring, log=log, progress=progress), **about)
+    rows = measure(loaded, samples, methods, scoring=what.scoring, log=log, workers=workers, progress=progress)
+    return Results(rows=rows, **{**about, "run": log.run})
 
 
 def samples_of(
@@ -118,20 +127,78 @@ def _checked(loaded: LoadedModel, samples: Sequence[Sample]) -> tuple[str, ...]:
     return tuple(warnings)
 
 
-def _run(loaded: LoadedModel, task: Task, samples: Sequence[Sample]) -> Run:
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What runs a model, as far as scores depend on it."""
+
+    weights: str
+    """Digest of the model (`analysis.models.digest`)."""
+    threads: int
+    device: str
+    dtype: str
+    packages: Mapping[str, str]
+    """Versions of l2kv, torch and transformers."""
+
+    @classmethod
+    def of(cls, loaded: LoadedModel) -> Machine:
+        """This process, with a model."""
+        packages = {name: _version_of(name) for name in ("l2kv", "torch", "transformers")}
+        return cls(digest_of(loaded), torch.get_num_threads(), name_of_device(loaded.device), loaded.dtype, packages)
+
+
+class Workers(Protocol):
+    """What runs batches, here or elsewhere."""
+
+    @property
+    def machine(self) -> Machine:
+        """What each of them computes with."""
+
+    def run(
+        self, passes: Sequence[Sequence[Cells]], scoring: Scoring | None, tick: Callable[[], object]
+    ) -> Generator[tuple[Cells, Sequence[Row]], None, None]:
+        """Run batches, and yield each with its rows, whose methods are not set; `tick` is called meanwhile.
+
+        Args:
+            passes: batches whose contexts are read in one pass, for each pass.
+            scoring: as for `measure`.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Here:
+    """This process as the only worker."""
+
+    loaded: LoadedModel
+
+    @property
+    def machine(self) -> Machine:
+        """This process, with the model."""
+        return Machine.of(self.loaded)
+
+    @torch.inference_mode()  # as a decorator it is on only while this runs, not between its steps
+    def run(
+        self, passes: Sequence[Sequence[Cells]], scoring: Scoring | None, tick: Callable[[], object]
+    ) -> Generator[tuple[Cells, Sequence[Row]], None, None]:
+        """As `Workers.run`, on a prepared model."""
+        for of_pass in passes:
+            yield from run_cells(self.loaded, of_pass, scoring, tick)
+
+
+def _run(machine: Machine, task: Task, samples: Sequence[Sample], methods: Methods) -> Run:
     return Run(
         samples=len(samples),
         digest=digest_of_samples(samples),
         task_version=task.version,
-        tokens_at_once=_TOKENS_AT_ONCE,
-        threads=torch.get_num_threads(),
-        device=_name_of(loaded.device),
-        dtype=loaded.dtype,
-        packages={name: _version_of(name) for name in ("l2kv", "torch", "transformers")},
+        tokens_at_once=batches.TOKENS_AT_ONCE,
+        together=(tuple(methods),),
+        threads=machine.threads,
+        device=machine.device,
+        dtype=machine.dtype,
+        packages=machine.packages,
     )
 
 
-def _name_of(device: torch.device) -> str:
+def name_of_device(device: torch.device) -> str:
     """Name of a device; of a CPU its instruction set, since rounding depends on it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -145,7 +212,6 @@ def _version_of(package: str) -> str:
         return ""
 
 
-@torch.inference_mode()
 def measure(
     loaded: LoadedModel,
     samples: Sequence[Sample],
@@ -153,6 +219,7 @@ def measure(
     *,
     scoring: Scoring | None = None,
     log: Log | None = None,
+    workers: Workers | None = None,
     progress: Progress = unheard,
 ) -> tuple[Row, ...]:
     """Score samples with each method, and return the rows method by method; equal specs are run once.
@@ -160,108 +227,122 @@ def measure(
     Args:
         scoring: how to score answers; samples with a target need none.
         log: rows that are known, and where to write others.
+        workers: as for `evaluate`.
 
     Raises:
         As `evaluate`, and SettingsError if two samples have the same name.
     """
     _checked(loaded, samples)
     assert scoring or all(len(sample.target) for sample in samples), "answers need a scoring"
-    specs = tuple(dict.fromkeys(methods.values()))
-    cells: dict[tuple[str, CompressionSpec | None], Row] = {}
-    total = len(samples) * len(specs)
+    wanted = tuple(dict.fromkeys(methods.values()))
+    found: dict[tuple[str, CompressionSpec | None], Row] = {}
+    total = len(samples) * len(wanted)
 
-    def keep(batch: Sequence[Sample], spec: CompressionSpec | None, rows: Sequence[Row]) -> None:
-        if log:
-            rows = log.add(batch, spec, rows)
-        for sample, row in zip(batch, rows, strict=True):
-            cells[sample.name, spec] = row
-            progress(len(cells), total, "samples")
+    def keep(cells: Cells, rows: Sequence[Row]) -> None:
+        for (spec, sample), row in zip(cells.rows(), rows, strict=True):
+            if spec in wanted:
+                found[sample.name, spec] = row
+                progress(len(found), total, "samples")
 
+    workers = workers or Here(loaded)
     with prepared(loaded):
-        for batch in batches(samples):
-            known = {spec: rows for spec in specs if log and (rows := log.find(batch, spec))}
-            for spec in known:
-                keep(batch, spec, known[spec])
-            missing = [spec for spec in specs if spec not in known]
-            for spec, cache in _caches_after(loaded, _rows(loaded, [sample.context for sample in batch]), missing):
-                tick = partial(progress, len(cells), total, "samples")
-                found = (
-                    _answered(loaded, batch, cache, scoring, tick)
-                    if scoring
-                    else _predicted(loaded, batch, cache, tick)
-                )
-                del cache  # before the next is made
-                when = "" if spec is None else ONCE if len(batch[0].context) else LIVE
-                keep(batch, spec, [replace(row, compressed=when) for row in found])
-    return tuple(replace(cells[sample.name, spec], method=name) for name, spec in methods.items() for sample in samples)
+        todo: list[list[Cells]] = []
+        for specs in log.together if log else [wanted]:
+            for of_pass in cells_of(loaded, samples, specs):
+                todo.append([])
+                for cells in of_pass:
+                    if log and (known := log.find(cells)):
+                        keep(cells, log.add(cells, known))  # a method may be new whose spec is known
+                    elif set(cells.specs) & set(wanted):
+                        todo[-1].append(cells)
+        left = [of_pass for of_pass in todo if of_pass]
+        with closing(workers.run(left, scoring, lambda: progress(len(found), total, "samples"))) as runs:
+            for cells, rows in runs:
+                keep(cells, log.add(cells, rows) if log else rows)
+    return tuple(replace(found[sample.name, spec], method=name) for name, spec in methods.items() for sample in samples)
 
 
-_TOKENS_AT_ONCE = 8192  # in the rows of a batch; of a model of 7 billion weights their full cache takes 4 GiB
+def run_cells(
+    loaded: LoadedModel, of_pass: Sequence[Cells], scoring: Scoring | None, tick: Callable[[], object] = lambda: None
+) -> Iterator[tuple[Cells, list[Row]]]:
+    """Run batches of the same samples, on a prepared model; `tick` is called before each token.
+
+    Yields each batch with its rows, whose methods are not set.
+    """
+    compressed = prefilled(loaded, of_pass) if of_pass else None
+    for i, cells in enumerate(of_pass):
+        assert compressed is not None
+        caches = [compressed(spec) for spec in cells.specs]
+        if i == len(of_pass) - 1:
+            compressed = None  # and with it the full cache
+        yield (
+            cells,
+            (_answered(loaded, cells, caches, scoring, tick) if scoring else _predicted(loaded, cells, caches, tick)),
+        )
 
 
-def batches(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
-    """Neighbours of equal lengths, which are the rows of a batch."""
-    for lengths, alike in groupby(samples, lambda one: (len(one.target), len(one.context), len(one.question))):
-        group, rows = list(alike), max(1, _TOKENS_AT_ONCE // sum(lengths))
-        yield from (group[start : start + rows] for start in range(0, len(group), rows))
+def prefilled(loaded: LoadedModel, of_pass: Sequence[Cells]) -> Callable[[CompressionSpec | None], CompressedCache]:
+    """Run the contexts of samples in one pass, and return what makes a cache that holds them by a spec."""
+    context = _ids(loaded, [sample.context for sample in of_pass[0].samples])
+    full = CompressedCache.recording(loaded.config, [spec for cells in of_pass for spec in cells.specs if spec])
+    if context.shape[1]:
+        prefill(loaded.model, context, full)
+
+    def compressed(spec: CompressionSpec | None) -> CompressedCache:
+        whole, special_ids = spec or CompressionSpec(keep_ratio=1.0), loaded.special_ids(spec)
+        if not context.shape[1]:
+            return CompressedCache(loaded.config, whole, special_ids=special_ids)
+        return CompressedCache.from_full(full, loaded.config, whole, input_ids=context, special_ids=special_ids)
+
+    return compressed
 
 
-def _rows(loaded: LoadedModel, ids: Sequence[np.ndarray]) -> Tensor:
+def _ids(loaded: LoadedModel, ids: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(ids)).to(loaded.device)
 
 
-def _caches_after(
-    loaded: LoadedModel, context: Tensor, specs: Iterable[CompressionSpec | None]
-) -> Iterator[tuple[CompressionSpec | None, Cache]]:
-    """Each spec, and a cache that holds the context [B, C] by it. The full cache comes last, which saves a copy."""
-    full = None
-    for spec in sorted(specs, key=lambda spec: spec is None):
-        if not context.shape[1]:
-            yield spec, new_cache(loaded.config, spec, special_ids=loaded.special_ids(spec))
-            continue
-        if spec is not None and (POLICIES[spec.policy].needs_attention or POLICIES[spec.policy].needs_filters):
-            yield spec, _filled(loaded, context, new_cache(loaded.config, spec))
-            continue
-        if full is None:
-            full = _filled(loaded, context, DynamicCache(config=loaded.config))
-        if spec is None:
-            yield spec, full
-        else:
-            special_ids = loaded.special_ids(spec)
-            yield spec, CompressedCache.from_full(full, loaded.config, spec, input_ids=context, special_ids=special_ids)
+def joined(loaded: LoadedModel, cells: Cells, caches: Sequence[CompressedCache]) -> Cache:
+    """Join caches into one; a cache whose rows cannot be handed out is alone."""
+    if not can_run_together(loaded.config):
+        (cache,) = caches
+        return cache
+    return CachesTogether(caches, [len(cells.samples)] * len(caches))
 
 
-Filled = TypeVar("Filled", bound=Cache)
+def _sizes(cells: Cells, caches: Sequence[CompressedCache]) -> list[tuple[int, int]]:
+    """Bytes that each row holds, and that are allocated for it."""
+    rows = len(cells.samples)
+    of_specs = [(cache_nbytes(cache, slack=False) // rows, cache_nbytes(cache) // rows) for cache in caches]
+    return [sizes for sizes in of_specs for _ in cells.samples]
 
 
-def _filled(loaded: LoadedModel, context: Tensor, cache: Filled) -> Filled:
-    prefill(loaded.model, context, cache)
-    return cache
-
-
-def _predicted(loaded: LoadedModel, batch: Sequence[Sample], cache: Cache, tick: Callable[[], object]) -> list[Row]:
-    """The NLL of each row's target, fed token by token; `tick` is called before each."""
-    target = _rows(loaded, [sample.target for sample in batch])
-    fed = _rows(loaded, [sample.question for sample in batch])
+def _predicted(
+    loaded: LoadedModel, cells: Cells, caches: Sequence[CompressedCache], tick: Callable[[], object]
+) -> list[Row]:
+    """The NLL of each row's target, fed token by token."""
+    times, once = len(cells.specs), len(cells.samples[0].context) > 0
+    target = _ids(loaded, [sample.target for sample in cells.samples]).repeat(times, 1)
+    fed = _ids(loaded, [sample.question for sample in cells.samples]).repeat(times, 1)
     nats = target.new_zeros(target.shape, dtype=torch.float64)
     hits = target.new_zeros(target.shape)
+    cache, sizes = joined(loaded, cells, caches), None
     for i, token in enumerate(target.unbind(dim=1)):
         tick()
         logits = loaded.model(fed, past_key_values=cache, use_cache=True).logits[:, -1]
+        sizes = sizes if sizes and once else _sizes(cells, caches)  # after the prompt; after all tokens without one
         nats[:, i] = torch.nn.functional.cross_entropy(logits.float(), token, reduction="none")
         hits[:, i] = logits.argmax(-1) == token
         fed = token[:, None]
-    nbytes = cache_nbytes(cache, slack=False) // len(batch)
+    assert sizes is not None, "a target has tokens"
+    columns = zip(cells.rows(), sizes, nats.mean(dim=1).tolist(), nats.tolist(), hits.tolist(), strict=True)
     return [
         replace(
-            _row(sample, nbytes, len(sample.target)),
+            _row(sample, spec, its_sizes, len(sample.target)),
             score=_finite(mean),
             nats=tuple(None if (one := _finite(nll)) is None else round(one, 5) for nll in of_tokens),
             hits=tuple(of_hits),
         )
-        for sample, mean, of_tokens, of_hits in zip(
-            batch, nats.mean(dim=1).tolist(), nats.tolist(), hits.tolist(), strict=True
-        )
+        for (spec, sample), its_sizes, mean, of_tokens, of_hits in columns
     ]
 
 
@@ -269,42 +350,51 @@ def _finite(value: float) -> float | None:
     return value if np.isfinite(value) else None
 
 
-def _row(sample: Sample, nbytes: int, said: int) -> Row:
+def _row(sample: Sample, spec: CompressionSpec | None, sizes: tuple[int, int], said: int) -> Row:
     """Make the row of a sample with so many predicted or generated tokens; its method and score are set later."""
     return Row(
         "",
         sample.name,
         None,
-        nbytes,
+        *sizes,
         document=sample.document,
         at=dict(sample.at),
+        compressed="" if spec is None else ONCE if len(sample.context) else LIVE,
         context=len(sample.context),
         decoded=len(sample.question) + said - 1,
     )
 
 
 def _answered(
-    loaded: LoadedModel, batch: Sequence[Sample], cache: Cache, scoring: Scoring, tick: Callable[[], object]
+    loaded: LoadedModel,
+    cells: Cells,
+    caches: Sequence[CompressedCache],
+    scoring: Scoring,
+    tick: Callable[[], object],
 ) -> list[Row]:
-    """Score the greedy answer of each sample, which ends where the model ends it or its score is decided.
-
-    Rows that have ended keep running with the others, and their further tokens are ignored.
-    """
-    token, ends = _rows(loaded, [sample.question for sample in batch]), end_tokens(loaded)
-    said: list[list[int]] = [[] for _ in batch]
+    """Score greedy answers; a row ends, and leaves the batch, where the model ends it or its score is decided."""
+    token = _ids(loaded, [sample.question for sample in cells.samples]).repeat(len(cells.specs), 1)
+    cache, ends, asked = joined(loaded, cells, caches), end_tokens(loaded), list(cells.rows())
+    sizes: list[tuple[int, int]] = []
+    said: list[list[int]] = [[] for _ in asked]
     rows: dict[int, Row] = {}
-    nbytes = 0
-    while len(rows) < len(batch):
+    going = list(range(len(asked)))  # of the batch
+    while len(rows) < len(asked):
         tick()
         token = decode_one_token(loaded.model, token, cache)
-        nbytes = nbytes or cache_nbytes(cache, slack=False) // len(batch)  # after the question
-        for i, (sample, latest) in enumerate(zip(batch, token[:, 0].tolist(), strict=True)):
+        sizes = sizes or _sizes(cells, caches)  # after the prompt
+        for i, latest in zip(going, token[:, 0].tolist(), strict=True):
             if i in rows:
                 continue
+            spec, sample = asked[i]
             said[i].append(latest)
             shown = said[i][:-1] if latest in ends else said[i]
             text = whole_characters(str(loaded.tokenizer.decode(shown, skip_special_tokens=True)))
             if latest in ends or len(said[i]) >= sample.new_tokens or scoring.decided(sample, text):
-                row = _row(sample, nbytes, len(said[i]))
-                rows[i] = replace(row, score=scoring.score(sample, text), text=text)
-    return [rows[i] for i in range(len(batch))]
+                rows[i] = replace(
+                    _row(sample, spec, sizes[i], len(said[i])), score=scoring.score(sample, text), text=text
+                )
+        left = [place for place, i in enumerate(going) if i not in rows]
+        if isinstance(cache, CachesTogether) and 0 < len(left) < len(going):
+            cache, token, going = cache.only(left), token[left], [going[place] for place in left]
+    return [rows[i] for i in range(len(asked))]

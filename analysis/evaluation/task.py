@@ -66,9 +66,9 @@ class Scoring:
 
 
 RESERVED = {
-    "by_position", "context", "device", "excerpts", "help", "json", "keep_ratio", "keep_ratios", "model", "out",
-    "output_dir", "plan", "policies", "protect_last", "prune_after", "schedule", "settings", "skip_layers", "task",
-    "texts", "to",
+    "baselines", "by_position", "context", "device", "excerpts", "help", "json", "keep_ratio", "keep_ratios", "model",
+    "out", "output_dir", "plan", "policies", "protect_first", "protect_last", "prune_after", "ray", "schedule",
+    "settings", "skip_layers", "strategies", "study", "task", "texts", "to", "workers",
 }  # fmt: skip
 """Names that no setting of a task may have: the command line has options of these names beside it."""
 

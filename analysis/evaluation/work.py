@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.evaluation.results import Methods, Work, passes
-from analysis.evaluation.run import batches, samples_of
+from analysis.evaluation.batches import Cells, cells_of
+from analysis.evaluation.results import Methods, Work
+from analysis.evaluation.run import joined, prefilled, samples_of
 from analysis.evaluation.task import Sample
 from analysis.models.load import LoadedModel
 from analysis.preview import prepared
 from analysis.texts.excerpts import Texts
-from l2kv import CompressionSpec
-from l2kv.decoding import decode_one_token, new_cache, prefill
+from l2kv.decoding import decode_one_token
 
 _TIMED = 512  # tokens of a context at most
 _STEPS = 3
@@ -33,7 +34,7 @@ class Estimate:
     prefill_rate: float
     """Context tokens per second; 0 if there are none."""
     decode_rate: float
-    """Tokens per second after a context, over all rows of a batch."""
+    """Tokens per second after a context, over all rows."""
 
     def __str__(self) -> str:
         work = self.work
@@ -53,52 +54,52 @@ def estimate(
     """
     samples, _, _ = samples_of(loaded, task, texts=texts, settings=settings)
     work, specs = work_of(samples, methods), tuple(dict.fromkeys(methods.values()))
-    in_batches = sorted(batches(samples), key=lambda batch: len(batch[0].context) + len(batch[0].target))
-    if not in_batches or not specs:
+    passes = sorted(cells_of(loaded, samples, specs), key=lambda one: len(one[0].samples[0].context)) if specs else []
+    if not passes:
         return Estimate(work, 0.0, 0.0, 0.0)
-    batch = in_batches[len(in_batches) // 2]
-    timed = list(dict.fromkeys([None if None in specs else specs[0], next(filter(None, specs), None)]))
+    timed = passes[len(passes) // 2]
     with prepared(loaded):
-        prefill_rate, steps = _timed(loaded, batch, timed)
-    n_full = sum(spec is None for spec in specs)
-    per_step = (steps[0] * n_full + steps[-1] * (len(specs) - n_full)) / len(specs)
-    n_steps = len(specs) * sum(len(batch[0].target) or batch[0].new_tokens for batch in in_batches)
+        prefill_rate, per_step = _timed(loaded, timed)
+    samples_of_passes = (of_pass[0].samples[0] for of_pass in passes)  # equally long within a pass
+    n_steps = sum(len(sample.target) or sample.new_tokens for sample in samples_of_passes)
     seconds = n_steps * per_step + (work.prefilled / prefill_rate if work.prefilled else 0.0)
-    return Estimate(work, seconds, prefill_rate if work.prefilled else 0.0, len(batch) / per_step)
+    rows = len(specs) * len(timed[0].samples)
+    return Estimate(work, seconds, prefill_rate if work.prefilled else 0.0, rows / per_step)
 
 
 def work_of(samples: Sequence[Sample], methods: Methods) -> Work:
     """Count the tokens of an evaluation, with every answer at its longest."""
-    specs = set(methods.values())
-    runs, saved = passes(specs)
+    specs = len(set(methods.values()))
     context = sum(len(sample.context) for sample in samples)
     after = sum(len(sample.question) + (len(sample.target) or sample.new_tokens) - 1 for sample in samples)
-    return Work(runs * context, saved * context, len(specs) * after)
+    return Work(min(specs, 1) * context, max(specs - 1, 0) * context, specs * after)
 
 
-def _timed(
-    loaded: LoadedModel, batch: Sequence[Sample], specs: Sequence[CompressionSpec | None]
-) -> tuple[float, list[float]]:
-    """Context tokens per second, and seconds that one step of the batch takes with each spec."""
-    fill = [sample.context if len(sample.context) else sample.target[: len(sample.target) // 2] for sample in batch]
-    ids = torch.stack([torch.from_numpy(one[:_TIMED]) for one in fill]).to(loaded.device)
-    rates, steps = [], []
-    for spec in specs:
-        cache = new_cache(loaded.config, spec, special_ids=loaded.special_ids(spec))
-        started = perf_counter()
-        if ids.shape[1]:
-            prefill(loaded.model, ids, cache)
-        _wait(ids)
-        rates.append(ids.numel() / (perf_counter() - started))
-        token = torch.from_numpy(batch[0].question[:1]).to(loaded.device).expand(len(batch), 1)
+def _timed(loaded: LoadedModel, of_pass: Sequence[Cells]) -> tuple[float, float]:
+    """Context tokens per second, and seconds that a step of all batches of a pass takes, one after the other."""
+    samples = [replace(one, context=_beginning(one)) for one in of_pass[0].samples]
+    cut = [replace(cells, samples=tuple(samples)) for cells in of_pass]
+    ids = torch.from_numpy(samples[0].question[:1]).to(loaded.device)
+    started = perf_counter()
+    compressed = prefilled(loaded, cut)
+    _wait(ids)
+    rate, per_step = len(samples) * len(samples[0].context) / (perf_counter() - started), 0.0
+    for cells in cut:
+        cache = joined(loaded, cells, [compressed(spec) for spec in cells.specs])
+        token = ids.expand(len(list(cells.rows())), 1)
         token = decode_one_token(loaded.model, token, cache)  # warms up
         _wait(token)
         started = perf_counter()
         for _ in range(_STEPS):
             token = decode_one_token(loaded.model, token, cache)
         _wait(token)
-        steps.append((perf_counter() - started) / _STEPS)
-    return max(rates), steps
+        per_step += (perf_counter() - started) / _STEPS
+    return rate, per_step
+
+
+def _beginning(sample: Sample) -> np.ndarray:
+    """The context to time, or as much of the target where there is none."""
+    return (sample.context if len(sample.context) else sample.target[: len(sample.target) // 2])[:_TIMED]
 
 
 def _wait(computed: Tensor) -> None:

@@ -13,6 +13,7 @@ import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,14 +75,19 @@ class LoadedModel:
         """Ids that `l2kv.special_ids` finds in its vocabulary, if the policy of `spec` goes by them."""
         if spec is None or not POLICIES[spec.policy].needs_token_ids:
             return None
-        from l2kv.calibration import special_ids
-
-        return special_ids(self.tokenizer)
+        return _special_ids(self.tokenizer)
 
     @property
     def positions(self) -> int:
         """Number of tokens that it was trained to read at once; `sys.maxsize` if its config does not say."""
         return getattr(self.config, "max_position_embeddings", None) or sys.maxsize
+
+
+@lru_cache(maxsize=1)  # a vocabulary takes a while to decode, and each cache asks
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    from l2kv.calibration import special_ids
+
+    return special_ids(tokenizer)
 
 
 def load_model(
@@ -128,6 +134,17 @@ def tokenizer_and_config(ref: str | Path) -> tuple[PreTrainedTokenizerBase, Pret
         tokenizer = _tokenizer(path, name)
     check_tokenizer(tokenizer, name)
     return tokenizer, config.get_text_config(decoder=True)
+
+
+def outline(ref: str | Path, *, device: str | None = None) -> LoadedModel:
+    """Load a model without its weights, for where others run it: its tokenizer, config and dtype. Raises ModelError."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    tokenizer, config = tokenizer_and_config(ref)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=_device_and_dtype(device, None)[1])
+    return LoadedModel(model, tokenizer, model_name(ref))
 
 
 def convert(gguf: Path, folder: Path) -> str:

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from analysis.defaults import RECENT_WINDOW
-from analysis.errors import ModelError, SettingsError
+from analysis.errors import ModelError
 from analysis.evaluation.lm import LmSettings, prompt_of
 from analysis.evaluation.results import FULL, Results
+from analysis.lab import studies_by_policy
 from analysis.measures import slim
 from analysis.plans.curves import loss_curves
 from analysis.plans.skip import Criterion, SkipSuggestion, choose
@@ -26,7 +27,7 @@ from analysis.plans.strategies import STRATEGIES, plan
 from analysis.progress import Progress, part_of, unheard
 from analysis.records import record
 from analysis.statistics import MIN_TEXTS, Interval, few_documents_warning, means, nanmean, resamples, spearman
-from analysis.studies import layer_alr, policy_alr, study_of
+from analysis.studies import layer_alr
 from analysis.texts.excerpts import Excerpt, Texts, excerpts_from
 from l2kv.config import CacheShape
 from l2kv.spec import CompressionSpec
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from analysis.plans.curves import LossCurves
 
 COSTS_AT = 0.2  # the ratio at which each head is compressed alone: small, so that a cost stands out
-POLICIES = ("low_norm", "high_norm")  # ALR is about these, and they differ from chance
+POLICIES = ("low_norm", "high_norm")  # whose ALR a study tells, other than chance
 Rows = tuple[tuple[float | None, ...], ...]
 """A number for each of K layers and N texts; None is undefined."""
 
@@ -148,20 +149,17 @@ def ablate_layers(
     Takes N captures of the prompts, and N * (K + 1) continuations.
 
     Args:
-        spec: the compression; its `skip_layers` are not compared. Its policy is one of `POLICIES`.
+        spec: the compression; its `skip_layers` are not compared. Its policy looks at keys and values alone, and ALR
+            is that of its order.
         out: file to write each continuation to, so that a stopped ablation continues, as for `evaluate`.
         progress: counts captures and continuations ("passes").
 
     Raises:
         TextError: there are no texts, or one is empty or too short.
         ModelError: the spec compresses no layer, or as `capture`.
-        SettingsError: the policy is not one of `POLICIES`, or as `evaluate`.
+        SettingsError: the policy needs more than keys and values, or as `evaluate`.
     """
-    from analysis.recorder import capture  # waits for torch, which reading an ablation need not
-
     settings, given = settings or LmSettings(), excerpts_from(texts)
-    if spec.policy not in POLICIES:
-        raise SettingsError(f"the policy must be one of {', '.join(POLICIES)}, got {spec.policy!r}")
     shape = CacheShape.of(loaded.config, loaded.model.dtype.itemsize)
     layers = tuple(layer for layer in shape.layers if layer not in spec.skip_layers)
     if not layers:
@@ -169,8 +167,10 @@ def ablate_layers(
     measured, total = [], len(given) * (2 + len(layers))
     for i, text in enumerate(given):
         prompt = prompt_of(loaded.tokenizer, text.text, settings.prompt_tokens)
-        run = capture(loaded, prompt, last_queries=0, progress=lambda *_, done=i: progress(done, total, "passes"))
-        measured.append(study_of(run, probes=("next token",), names=("alr", "alr_chance")))
+        of_order = studies_by_policy(
+            loaded, [(text.name, prompt)], [spec.policy], progress=lambda *_, i=i: progress(i, total, "passes")
+        )
+        measured.append(of_order[spec.policy])
         progress(i + 1, total, "passes")
     alone = {_method(layer): _alone(spec, layer, loaded.config.num_hidden_layers) for layer in layers}
     results = _lm(loaded, given, alone, settings, part_of(progress, len(given), total, "passes"), out)
@@ -178,8 +178,8 @@ def ablate_layers(
         spec,
         layers,
         results,
-        _rows(np.stack([layer_alr(one, spec.policy)[0] for one in measured], axis=1)[list(layers)]),
-        _rows(np.stack([nanmean(policy_alr(one, spec.policy)[0].T) for one in measured], axis=1)[list(layers)]),
+        _rows(np.stack([layer_alr(one)[0] for one in measured], axis=1)[list(layers)]),
+        _rows(np.stack([nanmean(one.of("alr")[0].T) for one in measured], axis=1)[list(layers)]),
     )
 
 

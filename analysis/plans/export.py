@@ -1,12 +1,15 @@
-"""Savings of a compression, by arithmetic, and its export as code for this library and for NVIDIA's kvpress."""
+"""Savings of a compression, by arithmetic, and its export as code: for this library, for `generate`, for kvpress."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from importlib.util import decode_source
 from pathlib import Path
+from typing import Any
 
 from analysis.errors import SettingsError
 from analysis.models.gguf import is_gguf
@@ -14,7 +17,8 @@ from analysis.models.load import NAMED_MODELS
 from analysis.models.packaged import PACKAGED
 from analysis.plans.curves import BY_NORM
 from l2kv.config import CacheShape
-from l2kv.policies import POLICIES
+from l2kv.policies import OF_FILE, POLICIES
+from l2kv.policy_files import policy_source
 from l2kv.spec import CompressionSpec, Target
 
 LENGTHS = (4096, 32_768, 131_072)  # tokens, that savings are told at
@@ -86,7 +90,8 @@ def library_code(spec: CompressionSpec, ref: str) -> str:
         ref: the model: a name that `load_model` knows, a GGUF file, a folder or a hub id.
     """
     by_ids = POLICIES[spec.policy].needs_token_ids
-    names = f"CompressedCache, CompressionSpec, compressible{', special_ids' if by_ids else ''}"
+    names = f"CompressedCache, CompressionSpec, compressible{', load_policy' if OF_FILE.fullmatch(spec.policy) else ''}"
+    names += ", special_ids" if by_ids else ""
     if ref in NAMED_MODELS or is_gguf(Path(ref)):
         imports = f"from analysis import load_model\nfrom l2kv import {names}\n"
         load = f"loaded = load_model({_quoted(ref)})\nmodel, tokenizer = loaded.model, loaded.tokenizer\n"
@@ -116,16 +121,96 @@ print(tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_toke
 """
 
 
-def _arguments(spec: CompressionSpec) -> list[str]:
-    """Arguments of a spec, one to a line: those that a user chooses, and others that are not the default."""
-    return [
-        f"{field.name}={_written(dict(value) if field.name in ('layer_ratios', 'head_ratios') else value)}"
+def generate_code(spec: CompressionSpec, special_ids: Iterable[int] | None = None) -> str:
+    """Write `custom_generate/generate.py`, by which transformers' own `generate` uses a compressed cache.
+
+    A policy of a file is imported from a copy of it beside the code.
+
+    Args:
+        special_ids: as for `CompressedCache`.
+
+    Raises:
+        SpecError: the policy is of a file that is not loaded.
+    """
+    imports, policy = "from l2kv import CompressedCache, CompressionSpec, compressible", ""
+    if OF_FILE.fullmatch(spec.policy):
+        module, function, _ = policy_source(spec.policy)
+        imports = f"from inspect import getfile\n\n{imports}, load_policy\n\nfrom .{module} import {function}"
+        policy = f'load_policy(f"{{getfile({function})}}:{function}")'  # transformers copies files that are imported
+    known, ids = "", ""
+    if special_ids is not None:
+        listed = textwrap.fill(", ".join(map(str, special_ids)), 116, initial_indent="    ", subsequent_indent="    ")
+        known, ids = f"SPECIAL_IDS = (\n{listed},\n)\n", ", special_ids=SPECIAL_IDS"
+    arguments = "".join(f"    {argument},\n" for argument in _arguments(spec, policy))
+    return f'''\
+"""Generation over a compressed key/value cache. transformers runs it where a user tells it to trust this folder's code.
+
+Needs the package l2kv. All arguments of `generate` are as usual; a `past_key_values` of one's own is used as it is.
+"""
+
+{imports}
+
+SPEC = CompressionSpec(
+{arguments})
+{known}
+
+def generate(*args, model, past_key_values=None, **kwargs):
+    """Generate as transformers does; the cache holds what SPEC says."""
+    if past_key_values is None:
+        past_key_values = CompressedCache(model.config, SPEC{ids})
+    with compressible(model):
+        return type(model).generate(model, *args, past_key_values=past_key_values, **kwargs)
+'''
+
+
+def press_code(policy: str) -> str:
+    """Write a policy of a file as a press of NVIDIA's kvpress: the file, and a `ScorerPress` after it.
+
+    kvpress compresses the prompt once, rounds the pairs that are kept down, and protects none.
+
+    Raises:
+        SpecError: the policy is of no file, or of one that is not loaded.
+    """
+    module, function, source = policy_source(policy)
+    name = "".join(word.capitalize() for word in f"{module}_{function}".split("_"))
+    return f'''{decode_source(source).rstrip()}
+
+
+# The policy {policy}, for NVIDIA's kvpress: pip install kvpress
+import torch  # noqa: E402
+from kvpress import ScorerPress  # noqa: E402
+
+
+class {name}Press(ScorerPress):
+    """Press that keeps the pairs of highest `{function}`; takes the share to remove, as compression_ratio."""
+
+    def score(self, module, hidden_states, keys, values, attentions, kwargs):
+        """Scores [B, kv heads, T] of the pairs of a prompt."""
+        positions = torch.arange(keys.shape[2], device=keys.device).expand(keys.shape[:3])
+        return {function}(keys, values, positions).float().expand(keys.shape[:3])
+'''
+
+
+def _arguments(spec: CompressionSpec, policy: str = "") -> list[str]:
+    """Arguments of a spec, one to a line: those that a user chooses, and others that are not the default.
+
+    Args:
+        policy: expression for the policy; by default its name, or that of a file in the folder where the code runs.
+    """
+    if not policy:
+        of_file = OF_FILE.fullmatch(spec.policy)
+        policy = f"load_policy({_quoted(of_file[1])})" if of_file else _quoted(spec.policy)
+    chosen = [
+        field.name
         for field in fields(spec)
         if (value := getattr(spec, field.name)) is not None and (field.name in _CHOSEN or value != field.default)
     ]
+    return [f"{name}={policy if name == 'policy' else _written(name, getattr(spec, name))}" for name in chosen]
 
 
-def _written(value: object) -> str:
+def _written(name: str, value: Any) -> str:
+    if name in ("layer_ratios", "head_ratios"):
+        return repr(dict(value))
     return _quoted(value) if isinstance(value, str) else repr(value)
 
 
@@ -201,4 +286,5 @@ def _kvpress_cannot(spec: CompressionSpec) -> list[tuple[str, bool]]:
         (f"The last {spec.protect_last} tokens are not protected.", spec.protect_last > 0),
         (f"Caches under {spec.prune_after} tokens are not left alone.", spec.prune_after > 0),
         ("A ratio of the pairs held, anew each time, is not known.", spec.schedule == "reference"),
+        ("Pinned tokens may be evicted.", bool(spec.pinned)),
     ]

@@ -62,7 +62,7 @@ class FrontPoint:
     strategy: str
     keep_ratio: float
     spec: CompressionSpec
-    nbytes: int  # held after the last token, mean over texts
+    nbytes: int  # held after the prompt, mean over texts
     nll_change: tuple[float, ...]  # N, nats/token against the full cache
     planned_loss: float  # NaN of strategies that read no norms, as is the next
     measured_loss: float

@@ -139,6 +139,8 @@ class Plan:
     model: str
     spec: CompressionSpec
     note: str = ""
+    planned_on: tuple[str, ...] = ()
+    """Names of the texts that it was made from; empty where they are not known, or there were none."""
 
 
 def skip_list(text: str, *, n_layers: int | None = None) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Figures on a page, each with its caption, its alternative text and its numbers; the first one is drawn alone."""
+"""Charts on a page, each with its caption, its alternative text, and its numbers and picture as files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from typing import Any
 import plotly.graph_objects as go
 import streamlit as st
 
-from app import state
+from analysis.records import json_text
+from app import address, state
+
+Table = Mapping[str, Iterable[Any]]
+"""Columns by name, of one length."""
 
 LONGEST_WAIT = 10.0  # seconds, for a browser to draw its first chart
 _FIRST_CHART = st.components.v2.component(
@@ -20,7 +24,7 @@ export default function ({{ setTriggerValue }}) {{
   const began = performance.now()
   let timer
   const look = () => {{
-    const drawn = document.querySelector(".js-plotly-plot .main-svg")
+    const drawn = document.querySelector(".js-plotly-plot .main-svg, [data-testid=stEChartsChart] canvas")
     if (drawn || performance.now() - began > {1000 * LONGEST_WAIT}) {{
       requestAnimationFrame(() => setTimeout(() => setTriggerValue("drawn", true)))  // it has been seen by then
     }} else {{
@@ -30,6 +34,50 @@ export default function ({{ setTriggerValue }}) {{
   look()
   return () => clearTimeout(timer)
 }}
+""",
+)
+_PICTURE = st.components.v2.component(
+    "picture",
+    html='<button type="button">PNG</button>',
+    css="""
+button { font: 0.875rem var(--st-font); color: var(--st-text-color); width: 100%;
+  background: var(--st-background-color);
+  border: 1px solid var(--st-border-color); border-radius: var(--st-button-radius); padding: 0.55rem 0.75rem;
+  cursor: pointer; }
+button:hover, button:focus-visible { color: var(--st-primary-color); border-color: var(--st-primary-color); }
+""",
+    js="""
+const SCALE = 2
+export default function ({ data, parentElement }) {
+  parentElement.querySelector("button").onclick = async () => {
+    const chart = document.querySelector(`.st-key-${CSS.escape(data.chart)}`)
+    const parts = [...chart.querySelectorAll(".main-svg, [data-testid=stEChartsChart] canvas")]
+    if (!parts.length) return
+    const frame = chart.querySelector(".svg-container, [data-testid=stEChartsChart]").getBoundingClientRect()
+    const canvas = document.createElement("canvas")
+    canvas.width = SCALE * frame.width
+    canvas.height = SCALE * frame.height
+    const pen = canvas.getContext("2d")
+    pen.scale(SCALE, SCALE)
+    pen.fillStyle = getComputedStyle(document.querySelector("[data-testid=stApp]")).backgroundColor
+    pen.fillRect(0, 0, frame.width, frame.height)
+    for (const part of parts) {
+      const at = part.getBoundingClientRect()
+      let image = part
+      if (part.tagName !== "CANVAS") {
+        image = new Image(at.width, at.height)
+        const text = new XMLSerializer().serializeToString(part)
+        image.src = "data:image/svg+xml;charset=utf-8," + encodeURIComponent(text)
+        await image.decode()
+      }
+      pen.drawImage(image, at.left - frame.left, at.top - frame.top, at.width, at.height)
+    }
+    const link = document.createElement("a")
+    link.href = canvas.toDataURL("image/png")
+    link.download = data.name
+    link.click()
+  }
+}
 """,
 )
 
@@ -58,7 +106,7 @@ def show(
     key: str,
     alt: str,
     caption: str,
-    table: Mapping[str, Iterable[Any]] | None = None,
+    table: Table | None = None,
     on_head: Callable[[int, int], None] | None = None,
 ) -> None:
     """Draw a figure. `on_head(layer, head)` is called when a head in it is clicked."""
@@ -73,7 +121,34 @@ def show(
         figure, key=key, alt=alt, config={"displaylogo": False}, selection_mode="points",
         on_select="ignore" if on_head is None else clicked,
     )  # fmt: skip
-    st.caption(caption)
-    if table is not None:
-        with st.expander("The numbers", icon=":material/table:"):
-            st.dataframe(table, hide_index=True, key=f"{key}_table")
+    explain(key, alt=alt, caption=caption, table=table)
+
+
+def explain(key: str, *, alt: str, caption: str, table: Table | None) -> None:
+    """Write below the chart of that key its caption, and offer its numbers and its picture as files."""
+    with st.container(horizontal=True, vertical_alignment="top", gap="small", key=f"explain_{key}"):
+        st.caption(caption, width="stretch")
+        if table is None:
+            return
+        with st.popover(
+            "Data", type="tertiary", icon=":material/download:", key=f"{key}_data", on_change="rerun"
+        ) as of:
+            if of.open:
+                _data(key, alt, caption, table)
+
+
+def _data(key: str, alt: str, caption: str, table: Table) -> None:
+    import pandas
+
+    columns = {name: list(column) for name, column in table.items()}
+    told = {"chart": alt, "about": caption, "of": address.params(), "numbers": columns}
+    frame = pandas.DataFrame(columns)
+    with st.container(horizontal=True):
+        for kind, make, mime in (
+            ("CSV", lambda: frame.to_csv(index=False), "text/csv"),
+            ("JSON", lambda: json_text(told), "application/json"),
+        ):
+            name = f"{key}.{kind.lower()}"
+            st.download_button(kind, make, name, mime, key=f"{key}_{kind}", on_click="ignore")
+        _PICTURE(key=f"{key}_png", data={"chart": key, "name": f"{key}.png"}, width="content")
+    st.dataframe(frame, hide_index=True, key=f"{key}_table", width=640)

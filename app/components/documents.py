@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import streamlit as st
 
 from analysis.defaults import EXCERPTS, NEW_TOKENS, PROMPT_TOKENS
-from analysis.demo.presets import bundled_texts
+from analysis.demo.presets import bundled_prose
 from analysis.evaluation.lm import LmSettings
 from analysis.texts.read import plain_text
 from analysis.words import counted
@@ -29,7 +29,7 @@ def ask(*, few: str = "") -> Mapping[str, str]:
     """Ask for texts, and return them by name; the bundled ones where none are given.
 
     Args:
-        few: what to say where there are only the bundled ones, which are short.
+        few: what to say where there are only the bundled ones.
 
     Raises:
         TextError: a pasted text is no text.
@@ -52,7 +52,7 @@ def ask(*, few: str = "") -> Mapping[str, str]:
     if (pasted := plain_text(_PASTED.get())).strip():
         given["pasted"] = pasted
     if not given:
-        bundled = bundled_texts()
+        bundled = bundled_prose()
         st.caption(f"{counted(len(bundled), 'bundled text')}. {few}".strip())
         return bundled
     with st.container(horizontal=True, vertical_alignment="center"):

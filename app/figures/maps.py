@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,7 @@ def head_map(
             xgap=1, ygap=1, hoverinfo="skip", showscale=False,
         )  # fmt: skip
     fraction = np.clip((np.where(defined, values, low) - low) / (high - low), 0, 1)
-    pale = _luminance(sample_colorscale(scale, fraction.ravel(), colortype="tuple")) > 0.179  # where both read alike
+    pale = luminance(sample_colorscale(scale, fraction.ravel(), colortype="tuple")) > 0.179  # where both read alike
     _write(figure, _written(values, signed=diverging), pale.reshape(values.shape), defined, most=12)
 
     # A click on a heat map does not reach Streamlit, a click on a marker does. No wider than the smallest
@@ -145,7 +146,7 @@ def _notes(values: np.ndarray, title: str, status: np.ndarray | None, *, signed:
     return notes
 
 
-def _luminance(colors: list[tuple[float, float, float]]) -> np.ndarray:
+def luminance(colors: Sequence[tuple[float, ...]]) -> np.ndarray:
     """WCAG relative luminance of sRGB colours, each channel 0..1."""
     channels = np.asarray(colors, dtype=float)
     linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)

@@ -34,6 +34,7 @@ def norm_and_attention(
     kept: np.ndarray | None = None,
     attention_label: str = "attention",
     first_position: int = 0,
+    height: int = 430,
 ) -> go.Figure:
     """Key norm above, attention below, by token position.
 
@@ -46,7 +47,7 @@ def norm_and_attention(
     position = np.asarray(shown + first_position, dtype=np.int32)
     rows = (("y", key_norm), ("y2", np.maximum(np.nan_to_num(attention), floor)))
 
-    figure = new_figure(height=430)
+    figure = new_figure(height=height)
     for name, chosen, marker in _kept_and_evicted(kept, shown):
         index = shown[chosen]
         for row, heights in rows:
@@ -111,11 +112,18 @@ def norm_attention_scatter(
 
 
 def gamma_by_query(
-    gamma: np.ndarray, labels: Sequence[str], *, first_position: int, next_token: float, next_label: str
+    gamma: np.ndarray,
+    labels: Sequence[str],
+    *,
+    first_position: int,
+    next_token: float,
+    next_label: str,
+    marked: int | None = None,
 ) -> go.Figure:
     """Γ of one head for each of the last queries, and for the next token after them. -1 to +1, whatever they are.
 
-    gamma [W], NaN = undefined; labels W texts, shown literally; first_position: where the first of them stands.
+    gamma [W], NaN = undefined; labels W texts, shown literally; first_position: where the first of them stands; marked:
+    the position of the query that is looked at.
     """
     position = np.arange(first_position, first_position + len(gamma))
     end = first_position + len(gamma)
@@ -136,6 +144,8 @@ def gamma_by_query(
         ends = dict(x=[first_position - 0.5, end - 0.5], y=[mean, mean], hoverinfo="skip")
         line = dict(color=PRIMARY, width=1.5, dash="dot")
         figure.add_scatter(**ends, mode="lines", line=line, name=f"their mean, {number(mean, signed=True)}")
+    if marked is not None:
+        figure.add_vline(x=marked, line=dict(color=FULL_GREY, width=1.5, dash="dot"))
     span = [first_position - 0.75, end + 0.75]
     figure.update_layout(
         xaxis=axis("position of the query", range=span, tickformat="d", showgrid=False),
@@ -168,13 +178,17 @@ def _token_hover(
 
 
 def loss_curves(
-    fraction_dropped: np.ndarray, curves: dict[str, np.ndarray], *, keep_ratio: float | None = None
+    fraction_dropped: np.ndarray,
+    curves: dict[str, np.ndarray],
+    *,
+    keep_ratio: float | None = None,
+    lost: float | None = None,
 ) -> go.Figure:
     """Attention lost against tokens evicted.
 
     fraction_dropped [n + 1] rises from 0, to 1 or to what may be evicted; each curve [n + 1], a share of mass (0..1),
     under one of the names "keep low norm", "keep high norm", "ideal order", "random order". keep_ratio draws a line and
-    states what is lost there, or where nothing more may be evicted.
+    states what is lost there, or where nothing more may be evicted; `lost` marks there what a compression loses.
     """
     styles = {
         "keep low norm": dict(color=PRIMARY, width=3),
@@ -193,16 +207,20 @@ def loss_curves(
         figure.add_vline(x=100 * (1 - keep_ratio), line=dict(color=FULL_GREY, width=1.5, dash="dot"))
         figure.update_layout(legend_title_text=f"with {evicted[at]:.3g} % of the tokens evicted ")
     for name in (name for name in styles if name in curves):
-        lost = np.asarray(curves[name], dtype=float)
-        stated = "" if keep_ratio is None else f": {lost[at]:.1%} lost"
+        losses = np.asarray(curves[name], dtype=float)
+        stated = "" if keep_ratio is None else f": {losses[at]:.1%} lost"
         figure.add_scatter(
-            x=evicted[sampled].astype(np.float32), y=lost[sampled].astype(np.float32), mode="lines",
+            x=evicted[sampled].astype(np.float32), y=losses[sampled].astype(np.float32), mode="lines",
             line=styles[name], name=name + stated, hovertemplate=f"{name}: %{{y:.1%}} lost<extra></extra>",
         )  # fmt: skip
         if keep_ratio is not None:
             dot = dict(color=styles[name]["color"], size=9)
-            figure.add_scatter(x=evicted[[at]], y=lost[[at]], mode="markers", marker=dot, showlegend=False,
+            figure.add_scatter(x=evicted[[at]], y=losses[[at]], mode="markers", marker=dot, showlegend=False,
                                hoverinfo="skip")  # fmt: skip
+    if keep_ratio is not None and lost is not None:
+        marker = dict(color=PRIMARY, size=15, symbol="circle-open", line=dict(width=3))
+        name = f"my settings: {lost:.1%} lost"
+        figure.add_scatter(x=[evicted[at]], y=[lost], mode="markers", marker=marker, name=name, hoverinfo="skip")
     figure.update_layout(
         xaxis=axis(
             "tokens evicted (%)",

@@ -66,7 +66,7 @@ def section(
     maps = tuple(_maps(results, task))
     drawings = (_by_bytes(results, task), *maps, *_by_positions(results, by_position))
     columns = 1 if maps else 2  # a map for each method takes the whole width
-    rows = [{name: _told(value) for name, value in row.items()} for row in results.summary(task)]
+    rows = [{name: told(value) for name, value in row.items()} for row in results.summary(task)]
     return Section(
         heading or f"{task.title}: {results.model}", tuple(filter(None, words)), drawings, columns, _table(rows)
     )
@@ -191,7 +191,7 @@ def _words(method: str) -> str:
     return method.replace("_", " ")
 
 
-def _told(value: Any) -> Any:
+def told(value: Any) -> Any:
     """An interval as one cell of a table, anything else as it is."""
     if not isinstance(value, Interval):
         return value

@@ -10,15 +10,18 @@ import streamlit as st
 
 from analysis import defaults
 from analysis.demo.presets import bundled_texts
-from analysis.errors import UserError
-from analysis.evaluation.results import FULL, Results
+from analysis.errors import SettingsError, UserError
+from analysis.evaluation.methods import RANDOM, Comparison, compare, prompt_length
+from analysis.evaluation.results import Results
 from analysis.evaluation.tasks import TASKS
-from analysis.words import counted, duration
+from analysis.words import duration
 from app import library, state
 from app.components import choices, documents, markup, settings
 from app.components.charts import show
 from app.engine import Engine
 from app.jobs import Jobs
+from app.report.evaluation import section, told
+from l2kv.config import CacheShape
 from l2kv.errors import SpecError
 from l2kv.spec import CompressionSpec
 
@@ -29,7 +32,6 @@ if TYPE_CHECKING:
 TASK = state.Slot("task", "passkey", state.Param("task", state.one_of(tuple(TASKS))))
 OTHER = state.Slot("other_results", "", state.Param("and", str))
 _RATIOS = (0.9, 0.75, 0.5, 0.25, 0.1)
-_BASELINES = ("random",)
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,11 @@ class Asked:
 
     task: str
     settings: object
-    methods: Mapping[str, CompressionSpec | None]
+    base: CompressionSpec
+    """What all compressions have in common: protected tokens and skipped layers."""
+    policies: tuple[str, ...]
+    keep_ratios: tuple[float, ...]
+    plans: tuple[tuple[str, CompressionSpec], ...]
     texts: Mapping[str, str] | None
     """Texts by name; None where the task takes none, or is content with the bundled ones."""
     excerpts: int
@@ -52,6 +58,20 @@ class Asked:
             return self.texts
         n_tokens = min(of(self.settings), loaded.positions)
         return excerpts(loaded.tokenizer, self.texts, n_tokens=n_tokens, at_most=self.excerpts)
+
+    def compared(self, loaded: LoadedModel, texts: Any) -> Comparison:
+        """Make methods that hold the same bytes after a prompt of the task's median length."""
+        from analysis.evaluation.run import samples_of
+
+        samples = samples_of(loaded, self.task, texts=texts, settings=self.settings)[0]
+        return compare(
+            CacheShape.of(loaded.config, loaded.model.dtype.itemsize),
+            self.base,
+            n_tokens=prompt_length(samples),
+            keep_ratios=self.keep_ratios,
+            policies=self.policies,
+            plans=self.plans,
+        )
 
 
 def draw(engine: Engine, jobs: Jobs) -> None:
@@ -83,13 +103,11 @@ def _new(engine: Engine, jobs: Jobs) -> None:
             chosen = settings.ask(offered[task].settings, key=f"task_{task}")
             texts, excerpts = _texts(task)
         with right:
-            methods = _methods()
-        asked = Asked(task, chosen, methods, texts, excerpts)
+            asked = Asked(task, chosen, *_methods(), texts, excerpts)
     except (UserError, SpecError) as error:
         st.error(markup.plain(str(error)), icon=":material/error:")
         return
     with right:
-        st.caption(f"{counted(len(methods), 'method')}: {markup.plain(', '.join(methods))}.")
         _estimate(engine, asked)
         if st.button("Start", type="primary", icon=":material/play_arrow:", key="start_evaluation"):
             state.JOB.set(start(jobs, state.model_ref(), asked))
@@ -101,7 +119,7 @@ def _texts(task: str) -> tuple[Mapping[str, str] | None, int]:
     of = TASKS[task]
     if of.texts == "no":
         return None, 0
-    texts = documents.ask(few="They are short: give your own for more than a first look." if of.excerpt_tokens else "")
+    texts = documents.ask(few="Give your own for more than a first look." if of.excerpt_tokens else "")
     if texts == bundled_texts() and of.bundled:
         return None, 0
     if of.excerpt_tokens is None:
@@ -117,30 +135,33 @@ def _texts(task: str) -> tuple[Mapping[str, str] | None, int]:
     return texts, int(excerpts)
 
 
-def _methods() -> dict[str, CompressionSpec | None]:
-    """Ask for methods, all with the header's protection: policies at keep ratios, the plan in force, and baselines."""
+def _methods() -> tuple[CompressionSpec, tuple[str, ...], tuple[float, ...], tuple[tuple[str, CompressionSpec], ...]]:
+    """Ask for methods: what they have in common, policies, keep ratios, and the plan in force. Raises SettingsError."""
     base = state.uniform_spec()
-    offered = {name: policy for name, policy in choices.policies().items()}
-    policies = st.multiselect(
-        "Policies", list(offered), list(dict.fromkeys([base.policy, *_BASELINES, "keydiff"])),
+    offered = {name: policy for name, policy in choices.policies().items() if name != RANDOM}
+    first = [base.policy] if base.policy in offered else []
+    policies: Sequence[str] = st.multiselect(
+        "Policies", list(offered), list(dict.fromkeys([*first, "keydiff"])),
         format_func=lambda name: offered[name].title, help=choices.explained(offered), key="evaluate_policies",
     )  # fmt: skip
     options = sorted({*_RATIOS, base.keep_ratio}, reverse=True)
-    ratios = st.multiselect(
+    ratios: Sequence[float] = st.multiselect(
         "Keep ratios", options, [base.keep_ratio], format_func=lambda ratio: f"{ratio:.0%}".replace("%", " %"),
         key=f"evaluate_ratios_{base.keep_ratio}",
     )  # fmt: skip
-    methods: dict[str, CompressionSpec | None] = {FULL: None}
+    plans: list[tuple[str, CompressionSpec]] = []
     if (plan := state.plan()) is not None and st.checkbox("The plan in force", True, key="evaluate_plan"):
-        methods["plan"] = plan.spec
-    for ratio in ratios:
-        for name in policies:
-            methods[f"{name} {ratio:g}"] = replace(base, policy=name, keep_ratio=ratio)
+        plans.append(("plan", plan.spec))
     protected = f"first {base.protect_first} and last {base.protect_last} tokens" if base.protect_first else (
         f"last {base.protect_last} tokens"
     )  # fmt: skip
-    st.caption(f"For all of them the {protected} are protected, as set in the header, so random is protected, too.")
-    return methods
+    if not (plans or (ratios and policies)):
+        raise SettingsError("Choose a policy and a keep ratio at least")
+    st.caption(
+        f"Beside the full cache, random, and random between the protected {protected}. Methods of one keep ratio hold "
+        "the same bytes after the prompt; one that can't is left out by name."
+    )
+    return base, tuple(policies), tuple(ratios), tuple(plans)
 
 
 def _estimate(engine: Engine, asked: Asked) -> None:
@@ -159,7 +180,9 @@ def _estimate(engine: Engine, asked: Asked) -> None:
             st.spinner("Running a few tokens …", show_time=True),
             engine.lend(state.model_ref(), lambda done, total, what: st.empty().empty()) as loaded,
         ):
-            found = estimate(loaded, asked.task, asked.methods, texts=asked.given(loaded), settings=asked.settings)
+            texts = asked.given(loaded)
+            methods = asked.compared(loaded, texts).methods
+            found = estimate(loaded, asked.task, methods, texts=texts, settings=asked.settings)
     except (UserError, SpecError) as error:
         st.error(markup.plain(str(error)), icon=":material/error:")
         return
@@ -175,24 +198,25 @@ def start(jobs: Jobs, ref: str, asked: Asked) -> str:
         from analysis.evaluation.run import evaluate
         from analysis.models.digest import digest_of
 
-        about = {
-            "weights": digest_of(loaded),
-            "task": asked.task,
-            "settings": asked.settings,
-            "methods": dict(asked.methods),
-            "texts": asked.texts,
-            "excerpts": asked.excerpts,
-        }
-        id, file = library.WORKSPACE.results_file(about)
+        id, file = library.WORKSPACE.results_file({"weights": digest_of(loaded), "asked": asked})
         file.parent.mkdir(parents=True, exist_ok=True)
         texts = asked.given(loaded)
+        comparison = asked.compared(loaded, texts)
         try:
             evaluate(
-                loaded, asked.task, asked.methods, texts=texts, settings=asked.settings, out=file, progress=progress
+                loaded,
+                asked.task,
+                comparison.methods,
+                texts=texts,
+                settings=asked.settings,
+                out=file,
+                notes=comparison.notes,
+                progress=progress,
             )
         finally:  # what was measured is listed, also if it was cancelled
             if file.exists():
-                library.WORKSPACE.note_results(id, name=f"{title}, {', '.join(list(asked.methods)[1:4])}")
+                ratios = ", ".join(f"{ratio:.0%}" for ratio in asked.keep_ratios)
+                library.WORKSPACE.note_results(id, name=f"{title}, keep {ratios}, {', '.join(asked.policies[:4])}")
         return id
 
     return jobs.start(f"Measuring {title}", ref, work, kind="results").id
@@ -218,8 +242,6 @@ def _results(ids: Sequence[str]) -> None:
 
 
 def _one(id: str, name: str) -> None:
-    from app.report.evaluation import section
-
     results = library.opened(Results, id)
     st.subheader(markup.plain(name))
     if not results.rows:
@@ -252,12 +274,10 @@ def _table(results: Results, id: str) -> None:
     """A row for each method: what it scores, what it holds, and how far it is from the full cache."""
     task = TASKS[results.task]
     rows = results.summary(replace(task, axes=()))
+    titles = {"samples": "n", "MiB": "MiB held"}
     st.dataframe(
-        [{name: _cell(value) for name, value in row.items()} for row in rows],
+        [{titles.get(name, name.replace("_", " ")): told(value) for name, value in row.items()} for row in rows],
         hide_index=True,
+        column_config={"MiB held": st.column_config.NumberColumn(format="%.2f")},
         key=f"summary_{id}",
     )
-
-
-def _cell(value: Any) -> Any:
-    return value if isinstance(value, (str, int, float)) else str(value)

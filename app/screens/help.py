@@ -6,7 +6,9 @@ from importlib.metadata import version
 
 import streamlit as st
 
+from analysis.selftest import check, synthetic_run
 from analysis.verdicts import VERDICTS, WEAK
+from app import library, state
 from app.components import markup
 
 _METHOD = (
@@ -48,6 +50,9 @@ _NOT_FOR = (
 _KEYS = {
     "← → ↑ ↓": "move to the next head in the map (Explore)",
     "[ ]": "previous and next query (Explore)",
+    "← →, Shift, Home, End": "one step, ten steps, the first, the last (slider of the eviction time machine)",
+    "Space": "play the generation, or pause it (the same slider)",
+    "← → ↑ ↓, Enter": "move to a token and choose it (strip of the eviction time machine)",
     "?": "list the keys of the page",
 }
 
@@ -74,6 +79,7 @@ def draw() -> None:
         st.markdown("\n".join(f"- {case}" for case in _NOT_FOR))
         st.subheader("Keyboard")
         st.table({"key": list(_KEYS), "what it does": list(_KEYS.values())})
+    _self_test()
     st.subheader("Source")
     st.markdown(
         "A. Devoto, Y. Zhao, S. Scardapane, P. Minervini: *A Simple and Effective L2 Norm-Based Strategy for KV Cache "
@@ -81,3 +87,18 @@ def draw() -> None:
     )
     packages = ("torch", "transformers", "streamlit", "plotly", "scipy")
     st.caption(" · ".join(f"{name} {version(name)}" for name in packages))
+
+
+def _self_test() -> None:
+    """Measure a run whose metrics are known, and open it."""
+    st.subheader("Self-test")
+    st.markdown(
+        "A synthetic run, made by no model, has Γ of exactly −1 in layer 0, 0 in layer 1 and +1 in layer 2. Does this "
+        "app read what is there?"
+    )
+    if st.button("Run the self-test", icon=":material/science:", key="self_test"):
+        found = check(synthetic_run())
+        (st.success if found.passed else st.error)(markup.plain(str(found)))
+    if st.button("Open its run", icon=":material/open_in_new:", key="open_self_test"):
+        state.show_run(library.WORKSPACE.add(synthetic_run(), name="Self-test").id)
+        st.rerun()

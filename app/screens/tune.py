@@ -329,7 +329,7 @@ def _export(run: Capture) -> None:
 def _measure(jobs: Jobs, run: Capture) -> None:
     """Measure the curve or the layers: as a job, on texts of the user's own."""
     st.subheader("Measure")
-    texts = documents.ask(few="They are short: give long texts of your own to measure on.")
+    texts = documents.ask(few="Give texts of your own for an answer on what you run.")
     what = st.segmented_control(
         "What",
         ["Quality against memory", "Cost of each layer"],

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from analysis import RecordError, TextError, capture
+from analysis import RecordError, SettingsError, TextError, capture
 from analysis.demo import presets
 from analysis.evaluation.lm import LmSettings
+from analysis.lab import studies_by_policy
 from analysis.metrics import alr
 from analysis.plans import ablation
 from analysis.plans.ablation import Ablation, ablate_layers, agreement, head_costs, suggest_by_ablation
@@ -132,6 +133,18 @@ def test_layers_that_the_spec_skips_are_not_compared(loaded, texts):
     np.testing.assert_allclose(high.normalised_alr, 2 - low.normalised_alr)  # the mirror of one measurement
 
 
+def test_the_alr_of_any_policy_is_that_of_its_order(loaded, texts):
+    spec = replace(SPEC, policy="keydiff", skip_layers=(0, 4, 5))
+    of_keydiff = ablate_layers(loaded, texts, spec, settings=SETTINGS)
+    for i, (_, text, _) in enumerate(texts):
+        prompt = text[: tokenize(loaded.tokenizer, text).spans[23, 1]]
+        order = studies_by_policy(loaded, [("it", prompt)], ["keydiff"])["keydiff"]
+        np.testing.assert_allclose(of_keydiff.alr[:, i], order.of("alr")[0].mean(axis=1)[1:4])
+        alone = replace(spec, skip_layers=(0, 2, 3, 4, 5))
+        full, compressed = (continuation_nll(loaded, text, one, **LENGTHS) for one in (None, alone))
+        assert of_keydiff.nll_change[0, i] == pytest.approx(compressed - full, abs=1e-5)
+
+
 def test_it_is_cancelled_by_raising(loaded, texts):
     class Cancelled(Exception):
         pass
@@ -149,8 +162,8 @@ def test_what_cannot_be_measured_is_refused_with_the_reason(loaded, texts):
         ablate_layers(loaded, [], SPEC, settings=SETTINGS)
     with pytest.raises(TextError, match="prompt of 24"):
         ablate_layers(loaded, [("short", "Too short by far.")], SPEC, settings=SETTINGS)
-    with pytest.raises(ValueError, match="low_norm, high_norm"):
-        ablate_layers(loaded, texts, replace(SPEC, policy="keydiff"), settings=SETTINGS)
+    with pytest.raises(SettingsError, match="The order of window depends on more than keys and values"):
+        ablate_layers(loaded, texts, replace(SPEC, policy="window"), settings=SETTINGS)
     with pytest.raises(ablation.ModelError, match="no layer"):
         ablate_layers(loaded, texts, replace(SPEC, skip_layers=tuple(range(6))), settings=SETTINGS)
 

@@ -23,13 +23,14 @@ from analysis import (
     study_of,
     suggest_skip_layers,
 )
-from analysis.measures import kept_tokens
+from analysis.errors import SettingsError
+from analysis.measures import TOLD, attention_lost, kept_tokens
 from analysis.metrics import status
 from analysis.models import memory as memory_module
 from analysis.models.load import LoadedModel
 from analysis.models.memory import BLOCK, MAX_BINS, capture_bytes
 from analysis.words import human_bytes
-from l2kv import CompressedCache, CompressionSpec, compressible
+from l2kv import POLICIES, CompressedCache, CompressionSpec, compressible
 from l2kv.config import CacheShape, layer_kinds
 from tests.support.architectures import ARCHITECTURES, WINDOW
 from tests.support.models import MODELS, OTHERS, TINY, TOKENIZER_VOCABULARY, build
@@ -123,21 +124,37 @@ def test_norms_are_those_of_the_keys_as_cached(load, name):
             np.testing.assert_allclose(getattr(run, kind)[layer], norms, rtol=1e-5)
 
 
-@pytest.mark.parametrize("policy", ["low_norm", "high_norm"])
+@pytest.mark.parametrize("policy", TOLD)
 @pytest.mark.parametrize("protect", [(0, 0), (2, 10)], ids=str)
 def test_the_tokens_shown_as_kept_are_those_the_cache_keeps(load, policy, protect):
     loaded = load("books-5m")
-    run, spec = (
-        capture(loaded, TEXT),
-        CompressionSpec(0.4, policy=policy, protect_first=protect[0], protect_last=protect[1]),
+    run = capture(loaded, TEXT)
+    rows = [["low", "high"] * (run.n_kv_heads // 2)] * run.n_layers
+    spec = CompressionSpec(
+        0.4,
+        policy=policy,
+        directions=rows if policy == "signed_norm" else None,
+        protect_first=protect[0],
+        protect_last=protect[1],
+        skip_layers=(2,),
     )
     cache = CompressedCache(loaded.config, spec)
     with compressible(loaded.model), torch.no_grad():
         loaded.model(torch.from_numpy(run.token_ids)[None], past_key_values=cache)
+    lost = attention_lost(run, spec)
     for layer in range(1, run.n_layers):  # in layer 0 equal tokens have equal norms, and rounding decides
         for head in range(run.n_heads):
-            kept = np.flatnonzero(kept_tokens(run, layer, head, spec)).tolist()
-            assert kept == cache.kept_positions(layer)[run.kv_head(head)][0].tolist()
+            kept = cache.kept_positions(layer)[run.kv_head(head)][0].tolist()
+            assert np.flatnonzero(kept_tokens(run, layer, head, spec)).tolist() == kept
+            row = run.probe_attention[layer, head].tolist()
+            assert lost[layer, head] == pytest.approx(sum(a for i, a in enumerate(row) if i not in kept), abs=1e-6)
+
+
+@pytest.mark.parametrize("policy", sorted(set(POLICIES) - set(TOLD)))
+def test_what_a_run_does_not_tell_of_a_policy_is_refused(load, policy):
+    run = capture(load("books-5m"), TEXT)
+    with pytest.raises(SettingsError, match=f"no keys, so it does not tell what {policy} keeps"):
+        attention_lost(run, CompressionSpec(policy=policy))
 
 
 def test_running_out_of_memory_is_told_and_everything_is_given_back(load, monkeypatch):

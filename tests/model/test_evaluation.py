@@ -17,7 +17,7 @@ from analysis.demo.finding import BREAKS_SPEC, CALM_SPEC, Criteria, find_presets
 from analysis.demo.presets import FoundPresets, Preset
 from analysis.demo.questions import SEARCHES, NotFoundError, Question, Search, find_task_presets
 from analysis.errors import RecordError, SettingsError
-from analysis.evaluation import run
+from analysis.evaluation import batches, run
 from analysis.evaluation.benchmarks import NeedleSettings, RulerSettings
 from analysis.evaluation.lm import LmSettings
 from analysis.evaluation.needle import Needle
@@ -99,15 +99,15 @@ def test_a_text_among_others_is_continued_as_if_alone_however_they_are_batched(l
     spec = CompressionSpec(0.4, protect_last=4, policy=policy, **needs)
     methods = {"whole": None, "some": spec}
     together = lm(loaded, texts, methods)
-    monkeypatch.setattr(run, "_TOKENS_AT_ONCE", 2 * 34)  # two rows, and then the third
+    monkeypatch.setattr(batches, "TOKENS_AT_ONCE", 2 * 34)  # two rows, and then the third
     in_two = lm(loaded, texts, methods)
     for name, spec in methods.items():
         for text, one, other in zip(texts, together.of(name), in_two.of(name), strict=True):
             alone = continuation_nll(loaded, text, spec, prompt_tokens=30, new_tokens=4)
             assert (one.score, other.score) == pytest.approx((alone, alone), rel=1e-5)
-        # 33 tokens have been seen; 14 is the least whole number above 0.4 of them. 6 layers, 4 heads, 2 x 32 float32.
+        # The prompt has 30 tokens; 12 is 0.4 of them. 6 layers, 4 heads, 2 x 32 float32.
         held = {row.nbytes for row in (*together.of(name), *in_two.of(name))}
-        assert held == {(33 if spec is None else 14) * 6 * 4 * 2 * 32 * 4}
+        assert held == {(30 if spec is None else 12) * 6 * 4 * 2 * 32 * 4}
 
 
 def test_texts_of_other_lengths_are_batches_of_their_own(loaded):
@@ -116,7 +116,7 @@ def test_texts_of_other_lengths_are_batches_of_their_own(loaded):
         run.TASKS["lm"].build(loaded, LmSettings(prompt, 3), [Excerpt(name, text)])[0]
         for name, prompt, text in (("a", 20, short), ("b", 20, long), ("c", 30, short), ("d", 20, short))
     ]
-    assert [len(batch) for batch in run.batches(samples)] == [2, 1, 1]
+    assert [len(batch) for batch in batches.batches(samples)] == [2, 1, 1]
     rows = measure(loaded, samples, {"half": CompressionSpec()})
     for row, (prompt, text) in zip(rows, ((20, short), (20, long), (30, short), (20, short)), strict=True):
         alone = continuation_nll(loaded, text, CompressionSpec(), prompt_tokens=prompt, new_tokens=3)
@@ -176,7 +176,7 @@ def test_a_batch_can_be_cancelled_at_every_token_of_it(loaded):
     calls = []
     texts, methods = [TEXT[:400], TEXT[400:900]], {"some": CompressionSpec(), FULL: None}
     lm(loaded, texts, methods, new_tokens=3, progress=lambda *call: calls.append(call[:2]))
-    assert calls == [(0, 4)] * 3 + [(1, 4)] + [(2, 4)] * (1 + 3) + [(3, 4), (4, 4)]  # both rows are one batch
+    assert calls == [(0, 4)] * 3 + [(1, 4), (2, 4), (3, 4), (4, 4)]  # both texts, and both methods, are one batch
 
     class Cancelled(Exception):
         pass
@@ -224,20 +224,18 @@ def answering(loaded, monkeypatch):
     """In place of the model, `answer(context, question, spec)` gives the text that is said, token by token."""
 
     def install(answer):
-        def caches_after(loaded, contexts, specs):
-            for spec in specs:
-                yield spec, {"contexts": contexts.tolist(), "spec": spec}
-
         def decode_one_token(model, ids, cache):
             if "answers" not in cache:
-                texts = [answer(*row, cache["spec"]) for row in zip(cache["contexts"], ids.tolist(), strict=True)]
+                rows = zip(cache["rows"], ids.tolist(), strict=True)
+                texts = [answer(sample.context.tolist(), asked, spec) for (spec, sample), asked in rows]
                 cache["answers"] = [iter(loaded.tokenizer(t, add_special_tokens=False).input_ids) for t in texts]
             return torch.tensor([[next(one, loaded.tokenizer.eos_token_id)] for one in cache["answers"]])
 
         monkeypatch.setattr(run, "prepared", lambda _: nullcontext())
-        monkeypatch.setattr(run, "_caches_after", caches_after)
+        monkeypatch.setattr(run, "prefilled", lambda loaded, of_pass: lambda spec: spec)
+        monkeypatch.setattr(run, "joined", lambda loaded, cells, caches: {"rows": cells.rows()})
         monkeypatch.setattr(run, "decode_one_token", decode_one_token)
-        monkeypatch.setattr(run, "cache_nbytes", lambda cache, slack: 0)
+        monkeypatch.setattr(run, "cache_nbytes", lambda cache, slack=True: 0)
 
     return install
 
@@ -332,7 +330,7 @@ def test_answers_that_are_generated_together_are_those_of_each_alone_each_to_its
         for i, one in enumerate(whole)
     ]
     scoring = Scoring(lambda sample, text: float(len(text)), lambda sample, text: len(text) >= len(sample.answer))
-    assert [len(batch) for batch in run.batches(samples)] == [4]
+    assert [len(batch) for batch in batches.batches(samples)] == [4]
     together = measure(loaded, samples, {"it": spec}, scoring=scoring)
     assert together == tuple(measure(loaded, [one], {"it": spec}, scoring=scoring)[0] for one in samples)
     assert len({row.decoded for row in together}) > 1
@@ -366,7 +364,7 @@ def test_a_benchmark_is_scored_by_its_own_rule_on_what_the_model_says(loaded, an
     rows = results.summary(TASKS[task])
     full, half = rows[0]["score"], rows[-1]["score"]
     assert (full.value, full.high, half.value, half.low) == (100, 100, 0, 0)
-    assert ("change" in rows[0], 0 < half.high < 100) == (not TASKS[task].share, TASKS[task].share)
+    assert rows[-1]["change"].value == -100 and (0 < half.high < 100) == TASKS[task].share
     for sample in samples:  # the question comes after what is compressed
         assert sample.example.question.strip() in loaded.tokenizer.decode(sample.question)
 
@@ -637,9 +635,11 @@ def test_the_passkey_command_prints_what_was_found_of_what_was_asked(capsys, tmp
     assert main([*passkey, *sizes, "--skip-layers", "0", "-o", str(out)]) == 0
     rows = [re.split("  +", line.strip()) for line in capsys.readouterr().out.splitlines()[3:]]
     results = records.load(Results, out)
+    shown = (FULL, "random 0.5", "protected ends + random 0.5", "low_norm 0.5")
+    assert len({results.nbytes(method) for method in shown[1:]}) == 1  # equal bytes, as measured
     low = 1 - 1 / (1 + 1.96**2 / 2)  # of none of two, Wilson's upper end by hand: z^2 / (n + z^2)
-    assert [row[:3] for row in rows] == [[method, str(n), "2"] for method in (FULL, "low_norm 0.5") for n in (120, 160)]
-    assert not results.scores(FULL).any() and rows[0][4] == f"0.000 [0.000, {low:.3f}]"
+    assert [row[:3] for row in rows] == [[method, str(n), "2"] for method in shown for n in (120, 160)]
+    assert not results.scores(FULL).any() and rows[0][5] == f"0.000 [0.000, {low:.3f}]"
     assert [float(row[3]) for row in rows[:2]] == [
         round(np.mean([row.nbytes for row in results.of(FULL) if row.at["n_tokens"] == n]) / 2**20, 2)
         for n in (120, 160)
@@ -649,7 +649,7 @@ def test_the_passkey_command_prints_what_was_found_of_what_was_asked(capsys, tmp
     lm_of = ["evaluate", "lm", str(texts), "-m", "books-5m", "--prompt-tokens", "40", "--excerpts", "2", "--json"]
     assert main([*lm_of, "--new-tokens", "3", "--policies", "low_norm", "--keep-ratios", "0.5"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert [row["method"] for row in told["rows"]] == [FULL, "low_norm 0.5"] and told["rows"][0]["change"]["value"] == 0
+    assert [row["method"] for row in told["rows"]] == list(shown) and told["rows"][0]["change"]["value"] == 0
     assert main([*lm_of, "--depths", "0.5"]) == 2 and main(["evaluate", "passkeys"]) == 2
     assert "No such option: --depths" in (told := capsys.readouterr().err) and "Did you mean 'passkey'" in told
     assert main([*passkey, "--lengths", "10"]) == 2

@@ -15,7 +15,7 @@ import torch
 from analysis import TextError, records
 from analysis.demo import presets
 from analysis.errors import RecordError
-from analysis.evaluation import run
+from analysis.evaluation import batches, run
 from analysis.evaluation.lm import LM, LmSettings
 from analysis.evaluation.log import digest_of_sample
 from analysis.evaluation.passkey import PasskeySettings
@@ -39,7 +39,7 @@ METHODS = {
 
 @pytest.fixture(autouse=True)
 def three_rows_a_batch(monkeypatch):
-    monkeypatch.setattr(run, "_TOKENS_AT_ONCE", 3 * 34)
+    monkeypatch.setattr(batches, "TOKENS_AT_ONCE", 3 * 34)
 
 
 def lm(loaded, out=None, *, methods=METHODS, settings=SETTINGS, **options) -> Results:
@@ -49,7 +49,7 @@ def lm(loaded, out=None, *, methods=METHODS, settings=SETTINGS, **options) -> Re
 @pytest.fixture(scope="module")
 def undisturbed(loaded):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "_TOKENS_AT_ONCE", 3 * 34)
+        patch.setattr(batches, "TOKENS_AT_ONCE", 3 * 34)
         return lm(loaded)
 
 
@@ -105,13 +105,29 @@ def test_what_a_file_holds_is_not_computed_again(loaded, undisturbed, tmp_path, 
     passes = []
     monkeypatch.setattr(run, "prefill", lambda *args: passes.append(args[1].shape[0]) or prefill(*args))
     seen = []
-    assert lm(loaded, out, progress=lambda *call: seen.append(call[:2])) == undisturbed
-    assert passes == [3, 3] * 2 + [1, 1]  # of random and of attention, for each of three batches
+    later = lm(loaded, out, progress=lambda *call: seen.append(call[:2]))
+    assert passes == [3, 3, 1]  # random and attention by one pass, for each of three batches of texts
     assert seen == sorted(seen) and set(seen) == {(i, 28) for i in range(1, 29)}
+    for method in METHODS:
+        assert later.scores(method) == pytest.approx(undisturbed.scores(method), rel=1e-6)
     passes.clear()
-    assert lm(loaded, out) == undisturbed and passes == []
+    assert lm(loaded, out) == later and passes == []
     assert list(records.load(Results, out).methods) == ["half", FULL, "random", "attention", "half again"]
     assert lm(loaded, out, methods=some).methods == some and passes == []
+
+
+def test_methods_added_later_are_batches_of_their_own_in_a_resumed_file_too(loaded, tmp_path, monkeypatch):
+    monkeypatch.setattr(batches, "TOKENS_AT_ONCE", 16 * 34)  # all seven texts by a few specs at once
+    out, some = tmp_path / "rows.jsonl", {name: METHODS[name] for name in ("half", "random")}
+    lm(loaded, out, methods=some)
+    added = lm(loaded, out)
+    assert added.run.together == (("half", "random"), (FULL, "attention", "half again"))
+    lines = out.read_text().splitlines(keepends=True)
+    for n in (1, 5, 12, len(lines) - 1):  # lost: rows of the first methods, or of those added
+        out.write_text("".join(lines[:n]))
+        lm(loaded, out, methods=some)
+        assert lm(loaded, out) == added
+        assert {row.key: row for row in records.load(Results, out).rows} == {row.key: row for row in added.rows}
 
 
 def test_a_file_of_another_evaluation_is_refused_and_left_as_it_is(loaded, tmp_path, monkeypatch):
@@ -132,7 +148,7 @@ def test_a_file_of_another_evaluation_is_refused_and_left_as_it_is(loaded, tmp_p
     with pytest.raises(RecordError, match=r"another run: threads was 1, is 7.*Use the same"):
         lm(loaded, out)
     monkeypatch.undo()
-    with pytest.raises(RecordError, match=r"another run: tokens_at_once was 102, is 8192"):
+    with pytest.raises(RecordError, match=r"another run: tokens_at_once was 102, is 16384"):
         lm(loaded, out)
     assert out.read_bytes() == before
     for text in ("", "A text of mine.\n", '{"l2kv_plan": 1}\n', "[]\n", "3\n"):
@@ -160,7 +176,7 @@ def test_keys_tell_models_tasks_samples_specs_and_batches_apart(loaded, undistur
     assert not keys & {row.key for row in lm(loaded).rows}
     monkeypatch.undo()
     assert not keys & {row.key for row in lm(loaded).rows}  # other batches
-    monkeypatch.setattr(run, "_TOKENS_AT_ONCE", 3 * 34)
+    monkeypatch.setattr(batches, "TOKENS_AT_ONCE", 3 * 34)
     assert keys == {row.key for row in lm(loaded).rows}
     TASKS.register("a_toy", replace(LM, version=2))
     try:

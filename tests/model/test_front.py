@@ -73,9 +73,9 @@ def test_strategies_at_one_budget_hold_equal_bytes(front):
     pair = 2 * 32 * 4  # a key and a value of 32 float32 each
     for keep in KEEPS:
         sizes = [p.nbytes for p in front.points if p.keep_ratio == keep]
-        # 102 tokens are in the cache at last; a head may round up by a pair, and a ratio is of whole percents.
-        assert all(abs(size - keep * front.full_nbytes) <= 24 * (1 + 0.01 * 102) * pair for size in sizes)
-    assert front.full_nbytes == 24 * 102 * pair
+        # A prompt has 100 tokens; a head may round up by a pair, and a ratio is of whole percents.
+        assert all(abs(size - keep * front.full_nbytes) <= 24 * (1 + 0.01 * 100) * pair for size in sizes)
+    assert front.full_nbytes == 24 * 100 * pair
 
 
 @pytest.mark.parametrize("strategy", ["by_head", "skip_first_two", "streaming"])

@@ -2,13 +2,12 @@
 
 import logging
 import os
+import time
 from pathlib import Path
 
 import gguf
 import pytest
 import torch
-from streamlit.testing.v1 import AppTest
-from streamlit.util import calc_hash
 
 from analysis.errors import ModelError, OutOfMemoryError
 from analysis.models import gguf_models
@@ -16,10 +15,11 @@ from analysis.models import load as load_module
 from analysis.models.gguf import read_gguf
 from analysis.models.load import load_model, loading_note, model_folder
 from analysis.models.sizes import model_size, weights_bytes
-from app import engine
+from analysis.workspace import Workspace
+from app import engine, header, library, new_run
+from app.jobs import Jobs
 from tests.support.gguf_files import TOKENS
 from tests.support.gguf_models import CONFIGS, logits, random_model, refusal
-from tests.support.paths import ROOT
 
 # Which file is meant
 
@@ -138,15 +138,16 @@ def test_files_in_allowed_folders_are_offered_by_the_app(gguf_file, tmp_path, mo
     assert config.num_hidden_layers == 2 and tokenizer("the")["input_ids"] == [TOKENS.index("the")]
 
 
-def test_the_app_runs_a_file_and_names_how_it_is_stored_computed_and_cached(gguf_file, monkeypatch):
+def test_the_app_runs_a_file_and_names_how_it_is_stored_computed_and_cached(gguf_file, tmp_path, monkeypatch):
     monkeypatch.setenv("L2KV_MODEL_DIRS", str(gguf_file.parent))
-    app = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=60)
-    app.session_state["model_choice"] = str(gguf_file)
-    app._page_hash = calc_hash("capture")  # switch_page knows only pages that are files
-    app.run()
-    app.text_area(key="text").set_value("the end of the thing").run()
-    assert any("tokens**, about" in element.value for element in app.markdown)  # counted before the model is loaded
-    app.button(key="run_capture").click().run()
-    assert not app.exception and not app.error
-    status = [element.value.replace("\\", "") for element in app.caption]
-    assert any("tiny in memory, stored as float16, computed and cached in float32 on cpu" in line for line in status)
+    monkeypatch.setattr(library, "WORKSPACE", Workspace(tmp_path / "workspace"))
+    of = engine.Engine()
+    jobs = Jobs(of)
+    job = jobs.find(new_run.start(jobs, str(gguf_file), "the end of the thing", "a run"))
+    while job.running:
+        time.sleep(0.01)
+    assert job.status == "done", job.message
+    run = library.run(job.result)
+    assert (run.text, run.dtype, run.stored) == ("the end of the thing", "float32", "float16")
+    told = header.status(of, jobs).replace("\\", "")
+    assert "tiny in memory, stored as float16, computed and cached in float32 on cpu" in told

@@ -226,8 +226,8 @@ def test_a_config_that_would_not_be_loaded_is_not_counted(tmp_path, capsys, conf
         (["plan", "TEXT", "--excerpts", "1", "--prompt-tokens", "40", "--keep-ratio", "0.1"], "keep ratio must be 0.8"),
         (["plan", "nowhere.txt"], "cannot be read"),
         (
-            ["ablation", "TEXT", "--policy", "random", "--prompt-tokens", "40", "-o", "OUT"],
-            "one of low_norm, high_norm, got",
+            ["ablation", "TEXT", "--policy", "window", "--prompt-tokens", "40", "-o", "OUT"],
+            "one of low_norm, high_norm, random, streaming, keydiff",
         ),
         (["front", "TEXT", "--excerpts", "1", "--prompt-tokens", "99999", "-o", "OUT"], "None of the texts has"),
         (["savings", "books-5m", "--skip-layers", "0, 6"], "layer 6, but the layers are 0 to 5"),

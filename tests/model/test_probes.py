@@ -6,22 +6,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from scipy import stats
-from streamlit.testing.v1 import AppTest
 
 from analysis import by_query
 from analysis import selftest as synthetic_module
 from analysis.__main__ import main
 from analysis.captures import Capture, load_run, save_run
-from analysis.demo.presets import bundled_results
 from analysis.measures import by_kv_head
 from analysis.metrics import METRICS, PROBES, STATUSES, metrics
 from analysis.selftest import GAMMA, check, is_synthetic, synthetic_run
 from analysis.studies import study_of
-from analysis.verdicts import verdict_counts, verdicts
+from analysis.verdicts import verdicts
 from app import figures
 from app.figures.style import PRIMARY
 from tests.support.losses import expected_losses
-from tests.support.paths import ROOT
 from tests.support.runs import run_of
 
 LAYERS, HEADS, KV_HEADS, TOKENS, QUERIES = 3, 4, 2, 24, 6
@@ -268,82 +265,3 @@ def test_the_strip_of_queries_stands_on_a_fixed_scale_and_leaves_out_what_is_und
         np.full(2, np.nan), ["a", "b"], first_position=0, next_token=np.nan, next_label=""
     )
     assert len(undefined.data) == 2  # no mean of nothing
-
-
-@pytest.fixture
-def app():
-    return AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=60).run()
-
-
-def words(app) -> str:
-    return " ".join(element.value for kind in ("markdown", "caption", "info", "warning") for element in app.get(kind))
-
-
-def shown_gamma(app) -> list[float]:
-    return app.dataframe[0].value["Γ"].tolist()
-
-
-def test_the_probe_that_is_chosen_is_that_of_maps_table_and_words(app):
-    run = load_run(bundled_results("books-5m").demo)
-    assert "16 queries" in words(app) and "Of ONE query, the next token's." in words(app)
-    for probe, told in (
-        ("last queries", "each of the last 16 queries by itself"),
-        ("all queries", "the attention that each token receives"),
-        ("next token", "Of ONE query"),
-    ):
-        app.session_state["probe"] = probe
-        app.run()
-        assert not app.exception and told in words(app)
-        assert shown_gamma(app) == pytest.approx(metrics(run, probe=probe).of("gamma").ravel().tolist())
-        counts = verdict_counts(verdicts(study_of(run), probe=probe))
-        said = app.markdown[0].value
-        assert f"In {counts['follows the paper']} of 48 heads low" in said and f"in {counts['mirror']} high" in said
-        gamma = metrics(run, probe=probe).of("gamma")[app.session_state["layer"], app.session_state["head"]]
-        assert next(m.value for m in app.metric if m.label == "Γ") == f"{gamma:+.2f}".replace("-", "−")
-
-
-def test_leaving_out_the_first_token_and_choosing_a_probe_go_together(app):
-    run = load_run(bundled_results("books-5m").demo)
-    app.session_state["probe"] = "last queries"
-    app.session_state["skip_first"] = True
-    app.run()
-    assert not app.exception
-    expected = metrics(run, probe="last queries").of("gamma_skip_first")
-    assert shown_gamma(app) == pytest.approx(expected.ravel().tolist())
-    assert "n = 443 to 458 tokens" in next(m.help for m in app.metric if m.label == "ALR")
-
-
-def test_a_run_without_last_queries_offers_none_and_says_why(app):
-    run = load_run(bundled_results("books-5m").demo)
-    app.session_state["probe"] = "last queries"
-    app.session_state["run"] = replace(run, recent_attention=run.recent_attention[:0])
-    app.run()
-    assert not app.exception and app.session_state["probe"] == "next token"
-    assert "keeps no last queries" in words(app) and len(app.get("plotly_chart")) == 6
-
-
-def test_the_synthetic_check_is_opened_and_said_to_be_no_models(app):
-    app.session_state["run"] = synthetic_run()
-    app.run()
-    assert not app.exception and app.header[0].value.startswith("The synthetic check")
-    assert "no model made it" in words(app) and "Does low norm predict" not in app.header[0].value
-    assert app.success[0].value.startswith("The self")
-    assert shown_gamma(app) == pytest.approx([-1] * 4 + [0] * 4 + [1] * 4)
-
-
-def test_the_page_capture_opens_the_synthetic_check():
-    def pages():
-        import streamlit as st
-
-        from analysis.selftest import is_synthetic
-        from app import session
-        from app.engine import Engine
-        from app.views import capture
-
-        heads = st.Page(lambda: st.title(f"synthetic: {is_synthetic(session.current_run())}"), title="h", url_path="h")
-        here = st.Page(lambda: capture.page(Engine(), heads), title="c", url_path="c", default=True)
-        st.navigation([here, heads]).run()
-
-    app = AppTest.from_function(pages, default_timeout=60).run()
-    next(button for button in app.button if button.label == "Open the synthetic check").click().run()
-    assert not app.exception and app.title[0].value == "synthetic: True"

@@ -105,6 +105,10 @@ def masked_forward(model, ids, chunks, spec, scores=None):
                     protect_last=spec.protect_last,
                     skipped=module.layer_idx in spec.skip_layers,
                 )
+                for position in spec.pinned:
+                    for later in range(position, total):
+                        visible[later][position] = True
+                held = sorted({*held, *spec.pinned})
                 hide[b, h * group : (h + 1) * group].masked_fill_(torch.tensor(visible), 0.0)
                 heads.append(held)
             rows.append(heads)

@@ -3,7 +3,7 @@
 from contextlib import contextmanager
 from dataclasses import replace
 
-from l2kv import POLICIES
+from l2kv import POLICIES, policy_files
 
 
 @contextmanager
@@ -21,3 +21,15 @@ def rescored(name, score):
         yield
     finally:
         entries[name] = policy
+
+
+@contextmanager
+def forget_files():
+    """After the block, forget the policies of files that were loaded in it."""
+    before = list(POLICIES)
+    try:
+        yield
+    finally:
+        for name in set(POLICIES) - set(before):
+            POLICIES.remove(name)
+            policy_files._sources.pop(name)

@@ -74,11 +74,10 @@ def test_test_files_share_helpers_through_support_alone():
 
 
 def test_what_the_first_paint_needs_does_not_wait_for_torch():
-    code = (
-        "import sys, app.session, app.engine, app.views.heads, app.views.generate, app.views.capture, app.views.skip; "
-    )
-    code += "import app.views.texts, app.views.plan; "
-    code += "app.session.demo_run(); print('torch' in sys.modules, 'transformers' in sys.modules)"
+    screens = ", ".join(f"app.screens.{file.stem}" for file in sorted((ROOT / "app" / "screens").glob("[a-z]*.py")))
+    code = f"import sys, app.engine, {screens}; from app import library, state; "
+    code += "library.answer_of(state.run_id(), 'next token'); library.lost_of(state.run_id(), state.spec()); "
+    code += "print('torch' in sys.modules, 'transformers' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout.split() == ["False", "False"]
 

@@ -9,14 +9,14 @@ import pytest
 from analysis import Plan, alr, attention_loss, correlation, suggest_skip_layers
 from analysis.captures import Capture
 from analysis.errors import SettingsError
-from analysis.measures import by_kv_head, kept_tokens
+from analysis.measures import attention_lost, by_kv_head, kept_tokens
 from analysis.metrics import LEAST_MASS, METRICS, PROBES, metrics, status
 from analysis.records import from_json, to_json
 from analysis.studies import layer_alr, policy_alr, study_of
 from analysis.verdicts import answer, by_layer, in_short, verdicts, verdicts_of
 from l2kv import CompressionSpec
 from tests.support.losses import expected_losses, slow_losses
-from tests.support.runs import run_of
+from tests.support.runs import random_run, run_of
 
 
 @pytest.fixture(scope="module", params=[0, 1], ids=["random", "with ties and a sink"])
@@ -69,6 +69,24 @@ def test_the_loss_curves_end_at_what_the_protected_tokens_let_go(protected):
                     both.sum(), 1
                 )
                 assert curve[(~kept).sum()] == pytest.approx(lost, abs=1e-9)
+
+
+def test_the_attention_lost_is_that_of_what_each_kv_head_evicts():
+    """Slowly: the tokens that may go in order of norm, a head's own ratio and the skipped layers heeded."""
+    run = random_run(5, n=20)
+    spec = CompressionSpec(0.5, protect_first=1, protect_last=3, skip_layers=(1,), head_ratios={(2, 1): 0.25})
+    lost = attention_lost(run, spec)
+    for layer, head in np.ndindex(3, 6):
+        kv_head = head // 3
+        keep = 20 if layer == 1 else 5 if (layer, kv_head) == (2, 1) else 10
+        norm = run.key_norm[layer, kv_head].tolist()
+        evicted = sorted(range(1, 17), key=lambda i, norm=norm: -norm[i])[: 20 - keep]
+        assert lost[layer, head] == pytest.approx(sum(float(run.probe_attention[layer, head, i]) for i in evicted))
+
+
+def test_tokens_protected_at_the_beginning_are_on_no_loss_curve(run):
+    curves, rest = attention_loss(run, 2, 4, protect_first=5), attention_loss(run, 2, 4, skip_first=5)
+    assert all((getattr(curves, name) == getattr(rest, name)).all() for name in ("low_norm", "ideal", "chance"))
 
 
 @pytest.mark.parametrize("probe", PROBES)

@@ -1,0 +1,84 @@
+"""Keys of a page: pressed anywhere but in a field, each does what a button would; `?` lists them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import streamlit as st
+
+_SHOWN = {"ArrowLeft": "←", "ArrowRight": "→", "ArrowUp": "↑", "ArrowDown": "↓"}
+_PAUSE = 80  # milliseconds in which the presses of a key that is held down are gathered
+_LISTENER = st.components.v2.component(
+    "keys",
+    html="""<button type="button" class="hint"></button>
+<dialog aria-label="Keys of this page"><h2>Keys</h2><dl></dl>
+<form method="dialog"><button>Close</button></form></dialog>
+""",
+    css="""
+.hint { background: none; border: 0; padding: 0; cursor: pointer; text-align: left;
+  font: 0.875rem var(--st-font); color: color-mix(in srgb, var(--st-text-color) 75%, transparent); }
+.hint:hover { color: var(--st-primary-color); }
+dialog { font: 1rem var(--st-font); color: var(--st-text-color); background: var(--st-background-color);
+  border: 1px solid var(--st-border-color); border-radius: 0.5rem; padding: 1rem 1.5rem; }
+dialog::backdrop { background: rgba(0, 0, 0, 0.4); }
+h2 { font-size: 1.1rem; margin: 0 0 0.5rem; }
+dl { display: grid; grid-template-columns: auto 1fr; gap: 0.35rem 1rem; margin: 0 0 1rem; }
+dt { font-weight: 600; } dd { margin: 0; }
+form button { font: inherit; color: inherit; background: none; border: 1px solid var(--st-border-color);
+  border-radius: 0.5rem; padding: 0.25rem 0.75rem; cursor: pointer; }
+""",
+    js=f"""
+export default function ({{ data, parentElement, setTriggerValue }}) {{
+  const dialog = parentElement.querySelector("dialog"), hint = parentElement.querySelector(".hint")
+  hint.textContent = data.hint
+  const list = parentElement.querySelector("dl")
+  list.replaceChildren(...data.keys.flatMap(([, shown, about]) => [["dt", shown], ["dd", about]].map(([tag, text]) => {{
+    const part = document.createElement(tag)
+    part.textContent = text
+    return part
+  }})))
+  const known = new Set(data.keys.map(([key]) => key))
+  const open = () => dialog.open || dialog.showModal()
+  const held = (parentElement.held ??= {{ pressed: [] }})  // outlives this call, which is made again at every run
+  held.send = () => {{
+    setTriggerValue("pressed", held.pressed)
+    held.pressed = []
+  }}
+  const listen = event => {{
+    const at = event.composedPath()[0]
+    if (event.ctrlKey || event.metaKey || event.altKey || dialog.open || !(at instanceof Element)) return
+    const own = "input, textarea, select, [contenteditable], [role=slider], [role=listbox], [role=tab], " +
+      "[role=radio], [role=menu], [role=dialog], [role=application], [data-testid=stDataFrame]"
+    if (at.closest(own) || at.getRootNode().host?.closest(own)) return
+    if (event.key === "?") open()
+    else if (known.has(event.key)) {{
+      if (!held.pressed.length) setTimeout(() => held.send(), {_PAUSE})
+      held.pressed.push(event.key)
+    }} else return
+    event.preventDefault()
+  }}
+  hint.onclick = open
+  document.addEventListener("keydown", listen)
+  return () => document.removeEventListener("keydown", listen)
+}}
+""",
+)
+
+
+def listen(bindings: Mapping[str, tuple[str, Callable[[], object]]], *, hint: str, then: Callable[[], object]) -> None:
+    """Listen to the keys of a page.
+
+    Args:
+        bindings: key, as a browser names it, -> what it does in words, and the function that does it.
+        hint: line that stands on the page; a click on it lists the keys, as `?` does.
+        then: called after the functions of the keys pressed, such as to draw a part of the page again.
+    """
+
+    def pressed() -> None:
+        for key in st.session_state["keys"].get("pressed") or ():
+            if key in bindings:
+                bindings[key][1]()
+        then()
+
+    keys = [(key, _SHOWN.get(key, key), about) for key, (about, _) in bindings.items()]
+    _LISTENER(key="keys", data={"hint": hint, "keys": [*keys, ("?", "?", "list the keys")]}, on_pressed_change=pressed)

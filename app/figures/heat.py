@@ -1,0 +1,185 @@
+"""The map of layer x head that is clicked: numpy arrays in, the option of an ECharts heat map out.
+
+Its cells are native, so a click on one reaches the page (`cell_of`); Plotly draws maps to be looked at (`maps`). The
+cell at 0 of a diverging scale, and the lowest of a sequential one, is as clear as the page behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from app.figures.maps import luminance
+from app.figures.style import CLEAR, GRID, UNDEFINED, largest, number
+
+Head = tuple[int, int]
+"""(layer, query head)."""
+
+_Rgb = tuple[int, int, int]
+_PURPLE: dict[bool, _Rgb] = {False: (74, 56, 201), True: (169, 159, 255)}  # by whether the page is dark
+_ORANGE: dict[bool, _Rgb] = {False: (179, 77, 4), True: (255, 176, 102)}
+_PAGE: dict[bool, _Rgb] = {False: (255, 255, 255), True: (23, 22, 20)}
+_STEPS = 20  # of a scale from the clear end to the full colour
+_INK = {False: "#14161D", True: "#FAFAFA"}
+_MOST_WRITTEN = 12  # heads or layers of a map in whose cells there is room for numbers
+_QUIET = {False: "#5A5E68", True: "#B4B8C2"}  # of numbers on axes: contrast 4.5 or more
+_FADED = 0.12
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Colours of a map: what they stand for, and their ends."""
+
+    title: str
+    low: float = 0.0
+    high: float | None = None
+    """None: the largest value of the map."""
+    diverging: bool = False
+    """From -1 to 1, whatever the values are, with 0 as clear as the page."""
+    percent: bool = False
+    """Whether values are written as shares."""
+
+
+def clickable_map(
+    values: np.ndarray,
+    scale: Scale,
+    *,
+    kv_heads: int,
+    names: np.ndarray,
+    notes: np.ndarray,
+    chosen: Head,
+    pinned: Head | None = None,
+    shown: np.ndarray | None = None,
+    dark: bool = False,
+) -> dict[str, Any]:
+    """Map of values [L, H], layer 0 at the top, the chosen cell outlined and the pinned one with dashes.
+
+    Args:
+        values: NaN is undefined, and grey.
+        kv_heads: number of kv heads: lines part their groups of query heads.
+        names: [L, H] of str, the places of the heads, no two alike.
+        notes: [L, H] of str, what to add to the value when the pointer is over a cell.
+        shown: [L, H] bool, cells that are not faded; all by default.
+        dark: whether the page behind it is.
+    """
+    layers, heads = values.shape
+    low, high = _ends(values, scale)
+    kept = np.ones(values.shape, dtype=bool) if shown is None else shown
+    room = max(layers, heads) <= _MOST_WRITTEN
+    cells = [
+        _cell(cell, str(names[cell]), scale, float(values[cell]), str(notes[cell]), bool(kept[cell]))
+        for cell in np.ndindex(layers, heads)
+    ]
+    if room:
+        share = np.abs(values) if scale.diverging else (values - low) / (high - low)
+        for cell, of, value in zip(cells, share.ravel(), values.ravel(), strict=True):
+            hue = (_PURPLE if scale.diverging and value < 0 else _ORANGE)[dark]
+            cell["label"] = dict(color=_ink_on(_mixed(hue, _PAGE[dark], float(np.clip(np.nan_to_num(of), 0, 1)))))
+    outlines = [_outline(cell, kind, dark) for cell, kind in ((pinned, "dashed"), (chosen, "solid")) if cell]
+    groups = dict(show=kv_heads > 1, interval=0, lineStyle=dict(color=_INK[dark], opacity=0.55, width=1.5))
+    return dict(
+        animation=False,
+        grid=dict(left=38, right=6, top=22, bottom=58, containLabel=False, outerBoundsMode="none"),
+        xAxis=[
+            _axis(heads, dark, name="query head", nameLocation="middle", nameGap=20),
+            _axis(kv_heads, dark, "KV ", position="top", splitLine=groups, z=3),
+        ],
+        yAxis=_axis(layers, dark, inverse=True, name="layer", nameLocation="start", nameGap=6, every=layers <= 32),
+        tooltip=dict(formatter="<b>{b}</b><br>{@[3]}", confine=True, transitionDuration=0),
+        visualMap=dict(
+            type="continuous", min=low, max=high, dimension=2, seriesIndex=0, calculable=False, orient="horizontal",
+            left="center", bottom=0, itemWidth=10, itemHeight=150, hoverLink=False,
+            text=[_written(high, scale, end=True), _written(low, scale, end=True)], textStyle=dict(color=_QUIET[dark]),
+            inRange=dict(color=_colours(scale.diverging, dark)),
+            controller=dict(inRange=dict(color=_colours(scale.diverging, dark, page=_PAGE[dark]))),  # it can't be clear
+        ),
+        series=[
+            dict(
+                type="heatmap", name=scale.title, data=cells, selectedMode="single", cursor="pointer", progressive=0,
+                itemStyle=dict(borderColor=GRID, borderWidth=0.5),
+                emphasis=dict(itemStyle=dict(borderColor=_INK[dark], borderWidth=1)),
+                select=dict(itemStyle=dict(borderColor=GRID, borderWidth=0.5)),  # the outline is ours: see below
+                label=dict(show=room, formatter="{@[4]}", fontSize=11, textBorderWidth=0),
+            ),
+            # Of its own: the selection of a chart is its user's, and knows no arrow keys, links or second clicks.
+            dict(type="heatmap", name="chosen", data=outlines, silent=True, z=5, tooltip=dict(show=False)),
+        ],
+    )  # fmt: skip
+
+
+def _axis(n: int, dark: bool, prefix: str = "", *, every: bool = False, **options: Any) -> dict[str, Any]:
+    """An axis of n layers or heads, each a category, with a label for every one or for as many as there is room for."""
+    quiet = dict(color=_QUIET[dark])
+    hidden = dict(axisTick=dict(show=False), axisLine=dict(show=False), splitLine=dict(show=False))
+    label = quiet | dict(fontSize=11, interval=0 if every else "auto")
+    names = [f"{prefix}{i}" for i in range(n)]
+    return dict(type="category", data=names, axisLabel=label, nameTextStyle=quiet) | hidden | options
+
+
+def map_height(layers: int) -> int:
+    """Height of a map in pixels: 32 layers are seen without scrolling, and no row is under 9 pixels."""
+    return int(np.clip(470 // max(layers, 1), 9, 44)) * layers + 80
+
+
+def cell_of(selected: Sequence[Mapping[str, Any]], heads: int) -> Head | None:
+    """Cell that was clicked; None where the click emptied the selection, as a second one on the same cell does."""
+    found = [index for of in selected if of.get("series_index") == 0 for index in of.get("data_indices", ())]
+    if not found:
+        return None
+    layer, head = divmod(int(found[-1]), heads)
+    return layer, head
+
+
+def _ends(values: np.ndarray, scale: Scale) -> tuple[float, float]:
+    if scale.diverging:
+        return -1.0, 1.0
+    high = scale.high if scale.high is not None else largest(values, default=scale.low + 1.0)
+    return scale.low, max(high, scale.low + 1e-9)
+
+
+def _cell(cell: tuple[int, ...], name: str, scale: Scale, value: float, note: str, shown: bool) -> dict[str, Any]:
+    layer, head = cell
+    defined = bool(np.isfinite(value))
+    written = _written(value, scale)
+    told = f"{scale.title} {written if defined else 'undefined'}" + (f": {note}" if note else "")
+    made: dict[str, Any] = dict(name=name, value=[head, layer, float(value) if defined else 0.0, told, written])
+    style: dict[str, Any] = {} if shown else dict(opacity=_FADED)
+    if not defined:
+        made["visualMap"], style["color"] = False, UNDEFINED
+    return made | (dict(itemStyle=style) if style else {})
+
+
+def _outline(cell: Head, kind: str, dark: bool) -> dict[str, Any]:
+    style = dict(color=CLEAR, borderColor=_INK[dark], borderWidth=2.5, borderType=kind)
+    return dict(value=[cell[1], cell[0], 0], visualMap=False, itemStyle=style)
+
+
+def _written(value: float, scale: Scale, *, end: bool = False) -> str:
+    if scale.percent and np.isfinite(value):
+        return f"{value:.0%}" if end else f"{value:.1%}"
+    return number(value, signed=scale.diverging)
+
+
+def _colours(diverging: bool, dark: bool, *, page: _Rgb | None = None) -> list[str]:
+    """Colours of a scale in even steps: ever more of one hue over the page, or over its colour where it is given."""
+    purple, orange = _PURPLE[dark], _ORANGE[dark]
+    steps = [(orange, step / _STEPS) for step in range(_STEPS + 1)]
+    if diverging:
+        steps = [(purple, step / _STEPS) for step in range(_STEPS, 0, -1)] + steps
+    if page is None:
+        return [f"rgba({red},{green},{blue},{share:g})" for (red, green, blue), share in steps]
+    return [f"rgb{_mixed(hue, page, share)}" for hue, share in steps]
+
+
+def _mixed(hue: _Rgb, page: _Rgb, share: float) -> _Rgb:
+    """A share of one colour over another."""
+    red, green, blue = (round(share * over + (1 - share) * under) for over, under in zip(hue, page, strict=True))
+    return red, green, blue
+
+
+def _ink_on(color: _Rgb) -> str:
+    """Black or white, whichever reads better on a colour."""
+    return "#000000" if luminance([tuple(c / 255 for c in color)])[0] > 0.179 else "#FFFFFF"

@@ -1,0 +1,469 @@
+"""Explore: which heads, and why? A map of layer x head beside the open head, and many heads at once below."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import cast
+
+import numpy as np
+import streamlit as st
+
+from analysis.captures import Capture
+from analysis.errors import SettingsError, UserError
+from analysis.metrics import METRICS, PROBES
+from analysis.selftest import check, is_synthetic
+from analysis.verdicts import VERDICTS, meanings
+from analysis.words import head_name, signed
+from app import address, library, new_study, state
+from app.components import charts, choices, comparison, keys, many_texts, markup, one_head
+from app.engine import Engine
+from app.figures import heat, planes
+from app.jobs import Jobs
+from app.screens import time_machine
+from l2kv.errors import SpecError
+
+_FEW_TOKENS = 64
+_STYLE = """<style>
+.st-key-explore [data-testid="stColumn"] { min-width: min(19rem, 100%); }
+.st-key-explore [data-testid="stMetricValue"] { font-size: 1.25rem; }
+.st-key-explore h1 { padding: 0; font-size: 2rem; }
+.st-key-explore h4 { padding: 0; }
+</style>"""
+_WHOSE = {
+    "next token": "Of one query, the next token's.",
+    "last queries": "The mean over the last {w} queries, each over the tokens before it.",
+    "all queries": "Of the attention that each token receives, the mean over all queries that see it.",
+}
+_READ = {  # maps for which the metric's own line is too short
+    "gamma": "Purple: keys of low norm get the attention, as the paper says. Orange: keys of high norm do.",
+    "alr": "Pale is good. It is a sum over the tokens, so it grows with the text and with how much there is to lose.",
+    "spearman": "It counts every token alike, so it does not notice a sink. In layer 0 equal tokens have equal norms.",
+}
+_PANES = state.Slot("explore_panes", False)
+"""Whether the fragments below were drawn: before that there is nothing to draw again."""
+
+
+def draw(engine: Engine, jobs: Jobs) -> None:
+    """Draw the page."""
+    st.html(_STYLE)
+    _PANES.set(False)
+    with st.container(key="explore"):
+        st.title("Which heads, and why?")
+        if not state.run_id():
+            st.info(
+                f"There is no run of {markup.plain(state.model())} yet. Choose *New run* in the header: one pass "
+                "over a "
+                "text records the norm of every key and the attention that it gets.",
+                icon=":material/article:",
+            )
+            return
+        # What is shown by default is chosen now: a link then names it, and the parts below need not look for it.
+        state.RUN.set(state.run_id())
+        if state.OVER.get() == "many texts":
+            state.STUDY.set(state.study_id())
+        run = library.run(state.run_id())
+        state.choose_head(*state.chosen_head())
+        _say(run)
+        _choose_values(run, engine, jobs)
+        pinned = state.PINNED.get()
+        left, right = st.columns([2, 5] if pinned else [2, 3], gap="medium")
+        with left:
+            _map()
+            _listen(run)
+        if not charts.first_is_drawn():
+            return
+        with right:
+            _bar()
+            sides = st.columns(2, gap="medium") if pinned else [st.container()]
+            with sides[0]:
+                _head(jobs)
+            if pinned:
+                with sides[1]:
+                    _pinned_head(jobs)
+        _PANES.set(True)
+        st.divider()
+        _below(jobs)
+        st.divider()
+        time_machine.draw(engine, jobs)
+
+
+def _part(key: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a function a fragment of the page: drawn alone, it too says what is wrong and keeps the address."""
+
+    def made(draw: Callable[..., None]) -> Callable[..., None]:
+        @wraps(draw)
+        def guarded(*given: object) -> None:
+            try:
+                draw(*given)
+            except (UserError, SpecError) as error:
+                st.error(markup.plain(str(error)), icon=":material/error:")
+            address.write()
+
+        return cast(Callable[..., None], st.fragment(guarded, key=key))
+
+    return made
+
+
+def _redraw(*parts: str) -> Callable[[], None]:
+    """Make a callback that draws some of the fragments again, and nothing else."""
+
+    def again() -> None:
+        if _PANES.get():
+            st.rerun([part for part in parts if part != "pinned" or state.PINNED.get()])
+
+    return again
+
+
+def _say(run: Capture) -> None:
+    """The answer by layer in a line, and what the reader must know of the run."""
+    if is_synthetic(run):
+        found = check(run)
+        (st.success if found.passed else st.error)(
+            "A synthetic run, made by no model to test the metrics: Γ is −1 in layer 0, 0 in layer 1 and +1 in "
+            "layer 2. "
+            f"{markup.plain(str(found))}"
+        )
+        return
+    told = library.answer_of(state.study_id() if _over_many() else state.run_id(), state.PROBE.get())
+    word, by_layer, rest = (*(f"{part.rstrip('.')}." for part in told.split(". ", 2)), "", "")[:3]
+    st.markdown(f"**{markup.plain(word)}** {markup.plain(by_layer)}", help=markup.plain(rest) or None)
+    if run.n_tokens < _FEW_TOKENS:
+        st.warning(f"{run.n_tokens} tokens say little: take a text of some hundred.", icon=":material/warning:")
+    for warning in run.warnings:
+        st.warning(markup.plain(warning), icon=":material/warning:")
+
+
+def _over_many() -> bool:
+    """Whether the map is of the mean over texts, and there is a study to take it from."""
+    return state.OVER.get() == "many texts" and bool(state.study_id())
+
+
+def _choose_values(run: Capture, engine: Engine, jobs: Jobs) -> None:
+    """Whose attention, of which texts, with or without the sink."""
+    probes = {probe: probe for probe in PROBES} | {"last queries": f"last {len(run.recent_positions)} queries"}
+    if not run.recent_positions:  # a file of an earlier version
+        del probes["last queries"]
+    if state.PROBE.get() not in probes:
+        state.PROBE.drop()
+    study = state.study()
+    over = {
+        "one text": "One text",
+        "many texts": f"Mean of {len(study.names)} texts" if study else "Mean of many texts",
+    }
+    with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
+        st.segmented_control(
+            "Map of", list(over), format_func=over.__getitem__, required=True, label_visibility="collapsed",
+            **state.OVER.widget(),
+        )  # fmt: skip
+        if st.button("Study more texts", icon=":material/library_add:", type="tertiary"):
+            new_study.dialog(engine, jobs)
+        st.segmented_control(
+            "Attention of", list(probes), format_func=probes.__getitem__, required=True, label_visibility="collapsed",
+            help="\n".join(f"- **{probes[probe]}**: {PROBES[probe]}" for probe in probes), **state.PROBE.widget(),
+        )  # fmt: skip
+        st.toggle(
+            "Without the first token",
+            help="One token, the attention sink, often draws most of the attention. Metrics, scatter and queries are "
+            "then of the others. Verdicts weigh both; what is lost and kept is always of all tokens.",
+            **state.SKIP_FIRST.widget(),
+        )
+    if state.OVER.get() == "many texts" and study is None:
+        st.info(
+            f"No study of {markup.plain(state.model())} yet, so the map is of one text. *Study more texts* makes one: "
+            "each head's Γ then comes with an interval.",
+            icon=":material/library_books:",
+        )
+
+
+@_part("map")
+def _map() -> None:
+    """The map, and what chooses its numbers and its cells."""
+    run = library.run(state.run_id())
+    titles = _titles()
+    if state.MAP.get() not in titles:
+        state.MAP.drop()
+    verdict = _verdicts()
+    with st.container(horizontal=True, vertical_alignment="bottom", gap="small"):
+        st.selectbox(
+            "Map", list(titles), format_func=titles.__getitem__, label_visibility="collapsed", width=250,
+            help=choices.explained(METRICS), **state.MAP.widget(),
+        )  # fmt: skip
+        with st.popover("Filter", icon=":material/filter_alt:", type="tertiary"):
+            _filters(run, verdict)
+    values, scale, notes, caption = _values(run, verdict)
+    layer, head = state.chosen_head()
+    alt = (
+        f"Map of {scale.title} by layer and query head, {run.n_layers} x {run.n_heads}; open is "
+        f"{head_name(layer, run.kv_head(head), head)} with {_number(values[layer, head], scale)}"
+    )
+
+    def clicked() -> None:
+        if cell := heat.cell_of(st.session_state["map_chart"].selection.selected, run.n_heads):
+            state.choose_head(*cell)
+            _redraw("map", "bar", "head")()
+
+    st.echarts_chart(
+        heat.clickable_map(
+            values, scale, kv_heads=run.n_kv_heads, names=_names(run), notes=notes, chosen=(layer, head),
+            pinned=state.PINNED.get(), shown=_shown(run, verdict), dark=st.context.theme.type == "dark",
+        ),
+        key="map_chart", height=heat.map_height(run.n_layers), alt=alt, on_select=clicked,
+    )  # fmt: skip
+    charts.explain("map_chart", alt=alt, caption=caption, table=_table(run, verdict, values, scale))
+
+
+def _names(run: Capture) -> np.ndarray:
+    """Places of the heads, [L, H] of str."""
+    names = [head_name(layer, run.kv_head(head), head) for layer, head in np.ndindex(run.n_layers, run.n_heads)]
+    return np.array(names).reshape(run.n_layers, run.n_heads)
+
+
+def _titles() -> dict[str, str]:
+    """Maps that can be drawn, with their titles."""
+    if not _over_many():
+        return state.maps()
+    study = state.study()
+    assert study is not None
+    titles = {name: many_texts.metric_of(name).title for name in study.metrics}
+    return {name: title for name, title in (state.maps() | titles).items() if name in titles or name == state.LOST}
+
+
+def _verdicts() -> np.ndarray:
+    """Verdict of each head, on one text or over many, [L, H] of str."""
+    probe = state.PROBE.get()
+    return np.asarray(
+        library.verdicts_over(state.study_id(), probe) if _over_many() else library.verdicts_of(state.run_id(), probe)
+    )
+
+
+def _filters(run: Capture, verdict: np.ndarray) -> None:
+    """Choose the heads that are not faded."""
+    there = [name for name in VERDICTS if (verdict == name).any() or name in state.ONLY_VERDICTS.get()]
+    st.pills(
+        "Verdicts", there, selection_mode="multi", format_func=lambda name: f"{name} ({(verdict == name).sum()})",
+        **state.ONLY_VERDICTS.widget(),
+    )  # fmt: skip
+    state.ONLY_KV.set([head for head in state.ONLY_KV.get() if head < run.n_kv_heads])
+    st.pills(
+        "kv heads", range(run.n_kv_heads), selection_mode="multi", format_func=lambda head: f"KV {head}",
+        **state.ONLY_KV.widget(),
+    )  # fmt: skip
+    st.caption("Heads that do not match are faded.")
+
+
+def _shown(run: Capture, verdict: np.ndarray) -> np.ndarray:
+    """Heads that pass the filters, [L, H] bool."""
+    verdicts, kv_heads = state.ONLY_VERDICTS.get(), state.ONLY_KV.get()
+    of_kv = np.isin([run.kv_head(head) for head in range(run.n_heads)], kv_heads) if kv_heads else True
+    shown = np.isin(verdict.astype(str), verdicts) if verdicts else np.ones(verdict.shape, dtype=bool)
+    return np.asarray(shown & of_kv)
+
+
+def _values(run: Capture, verdict: np.ndarray) -> tuple[np.ndarray, heat.Scale, np.ndarray, str]:
+    """Numbers of the map, their scale, what is said of each cell, and the caption."""
+    which, probe, skip_first = state.MAP.get(), state.PROBE.get(), int(state.SKIP_FIRST.get())
+    if which == state.LOST:
+        return _lost(run)
+    of = many_texts.metric_of(which)
+    scale = heat.Scale(of.title, of.low or 0.0, of.high, of.diverging)
+    reading = _READ.get(which, f"{of.about[0].upper()}{of.about[1:]}.")
+    if _over_many():
+        means = library.means_of(state.study_id(), which, probe)
+        notes = np.array(
+            [
+                f"95 % {signed(low)} to {signed(high)}, {n} texts, {said}"
+                for low, high, n, said in zip(
+                    means.low.ravel(), means.high.ravel(), means.defined.ravel(), verdict.ravel(), strict=True
+                )
+            ],
+            dtype=object,
+        ).reshape(verdict.shape)
+        return means.mean, scale, notes, f"**{of.title}**, mean over texts. {reading} Grey: undefined."
+    values = library.values_of(state.run_id(), skip_first, probe)
+    status = values.status_of(which)
+    notes = np.where(status == "ok", verdict, status)
+    whose = _WHOSE[probe].format(w=len(run.recent_positions))
+    return values.of(which), scale, notes, f"**{of.title}**. {reading} {whose} Grey: undefined."
+
+
+def _lost(run: Capture) -> tuple[np.ndarray, heat.Scale, np.ndarray, str]:
+    """The map of what the settings in force lose."""
+    spec = state.spec()
+    scale = heat.Scale("Lost", 0.0, None, percent=True)
+    skipped = [layer in spec.skip_layers or kind != "full" for layer, kind in enumerate(run.layer_kinds)]
+    notes = np.where(np.repeat(np.array(skipped)[:, None], run.n_heads, axis=1), "not compressed", "of its attention")
+    try:
+        lost = library.lost_of(state.run_id(), spec)
+    except SettingsError as error:
+        undefined = np.full(notes.shape, np.nan)
+        return undefined, scale, np.full(notes.shape, "not told"), f"**Attention lost at my settings.** {error}"
+    caption = (
+        "**Attention lost at my settings**: the share of the next token's attention that goes to tokens which "
+        "each head "
+        f"evicts, if the text of {run.n_tokens:,} tokens is compressed once, at its end. Median "
+        f"{np.median(lost):.1%}."
+    )
+    return np.asarray(lost), scale, notes, caption + " Of this one text." * _over_many()
+
+
+def _number(value: float, scale: heat.Scale) -> str:
+    return "undefined" if np.isnan(value) else f"{value:.1%}" if scale.percent else signed(value)
+
+
+def _table(run: Capture, verdict: np.ndarray, values: np.ndarray, scale: heat.Scale) -> dict[str, np.ndarray]:
+    """The numbers of the map, a row for each head."""
+    layer, head = np.indices(verdict.shape).reshape(2, -1)
+    return {
+        "layer": layer,
+        "kv head": head * run.n_kv_heads // run.n_heads,
+        "query head": head,
+        scale.title: values.ravel(),
+        "verdict": verdict.ravel().astype(str),
+    }
+
+
+def _listen(run: Capture) -> None:
+    """The keys of the page."""
+
+    def step(layers: int, heads: int) -> Callable[[], None]:
+        def move() -> None:
+            layer, head = state.chosen_head()
+            state.choose_head(
+                int(np.clip(layer + layers, 0, run.n_layers - 1)), int(np.clip(head + heads, 0, run.n_heads - 1))
+            )
+
+        return move
+
+    keys.listen(
+        {
+            "ArrowLeft": ("previous query head", step(0, -1)),
+            "ArrowRight": ("next query head", step(0, 1)),
+            "ArrowUp": ("layer before", step(-1, 0)),
+            "ArrowDown": ("next layer", step(1, 0)),
+            "[": ("query before", lambda: one_head.step_query(run, 1)),
+            "]": ("next query", lambda: one_head.step_query(run, -1)),
+        },
+        hint="Keys: arrows move the cell, [ ] the query, ? lists all",
+        then=_redraw("map", "bar", "head", "pinned"),
+    )
+
+
+@_part("bar")
+def _bar() -> None:
+    """Which head is open, and what is shown of it."""
+    run = library.run(state.run_id())
+    layer, _ = state.chosen_head()
+    pinned, skipped = state.PINNED.get(), layer in state.SKIP_LAYERS.get()
+    redraw = _redraw("map", "bar", "head")
+    with st.container(horizontal=True, vertical_alignment="bottom", gap="small"):
+        st.selectbox(
+            "Layer", range(run.n_layers), format_func="Layer {}".format, label_visibility="collapsed", width=125,
+            on_change=redraw, **state.LAYER.widget(),
+        )  # fmt: skip
+        st.selectbox(
+            "Head", range(run.n_heads), format_func=lambda head: f"KV {run.kv_head(head)}, query head {head}",
+            label_visibility="collapsed", width=210, on_change=redraw, **state.HEAD.widget(),
+        )  # fmt: skip
+        st.button(
+            "Unpin B" if pinned else "Pin as B", icon=":material/push_pin:", key="pin", on_click=_pin,
+            help="Keep this head beside the next one that you open.",
+        )  # fmt: skip
+        if run.layer_kinds[layer] == "full" and state.plan() is None:
+            st.button(
+                f"Compress layer {layer}" if skipped else f"Skip layer {layer}",
+                icon=":material/playlist_remove:" if skipped else ":material/playlist_add:", key="skip_layer",
+                on_click=_skip, help="Skipped layers keep everything. Their list stands in the header.",
+            )  # fmt: skip
+    st.segmented_control(
+        "View", state.VIEWS, label_visibility="collapsed", required=True, on_change=_redraw("bar", "head", "pinned"),
+        **state.VIEW.widget(),
+    )  # fmt: skip
+    if state.VIEW.get() in ("By position", "Queries"):
+        one_head.query_stepper(run, _redraw("bar", "head", "pinned"))
+
+
+@_part("head")
+def _head(jobs: Jobs) -> None:
+    """The open head."""
+    one_head.draw("a", *state.chosen_head(), jobs)
+
+
+def _pin() -> None:
+    """Keep the open head as B, or let B go."""
+    state.PINNED.set(None if state.PINNED.get() else state.chosen_head())
+    st.rerun()  # of the whole page: it has other columns now
+
+
+def _skip() -> None:
+    """Put the open layer on the list of skipped layers, or take it off."""
+    state.SKIP_LAYERS.set(sorted(set(state.SKIP_LAYERS.get()) ^ {state.chosen_head()[0]}))
+    st.rerun()  # of the whole page: the header has the list
+
+
+@_part("pinned")
+def _pinned_head(jobs: Jobs) -> None:
+    """The pinned head, as the open one is shown."""
+    if pinned := state.PINNED.get():
+        one_head.draw("b", *pinned, jobs)
+
+
+@_part("below")
+def _below(jobs: Jobs) -> None:
+    """Many heads, texts or runs at once."""
+    study = state.study()
+    if state.OTHER_RUN.get() and not state.BELOW.held():
+        state.BELOW.set("Another run")
+    chosen = st.segmented_control(
+        "More", state.BELOWS, label_visibility="collapsed", required=True, **state.BELOW.widget()
+    )
+    if chosen == "All heads":
+        _all_heads()
+    elif chosen == "Many texts":
+        many_texts.draw(study)
+    else:
+        comparison.draw()
+
+
+def _all_heads() -> None:
+    """Every head by Γ with the sink and without it, and as a table that opens them."""
+    run, run_id, probe = library.run(state.run_id()), state.run_id(), state.PROBE.get()
+    values, verdict = library.values_of(run_id, 0, probe), library.verdicts_of(run_id, probe)
+
+    def open_head(layer: int, head: int) -> None:
+        state.choose_head(layer, head)
+        _redraw("map", "bar", "head")()
+
+    layer, head = np.indices(verdict.shape).reshape(2, -1)
+    left, right = st.columns([2, 3], gap="medium")
+    with left:
+        charts.show(
+            planes.head_quadrant(
+                values.of("gamma"), values.of("gamma_skip_first"), values.of("sink_share"), status=verdict
+            ),
+            key="quadrant",
+            alt="All heads by Γ with the first token and without it",
+            caption="Γ with the first token (across) and without it (up); size is the first token's share of the "
+            f"attention. Lower left follows the paper. {_WHOSE[probe].format(w=len(run.recent_positions))} Heads "
+            "in which "
+            "the others get next to none are not drawn. Click one to open it.",
+            on_head=open_head,
+        )
+    with right:
+
+        def chosen() -> None:
+            if rows := st.session_state["all_heads"].selection.rows:
+                open_head(int(layer[rows[0]]), int(head[rows[0]]))
+
+        st.dataframe(
+            {"layer": layer, "kv head": head * run.n_kv_heads // run.n_heads, "head": head}
+            | {METRICS[name].title: values.of(name).ravel() for name in values.names}
+            | {"verdict": verdict.ravel().astype(str), "status": values.status_of("gamma").ravel().astype(str)},
+            hide_index=True,
+            key="all_heads",
+            on_select=chosen,
+            selection_mode="single-row",
+            height=430,
+        )
+        told = " · ".join(f"**{name}**: {markup.plain(meaning)}" for name, meaning in meanings(1).items())
+        st.caption(f"Select a row to open the head. {told}")

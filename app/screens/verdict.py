@@ -1,0 +1,341 @@
+"""Verdict: may a compressed cache replace the full one? The answer, what it rests on, and what it would save."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import inf, log
+from typing import TYPE_CHECKING
+
+import streamlit as st
+
+from analysis import verdicts
+from analysis.decision.checklist import Answer, Check, Decision, Status
+from analysis.decision.evidence import CONTEXTS, Measurement, Sizes
+from analysis.decision.speed import Speed
+from analysis.errors import UserError
+from analysis.models.gpus import GPUS
+from analysis.models.memory import DTYPES
+from analysis.models.sizes import checkpoint_dtype, weights_bytes
+from analysis.plans.export import Saving, library_code, savings
+from analysis.plans.skip import Plan
+from analysis.words import human_bytes, signed
+from app import library, state
+from app.components import documents, markup
+from app.engine import Engine
+from app.header import in_words
+from app.jobs import Jobs
+from l2kv.config import CacheShape
+from l2kv.errors import SpecError
+from l2kv.spec import CompressionSpec
+
+if TYPE_CHECKING:
+    from streamlit.navigation.page import StreamlitPage
+
+    from analysis.models.load import LoadedModel
+    from analysis.progress import Progress
+
+_COLOUR = {Answer.GO: "green", Answer.GO_WITH_A_PLAN: "green", Answer.NO_GO: "red", Answer.NOT_YET: "gray"}
+_ICON = {
+    Status.PASSED: ":green[:material/check_circle:]",
+    Status.FAILED: ":red[:material/cancel:]",
+    Status.NOT_APPLICABLE: ":gray[:material/do_not_disturb_on:]",
+    Status.NOT_YET: ":gray[:material/pending:]",
+}
+_STYLE = """<style>
+.st-key-tiles [data-testid="stColumn"] { min-width: min(17rem, 100%); }
+.st-key-checks [data-testid="stColumn"]:last-child { min-width: 6rem; }
+</style>"""
+_LENGTHS = (512, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536, 131_072, 1_048_576)
+
+
+def draw(engine: Engine, jobs: Jobs, pages: Mapping[str, StreamlitPage]) -> None:
+    """Draw the page.
+
+    Args:
+        pages: pages that lines of the checklist link to, by the paths of their addresses.
+    """
+    asked = state.uniform_spec()
+    stamps = library.evidence(state.model())
+    decision = library.decision(stamps, asked, state.limits())
+    chosen = decision.plan if decision.answer is Answer.GO_WITH_A_PLAN and decision.plan else asked
+    st.html(_STYLE)
+    st.title("Can I halve this cache?" if asked.keep_ratio == 0.5 else "Can I compress this cache?")
+    if _answer(decision, asked):
+        _measure(engine, jobs)
+    speed = library.gathered(stamps).speed_of(chosen) or library.gathered(stamps).speed_of(asked)
+    with st.container(key="tiles"):
+        quality, memory, fast = st.columns(3)
+    with quality.container(border=True, height="stretch", key="tile_quality"):
+        _quality(decision)
+    saving = None
+    with memory.container(border=True, height="stretch", key="tile_memory"):
+        saving = _memory(engine, chosen)
+    with fast.container(border=True, height="stretch", key="tile_speed"):
+        _speed(jobs, asked, speed, saving)
+    _heads(pages)
+    with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
+        st.subheader("Checklist", width="content")
+        with st.popover("Limits", icon=":material/rule:"):
+            _limits()
+    _checklist("As set", decision.checks, pages)
+    if decision.plan_checks:
+        _checklist("With a plan of the same bytes", decision.plan_checks, pages)
+    _script(chosen)
+
+
+# --------------------------------------------------------------------------------------------------------- the answer
+
+
+def _answer(decision: Decision, asked: CompressionSpec) -> bool:
+    """Draw the answer, and tell whether the user wants to measure."""
+    with st.container(border=True, key="answer", horizontal=True, vertical_alignment="center"):
+        with st.container(width="stretch", gap="xxsmall"):
+            st.markdown(f"### :{_COLOUR[decision.answer]}[{decision.answer}]")
+            st.markdown(markup.plain(decision.why))
+            st.caption(f"{markup.plain(state.model())} with {in_words(asked)}, against its full cache")
+        if decision.answer is Answer.GO_WITH_A_PLAN:
+            st.button("Use the plan", type="primary", on_click=_use_plan, args=(decision.plan,), key="use_plan")
+        elif decision.answer is Answer.NO_GO and decision.smallest:
+            st.button(
+                f"Keep {decision.smallest:.0%}".replace("%", " %"), type="primary", key="use_ratio",
+                on_click=state.KEEP_RATIO.set, args=(decision.smallest,),
+            )  # fmt: skip
+        not_yet = decision.answer is Answer.NOT_YET
+        measure = st.button(
+            "Measure" if not_yet else "Measure again", icon=":material/play_arrow:", key="measure",
+            type="primary" if not_yet else "secondary",
+        )  # fmt: skip
+    return measure
+
+
+def _use_plan(spec: CompressionSpec) -> None:
+    known = {library.opened(Plan, one.id).spec: one.id for one in library.entries("plan", model=state.model())}
+    id = known.get(spec) or library.WORKSPACE.add(Plan(state.model(), spec, "From the Verdict"), name="Verdict").id
+    state.PLAN.set(id)
+
+
+# ---------------------------------------------------------------------------------------------------------- the tiles
+
+
+def _quality(decision: Decision) -> None:
+    of_plan = decision.answer is Answer.GO_WITH_A_PLAN
+    prediction, *retrieval = (decision.plan_checks if of_plan else decision.checks)[:3]
+    st.markdown("**Quality**" + (" with the plan" if of_plan else ""))
+    st.metric("Perplexity against the full cache", prediction.short or "Not yet measured", label_visibility="visible")
+    if (ends := prediction.measured) is not None:
+        nats = f"{signed(log(ends.value), 3)} nats/token"
+        st.caption(f"95 % × {ends.low:.3f} to {ends.high:.3f}; {nats}; {prediction.n} excerpts")
+    for check, noun in zip(retrieval, ("Passkeys", "Needles"), strict=True):
+        st.markdown(f"{_ICON[check.status]} {noun}: {markup.plain(check.short or 'not yet measured')}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """What arithmetic on a cache needs to know of a model."""
+
+    shape: CacheShape
+    weights: int | None
+    """Bytes of its weights; None if they are not on this machine."""
+
+
+def _sizes(engine: Engine) -> _Sizes | None:
+    """Sizes of the model on screen, in its own dtype or the chosen one; None where nothing tells."""
+    ref = state.model_ref()
+    try:
+        dtype, weights = checkpoint_dtype(ref), weights_bytes(ref)
+    except UserError:  # it was run once, and is gone
+        dtype, weights = None, None
+    own = dtype if dtype in DTYPES else "bfloat16"
+    itemsize = DTYPES[state.CACHE_DTYPE.get() or own]
+    if run := state.run():
+        return _Sizes(replace(run.cache_shape, itemsize=itemsize), weights)
+    found = engine.tokenizer_and_config(ref)
+    return None if found is None else _Sizes(CacheShape.of(found[1], itemsize), weights)
+
+
+def _memory(engine: Engine, spec: CompressionSpec) -> Saving | None:
+    st.markdown("**Memory**")
+    sizes = _sizes(engine)
+    if sizes is None:
+        st.caption("Sizes are told once the model, or a run of it, is here.")
+        return None
+    if not sizes.shape.layers:
+        st.markdown("Nothing to save: every layer has a sliding window, so its cache is bounded already.")
+        return None
+    gpu, n = GPUS[state.GPU.get()], int(state.CACHE_TOKENS.get())
+    row = savings(
+        sizes.shape, spec, weights_bytes=sizes.weights or 0, gpu_bytes=gpu.nbytes, bandwidth=gpu.bandwidth,
+        lengths=(n,), batch=int(state.BATCH.get()),
+    )[0]  # fmt: skip
+    dtype = next(name for name, size in DTYPES.items() if size == sizes.shape.itemsize)
+    st.metric(
+        f"Cache of {n:,} tokens, {state.CACHE_DTYPE.get() or dtype}",
+        f"{human_bytes(row.full_bytes)} → {human_bytes(row.kept_bytes)}",
+    )
+    st.caption(f"{1 - row.kept_bytes / row.full_bytes:.0%} saved".replace("%", " %") + f", batch {state.BATCH.get()}")
+    if sizes.weights is None:
+        st.markdown("The weights are not on this machine, so what fits beside them is not told.")
+    else:
+        fits = [inf if count is None else count for count in (row.full_fits, row.kept_fits)]
+        st.markdown(
+            f"Fits {markup.plain(state.GPU.get())}: {fits[0]:,} → **{fits[1]:,} sequences**, beside weights of "
+            f"{human_bytes(sizes.weights)}"
+        )
+    with st.popover("GPU, tokens, dtype", icon=":material/tune:"):
+        st.selectbox("GPU", list(GPUS), **state.GPU.widget())
+        st.selectbox(
+            "Tokens of each sequence", sorted({*_LENGTHS, n}), format_func="{:,}".format, **state.CACHE_TOKENS.widget()
+        )
+        st.number_input("Sequences at once", 1, 4096, **state.BATCH.widget())
+        st.selectbox(
+            "Cache in", ["", *DTYPES], format_func=lambda name: name or "the model's own dtype",
+            **state.CACHE_DTYPE.widget(),
+        )  # fmt: skip
+        st.caption("Arithmetic: activations and the allocator's waste are not counted.")
+    return row if sizes.weights is not None else None
+
+
+def _speed(jobs: Jobs, asked: CompressionSpec, speed: Speed | None, saving: Saving | None) -> None:
+    st.markdown("**Speed**")
+    if speed is None:
+        st.metric("Decoding on this machine", "Not yet measured")
+        st.button("Time it", icon=":material/timer:", key="time_it", on_click=_start_timing, args=(jobs, asked))
+    else:
+        st.metric("Decoding, tokens per second", f"{speed.full_rate:.3g} → {speed.kept_rate:.3g}")
+        low, high = speed.spread
+        st.caption(
+            f"× {speed.speedup:.2f} ({low:.2f} to {high:.2f} in {len(speed.full_seconds)} runs); reading weights and "
+            f"cache once allows × {speed.bound:.2f}. {speed.n_tokens:,} tokens, batch {speed.batch}, {speed.dtype}, "
+            f"{markup.plain(speed.device)}."
+        )
+        st.button("Time again", icon=":material/timer:", key="time_it", on_click=_start_timing, args=(jobs, asked))
+    if saving is not None and saving.kept_seconds:
+        st.markdown(
+            f"On {markup.plain(state.GPU.get())}: at most **× {saving.full_seconds / saving.kept_seconds:.2f}** at "
+            f"{saving.n_tokens:,} tokens, batch {state.BATCH.get()}"
+        )
+
+
+def _start_timing(jobs: Jobs, spec: CompressionSpec) -> None:
+    batch, tokens = int(state.BATCH.get()), min(int(state.CACHE_TOKENS.get()), CONTEXTS[0])
+
+    def work(loaded: LoadedModel, progress: Progress) -> str:
+        from analysis.decision.speed import measure_speed
+
+        longest = min(tokens, loaded.positions - 100)
+        speed = measure_speed(loaded, spec, n_tokens=longest, batch=batch, progress=progress)
+        return library.WORKSPACE.add(speed, name="Speed").id
+
+    state.JOB.set(jobs.start(f"Timing {state.model()}", state.model_ref(), work, kind="speed").id)
+
+
+# ---------------------------------------------------------------------------------------------------- heads and checks
+
+
+def _heads(pages: Mapping[str, StreamlitPage]) -> None:
+    """Say which layers follow the paper: the why, never the answer."""
+    study = state.study() or (library.study_of_run(state.run_id(), state.PROBE.get()) if state.run_id() else None)
+    if study is None:
+        return
+    probe = state.PROBE.get() if state.PROBE.get() in study.probes else study.probes[0]
+    told = verdicts.answer(study, probe=probe)
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.markdown(f"**Does a low key norm predict attention?** {markup.plain(told)}", width="stretch")
+        _link(pages, "explore", "Why")
+
+
+_LINKS = {Status.PASSED: ("demo", "Show"), Status.FAILED: ("tune", "Fix"), Status.NOT_YET: ("evaluate", "Prove")}
+
+
+def _checklist(title: str, checks: tuple[Check, ...], pages: Mapping[str, StreamlitPage]) -> None:
+    with st.container(border=True):
+        st.markdown(f"**{title}**")
+        for check in checks:
+            with st.container(horizontal=True, vertical_alignment="center"):
+                told = f"{_ICON[check.status]} **{check.asks}** {check.status.capitalize()}. {markup.plain(check.says)}"
+                st.markdown(told, width="stretch")
+                if link := _LINKS.get(check.status):
+                    _link(pages, *link)
+
+
+def _link(pages: Mapping[str, StreamlitPage], path: str, label: str) -> None:
+    if path in pages:
+        st.page_link(pages[path], label=label, icon=":material/arrow_forward:")
+
+
+def _limits() -> None:
+    st.number_input("Most that perplexity may be multiplied by", 1.0, 99.0, step=0.01, **state.MOST_PERPLEXITY.widget())
+    st.number_input("Points that finding may lose", 0.1, 100.0, step=1.0, **state.POINTS_LOST.widget())
+    st.number_input("Least number of excerpts", 2, 9999, **state.LEAST_EXCERPTS.widget())
+    st.number_input("Least number of passkeys, and of needles", 2, 9999, **state.LEAST_SAMPLES.widget())
+    st.number_input("Share that the full cache must find", 0.01, 1.0, step=0.05, **state.FULL_FINDS.widget())
+    st.caption("The ends of 95 % intervals are held against the limits, not means.")
+
+
+def _script(spec: CompressionSpec) -> None:
+    with st.expander("Use it: a script that runs as pasted", icon=":material/code:"):
+        st.code(library_code(spec, state.model_ref()), language="python", wrap_lines=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- measuring
+
+
+@st.dialog("Measure", width="large")
+def _measure(engine: Engine, jobs: Jobs) -> None:
+    """Say what will be measured and how long it takes, and start it."""
+    spec, ref = state.uniform_spec(), state.model_ref()
+    st.markdown(
+        f"Measures **{markup.plain(state.model())}** with {in_words(spec)}, with larger keep ratios, and with a plan "
+        "by kv head of the same bytes: prediction of prose, passkeys, needles, and decoding speed. Nothing is measured "
+        "twice, and what is measured before you cancel is kept."
+    )
+    left, middle, right = st.columns(3)
+    excerpts = left.number_input("Excerpts", 2, 500, max(16, int(state.LEAST_EXCERPTS.get())), key="verdict_excerpts")
+    samples = middle.number_input(
+        "Passkeys, and needles", 5, 1000, max(50, int(state.LEAST_SAMPLES.get())), step=5, key="verdict_samples"
+    )
+    context = right.selectbox(
+        "Tokens of their prompts", [0, *reversed(CONTEXTS)], key="verdict_context",
+        format_func=lambda n: f"{n:,}" if n else "as 20 minutes allow",
+    )  # fmt: skip
+    with st.expander("Texts", icon=":material/article:"):
+        given = documents.ask(few="Half of them are planned on, the others are measured.")
+    sizes = Sizes(int(excerpts), int(samples), int(context), int(state.BATCH.get()))
+    if st.button("Start", type="primary", icon=":material/play_arrow:", key="verdict_start"):
+        state.JOB.set(start(jobs, ref, spec, sizes, given))
+        st.rerun()
+    try:
+        told = _estimate(engine, ref, spec, sizes, given)
+    except (UserError, SpecError) as error:
+        st.error(markup.plain(str(error)), icon=":material/error:")
+        return
+    st.markdown(f"Takes {told}.")
+
+
+def start(jobs: Jobs, ref: str, spec: CompressionSpec, sizes: Sizes, texts: Mapping[str, str]) -> str:
+    """Start the whole measurement, and return the job's id."""
+
+    def work(loaded: LoadedModel, progress: Progress) -> str:
+        progress(0, 0, "Timing a few tokens …")
+        Measurement(loaded, spec, library.WORKSPACE, sizes, texts).run(progress=progress)
+        return library.WORKSPACE.entries("results", model=loaded.name)[0].id
+
+    return jobs.start(f"Measuring {state.model()}", ref, work, kind="results").id
+
+
+def _estimate(engine: Engine, ref: str, spec: CompressionSpec, sizes: Sizes, texts: Mapping[str, str]) -> str:
+    """How long it takes, measured once for the same question. Raises UserError, SpecError."""
+    known = state.Slot[dict[object, str]]("verdict_estimates", {})
+    asked = (ref, spec, sizes, tuple(texts))
+    if asked not in known.get():
+        place = st.empty()
+
+        def show(done: int, total: int, what: str) -> None:
+            place.caption(markup.plain(what))
+
+        with st.spinner("Timing a few tokens …", show_time=True), engine.lend(ref, show) as loaded:
+            told = str(Measurement(loaded, spec, library.WORKSPACE, sizes, texts).estimate)
+        place.empty()
+        known.set({**known.get(), asked: told})
+    return known.get()[asked]
