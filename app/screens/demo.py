@@ -419,7 +419,7 @@ def _chat(engine: Engine, jobs: Jobs) -> None:
     found = engine.tokenizer_and_config(ref)
     if found and not can_chat(found[0]):
         st.info(
-            f"{markup.plain(state.model())} has no chat template: it goes on with a text, and answers no questions. "
+            f"{markup.plain(state.model())} has no chat template: it continues a text, and answers no questions. "
             f"Give it text under *{LIVE}*, or choose another model in the header.",
             icon=":material/forum:",
         )
