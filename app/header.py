@@ -31,13 +31,13 @@ def draw(engine: Engine, jobs: Jobs) -> None:
     job = progress_bar.current(jobs, on_done=show_result)
     st.html(STYLE)
     with st.container(horizontal=True, vertical_alignment="center", key="header", gap="small"):
-        with st.popover(f":material/deployed_code: {markup.plain(state.model())}", help="Model", width=180):
+        with st.popover(f":material/deployed_code: {markup.plain(state.model())}", help="Model", width=160):
             _model(engine)
-        with st.popover(f":material/article: {_run_label()}", help="Text and run", width=260):
+        with st.popover(f":material/article: {_run_label()}", help="Text and run", width=230):
             _runs()
         if st.button("New run", icon=":material/add:", key="new_run", help="Capture a text in this model"):
             state.OPENING.set(new_run.DIALOG)
-        with st.popover(f":material/tune: {in_words(state.spec())}", help="Compression", width=400):
+        with st.popover(f":material/tune: {in_words(state.spec())}", help="Compression", width=340):
             _compression(engine)
         st.caption(status(engine, jobs))
     if job is not None:

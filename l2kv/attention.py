@@ -7,6 +7,7 @@ head. A single token, the usual case, attends to the pages of all heads at once.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from l2kv.errors import UnsupportedModelError
 from l2kv.heads import of_query_heads, options_of_heads
 from l2kv.hooks import Attention
-from l2kv.layer import CompressedLayer, Part
+from l2kv.layer import CompressedLayer
+from l2kv.parts import CodedPart, Part
+from l2kv.probabilities import QUERIES, attention_scale, hide_unseen, normalised
 from l2kv.storage.paged import Pages
 from l2kv.together import JoinedLayer
 
@@ -56,6 +59,8 @@ def attend(
         )
     if options.get("sliding_window") is not None:
         raise UnsupportedModelError("This model looks through a window at a layer whose cache holds all tokens.")
+    if layer.coded:
+        return _of_coded(layer, query, mask, options), None
     hides_nothing = mask is None and layer.first_real is None
     if query.shape[2] == 1 and hides_nothing and inner is ALL_ATTENTION_FUNCTIONS["sdpa"]:
         return _of_one_token(layer, query, options), None
@@ -71,6 +76,39 @@ def attend(
         )
         outputs.append(output)  # [B, q, h * G, D]
     return torch.cat(outputs, dim=2), None
+
+
+@torch.no_grad()
+def _of_coded(layer: CompressedLayer, query: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor:
+    """Attention to pairs of fewer bits or channels, which the model's own cannot read: [B, H, q, D] -> [B, q, H, D].
+
+    Pairs are decoded a block at a time, and keys stay as narrow as they are stored.
+    """
+    outputs = []
+    for part, shown in zip(layer.parts(), _masks(layer, query, mask), strict=True):
+        assert isinstance(part, CodedPart)
+        of_part = of_query_heads(query, part.heads, layer.n_heads)
+        of_heads = options_of_heads(options, part.heads, layer.n_heads)
+        of_blocks = []
+        for start in range(0, query.shape[2], QUERIES):
+            some = slice(start, start + QUERIES)
+            hide = partial(
+                _hide, shown=shown if shown is None else shown[..., some, :], first=part.held - query.shape[2] + start
+            )
+            scores = part.scores(of_part[:, :, some], attention_scale(query, options))
+            of_blocks.append(part.mixed(normalised(scores, hide, of_heads)))
+        outputs.append(torch.cat(of_blocks, dim=2))
+    return torch.cat(outputs, dim=1).transpose(1, 2).to(query.dtype).contiguous()
+
+
+def _hide(scores: Tensor, *, shown: Tensor | None, first: int) -> None:
+    """Hide what a mask hides, or the future alone where there is none; the first query is in slot `first`."""
+    if shown is None:
+        hide_unseen(scores, first)
+    elif shown.dtype == torch.bool:
+        scores.masked_fill_(~shown, -torch.inf)
+    else:
+        scores.add_(shown)
 
 
 def _of_one_token(layer: CompressedLayer, query: Tensor, options: dict[str, Any]) -> Tensor:
@@ -114,7 +152,7 @@ def _of_pages(query: Tensor, pages: Pages, scale: float | None) -> Tensor:
     return output.transpose(1, 2).to(query.dtype)
 
 
-def _head_by_head(query: Tensor, parts: Sequence[Part], scale: float | None, dropout: float) -> Tensor:
+def _head_by_head(query: Tensor, parts: Sequence[Part | CodedPart], scale: float | None, dropout: float) -> Tensor:
     """The same, in one call per head."""
     outputs = [
         scaled_dot_product_attention(of_head, part.keys, part.values, dropout_p=dropout, scale=scale)

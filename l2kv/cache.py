@@ -27,7 +27,7 @@ from l2kv.errors import SpecError, UnsupportedModelError
 from l2kv.hooks import TracedCache
 from l2kv.layer import CompressedHybridLayer, CompressedLayer
 from l2kv.padding import check_padding, first_real
-from l2kv.policies import POLICIES, Policy
+from l2kv.policies import POLICIES
 from l2kv.spec import CompressionSpec
 
 Layer: TypeAlias = CacheLayerMixin | LinearAttentionCacheLayerMixin | DummyLayer
@@ -74,14 +74,15 @@ class CompressedCache(TracedCache):
 
     @classmethod
     def recording(cls, config: PretrainedConfig, specs: Iterable[CompressionSpec]) -> CompressedCache:
-        """Make an empty cache that keeps all pairs, and the attention that policies of `specs` need, for `from_full`.
+        """Make an empty cache that keeps all pairs, and the attention that `specs` go by, for `from_full`.
 
         Raises:
             UnsupportedModelError: as the constructor.
         """
-        cache, policies = cls(config, CompressionSpec(keep_ratio=1.0)), [POLICIES[spec.policy] for spec in specs]
-        if any(policy.needs_attention for policy in policies):
-            received, rows = any(p.needs_received for p in policies), max(p.needs_rows for p in policies)
+        cache, specs = cls(config, CompressionSpec(keep_ratio=1.0)), tuple(specs)
+        if any(spec.needs_queries for spec in specs):
+            received = any(POLICIES[spec.policy].needs_received for spec in specs)
+            rows = max(spec.needs_rows for spec in specs)
             for layer in cache.compressed_layers():
                 layer.recorded = replace(POLICIES["accumulated"], needs_received=received, needs_rows=rows)
         return cache
@@ -111,10 +112,11 @@ class CompressedCache(TracedCache):
             special_ids: as for the constructor.
 
         Raises:
-            SpecError: the policy needs filters, or attention that was not recorded; or as the constructor.
+            SpecError: the policy needs filters, or it or the channels go by queries that were not recorded; or as the
+                constructor.
             ValueError: the mask hides anything but padding on the left.
         """
-        if not _is_recorded(POLICIES[spec.policy], full):
+        if not _is_recorded(spec, full):
             _check_keys_alone(spec, "run the prompt into a CompressedCache, or into CompressedCache.recording")
         cache = cls(config, spec, special_ids=special_ids)
         cache.note_tokens(input_ids)
@@ -228,8 +230,9 @@ class CompressedCache(TracedCache):
     def nbytes(self) -> int:
         """Number of bytes of key and value storage in all layers, slack included.
 
-        Ranks take 8 more per pair and kv head, and the attention sums of `accumulated` 4; `window` holds 32 queries per
-        layer.
+        Of keys and values in fewer bits or channels this includes what it takes to read them, and the latest pairs as
+        they came. Ranks take 8 more per pair and kv head, and the attention sums of `accumulated` 4; `window` holds 32
+        queries per layer.
         """
         return cache_nbytes(self)
 
@@ -284,7 +287,7 @@ def l2_compress(
         keep_ratio, prune_after, skip_layers, policy, protect_first, protect_last, seed: as in `CompressionSpec`.
 
     Raises:
-        TypeError: this is no cache, or one whose pairs cannot be read (quantised, static, offloaded).
+        TypeError: this is no cache, or one whose pairs cannot be read (of fewer bits or channels, static, offloaded).
         SpecError: as `CompressionSpec`, the policy needs more than a cache, or the mask has the wrong shape.
         ValueError: the mask hides anything but padding on the left, or contradicts an earlier one.
     """
@@ -315,20 +318,21 @@ def l2_compress(
     return CompressedCache._holding(layers, CompressionSpec(keep_ratio=1.0))
 
 
-def _is_recorded(policy: Policy, cache: Cache) -> bool:
-    """Whether a cache holds the attention that a policy needs."""
+def _is_recorded(spec: CompressionSpec, cache: Cache) -> bool:
+    """Whether a cache holds the attention that a spec goes by."""
     layers = cache.compressed_layers() if isinstance(cache, CompressedCache) else []
     recorded = [layer.recorded for layer in layers if layer.recorded]
-    return policy.needs_attention and any(
-        known.needs_received >= policy.needs_received and known.needs_rows >= policy.needs_rows for known in recorded
+    received = POLICIES[spec.policy].needs_received
+    return spec.needs_queries and any(
+        known.needs_received >= received and known.needs_rows >= spec.needs_rows for known in recorded
     )
 
 
 def _check_keys_alone(spec: CompressionSpec, instead: str) -> None:
-    """Raise SpecError if the policy needs what a full cache does not hold."""
-    policy = POLICIES[spec.policy]
-    if policy.needs_attention or policy.needs_filters:
-        raise SpecError(f"The policy {spec.policy} needs more than a cache: {instead}.")
+    """Raise SpecError if the policy or the channels need what a full cache does not hold."""
+    if spec.needs_queries or POLICIES[spec.policy].needs_filters:
+        what = f"key_channels of {spec.key_channels}" if spec.key_channels < 1 else f"The policy {spec.policy}"
+        raise SpecError(f"{what} needs more than a cache: {instead}.")
 
 
 def _compressed_once(spec: CompressionSpec, layer_idx: int, source: Layer, attention_mask: Tensor | None) -> Layer:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from l2kv.errors import UnsupportedModelError
-from l2kv.spec import CompressionSpec
+from l2kv.spec import CompressionSpec, share
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -46,12 +46,35 @@ class CacheShape:
 
     def nbytes(self, n_tokens: int, spec: CompressionSpec | None = None) -> int:
         """Number of bytes of keys and values after `n_tokens`: all of them, or those that `spec` keeps."""
-        heads = [(layer, head) for layer in self.layers for head in range(self.n_kv_heads)]
+        return sum(self._layer_nbytes(layer, n_tokens, spec) for layer in self.layers)
+
+    def _layer_nbytes(self, layer: int, n_tokens: int, spec: CompressionSpec | None) -> int:
         if spec is None:
-            pairs = len(heads) * n_tokens
-        else:
-            pairs = sum(spec.kept(n_tokens, n_tokens, spec.target_of(*head)) for head in heads)
-        return pairs * 2 * self.head_dim * self.itemsize
+            return self.n_kv_heads * n_tokens * self.pair_nbytes()
+        heads = range(self.n_kv_heads)
+        pairs = sum(spec.kept(n_tokens, n_tokens, spec.target_of(layer, head)) for head in heads)
+        if not spec.codes_in(layer):
+            return pairs * self.pair_nbytes()
+        return pairs * self.pair_nbytes(spec) + self.n_kv_heads * self.head_nbytes(n_tokens, spec)
+
+    def pair_nbytes(self, spec: CompressionSpec | None = None) -> int:
+        """Number of bytes of a pair as it is stored."""
+        if spec is None:
+            return 2 * self.head_dim * self.itemsize
+        channels = share(spec.key_channels, self.head_dim)
+        return self._row_nbytes(channels, spec.key_bits) + self._row_nbytes(self.head_dim, spec.value_bits)
+
+    def head_nbytes(self, n_tokens: int, spec: CompressionSpec) -> int:
+        """Number of bytes beside the coded pairs of a kv head: the latest as they came, and what all its keys share."""
+        channels = share(spec.key_channels, self.head_dim)
+        indices = 8 * channels if channels < self.head_dim else 0
+        ranges = 2 * 4 * channels if spec.key_bits is not None else 0
+        return min(n_tokens, spec.protect_last) * self.pair_nbytes() + indices + ranges
+
+    def _row_nbytes(self, channels: int, bits: int | None) -> int:
+        if bits is None:
+            return channels * self.itemsize
+        return -(-channels * bits // 8) + 2 * self.itemsize  # with the lowest number and the step
 
 
 def layer_kinds(config: PretrainedConfig) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,35 +13,22 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionAndFullAtte
 from l2kv import ranks
 from l2kv.errors import SpecError
 from l2kv.heads import of_query_heads, options_of_heads
-from l2kv.policies import POLICIES, Pairs, Policy
-from l2kv.probabilities import OPTIONS, attention_probabilities
-from l2kv.spec import WHOLE, CompressionSpec, Target
+from l2kv.parts import CodedPart, Part, slots_of_latest, take_slots
+from l2kv.policies import POLICIES, WINDOW, Pairs, Policy
+from l2kv.probabilities import OPTIONS, QUERIES, attention_scale, normalised
+from l2kv.spec import WHOLE, CompressionSpec, Target, share
 from l2kv.storage.base import KEYS, RANKS, RECEIVED, VALUES, Storage
 from l2kv.storage.dense import DenseStorage
+from l2kv.storage.formats import Coding, Format, fitted, joined, weightiest_channels
 from l2kv.storage.paged import PagedStorage, Pages
-
-_BLOCK = 128  # queries whose attention is worked out at a time
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Pairs of kv heads that hold the same number each, in storage order."""
-
-    heads: tuple[int, ...]
-    keys: Tensor  # [B, h, held, D]
-    values: Tensor  # [B, h, held, D]
-
-    @property
-    def held(self) -> int:
-        """Number of pairs that each of its heads holds."""
-        return self.keys.shape[2]
 
 
 class CompressedLayer(CacheLayerMixin):
     """The cached pairs of one layer. For inference: no gradient passes.
 
     `keys` and `values` are [B, Hkv, held, D] views in storage order while all heads hold the same number of pairs.
-    After an eviction that leaves some more than others they are None: attention goes by `pages`, or by `parts`.
+    After an eviction that leaves some more than others they are None: attention goes by `pages`, or by `parts`. So they
+    are from the end of the first step on where pairs are stored in fewer bits or channels.
 
     Args:
         spec: what to keep.
@@ -68,6 +55,7 @@ class CompressedLayer(CacheLayerMixin):
         self.special: Tensor | None = None  # [B, seen or more] bool, of tokens, where the policy goes by their ids
         self.unattended = False  # appended to, and attention has not come by yet
         self._stored: Storage | None = None  # nothing before the first token
+        self._coding: Coding | None = None  # of pairs that are not stored as they come
         self._targets: tuple[Target, ...] = ()  # of each kv head
         self._queries: Tensor | None = None  # [B, H, w, D], the last ones
         self._options: dict[str, Any] = {}  # of their attention call
@@ -106,7 +94,7 @@ class CompressedLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append new pairs [B, Hkv, q, D]; return all that is held, or only the new where heads hold different numbers.
+        """Append new pairs [B, Hkv, q, D]; return all that is held, or only the new where that is no rectangle.
 
         Evicts nothing: see `evict`.
         """
@@ -122,7 +110,11 @@ class CompressedLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         else:
-            self._storage.append(keys, values)
+            rows = keys, values
+            if self._coding is not None:
+                rows = self._coding.encode(keys.detach(), values.detach())
+                self._coding = self._coding.after(keys, values)
+            self._storage.append(*rows)
         if self._storage.has(RANKS):
             positions = torch.arange(self.seen, self.seen + keys.shape[2], device=self.device)
             self._storage.fill(RANKS, self._rank(Part(tuple(range(self.n_heads)), keys, values), positions))
@@ -131,14 +123,23 @@ class CompressedLayer(CacheLayerMixin):
         self._show()
 
     def load(self, source: CompressedLayer) -> None:
-        """Begin with what another layer holds, and with what it knows of attention; it is not written to."""
+        """Begin with what another layer holds, and with what it knows of attention; it is not written to.
+
+        Raises:
+            TypeError: that is coded.
+        """
+        if source.coded:
+            raise TypeError(
+                "A cache of fewer bits or channels cannot be compressed again: its keys are not there as they came. "
+                "Compress the full cache."
+            )
         self.dtype, self.device = source.dtype, source.device
         self.seen, self.first_real = source.seen, source.first_real
         self._begin(source._storage.lend())
         self._add_ranks(source.positions())
         if self._policy.needs_received and source._storage.has(RECEIVED):
             self._storage.add_buffer(RECEIVED, source._storage.whole(RECEIVED).clone())
-        if (rows := self._policy.needs_rows) and source._queries is not None:
+        if (rows := self._rows) and source._queries is not None:
             self._queries, self._options = source._queries[:, :, -rows:], source._options
         self._show()
 
@@ -153,15 +154,28 @@ class CompressedLayer(CacheLayerMixin):
         return isinstance(self._stored, PagedStorage)
 
     @property
+    def coded(self) -> bool:
+        """True if the pairs held are in fewer bits or channels than they came in."""
+        return self._coding is not None
+
+    @property
     def pages(self) -> Pages:
         """Slots of a `ragged` layer, as pages."""
         assert isinstance(self._stored, PagedStorage)
         return self._stored.pages
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> Sequence[Part | CodedPart]:
         """Parts of the pairs held: a single one, or one for each kv head of a `ragged` layer."""
-        stored = self._stored
-        return [Part(*part) for part in zip(stored.heads, stored[KEYS], stored[VALUES], strict=True)] if stored else []
+        stored, coding = self._stored, self._coding
+        if stored is None:
+            return []
+        buffers = zip(stored.heads, stored[KEYS], stored[VALUES], strict=True)
+        if coding is None:
+            return [Part(*part) for part in buffers]
+        return [
+            CodedPart(heads, (keys, values), *coding.of(heads), positions)
+            for (heads, keys, values), positions in zip(buffers, self.positions(), strict=True)
+        ]
 
     @property
     def held(self) -> int:
@@ -186,15 +200,14 @@ class CompressedLayer(CacheLayerMixin):
             self.observer(query, options)
         if self._policy.needs_received:
             self._receive(query, options)
-        if rows := self._policy.needs_rows:
+        if rows := self._rows:
             queries = query if self._queries is None else torch.cat([self._queries, query], dim=2)
             self._queries = queries[:, :, -rows:].clone()  # a view would keep all of a prompt's
             self._options = {name: options[name] for name in OPTIONS if name in options}
         if self.seen - self._evicted_at >= self.spec.evict_every:
             self.evict_now()
         else:
-            self._storage.let_go()
-            self._show()
+            self._settle()
 
     def evict_now(self) -> None:
         """Evict now, whenever the last time was."""
@@ -204,19 +217,17 @@ class CompressedLayer(CacheLayerMixin):
         of_heads = list(zip(competing, self._targets, strict=True))
         allowed = {(n, target): self.spec.kept(n, self.seen, target) for n, target in set(of_heads)}
         kept = tuple(allowed[of_head] for of_head in of_heads)
-        if kept == competing:
-            self._storage.let_go()
-        else:
+        if kept != competing:
             self._keep(self._order(), kept)
-        self._show()
+        self._settle()
 
     def _keep(self, order: Tensor, kept: tuple[int, ...]) -> None:
         """Keep so many pairs of each kv head, those of highest rank, and the pinned ones beside them."""
         if self.spec.pinned:
             order, kept = self._pin(order, kept)
         if kept == self._storage.held:  # all that would go are pinned
-            self._storage.let_go()
-        elif self.ragged or len(set(kept)) == 1:
+            return
+        if self.ragged or len(set(kept)) == 1:
             self._storage.keep(order, kept)
         else:
             self._stored = PagedStorage(self._storage, order, kept)
@@ -233,6 +244,49 @@ class CompressedLayer(CacheLayerMixin):
         for i, (head, n) in enumerate(zip(of_heads, kept, strict=True)):
             head[:], self._beside[i] = ranks.pin(head, n, pinned, self._beside[i])
         return order, tuple(n + len(beside) for n, beside in zip(kept, self._beside, strict=True))
+
+    def _settle(self) -> None:
+        """Give up what a step needed and the next does not: numbers as they came, and borrowed memory."""
+        if self.spec.codes_in(self._layer_idx):
+            self._coding = (self._coding or self._coded()).last(self.spec.protect_last)
+        self._storage.let_go()
+        self._show()
+
+    def _coded(self) -> Coding:
+        """Code all that is held, by formats that are fitted to it."""
+        if not self._storage.has(RANKS):
+            self._add_ranks(self.positions())
+        formats, latest = [], []
+        for part, positions in zip(self.parts(), self.positions(), strict=True):
+            slots = slots_of_latest(positions, min(self.spec.protect_last, self.seen))
+            latest.append([take_slots(vectors, slots) for vectors in (part.keys, part.values)])
+            formats.append(self._fitted(part, ranks.in_text(positions, self.first_real) >= 0))
+        of_keys, of_values = (joined(of_parts) for of_parts in zip(*formats, strict=True))
+        keys, values = (torch.cat(of_parts, dim=1) for of_parts in zip(*latest, strict=True))
+        self._storage.recode(KEYS, lambda heads, vectors: of_keys.of(heads).encode(vectors))
+        self._storage.recode(VALUES, lambda heads, vectors: of_values.of(heads).encode(vectors))
+        if not self._policy.needs_rows:
+            self._queries = None
+        return Coding((of_keys, of_values), (keys, values))
+
+    def _fitted(self, part: Part | CodedPart, of_text: Tensor) -> tuple[Format, Format]:
+        """Formats of the keys and the values of a part, fitted to those `of_text` [B, h, held]."""
+        spec, channels, width = self.spec, None, part.keys.shape[-1]
+        if (n := share(spec.key_channels, width)) < width:
+            assert self._queries is not None
+            queries = of_query_heads(self._queries, part.heads, self.n_heads)
+            latest = torch.arange(self.seen - queries.shape[2], self.seen, device=self.device)
+            counting = ranks.in_text(latest.expand(1, 1, -1), self.first_real)[:, 0] >= 0
+            channels = weightiest_channels(queries, part.keys, (counting, of_text), n)
+        of_keys = Format(part.keys.dtype, n, spec.key_bits, channels)
+        of_values = Format(part.values.dtype, part.values.shape[-1], spec.value_bits)
+        return of_keys if spec.key_bits is None else fitted(of_keys, part.keys, of_text), of_values
+
+    @property
+    def _rows(self) -> int:
+        """Number of latest queries that are needed."""
+        narrows = self.spec.key_channels < 1 and self.spec.codes_in(self._layer_idx) and not self.coded
+        return max(self._policy.needs_rows, WINDOW if narrows else 0)
 
     def positions(self) -> list[Tensor]:
         """Positions in the text of the pairs held, per part: int64 [B, h, held] in storage order."""
@@ -251,7 +305,7 @@ class CompressedLayer(CacheLayerMixin):
         of_parts = [self._rank(*of_part) for of_part in zip(self.parts(), positions, strict=True)]
         self._storage.add_buffer(RANKS, self._storage.join(of_parts))
 
-    def _rank(self, part: Part, positions: Tensor) -> Tensor:
+    def _rank(self, part: Part | CodedPart, positions: Tensor) -> Tensor:
         """Ranks of pairs, [B, h, T], as far as they do not depend on other pairs; positions broadcast to that."""
         score = torch.zeros((), device=self.device)
         if self._policy.on_arrival:
@@ -271,8 +325,9 @@ class CompressedLayer(CacheLayerMixin):
             pairs = self._pairs(part, positions)
             if received:
                 pairs = replace(pairs, received=received[i])
-            if self._queries is not None:
-                pairs = replace(pairs, last_rows=self.attention(part, self._queries, 0, positions, self._options))
+            if (rows := self._policy.needs_rows) and self._queries is not None:
+                queries = self._queries[:, :, -rows:]
+                pairs = replace(pairs, last_rows=self.attention(part, queries, 0, positions, self._options))
             of_parts.append(ranks.rank(self._policy.score(pairs), positions, self.first_real))
         return self._protect(storage.join(of_parts))
 
@@ -280,7 +335,7 @@ class CompressedLayer(CacheLayerMixin):
         first, last = self.spec.protect_first, self.spec.protect_last
         return ranks.protect(order, first=first, last=last, seen=self.seen, starts=self.first_real)
 
-    def _pairs(self, part: Part, positions: Tensor) -> Pairs:
+    def _pairs(self, part: Part | CodedPart, positions: Tensor) -> Pairs:
         heads, directions = part.heads, self.spec.directions
         return Pairs(
             keys=part.keys,
@@ -324,12 +379,14 @@ class CompressedLayer(CacheLayerMixin):
             self._storage.add_buffer(RECEIVED, torch.zeros_like(self._storage.whole(RANKS), dtype=torch.float32))
         queries = query.shape[2]
         for part, positions, received in zip(self.parts(), self.positions(), self._storage[RECEIVED], strict=True):
-            for start in range(0, queries, _BLOCK):
-                end = min(start + _BLOCK, queries)
+            for start in range(0, queries, QUERIES):
+                end = min(start + QUERIES, queries)
                 block = self.attention(part, query[:, :, start:end], queries - end, positions, options)
                 received += block.sum(dim=(2, 3))
 
-    def attention(self, part: Part, query: Tensor, later: int, positions: Tensor, options: Mapping[str, Any]) -> Tensor:
+    def attention(
+        self, part: Part | CodedPart, query: Tensor, later: int, positions: Tensor, options: Mapping[str, Any]
+    ) -> Tensor:
         """Attention of queries [B, H, q, D], which `later` others follow, to a part's pairs: [B, h, G, q, held].
 
         `positions` are those of the part, and `options` as for `evict`.
@@ -341,9 +398,8 @@ class CompressedLayer(CacheLayerMixin):
         of_part = of_query_heads(query, part.heads, self.n_heads)
         options = options_of_heads(options, part.heads, self.n_heads)
         shape = (query.shape[0], len(part.heads), -1, query.shape[2], part.held)
-        probabilities = attention_probabilities(
-            of_part, part.keys, lambda scores: scores.view(shape).masked_fill_(hidden, -torch.inf), options
-        )
+        scores = part.scores(of_part, attention_scale(query, options))
+        probabilities = normalised(scores, lambda some: some.view(shape).masked_fill_(hidden, -torch.inf), options)
         # A query of the padding sees nothing at all, and its row is 0 / 0.
         return (probabilities if self.first_real is None else probabilities.nan_to_num(0.0)).view(shape)
 
@@ -362,12 +418,16 @@ class CompressedLayer(CacheLayerMixin):
     @property
     def nbytes(self) -> int:
         """Number of bytes of key and value storage, slack included."""
-        return self._stored.nbytes if self._stored else 0
+        return self._coding_nbytes + (self._stored.nbytes if self._stored else 0)
 
     @property
     def used_nbytes(self) -> int:
         """Number of bytes of the keys and values held, without slack."""
-        return self._stored.used_nbytes if self._stored else 0
+        return self._coding_nbytes + (self._stored.used_nbytes if self._stored else 0)
+
+    @property
+    def _coding_nbytes(self) -> int:
+        return self._coding.nbytes if self._coding else 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refuse to take tokens back. Raises ValueError, unless there are none to take."""
@@ -392,13 +452,14 @@ class CompressedLayer(CacheLayerMixin):
     def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         if self._stored:
             self._stored.map_rows(change)
+            self._coding = self._coding and self._coding.map_rows(change)
             self._show()
         rows = (self._queries, self.first_real, self.special)
         self._queries, self.first_real, self.special = (x if x is None else change(x) for x in rows)
 
     def _show(self) -> None:
-        ragged = self.ragged
-        self.keys, self.values = (None if ragged else self._storage.whole(index) for index in (KEYS, VALUES))
+        no_rectangle = self.ragged or self.coded
+        self.keys, self.values = (None if no_rectangle else self._storage.whole(index) for index in (KEYS, VALUES))
 
 
 class CompressedHybridLayer(CompressedLayer, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc]  # as theirs

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+QUERIES = 128  # queries whose attention is worked out at a time
 OPTIONS = ("scaling", "softcap", "s_aux")
 """Options of transformers' attention call that probabilities depend on."""
 _CAST = 2**20  # numbers of half precision keys that are held in float32 at a time
@@ -26,9 +27,13 @@ def attention_probabilities(
         options: of transformers' attention call: `scaling`, `softcap` (Gemma 2), `s_aux` (the sinks of gpt-oss: a logit
             per head that takes attention and gives nothing).
     """
-    scaling, softcap, sinks = map(options.get, OPTIONS)
-    with torch.autocast(query.device.type, enabled=False):
-        scores = _scores(query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    keys, shape = in_blocks(key), (key.shape[1], key.shape[2])
+    return normalised(attention_scores(query, keys, shape, attention_scale(query, options)), hide, options)
+
+
+def normalised(scores: Tensor, hide: Callable[[Tensor], object], options: Mapping[str, Any]) -> Tensor:
+    """Turn scores [B, H, q, n] into probabilities, as `attention_probabilities`; the scores are written to."""
+    softcap, sinks = options.get("softcap"), options.get("s_aux")
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     hide(scores)
@@ -36,6 +41,40 @@ def attention_probabilities(
         return scores.softmax(dim=-1)
     sink = sinks.float().reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
     return torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :-1]
+
+
+def attention_scale(query: Tensor, options: Mapping[str, Any]) -> float:
+    """Number that an attention call multiplies its scores by."""
+    scaling: float | None = options.get("scaling")
+    return float(query.shape[-1]) ** -0.5 if scaling is None else scaling
+
+
+def attention_scores(query: Tensor, keys: Iterable[Tensor], shape: tuple[int, int], scaling: float) -> Tensor:
+    """Compute scaling * query @ key for queries [B, H, q, D]: float32 [B, H, q, n].
+
+    Args:
+        keys: blocks of the keys, float32 [B, Hkv, some, D], of which one is there at a time.
+        shape: number of kv heads, and of keys.
+    """
+    (batch, heads, queries, width), (kv_heads, n) = query.shape, shape
+    scores = query.new_empty(batch * kv_heads, heads // kv_heads * queries, n, dtype=torch.float32)
+    grouped = query.float().reshape(batch * kv_heads, -1, width)  # query heads that share keys, as queries of one
+    start = 0
+    with torch.autocast(query.device.type, enabled=False):
+        for some in keys:
+            of_some = scores[..., start : start + some.shape[2]]
+            # `alpha`: a query that was scaled before would be rounded once more.
+            of_some.baddbmm_(grouped, some.flatten(0, 1).transpose(1, 2), beta=0, alpha=scaling)
+            start += some.shape[2]
+    return scores.view(batch, heads, queries, n)
+
+
+def in_blocks(vectors: Tensor, decode: Callable[[Tensor], Tensor] = Tensor.float) -> Iterator[Tensor]:
+    """Give out vectors [B, h, n, W] in float32, some at a time where they must be decoded for that."""
+    batch, heads, n, width = vectors.shape
+    whole = vectors.dtype == torch.float32 and decode is Tensor.float
+    step = max(1, n if whole else _CAST // (batch * heads * width))
+    return (decode(vectors[:, :, start : start + step]) for start in range(0, n, step))
 
 
 def hide_unseen(scores: Tensor, first_query: int, window: int = 0) -> None:
@@ -52,16 +91,3 @@ def hide_unseen(scores: Tensor, first_query: int, window: int = 0) -> None:
     if window:
         past = scores.new_ones((queries, n), dtype=torch.bool).tril_(first_query - window)
         scores.masked_fill_(past, -torch.inf)
-
-
-def _scores(query: Tensor, key: Tensor, scaling: float) -> Tensor:
-    """scaling * query @ key, float32 [B, H, q, n]. Keys of another dtype are cast some at a time, and no copy stays."""
-    (batch, heads, queries, head_dim), (_, kv_heads, n, _) = query.shape, key.shape
-    scores = query.new_empty(batch * kv_heads, heads // kv_heads * queries, n, dtype=torch.float32)
-    grouped = query.float().reshape(batch * kv_heads, -1, head_dim)  # query heads that share keys, as queries of one
-    step = max(1, n if key.dtype == torch.float32 else _CAST // (batch * kv_heads * head_dim))
-    for start in range(0, n, step):
-        some = key[:, :, start : start + step].float().flatten(0, 1).transpose(1, 2)
-        # `alpha`: a query that was scaled before would be rounded once more.
-        scores[..., start : start + step].baddbmm_(grouped, some, beta=0, alpha=scaling)
-    return scores.view(batch, heads, queries, n)

@@ -11,10 +11,11 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from l2kv.errors import SpecError
-from l2kv.policies import POLICIES
+from l2kv.policies import POLICIES, WINDOW
 
 SCHEDULES = ("seen", "reference")
 DIRECTIONS = ("low", "high")
+BITS = (8, 4)
 _COUNTS = ("prune_after", "protect_first", "protect_last", "seed")
 
 
@@ -52,6 +53,9 @@ class CompressionSpec:
             | None = None,
             directions: Sequence[Sequence[str]] | None = None,
             seed: int = 0,
+            key_bits: int | None = None,
+            value_bits: int | None = None,
+            key_channels: float = 1.0,
             pinned: Iterable[int] = (),
         ) -> None: ...
 
@@ -62,7 +66,7 @@ class CompressionSpec:
     prune_after: int = 0
     """A head that holds fewer pairs than this evicts nothing."""
     skip_layers: tuple[int, ...] = ()
-    """Skipped layers (0-based): they evict nothing."""
+    """Skipped layers (0-based): they evict nothing, and store all in full."""
     policy: str = "low_norm"
     """Name of a score in `l2kv.POLICIES`."""
     schedule: str = "seen"
@@ -81,6 +85,14 @@ class CompressionSpec:
     """For `signed_norm`: per layer and kv head, whether "low" or "high" norms stay."""
     seed: int = 0
     """Seed of the policy `random`."""
+    key_bits: int | None = None
+    """Bits per number of a stored key, 8 or 4; None keeps the model's dtype.
+
+    Where pairs are stored in fewer bits or channels, the latest `protect_last` tokens are held in full as well."""
+    value_bits: int | None = None
+    """Bits per number of a stored value, 8 or 4; None keeps the model's dtype."""
+    key_channels: float = 1.0
+    """Share of the channels of each key that is stored, those that the latest queries weigh most (ThinK keeps 0.6)."""
     pinned: tuple[int, ...] = ()
     """Positions in the text (0-based) that no head evicts. Where a head would have, it holds them beside what it holds
     without them: they take no other's place. For a batch of one row."""
@@ -94,9 +106,15 @@ class CompressionSpec:
             _check_count("budget", self.budget)
         POLICIES.find(self.policy)
         _check_choice("schedule", self.schedule, SCHEDULES)
+        for name in ("key_bits", "value_bits"):
+            _check_bits(name, getattr(self, name))
+        _check_ratio("key_channels", self.key_channels)
+        if not self.key_channels:
+            raise SpecError("key_channels must be above 0: a key without channels has no attention")
         for name, value in {
             **{name: int(getattr(self, name)) for name in (*_COUNTS, "evict_every")},
             "keep_ratio": float(self.keep_ratio),
+            "key_channels": float(self.key_channels),
             "budget": None if self.budget is None else int(self.budget),
             "skip_layers": _numbers("skip_layers", self.skip_layers, "layer numbers"),
             "layer_ratios": _layer_ratios(self.layer_ratios),
@@ -110,6 +128,25 @@ class CompressionSpec:
                 f"The policy {self.policy} needs directions: for each layer a row that says, for each kv head, "
                 "whether 'low' or 'high' norms are kept."
             )
+
+    @property
+    def codes(self) -> bool:
+        """True if pairs are stored in fewer bits or channels than the model has."""
+        return self.key_bits is not None or self.value_bits is not None or self.key_channels < 1.0
+
+    @property
+    def needs_queries(self) -> bool:
+        """True if it goes by queries, which a full cache does not hold."""
+        return POLICIES[self.policy].needs_received or self.needs_rows > 0
+
+    @property
+    def needs_rows(self) -> int:
+        """Number of latest queries that its policy and its channels go by."""
+        return max(POLICIES[self.policy].needs_rows, WINDOW if self.key_channels < 1.0 else 0)
+
+    def codes_in(self, layer: int) -> bool:
+        """Tell whether a layer stores its pairs so."""
+        return self.codes and layer not in self.skip_layers
 
     def target_of(self, layer: int, head: int) -> Target:
         """Target of one kv head of one layer."""
@@ -237,6 +274,11 @@ def _check_count(name: str, value: object, least: int = 0) -> None:
         raise TypeError(f"{name} must be a whole number, got {value!r}")
     if value < least:
         raise SpecError(f"{name} must {f'be {least} or more' if least else 'not be negative'}, got {value}")
+
+
+def _check_bits(name: str, value: object) -> None:
+    if value is not None and (isinstance(value, bool) or value not in BITS):
+        raise SpecError(f"{name} must be 8, 4 or None (the model's dtype), got {value!r}")
 
 
 def _check_choice(name: str, value: object, choices: Iterable[str]) -> None:

@@ -1,49 +1,36 @@
-"""`make picture`: the README's picture, taken from the app itself in Chromium."""
+"""`make picture`: the pictures of README and docs, taken from the app itself in Chromium."""
 
 from __future__ import annotations
 
+import os
 import shutil
-import subprocess
-import sys
-import urllib.request
+import tempfile
 from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
-PORT = 8599
-TARGET = Path(__file__).parents[1] / "app" / "assets" / "heads.png"
+from analysis.models.packaged import home
+from tests.support.browser import served, settled
+
+TARGET = Path(__file__).parents[1] / "docs" / "pictures"
+PAGES = {"verdict": 900, "explore": 860, "demo": 900}
+"""Page -> height of its picture, px."""
 
 
 def main() -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "streamlit",
-        "run",
-        "app/main.py",
-        "--server.headless=true",
-        f"--server.port={PORT}",
-    ]
-    server = subprocess.Popen(command, cwd=TARGET.parents[2])
-    try:
-        with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-            page = browser.new_page(viewport={"width": 1280, "height": 1290})
-            while True:
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{PORT}/_stcore/health", timeout=1)
-                    break
-                except OSError:
-                    page.wait_for_timeout(200)
-            page.goto(f"http://127.0.0.1:{PORT}")
-            page.locator(".js-plotly-plot").nth(5).wait_for()
-            page.wait_for_selector("[data-test-script-state=notRunning]")
-            page.wait_for_timeout(1500)
-            page.screenshot(path=TARGET)
-            browser.close()
-    finally:
-        server.terminate()
-    print(f"wrote {TARGET}")
+    TARGET.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        os.symlink(home() / "models", Path(folder) / "models")  # in an empty workspace
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        with served(Path(folder), L2KV_DEMO="smollm2") as address:
+            for name, height in PAGES.items():
+                page = browser.new_page(viewport={"width": 1280, "height": height})
+                page.goto(f"{address}/{name}")
+                settled(page)
+                page.wait_for_timeout(2000)  # charts are drawn after their script has ended
+                page.screenshot(path=TARGET / f"{name}.png")
+                print(f"wrote {TARGET / name}.png")
+        browser.close()
 
 
 if __name__ == "__main__":

@@ -173,6 +173,9 @@ def _evaluate(
     skip_layers: options.SkipLayers = "0,1",
     protect_first: options.ProtectFirst = 0,
     protect_last: options.ProtectLast = defaults.RECENT_WINDOW,
+    key_bits: options.KeyBits = None,
+    value_bits: options.ValueBits = None,
+    key_channels: options.KeyChannels = 1.0,
     prune_after: Annotated[int, typer.Option(help="Number of pairs a head must hold before any is evicted.")] = 0,
     schedule: Annotated[
         str | None,
@@ -215,7 +218,13 @@ def _evaluate(
     if documents and chosen.excerpt_tokens:
         given = excerpts_of(loaded, documents, n_tokens=chosen.excerpt_tokens(settings), at_most=excerpts)
     when = schedule or (REFERENCE if getattr(settings, "chunk_size", 0) else SEEN)
-    common = Compression(skip_layers=skip_layers, protect_last=protect_last).spec(loaded.config)
+    common = Compression(
+        skip_layers=skip_layers,
+        protect_last=protect_last,
+        key_bits=key_bits,
+        value_bits=value_bits,
+        key_channels=key_channels,
+    ).spec(loaded.config)
     comparison = compare(
         CacheShape.of(loaded.config, loaded.model.dtype.itemsize),
         replace(common, protect_first=protect_first, prune_after=prune_after, schedule=when),

@@ -163,6 +163,13 @@ PoliciesOfPairs = Annotated[Sequence[str], listed(OF_PAIRS, "Policies to compare
 SkipLayers = Annotated[str, typer.Option(help="Layers to skip, such as 0,1.")]
 ProtectFirst = Annotated[int, typer.Option(help="Number of first tokens that are never evicted.")]
 ProtectLast = Annotated[int, typer.Option(help="Number of latest tokens that are never evicted.")]
+KeyBits = Annotated[
+    int | None, typer.Option(help="Bits per number of a stored key, 8 or 4.", show_default="the model's dtype")
+]
+ValueBits = Annotated[
+    int | None, typer.Option(help="Bits per number of a stored value, 8 or 4.", show_default="the model's dtype")
+]
+KeyChannels = Annotated[float, typer.Option(help="Share of the channels of each key to store (ThinK keeps 0.6).")]
 PlanFile = Annotated[
     Path | None, typer.Option(parser=Path, help="Saved plan to compress by, instead of the options above.")
 ]
@@ -183,6 +190,9 @@ class Compression:
     policy: Policy = "low_norm"
     skip_layers: SkipLayers = ""
     protect_last: ProtectLast = defaults.RECENT_WINDOW
+    key_bits: KeyBits = None
+    value_bits: ValueBits = None
+    key_channels: KeyChannels = 1.0
 
     def spec(self, config: PretrainedConfig) -> CompressionSpec:
         """The compression that was asked for, in the model of a config. Raises UserError, SpecError."""
@@ -191,6 +201,9 @@ class Compression:
             policy=self.policy,
             skip_layers=skip_list(self.skip_layers, n_layers=config.num_hidden_layers),
             protect_last=self.protect_last,
+            key_bits=self.key_bits,
+            value_bits=self.value_bits,
+            key_channels=self.key_channels,
         )
 
 

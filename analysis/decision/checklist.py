@@ -127,7 +127,7 @@ def decide(
     Raises:
         SettingsError: the results are of several models, or of another one.
     """
-    limits, given = limits or Limits(), tuple(results)
+    limits, given = limits or Limits(), tuple(one for one in results if one.rows)  # some have just begun
     _check_one_model(given, weights)
     asked = _checks(given, spec, limits)
     planned = () if plan is None else (*_checks(given, plan, limits), *_fair(given, plan, spec, planned_on))
@@ -285,7 +285,7 @@ def _undefined(asks: str, pairs: _Pairs) -> Check:
 
 def bytes_beside(results: Iterable[Results], plan: CompressionSpec, spec: CompressionSpec) -> float:
     """Bytes that a plan holds over those of a compression, on the task where it is most; NaN if none measured both."""
-    names = [(one, {its: name for name, its in one.methods.items()}) for one in results]
+    names = [(one, {its: name for name, its in one.methods.items()}) for one in results if one.rows]
     both = [(one.nbytes(of[plan]), one.nbytes(of[spec])) for one, of in names if {plan, spec} <= set(of)]
     return max((planned / its for planned, its in both if its), default=nan)
 

@@ -35,6 +35,7 @@ from l2kv.config import CacheShape
 from l2kv.spec import CompressionSpec
 
 if TYPE_CHECKING:
+    from analysis.evaluation.run import Machine
     from analysis.models.load import LoadedModel
     from analysis.workspace import Workspace
 
@@ -181,7 +182,7 @@ class Measurement:
         longest = min(self.loaded.positions - _AFTER, CONTEXTS[0])
         timed = self.sizes.context or min(900, longest)
         one = estimate(self.loaded, "passkey", methods, settings=self._settings("passkey", timed))
-        steps = 2 * RUNS * (WARM_UP + STEPS) / one.decode_rate
+        steps = 2 * RUNS * (WARM_UP + STEPS) * len(methods) / one.decode_rate  # one row takes nearly as long as each
         left = 60 * self.sizes.minutes - sum(seconds.values()) - steps
         fits = [n for n in CONTEXTS if n <= longest and 2 * one.seconds * n / timed <= left]
         begun = (n for n in CONTEXTS if plan and self._file("passkey", n, methods)[1].exists())
@@ -192,10 +193,11 @@ class Measurement:
         known |= {"speed"} if self._known_speed(context) else set()
         return Estimate(context, {stage: taken for stage, taken in seconds.items() if stage not in known})
 
-    def run(self, *, progress: Progress = unheard) -> Evidence:
+    def run(self, *, known: Estimate | None = None, progress: Progress = unheard) -> Evidence:
         """Measure all that the workspace does not have yet.
 
         Args:
+            known: the estimate of an equal measurement, which is not made again then.
             progress: counts seconds of the estimate; an exception cancels, and what was measured is kept.
 
         Raises:
@@ -203,7 +205,8 @@ class Measurement:
         """
         from analysis.evaluation.run import evaluate
 
-        context, stages = self.estimate.context, _Stages(self.estimate, progress)
+        left = known or self.estimate
+        context, stages = left.context, _Stages(left, progress)
         plan = self._known_plan or self._made_plan(stages.of("plan"))
         methods, results = self._methods(plan.spec), []
         for task in ("lm", *RETRIEVAL):
@@ -233,10 +236,10 @@ class Measurement:
         return speed
 
     @cached_property
-    def _weights(self) -> str:
-        from analysis.models.digest import digest_of
+    def _machine(self) -> Machine:
+        from analysis.evaluation.run import Machine
 
-        return digest_of(self.loaded)
+        return Machine.of(self.loaded)
 
     @cached_property
     def _given(self) -> Mapping[str, str]:
@@ -270,9 +273,8 @@ class Measurement:
 
     def _file(self, task: str, context: int, methods: Methods) -> tuple[str, Path]:
         """Id and file of results; the same measurement finds them again."""
-        asked = {"task": task, "settings": self._settings(task, context), "methods": methods, "weights": self._weights}
-        texts = _digest(self._texts_of(task))
-        return self.workspace.results_file({**asked, "texts": texts, "device": str(self.loaded.device)})
+        asked = {"task": task, "settings": self._settings(task, context), "methods": methods}
+        return self.workspace.results_file({**asked, "machine": self._machine, "texts": _digest(self._texts_of(task))})
 
     @cached_property
     def _shape(self) -> CacheShape:
@@ -295,7 +297,7 @@ class Measurement:
     def _asked(self) -> str:
         """Digest of what the plan depends on, which its note ends in."""
         asked = (
-            self._weights,
+            self._machine.weights,
             self._excerpts[0],
             self.spec.policy,
             self.spec.protect_last,
@@ -329,7 +331,7 @@ class Measurement:
 
     def _known_speed(self, context: int) -> Speed | None:
         found = (self.workspace.open(Speed, one.id) for one in self.workspace.entries("speed", model=self.loaded.name))
-        wanted = self._weights, self.spec, context, self.sizes.batch
+        wanted = self._machine.weights, self.spec, context, self.sizes.batch
         return next((one for one in found if (one.weights, one.spec, one.n_tokens, one.batch) == wanted), None)
 
 

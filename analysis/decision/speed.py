@@ -17,6 +17,7 @@ from analysis.progress import Progress, unheard
 from analysis.records import record
 from analysis.words import human_bytes
 from l2kv.config import CacheShape
+from l2kv.policies import POLICIES
 from l2kv.spec import CompressionSpec
 
 if TYPE_CHECKING:
@@ -121,17 +122,13 @@ def measure_speed(
         ModelError: the model cannot be compressed.
     """
     import torch
-    from transformers import DynamicCache
 
-    from analysis.evaluation.run import name_of_device
-    from analysis.models.digest import digest_of
+    from analysis.evaluation.run import Machine
     from analysis.preview import prepared
     from analysis.recorder import check_length
     from analysis.texts.tokens import Tokens, tokenize
-    from l2kv import CompressedCache
-    from l2kv.cache import cache_nbytes
-    from l2kv.decoding import decode_one_token, prefill
-    from l2kv.policies import POLICIES
+    from l2kv.cache import CompressedCache, cache_nbytes
+    from l2kv.decoding import decode_one_token, new_cache, prefill
 
     if n_tokens < 2 or min(batch, steps, runs) < 1:
         raise SettingsError(
@@ -147,15 +144,14 @@ def measure_speed(
         )
     prompt = torch.from_numpy(ids)[None].to(loaded.device)
     with torch.inference_mode(), prepared(loaded):
-        full, special_ids = DynamicCache(config=loaded.config), loaded.special_ids(spec)
-        prefill(loaded.model, prompt[:, :-1], full)
-        if POLICIES[spec.policy].needs_attention:  # it must see the queries, which a stock cache does not keep
-            kept = CompressedCache(loaded.config, spec, special_ids=special_ids)
-            prefill(loaded.model, prompt[:, :-1], kept)
+        context, special_ids = prompt[:, :-1], loaded.special_ids(spec)
+        full = new_cache(loaded.config, None)
+        prefill(loaded.model, context, full)
+        if POLICIES[spec.policy].needs_attention:  # which a full cache does not hold
+            kept = new_cache(loaded.config, spec, special_ids=special_ids)
+            prefill(loaded.model, context, kept)
         else:
-            kept = CompressedCache.from_full(
-                full, loaded.config, spec, input_ids=prompt[:, :-1], special_ids=special_ids
-            )
+            kept = CompressedCache.from_full(full, loaded.config, spec, input_ids=context, special_ids=special_ids)
         for cache in (full, kept):
             cache.batch_repeat_interleave(batch)
         full_nbytes, kept_nbytes = (cache_nbytes(cache, slack=False) for cache in (full, kept))
@@ -179,20 +175,21 @@ def measure_speed(
             seconds.append((one, other))
         progress(2 * runs, 2 * runs, "runs")
     of_full, of_kept = zip(*seconds, strict=True)
+    machine = Machine.of(loaded)
     return Speed(
-        loaded.name,
-        digest_of(loaded),
-        name_of_device(loaded.device),
-        loaded.dtype,
-        torch.get_num_threads(),
-        spec,
-        n_tokens,
-        batch,
-        read_bytes(loaded),
-        full_nbytes,
-        kept_nbytes,
-        of_full,
-        of_kept,
+        model=loaded.name,
+        weights=machine.weights,
+        device=machine.device,
+        dtype=machine.dtype,
+        threads=machine.threads,
+        spec=spec,
+        n_tokens=n_tokens,
+        batch=batch,
+        read_nbytes=read_bytes(loaded),
+        full_nbytes=full_nbytes,
+        kept_nbytes=kept_nbytes,
+        full_seconds=of_full,
+        kept_seconds=of_kept,
     )
 
 

@@ -102,6 +102,7 @@ def compare(
     return Comparison(methods, tuple(notes))
 
 
+_COMMON = ("protect_first", "protect_last", "prune_after", "schedule", "key_bits", "value_bits", "key_channels")
 Make: TypeAlias = Callable[[float], CompressionSpec]
 """Makes the spec of a keep ratio; at a larger one it holds no less."""
 
@@ -133,8 +134,7 @@ def _uniform(spec: CompressionSpec, keep_ratio: float) -> CompressionSpec:
 
 def _allocated(base: CompressionSpec, curves: LossCurves, strategy: str, keep_ratio: float) -> CompressionSpec:
     spec = plan(curves, keep_ratio, strategy).to_spec()
-    common = {name: getattr(base, name) for name in ("protect_first", "protect_last", "prune_after", "schedule")}
-    return replace(spec, **common)
+    return replace(spec, **{name: getattr(base, name) for name in _COMMON})
 
 
 def meeting(payload: int, make: Make, shape: CacheShape, n_tokens: int, *, first: float) -> CompressionSpec:

@@ -143,7 +143,7 @@ class Machine:
     def of(cls, loaded: LoadedModel) -> Machine:
         """This process, with a model."""
         packages = {name: _version_of(name) for name in ("l2kv", "torch", "transformers")}
-        return cls(digest_of(loaded), torch.get_num_threads(), name_of_device(loaded.device), loaded.dtype, packages)
+        return cls(digest_of(loaded), torch.get_num_threads(), _name_of(loaded.device), loaded.dtype, packages)
 
 
 class Workers(Protocol):
@@ -198,7 +198,7 @@ def _run(machine: Machine, task: Task, samples: Sequence[Sample], methods: Metho
     )
 
 
-def name_of_device(device: torch.device) -> str:
+def _name_of(device: torch.device) -> str:
     """Name of a device; of a CPU its instruction set, since rounding depends on it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)

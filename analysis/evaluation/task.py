@@ -66,9 +66,10 @@ class Scoring:
 
 
 RESERVED = {
-    "baselines", "by_position", "context", "device", "excerpts", "help", "json", "keep_ratio", "keep_ratios", "model",
-    "out", "output_dir", "plan", "policies", "protect_first", "protect_last", "prune_after", "ray", "schedule",
-    "settings", "skip_layers", "strategies", "study", "task", "texts", "to", "workers",
+    "baselines", "by_position", "context", "device", "excerpts", "help", "json", "keep_ratio", "keep_ratios",
+    "key_bits", "key_channels", "model", "out", "output_dir", "plan", "policies", "protect_first", "protect_last",
+    "prune_after", "ray", "schedule", "settings", "skip_layers", "strategies", "study", "task", "texts", "to",
+    "value_bits", "workers",
 }  # fmt: skip
 """Names that no setting of a task may have: the command line has options of these names beside it."""
 

@@ -285,6 +285,7 @@ def _kvpress_cannot(spec: CompressionSpec) -> list[tuple[str, bool]]:
         (f"The first {spec.protect_first} tokens are not protected.", spec.protect_first > 0),
         (f"The last {spec.protect_last} tokens are not protected.", spec.protect_last > 0),
         (f"Caches under {spec.prune_after} tokens are not left alone.", spec.prune_after > 0),
+        ("Keys and values are stored in full, not in fewer bits or channels.", spec.codes),
         ("A ratio of the pairs held, anew each time, is not known.", spec.schedule == "reference"),
         ("Pinned tokens may be evicted.", bool(spec.pinned)),
     ]

@@ -11,7 +11,7 @@ import streamlit as st
 
 from analysis import verdicts
 from analysis.decision.checklist import Answer, Check, Decision, Status
-from analysis.decision.evidence import CONTEXTS, Measurement, Sizes
+from analysis.decision.evidence import CONTEXTS, Estimate, Measurement, Sizes
 from analysis.decision.speed import Speed
 from analysis.errors import UserError
 from analysis.models.gpus import GPUS
@@ -44,7 +44,7 @@ _ICON = {
 }
 _STYLE = """<style>
 .st-key-tiles [data-testid="stColumn"] { min-width: min(17rem, 100%); }
-.st-key-checks [data-testid="stColumn"]:last-child { min-width: 6rem; }
+.st-key-measure_sizes [data-testid="stColumn"] { min-width: min(10rem, 100%); }
 </style>"""
 _LENGTHS = (512, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536, 131_072, 1_048_576)
 
@@ -287,10 +287,11 @@ def _measure(engine: Engine, jobs: Jobs) -> None:
     spec, ref = state.uniform_spec(), state.model_ref()
     st.markdown(
         f"Measures **{markup.plain(state.model())}** with {in_words(spec)}, with larger keep ratios, and with a plan "
-        "by kv head of the same bytes: prediction of prose, passkeys, needles, and decoding speed. Nothing is measured "
+        "of the same bytes: prediction of prose, passkeys, needles, and decoding speed. Nothing is measured "
         "twice, and what is measured before you cancel is kept."
     )
-    left, middle, right = st.columns(3)
+    with st.container(key="measure_sizes"):
+        left, middle, right = st.columns(3)
     excerpts = left.number_input("Excerpts", 2, 500, max(16, int(state.LEAST_EXCERPTS.get())), key="verdict_excerpts")
     samples = middle.number_input(
         "Passkeys, and needles", 5, 1000, max(50, int(state.LEAST_SAMPLES.get())), step=5, key="verdict_samples"
@@ -303,7 +304,7 @@ def _measure(engine: Engine, jobs: Jobs) -> None:
         given = documents.ask(few="Half of them are planned on, the others are measured.")
     sizes = Sizes(int(excerpts), int(samples), int(context), int(state.BATCH.get()))
     if st.button("Start", type="primary", icon=":material/play_arrow:", key="verdict_start"):
-        state.JOB.set(start(jobs, ref, spec, sizes, given))
+        state.JOB.set(start(jobs, ref, spec, sizes, given, _ESTIMATES.get().get(_asked(ref, spec, sizes, given))))
         st.rerun()
     try:
         told = _estimate(engine, ref, spec, sizes, given)
@@ -313,29 +314,38 @@ def _measure(engine: Engine, jobs: Jobs) -> None:
     st.markdown(f"Takes {told}.")
 
 
-def start(jobs: Jobs, ref: str, spec: CompressionSpec, sizes: Sizes, texts: Mapping[str, str]) -> str:
+_Asked = tuple[object, ...]
+_ESTIMATES = state.Slot[dict[_Asked, Estimate]]("verdict_estimates", {})
+
+
+def start(
+    jobs: Jobs, ref: str, spec: CompressionSpec, sizes: Sizes, texts: Mapping[str, str], known: Estimate | None
+) -> str:
     """Start the whole measurement, and return the job's id."""
 
     def work(loaded: LoadedModel, progress: Progress) -> str:
-        progress(0, 0, "Timing a few tokens …")
-        Measurement(loaded, spec, library.WORKSPACE, sizes, texts).run(progress=progress)
+        progress(0, 0, "Timing a few tokens …" if known is None else "Planning …")
+        Measurement(loaded, spec, library.WORKSPACE, sizes, texts).run(known=known, progress=progress)
         return library.WORKSPACE.entries("results", model=loaded.name)[0].id
 
     return jobs.start(f"Measuring {state.model()}", ref, work, kind="results").id
 
 
-def _estimate(engine: Engine, ref: str, spec: CompressionSpec, sizes: Sizes, texts: Mapping[str, str]) -> str:
-    """How long it takes, measured once for the same question. Raises UserError, SpecError."""
-    known = state.Slot[dict[object, str]]("verdict_estimates", {})
-    asked = (ref, spec, sizes, tuple(texts))
-    if asked not in known.get():
+def _asked(ref: str, spec: CompressionSpec, sizes: Sizes, texts: Mapping[str, str]) -> _Asked:
+    return ref, spec, sizes, tuple(texts.items()), library.evidence(state.model())
+
+
+def _estimate(engine: Engine, ref: str, spec: CompressionSpec, sizes: Sizes, texts: Mapping[str, str]) -> Estimate:
+    """How long it takes, timed once for the same question. Raises UserError, SpecError."""
+    asked = _asked(ref, spec, sizes, texts)
+    if asked not in _ESTIMATES.get():
         place = st.empty()
 
         def show(done: int, total: int, what: str) -> None:
             place.caption(markup.plain(what))
 
         with st.spinner("Timing a few tokens …", show_time=True), engine.lend(ref, show) as loaded:
-            told = str(Measurement(loaded, spec, library.WORKSPACE, sizes, texts).estimate)
+            found = Measurement(loaded, spec, library.WORKSPACE, sizes, texts).estimate
         place.empty()
-        known.set({**known.get(), asked: told})
-    return known.get()[asked]
+        _ESTIMATES.set({**_ESTIMATES.get(), asked: found})
+    return _ESTIMATES.get()[asked]

@@ -70,6 +70,10 @@ class Storage(ABC):
         """Add a buffer of one more number per pair: RANKS first, then RECEIVED."""
 
     @abstractmethod
+    def recode(self, index: int, encode: Callable[[tuple[int, ...], Tensor], Tensor]) -> None:
+        """Replace the vectors of a buffer by `encode` of kv heads and theirs, [B, h, slots, ...], in free slots too."""
+
+    @abstractmethod
     def keep(self, order: Tensor, kept: Sequence[int]) -> None:
         """Keep the pairs of highest rank of each kv head, and free the slots of the others.
 

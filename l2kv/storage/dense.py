@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -58,6 +58,9 @@ class DenseStorage(Storage):
             self.whole(index)[:] = whole
         else:
             self._buffers.insert(index, whole.contiguous())
+
+    def recode(self, index: int, encode: Callable[[tuple[int, ...], Tensor], Tensor]) -> None:
+        self._buffers[index] = encode(self.heads[0], self._buffers[index])
 
     def keep(self, order: Tensor, kept: Sequence[int]) -> None:
         if len(set(kept)) > 1:

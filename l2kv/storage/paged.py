@@ -124,6 +124,11 @@ class PagedStorage(Storage):
     def add_buffer(self, index: int, whole: Tensor) -> None:
         self._buffers.insert(index, whole[:, 0])
 
+    def recode(self, index: int, encode: Callable[[tuple[int, ...], Tensor], Tensor]) -> None:
+        of_heads = zip(self.heads, self._buffers[index].split(self._capacities, dim=1), strict=True)
+        self._buffers[index] = torch.cat([encode(heads, vectors[:, None])[:, 0] for heads, vectors in of_heads], dim=1)
+        self._known_pages = None
+
     def keep(self, order: Tensor, kept: Sequence[int]) -> None:
         kept = tuple(kept)
         if not self._writable() or with_slack(sum(_capacities(kept)[1])) < sum(self._capacities):

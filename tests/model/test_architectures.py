@@ -9,11 +9,10 @@ import transformers
 from transformers import DynamicCache
 
 from l2kv import CompressedCache, CompressionSpec, UnsupportedModelError
-from l2kv.layer import CompressedLayer
+from tests.support.architecture_oracle import evicting_layers, masked_forward
 from tests.support.architectures import ARCHITECTURES, compress
 from tests.support.decoding import IN_CHUNKS, ONE_BY_ONE, decode
 from tests.support.models import tokens
-from tests.support.oracle import attending, replay, target
 
 COMPRESSED = [name for name, architecture in ARCHITECTURES.items() if architecture.refused is None]
 REFUSED = [name for name, architecture in ARCHITECTURES.items() if architecture.refused is not None]
@@ -23,62 +22,6 @@ REFUSED = [name for name, architecture in ARCHITECTURES.items() if architecture.
 def built(name):
     """The model, built once."""
     return ARCHITECTURES[name].model()
-
-
-def evicting_layers(model):
-    layers = CompressedCache(model.config, CompressionSpec()).layers
-    return [i for i, layer in enumerate(layers) if isinstance(layer, CompressedLayer)]
-
-
-def masked_forward(model, ids, chunks, spec):
-    """Logits [1, T, V] and kept[layer][kv head] -> positions: `tests.support.oracle.masked_forward` of one row, for
-    attention with a soft cap (Gemma 2), with sinks (gpt-oss), and with windows, where nothing is evicted and all that
-    is further away is hidden.
-    """
-    evicting, kept, keys_of = evicting_layers(model), {}, {}
-
-    def attention(module, query, key, value, mask, scaling=None, softcap=None, s_aux=None, sliding_window=None, **_):
-        kv_heads, total, width = key.shape[1:]
-        group = query.shape[1] // kv_heads
-        width_scaling = width**-0.5 if scaling is None else scaling
-        scores = query @ key.repeat_interleave(group, dim=1).transpose(-1, -2) * width_scaling
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
-        odds = scores[0].exp().unflatten(0, (kv_heads, group))  # [Hkv, G, T, T]
-        sinks = torch.zeros(kv_heads, group) if s_aux is None else s_aux.exp().view(kv_heads, group)
-        distance = torch.arange(total)[:, None] - torch.arange(total)
-        seen = [(distance >= 0) & (distance < (sliding_window or total))] * kv_heads
-        layer = next((i for i, keys in keys_of.items() if torch.equal(keys, key)), module.layer_idx)  # it may borrow
-        keys_of[layer] = key
-        if layer in evicting:
-            assert sliding_window is None
-            ranked = (-key[0].pow(2).sum(-1).sqrt()).tolist()
-            if spec.policy == "accumulated":
-                ranked = [received(odds[h], sinks[h]) for h in range(kv_heads)]
-            replayed = [replay(ranked[h], chunks, keep_ratio=target(spec, layer, h)[0]) for h in range(kv_heads)]
-            seen = [torch.tensor(visible) for visible, _ in replayed]
-            kept[layer] = [held for _, held in replayed]
-        odds = odds * torch.stack(seen)[:, None]
-        weights = odds / (odds.sum(-1, keepdim=True) + sinks[..., None, None])
-        return (weights @ value[0, :, None]).flatten(0, 1).transpose(0, 1)[None], None
-
-    with attending(model, attention), torch.no_grad():
-        return model(ids, use_cache=False).logits, kept
-
-
-def received(odds, sinks):
-    """Scores for `replay`: the attention that each token held has got so far from the queries [G, T, T] of one head."""
-    total, start = torch.zeros(odds.shape[-1]), 0
-
-    def scores(held, seen):
-        nonlocal start
-        for query in range(start, seen):  # what is held now is what they saw, but for those to come
-            keys = [p for p in held if p <= query]
-            total[keys] += (odds[:, query, keys] / (odds[:, query, keys].sum(-1) + sinks)[:, None]).sum(0)
-        start = seen
-        return total.tolist()
-
-    return scores
 
 
 def uniform(model):

@@ -23,7 +23,7 @@ from l2kv import (
 )
 from l2kv.layer import CompressedLayer
 from l2kv.policies import Pairs
-from l2kv.probabilities import attention_probabilities
+from l2kv.probabilities import normalised
 from tests.support.models import build, tokens
 from tests.support.oracle import attending, replay, target
 
@@ -50,6 +50,7 @@ class Head:
     spec: CompressionSpec
     filter: list | None
     ids: list
+    values: list
 
 
 def norm(vector):
@@ -130,6 +131,22 @@ def rule_of_accumulated(head):
     return scores
 
 
+def rule_of_q_hitter(head):
+    attention_so_far = rule_of_accumulated(head)
+    ranges = [{p: max(x) - min(x) for p, x in enumerate(vectors)} for vectors in (head.keys, head.values)]
+
+    def scaled(numbers, held):
+        low, high = min(numbers[p] for p in held), max(numbers[p] for p in held)
+        return {p: (numbers[p] - low) / (high - low) if high > low else 0.0 for p in held}
+
+    def scores(held, seen):
+        received = scaled(attention_so_far(held, seen), held)
+        of_keys, of_values = (scaled(of_each, held) for of_each in ranges)
+        return {p: received[p] + 1 - (of_keys[p] + of_values[p]) / 2 for p in held}
+
+    return scores
+
+
 def rule_of_window(head):
     def smoothed(votes, text):
         near = [[votes[p] for p in text[max(0, i - 2) : i + 3]] for i in range(len(text))]
@@ -177,7 +194,15 @@ def by_the_rule(model, ids, chunks, spec, filters=None):
                 ratio, budget = target(spec, layer, h)
                 of_filter = None if filters is None else filters[layer, h].tolist()
                 head = Head(
-                    layer, h, key[b, group[0]].tolist(), [logits[g] for g in group], logits, spec, of_filter, of_row
+                    layer,
+                    h,
+                    key[b, group[0]].tolist(),
+                    [logits[g] for g in group],
+                    logits,
+                    spec,
+                    of_filter,
+                    of_row,
+                    value[b, group[0]].tolist(),
                 )
                 visible, held = replay(
                     RULES[spec.policy](head),
@@ -264,7 +289,7 @@ def test_a_policy_keeps_what_its_paper_says_and_decodes_as_if_the_rest_were_mask
 
 
 def test_attention_worked_out_in_blocks_adds_up_to_the_same(gqa, monkeypatch):
-    monkeypatch.setattr("l2kv.layer._BLOCK", 7)
+    monkeypatch.setattr("l2kv.layer.QUERIES", 7)
     spec, ids = spec_of("accumulated", budget=9), tokens(gqa, sum(IN_CHUNKS))
     cache = CompressedCache(gqa.config, spec)
     decode(gqa, ids, IN_CHUNKS, cache)
@@ -404,8 +429,8 @@ def forbid_attention(monkeypatch):
         raise AssertionError("attention was worked out")
 
     for module in [m for name, m in sys.modules.items() if name.split(".")[0] == "l2kv"]:
-        if getattr(module, "attention_probabilities", None) is attention_probabilities:
-            monkeypatch.setattr(module, "attention_probabilities", refuse)
+        if getattr(module, "normalised", None) is normalised:
+            monkeypatch.setattr(module, "normalised", refuse)
 
 
 @pytest.mark.parametrize("name", WITHOUT_ATTENTION)

@@ -40,8 +40,8 @@ def every_policy() -> list[CompressionSpec]:
 
 
 def assert_same(found, expected):
-    """Equal to 1e-5 of the largest logit: products are summed in another order where a batch has more rows."""
-    torch.testing.assert_close(found, expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
+    """Equal to 2e-5 of the largest logit: products are summed in another order where a batch has more rows."""
+    torch.testing.assert_close(found, expected, atol=2e-5 * float(expected.abs().max()), rtol=0)
 
 
 def filled(model, ids, spec) -> CompressedCache:

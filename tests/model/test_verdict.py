@@ -88,19 +88,19 @@ class StoppedError(Exception):
     """The user has cancelled."""
 
 
-def test_cancelled_between_two_passkeys_it_goes_on_from_there(loaded, measured, tmp_path):
+def test_cancelled_amid_prediction_it_goes_on_with_the_plan_that_it_had(loaded, measured, tmp_path):
     workspace, stages = Workspace(tmp_path), []
 
     def stop(done, total, what):
         stages.append(what)
-        if stages.count("s of work (passkey)") > 10:
+        if stages.count("s of work (lm)") > 10:
             raise StoppedError
 
     with pytest.raises(StoppedError):
         Measurement(loaded, HALF, workspace, SMALL, strategies=FEW).run(progress=stop)
     assert [entry.kind for entry in workspace.entries()] == ["results", "plan"]
     left = Measurement(loaded, HALF, workspace, SMALL, strategies=FEW)
-    assert list(left.estimate.seconds) == ["passkey", "needle", "speed"]
+    assert list(left.estimate.seconds) == ["lm", "passkey", "needle", "speed"]
     scores = [[row.score for row in one.rows] for one in left.run().results]
     assert scores == [[row.score for row in one.rows] for one in measured[0].results]
 

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from analysis.decision.checklist import Answer, Limits, Status, decide
+from analysis.decision.evidence import Evidence
 from analysis.decision.speed import Speed
 from analysis.errors import SettingsError
 from analysis.evaluation.results import FULL
 from analysis.evaluation.tasks import TASKS
+from analysis.plans.skip import Plan
 from analysis.records import load, save
 from tests.support.decision import HALF, PLAN, found, lm, results
 
@@ -76,6 +78,8 @@ def test_too_few_samples_say_how_many_are_missing():
     assert "4 more excerpts, 30 more passkeys, 50 needles" in decision.why
     assert decide([lm(*[0.0] * 12), *GOOD[1:]], HALF, limits=Limits(least_excerpts=12)).answer is Answer.GO
     assert decide([], HALF).answer is Answer.NOT_YET
+    begun = results("lm", {FULL: (None, []), "it": (HALF, []), "plan": (PLAN, [])})
+    assert Evidence((begun,), (Plan("tiny", PLAN),)).decide(HALF).answer is Answer.NOT_YET
 
 
 def test_a_failure_is_an_answer_though_the_rest_is_not_measured():

@@ -47,6 +47,13 @@ CURVE = Curve("m", (Point(0.5, CompressionSpec(keep_ratio=0.5, skip_layers=(0, 3
 TABLE = Table(("a", "b"), np.arange(6, dtype=np.float32).reshape(2, 3), np.array([1, 2]))
 
 
+def test_a_spec_that_was_written_before_pairs_had_formats_opens_as_it_was():
+    older = json.loads(to_json(CURVE))
+    for field in ("key_bits", "value_bits", "key_channels"):
+        del older["points"][0]["spec"][field]
+    assert from_json(Curve, json.dumps(older)) == CURVE
+
+
 def written(**changes) -> str:
     return json.dumps(json.loads(to_json(CURVE)) | changes)
 
