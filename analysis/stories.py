@@ -20,7 +20,8 @@ def name_of(spec: CompressionSpec) -> str:
     """Name a compressed cache: "low norm, 50% kept"."""
     kept = f"{spec.keep_ratio:.0%} kept" if spec.budget is None else f"{spec.budget} tokens kept"
     by = " by kv head" if spec.head_ratios else " by layer" if spec.layer_ratios else ""
-    return f"{spec.policy.replace('_', ' ')}, {kept}{by}"
+    bits = [f", {what}s in {n} bits" for what, n in (("key", spec.key_bits), ("value", spec.value_bits)) if n]
+    return f"{spec.policy.replace('_', ' ')}, {kept}{by}{''.join(bits)}"
 
 
 @dataclass(frozen=True, slots=True)

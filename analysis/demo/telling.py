@@ -46,7 +46,10 @@ def begin(
         answer_at=answer_at,
         heads=heads_that_evict(loaded),
         counted_dtype=loaded.dtype,
-        dtype=dtype or loaded.dtype,
+        # Pairs in fewer bits take what they take, whatever the dtype of the rest.
+        dtype=loaded.dtype
+        if any(spec.key_bits or spec.value_bits for spec in specs.values())
+        else dtype or loaded.dtype,
         ended=False,
     )
 

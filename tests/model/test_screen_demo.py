@@ -1,11 +1,13 @@
 """The page Demo: stories replay without a model, tasks are scored, and a chat lives on in its caches."""
 
 import shutil
+import time
 
 import pytest
 from streamlit.testing.v1 import AppTest
 
 from analysis.demo.presets import Preset
+from analysis.plans.skip import Plan
 from analysis.stories import Story
 from analysis.workspace import Workspace
 from app import library
@@ -128,6 +130,40 @@ def test_a_second_compression_stands_beside_the_first_and_text_that_was_edited_i
     assert [cache.spec.policy for cache in story.caches[1:]] == ["low_norm", "random"] and story.answer == ""
     assert page.selectbox(key="live_preset").value == "My own text"
     assert "<script" not in stage(page).split("</style>")[1] and "<img" not in stage(page)
+
+
+def test_the_plan_in_force_is_told_with_and_another_compression_beside_it(monkeypatch, workspace):
+    offer(monkeypatch, Preset("No task", SEA))
+    spec = CompressionSpec(layer_ratios={0: 0.9, 1: 0.1}, protect_last=4)
+    plan = workspace.add(Plan("books-5m", spec), name="plan").id
+    page = opened(demo="Live", beside="random", plan=plan)
+    page.number_input(key="live_new").set_value(2).run()
+    page.button(key="tell_story").click().run()
+    assert [told.name for told in page.session_state["demo_told"].caches[1:]] == [
+        "low norm, 50% kept by layer",
+        "random, 50% kept",
+    ]
+
+
+def test_a_plan_for_more_layers_than_the_model_has_gets_an_answer(monkeypatch, workspace):
+    offer(monkeypatch, Preset("No task", SEA))
+    plan = workspace.add(Plan("books-5m", CompressionSpec(layer_ratios={40: 0.5})), name="plan").id
+    page = opened(demo="Live", plan=plan)
+    page.button(key="tell_story").click().run()
+    assert not page.exception and len(page.error) == 1 and not workspace.entries("story")
+
+
+def test_each_cache_is_timed_alone_as_a_job_and_the_story_keeps_the_rates(workspace):
+    page = opened()
+    page.button(key="time_story").click().run()
+    for _ in range(600):
+        page.run()
+        if "job" not in page.query_params:
+            break
+        time.sleep(0.2)
+    (entry,) = workspace.entries("story")
+    assert all(told.tokens_per_second > 0 for told in workspace.open(Story, entry.id).caches)
+    assert "tokens/s alone" in stage(page) and not page.exception
 
 
 @pytest.mark.parametrize("prompt", ["", " ", "\\ud800", "a"])

@@ -67,6 +67,7 @@ def test_a_story_is_read_as_it_was_written(tmp_path):
     [
         (CompressionSpec(keep_ratio=0.25, policy="high_norm"), "high norm, 25% kept"),
         (CompressionSpec(budget=100), "low norm, 100 tokens kept"),
+        (CompressionSpec(key_bits=8), "low norm, 50% kept, keys in 8 bits"),
         (CompressionSpec(head_ratios={(0, 0): 0.5}), "low norm, 50% kept by kv head"),
     ],
 )
