@@ -173,22 +173,23 @@ def _in_words(story: Story) -> None:
     last = story.n_steps - 1
     if story.why:
         st.caption(markup.plain(story.why))
-    if story.answer and not story.score(0, last):
+    scores = [story.score(i, last) for i in range(len(story.caches))]
+    if scores[0] is False:
         st.markdown(
             f"The full cache does not give **{markup.plain(story.answer)}** either, so this says nothing of "
             "compression: take a task that the model solves."
         )
-    elif story.answer:
-        for i, cache in enumerate(story.caches[1:], 1):
-            found = "found" if story.score(i, last) else "not found"
-            held = story.answer_held(i, last)
-            why = f" Its tokens are held by {held:.0%} of the heads." if held is not None else ""
-            (st.success if story.score(i, last) else st.error)(
-                f"{markup.plain(cache.name.capitalize())}: **{markup.plain(story.answer)} {found}**, with "
-                f"{human_bytes(story.nbytes(i, last))} in place of {human_bytes(story.nbytes(0, last))} "
-                f"({story.share(i, last):.0%} of the full cache).{why}",
-                icon=":material/check_circle:" if story.score(i, last) else ":material/cancel:",
-            )
+    for i, cache in enumerate(story.caches[1:], 1):
+        if scores[0] is False or scores[i] is None:
+            continue
+        held = story.answer_held(i, last)
+        why = f" Its tokens are held by {held:.0%} of the heads." if held is not None else ""
+        (st.success if scores[i] else st.error)(
+            f"{markup.plain(cache.name.capitalize())}: **{markup.plain(story.answer)} "
+            f"{'found' if scores[i] else 'not found'}**, with {human_bytes(story.nbytes(i, last))} in place of "
+            f"{human_bytes(story.nbytes(0, last))} ({story.share(i, last):.0%} of the full cache).{why}",
+            icon=":material/check_circle:" if scores[i] else ":material/cancel:",
+        )
     same = ", ".join(
         f"{markup.plain(story.caches[i].name)} {agreed} of {counted(of, 'token')}"
         for i in range(1, len(story.caches))
@@ -244,14 +245,14 @@ def _ask_sampling(key: str) -> tuple[int, Sampling]:
     """Ask how long, and how tokens are drawn. Raises SettingsError."""
     from analysis.preview import Sampling
 
-    new = st.number_input("New tokens", 1, 512, 48, 16, key=f"{key}_new", persist_state="session")
-    left, middle, right = st.columns(3)
-    temperature = left.number_input(
-        "Temperature", 0.0, 2.0, 0.0, 0.1, key=f"{key}_temperature", help="0 takes the most probable token.",
-        persist_state="session",
-    )  # fmt: skip
-    top_p = middle.number_input("Top-p", 0.05, 1.0, 1.0, 0.05, key=f"{key}_top_p", persist_state="session")
-    seed = right.number_input("Seed", 0, 2**31 - 1, 0, key=f"{key}_seed", persist_state="session")
+    with st.container(horizontal=True):
+        new = st.number_input("New tokens", 1, 512, 48, 16, key=f"{key}_new", persist_state="session", width=120)
+        temperature = st.number_input(
+            "Temperature", 0.0, 2.0, 0.0, 0.1, key=f"{key}_temperature", help="0 takes the most probable token.",
+            persist_state="session", width=120,
+        )  # fmt: skip
+        top_p = st.number_input("Top-p", 0.05, 1.0, 1.0, 0.05, key=f"{key}_top_p", persist_state="session", width=120)
+        seed = st.number_input("Seed", 0, 2**31 - 1, 0, key=f"{key}_seed", persist_state="session", width=120)
     return int(new), Sampling(temperature, top_p, int(seed))
 
 
@@ -314,7 +315,8 @@ def _ask_prompt(engine: Engine, ref: str, chosen: Preset) -> Preset:
         st.file_uploader("Or upload a text", type="txt", key="live_file", on_change=uploaded)
         uploads.show_refused()
         chat = _ask_template(engine, ref)
-        preset = Preset(chosen.name, plain_text(prompt), chosen.why, None, answer.strip(), chat)
+        why = chosen.why if chosen.spec in (None, state.spec()) else ""  # it was measured with that compression
+        preset = Preset(chosen.name, plain_text(prompt), why, None, answer.strip(), chat)
         _length(engine, ref, preset)
     return preset
 

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from dataclasses import replace
 
 import pytest
 from streamlit.testing.v1 import AppTest
@@ -164,6 +165,17 @@ def test_each_cache_is_timed_alone_as_a_job_and_the_story_keeps_the_rates(worksp
     (entry,) = workspace.entries("story")
     assert all(told.tokens_per_second > 0 for told in workspace.open(Story, entry.id).caches)
     assert "tokens/s alone" in stage(page) and not page.exception
+
+
+def test_a_story_that_was_cancelled_leaves_its_task_open():
+    page = opened("smollm2")
+    story = page.session_state["story_id"]
+    cut = library.opened(Story, story)
+    cut = replace(cut, ended=False, caches=tuple(replace(told, steps=told.steps[:1]) for told in cut.caches))
+    page.session_state["demo_told"] = cut
+    page.segmented_control(key="demo_mode").set_value("Live").run()
+    assert "Cancelled: what was written until then is kept." in said(page)
+    assert not (page.success or page.error or page.exception) and "does not give" not in said(page)
 
 
 @pytest.mark.parametrize("prompt", ["", " ", "\\ud800", "a"])
