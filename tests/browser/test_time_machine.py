@@ -1,94 +1,43 @@
-"""The strip of the eviction time machine in a real Chromium: keyboard, speed, hostile tokens, themes and widths."""
+"""The eviction time machine in a real Chromium: keys, speed, links, hostile tokens, themes and widths, and a story."""
 
-import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 
 import pytest
 
-from analysis import records
-from tests.support.paths import ROOT
-from tests.support.timelines import HOSTILE, invented
+from analysis.workspace import Workspace
+from app.components.markup import visible
+from tests.support.browser import served, settled
+from tests.support.timelines import HOSTILE, TEXT, invented
 
 pytestmark = [
     pytest.mark.xdist_group("browser"),
     pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on this machine (apt install chromium)"),
 ]
-PAGE = """
-import os
-import streamlit as st
-from analysis import records
-from analysis.timelines import Timeline
-from app.components import timeline
-
-st.set_page_config(layout="wide")
-recorded = st.cache_resource(records.load)(Timeline, os.environ["RECORDED"])
-chosen = st.session_state.setdefault("chosen", ())
-timeline.strip(recorded, key="strip", chosen=chosen, on_choose=lambda tokens: st.session_state.update(chosen=tokens))
-st.text(f"chosen: {list(chosen)}")
-"""
 
 
 @pytest.fixture(scope="module")
 def recorded():
-    return invented(3600, 12, 388, layers=30, kv_heads=3)  # 4,000 tokens of a SmolLM2
+    return invented(3600, 12, 388, layers=30, kv_heads=3)  # 4,000 tokens in as many heads as SmolLM2 has
 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory, recorded):
-    folder = tmp_path_factory.mktemp("strip")
-    (folder / "page.py").write_text(PAGE, encoding="utf-8")
-    path = records.save(recorded, folder / "recorded.safetensors")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = {"server.headless": "true", "server.port": port, "server.address": "127.0.0.1"}
-    command = [sys.executable, "-m", "streamlit", "run", str(folder / "page.py"), "--browser.gatherUsageStats=false"]
-    server = subprocess.Popen(
-        command + [f"--{name}={value}" for name, value in options.items()],
-        cwd=ROOT, env=os.environ | {"RECORDED": str(path), "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(300):
-            try:
-                urllib.request.urlopen(f"{url}/_stcore/health", timeout=1)
-                break
-            except OSError:
-                assert server.poll() is None, server.stdout.read()
-                time.sleep(0.1)
-        yield url
-    finally:
-        server.terminate()
-        log = server.communicate(timeout=20)[0]
-    assert "Traceback" not in log, log
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
+    home = tmp_path_factory.mktemp("home")
+    id = Workspace(home / "workspace").add(recorded, name="<b>4,000 tokens</b>").id
+    with served(home) as url:
+        yield f"{url}/explore?model=books-5m&timeline={id}"
 
 
 def opened(browser, address, *, width=1400, theme="light"):
-    page = browser.new_page(viewport={"width": width, "height": 1000}, color_scheme=theme)
+    page = browser.new_context(viewport={"width": width, "height": 1000}, color_scheme=theme).new_page()
     page.set_default_timeout(60_000)
     page.failures = []
     page.on("pageerror", lambda error: page.failures.append(str(error)))
     page.on("dialog", lambda dialog: (page.failures.append(dialog.message), dialog.dismiss()))
-    page.on("console", lambda said: said.type == "error" and page.failures.append(said.text))
     page.goto(address)
     page.locator("input.step").wait_for()
-    page.wait_for_function("document.querySelector('[data-test-script-state=notRunning]')")
+    settled(page)
     return page
 
 
@@ -97,7 +46,7 @@ def page(browser, address):
     page = opened(browser, address)
     yield page
     assert not page.failures
-    page.close()
+    page.context.close()
 
 
 def step(page):
@@ -168,21 +117,40 @@ def test_the_held_share_of_a_token_is_told_at_each_step(page, recorded):
 
 
 def label(token):
-    from app.components.markup import visible
-
     return visible(HOSTILE[token % len(HOSTILE)])
 
 
-def test_a_click_chooses_a_token_a_second_with_ctrl_joins_it_and_enter_does_both(page):
+def chosen(page, tokens):
+    """The address names these tokens, once the page has come to rest."""
+    page.wait_for_url(re.compile(f"tokens={tokens}(&|$)"))
+    settled(page)
+
+
+def test_a_click_chooses_a_token_ctrl_another_enter_too_and_a_link_shows_them(page, browser):
     strip = page.get_by_role("slider", name="Token")
     strip.click(position={"x": 44, "y": 5})
-    page.get_by_text("chosen: [5]").wait_for()
+    chosen(page, "5")
     strip.click(position={"x": 100, "y": 5}, modifiers=["Control"])
-    page.get_by_text("chosen: [5, 12]").wait_for()
+    chosen(page, "5%2C12")
     strip.press("ArrowRight")
     strip.press("Enter")
-    page.get_by_text("chosen: [13]").wait_for()
+    chosen(page, "13")
     assert step(page) == 1  # what was scrubbed to stays, whatever the page draws again
+    other = opened(browser, page.url)
+    other.get_by_text("Heads that hold token 13 to the end").wait_for()
+    assert not other.failures
+    other.context.close()
+
+
+def test_its_keys_do_not_move_the_head_that_is_open(page):
+    before = page.locator(".st-key-explore h4").first.inner_text()
+    slider, strip = page.get_by_role("slider", name="Step of the generation"), page.get_by_role("slider", name="Token")
+    for part in (slider, strip):
+        part.focus()
+        for key in ("ArrowRight", "ArrowDown", "Shift+ArrowRight", "End"):
+            part.press(key)
+    settled(page)
+    assert page.locator(".st-key-explore h4").first.inner_text() == before
 
 
 def test_tokens_that_mean_harm_are_text(page):
@@ -192,9 +160,9 @@ def test_tokens_that_mean_harm_are_text(page):
         strip.press("Home")
         for _ in range(token):
             strip.press("ArrowRight")
-        assert page.locator(".about").inner_text().startswith(f"Token {token} “{shown}”")
-    assert page.locator(".text img, .text script, .about img").count() == 0
-    assert label(0) in page.locator(".text").inner_text()
+        assert page.locator("p.about").inner_text().startswith(f"Token {token} “{shown}”")
+    assert page.locator("p.text img, p.text script, p.about img").count() == 0
+    assert label(0) in page.locator("p.text").inner_text()
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -207,16 +175,39 @@ def test_it_fits_and_is_drawn_in_both_themes(browser, address, theme, width):
         "c => new Set(new Uint32Array(c.getContext('2d').getImageData(0, 0, c.width, c.height).data.buffer)).size"
     )
     assert pixels > 10
-    colours = page.locator(".about").evaluate(
+    colours = page.locator("p.about").evaluate(
         "e => [getComputedStyle(e).color, getComputedStyle(document.body).backgroundColor]"
     )
     text, ground = (luminance(*map(int, re.findall(r"\d+", colour)[:3])) for colour in colours)
     assert (max(text, ground) + 0.05) / (min(text, ground) + 0.05) >= 4.5
     assert not page.failures
-    page.close()
+    page.context.close()
 
 
 def luminance(*rgb):
     """Relative luminance, by WCAG 2.2."""
     linear = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in rgb]
     return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def test_a_generation_is_recorded_scrubbed_and_asked_what_if(page):
+    shown = re.search(r"timeline=(\w+)", page.url)[0]
+    page.get_by_role("button", name="Record a generation").click()
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_role("textbox", name="Prompt", exact=True).fill(TEXT)
+    continuation = dialog.get_by_role("textbox", name="Continuation to predict (optional)")
+    continuation.fill(" He looked at the sea.")
+    continuation.press("Tab")
+    dialog.get_by_text("the recording takes about").wait_for()
+    settled(page)
+    dialog.get_by_role("button", name="Start").click()
+    page.wait_for_url(lambda url: shown not in url)
+    settled(page)
+    slider = page.get_by_role("slider", name="Step of the generation")
+    slider.press("End")
+    assert "held; " not in slider.get_attribute("aria-valuetext")  # nothing comes after the last token
+    page.locator(".st-key-ask_all button").click()
+    page.get_by_text(re.compile("had it stayed .* nats/token")).first.wait_for()
+    settled(page)
+    page.locator("[class*=st-key-missed_] button").first.click()
+    page.get_by_text(re.compile("^Had it stayed: [+−]")).wait_for()
