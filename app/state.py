@@ -195,7 +195,7 @@ POLICY = Slot("policy", "low_norm", Param("policy", one_of(tuple(POLICIES)), alw
 KEEP_RATIO = Slot("keep_ratio", defaults.KEEP_RATIO, Param("keep", _within(0.01, 1, float), "{:g}".format, always=True))
 PROTECT_LAST = Slot("protect_last", defaults.RECENT_WINDOW, Param("window", _within(0, 4096), always=True))
 PROTECT_FIRST = Slot("protect_first", 0, Param("first", _within(0, 4096)))
-SKIP_LAYERS = Slot[Sequence[int]]("skip_layers", (), Param("skip", _layers, _numbers, always=True))
+SKIP_LAYERS = Slot[Sequence[int]]("skip_layers", defaults.SKIP_LAYERS, Param("skip", _layers, _numbers, always=True))
 CACHE_DTYPE = Slot("bytes_dtype", "", Param("dtype", one_of(("", *DTYPES))))
 """Dtype that bytes are counted in; empty: the model's own."""
 

@@ -20,6 +20,7 @@ from analysis.statistics import LEVEL, spearman
 from analysis.ties import levelled
 
 DRAWS = 20
+MOST = 0.9  # share of a total that is called most of it
 HARDLY = 0.1  # a share of the attention below which a first token is hardly a sink
 
 
@@ -159,6 +160,38 @@ def zeroing(vectors: HeadVectors, head: int, peaks: tuple[int, ...], *, draws: i
     tried = [Zeroed(d, *_effect(vectors, head, k)) for d, k in zip(choices, variants, strict=True)]
     maps = [pooled_attention(vectors, head, keys=each) for each in variants[:3]]
     return Zeroing(tried[0], tried[1], tuple(tried[2:]), vectors.n_tokens, maps[0][1], *(pooled for pooled, _ in maps))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Channels:
+    """How few of the D dimensions (channels) of a head carry its logits and its keys. Shares that sum to 1, [D].
+
+    Source: ThinK (Xu et al., arXiv 2407.21018), which drops the channels of least magnitude.
+    """
+
+    magnitude: np.ndarray  # |Q_d| |K_d| of each channel: the Frobenius norm of its part of all logits
+    energy: np.ndarray  # squared singular values of the keys, the largest first
+
+    def __str__(self) -> str:
+        by_magnitude, by_energy = (_needed(np.sort(shares)[::-1]) for shares in (self.magnitude, self.energy))
+        return (
+            f"{by_magnitude} of {len(self.magnitude)} channels carry {MOST:.0%} of the logits' magnitude, and "
+            f"{by_energy} "
+            f"directions carry {MOST:.0%} of the keys' energy."
+        )
+
+
+def channels(vectors: HeadVectors, head: int) -> Channels:
+    """Measure the channels of a head, over all tokens."""
+    keys, queries = (x.astype(np.float64) for x in (vectors.keys_of(head), vectors.queries[head]))
+    magnitude = np.linalg.norm(queries, axis=0) * np.linalg.norm(keys, axis=0)
+    energy = np.linalg.svd(keys, compute_uv=False) ** 2
+    return Channels(magnitude / max(magnitude.sum(), 1e-30), energy / max(energy.sum(), 1e-30))
+
+
+def _needed(shares: np.ndarray) -> int:
+    """Number of the first shares that it takes to reach `MOST`."""
+    return min(int(np.searchsorted(shares.cumsum(), MOST - 1e-9)) + 1, len(shares))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -44,22 +44,31 @@ export default function ({{ data, parentElement, setTriggerValue }}) {{
     setTriggerValue("pressed", held.pressed)
     held.pressed = []
   }}
+  const point = () => {{ held.pointed = true }}
   const listen = event => {{
     const at = event.composedPath()[0]
+    if (event.key === "Tab") held.pointed = false
     if (event.ctrlKey || event.metaKey || event.altKey || dialog.open || !(at instanceof Element)) return
-    const own = "input, textarea, select, [contenteditable], [role=slider], [role=listbox], [role=tab], " +
-      "[role=radio], [role=menu], [role=dialog], [role=application], [data-testid=stDataFrame]"
-    if (at.closest(own) || at.getRootNode().host?.closest(own)) return
+    const within = selector => at.closest(selector) ?? at.getRootNode().host?.closest(selector)
+    const field = "input, textarea, select, [contenteditable], [role=slider], [role=listbox], [role=menu], " +
+      "[role=dialog], [role=application], [data-testid=stDataFrame]"
+    // Arrows move within a group that was reached by keyboard; one that was clicked is done with.
+    if (within(field) || (within("[role=radio], [role=tab]") && !held.pointed)) return
     if (event.key === "?") open()
     else if (known.has(event.key)) {{
       if (!held.pressed.length) setTimeout(() => held.send(), {_PAUSE})
       held.pressed.push(event.key)
     }} else return
     event.preventDefault()
+    event.stopPropagation()
   }}
   hint.onclick = open
-  document.addEventListener("keydown", listen)
-  return () => document.removeEventListener("keydown", listen)
+  document.addEventListener("pointerdown", point, true)
+  document.addEventListener("keydown", listen, true)
+  return () => {{
+    document.removeEventListener("pointerdown", point, true)
+    document.removeEventListener("keydown", listen, true)
+  }}
 }}
 """,
 )

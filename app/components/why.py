@@ -22,7 +22,7 @@ from app.jobs import Jobs
 if TYPE_CHECKING:
     from analysis.models.load import LoadedModel
     from analysis.paper.vectors import HeadVectors
-    from analysis.paper.why import Factors, SinkKey, Zeroing
+    from analysis.paper.why import Channels, Factors, SinkKey, Zeroing
     from analysis.progress import Progress
 
 _MOST_LAYERS = 4  # whose vectors are kept, some megabytes each
@@ -35,6 +35,7 @@ class _Found:
 
     key: SinkKey
     zeroing: Zeroing
+    channels: Channels
     factors: Factors  # of all heads of the layer
 
 
@@ -76,6 +77,7 @@ def draw(side: str, layer: int, head: int, jobs: Jobs) -> None:
         },
     )
     _zeroed(side, named, found.zeroing)
+    _channels(side, named, found.channels)
     of_length, of_direction = found.factors.without_length[0, head], found.factors.without_direction[0, head]
     if np.isfinite([of_length, of_direction]).all():
         st.markdown(
@@ -105,17 +107,31 @@ def _zeroed(side: str, named: str, found: Zeroing) -> None:
     )
 
 
+def _channels(side: str, named: str, found: Channels) -> None:
+    shares = {
+        "logits' magnitude, by channel": np.sort(found.magnitude)[::-1].cumsum(),
+        "keys' energy, by direction": found.energy.cumsum(),
+    }
+    show(
+        figures.channel_shares(shares),
+        key=f"why_channels_{side}",
+        alt=f"Share that the largest channels and directions of {named} carry",
+        caption=f"{found} The largest first, added up (ThinK's channel magnitudes; singular values of the keys).",
+        table={"number": np.arange(1, len(found.magnitude) + 1)} | shares,
+    )
+
+
 def _share(part: float, whole: float) -> str:
     return f"{part / whole:.0%}" if whole > 0 else "none"
 
 
 @library.remembered
 def _found(run_id: str, layer: int, head: int) -> _Found:
-    from analysis.paper.why import factors, sink_key, zeroing
+    from analysis.paper.why import channels, factors, sink_key, zeroing
 
     vectors = _VECTORS[run_id, layer]
     key = sink_key(vectors, head)
-    return _Found(key, zeroing(vectors, head, key.peaks), factors(vectors))
+    return _Found(key, zeroing(vectors, head, key.peaks), channels(vectors, head), factors(vectors))
 
 
 def _start(jobs: Jobs, run_id: str, layer: int) -> str:

@@ -11,7 +11,7 @@ from app.figures.comparing import gamma_spread, verdict_bars
 from app.figures.evaluation import Curve, length_depth_maps, score_by_bytes, score_by_position
 from app.figures.layers import kept_by_layer, layer_alr, layer_costs, means_by_layer
 from app.figures.maps import direction_map, head_map, ratio_map
-from app.figures.paper import excess_loss, key_dimensions, zeroed_dimensions
+from app.figures.paper import channel_shares, excess_loss, key_dimensions, zeroed_dimensions
 from app.figures.planes import factor_plane, gamma_against, head_quadrant
 from app.figures.plans import Line, front
 from app.figures.texts import head_over_texts, order_agreement
@@ -20,6 +20,7 @@ from app.figures.tokens import gamma_by_query, loss_curves, norm_and_attention, 
 __all__ = [
     "Curve",
     "Line",
+    "channel_shares",
     "direction_map",
     "excess_loss",
     "factor_plane",

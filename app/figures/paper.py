@@ -63,6 +63,25 @@ def key_dimensions(sink: np.ndarray, others: np.ndarray, spread: np.ndarray, pea
     return figure
 
 
+def channel_shares(shares: Mapping[str, np.ndarray]) -> go.Figure:
+    """Share that the largest 1..D channels carry together, [D] each, by name: two at most, beside an even one."""
+    figure = new_figure(height=300, hovermode="x unified")
+    lines = ((PRIMARY, "solid"), (CONTRAST, "dash"))
+    for (name, values), (color, dash) in zip(shares.items(), lines, strict=False):
+        figure.add_scatter(
+            x=np.arange(1, len(values) + 1), y=values, mode="lines", name=name, hovertemplate="%{y:.1%}",
+            line=dict(color=color, width=2.5, dash=dash),
+        )  # fmt: skip
+    n = max((len(values) for values in shares.values()), default=1)
+    even = dict(x=[0, n], y=[0, 1], mode="lines", name="all alike", hoverinfo="skip")
+    figure.add_scatter(**even, line=dict(color=FULL_GREY, width=1.5, dash="dot"))
+    figure.update_layout(
+        xaxis=axis("number of channels or directions", range=[0, n], tickformat="d"),
+        yaxis=axis("share of the total", range=[0, 1.04], tickformat=".0%"),
+    )
+    return figure
+
+
 def zeroed_dimensions(measures: Mapping[str, tuple[float | None, float, np.ndarray]]) -> go.Figure:
     """Effect of zeroing the peaked dimensions, against as many random ones: a row for each measure, shares of 0 to 1.
 

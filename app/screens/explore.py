@@ -58,10 +58,7 @@ def draw(engine: Engine, jobs: Jobs) -> None:
                 icon=":material/article:",
             )
             return
-        # What is shown by default is chosen now: a link then names it, and the parts below need not look for it.
-        state.RUN.set(state.run_id())
-        if state.OVER.get() == "many texts":
-            state.STUDY.set(state.study_id())
+        state.RUN.set(state.run_id())  # chosen now, so that the parts below need not look for the latest
         run = library.run(state.run_id())
         state.choose_head(*state.chosen_head())
         _say(run)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from math import inf, log
+from math import log
 from typing import TYPE_CHECKING
 
 import streamlit as st
@@ -14,18 +13,14 @@ from analysis.decision.checklist import Answer, Check, Decision, Status
 from analysis.decision.evidence import CONTEXTS, Estimate, Measurement, Sizes
 from analysis.decision.speed import Speed
 from analysis.errors import UserError
-from analysis.models.gpus import GPUS
-from analysis.models.memory import DTYPES
-from analysis.models.sizes import checkpoint_dtype, weights_bytes
-from analysis.plans.export import Saving, library_code, savings
+from analysis.plans.export import Saving, library_code
 from analysis.plans.skip import Plan
-from analysis.words import human_bytes, signed
+from analysis.words import signed
 from app import library, state
-from app.components import documents, markup
+from app.components import documents, markup, savings
 from app.engine import Engine
 from app.header import in_words
 from app.jobs import Jobs
-from l2kv.config import CacheShape
 from l2kv.errors import SpecError
 from l2kv.spec import CompressionSpec
 
@@ -46,7 +41,6 @@ _STYLE = """<style>
 .st-key-tiles [data-testid="stColumn"] { min-width: min(17rem, 100%); }
 .st-key-measure_sizes [data-testid="stColumn"] { min-width: min(10rem, 100%); }
 </style>"""
-_LENGTHS = (512, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536, 131_072, 1_048_576)
 
 
 def draw(engine: Engine, jobs: Jobs, pages: Mapping[str, StreamlitPage]) -> None:
@@ -68,9 +62,8 @@ def draw(engine: Engine, jobs: Jobs, pages: Mapping[str, StreamlitPage]) -> None
         quality, memory, fast = st.columns(3)
     with quality.container(border=True, height="stretch", key="tile_quality"):
         _quality(decision)
-    saving = None
     with memory.container(border=True, height="stretch", key="tile_memory"):
-        saving = _memory(engine, chosen)
+        saving = savings.tile(engine, chosen)
     with fast.container(border=True, height="stretch", key="tile_speed"):
         _speed(jobs, asked, speed, saving)
     _heads(pages)
@@ -82,6 +75,7 @@ def draw(engine: Engine, jobs: Jobs, pages: Mapping[str, StreamlitPage]) -> None
     if decision.plan_checks:
         _checklist("With a plan of the same bytes", decision.plan_checks, pages)
     _script(chosen)
+    savings.table(engine, chosen)
 
 
 # --------------------------------------------------------------------------------------------------------- the answer
@@ -128,72 +122,6 @@ def _quality(decision: Decision) -> None:
         st.caption(f"95 % × {ends.low:.3f} to {ends.high:.3f}; {nats}; {prediction.n} excerpts")
     for check, noun in zip(retrieval, ("Passkeys", "Needles"), strict=True):
         st.markdown(f"{_ICON[check.status]} {noun}: {markup.plain(check.short or 'not yet measured')}")
-
-
-@dataclass(frozen=True, slots=True)
-class _Sizes:
-    """What arithmetic on a cache needs to know of a model."""
-
-    shape: CacheShape
-    weights: int | None
-    """Bytes of its weights; None if they are not on this machine."""
-
-
-def _sizes(engine: Engine) -> _Sizes | None:
-    """Sizes of the model on screen, in its own dtype or the chosen one; None where nothing tells."""
-    ref = state.model_ref()
-    try:
-        dtype, weights = checkpoint_dtype(ref), weights_bytes(ref)
-    except UserError:  # it was run once, and is gone
-        dtype, weights = None, None
-    own = dtype if dtype in DTYPES else "bfloat16"
-    itemsize = DTYPES[state.CACHE_DTYPE.get() or own]
-    if run := state.run():
-        return _Sizes(replace(run.cache_shape, itemsize=itemsize), weights)
-    found = engine.tokenizer_and_config(ref)
-    return None if found is None else _Sizes(CacheShape.of(found[1], itemsize), weights)
-
-
-def _memory(engine: Engine, spec: CompressionSpec) -> Saving | None:
-    st.markdown("**Memory**")
-    sizes = _sizes(engine)
-    if sizes is None:
-        st.caption("Sizes are told once the model, or a run of it, is here.")
-        return None
-    if not sizes.shape.layers:
-        st.markdown("Nothing to save: every layer has a sliding window, so its cache is bounded already.")
-        return None
-    gpu, n = GPUS[state.GPU.get()], int(state.CACHE_TOKENS.get())
-    row = savings(
-        sizes.shape, spec, weights_bytes=sizes.weights or 0, gpu_bytes=gpu.nbytes, bandwidth=gpu.bandwidth,
-        lengths=(n,), batch=int(state.BATCH.get()),
-    )[0]  # fmt: skip
-    dtype = next(name for name, size in DTYPES.items() if size == sizes.shape.itemsize)
-    st.metric(
-        f"Cache of {n:,} tokens, {state.CACHE_DTYPE.get() or dtype}",
-        f"{human_bytes(row.full_bytes)} → {human_bytes(row.kept_bytes)}",
-    )
-    st.caption(f"{1 - row.kept_bytes / row.full_bytes:.0%} saved".replace("%", " %") + f", batch {state.BATCH.get()}")
-    if sizes.weights is None:
-        st.markdown("The weights are not on this machine, so what fits beside them is not told.")
-    else:
-        fits = [inf if count is None else count for count in (row.full_fits, row.kept_fits)]
-        st.markdown(
-            f"Fits {markup.plain(state.GPU.get())}: {fits[0]:,} → **{fits[1]:,} sequences**, beside weights of "
-            f"{human_bytes(sizes.weights)}"
-        )
-    with st.popover("GPU, tokens, dtype", icon=":material/tune:"):
-        st.selectbox("GPU", list(GPUS), **state.GPU.widget())
-        st.selectbox(
-            "Tokens of each sequence", sorted({*_LENGTHS, n}), format_func="{:,}".format, **state.CACHE_TOKENS.widget()
-        )
-        st.number_input("Sequences at once", 1, 4096, **state.BATCH.widget())
-        st.selectbox(
-            "Cache in", ["", *DTYPES], format_func=lambda name: name or "the model's own dtype",
-            **state.CACHE_DTYPE.widget(),
-        )  # fmt: skip
-        st.caption("Arithmetic: activations and the allocator's waste are not counted.")
-    return row if sizes.weights is not None else None
 
 
 def _speed(jobs: Jobs, asked: CompressionSpec, speed: Speed | None, saving: Saving | None) -> None:

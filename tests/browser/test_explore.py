@@ -15,6 +15,13 @@ pytestmark = [
 LEFT, RIGHT, TOP, BOTTOM = 38, 6, 22, 58  # of the map's frame, around its cells
 
 
+@pytest.fixture
+def explore(page, address):
+    page.goto(f"{address}/explore")
+    settled(page)
+    return page
+
+
 def click_cell(page, layer, head, n_layers=6, n_heads=8):
     box = page.locator(".st-key-map_chart canvas").first.bounding_box()
     x = box["x"] + LEFT + (box["width"] - LEFT - RIGHT) * (head + 0.5) / n_heads
@@ -32,7 +39,8 @@ def opens(page, name):
     settled(page)
 
 
-def test_a_click_opens_a_head_a_second_one_keeps_it_and_the_link_shows_it_to_another(page, browser):
+def test_a_click_opens_a_head_a_second_one_keeps_it_and_the_link_shows_it_to_another(explore, browser):
+    page = explore
     for layer, head in ((4, 6), (0, 3), (5, 0), (5, 0)):
         click_cell(page, layer, head)
         opens(page, f"L{layer} KV{head // 2} Q{head}")
@@ -55,7 +63,8 @@ def test_a_click_opens_a_head_a_second_one_keeps_it_and_the_link_shows_it_to_ano
     other.context.close()
 
 
-def test_arrows_move_the_cell_brackets_the_query_and_a_question_mark_lists_the_keys(page):
+def test_arrows_move_the_cell_brackets_the_query_and_a_question_mark_lists_the_keys(explore):
+    page = explore
     click_cell(page, 2, 2)
     opens(page, "L2 KV1 Q2")
     for key in ("ArrowRight", "ArrowRight", "ArrowDown", "ArrowLeft"):
@@ -64,7 +73,11 @@ def test_arrows_move_the_cell_brackets_the_query_and_a_question_mark_lists_the_k
     page.keyboard.press("[")
     page.get_by_text(re.compile(r"Attention of token \d+")).wait_for()
     page.keyboard.press("]")
-    page.get_by_text("Attention of the next token").wait_for()
+    page.get_by_text(re.compile("^Attention of the next token")).wait_for()
+    page.get_by_role("radio", name="Queries", exact=True).click()
+    page.get_by_text("Γ of each of the last").wait_for()
+    page.keyboard.press("ArrowUp")  # after a click on a control, too
+    opens(page, "L2 KV1 Q3")
     page.keyboard.press("?")
     assert page.get_by_role("dialog", name="Keys of this page").get_by_text("next query head").is_visible()
     page.keyboard.press("Escape")
@@ -72,10 +85,11 @@ def test_arrows_move_the_cell_brackets_the_query_and_a_question_mark_lists_the_k
     page.keyboard.press("ArrowDown")  # of the list, not of the map
     page.keyboard.press("Escape")
     settled(page)
-    assert open_head(page) == "L3 KV1 Q3"
+    assert open_head(page) == "L2 KV1 Q3"
 
 
-def test_each_chart_is_had_as_csv_json_and_png(page):
+def test_each_chart_is_had_as_csv_json_and_png(explore):
+    page = explore
     for chart in ("map_chart", "by_position_a"):
         page.locator(f".st-key-{chart}_data button").first.click()
         for kind in ("CSV", "JSON", "PNG"):
@@ -94,7 +108,8 @@ def test_each_chart_is_had_as_csv_json_and_png(page):
         settled(page)
 
 
-def test_texts_are_studied_cancelled_and_continued(page, tmp_path):
+def test_texts_are_studied_cancelled_and_continued(explore, tmp_path):
+    page = explore
     files = [tmp_path / "one.txt", tmp_path / "two.txt"]
     for i, file in enumerate(files):
         file.write_text(" ".join(f"The {i} old man of {n} looked at the sea." for n in range(400)))

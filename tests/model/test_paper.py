@@ -16,7 +16,7 @@ from analysis.models.load import LoadedModel
 from analysis.paper import experiments
 from analysis.paper.figures import FIGURES, VERSION, best_and_worst, four_heads, over_chunks, reproduce, to_json
 from analysis.paper.vectors import attention_rows, each_layer, head_vectors, pooled_attention
-from analysis.paper.why import Factors, factors, sink_head, sink_key, zeroing
+from analysis.paper.why import Factors, channels, factors, sink_head, sink_key, zeroing
 from app import figures
 from app.report import paper
 from app.report.writing import document
@@ -248,6 +248,25 @@ def _zeroed(vectors, dimensions):
 
 
 # factors
+
+
+def test_channels_are_shares_of_the_logits_and_of_the_keys():
+    vectors = made_up(n=9)
+    found = channels(vectors, 3)
+    parts = [np.outer(vectors.queries[3][:, d], vectors.keys_of(3)[:, d]) for d in range(8)]  # of all logits
+    norms = [math.sqrt(sum(x * x for x in part.ravel().tolist())) for part in parts]
+    np.testing.assert_allclose(found.magnitude, np.array(norms) / sum(norms), rtol=1e-5)
+    keys = vectors.keys_of(3).astype(float)
+    eigenvalues = np.sort(np.linalg.eigvalsh(keys.T @ keys))[::-1]
+    np.testing.assert_allclose(found.energy, eigenvalues / np.square(keys).sum(), rtol=1e-5)
+
+
+def test_keys_of_two_directions_have_their_energy_there():
+    flat = made_up(n=30)
+    flat.keys[:, :, 2:] = 0
+    found = channels(flat, 0)
+    assert found.energy[:2].sum() == pytest.approx(1) and found.magnitude[2:].sum() == 0
+    assert "2 of 8 channels carry 90% of the logits' magnitude, and 2 directions" in str(found)
 
 
 @pytest.mark.parametrize("window", [0, 6])

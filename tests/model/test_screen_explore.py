@@ -346,6 +346,8 @@ def test_the_vectors_of_a_layer_are_got_by_a_job_and_explain_all_its_heads():
     for head in (2, 5):
         page.selectbox(key=state.HEAD.key).set_value(head).run()
         assert not page.exception
-        assert {"why_key_a", "why_zeroed_a"} < {chart.key for chart in page.get("plotly_chart")} | {""}
+        assert {"why_key_a", "why_zeroed_a", "why_channels_a"} < {chart.key for chart in page.get("plotly_chart")} | {
+            ""
+        }
         assert "Zeroing dimensions" in told(page) and "of the last query's attention would move" in told(page)
     why._VECTORS.clear()

@@ -8,7 +8,7 @@ from analysis.plans.skip import Plan
 from analysis.workspace import Workspace
 from app import state
 from tests.support.decision import HALF, PLAN, found, lm, results
-from tests.support.paths import ROOT
+from tests.support.paths import BUNDLED, ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -131,9 +131,20 @@ def test_a_file_that_cannot_be_read_counts_for_nothing(workspace):
 
 
 def test_a_model_without_files_here_still_has_its_run(monkeypatch, workspace):
-    monkeypatch.setattr("app.screens.verdict.checkpoint_dtype", _missing)
+    monkeypatch.setattr("app.components.savings.checkpoint_dtype", _missing)
     said = words(opened())
     assert "The weights are not on this machine" in said
+
+
+def test_another_model_is_sized_by_its_config_alone_and_a_bad_one_is_refused():
+    app = opened()
+    app.text_area(key="config_text").set_value((BUNDLED / "config.json").read_text()).run()
+    assert not app.exception
+    columns = app.dataframe[0].value
+    # 6 layers of 4 kv heads of 32 numbers, keys and values, 2 bytes
+    assert next(iter(columns["full cache"])) == "12.0 MiB" == f"{4096 * 6 * 4 * 32 * 2 * 2 / 2**20:.1f} MiB"
+    app.text_area(key="config_text").set_value('{"model_type": "bert"}').run()
+    assert not app.exception and app.error
 
 
 def _missing(ref):
