@@ -10,8 +10,8 @@ KEEP_RATIO = 0.5
 RECENT_WINDOW = 32
 """Latest tokens that are never evicted (`protect_last`).
 
-Measured on SmolLM2 at half the cache (docs/results.md): fewer cost prediction, and more cost what was said earlier. It is
-the largest of 8, 32 and 128 with which all passkeys of 400 tokens were found.
+Measured on SmolLM2 at half the cache (docs/results.md): fewer cost prediction, and more cost what was said earlier. It
+is the largest of 8, 32 and 128 with which all passkeys of 400 tokens were found.
 """
 SKIP_LAYERS: tuple[int, ...] = ()
 """Layers that are not compressed. In the same measurement skipping the paper's 0 and 1, which takes 7 % more bytes,
