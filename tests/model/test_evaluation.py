@@ -611,7 +611,7 @@ def test_the_presets_that_are_shipped_can_be_read():
         assert len(names) == len(set(names)) >= 3
 
 
-def test_the_demo_command_writes_presets_a_run_and_a_recorded_generation_or_nothing(
+def test_the_demo_command_writes_presets_a_run_and_a_timeline_or_nothing(
     tmp_path, capsys, monkeypatch, says
 ):
     (tmp_path / "texts").mkdir()
