@@ -1,46 +1,71 @@
-"""Greedy generation over several caches side by side, full and compressed, token by token.
+"""Generation over several caches side by side, full and compressed, token by token: of one text, or turn by turn.
 
 All of the prompt but its last token is run and compressed; the last token is decoded over what is left. So even the
-first new token comes from the compressed cache.
+first new token comes from the compressed cache. In a chat the caches live on, and each turn runs its new tokens alone.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache
 
-from analysis.errors import ModelError
-from analysis.evaluation.prompts import prompt_tokens
+from analysis.errors import ModelError, SettingsError
+from analysis.evaluation.prompts import next_turn_ids, prompt_tokens
 from analysis.models.load import LoadedModel
 from analysis.models.memory import memory_errors
 from analysis.progress import Progress, unheard
 from analysis.recorder import check_length
+from analysis.stories import Step
 from analysis.texts.tokens import Tokens
 from l2kv import CompressedCache, CompressionSpec, UnsupportedModelError, compressible
 from l2kv.cache import cache_nbytes
-from l2kv.decoding import decode_one_token, new_cache, prefill
+from l2kv.config import CacheShape
+from l2kv.decoding import new_cache, prefill
 from l2kv.hooks import Attention, attention_hook
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """A new token, and the state of the cache after it."""
+class Sampling:
+    """How the next token is drawn from the model's prediction.
 
-    token_ids: tuple[int, ...]  # of all new tokens
-    text: str  # all new tokens, without special ones such as the end token
-    held: tuple[int, ...]  # tokens in the cache, per layer
-    nbytes: int  # bytes of the keys and values of those tokens
-    slack_nbytes: int  # bytes of storage reserved for more
-    finished: bool  # the model ended its text here
+    All columns draw by the same random numbers, so they part only where their predictions do.
+    """
+
+    temperature: float = 0.0
+    """0 takes the most probable token."""
+    top_p: float = 1.0
+    """Only the most probable tokens that make up this share are drawn from."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature <= 10:
+            raise SettingsError(f"temperature must be from 0 to 10, got {self.temperature:g}")
+        if not 0 < self.top_p <= 1:
+            raise SettingsError(f"top_p must be above 0 and at most 1, got {self.top_p:g}")
+
+    def draw(self, logits: Tensor, step: int) -> int:
+        """Draw a token by its logits [vocabulary]; the same step draws by the same random number."""
+        if not self.temperature:
+            return int(logits.argmax())
+        share, order = torch.softmax(logits.double() / self.temperature, -1).sort(descending=True, stable=True)
+        below = share.cumsum(-1)
+        share = torch.where(below - share < self.top_p, share, 0.0)
+        below = share.cumsum(-1)
+        number = np.random.default_rng((self.seed, step)).random() * float(below[-1])
+        return int(order[int(torch.searchsorted(below, number, right=True).clamp(max=len(order) - 1))])
 
 
-@torch.inference_mode()  # as a decorator it is on only while the generator runs, not between its steps
+GREEDY = Sampling()
+
+
 def stream(
     loaded: LoadedModel,
     prompt: str,
@@ -48,6 +73,8 @@ def stream(
     *,
     max_new_tokens: int,
     chat: bool = False,
+    sampling: Sampling = GREEDY,
+    count_heads: bool = False,
     progress: Progress = unheard,
 ) -> Generator[tuple[Step, ...], None, None]:
     """Generate side by side, and yield the state of every column after each new token; the spec None is the full cache.
@@ -57,54 +84,161 @@ def stream(
 
     Args:
         chat: put the prompt to the model as a user's question, by its chat template.
+        sampling: how tokens are drawn.
+        count_heads: count at each step the heads that hold each token of the prompt.
         progress: counts layers while the prompt is read into one cache after the other.
 
     Raises:
         TextError, OutOfMemoryError: as `capture`.
         ModelError: the model cannot be compressed.
-        ValueError: a spec does not fit the model.
+        SpecError: a spec does not fit the model.
     """
-    tokens = prompt_tokens(loaded.tokenizer, prompt, chat=chat)
-    check_length(loaded, tokens, new_tokens=max_new_tokens)
+    ids = prompt_tokens(loaded.tokenizer, prompt, chat=chat).ids
+    columns = _columns(loaded, specs, len(ids) if count_heads else 0)
+    yield from _turn(loaded, columns, [ids] * len(columns), max_new_tokens, sampling, progress)
+
+
+class Chat:
+    """A chat over several caches, full and compressed, which live on between its turns. Keeps no model.
+
+    Each column has its own answers, and so its own memory of the chat.
+
+    Args:
+        specs: what to keep in each column; None is the full cache.
+    """
+
+    def __init__(self, specs: Sequence[CompressionSpec | None]) -> None:
+        self.specs = tuple(specs)
+        self.turns: list[tuple[str, tuple[Step, ...]]] = []
+        """Messages of the user, each with the answers to it, which grow token by token."""
+        self._columns: list[_Column] = []
+
+    def say(
+        self,
+        loaded: LoadedModel,
+        message: str,
+        *,
+        max_new_tokens: int,
+        sampling: Sampling = GREEDY,
+        progress: Progress = unheard,
+    ) -> Generator[tuple[Step, ...], None, None]:
+        """Answer a message, as `stream`. An answer that is stopped stays in the caches as far as it got.
+
+        Raises:
+            TextError: the message is empty, the model has no chat template, or one that takes a single message only.
+            OutOfMemoryError, ModelError, SpecError: as `stream`; the chat then has to begin anew.
+        """
+        if not self._columns:
+            columns = _columns(loaded, self.specs)
+            ids = [prompt_tokens(loaded.tokenizer, message, chat=True).ids] * len(columns)
+        else:
+            columns, further = self._columns, next_turn_ids(loaded.tokenizer, message)
+            ids = [column.continued(further) for column in columns]
+        self._columns = []  # until they have read it: half a message cannot be answered
+        turns, self.turns = self.turns, []
+        for steps in _turn(loaded, columns, ids, max_new_tokens, sampling, progress):
+            self._columns, self.turns = columns, [*turns, (message, steps)]
+            yield steps
+
+
+def tokens_per_second(
+    loaded: LoadedModel, prompt: str, spec: CompressionSpec | None, *, chat: bool = False, new_tokens: int = 24
+) -> float:
+    """Decode with one cache alone, and return the median rate of its tokens. Raises as `stream`."""
+    times = [time.perf_counter()]
+    # A text that ends at once would time nothing: what is written is no matter.
+    for _ in stream(loaded, prompt, [spec], max_new_tokens=new_tokens, chat=chat):
+        times.append(time.perf_counter())
+    later = np.diff(times[1:] if len(times) > 2 else times)  # the first one reads the prompt
+    return float(1 / np.median(later))
+
+
+@torch.inference_mode()  # as a decorator it is on only while the generator runs, not between its steps
+def _turn(
+    loaded: LoadedModel,
+    columns: Sequence[_Column],
+    ids: Sequence[np.ndarray],
+    max_new_tokens: int,
+    sampling: Sampling,
+    progress: Progress,
+) -> Generator[tuple[Step, ...], None, None]:
+    """Let each column read its tokens, then all of them write in step."""
+    for column, further in zip(columns, ids, strict=True):
+        tokens = np.concatenate([np.array(column.seen, np.int64), further])
+        check_length(loaded, Tokens(tokens, np.zeros((len(tokens), 2), np.int32), ()), new_tokens=max_new_tokens)
     with prepared(loaded):
-        with _watched(loaded, len(specs), progress):
-            columns = [_Column(loaded, tokens, spec) for spec in specs]
+        with _watched(loaded, len(columns), progress):
+            for column, further in zip(columns, ids, strict=True):
+                column.read(loaded, further)
         for _ in range(max_new_tokens):
-            yield tuple(column.step() for column in columns)
+            yield tuple(column.step(loaded, sampling) for column in columns)
             if all(column.finished for column in columns):
                 return
 
 
+def _columns(loaded: LoadedModel, specs: Sequence[CompressionSpec | None], counted: int = 0) -> list[_Column]:
+    try:
+        return [_Column(loaded, spec, counted) for spec in specs]
+    except UnsupportedModelError as error:
+        raise ModelError(str(error)) from error
+
+
 class _Column:
-    def __init__(self, loaded: LoadedModel, tokens: Tokens, spec: CompressionSpec | None) -> None:
-        self._loaded = loaded
+    """A cache, and what was written with it since it read last."""
+
+    def __init__(self, loaded: LoadedModel, spec: CompressionSpec | None, counted: int) -> None:
         self._cache = new_cache(loaded.config, spec, special_ids=loaded.special_ids(spec))
-        ids = torch.from_numpy(tokens.ids)[None].to(loaded.device)
-        prefill(loaded.model, ids[:, :-1], self._cache)
-        self._next, self._new = ids[:, -1:], list[int]()
+        self._counted = counted  # tokens whose heads are counted
+        self.seen = list[int]()  # tokens in the cache, evicted or not
+        self._next, self._new = 0, list[int]()
         self._last: Step | None = None
-        self._ends = end_tokens(loaded)
 
     @property
     def finished(self) -> bool:
         return self._last is not None and self._last.finished
 
-    def step(self) -> Step:
+    def continued(self, further: np.ndarray) -> np.ndarray:
+        """Tokens to read in the next turn: the latest that was written, which is not in the cache yet, and `further`.
+
+        `further` begins with the end of an answer, which may have been written already.
+        """
+        again = bool(self.finished and len(further) and further[0] == self._next)
+        return np.concatenate([[self._next], further[1:] if again else further]).astype(np.int64)
+
+    def read(self, loaded: LoadedModel, ids: np.ndarray) -> None:
+        self._last, self._new = None, []
+        if len(ids) > 1:
+            prefill(loaded.model, torch.from_numpy(ids[:-1])[None].to(loaded.device), self._cache)
+        self.seen += ids[:-1].tolist()
+        self._next = int(ids[-1])
+
+    def step(self, loaded: LoadedModel, sampling: Sampling) -> Step:
         if self._last is not None and self._last.finished:
             return self._last
-        self._next = decode_one_token(self._loaded.model, self._next, self._cache)
-        self._new.append(int(self._next))
-        finished, nbytes = self._new[-1] in self._ends, cache_nbytes(self._cache, slack=False)
+        logits = next_logits(loaded, self._next, self._cache)
+        self.seen.append(self._next)
+        self._next = sampling.draw(logits, len(self._new))
+        self._new.append(self._next)
+        finished, nbytes = self._next in end_tokens(loaded), cache_nbytes(self._cache, slack=False)
         shown = self._new[:-1] if finished else self._new
         self._last = Step(
             token_ids=tuple(self._new),
-            text=whole_characters(str(self._loaded.tokenizer.decode(shown, skip_special_tokens=True))),
+            seen=len(self.seen),
+            text=whole_characters(str(loaded.tokenizer.decode(shown, skip_special_tokens=True))),
             held=_held(self._cache),
             nbytes=nbytes,
             slack_nbytes=cache_nbytes(self._cache) - nbytes,
             finished=finished,
+            kept=_kept(loaded, self._cache, self._counted) if self._counted else (),
         )
         return self._last
+
+
+def next_logits(loaded: LoadedModel, token: int, cache: Cache) -> Tensor:
+    """Logits [vocabulary] of what follows a token, which is added to the cache."""
+    fed = torch.tensor([[token]], device=loaded.device)
+    logits: Tensor = loaded.model(fed, past_key_values=cache, use_cache=True).logits
+    return logits[0, -1]
 
 
 @contextmanager
@@ -137,6 +271,20 @@ def _held(cache: Cache) -> tuple[int, ...]:
         return cache.held
     keys = (getattr(layer, "keys", None) for layer in cache.layers)  # a layer may carry a state, and none
     return tuple(0 if of_layer is None else of_layer.shape[-2] for of_layer in keys)
+
+
+def heads_that_evict(loaded: LoadedModel) -> int:
+    """Number of kv heads in the layers that may evict, of which `Step.kept` counts."""
+    shape = CacheShape.of(loaded.config, loaded.model.dtype.itemsize)
+    return len(shape.layers) * shape.n_kv_heads
+
+
+def _kept(loaded: LoadedModel, cache: Cache, n_tokens: int) -> tuple[int, ...]:
+    """Number of kv heads that hold each of the first tokens."""
+    if not isinstance(cache, CompressedCache):
+        return (heads_that_evict(loaded),) * n_tokens
+    positions = torch.cat([head[0] for layer in cache.compressed_layers() for head in layer.kept_positions()])
+    return tuple(torch.bincount(positions, minlength=n_tokens)[:n_tokens].tolist())
 
 
 def end_tokens(loaded: LoadedModel) -> set[int]:

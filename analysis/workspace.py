@@ -31,11 +31,12 @@ from analysis.plans.ablation import Ablation
 from analysis.plans.front import Front
 from analysis.plans.skip import Plan
 from analysis.records import json_line, kind_of, load, load_any, record, save
+from analysis.stories import Story
 from analysis.studies import Study
 from analysis.timelines import Timeline
 
 KINDS: dict[str, type] = {
-    kind_of(cls).name: cls for cls in (Capture, Study, Results, Plan, Front, Ablation, Speed, Timeline)
+    kind_of(cls).name: cls for cls in (Capture, Study, Results, Plan, Front, Ablation, Speed, Timeline, Story)
 }
 """Classes of records that a workspace holds, by the name of their kind: "run", "study", "results", ..."""
 ID_DIGITS = 12
@@ -106,7 +107,7 @@ class Workspace:
 
     def add(self, thing: object, *, name: str) -> Entry:
         """Save a record, and return what is known of it; the same record again keeps its id and gets the new name."""
-        arrays = isinstance(thing, (Capture, Study))
+        arrays = isinstance(thing, (Capture, Study, Timeline))
         new = self.folder / f".new-{os.urandom(6).hex()}{'.safetensors' if arrays else '.json'}"
         try:
             return self._take(save(thing, new), thing, name)
@@ -211,4 +212,6 @@ def _in_words(thing: object) -> str:
         return f"{thing.task}, {len({row.sample for row in thing.rows})} samples, {len(thing.methods)} methods"
     if isinstance(thing, Timeline):
         return f"{len(thing.labels):,} tokens, {len(thing.nats)} of them its continuation"
+    if isinstance(thing, Story):
+        return f"{len(thing.caches)} caches, {len(thing.labels):,} tokens and {thing.n_steps} new ones"
     return kind_of(type(thing)).title.removeprefix("a ")

@@ -1,1 +1,1 @@
-"""The app. `main` starts it, `views` are its pages, `figures` are pure. Numbers and files are in `analysis`."""
+"""The app. `main` starts it, `screens` are its pages, `figures` are pure. Numbers and files are in `analysis`."""

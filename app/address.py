@@ -11,7 +11,7 @@ from app import library, state
 from app.components import markup
 
 _WRITTEN = state.Slot[dict[str, str]]("address_written", {})
-_RECORDS = {"run": "run", "study": "study", "plan": "plan", "results": "results", "with": "run", "timeline": "timeline"}
+_RECORDS = {name: name for name in ("run", "study", "plan", "results", "timeline", "story")} | {"with": "run"}
 """Parameter -> kind of the record that it names."""
 
 

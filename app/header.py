@@ -52,7 +52,7 @@ def show_result(job: Job) -> None:
     """Put on screen what a job has made."""
     if job.kind == "run":
         state.show_run(job.result)
-    elif job.kind in ("study", "plan", "results", "timeline"):
+    elif job.kind in state.IN_ADDRESS:
         state.IN_ADDRESS[job.kind].set(job.result)
 
 
@@ -217,4 +217,4 @@ def _full_layers(engine: Engine) -> list[int] | None:
         found = engine.tokenizer_and_config(state.model_ref())
     except ModelError:
         return None
-    return None if found is None else [i for i, kind in enumerate(layer_kinds(found[1])) if kind == "full"]
+    return None if found is None else [i for i, kind in enumerate(layer_kinds(found[1])) if kind == "full_attention"]

@@ -20,8 +20,9 @@ from analysis.evaluation.results import Results, results_so_far
 from analysis.measures import attention_lost, by_kv_head
 from analysis.metrics import METRICS, HeadValues, by_query, metrics
 from analysis.plans.curves import LossCurves, loss_curves
-from analysis.records import load_any
+from analysis.records import load, load_any
 from analysis.statistics import Means, Stability, means, stability
+from analysis.stories import Story
 from analysis.studies import Study, head_means, layer_alr, study_of
 from analysis.verdicts import answer, verdicts
 from analysis.workspace import KINDS, Entry, Workspace, digest_of_file
@@ -31,6 +32,7 @@ WORKSPACE = Workspace()
 _BUNDLED = {"demo": "run", "study": "study", "front": "front", "ablation": "ablation", "plan": "plan"}
 _BUNDLED |= {"timeline": "timeline"} | dict.fromkeys(("lm", "passkey", "needle"), "results")
 """Field of `BundledResults` -> kind of record."""
+_BUNDLED_KINDS = (*dict.fromkeys(_BUNDLED.values()), "story")
 _NAMES = {"run": "Anne of Avonlea", "timeline": "A pass key that is lost"}  # of the bundled records
 _MOST_OPEN = 8
 _MOST_ANSWERS = 256
@@ -50,7 +52,7 @@ def entries(kind: str, *, model: str | None = None) -> list[Entry]:
 
 def find(id: str) -> Entry | None:
     """Find what is known of a record; None where this machine doesn't have it."""
-    bundled = (entry for kind in _BUNDLED.values() for entry in _bundled_entries(kind) if entry.id == id)
+    bundled = (entry for kind in _BUNDLED_KINDS for entry in _bundled_entries(kind) if entry.id == id)
     return WORKSPACE.find(id) or next(bundled, None)
 
 
@@ -79,11 +81,18 @@ def opened(cls: type[Thing], id: str) -> Thing:
 @lru_cache(maxsize=1)
 def _bundled_files() -> dict[str, Path]:
     """Files that come with the program, by id."""
-    return {entry.id: Path(entry.file) for kind in _BUNDLED.values() for entry in _bundled_entries(kind)}
+    return {entry.id: Path(entry.file) for kind in _BUNDLED_KINDS for entry in _bundled_entries(kind)}
 
 
-@lru_cache(maxsize=len(_BUNDLED))
+@lru_cache(maxsize=len(_BUNDLED_KINDS))
 def _bundled_entries(kind: str) -> tuple[Entry, ...]:
+    if kind == "story":
+        files = (file for model in BUNDLED_RUNS for file in bundled_results(model).stories)
+        stories = ((file, load(Story, file)) for file in files)
+        return tuple(
+            Entry(digest_of_file(file), kind, story.model, story.name, "recorded", "", str(file))
+            for file, story in stories
+        )
     fields = [field for field, of in _BUNDLED.items() if of == kind]
     found = ((model, field, getattr(bundled_results(model), field)) for model in BUNDLED_RUNS for field in fields)
     return tuple(

@@ -17,9 +17,8 @@ from app import address, header
 from app.components import markup
 from app.engine import Engine
 from app.jobs import Jobs
-from app.screens import evaluate, explore, tune, verdict
+from app.screens import demo, evaluate, explore, tune, verdict
 from app.screens import help as help_page
-from app.views import generate
 from l2kv.errors import SpecError
 
 ICON = Path(__file__).parent / "assets" / "icon.png"  # a named icon would be fetched from elsewhere
@@ -63,10 +62,10 @@ def main() -> None:
         ("Explore", "grid_view", lambda: explore.draw(engine(), jobs())),
         ("Evaluate", "science", lambda: evaluate.draw(engine(), jobs())),
         ("Tune", "tune", lambda: tune.draw(engine(), jobs())),
+        ("Demo", "slideshow", lambda: demo.draw(engine(), jobs())),
         ("Help", "help", help_page.draw),
     ):
         pages.append(st.Page(_drawn(draw), title=name, icon=f":material/{icon}:", url_path=name.lower()))
-    pages.append(st.Page(lambda: generate.page(engine()), title="Demo", icon=":material/compare:", url_path="generate"))
     page = st.navigation(pages, position="top")
     st.html(markup.PAGE_STYLE)
     try:

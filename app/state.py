@@ -165,6 +165,7 @@ RESULTS = Slot("results_id", "", Param("results", str))
 TIMELINE = Slot("timeline_id", "", Param("timeline", str))
 TOKENS = Slot[tuple[int, ...]]("tokens", (), Param("tokens", _positions, _numbers))
 """Tokens that are chosen in the recorded generation."""
+STORY = Slot("story_id", "", Param("story", str))
 JOB = Slot("job_id", "", Param("job", str))
 OTHER_RUN = Slot("other_run_id", "", Param("with", str))
 """Run that is shown beside the one on screen."""
@@ -324,6 +325,7 @@ def show_model(ref: str) -> None:
             RESULTS,
             TIMELINE,
             TOKENS,
+            STORY,
             OTHER_RUN,
             LAYER,
             HEAD,

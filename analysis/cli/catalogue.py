@@ -12,9 +12,10 @@ from analysis.captures import save_run
 from analysis.cli import options
 from analysis.cli.inputs import loaded_model, quiet_libraries, texts_of
 from analysis.cli.output import row_of, shown, tell, wrote
-from analysis.demo.presets import RESULT_FILES, Preset, bundled_texts
+from analysis.demo.presets import RESULT_FILES, STORY_FILES, Preset, bundled_texts
 from analysis.models.at_hand import fetch, models_at_hand
 from analysis.models.load import BUNDLED
+from analysis.models.sizes import checkpoint_dtype
 from analysis.records import save
 from l2kv.spec import CompressionSpec
 
@@ -55,10 +56,11 @@ def demo(
         ),
     ] = None,
 ) -> None:
-    """Make what the app opens with: presets, a run, and the recorded generation of a preset."""
+    """Make what the app opens with: presets, a run, a recorded generation, and the stories of presets."""
     documents = texts_of(texts)
     loaded = loaded_model(model, "cpu")
     from analysis.demo.finding import ARTICLE, find_presets
+    from analysis.demo.telling import record_story
     from analysis.generations import record_timeline, text_sample
     from analysis.recorder import capture
 
@@ -77,5 +79,8 @@ def demo(
     with shown("token") as progress:
         recorded = record_timeline(loaded, sample, story.spec or CompressionSpec(), progress=progress)
     wrote(save(recorded, folder / RESULT_FILES["timeline"]))
+    dtype = checkpoint_dtype(model) or ""
+    for i, preset in enumerate(one for one in found.presets if one.spec and one.name != ARTICLE):
+        wrote(save(record_story(loaded, preset, dtype=dtype), folder / STORY_FILES.format(i)))
     for preset in found.presets:
         print(f"{preset.name}: {preset.why}")

@@ -27,6 +27,7 @@ RESULT_FILES = {
     "needle": "needle.jsonl",
     "timeline": "timeline.safetensors",
 }
+STORY_FILES = "story-{}.json"
 _TEXTS = BUNDLED / "texts"
 
 
@@ -72,6 +73,7 @@ class BundledResults:
     passkey: Path | None = None
     needle: Path | None = None
     timeline: Path | None = None
+    stories: tuple[Path, ...] = ()
 
 
 def bundled_results(model: str) -> BundledResults:
@@ -79,7 +81,8 @@ def bundled_results(model: str) -> BundledResults:
     if model not in {folder.name for folder in BUNDLED.iterdir()}:
         return BundledResults()
     files = {kind: BUNDLED / model / name for kind, name in RESULT_FILES.items()}
-    return BundledResults(**{kind: file for kind, file in files.items() if file.is_file()})
+    here = {kind: file for kind, file in files.items() if file.is_file()}
+    return BundledResults(**here, stories=tuple(sorted((BUNDLED / model).glob(STORY_FILES.format("*")))))
 
 
 def demo_model() -> str:

@@ -6,6 +6,7 @@ Knows tokenizers and text; knows no model.
 from __future__ import annotations
 
 import re
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -65,13 +66,21 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
         TextError: the question is empty or no valid Unicode, or the tokenizer has no template that takes it.
     """
     check_text(question)
-    if not can_chat(tokenizer):
-        raise TextError("This model has no chat template. Give it plain text.")
-    messages = [{"role": "user", "content": question}]
-    try:
-        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-    except Exception as error:  # a template is a program, and raises what it likes
-        raise TextError(f"The model's chat template does not take this question: {str(error)[:200]}") from error
+    return _templated(tokenizer, [{"role": "user", "content": question}])
+
+
+def next_turn_ids(tokenizer: PreTrainedTokenizerBase, message: str) -> np.ndarray:
+    """Tokens [n] int64 of a chat from the end of an answer to the beginning of the next one, a user's message between.
+
+    The first of them ends the answer before. Raises TextError, as `chat_text`, or of a template for one message only.
+    """
+    check_text(message)
+    talk = (("user", "?"), ("assistant", _ANSWER), ("user", message))
+    text = _templated(tokenizer, [{"role": role, "content": content} for role, content in talk])
+    _, answered, further = text.partition(_ANSWER)
+    if not answered:
+        raise TextError("The model's chat template leaves out earlier answers, so a chat cannot go on. Begin anew.")
+    return _ids(tokenizer, further)
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool = False) -> Tokens:
@@ -82,7 +91,44 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool
     """
     if not chat:
         return tokenize(tokenizer, prompt)
-    text = chat_text(tokenizer, prompt)
-    # The template writes the special tokens itself.
-    ids = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
-    return Tokens(ids, np.zeros((len(ids), 2), dtype=np.int32), ())
+    ids = _ids(tokenizer, chat_text(tokenizer, prompt))
+    typed = [name for name in tokenizer.all_special_tokens if name in prompt]
+    notes = (f"The model reads {', '.join(typed)} in your message as its own special tokens.",) if typed else ()
+    return Tokens(ids, np.zeros((len(ids), 2), dtype=np.int32), (), notes)
+
+
+def prompt_labels(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str = "", *, chat: bool = False
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Labels of the tokens of a prompt, and the positions of those that say the answer, wherever it stands.
+
+    Raises TextError, as `prompt_tokens`.
+    """
+    tokens = prompt_tokens(tokenizer, prompt, chat=chat)
+    labels, text = tokens.labels, prompt
+    starts, ends = tokens.spans.T.tolist() if len(tokens) else ([], [])
+    if chat:  # whose text is the template's
+        labels = tuple(str(tokenizer.decode([id])) for id in tokens.ids.tolist())
+        ends = list(accumulate(map(len, labels)))
+        starts, text = [end - len(label) for end, label in zip(ends, labels, strict=True)], "".join(labels)
+    answers = [match.span() for match in re.finditer(re.escape(answer), text, re.IGNORECASE)] if answer else []
+    spans = zip(starts, ends, strict=True)
+    said = (i for i, (start, end) in enumerate(spans) if any(start < last and end > first for first, last in answers))
+    return labels, tuple(said)
+
+
+_ANSWER = "An answer \N{SECTION SIGN} 7041."  # stands for one that was written, in a template that is read off
+
+
+def _templated(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
+    if not can_chat(tokenizer):
+        raise TextError("This model has no chat template. Give it plain text.")
+    try:
+        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    except Exception as error:  # a template is a program, and raises what it likes
+        raise TextError(f"The model's chat template does not take this question: {str(error)[:200]}") from error
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
+    """Tokens of a text in which the template has written the special ones itself."""
+    return np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)

@@ -22,7 +22,6 @@ _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|$<>~:^&])")
 # Columns go below each other where they would be too narrow for a figure, not only on a phone.
 PAGE_STYLE = """<style>
 [data-testid="stColumn"] { min-width: min(26rem, 100%); }
-.st-key-caches [data-testid="stColumn"] { min-width: min(18rem, 100%); }
 [class*="st-key-explain_"] { flex-wrap: nowrap; }
 [data-testid="stMainBlockContainer"] { padding-top: 4.5rem; }
 [data-testid="stCaptionContainer"] { opacity: 1; }
@@ -34,10 +33,6 @@ _STYLE = f"""<style>
   white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; }}
 .l2kv-kept {{ background: {PRIMARY}38; border: 1px solid transparent; }}
 .l2kv-gone {{ border: 1px dashed #8A8F98; opacity: .62; text-decoration: line-through; }}
-.l2kv-text {{ white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.6; min-height: 8rem;
-  unicode-bidi: isolate; }}
-.l2kv-prompt {{ opacity: .6; }}
-.l2kv-differs {{ border-bottom: 2px solid #8A8F98; }}
 </style>"""
 
 
@@ -83,15 +78,6 @@ def token_strip(labels: Sequence[str], kept: Sequence[bool]) -> str:
         state, word = ("l2kv-kept", "kept") if keep else ("l2kv-gone", "evicted")
         chips.append(f'<span class="{state}" title="{i}: {word}">{html.escape(visible(label))}</span>')
     return f'{_STYLE}<div class="l2kv-strip">{"".join(chips)}</div>'
-
-
-def generated(prompt: str, text: str, differs_from: int | None = None) -> str:
-    """Write as HTML the end of a prompt, pale, and its continuation, underlined from `differs_from` on."""
-    cut = len(text) if differs_from is None else differs_from
-    same, other = escaped(text[:cut]), escaped(text[cut:])
-    marked = f'<span class="l2kv-differs">{other}</span>' if other else ""
-    lead = escaped(prompt)
-    return f'{_STYLE}<div class="l2kv-text"><span class="l2kv-prompt">{lead}</span>{same}{marked}</div>'
 
 
 def _visible_character(c: str) -> str:

@@ -9,7 +9,7 @@ also draws headings and captions.
 
 from app.figures.comparing import gamma_spread, verdict_bars
 from app.figures.evaluation import Curve, length_depth_maps, score_by_bytes, score_by_position
-from app.figures.layers import kept_by_layer, layer_alr, layer_costs, means_by_layer
+from app.figures.layers import layer_alr, layer_costs, means_by_layer
 from app.figures.maps import direction_map, head_map, ratio_map
 from app.figures.paper import channel_shares, excess_loss, key_dimensions, zeroed_dimensions
 from app.figures.planes import factor_plane, gamma_against, head_quadrant
@@ -31,7 +31,6 @@ __all__ = [
     "head_map",
     "head_over_texts",
     "head_quadrant",
-    "kept_by_layer",
     "key_dimensions",
     "layer_alr",
     "layer_costs",

@@ -1,4 +1,4 @@
-"""Figures per layer: `layer_alr`, `means_by_layer`, `layer_costs` and `kept_by_layer`."""
+"""Figures per layer: `layer_alr`, `means_by_layer` and `layer_costs`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ from app.figures.style import (
     FULL_GREY,
     GRID,
     OF_HEAD,
-    PALER,
     PRIMARY,
     as_customdata,
     axis,
     error_bars,
     index_axis,
     level,
-    literal,
     new_figure,
     normalised_alr_axis,
 )
@@ -94,24 +92,4 @@ def layer_costs(
         "%{customdata[1]:+.4f}<extra></extra>",
     )  # fmt: skip
     figure.update_layout(xaxis=axis("normalised ALR"), yaxis=axis("NLL change, nats/token"))
-    return figure
-
-
-def kept_by_layer(kept: dict[str, np.ndarray], *, seen: int) -> go.Figure:
-    """Tokens held per layer, a bar per column of `kept` (name -> [L]); a line marks the `seen` tokens.
-
-    "full cache" is grey, every other column the primary colour, paler from the second on.
-    """
-    n_layers = max((len(held) for held in kept.values()), default=0)
-    figure = new_figure(height=320, barmode="group", bargap=0.25, hovermode="x unified")
-    columns = iter((PRIMARY, *PALER))
-    for name, held in kept.items():
-        color = FULL_GREY if name == "full cache" else next(columns, PALER[-1])
-        figure.add_bar(x=np.arange(len(held)), y=held, name=literal(name), marker=dict(color=color),
-                       hovertemplate="%{y:,} tokens")  # fmt: skip
-    level(figure, seen)
-    figure.update_layout(
-        xaxis=index_axis(n_layers, "layer", most=16) | dict(unifiedhovertitle=dict(text="layer %{x}")),
-        yaxis=axis(f"tokens held, of {seen:,} seen", range=[0, 1.06 * max(seen, 1)], tickformat=",d"),
-    )
     return figure

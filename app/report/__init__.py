@@ -24,7 +24,7 @@ from analysis.plans.ablation import Ablation
 from analysis.plans.export import LENGTHS, kvpress_code, library_code
 from analysis.plans.front import Front
 from analysis.plans.skip import suggest_skip_layers
-from analysis.records import json_text
+from analysis.records import json_line
 from analysis.statistics import nanmean
 from analysis.studies import Study, layer_alr, policy_alr, study_of
 from analysis.verdicts import answer, meanings, verdict_counts, verdicts
@@ -35,6 +35,7 @@ from app.report.writing import Drawing, Section, Table, document
 from l2kv.spec import CompressionSpec
 
 VERSION = 2
+_MOST_TOLD = 101  # points of a curve in its table: a page of a thousand tokens stays below 1 MB
 
 _READING = {
     "Γ": "Gini correlation of the norms' ranks with the attention of the next token: −1 low norms get it all (the "
@@ -187,6 +188,7 @@ def _extremes(run: Capture, study: Study, after: str) -> Section:
         layer, head = map(int, np.unravel_index(pick(gamma), gamma.shape))
         loss = attention_loss(run, layer, head)
         dropped = np.linspace(0, 1, len(loss.ideal))
+        told = np.linspace(0, len(dropped) - 1, min(len(dropped), _MOST_TOLD)).round().astype(int)
         curves = {
             "keep low norm": loss.low_norm,
             "keep high norm": loss.high_norm,
@@ -201,7 +203,7 @@ def _extremes(run: Capture, study: Study, after: str) -> Section:
                 f"ALR {study.of('alr')[0, layer, head]:.1f}",
                 caption="The area between keep low norm and ideal order is the ALR. Above random order is worse than "
                 "chance.",
-                table={"evicted": dropped} | {f"lost, {name}": lost for name, lost in curves.items()},
+                table={"evicted": dropped[told]} | {f"lost, {name}": lost[told] for name, lost in curves.items()},
             )
         )
     words = (
@@ -313,4 +315,4 @@ def _data(
         for name, run, study, each in zip(names, runs, measured, advice, strict=True)
     ]
     scored = evaluation.summaries(results)
-    return json_text({"l2kv_report": VERSION, "runs": told} | ({"results": scored} if scored else {}))
+    return json_line({"l2kv_report": VERSION, "runs": told} | ({"results": scored} if scored else {}))

@@ -52,6 +52,7 @@ _KEYS = {
     "[ ]": "previous and next query (Explore)",
     "← →, Shift, Home, End": "one step, ten steps, the first, the last (slider of the eviction time machine)",
     "Space": "play the generation, or pause it (the same slider)",
+    "← →, Space, P, Esc": "one token back or on, play or pause, present, close (story of the page Demo)",
     "← → ↑ ↓, Enter": "move to a token and choose it (strip of the eviction time machine)",
     "?": "list the keys of the page",
 }

@@ -1,5 +1,7 @@
 """The live preview: columns in step, each as if it were alone."""
 
+from collections import Counter
+
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -42,7 +44,8 @@ def test_a_question_is_put_through_the_template_and_its_end_token_ends_the_answe
 
 
 def test_special_tokens_are_not_shown(loaded, monkeypatch):
-    monkeypatch.setattr("analysis.preview.decode_one_token", lambda *_: torch.tensor([[loaded.tokenizer.eos_token_id]]))
+    end = torch.nn.functional.one_hot(torch.tensor(loaded.tokenizer.eos_token_id), len(loaded.tokenizer))
+    monkeypatch.setattr("analysis.preview.next_logits", lambda *_: end)
     (step,) = list(stream(loaded, PROMPT, [None], max_new_tokens=3))[-1]
     assert step.finished and step.text == "" and len(step.token_ids) == 1
 
@@ -53,7 +56,7 @@ def test_each_column_is_what_it_would_be_alone_and_its_first_token_is_already_co
         CompressionSpec(keep_ratio=0.3),
         CompressionSpec(keep_ratio=0.6, policy="high_norm", skip_layers=(0,)),
     ]
-    last = list(stream(loaded, PROMPT, specs, max_new_tokens=8))[-1]
+    last = list(stream(loaded, PROMPT, specs, max_new_tokens=8, count_heads=True))[-1]
     prompt = loaded.tokenizer(PROMPT, return_tensors="pt").input_ids
     n = prompt.shape[1]
     for step, spec in zip(last[1:], specs[1:], strict=True):
@@ -61,6 +64,8 @@ def test_each_column_is_what_it_would_be_alone_and_its_first_token_is_already_co
         logits, kept = masked_forward(loaded.model, ids[:, :-1], (n - 1, *[1] * 8), spec)
         assert logits[0, n - 1 :].argmax(-1).tolist() == list(step.token_ids)
         assert step.held == tuple(len(layer[0][0]) for layer in kept)
+        holders = Counter(position for layer in kept for head in layer[0] for position in head)
+        assert step.kept == tuple(holders[position] for position in range(n))
         pair = 4 * 32 * 2 * 4  # kv heads, head_dim, K and V, float32
         assert step.nbytes == sum(step.held) * pair and 0 <= step.slack_nbytes <= 0.3 * step.nbytes
     assert last[0].held == (n + 7,) * 6

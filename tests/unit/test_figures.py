@@ -9,7 +9,6 @@ import pytest
 from app.figures import (
     head_map,
     head_quadrant,
-    kept_by_layer,
     layer_alr,
     loss_curves,
     norm_and_attention,
@@ -17,7 +16,7 @@ from app.figures import (
     pooled_map,
     style,
 )
-from app.figures.style import FULL_GREY, PRIMARY
+from app.figures.style import PRIMARY
 
 KILOBYTE = 1000
 HOSTILE = ["<s>", "$x$", "<br>", '&lt; "q"', "%{x}", "a" * 500]
@@ -303,16 +302,6 @@ def test_layers_show_heads_their_mean_the_threshold_and_what_is_skipped():
     assert lines == [("chance", 1.0), ("threshold 0.80", 0.8)] and shaded == [(-0.5, 0.5)]
 
 
-def test_the_full_cache_is_grey_and_the_others_are_told_apart():
-    held = np.array([100, 50])
-    figure = kept_by_layer({"low <norm>": held, "full cache": np.array([100, 100]), "high": held}, seen=100)
-    low, full, high = figure.data
-    assert (low.marker.color, full.marker.color) == (PRIMARY, FULL_GREY)
-    assert high.marker.color not in (PRIMARY, FULL_GREY)
-    assert low.name == "low &lt;norm&gt;"
-    assert figure.layout.shapes[0].y0 == 100
-
-
 # all of them
 
 NOTHING = np.full((2, 3), np.nan)
@@ -336,7 +325,6 @@ EXTREMES = {
     "one bin": lambda: pooled_map(np.ones((1, 1)), tokens_per_bin=1, n_tokens=1),
     "empty bins": lambda: pooled_map(np.zeros((2, 2)), tokens_per_bin=2, n_tokens=3),
     "undefined layers": lambda: layer_alr(NOTHING, np.full(2, np.nan), threshold=1.0, skipped=[]),
-    "nothing kept": lambda: kept_by_layer({}, seen=0),
 }
 
 

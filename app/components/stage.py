@@ -1,0 +1,171 @@
+"""The stage of the page Demo: caches side by side as HTML, each with its text, score, bytes and layers. Pure functions.
+
+Colour carries the task: green where the answer was found, red where it was lost. The full cache is grey. A token of the
+prompt is as solid as the share of heads that hold it, and hollow where fewer than half do.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from itertools import pairwise
+
+from analysis.stories import FULL, Step, Story, name_of
+from analysis.words import human_bytes, span
+from app.components.markup import escaped, visible
+from app.figures.style import CONTRAST, FULL_GREY, PRIMARY
+from l2kv.spec import CompressionSpec
+
+_PROMPT_TAIL = 110  # characters
+_AROUND = 14  # tokens shown before and after each that says the answer
+_MOST = 160  # tokens shown where there is no answer
+_HALF = 0.5
+
+STYLE = f"""<style>
+.l2kv-stage {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(16rem, 100%), 1fr)); gap: .75rem; }}
+.l2kv-cache {{ border: 1px solid color-mix(in srgb, currentColor 18%, transparent); border-top: 4px solid {PRIMARY};
+  border-radius: .5rem; padding: .6rem .8rem; min-width: 0;
+  display: grid; grid-template-rows: subgrid; grid-row: span 4; row-gap: .2rem; }}
+.l2kv-cache.full {{ border-top-color: {FULL_GREY}; }}
+.l2kv-cache.found {{ box-shadow: inset 0 0 0 2px #1B7F3B; }}
+.l2kv-cache.lost {{ box-shadow: inset 0 0 0 2px #C0392B; }}
+.l2kv-name {{ font-weight: 600; display: flex; gap: .5rem; justify-content: space-between; flex-wrap: wrap;
+  align-items: flex-start; }}
+.l2kv-score {{ color: #fff; border-radius: .4rem; padding: 0 .5rem; font-weight: 600; }}
+.l2kv-score.found {{ background: #1B7F3B; }} .l2kv-score.lost {{ background: #C0392B; }}
+.l2kv-said {{ white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.5; min-height: 3rem; max-height: 16rem;
+  overflow-y: auto; unicode-bidi: isolate; margin: .3rem 0; }}
+.l2kv-asked {{ color: color-mix(in srgb, currentColor 68%, transparent); }}
+.l2kv-new {{ font-weight: 600; }}
+.l2kv-bytes {{ font-size: 1.9rem; font-weight: 700; line-height: 1.2; font-variant-numeric: tabular-nums; }}
+.l2kv-small {{ font-size: .86rem; }}
+.l2kv-layers {{ display: flex; align-items: flex-end; gap: 1px; height: 2.2rem; margin: .3rem 0; }}
+.l2kv-layers i {{ flex: 1 1 0; height: 100%; min-width: 1px; position: relative;
+  background: color-mix(in srgb, currentColor 12%, transparent); }}
+.l2kv-layers i b {{ position: absolute; bottom: 0; left: 0; right: 0; background: {PRIMARY}; }}
+.full .l2kv-layers i b {{ background: {FULL_GREY}; }}
+.l2kv-tokens {{ line-height: 1.55; font-size: .82rem; max-height: 9rem; overflow-y: auto; unicode-bidi: isolate; }}
+.l2kv-tokens span {{ padding: 0 .1rem; margin: 1px; border-radius: 3px; border: 1px solid transparent;
+  white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; display: inline-block; max-width: 100%; }}
+.l2kv-tokens .hollow {{ border: 1px dashed {FULL_GREY}; text-decoration: line-through; }}
+.l2kv-tokens .answer {{ outline: 2px solid {CONTRAST}; font-weight: 700; }}
+.st-key-present .l2kv-said {{ font-size: 1.6rem; max-height: 44vh; }}
+.st-key-present .l2kv-name {{ font-size: 1.3rem; }} .st-key-present .l2kv-bytes {{ font-size: 3rem; }}
+.st-key-present .l2kv-small {{ font-size: 1.05rem; }} .st-key-present .l2kv-layers {{ height: 4rem; }}
+.st-key-present {{ position: fixed; inset: 0; z-index: 999990; overflow-y: auto; padding: 2rem 3rem;
+  background: var(--st-background-color, Canvas); }}
+</style>"""
+
+
+def stage(story: Story, step: int) -> str:
+    """Write all caches of a story after a step (-1 is before the first) as HTML, side by side."""
+    return f'{STYLE}<div class="l2kv-stage">{"".join(_cache(story, i, step) for i in range(len(story.caches)))}</div>'
+
+
+def _cache(story: Story, i: int, step: int) -> str:
+    cache, asked = story.caches[i], f'<span class="l2kv-asked">{escaped(_tail(story))}</span>'
+    kind = "full" if cache.spec is None else "compressed"
+    if step < 0 or not cache.steps:
+        return _box(kind, cache.name, "", asked, "")
+    now = story.at(i, step)
+    score = {True: "found", False: "lost", None: ""}[story.score(i, step)]
+    says = f'{asked}<span class="l2kv-new">{escaped(now.text)}</span>'
+    return _box(f"{kind} {score}", cache.name, score, says, _memory(story, i, step) + _tokens(story, i, step))
+
+
+def _box(kind: str, name: str, score: str, says: str, below: str) -> str:
+    word = {"found": "✓ found", "lost": "✗ not found"}.get(score)
+    badge = f'<span class="l2kv-score {score}">{word}</span>' if word else ""
+    return (
+        f'<div class="l2kv-cache {kind}"><div class="l2kv-name"><span>{escaped(name.capitalize())}</span>{badge}</div>'
+        f'<div class="l2kv-said">{says}</div>{below}</div>'
+    )
+
+
+def _tail(story: Story) -> str:
+    tail = story.prompt[-_PROMPT_TAIL:]
+    if len(story.prompt) > _PROMPT_TAIL:
+        tail = "… " + (tail.partition(" ")[2] or tail)
+    return tail + "\n" * story.chat  # an answer does not go on with the question
+
+
+def _memory(story: Story, i: int, step: int) -> str:
+    now = story.at(i, step)
+    share = "" if story.caches[i].spec is None else f"{story.share(i, step):.0%} of the full cache"
+    cache = story.caches[i]
+    return _held(story.nbytes(i, step), share, now, cache.spec, cache.tokens_per_second)
+
+
+def _held(
+    nbytes: float,
+    share: str,
+    now: Step,
+    spec: CompressionSpec | None,
+    tokens_per_second: float | None = None,
+) -> str:
+    """Write what a cache takes, and as a picture what each of its layers holds of the tokens seen."""
+    told = f"{span(now.held)} of {now.seen} tokens held per layer"
+    rate = f" · {tokens_per_second:.1f} tokens/s alone" if tokens_per_second else ""
+    shares = (n / max(now.seen, 1) for n in now.held)
+    bars = "".join(f'<i><b style="height:{share:.0%}"></b></i>' for share in shares)
+    notes = []
+    if now.finished and not now.text:
+        notes.append("It ended at once, without a word.")
+    if spec is not None and min(now.held) < now.seen and min(now.held) <= spec.protect_first + spec.protect_last:
+        notes.append("It holds the protected tokens alone: the policy chose none.")
+    return (
+        f'<div><div><span class="l2kv-bytes">{human_bytes(nbytes)}</span> <span class="l2kv-small">{share}</span></div>'
+        f'<div class="l2kv-layers" role="img" aria-label="{told}">{bars}</div>'
+        f'<div class="l2kv-small">{told}{rate}</div><div class="l2kv-small">{" ".join(notes)}</div></div>'
+    )
+
+
+def _tokens(story: Story, i: int, step: int) -> str:
+    """Why an answer is found or lost: the tokens of the prompt, and how many heads still hold them."""
+    now = story.at(i, step)
+    if story.caches[i].spec is None or not now.kept or not story.heads:
+        return ""
+    shares = [n / story.heads for n in now.kept]
+    lead = ""
+    if (held := story.answer_held(i, step)) is not None:
+        lead = (
+            f'<div class="l2kv-small"><b>{escaped(story.answer)}</b> in the prompt: held by {held:.0%} of heads</div>'
+        )
+    return f"<div>{lead}{token_strip(story.labels, shares, story.answer_at, heads=story.heads)}</div>"
+
+
+def answers(specs: Sequence[CompressionSpec | None], steps: Sequence[Step], *, memory: bool) -> str:
+    """Write as HTML what each cache of a chat answers, and what it holds if it is the latest turn."""
+    boxes = []
+    for spec, now in zip(specs, steps, strict=True):
+        share = f"{now.nbytes / steps[0].nbytes:.0%} of the full cache's" if spec else ""
+        below = _held(now.nbytes, share, now, spec) if memory else ""
+        said = f'<span class="l2kv-new">{escaped(now.text)}</span>'
+        boxes.append(_box("compressed" if spec else "full", name_of(spec) if spec else FULL, "", said, below))
+    return f'{STYLE}<div class="l2kv-stage">{"".join(boxes)}</div>'
+
+
+def token_strip(labels: Sequence[str], shares: Sequence[float], marked: Sequence[int], *, heads: int) -> str:
+    """Write tokens as HTML, each as solid as the share of heads that hold it, with those that say the answer outlined.
+
+    Of a long prompt only what is around the marked tokens is shown, or its beginning and end.
+    """
+    shown = _shown(len(labels), marked)
+    chips = []
+    for before, at in pairwise([-1, *shown]):
+        if at - before > 1:
+            chips.append(f"<em> … {at - before - 1} … </em>")
+        share, answer = shares[at], " answer" * (at in marked)
+        state = ("solid" if share >= _HALF else "hollow") + answer
+        word = f"{at}: held by {round(share * heads)} of {heads} heads"
+        fill = f"background:color-mix(in srgb, {PRIMARY} {share * 45:.0f}%, transparent)" if share >= _HALF else ""
+        chips.append(f'<span class="{state}" style="{fill}" title="{word}">{html.escape(visible(labels[at]))}</span>')
+    if shown and shown[-1] < len(labels) - 1:
+        chips.append(f"<em> … {len(labels) - 1 - shown[-1]} … </em>")
+    return f'<div class="l2kv-tokens">{"".join(chips)}</div>'
+
+
+def _shown(n: int, marked: Sequence[int]) -> list[int]:
+    if marked:
+        return sorted({j for i in marked for j in range(max(i - _AROUND, 0), min(i + _AROUND + 1, n))})
+    return list(range(n)) if n <= _MOST else [*range(_MOST // 2), *range(n - _MOST // 2, n)]

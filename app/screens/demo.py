@@ -1,0 +1,474 @@
+"""Demo: show me. The full cache beside compressed ones, in step: recorded, live, or as a chat. The task is scored.
+
+What is shown is a `Story`, whether it was recorded or is being told: its steps are scrubbed, played and presented
+without a model.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import streamlit as st
+
+from analysis.demo.presets import Preset, presets
+from analysis.errors import ModelError, UserError
+from analysis.evaluation.prompts import can_chat, prompt_tokens
+from analysis.models.memory import DTYPES
+from analysis.models.sizes import checkpoint_dtype
+from analysis.stories import Story, name_of
+from analysis.texts.read import plain_text
+from analysis.words import counted, human_bytes
+from app import header, library, state
+from app.components import choices, markup, stage, uploads
+from app.engine import Engine
+from app.jobs import Jobs
+from l2kv.errors import SpecError
+from l2kv.spec import CompressionSpec
+
+if TYPE_CHECKING:
+    from streamlit.delta_generator import DeltaGenerator
+
+    from analysis.models.load import LoadedModel
+    from analysis.preview import Chat, Sampling
+    from analysis.progress import Progress
+
+RECORDED, LIVE, CHAT = "Recorded", "Live", "Chat"
+OWN = "My own text"
+MODE = state.Slot("demo_mode", RECORDED, state.Param("demo", state.one_of((RECORDED, LIVE, CHAT))))
+BESIDE = state.Slot("demo_beside", "", state.Param("beside", state.one_of(("", *choices.policies()))))
+"""Policy of a second compressed cache; empty: there is none."""
+BESIDE_RATIO = state.Slot("demo_beside_ratio", 0.5)
+TOLD = state.Slot[Story | None]("demo_told", None)
+"""The latest story that was told live, which grows while it is."""
+TALK: state.Slot[Chat | None] = state.Slot("demo_talk", None)
+TALK_MODEL = state.Slot("demo_talk_model", "")
+STEP = state.Slot("demo_step", 0)
+PLAYING = state.Slot("demo_playing", False)
+PRESENT = state.Slot("demo_present", False)
+_EVERY = 0.45  # seconds between two steps that are played
+_LONGEST_COUNTED = 4000  # tokens of a prompt whose heads are counted at every step
+
+
+def draw(engine: Engine, jobs: Jobs) -> None:
+    """Draw the page."""
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.title("Show me", width="content")
+        mode = st.segmented_control(
+            "What to show", [RECORDED, LIVE, CHAT], required=True, label_visibility="collapsed", on_change=_enter,
+            **MODE.widget(),
+        )  # fmt: skip
+    {RECORDED: _recorded, LIVE: _live, CHAT: _chat}[mode or RECORDED](engine, jobs)
+
+
+def _enter() -> None:
+    """Begin live with a preset that shows something, under its own compression."""
+    if MODE.get() == LIVE and "live_preset" not in st.session_state:
+        _presets()
+        _take_preset()
+
+
+def _recorded(engine: Engine, jobs: Jobs) -> None:
+    entries = {entry.id: entry for entry in library.entries("story", model=state.model())}
+    if not entries:
+        st.info(
+            f"No story of {markup.plain(state.model())} is recorded yet: tell one under *{LIVE}*, and it is kept.",
+            icon=":material/movie:",
+        )
+        return
+    if state.STORY.get() not in entries:
+        state.STORY.set(next(iter(entries)))
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        id = st.selectbox(
+            "Story", list(entries), format_func=lambda id: f"{entries[id].name} · {entries[id].about}",
+            on_change=_at_its_end, **state.STORY.widget(),
+        )  # fmt: skip
+        if not library.is_bundled(id) and st.button("Delete", icon=":material/delete:", key="delete_story"):
+            library.WORKSPACE.delete(id)
+            state.STORY.drop()
+            st.rerun()
+    _player(library.opened(Story, id), engine, jobs, id=id)
+
+
+def _at_its_end() -> None:
+    STEP.drop()
+    PLAYING.drop()
+
+
+def _player(story: Story, engine: Engine, jobs: Jobs, *, id: str) -> None:
+    """Draw a story that can be played, scrubbed and presented, and what can be done with it."""
+    if st.session_state.get("demo_shown") != id:  # a link opens another one
+        st.session_state["demo_shown"] = id
+        _at_its_end()
+    if not STEP.held():
+        STEP.set(story.n_steps)
+    with st.container(key="present" if PRESENT.get() else "player"):
+        st.fragment(_steps, run_every=_EVERY if PLAYING.get() else None)(story, PLAYING.get(), PRESENT.get())
+    if PRESENT.get():
+        return
+    _in_words(story)
+    with st.container(horizontal=True):
+        _report(story)
+        if st.button(
+            "Time each cache alone", icon=":material/timer:", key="time_story",
+            help="Decodes with one cache at a time: caches decoded in turn give no fair rate.",
+        ):  # fmt: skip
+            _time(story, jobs)
+
+
+def _steps(story: Story, playing: bool, presenting: bool) -> None:
+    """Draw one step of a story, and move to another. Runs alone, so that playing redraws nothing else."""
+    last = story.n_steps
+    if playing and STEP.get() < last:
+        STEP.set(STEP.get() + 1)
+    elif playing:
+        PLAYING.drop()
+    if (PLAYING.get(), PRESENT.get()) != (playing, presenting):
+        st.rerun()  # the page: how often this runs, and where it stands, is set there
+    step = min(STEP.get(), last)
+    with st.container(horizontal=True, vertical_alignment="center", key="story_controls"):
+        st.button(
+            "Pause" if playing else "Play", icon=":material/pause:" if playing else ":material/play_arrow:",
+            shortcut="Space", key="story_play", type="primary", on_click=_play, args=(last,),
+        )  # fmt: skip
+        st.button(
+            "Back", icon=":material/chevron_left:", shortcut="Left", key="story_back", disabled=step == 0,
+            on_click=_go, args=(step - 1,),
+        )  # fmt: skip
+        st.button(
+            "Next", icon=":material/chevron_right:", shortcut="Right", key="story_next", disabled=step == last,
+            on_click=_go, args=(step + 1,),
+        )  # fmt: skip
+        st.slider(
+            "New tokens", 0, last, key=STEP.key, label_visibility="collapsed", on_change=PLAYING.drop,
+            format="%d new tokens",
+        )  # fmt: skip
+        st.button(
+            "Close" if presenting else "Present", icon=f":material/{'close' if presenting else 'slideshow'}:",
+            shortcut="Esc" if presenting else "P", key="story_present", on_click=_present,
+        )  # fmt: skip
+    st.html(stage.stage(story, step - 1))
+
+
+def _play(last: int) -> None:
+    if not PLAYING.get() and STEP.get() == last:
+        STEP.set(0)
+    PLAYING.set(not PLAYING.get())
+
+
+def _go(step: int) -> None:
+    PLAYING.drop()
+    STEP.set(step)
+
+
+def _present() -> None:
+    PRESENT.set(not PRESENT.get())
+    if PRESENT.get():
+        _go(0)
+
+
+def _in_words(story: Story) -> None:
+    """What the end of a story says: the task first, and how far the texts agree as a footnote."""
+    last = story.n_steps - 1
+    if story.why:
+        st.caption(markup.plain(story.why))
+    scores = [story.score(i, last) for i in range(len(story.caches))]
+    if scores[0] is False:
+        st.markdown(
+            f"The full cache does not give **{markup.plain(story.answer)}** either, so this says nothing of "
+            "compression: take a task that the model solves."
+        )
+    for i, cache in enumerate(story.caches[1:], 1):
+        if scores[0] is False or scores[i] is None:
+            continue
+        held = story.answer_held(i, last)
+        why = f" Its tokens are held by {held:.0%} of the heads." if held is not None else ""
+        (st.success if scores[i] else st.error)(
+            f"{markup.plain(cache.name.capitalize())}: **{markup.plain(story.answer)} "
+            f"{'found' if scores[i] else 'not found'}**, with {human_bytes(story.nbytes(i, last))} in place of "
+            f"{human_bytes(story.nbytes(0, last))} ({story.share(i, last):.0%} of the full cache).{why}",
+            icon=":material/check_circle:" if scores[i] else ":material/cancel:",
+        )
+    same = ", ".join(
+        f"{markup.plain(story.caches[i].name)} {agreed} of {counted(of, 'token')}"
+        for i in range(1, len(story.caches))
+        for agreed, of in [story.agreement(i)]
+    )
+    st.caption(
+        f"The same as the full cache's, token by token: {same}. That measures nothing: texts that part seldom meet "
+        f"again. Bytes are of the keys and values held, counted, in {story.dtype}, the checkpoint's dtype. A token of "
+        f"the prompt is solid where at least half of the {story.heads} kv heads hold it, else hollow."
+    )
+
+
+def _report(story: Story) -> None:
+    from app.report.story import report
+
+    st.download_button(
+        "Download report", lambda: report(story).encode(), "story.html", "text/html", icon=":material/download:",
+        on_click="ignore", key="story_report", help="One page: the text, scores, bytes and code. It needs no network.",
+    )  # fmt: skip
+
+
+def _time(story: Story, jobs: Jobs) -> None:
+    """Start a job that times each cache of a story and keeps it with the rates."""
+
+    def work(loaded: LoadedModel, progress: Progress) -> str:
+        from analysis.demo.telling import timed
+
+        return library.WORKSPACE.add(timed(loaded, story, progress=progress), name=f"{story.name}, timed").id
+
+    state.JOB.set(jobs.start("Timing each cache alone", state.model_ref(), work, kind="story").id)
+    st.rerun()
+
+
+def _specs() -> dict[str, CompressionSpec]:
+    """The compressed caches by name: that of the header, and one beside it with the same protection."""
+    specs = [state.spec()]
+    if BESIDE.get():
+        specs.append(replace(state.uniform_spec(), policy=BESIDE.get(), keep_ratio=round(BESIDE_RATIO.get(), 2)))
+    return {name_of(spec): spec for spec in specs}
+
+
+def _ask_beside() -> None:
+    offered = choices.policies()
+    st.selectbox(
+        "Beside it", ["", *offered], format_func=lambda name: offered[name].title if name else "Nothing",
+        help="A second compressed cache, with the header's window and skipped layers.", **BESIDE.widget(),
+    )  # fmt: skip
+    if BESIDE.get():
+        st.number_input("Its keep ratio", 0.05, 1.0, step=0.05, width=150, **BESIDE_RATIO.widget())
+
+
+def _ask_sampling(key: str) -> tuple[int, Sampling]:
+    """Ask how long, and how tokens are drawn. Raises SettingsError."""
+    from analysis.preview import Sampling
+
+    with st.container(horizontal=True):
+        new = st.number_input("New tokens", 1, 512, 48, 16, key=f"{key}_new", persist_state="session", width=120)
+        temperature = st.number_input(
+            "Temperature", 0.0, 2.0, 0.0, 0.1, key=f"{key}_temperature", help="0 takes the most probable token.",
+            persist_state="session", width=120,
+        )  # fmt: skip
+        top_p = st.number_input("Top-p", 0.05, 1.0, 1.0, 0.05, key=f"{key}_top_p", persist_state="session", width=120)
+        seed = st.number_input("Seed", 0, 2**31 - 1, 0, key=f"{key}_seed", persist_state="session", width=120)
+    return int(new), Sampling(temperature, top_p, int(seed))
+
+
+def _live(engine: Engine, jobs: Jobs) -> None:
+    ref, shown = state.model_ref(), TOLD.get()
+    begin = _presets()
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        name = st.selectbox(
+            "Start from", [*begin, OWN], key="live_preset", persist_state="session", on_change=_take_preset,
+            help="A task is offered for a model only where its full cache solves it.",
+        )  # fmt: skip
+        _ask_beside()
+        started = st.button("Start", type="primary", icon=":material/play_arrow:", key="tell_story")
+        place = st.empty()
+    left, right = st.columns([3, 2])
+    with left:
+        preset = _ask_prompt(engine, ref, begin.get(name, Preset(OWN, "")))
+    with right, st.expander("Length and sampling", icon=":material/casino:"):
+        new_tokens, sampling = _ask_sampling("live")
+    if started:
+        place.button("Cancel", icon=":material/cancel:", key="cancel_story")  # any click ends this script
+        _tell(engine, preset, new_tokens, sampling)
+    elif shown is not None and shown.n_steps:
+        asked = (state.model(), preset.text, preset.answer, preset.chat, list(_specs().values()))
+        if (shown.model, shown.prompt, shown.answer, shown.chat, [cache.spec for cache in shown.caches[1:]]) != asked:
+            st.caption(":material/history: This is of earlier settings. Press *Start* to see the new ones.")
+        if not shown.ended:
+            st.caption(":material/cancel: Cancelled: what was written until then is kept.")
+        _player(shown, engine, jobs, id=f"{id(shown)}")
+
+
+def _presets() -> dict[str, Preset]:
+    """Presets of the model on screen, by name, those with a task first; one of them, or one's own text, is chosen."""
+    found = sorted(presets(state.model()), key=lambda preset: not preset.answer)
+    by_name = {preset.name: preset for preset in found}
+    if st.session_state.get("live_preset") not in (*by_name, OWN):  # at first, or of another model
+        _begin_with(next(iter(by_name), OWN), settings=False)
+    return by_name
+
+
+def _ask_prompt(engine: Engine, ref: str, chosen: Preset) -> Preset:
+    """Show the prompt that was chosen, to be edited, and return it."""
+
+    def edited() -> None:
+        st.session_state["live_preset"] = OWN
+
+    def uploaded() -> None:
+        if text := uploads.text_of(st.session_state["live_file"]):
+            st.session_state.update(live_prompt=text, live_answer="", live_preset=OWN)
+
+    with st.expander("Prompt", icon=":material/edit:", expanded=chosen.name == OWN):
+        prompt = st.text_area(
+            "Prompt", key="live_prompt", persist_state="session", height=180, max_chars=400_000, on_change=edited
+        )
+        answer = st.text_input(
+            "Expected answer", key="live_answer", persist_state="session", on_change=edited,
+            placeholder="None: nothing is right or wrong",
+            help="Digits are found where the first number written begins with them, words wherever they are written.",
+        )  # fmt: skip
+        st.file_uploader("Or upload a text", type="txt", key="live_file", on_change=uploaded)
+        uploads.show_refused()
+        chat = _ask_template(engine, ref)
+        why = chosen.why if chosen.spec in (None, state.spec()) else ""  # it was measured with that compression
+        preset = Preset(chosen.name, plain_text(prompt), why, None, answer.strip(), chat)
+        _length(engine, ref, preset)
+    return preset
+
+
+def _take_preset() -> None:
+    _begin_with(st.session_state["live_preset"], settings=True)
+
+
+def _begin_with(name: str, *, settings: bool) -> None:
+    """Begin with a preset's text, and with its compression in the header; that of a link is left as it is."""
+    st.session_state["live_preset"] = name
+    preset = next((one for one in presets(state.model()) if one.name == name), None)
+    if preset is None:  # one's own text begins with what is there
+        for key in ("live_prompt", "live_answer"):
+            st.session_state.setdefault(key, "")
+        return
+    st.session_state.update(live_prompt=preset.text, live_answer=preset.answer, live_chat=preset.chat)
+    if settings and preset.spec is not None:
+        state.take_spec(preset.spec)
+        BESIDE.set(preset.beside.policy if preset.beside else "")
+        BESIDE_RATIO.set(preset.beside.keep_ratio if preset.beside else BESIDE_RATIO.default)
+
+
+def _ask_template(engine: Engine, ref: str) -> bool:
+    """Whether to ask through the chat template, where the model has one."""
+    found = engine.tokenizer_and_config(ref)
+    if found and not can_chat(found[0]):
+        return False
+    st.session_state["live_chat"] = st.session_state.get("live_chat", False)
+    return st.toggle("Through the chat template", key="live_chat", persist_state="session")
+
+
+def _length(engine: Engine, ref: str, preset: Preset) -> None:
+    """Say how long the prompt is, and whether the model was trained for that."""
+    if not preset.text.strip() or not (found := engine.tokenizer_and_config(ref)):
+        return
+    tokenizer, config = found
+    try:
+        tokens = prompt_tokens(tokenizer, preset.text, chat=preset.chat)
+    except UserError as error:
+        st.warning(markup.plain(str(error)), icon=":material/warning:")
+        return
+    limit, notes = getattr(config, "max_position_embeddings", None) or 0, " ".join(map(markup.plain, tokens.notes))
+    if 0 < limit < len(tokens):
+        st.warning(
+            f"{len(tokens):,} tokens, and the model was trained on {limit:,}: expect it to fail. {notes}",
+            icon=":material/warning:",
+        )
+    else:
+        st.caption(f"{counted(len(tokens), 'token')} of the {limit:,} that the model was trained on. {notes}")
+
+
+def _tell(engine: Engine, preset: Preset, new_tokens: int, sampling: Sampling) -> None:
+    """Generate in this script, so that it ends within a token when the tab is closed, and draw each token."""
+    place = st.empty()
+    TOLD.drop()
+    try:
+        with engine.lend(state.model_ref(), _shown_in(place)) as loaded:
+            from analysis.demo.telling import begin, tell
+
+            story = begin(loaded, preset, _specs(), dtype=_dtype(state.model_ref()))
+            counted_too = len(story.labels) <= _LONGEST_COUNTED
+            rows = tell(
+                loaded, story, new_tokens=new_tokens, sampling=sampling, count_heads=counted_too,
+                progress=_shown_in(place),
+            )  # fmt: skip
+            with closing(rows):  # before the turn ends: the next session must find the model as it was
+                for story in rows:
+                    TOLD.set(story)  # at every token: a click may end this here
+                    place.html(stage.stage(story, story.n_steps - 1))
+    except (UserError, SpecError) as error:  # a SpecError: a skip list or a plan that was made for another model
+        place.error(markup.plain(str(error)), icon=":material/error:")
+        return
+    state.STORY.set(library.WORKSPACE.add(story, name=story.name).id)
+    _at_its_end()
+    st.rerun()
+
+
+def _shown_in(place: DeltaGenerator) -> Progress:
+    """Progress that is drawn in a place: the queue, the loading of the model, the reading of the prompt."""
+
+    def tell(done: int, total: int, what: str) -> None:
+        if total:
+            place.progress(min(done / total, 1.0), f"Reading the prompt into each cache: {done} of {total} {what}")
+        else:
+            place.info(markup.plain(what), icon=":material/hourglass_empty:")
+
+    return tell
+
+
+def _dtype(ref: str) -> str:
+    """Dtype that bytes are told in: the one chosen, or the checkpoint's where it names one."""
+    try:
+        named = state.CACHE_DTYPE.get() or checkpoint_dtype(ref) or ""
+    except ModelError:
+        return ""
+    return named if named in DTYPES else ""
+
+
+def _chat(engine: Engine, jobs: Jobs) -> None:
+    ref = state.model_ref()
+    found = engine.tokenizer_and_config(ref)
+    if found and not can_chat(found[0]):
+        st.info(
+            f"{markup.plain(state.model())} has no chat template: it continues a text, and answers no questions. "
+            f"Give it text under *{LIVE}*, or choose another model in the header.",
+            icon=":material/forum:",
+        )
+        return
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        _ask_beside()
+        if st.button("New chat", icon=":material/add_comment:", key="new_chat"):
+            TALK.drop()
+    left, right = st.columns([3, 2])
+    left.caption(
+        "Each cache lives on between the turns: it keeps what it kept, and reads the new message alone. Compressed: "
+        f"{header.in_words(state.spec())}."
+    )
+    with right, st.expander("Length and sampling", icon=":material/casino:"):
+        new_tokens, sampling = _ask_sampling("chat")
+    asked, talk = (state.model(), None, *_specs().values()), TALK.get()
+    if talk is not None and (TALK_MODEL.get(), *talk.specs) != asked:
+        st.caption(":material/history: This chat has earlier settings. *New chat* begins one with those of the header.")
+    message, shown = st.chat_input("Ask it something", key="chat_message"), st.container()
+    with shown:
+        for i, (earlier, steps) in enumerate(talk.turns if talk else []):
+            st.chat_message("user").text(markup.printable(earlier))
+            assert talk is not None
+            st.html(stage.answers(talk.specs, steps, memory=i == len(talk.turns) - 1))
+        if message:
+            _say(engine, plain_text(message), new_tokens, sampling)
+
+
+def _say(engine: Engine, message: str, new_tokens: int, sampling: Sampling) -> None:
+    """Answer a message in this script, as `_tell`; the chat keeps its caches, and no model."""
+    from analysis.preview import Chat
+
+    talk = TALK.get()
+    if talk is None:
+        TALK.set(talk := Chat([None, *_specs().values()]))
+        TALK_MODEL.set(state.model())
+    st.chat_message("user").text(markup.printable(message))
+    place = st.empty()
+    try:
+        if TALK_MODEL.get() != state.model():
+            raise ModelError(f"This chat is with {TALK_MODEL.get()}. Press New chat.")
+        with engine.lend(state.model_ref(), _shown_in(place)) as loaded:
+            rows = talk.say(
+                loaded, message, max_new_tokens=new_tokens, sampling=sampling, progress=_shown_in(place)
+            )  # fmt: skip
+            with closing(rows):
+                for steps in rows:
+                    place.html(stage.answers(talk.specs, steps, memory=True))
+    except (UserError, SpecError) as error:
+        place.error(markup.plain(str(error)), icon=":material/error:")

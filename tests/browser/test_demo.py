@@ -1,0 +1,88 @@
+"""Demo as a user meets it: stories by keys, a run that streams and is cancelled, hostile text, narrow screens."""
+
+import re
+import shutil
+
+import pytest
+
+from tests.support.browser import settled
+from tests.support.texts import HOSTILE
+
+pytestmark = [
+    pytest.mark.xdist_group("browser"),
+    pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on this machine (apt install chromium)"),
+]
+
+
+@pytest.fixture
+def demo(page, address):
+    def open(**params):
+        asked = "&".join(f"{name}={value}" for name, value in ({"model": "books-5m"} | params).items())
+        page.goto(f"{address}/demo?{asked}")
+        page.get_by_role("heading", name="Show me").wait_for()
+        settled(page)
+        return page
+
+    return open
+
+
+def written(page):
+    return [text.inner_text() for text in page.locator(".l2kv-new").all()]
+
+
+def test_a_story_is_in_view_at_once_and_is_presented_with_the_arrow_keys(demo):
+    page = demo(model="smollm2")
+    badges = page.locator(".l2kv-score")
+    assert badges.all_inner_texts()[:2] == ["✓ found"] * 2 and "✗ not found" in badges.all_inner_texts()
+    bottom = page.locator(".l2kv-bytes").last.bounding_box()
+    assert bottom["y"] + bottom["height"] < 900
+    page.get_by_role("button", name="Present").click()
+    page.get_by_role("button", name="Close").wait_for()
+    settled(page)
+    assert page.locator(".l2kv-new").count() == 0
+    for n in (1, 2):
+        page.keyboard.press("ArrowRight")
+        page.get_by_text(f"{n} new tokens").wait_for()
+        settled(page)
+    assert page.locator(".st-key-present").bounding_box()["height"] >= 900
+    page.keyboard.press("Escape")
+    page.get_by_role("button", name="Present").wait_for()
+
+
+def test_caches_stream_and_cancel_keeps_what_was_written(demo):
+    page = demo(demo="Live")
+    page.get_by_text("Length and sampling").click()
+    tokens = page.get_by_label("New tokens").first
+    tokens.fill("500")
+    tokens.press("Enter")
+    settled(page)
+    page.get_by_role("button", name="Start", exact=True).click()
+    page.wait_for_function(
+        "() => [...document.querySelectorAll('.l2kv-new')].filter(each => each.innerText.length > 20).length >= 2"
+    )
+    page.get_by_role("button", name="Cancel", exact=True).click()
+    page.get_by_text("Cancelled: what was written until then is kept.").wait_for()
+    settled(page)
+    kept = written(page)
+    assert len(kept) == 2 and all(kept)
+    page.wait_for_timeout(700)
+    assert written(page) == kept
+
+
+def test_no_text_of_a_user_becomes_markup_and_a_narrow_page_does_not_scroll_sideways(demo):
+    page = demo(demo="Live")
+    page.set_viewport_size({"width": 800, "height": 900})
+    page.get_by_text("Prompt", exact=True).first.click()
+    box = page.get_by_role("textbox", name="Prompt")
+    box.fill(HOSTILE + " and so it went on, as it always had, to the end of the day.")
+    box.press("Control+Enter")
+    settled(page)
+    page.get_by_role("button", name="Start", exact=True).click()
+    page.get_by_role("button", name="Download report").wait_for(timeout=120_000)
+    settled(page)
+    assert page.locator(".l2kv-stage img, .l2kv-stage script").count() == 0
+    assert page.evaluate("document.documentElement.scrollWidth") <= 800
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download report").click()
+    report = download.value.path().read_text()
+    assert len(report) < 1_000_000 and not re.search(r"<img|alert\(1\)</script>", report)

@@ -1,0 +1,206 @@
+"""The page Demo: stories replay without a model, tasks are scored, and a chat lives on in its caches."""
+
+import shutil
+import time
+from dataclasses import replace
+
+import pytest
+from streamlit.testing.v1 import AppTest
+
+from analysis.demo.presets import Preset
+from analysis.plans.skip import Plan
+from analysis.stories import Story
+from analysis.workspace import Workspace
+from app import library
+from app.engine import Engine
+from app.jobs import Jobs
+from l2kv import CompressionSpec
+from tests.support.paths import BUNDLED
+from tests.support.texts import HOSTILE, TEMPLATE
+
+SEA = "The old man looked at the sea, and the sea looked at the old man. Then he said to his wife: "
+
+
+@pytest.fixture(autouse=True)
+def workspace(tmp_path, monkeypatch):
+    workspace = Workspace(tmp_path / "workspace")
+    monkeypatch.setattr(library, "WORKSPACE", workspace)
+    return workspace
+
+
+def opened(model="books-5m", engine=None, **params):
+    def script(engine, jobs):
+        from app import address, header
+        from app.screens import demo
+
+        address.read()
+        header.draw(engine, jobs)
+        demo.draw(engine, jobs)
+        address.write()
+
+    engine = engine or Engine()
+    page = AppTest.from_function(script, args=(engine, Jobs(engine)), default_timeout=120)
+    for name, value in ({"model": model} | params).items():
+        page.query_params[name] = value
+    page.run()
+    assert not page.exception
+    return page
+
+
+def said(page):
+    kinds = ("markdown", "caption", "info", "warning", "success", "error")
+    return "\n".join(part.value for kind in kinds for part in page.get(kind)).replace("\\", "")
+
+
+def stage(page):
+    return next((part.value for part in page.get("html") if "l2kv-stage" in part.value), "")
+
+
+def test_a_recorded_story_is_shown_at_its_end_and_stepped_through_without_a_model():
+    engine = Engine()
+    page = opened("smollm2", engine)
+    assert "✓ found" in stage(page) and "✗ not found" in stage(page)
+    assert len(page.success) == 1 and len(page.error) == 2  # low norm finds; random and high norm do not
+    page.button(key="story_back").click().run()
+    assert page.slider(key="demo_step").value == page.slider(key="demo_step").max - 1
+    page.slider(key="demo_step").set_value(0).run()
+    assert "found" not in stage(page).split("</style>")[1] and not page.exception and engine.loaded is None
+
+
+def test_it_plays_to_its_end_and_is_presented_in_large_type():
+    page = opened("smollm2")
+    page.slider(key="demo_step").set_value(1).run()
+    page.button(key="story_play").click().run()
+    assert page.session_state["demo_step"] >= 2 and page.button(key="story_play").label == "Pause"
+    while page.session_state["demo_step"] < page.slider(key="demo_step").max:
+        page.run()
+    page.run()
+    assert page.button(key="story_play").label == "Play"
+    page.button(key="story_present").click().run()
+    assert page.slider(key="demo_step").value == 0 and page.button(key="story_present").label == "Close"
+    assert not page.success and not page.exception  # the overlay hides what is below it
+
+
+def offer(monkeypatch, *presets):
+    monkeypatch.setattr("app.screens.demo.presets", lambda model: presets)
+
+
+def told(monkeypatch, preset, **settings):
+    """The page after one preset was told live."""
+    offer(monkeypatch, Preset("Another", "A"), preset)
+    page = opened(demo="Live", **settings)
+    for name in ("Another", preset.name):
+        page.selectbox(key="live_preset").set_value(name).run()
+    page.number_input(key="live_new").set_value(6).run()
+    page.button(key="tell_story").click().run()
+    assert not page.exception and page.session_state["demo_told"].n_steps
+    return page
+
+
+@pytest.fixture(scope="module")
+def answer():
+    """What the full cache says first."""
+    from analysis.models.load import load_model
+    from analysis.preview import stream
+
+    *_, (full,) = stream(load_model("books-5m"), SEA, [None], max_new_tokens=6)
+    return full.text.strip()
+
+
+def test_colour_is_for_the_task_and_not_for_the_same_tokens(monkeypatch, answer, workspace):
+    page = told(monkeypatch, Preset("Solved", SEA, "", CompressionSpec(keep_ratio=1.0), answer))
+    assert len(page.success) == 1 and not page.error and stage(page).count("✓ found") == 2
+    (entry,) = workspace.entries("story")
+    assert workspace.open(Story, entry.id) == page.session_state["demo_told"]
+    page = told(monkeypatch, Preset("Lost", SEA, "", CompressionSpec(keep_ratio=0.05), answer))
+    assert len(page.error) == 1 and not page.success and stage(page).count("✗ not found") == 1
+    page = told(monkeypatch, Preset("Not solved", SEA, "", CompressionSpec(keep_ratio=1.0), "xylophone"))
+    assert "The full cache does not give" in said(page) and not (page.success or page.error)
+    page = told(monkeypatch, Preset("No task", SEA, "", CompressionSpec(keep_ratio=0.05)))
+    assert not (page.success or page.error) and "found" not in stage(page).split("</style>")[1]
+
+
+def test_a_second_compression_stands_beside_the_first_and_text_that_was_edited_is_no_task(monkeypatch, answer):
+    offer(monkeypatch, Preset("Solved", SEA, answer=answer))
+    page = opened(demo="Live", beside="random")
+    page.text_area(key="live_prompt").set_value(SEA + HOSTILE).run()
+    page.text_input(key="live_answer").set_value("").run()
+    page.number_input(key="live_new").set_value(2).run()
+    page.button(key="tell_story").click().run()
+    story = page.session_state["demo_told"]
+    assert [cache.spec.policy for cache in story.caches[1:]] == ["low_norm", "random"] and story.answer == ""
+    assert page.selectbox(key="live_preset").value == "My own text"
+    assert "<script" not in stage(page).split("</style>")[1] and "<img" not in stage(page)
+
+
+def test_the_plan_in_force_is_told_with_and_another_compression_beside_it(monkeypatch, workspace):
+    offer(monkeypatch, Preset("No task", SEA))
+    spec = CompressionSpec(layer_ratios={0: 0.9, 1: 0.1}, protect_last=4)
+    plan = workspace.add(Plan("books-5m", spec), name="plan").id
+    page = opened(demo="Live", beside="random", plan=plan)
+    page.number_input(key="live_new").set_value(2).run()
+    page.button(key="tell_story").click().run()
+    assert [told.name for told in page.session_state["demo_told"].caches[1:]] == [
+        "low norm, 50% kept by layer",
+        "random, 50% kept",
+    ]
+
+
+def test_a_plan_for_more_layers_than_the_model_has_gets_an_answer(monkeypatch, workspace):
+    offer(monkeypatch, Preset("No task", SEA))
+    plan = workspace.add(Plan("books-5m", CompressionSpec(layer_ratios={40: 0.5})), name="plan").id
+    page = opened(demo="Live", plan=plan)
+    page.button(key="tell_story").click().run()
+    assert not page.exception and len(page.error) == 1 and not workspace.entries("story")
+
+
+def test_each_cache_is_timed_alone_as_a_job_and_the_story_keeps_the_rates(workspace):
+    page = opened()
+    page.button(key="time_story").click().run()
+    for _ in range(600):
+        page.run()
+        if "job" not in page.query_params:
+            break
+        time.sleep(0.2)
+    (entry,) = workspace.entries("story")
+    assert all(told.tokens_per_second > 0 for told in workspace.open(Story, entry.id).caches)
+    assert "tokens/s alone" in stage(page) and not page.exception
+
+
+def test_a_story_that_was_cancelled_leaves_its_task_open():
+    page = opened("smollm2")
+    story = page.session_state["story_id"]
+    cut = library.opened(Story, story)
+    cut = replace(cut, ended=False, caches=tuple(replace(told, steps=told.steps[:1]) for told in cut.caches))
+    page.session_state["demo_told"] = cut
+    page.segmented_control(key="demo_mode").set_value("Live").run()
+    assert "Cancelled: what was written until then is kept." in said(page)
+    assert not (page.success or page.error or page.exception) and "does not give" not in said(page)
+
+
+@pytest.mark.parametrize("prompt", ["", " ", "\\ud800", "a"])
+def test_a_bad_prompt_gets_a_sentence(monkeypatch, prompt):
+    offer(monkeypatch)
+    page = opened(demo="Live")
+    page.text_area(key="live_prompt").set_value(prompt).run()
+    page.button(key="tell_story").click().run()
+    assert not page.exception and len(page.error) <= 1
+
+
+def test_a_model_without_a_template_says_so_in_place_of_a_chat():
+    page = opened(demo="Chat")
+    assert "has no chat template" in said(page) and not page.chat_input
+
+
+def test_a_chat_goes_on_in_its_caches(tmp_path, monkeypatch):
+    shutil.copytree(BUNDLED, tmp_path / "talker")
+    (tmp_path / "talker" / "chat_template.jinja").write_text(TEMPLATE)
+    monkeypatch.setenv("L2KV_MODEL_DIRS", str(tmp_path))
+    page = opened(str(tmp_path / "talker"), demo="Chat")
+    page.number_input(key="chat_new").set_value(3).run()
+    for i, message in enumerate(("Who is it?", "<b>And</b> why?"), 1):
+        page.chat_input(key="chat_message").set_value(message).run()
+        assert not page.exception and not page.error and len(page.session_state["demo_talk"].turns) == i
+    assert "<b>And</b>" not in "".join(part.value for part in page.get("html"))
+    page.button(key="new_chat").click().run()
+    assert page.session_state["demo_talk"] is None if "demo_talk" in page.session_state else True

@@ -1,0 +1,109 @@
+"""Stories: scores and shares worked by hand, and the stage that shows them."""
+
+from dataclasses import replace
+
+import pytest
+
+from analysis.records import load, save
+from analysis.stories import FULL, Step, Story, Told, name_of
+from app.components import stage
+from app.report.story import report
+from l2kv import CompressionSpec
+from tests.support.texts import HOSTILE
+
+HALF = CompressionSpec(keep_ratio=0.5)
+
+
+def step(text, n, held, nbytes, kept=(), finished=False):
+    return Step(tuple(range(n)), 10 + n, text, (held, 10 + n), nbytes, 0, finished, kept)
+
+
+STORY = Story(
+    model="m",
+    name="A key",
+    prompt="The key is 42. What is it?",
+    caches=(
+        Told(FULL, None, (step(" 4", 1, 11, 800, (4,) * 5), step(" 42", 2, 12, 840, (4,) * 5))),
+        Told("low norm", HALF, (step(" 4", 1, 6, 400, (4, 1, 3, 4, 0)), step(" 42", 2, 6, 420, (4, 1, 3, 1, 0)))),
+        Told("random", replace(HALF, policy="random"), (step("", 1, 6, 400, (4, 1, 0, 2, 0), finished=True),)),
+    ),
+    answer="42",
+    labels=("The", " key", " 4", "2", "?"),
+    answer_at=(2, 3),
+    heads=4,
+    counted_dtype="float32",
+    dtype="bfloat16",
+)  # fmt: skip
+
+
+def test_a_score_is_open_until_it_is_decided():
+    assert [STORY.score(cache, 0) for cache in range(3)] == [None, None, False]
+    assert [STORY.score(cache, 1) for cache in range(3)] == [True, True, False]
+    wrong = replace(STORY, answer="43")
+    assert [wrong.score(cache, 1) for cache in range(3)] == [False] * 3
+    cut = replace(wrong, caches=tuple(replace(cache, steps=cache.steps[:1]) for cache in wrong.caches), ended=False)
+    assert [cut.score(cache, 0) for cache in range(3)] == [None, None, False]
+    assert replace(STORY, answer="").score(0, 1) is None
+
+
+def test_bytes_are_told_in_the_dtype_of_the_checkpoint_and_shares_at_the_same_number_of_tokens():
+    assert STORY.nbytes(0, 1) == 420
+    assert STORY.share(1, 1) == 0.5 and STORY.share(2, 1) == 0.5  # 400 of 800, when it ended
+    assert STORY.agreement(1) == (2, 2) and STORY.agreement(2) == (1, 2)
+
+
+def test_the_share_of_heads_that_hold_the_answer_is_of_its_own_tokens():
+    assert STORY.answer_held(0, 0) == 1.0
+    assert STORY.answer_held(1, 0) == 7 / 8 and STORY.answer_held(1, 1) == 4 / 8
+    assert replace(STORY, answer_at=()).answer_held(1, 0) is None
+
+
+def test_a_story_is_read_as_it_was_written(tmp_path):
+    assert load(Story, save(STORY, tmp_path / "story.json")) == STORY
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [
+        (CompressionSpec(keep_ratio=0.25, policy="high_norm"), "high norm, 25% kept"),
+        (CompressionSpec(budget=100), "low norm, 100 tokens kept"),
+        (CompressionSpec(key_bits=8), "low norm, 50% kept, keys in 8 bits"),
+        (CompressionSpec(head_ratios={(0, 0): 0.5}), "low norm, 50% kept by kv head"),
+    ],
+)
+def test_a_cache_is_named_by_its_policy_and_its_budget(spec, name):
+    assert name_of(spec) == name
+
+
+def body(html):
+    return html.split("</style>")[1]
+
+
+def test_colour_and_words_carry_the_task_and_hollow_tokens_are_those_that_most_heads_lost():
+    shown = body(stage.stage(STORY, 1))
+    assert shown.count("✓ found") == 2 and shown.count("✗ not found") == 1
+    assert "210 B" in shown and "50% of the full cache" in shown
+    low = shown.split("l2kv-cache")[2]
+    chips = low.split("l2kv-tokens")[1].split("<span class=")[1:]
+    assert ["hollow" in chip for chip in chips] == [False, True, False, True, True]
+    assert ["answer" in chip.split(">")[0] for chip in chips] == [False, False, True, True, False]
+    assert "held by 50% of heads" in low and "found" not in body(stage.stage(STORY, -1))
+
+
+def test_of_a_long_prompt_only_what_is_around_the_answer_is_shown():
+    strip = stage.token_strip(["a"] * 500, [1.0] * 500, (250,), heads=4)
+    assert strip.count("<span") == 29 and "… 236 …" in strip and "… 235 …" in strip
+
+
+def test_no_text_becomes_markup():
+    caches = [replace(told, name=HOSTILE, steps=(replace(told.steps[0], text=HOSTILE),)) for told in STORY.caches]
+    hostile = replace(STORY, name=HOSTILE, prompt=HOSTILE, answer=HOSTILE, labels=(HOSTILE,) * 5, caches=tuple(caches))
+    for shown in (body(stage.stage(hostile, 0)), report(hostile)):
+        assert "<img" not in shown and "alert(1)</script>" not in shown and "\u202e" not in shown
+
+
+def test_a_report_is_one_small_page_with_scores_bytes_and_code():
+    page = report(STORY)
+    assert len(page) < 100_000
+    for told in ("found", "not found", "210 B", "keep_ratio=0.5", "The key is 42"):
+        assert told in page, told
