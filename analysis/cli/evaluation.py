@@ -170,7 +170,7 @@ def _evaluate(
     baselines: Annotated[
         bool, typer.Option(help="Compare with random tokens too: of all, and of those between the protected ends.")
     ] = True,
-    skip_layers: options.SkipLayers = ",".join(map(str, defaults.SKIP_LAYERS)),
+    skip_layers: options.SkipLayers = "",
     protect_first: options.ProtectFirst = 0,
     protect_last: options.ProtectLast = defaults.RECENT_WINDOW,
     key_bits: options.KeyBits = None,

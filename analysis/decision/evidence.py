@@ -44,6 +44,7 @@ LADDER = (0.6, 0.7, 0.8, 0.9)
 CONTEXTS = (4000, 2000, 900, 400)
 """Lengths in tokens of which the longest is taken that the time allows."""
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+STAGES = ("plan", "lm", *RETRIEVAL, "speed")
 _ABOUT_THE_SAME = 0.05  # bytes by which a plan may differ to be of the same budget; the checklist is stricter
 _AFTER = 80  # tokens that follow a prompt at most
 _CAPTURE = 3.0  # times as long as a forward pass of the same tokens
@@ -134,12 +135,19 @@ class Estimate:
     context: int
     """Tokens of the prompts of passkeys and needles."""
     seconds: Mapping[str, float]
-    """By stage, in order, of "plan", "lm", "passkey", "needle" and "speed"."""
+    """By stage, in order, of those in `STAGES`."""
 
     @property
     def total(self) -> float:
         """Seconds of all stages."""
         return sum(self.seconds.values())
+
+    def scaled(self, of: Sizes, to: Sizes) -> Estimate:
+        """Estimate for other sizes than it is of, in proportion."""
+        context = to.context or self.context
+        texts, asked = to.excerpts / of.excerpts, to.samples * context / (of.samples * self.context)
+        by = {"plan": texts, "lm": texts, "passkey": asked, "needle": asked, "speed": context / self.context}
+        return Estimate(context, {stage: taken * by[stage] for stage, taken in self.seconds.items()})
 
     def __str__(self) -> str:
         return f"about {duration(self.total)} on this machine, with prompts of {self.context:,} tokens"

@@ -36,12 +36,15 @@ if TYPE_CHECKING:
 _OWN = "My own text"
 _FIELDS = ("record_prompt", "record_question", "record_continuation", "record_chat")
 _MOST_LISTED = 8
+_FURTHER_ROW = 0.4  # of the time of one row, what another takes in the same batch: SmolLM2 on a CPU
+_STYLE = "<style>.st-key-shortlist button p { text-align: left; }</style>"
 _ANSWERS: dict[tuple[str, tuple[int, ...]], WhatIf] = {}
 """(id of the recording, pinned tokens) -> what they would have changed."""
 
 
 def draw(engine: Engine, jobs: Jobs) -> None:
     """Draw the section."""
+    st.html(_STYLE)
     st.header("Eviction time machine")
     st.markdown(
         "Scrub through a generation: which tokens each head still holds, when it evicted the others, and what the "
@@ -107,13 +110,12 @@ def _shortlist(id: str, recorded: Timeline, jobs: Jobs) -> None:
     )
     listed = recorded.missed(_MOST_LISTED).tolist()
     most = recorded.mean_attention.max(axis=0)
-    with st.container(gap=None):
+    with st.container(gap=None, key="shortlist"):
         for token in listed:
             name = f"{token} “{markup.plain(markup.visible(recorded.labels[token]))}”"
             heads = int((recorded.evicted[:, token] != 0).sum())
-            told = (
-                f"evicted by {heads} of {recorded.n_heads} heads, up to {most[token]:.1%} of a head's attention before"
-            )
+            share = f"{100 * most[token]:.1f} %"
+            told = f"evicted by {heads} of {recorded.n_heads} heads, up to {share} of a head's attention before"
             answer = _ANSWERS.get((id, (token,)))
             measured = f"; had it stayed **{_change(answer)}** nats/token" if answer else ""
             st.button(
@@ -125,8 +127,8 @@ def _shortlist(id: str, recorded: Timeline, jobs: Jobs) -> None:
             )
     open_ones = [(token,) for token in listed if (id, (token,)) not in _ANSWERS]
     if open_ones:
-        seconds = recorded.context_seconds + (1 + len(open_ones)) * recorded.seconds
-        if st.button(f"Ask for each of these (about {duration(seconds)})", icon=":material/history:", key="ask_all"):
+        took = duration(_seconds(recorded, len(open_ones)))
+        if st.button(f"Ask for each of these (about {took})", icon=":material/history:", key="ask_all"):
             state.JOB.set(_ask(jobs, id, open_ones))
             st.rerun()
 
@@ -168,7 +170,6 @@ def _what_if(id: str, recorded: Timeline, chosen: tuple[int, ...], gone: int, jo
         if not gone:
             st.caption("No head evicted it: nothing would be different.")
             return
-        seconds = recorded.context_seconds + 2 * recorded.seconds
         if st.button(
             "What if it had stayed?" if len(chosen) == 1 else "What if they had stayed?",
             type="primary",
@@ -177,7 +178,8 @@ def _what_if(id: str, recorded: Timeline, chosen: tuple[int, ...], gone: int, jo
         ):
             state.JOB.set(_ask(jobs, id, [chosen]))
             st.rerun()
-        st.caption(f"About {duration(seconds)} at the pace of the recording; the context is read once for both.")
+        took = duration(_seconds(recorded, 1))
+        st.caption(f"About {took} at the pace of the recording; the context is read once for both.")
         return
     st.markdown(
         f"Had {'it' if len(chosen) == 1 else 'they'} stayed: **{_change(answer)} nats/token** "
@@ -189,6 +191,11 @@ def _what_if(id: str, recorded: Timeline, chosen: tuple[int, ...], gone: int, jo
         alt="Lines: NLL of each token of the continuation, as recorded and with the chosen tokens pinned.",
         caption=f"NLL of the {len(labels)} tokens of the continuation, n = 1 text.",
     )  # fmt: skip
+
+
+def _seconds(recorded: Timeline, choices: int) -> float:
+    """Time to ask `what_if` about so many choices, at the pace of the recording."""
+    return recorded.context_seconds + recorded.seconds * (1 + _FURTHER_ROW * choices)
 
 
 def _change(answer: WhatIf) -> str:

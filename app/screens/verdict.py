@@ -10,7 +10,7 @@ import streamlit as st
 
 from analysis import verdicts
 from analysis.decision.checklist import Answer, Check, Decision, Status
-from analysis.decision.evidence import CONTEXTS, Estimate, Measurement, Sizes
+from analysis.decision.evidence import CONTEXTS, STAGES, Estimate, Measurement, Sizes
 from analysis.decision.speed import Speed
 from analysis.errors import UserError
 from analysis.plans.export import Saving, library_code
@@ -232,7 +232,7 @@ def _measure(engine: Engine, jobs: Jobs) -> None:
         given = documents.ask(few="Half of them are planned on, the others are measured.")
     sizes = Sizes(int(excerpts), int(samples), int(context), int(state.BATCH.get()))
     if st.button("Start", type="primary", icon=":material/play_arrow:", key="verdict_start"):
-        state.JOB.set(start(jobs, ref, spec, sizes, given, _ESTIMATES.get().get(_asked(ref, spec, sizes, given))))
+        state.JOB.set(start(jobs, ref, spec, sizes, given, _known(ref, spec, sizes, given)))
         st.rerun()
     try:
         told = _estimate(engine, ref, spec, sizes, given)
@@ -243,7 +243,7 @@ def _measure(engine: Engine, jobs: Jobs) -> None:
 
 
 _Asked = tuple[object, ...]
-_ESTIMATES = state.Slot[dict[_Asked, Estimate]]("verdict_estimates", {})
+_ESTIMATES = state.Slot[dict[_Asked, dict[Sizes, Estimate]]]("verdict_estimates", {})
 
 
 def start(
@@ -259,21 +259,31 @@ def start(
     return jobs.start(f"Measuring {state.model()}", ref, work, kind="results").id
 
 
-def _asked(ref: str, spec: CompressionSpec, sizes: Sizes, texts: Mapping[str, str]) -> _Asked:
-    return ref, spec, sizes, tuple(texts.items()), library.evidence(state.model())
+def _known(ref: str, spec: CompressionSpec, sizes: Sizes, texts: Mapping[str, str]) -> Estimate | None:
+    """What was timed for the same question, or for other sizes where nothing is measured yet."""
+    of_sizes = _ESTIMATES.get().get(_asked(ref, spec, texts), {})
+    if sizes in of_sizes:
+        return of_sizes[sizes]
+    whole = ((of, found) for of, found in of_sizes.items() if set(found.seconds) == set(STAGES))
+    return next((found.scaled(of, sizes) for of, found in whole), None)
+
+
+def _asked(ref: str, spec: CompressionSpec, texts: Mapping[str, str]) -> _Asked:
+    return ref, spec, tuple(texts.items()), library.evidence(state.model())
 
 
 def _estimate(engine: Engine, ref: str, spec: CompressionSpec, sizes: Sizes, texts: Mapping[str, str]) -> Estimate:
-    """How long it takes, timed once for the same question. Raises UserError, SpecError."""
-    asked = _asked(ref, spec, sizes, texts)
-    if asked not in _ESTIMATES.get():
-        place = st.empty()
+    """How long it takes, timed if need be. Raises UserError, SpecError."""
+    if known := _known(ref, spec, sizes, texts):
+        return known
+    place = st.empty()
 
-        def show(done: int, total: int, what: str) -> None:
-            place.caption(markup.plain(what))
+    def show(done: int, total: int, what: str) -> None:
+        place.caption(markup.plain(what))
 
-        with st.spinner("Timing a few tokens …", show_time=True), engine.lend(ref, show) as loaded:
-            found = Measurement(loaded, spec, library.WORKSPACE, sizes, texts).estimate
-        place.empty()
-        _ESTIMATES.set({**_ESTIMATES.get(), asked: found})
-    return _ESTIMATES.get()[asked]
+    with st.spinner("Timing a few tokens …", show_time=True), engine.lend(ref, show) as loaded:
+        found = Measurement(loaded, spec, library.WORKSPACE, sizes, texts).estimate
+    place.empty()
+    asked = _asked(ref, spec, texts)
+    _ESTIMATES.set({asked: {**_ESTIMATES.get().get(asked, {}), sizes: found}})
+    return found

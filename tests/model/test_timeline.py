@@ -131,6 +131,24 @@ def test_layers_that_never_evict_are_left_out(name):
         assert cache.kept_positions(layer)[number][0].tolist() == held
 
 
+@pytest.mark.parametrize(
+    "coded",
+    [{"key_bits": 8, "value_bits": 4}, {"key_channels": 0.6}, {"head_ratios": {(0, 0): 0.1}, "key_bits": 4}],
+    ids=str,
+)
+def test_pairs_of_fewer_bits_or_channels_are_recorded_and_pinned_as_others(loaded, coded):
+    spec = CompressionSpec(keep_ratio=0.4, protect_last=8, **coded)
+    timeline = record_timeline(loaded, sample_of(loaded), spec)
+    held, nats = fed_one_by_one(loaded, timeline, spec)
+    assert timeline.held(len(held)).sum() == sum(map(len, held[-1]))
+    np.testing.assert_allclose(timeline.nats, nats, atol=1e-4)
+    pinned = timeline.missed(3).tolist()
+    (answer,) = what_if(loaded, timeline, [pinned])
+    held, nats = fed_one_by_one(loaded, timeline, replace(spec, pinned=pinned))
+    assert all(set(pinned) <= of_head for of_head in held[-1])
+    np.testing.assert_allclose(answer.with_them, nats, atol=1e-4)
+
+
 def test_rows_of_steps_are_means_over_heads_and_steps_and_stay_few(loaded):
     timeline = record_timeline(loaded, sample_of(loaded, new_tokens=150), CompressionSpec(keep_ratio=0.5))
     steps = len(timeline.seen) - 1

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from analysis.decision.checklist import Answer, Limits, Status, decide
-from analysis.decision.evidence import Evidence
+from analysis.decision.evidence import Estimate, Evidence, Sizes
 from analysis.decision.speed import Speed
 from analysis.errors import SettingsError
 from analysis.evaluation.results import FULL
@@ -167,6 +167,14 @@ def test_results_of_another_model_are_refused():
 def test_limits_out_of_range_are_refused(wrong):
     with pytest.raises(SettingsError, match=next(iter(wrong))):
         Limits(**wrong)
+
+
+def test_an_estimate_is_scaled_by_what_each_stage_goes_by():
+    seconds = {"plan": 10.0, "lm": 20.0, "passkey": 30.0, "needle": 40.0, "speed": 5.0}
+    half = Estimate(1000, seconds).scaled(Sizes(16, 50), Sizes(8, 25, context=2000))
+    assert half.context == 2000
+    assert half.seconds == {"plan": 5.0, "lm": 10.0, "passkey": 30.0, "needle": 40.0, "speed": 10.0}
+    assert Estimate(1000, seconds).scaled(Sizes(16, 50), Sizes(16, 50)).total == 105
 
 
 SPEED = Speed("tiny", "w", "cpu", "float32", 1, HALF, 1000, 4, 600, 400, 200, (0.2, 0.4, 0.1), (0.1, 0.1, 0.1))
