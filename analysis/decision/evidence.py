@@ -297,9 +297,9 @@ class Measurement:
 
     @property
     def _share(self) -> float:
-        """Share of the bytes of the layers that can be compressed that the compression keeps: the plan's budget."""
-        n = PROMPT_TOKENS
-        return self._shape.nbytes(n, self.spec) / self._shape.nbytes(n)
+        """Share of the pairs of the layers that can be compressed that the compression keeps: the plan's budget."""
+        n, plain = PROMPT_TOKENS, replace(self.spec, key_bits=None, value_bits=None, key_channels=1.0)
+        return self._shape.nbytes(n, plain) / self._shape.nbytes(n)
 
     @cached_property
     def _asked(self) -> str:
@@ -307,10 +307,8 @@ class Measurement:
         asked = (
             self._machine.weights,
             self._excerpts[0],
-            self.spec.policy,
-            self.spec.protect_last,
+            self.spec,
             self.strategies,
-            self._share,
         )
         return _digest(asked)[:8]
 
@@ -326,13 +324,12 @@ class Measurement:
             self.loaded,
             planning,
             self._share,
-            policy=self.spec.policy,
+            like=self.spec,
             tried=self.strategies,
-            protect_last=self.spec.protect_last,
             out=self.workspace.results_file({"plan": self._asked})[1],
             progress=progress,
         )
-        note = f"{strategy}: the best on {len(planning)} excerpts at {self._share:.3g} of the bytes ({self._asked})"
+        note = f"{strategy}: the best on {len(planning)} excerpts at {self._share:.3g} of the pairs ({self._asked})"
         made = Plan(self.loaded.name, spec, note, tuple(one.name for one in planning))
         self.workspace.add(made, name=f"Verdict: {strategy}, keep {self.spec.keep_ratio:g}")
         return made

@@ -7,6 +7,7 @@ of it multiplies perplexity by 3.4), so the plan is the one that predicts best. 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,9 +34,8 @@ def best_plan(
     texts: Sequence[Excerpt],
     keep_ratio: float,
     *,
-    policy: str,
+    like: CompressionSpec,
     tried: Sequence[str] = (),
-    protect_last: int,
     out: Path | None = None,
     progress: Progress = unheard,
 ) -> tuple[str, CompressionSpec]:
@@ -43,7 +43,8 @@ def best_plan(
 
     Args:
         keep_ratio: the budget, a share of the pairs of the layers that can be compressed.
-        policy: policy that plans may have instead of their strategy's own, where it goes by norm.
+        like: compression that the plan stands for: it has the same protection and the same formats, and its policy is
+            tried beside the strategy's own, where it goes by norm.
         tried: strategies to choose from; by default all `strategies`.
         out: file of what was measured, which a stopped choice continues from.
         progress: counts texts captured and predicted.
@@ -60,9 +61,9 @@ def best_plan(
     total = len(texts) * (1 + 2 * len(names))
     told = part_of(progress, 0, total)
     curves = measured_curves(
-        loaded, texts, needs_costs, protect_last=protect_last, settings=lengths.settings, progress=told
+        loaded, texts, needs_costs, protect_last=like.protect_last, settings=lengths.settings, progress=told
     )
-    plans = _plans(curves, keep_ratio, names, policy)
+    plans = _plans(curves, keep_ratio, names, like)
     if not plans:
         raise SettingsError(f"no plan keeps {keep_ratio:.0%} of the bytes: the recent window alone takes more")
     told = part_of(progress, len(texts), total)
@@ -71,16 +72,22 @@ def best_plan(
     return best, plans[best]
 
 
-def _plans(curves: LossCurves, keep_ratio: float, names: Sequence[str], policy: str) -> dict[str, CompressionSpec]:
+_OF_PLANS = ("keep_ratio", "budget", "skip_layers", "policy", "layer_ratios", "head_ratios", "directions")
+
+
+def _plans(
+    curves: LossCurves, keep_ratio: float, names: Sequence[str], like: CompressionSpec
+) -> dict[str, CompressionSpec]:
     """The distinct plans of a budget, by their strategies and policies."""
     made: dict[str, CompressionSpec] = {}
     for name in names:
         own = STRATEGIES[name].policy
-        for used in dict.fromkeys([own, policy]) if policy in BY_NORM and own in BY_NORM else [own]:
+        for policy in dict.fromkeys([own, like.policy] if {own, like.policy} <= set(BY_NORM) else [own]):
             try:
-                spec = plan(curves, keep_ratio, name, policy=used if used in BY_NORM else None).to_spec()
+                planned = plan(curves, keep_ratio, name, policy=policy if policy in BY_NORM else None).to_spec()
             except BudgetError:
                 continue
+            spec = replace(like, **{field: getattr(planned, field) for field in _OF_PLANS})
             if spec not in made.values():
-                made[f"{name}, {used}"] = spec
+                made[f"{name}, {policy}"] = spec
     return made

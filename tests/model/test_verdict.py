@@ -8,6 +8,7 @@ from analysis.__main__ import main
 from analysis.decision import evidence, speed
 from analysis.decision.checklist import Answer, Limits, Status
 from analysis.decision.evidence import Evidence, Measurement, Sizes
+from analysis.decision.planning import best_plan
 from analysis.decision.speed import Speed, measure_speed, read_bytes
 from analysis.errors import OutOfMemoryError, SettingsError, TextError
 from analysis.evaluation.results import FULL, Results
@@ -185,3 +186,13 @@ def test_a_workspace_of_another_models_weights_is_told_apart_by_their_digest(mea
 
 def _of(weights, timed):
     return Speed(**{name: getattr(timed, name) for name in timed.__slots__} | {"weights": weights})
+
+
+def test_a_plan_has_the_formats_and_the_protection_of_the_compression_that_it_stands_for(loaded, tmp_path):
+    spec = CompressionSpec(keep_ratio=0.5, protect_last=32, protect_first=4, key_bits=8, value_bits=8)
+    excerpts = Measurement(loaded, spec, Workspace(tmp_path), SMALL)._excerpts[0][:1]
+    _, plan = best_plan(loaded, excerpts, 0.5, like=spec, tried=["skip_first_two"])
+    assert (plan.key_bits, plan.value_bits, plan.protect_first, plan.protect_last) == (8, 8, 4, 32)
+    assert plan.skip_layers == (0, 1) and plan.keep_ratio == pytest.approx(0.25)  # (6 * 0.5 - 2) / 4
+    with pytest.raises(SettingsError, match="recent window alone takes more"):
+        best_plan(loaded, excerpts, 0.01, like=spec, tried=["by_head"])
