@@ -6,8 +6,9 @@ without a model.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import streamlit as st
@@ -47,8 +48,19 @@ TALK_MODEL = state.Slot("demo_talk_model", "")
 STEP = state.Slot("demo_step", 0)
 PLAYING = state.Slot("demo_playing", False)
 PRESENT = state.Slot("demo_present", False)
+_CHAT_FROM = 128  # tokens: of a question alone the recent window leaves nothing to choose
 _EVERY = 0.45  # seconds between two steps that are played
 _LONGEST_COUNTED = 4000  # tokens of a prompt whose heads are counted at every step
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """How caches are to be run."""
+
+    new_tokens: int
+    sampling: Sampling
+    specs: Mapping[str, CompressionSpec]
+    """The compressed ones, by name."""
 
 
 def draw(engine: Engine, jobs: Jobs) -> None:
@@ -223,12 +235,12 @@ def _time(story: Story, jobs: Jobs) -> None:
     st.rerun()
 
 
-def _specs() -> dict[str, CompressionSpec]:
+def _specs(prune_after: int) -> dict[str, CompressionSpec]:
     """The compressed caches by name: that of the header, and one beside it with the same protection."""
     specs = [state.spec()]
     if BESIDE.get():
         specs.append(replace(state.uniform_spec(), policy=BESIDE.get(), keep_ratio=round(BESIDE_RATIO.get(), 2)))
-    return {name_of(spec): spec for spec in specs}
+    return {name_of(spec): replace(spec, prune_after=prune_after) for spec in specs}
 
 
 def _ask_beside() -> None:
@@ -241,8 +253,8 @@ def _ask_beside() -> None:
         st.number_input("Its keep ratio", 0.05, 1.0, step=0.05, width=150, **BESIDE_RATIO.widget())
 
 
-def _ask_sampling(key: str) -> tuple[int, Sampling]:
-    """Ask how long, and how tokens are drawn. Raises SettingsError."""
+def _ask_run(key: str, *, prune_after: int) -> Run:
+    """Ask how long, how tokens are drawn, and from which length on caches are compressed. Raises SettingsError."""
     from analysis.preview import Sampling
 
     with st.container(horizontal=True):
@@ -253,7 +265,11 @@ def _ask_sampling(key: str) -> tuple[int, Sampling]:
         )  # fmt: skip
         top_p = st.number_input("Top-p", 0.05, 1.0, 1.0, 0.05, key=f"{key}_top_p", persist_state="session", width=120)
         seed = st.number_input("Seed", 0, 2**31 - 1, 0, key=f"{key}_seed", persist_state="session", width=120)
-    return int(new), Sampling(temperature, top_p, int(seed))
+        start = st.number_input(
+            "Compress from", 0, 100_000, prune_after, 64, key=f"{key}_from", persist_state="session", width=120,
+            help="In tokens: a head that holds fewer evicts nothing.",
+        )  # fmt: skip
+    return Run(int(new), Sampling(temperature, top_p, int(seed)), _specs(int(start)))
 
 
 def _live(engine: Engine, jobs: Jobs) -> None:
@@ -271,12 +287,12 @@ def _live(engine: Engine, jobs: Jobs) -> None:
     with left:
         preset = _ask_prompt(engine, ref, begin.get(name, Preset(OWN, "")))
     with right, st.expander("Length and sampling", icon=":material/casino:"):
-        new_tokens, sampling = _ask_sampling("live")
+        run = _ask_run("live", prune_after=0)
     if started:
         place.button("Cancel", icon=":material/cancel:", key="cancel_story")  # any click ends this script
-        _tell(engine, preset, new_tokens, sampling)
+        _tell(engine, preset, run)
     elif shown is not None and shown.n_steps:
-        asked = (state.model(), preset.text, preset.answer, preset.chat, list(_specs().values()))
+        asked = (state.model(), preset.text, preset.answer, preset.chat, list(run.specs.values()))
         if (shown.model, shown.prompt, shown.answer, shown.chat, [cache.spec for cache in shown.caches[1:]]) != asked:
             st.caption(":material/history: This is of earlier settings. Press *Start* to see the new ones.")
         if not shown.ended:
@@ -369,7 +385,7 @@ def _length(engine: Engine, ref: str, preset: Preset) -> None:
         st.caption(f"{counted(len(tokens), 'token')} of the {limit:,} that the model was trained on. {notes}")
 
 
-def _tell(engine: Engine, preset: Preset, new_tokens: int, sampling: Sampling) -> None:
+def _tell(engine: Engine, preset: Preset, run: Run) -> None:
     """Generate in this script, so that it ends within a token when the tab is closed, and draw each token."""
     place = st.empty()
     TOLD.drop()
@@ -377,10 +393,10 @@ def _tell(engine: Engine, preset: Preset, new_tokens: int, sampling: Sampling) -
         with engine.lend(state.model_ref(), _shown_in(place)) as loaded:
             from analysis.demo.telling import begin, tell
 
-            story = begin(loaded, preset, _specs(), dtype=_dtype(state.model_ref()))
+            story = begin(loaded, preset, run.specs, dtype=_dtype(state.model_ref()))
             counted_too = len(story.labels) <= _LONGEST_COUNTED
             rows = tell(
-                loaded, story, new_tokens=new_tokens, sampling=sampling, count_heads=counted_too,
+                loaded, story, new_tokens=run.new_tokens, sampling=run.sampling, count_heads=counted_too,
                 progress=_shown_in(place),
             )  # fmt: skip
             with closing(rows):  # before the turn ends: the next session must find the model as it was
@@ -431,13 +447,14 @@ def _chat(engine: Engine, jobs: Jobs) -> None:
         if st.button("New chat", icon=":material/add_comment:", key="new_chat"):
             TALK.drop()
     left, right = st.columns([3, 2])
+    with right, st.expander("Length and sampling", icon=":material/casino:"):
+        run = _ask_run("chat", prune_after=_CHAT_FROM)
+    start = next(iter(run.specs.values())).prune_after
     left.caption(
         "Each cache lives on between the turns: it keeps what it kept, and reads the new message alone. Compressed: "
-        f"{header.in_words(state.spec())}."
+        f"{header.in_words(state.spec())}" + (f", from {counted(start, 'token')} on." if start else ".")
     )
-    with right, st.expander("Length and sampling", icon=":material/casino:"):
-        new_tokens, sampling = _ask_sampling("chat")
-    asked, talk = (state.model(), None, *_specs().values()), TALK.get()
+    asked, talk = (state.model(), None, *run.specs.values()), TALK.get()
     if talk is not None and (TALK_MODEL.get(), *talk.specs) != asked:
         st.caption(":material/history: This chat has earlier settings. *New chat* begins one with those of the header.")
     message, shown = st.chat_input("Ask it something", key="chat_message"), st.container()
@@ -447,16 +464,16 @@ def _chat(engine: Engine, jobs: Jobs) -> None:
             assert talk is not None
             st.html(stage.answers(talk.specs, steps, memory=i == len(talk.turns) - 1))
         if message:
-            _say(engine, plain_text(message), new_tokens, sampling)
+            _say(engine, plain_text(message), run)
 
 
-def _say(engine: Engine, message: str, new_tokens: int, sampling: Sampling) -> None:
+def _say(engine: Engine, message: str, run: Run) -> None:
     """Answer a message in this script, as `_tell`; the chat keeps its caches, and no model."""
     from analysis.preview import Chat
 
     talk = TALK.get()
     if talk is None:
-        TALK.set(talk := Chat([None, *_specs().values()]))
+        TALK.set(talk := Chat([None, *run.specs.values()]))
         TALK_MODEL.set(state.model())
     st.chat_message("user").text(markup.printable(message))
     place = st.empty()
@@ -465,7 +482,7 @@ def _say(engine: Engine, message: str, new_tokens: int, sampling: Sampling) -> N
             raise ModelError(f"This chat is with {TALK_MODEL.get()}. Press New chat.")
         with engine.lend(state.model_ref(), _shown_in(place)) as loaded:
             rows = talk.say(
-                loaded, message, max_new_tokens=new_tokens, sampling=sampling, progress=_shown_in(place)
+                loaded, message, max_new_tokens=run.new_tokens, sampling=run.sampling, progress=_shown_in(place)
             )  # fmt: skip
             with closing(rows):
                 for steps in rows:

@@ -40,6 +40,7 @@ from analysis.models.load import BUNDLED_MODELS, LoadedModel
 from analysis.preview import prefill
 from analysis.texts.excerpts import Excerpt, excerpts_from
 from analysis.texts.tokens import passages, tokenize
+from analysis.timelines import Timeline
 from l2kv import CompressionSpec
 from tests.support.evaluation import continuation_nll
 from tests.support.models import build
@@ -610,7 +611,9 @@ def test_the_presets_that_are_shipped_can_be_read():
         assert len(names) == len(set(names)) >= 3
 
 
-def test_the_demo_command_writes_presets_and_the_run_or_nothing(tmp_path, capsys, monkeypatch, says):
+def test_the_demo_command_writes_presets_a_run_and_a_timeline_or_nothing(
+    tmp_path, capsys, monkeypatch, says
+):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "anne.txt").write_text(TEXTS["anne"], encoding="utf-8")
     options = ["demo", "-m", "books-5m", str(tmp_path / "texts"), "-o", str(tmp_path)]
@@ -623,7 +626,9 @@ def test_the_demo_command_writes_presets_and_the_run_or_nothing(tmp_path, capsys
     monkeypatch.setattr(finding, "Criteria", lambda: EASY)
     assert main([*options, "--without-tasks"]) == 0
     assert "Calm: half the cache will do: Half the cache, hardly a change." in capsys.readouterr().out
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.safetensors", "presets.json", "texts"]
+    written = ["demo.safetensors", "presets.json", "texts", "timeline.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == written
+    assert records.load(Timeline, tmp_path / "timeline.safetensors").model == "books-5m"
     assert main(["demo", str(tmp_path / "nowhere.txt")]) == 2
     assert "nowhere.txt cannot be read" in capsys.readouterr().err
 
