@@ -50,6 +50,7 @@ bench: $(VENV)/dev.stamp  ## memory and time of a capture, of a compressed cache
 SHOWN := analysis/bundled/$(notdir $(MODEL))
 demo: $(VENV)/dev.stamp  ## all that the app opens with again, of MODEL=name or folder, found in TEXTS="files or folders"
 	$(BIN)/python -m analysis demo $(TEXTS) --model $(MODEL) $(ARGS)
+	$(BIN)/python -m analysis verdict --model $(MODEL) -o $(SHOWN)
 ifneq ($(TEXTS),)
 	rm -f $(SHOWN)/study.safetensors
 	$(BIN)/python -m analysis study $(TEXTS) --model $(MODEL) --excerpts 24 -o $(SHOWN)/study.safetensors

@@ -14,9 +14,11 @@ from analysis import defaults
 from analysis.cli import options
 from analysis.cli.inputs import loaded_model, texts_of
 from analysis.cli.options import Compression, listed
-from analysis.cli.output import row_of, shown, tell
+from analysis.cli.output import row_of, shown, tell, wrote
 from analysis.decision.checklist import Limits
 from analysis.decision.evidence import Measurement, Sizes
+from analysis.demo.presets import RESULT_FILES
+from analysis.records import save
 from analysis.workspace import Workspace
 
 
@@ -42,6 +44,10 @@ def verdict(
         Path | None,
         typer.Option(parser=Path, help="Folder of what was measured, to add to and to continue; the app's by default."),
     ] = None,
+    to: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", parser=Path, help="Folder to write the results and the plan to as well."),
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """Decide whether to ship a compressed cache: GO, GO WITH A PLAN, NO-GO, or NOT YET. The status is 0 in any case."""
@@ -57,6 +63,10 @@ def verdict(
     print(measurement.estimate, file=sys.stderr)
     with shown("s", scale=True) as progress:
         found = measurement.run(progress=progress)
+    if to:
+        records: dict[str, object] = {"plan": found.plans[0], **{results.task: results for results in found.results}}
+        for name, record in records.items():
+            wrote(save(record, to / RESULT_FILES[name]))
     decision, speed = found.decide(measurement.spec, limits=limits), found.speed_of(measurement.spec)
     rows = [row_of(check, of="as set") for check in decision.checks]
     rows += [row_of(check, of="plan") for check in decision.plan_checks]

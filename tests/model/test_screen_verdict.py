@@ -3,6 +3,7 @@
 import pytest
 from streamlit.testing.v1 import AppTest
 
+from analysis.decision.checklist import Limits
 from analysis.evaluation.results import FULL
 from analysis.plans.skip import Plan
 from analysis.workspace import Workspace
@@ -67,6 +68,16 @@ def test_without_a_measurement_it_says_what_is_missing_and_what_memory_is_saved_
     assert memory["Decoding on this machine"] == "Not yet measured"
     assert button(app, "measure").label == "Measure"
     assert "Does a low key norm predict attention" in said and "CompressionSpec(" in app.code[0].value
+
+
+def test_smollm2_is_answered_at_first_sight_by_what_is_bundled(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setenv("L2KV_DEMO", "smollm2")
+    decision = library().decision(library().evidence("smollm2"), HALF, Limits())
+    assert decision.answer == "NO-GO" and decision.smallest is None
+    short = [check.short for check in decision.checks]
+    assert short == ["× 1.089", "37 of 50 (full 50)", "8 of 50 (full 50)"]
+    assert [check.short for check in decision.plan_checks[:3]] == ["× 1.093", "50 of 50 (full 50)", "6 of 50 (full 50)"]
 
 
 def test_what_passes_is_go_with_its_numbers_and_n(workspace):

@@ -161,7 +161,7 @@ def test_what_cannot_be_timed_is_refused(loaded, monkeypatch):
         measure_speed(loaded, HALF, n_tokens=64)
 
 
-def test_the_command_prints_the_checklist_and_its_status_is_0_whatever_it_says(measured, capsys):
+def test_the_command_prints_the_checklist_and_its_status_is_0_whatever_it_says(measured, capsys, tmp_path):
     _, workspace, _ = measured
     few = ("--excerpts", "2", "--samples", "5", "--context", "400", "--least-excerpts", "2", "--least-samples", "5")
     few += ("--strategies", "by-head,skip-first-two")
@@ -170,7 +170,13 @@ def test_the_command_prints_the_checklist_and_its_status_is_0_whatever_it_says(m
     told = capsys.readouterr()
     assert "not applicable" in told.out and "tokens/s" in told.out and "with prompts of 400 tokens" in told.err
     assert any(told.out.splitlines()[-1].startswith(f"{answer}. ") for answer in Answer)
-    assert main([*command, "--json"]) == 0
+    assert main([*command, "--json", "-o", str(tmp_path)]) == 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "lm.jsonl",
+        "needle.jsonl",
+        "passkey.jsonl",
+        "plan.json",
+    ]
     said = json.loads(capsys.readouterr().out)
     assert said["verdict"] in {*Answer} and {row["of"] for row in said["rows"]} == {"as set", "plan"}
     assert main([*command, "--perplexity-ratio", "0.5"]) == 2
