@@ -42,7 +42,7 @@ def draw(engine: Engine, jobs: Jobs) -> None:
         st.caption(status(engine, jobs))
     if job is not None:
         progress_bar.draw(job)
-    for said in state.NOTICES.take():
+    for said in state.notices():
         st.warning(said, icon=":material/info:")
     if state.OPENING.take() == new_run.DIALOG:
         new_run.dialog(engine, jobs)

@@ -6,7 +6,8 @@ keys of a single widget or page stay there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -211,8 +212,9 @@ LEAST_EXCERPTS = Slot("least_excerpts", Limits().least_excerpts, Param("min_exce
 LEAST_SAMPLES = Slot("least_samples", Limits().least_samples, Param("min_samples", _within(2, 9999)))
 FULL_FINDS = Slot("full_finds", Limits().full_finds, Param("full_finds", _within(0.01, 1, float)))
 
-NOTICES = Slot[tuple[str, ...]]("notices", ())
-"""What to say once at the top of the page, such as a part of an address that had to be ignored."""
+NOTICES = Slot[Mapping[str, float]]("notices", {})
+"""What to say at the top of the page, such as a part of an address that had to be ignored, and when it was first said."""
+_NOTICED = 30.0  # seconds that a notice stays: a page may be drawn several times before it is read
 OPENING = Slot("opening", "")
 """Name of a dialog to open."""
 REFUSED = Slot[tuple[str, ...]]("refused", ())
@@ -223,8 +225,15 @@ FIRST_CHART_SENT = Slot[float | None]("first_chart_sent", None)
 
 
 def notice(text: str) -> None:
-    """Say something once, at the top of the page."""
-    NOTICES.set((*NOTICES.get(), text))
+    """Say something at the top of the page, for a while."""
+    NOTICES.set({**NOTICES.get(), text: time.monotonic()})
+
+
+def notices() -> list[str]:
+    """What is to be said at the top of the page now."""
+    fresh = {text: said for text, said in NOTICES.get().items() if time.monotonic() - said < _NOTICED}
+    NOTICES.set(fresh)
+    return list(fresh)
 
 
 def name_of(ref: str) -> str:

@@ -22,7 +22,7 @@ def shown(**params):
         from app import address, state
 
         address.read()
-        for said in state.NOTICES.take():
+        for said in state.notices():
             st.warning(said)
         address.write()
 

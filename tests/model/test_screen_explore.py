@@ -46,7 +46,7 @@ def explored(**params):
         if "jobs" not in st.session_state:
             st.session_state["jobs"] = Jobs(Engine())
         address.read()
-        for said in state.NOTICES.take():
+        for said in state.notices():
             st.warning(said)
         explore.draw(st.session_state["jobs"]._engine, st.session_state["jobs"])
         address.write()
