@@ -611,9 +611,7 @@ def test_the_presets_that_are_shipped_can_be_read():
         assert len(names) == len(set(names)) >= 3
 
 
-def test_the_demo_command_writes_presets_a_run_and_a_timeline_or_nothing(
-    tmp_path, capsys, monkeypatch, says
-):
+def test_the_demo_command_writes_presets_a_run_and_a_timeline_or_nothing(tmp_path, capsys, monkeypatch, says):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "anne.txt").write_text(TEXTS["anne"], encoding="utf-8")
     options = ["demo", "-m", "books-5m", str(tmp_path / "texts"), "-o", str(tmp_path)]
