@@ -131,7 +131,8 @@ def decide(
     _check_one_model(given, weights)
     asked = _checks(given, spec, limits)
     planned = () if plan is None else (*_checks(given, plan, limits), *_fair(given, plan, spec, planned_on))
-    smallest = _smallest_passing(given, spec, limits)
+    family = _family(given, spec)
+    smallest = _smallest_passing(given, family, limits)
     match _outcome(asked), _outcome(planned):
         case Status.PASSED, _:
             answer, why = Answer.GO, "This compression passes every check that applies."
@@ -148,7 +149,7 @@ def decide(
         case _:
             answer, why = (
                 Answer.NO_GO,
-                f"This compression fails, and so does a plan of the same bytes. {_would_pass(smallest)}",
+                f"This compression fails, and so does a plan of the same bytes. {_would_pass(smallest, family)}",
             )
     if answer in (Answer.GO, Answer.GO_WITH_A_PLAN):
         why += _not_judged(planned if answer is Answer.GO_WITH_A_PLAN else asked)
@@ -312,19 +313,25 @@ def _fair(
     return held, Check(asks, Status.PASSED, says)
 
 
-def _smallest_passing(results: Sequence[Results], spec: CompressionSpec, limits: Limits) -> float | None:
-    """Smallest keep ratio of those measured from which on all of them pass, so that no lucky one is named."""
-    specs = {its for one in results for its in one.methods.values() if its is not None}
-    alike = [its for its in specs if replace(its, keep_ratio=spec.keep_ratio) == spec]
+def _family(results: Sequence[Results], spec: CompressionSpec) -> list[CompressionSpec]:
+    """The compression and those measured that differ from it in the keep ratio alone, the largest first."""
+    specs = {its for one in results for its in one.methods.values() if its is not None} | {spec}
+    alike = (its for its in specs if replace(its, keep_ratio=spec.keep_ratio) == spec)
+    return sorted(alike, key=lambda its: -its.keep_ratio)
+
+
+def _smallest_passing(results: Sequence[Results], family: Sequence[CompressionSpec], limits: Limits) -> float | None:
+    """Smallest keep ratio of a family from which on all of them pass, so that no lucky one is named."""
     smallest = None
-    for its in sorted(alike, key=lambda its: -its.keep_ratio):
+    for its in family:
         if _outcome(_checks(results, its, limits)) is not Status.PASSED:
             break
         smallest = its.keep_ratio
     return smallest
 
 
-def _would_pass(smallest: float | None) -> str:
+def _would_pass(smallest: float | None, family: Sequence[CompressionSpec]) -> str:
     if smallest is None:
-        return "No keep ratio that was measured passes."
+        ratios = ", ".join(f"{its.keep_ratio:g}" for its in reversed(family))
+        return f"Of the keep ratios measured ({ratios}) none passes."
     return f"The smallest keep ratio measured that passes is {smallest:g}."

@@ -3,9 +3,11 @@
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from analysis.decision.checklist import Limits
-from analysis.evaluation.results import FULL
+from analysis.decision.evidence import Evidence
+from analysis.demo.presets import bundled_results
+from analysis.evaluation.results import FULL, Results
 from analysis.plans.skip import Plan
+from analysis.records import load
 from analysis.workspace import Workspace
 from app import state
 from tests.support.decision import HALF, PLAN, found, lm, results
@@ -17,8 +19,11 @@ def workspace(monkeypatch, tmp_path):
     """A workspace of its own for each test, and a model of which nothing is bundled but a run."""
     monkeypatch.setenv("L2KV_HOME", str(tmp_path))
     monkeypatch.setenv("L2KV_DEMO", "smollm2")
-    monkeypatch.setattr("app.library._bundled_entries", _only_runs(library()._bundled_entries))
-    return Workspace(tmp_path / "workspace")
+    with monkeypatch.context() as patch:
+        patch.setattr("app.library._bundled_entries", _only_runs(library()._bundled_entries))
+        library()._bundled_files.cache_clear()
+        yield Workspace(tmp_path / "workspace")
+    library()._bundled_files.cache_clear()
 
 
 def library():
@@ -70,10 +75,10 @@ def test_without_a_measurement_it_says_what_is_missing_and_what_memory_is_saved_
     assert "Does a low key norm predict attention" in said and "CompressionSpec(" in app.code[0].value
 
 
-def test_smollm2_is_answered_at_first_sight_by_what_is_bundled(monkeypatch):
-    monkeypatch.undo()
-    monkeypatch.setenv("L2KV_DEMO", "smollm2")
-    decision = library().decision(library().evidence("smollm2"), HALF, Limits())
+def test_smollm2_is_answered_at_first_sight_by_what_is_bundled():
+    of = bundled_results("smollm2")
+    results = [load(Results, file) for file in (of.lm, of.passkey, of.needle)]
+    decision = Evidence.of([load(Plan, of.plan), *results]).decide(HALF)
     assert decision.answer == "NO-GO" and decision.smallest is None
     short = [check.short for check in decision.checks]
     assert short == ["× 1.089", "37 of 50 (full 50)", "8 of 50 (full 50)"]

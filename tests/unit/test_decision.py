@@ -88,7 +88,7 @@ def test_a_failure_is_an_answer_though_the_rest_is_not_measured():
     assert "A plan of the same bytes may pass" in decide([failed], HALF).why
     both = results("lm", {FULL: (None, [2.0] * 16), "it": (HALF, [2.4] * 16), "plan": (PLAN, [2.3] * 16)})
     decision = decide([both], HALF, plan=PLAN, planned_on=["another"])
-    assert decision.answer is Answer.NO_GO and "No keep ratio that was measured passes." in decision.why
+    assert decision.answer is Answer.NO_GO and "Of the keep ratios measured (0.5) none passes." in decision.why
 
 
 def with_plan(task, ours, of_plan, *, n, **more):
