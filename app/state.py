@@ -213,7 +213,7 @@ LEAST_SAMPLES = Slot("least_samples", Limits().least_samples, Param("min_samples
 FULL_FINDS = Slot("full_finds", Limits().full_finds, Param("full_finds", _within(0.01, 1, float)))
 
 NOTICES = Slot[Mapping[str, float]]("notices", {})
-"""What to say at the top of the page, such as a part of an address that had to be ignored, and when it was first said."""
+"""What to say at the top of the page, as of a part of an address that was ignored, and when it was first said."""
 _NOTICED = 30.0  # seconds that a notice stays: a page may be drawn several times before it is read
 OPENING = Slot("opening", "")
 """Name of a dialog to open."""
