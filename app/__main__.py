@@ -24,10 +24,14 @@ def _make_ready() -> None:
 
     while not Runtime.exists():  # parts of pages are registered with it
         time.sleep(0.01)
-    from app import library, state
-    from app.screens import explore  # noqa: F401
+    from analysis.defaults import PROBE
+    from analysis.demo.presets import demo_model
+    from app import library
+    from app.screens import explore, verdict  # noqa: F401
 
-    library.answer_of(state.run_id(), state.PROBE.default)
+    for kind in ("study", "run"):
+        for entry in library.entries(kind, model=demo_model())[:1]:
+            library.answer_of(entry.id, PROBE)
 
 
 if __name__ == "__main__":
