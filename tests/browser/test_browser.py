@@ -24,7 +24,7 @@ new MutationObserver((_, observer) => {
 def test_the_map_is_seen_before_any_other_chart_is_there(browser, address):
     page = browser.new_page(viewport={"width": 1400, "height": 1000})
     page.add_init_script(COUNT_AT_FIRST)
-    page.goto(address)
+    page.goto(f"{address}/explore")
     page.locator(".js-plotly-plot").first.wait_for()
     at_first = page.evaluate("window.chartsAtFirst")
     page.close()
