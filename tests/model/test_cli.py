@@ -118,8 +118,10 @@ def test_a_mistake_of_ours_ends_a_process_with_status_1_and_a_traceback():
 
 
 def test_ctrl_c_ends_a_process_with_status_130():
+    # A process that a shell runs in the background ignores the signal, and so would its children.
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     waits = "import sys, time, analysis.captures as c; c.load_run = lambda _: print('on', flush=True) or time.sleep(60)"
-    done = process("heads", DEMO, code=f"{waits}; from app.cli import main; sys.exit(main())")
+    done = process("heads", DEMO, code=f"{heard}; {waits}; from app.cli import main; sys.exit(main())")
     assert done.stdout.readline() == "on\n"
     time.sleep(0.1)
     done.send_signal(signal.SIGINT)
