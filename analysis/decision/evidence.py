@@ -26,7 +26,6 @@ from analysis.evaluation.passkey import PasskeySettings
 from analysis.evaluation.results import FULL, Methods, Results
 from analysis.plans.front import Front
 from analysis.plans.skip import Plan
-from analysis.plans.strategies import STRATEGIES
 from analysis.progress import Progress, unheard
 from analysis.records import load
 from analysis.texts.excerpts import Excerpt, planning_and_measuring
@@ -365,10 +364,6 @@ def _is_complete(results: Path) -> bool:
     with suppress(RecordError):
         return bool(load(Results, results).rows)
     return False
-
-
-def _is_plan(strategy: str) -> bool:
-    return strategy in STRATEGIES and STRATEGIES[strategy].kind == "plan"
 
 
 def _how_good(decision: Decision) -> tuple[int, float]:

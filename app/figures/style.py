@@ -10,7 +10,6 @@ import pandas  # noqa: F401 - whole, before any figure: Plotly takes what anothe
 import plotly.graph_objects as go
 
 PRIMARY = "#6C5FF0"  # low norm kept, compressed; at least 4:1 on white and on #0e1117
-PALER = ("rgba(108,95,240,0.5)", "rgba(108,95,240,0.25)")  # PRIMARY, for a second and third compressed cache
 CONTRAST = "#E8710A"  # its opposite: high norm kept, the sink, a limit
 FULL_GREY = "#8A8F98"  # the full cache, chance, the ideal: what things are compared with
 UNDEFINED = "rgba(138,143,152,0.35)"
