@@ -5,7 +5,6 @@ import time
 from dataclasses import replace
 
 import pytest
-from streamlit.testing.v1 import AppTest
 
 from analysis.demo.presets import Preset
 from analysis.plans.skip import Plan
@@ -16,6 +15,7 @@ from app.engine import Engine
 from app.jobs import Jobs
 from l2kv import CompressionSpec
 from tests.support.paths import BUNDLED
+from tests.support.screens import opened as opened_screen
 from tests.support.texts import HOSTILE, TEMPLATE
 
 SEA = "The old man looked at the sea, and the sea looked at the old man. Then he said to his wife: "
@@ -29,22 +29,7 @@ def workspace(tmp_path, monkeypatch):
 
 
 def opened(model="books-5m", engine=None, **params):
-    def script(engine, jobs):
-        from app import address, header
-        from app.screens import demo
-
-        address.read()
-        header.draw(engine, jobs)
-        demo.draw(engine, jobs)
-        address.write()
-
-    engine = engine or Engine()
-    page = AppTest.from_function(script, args=(engine, Jobs(engine)), default_timeout=120)
-    for name, value in ({"model": model} | params).items():
-        page.query_params[name] = value
-    page.run()
-    assert not page.exception
-    return page
+    return opened_screen("demo", model=model, server=(engine, Jobs(engine)) if engine else None, **params)
 
 
 def said(page):

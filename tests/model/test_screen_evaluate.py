@@ -3,7 +3,6 @@
 import time
 
 import pytest
-from streamlit.testing.v1 import AppTest
 
 from analysis.evaluation import batches
 from analysis.evaluation.results import FULL
@@ -13,6 +12,7 @@ from analysis.workspace import Workspace
 from app import library
 from app.engine import Engine
 from app.jobs import Jobs
+from tests.support.screens import opened as opened_screen
 
 
 @pytest.fixture
@@ -29,21 +29,7 @@ def server():
 
 
 def opened(server, **params):
-    def script(engine, jobs):
-        from app import address, header
-        from app.screens import evaluate
-
-        address.read()
-        header.draw(engine, jobs)
-        evaluate.draw(engine, jobs)
-        address.write()
-
-    page = AppTest.from_function(script, args=server, default_timeout=120)
-    for name, value in ({"model": "books-5m"} | params).items():
-        page.query_params[name] = value
-    page.run()
-    assert not page.exception
-    return page
+    return opened_screen("evaluate", server=server, **params)
 
 
 def a_small_passkey(page):

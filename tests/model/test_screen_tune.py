@@ -1,13 +1,11 @@
 """The page Tune: what is measured stands before proxies, and what is chosen there is in force on every page."""
 
 import pytest
-from streamlit.testing.v1 import AppTest
 
 from analysis.plans.skip import Plan
 from analysis.workspace import Workspace
 from app import library
-from app.engine import Engine
-from app.jobs import Jobs
+from tests.support.screens import opened as opened_screen
 
 
 @pytest.fixture(autouse=True)
@@ -18,22 +16,7 @@ def workspace(tmp_path, monkeypatch):
 
 
 def opened(model="books-5m", **params):
-    def script(engine, jobs):
-        from app import address, header
-        from app.screens import tune
-
-        address.read()
-        header.draw(engine, jobs)
-        tune.draw(engine, jobs)
-        address.write()
-
-    engine = Engine()
-    page = AppTest.from_function(script, args=(engine, Jobs(engine)), default_timeout=120)
-    for name, value in ({"model": model} | params).items():
-        page.query_params[name] = value
-    page.run()
-    assert not page.exception
-    return page
+    return opened_screen("tune", model=model, **params)
 
 
 def said(page):
