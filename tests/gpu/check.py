@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -36,6 +35,7 @@ from analysis.recorder import capture, last_logits
 from l2kv import CompressedCache, CompressionSpec, compressible
 from l2kv.cache import cache_nbytes
 from l2kv.decoding import decode_one_token
+from l2kv.graphed import DecodingGraph
 from l2kv.kernels import SWITCH
 from tests.gpu import shapes
 from tests.gpu.shapes import LLAMA_8B, SMOLLM2, TINY, Shape
@@ -281,14 +281,20 @@ def _eager(
 
 @contextmanager
 def _graphed(
-    run: Run, model: PreTrainedModel, shape: Shape, n: int, rows: int, *, keep: float, by_head: bool = False
+    run: Run,
+    model: PreTrainedModel,
+    shape: Shape,
+    n: int,
+    rows: int,
+    *,
+    keep: float,
+    by_head: bool = False,
+    fuse: bool = False,
 ) -> Iterator[tuple[Cache, Step]]:
-    graphed = import_module("l2kv.graphed")  # late: a missing one is noted where it is used
-    with torch.no_grad():
+    with torch.inference_mode():
         cache = shapes.compressed(model, n, rows, _spec(shape, keep, by_head))
-        graph = graphed.DecodingGraph(model, cache, steps=ROOM)
-        yield cache, graph.step
-        del graph
+        with DecodingGraph(model, cache, steps=ROOM, fuse=fuse and not run.tiny) as graph:
+            yield cache, graph.step
 
 
 def _spec(shape: Shape, keep: float, by_head: bool) -> CompressionSpec:
@@ -303,6 +309,7 @@ KEPT: dict[str, dict[str, Any]] = {
 }
 STATIC = {"StaticCache, compiled": _static}
 GRAPHED = {f"{kept}, graph": partial(_graphed, **options) for kept, options in KEPT.items()}
+FUSED = {f"{kept}, fused graph": partial(_graphed, **options, fuse=True) for kept, options in KEPT.items()}
 EAGER = {"DynamicCache": _dynamic} | {f"{kept}, eager": partial(_eager, **options) for kept, options in KEPT.items()}
 
 
@@ -378,9 +385,9 @@ SECTIONS: dict[str, Section] = {
     "tests": partial(tests, only="all others"),
     "engine": partial(tests, only=ENGINE),
     "capture 8k": partial(captures, shape=LLAMA_8B, n_tokens=8192, torch_repeats=1),
-    "decoding SmolLM2 16k x 8": partial(decoding, **_SMOLLM2, ways=EAGER | GRAPHED),
-    "decoding 8B 32k x 8": partial(decoding, **_8B_MANY, ways=GRAPHED | EAGER),
-    "decoding 8B 32k x 1": partial(decoding, **_8B_ONE, ways=GRAPHED | EAGER),
+    "decoding SmolLM2 16k x 8": partial(decoding, **_SMOLLM2, ways=EAGER | GRAPHED | FUSED),
+    "decoding 8B 32k x 8": partial(decoding, **_8B_MANY, ways=GRAPHED | FUSED | EAGER),
+    "decoding 8B 32k x 1": partial(decoding, **_8B_ONE, ways=GRAPHED | FUSED | EAGER),
     "capture 32k": partial(captures, shape=LLAMA_8B, n_tokens=32768, torch_repeats=1),
     "eviction": eviction,
     "static SmolLM2 16k x 8": partial(decoding, **_SMOLLM2, ways=STATIC),
