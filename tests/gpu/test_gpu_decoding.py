@@ -51,6 +51,5 @@ def test_decoding_in_bfloat16_is_as_near_as_bfloat16_gets(device, plan):
     error = (found - probabilities(expected)).abs().mean()
     of_dtype = (probabilities(expected) - probabilities(truth)).abs().mean()
     of_eviction = (full - probabilities(truth)).abs().mean()
-    print(error, of_dtype, of_eviction)
     assert error < 2e-3
     assert error < 1.5 * of_dtype + 1e-6 < of_eviction
