@@ -313,6 +313,33 @@ FUSED = {f"{kept}, fused graph": partial(_graphed, **options, fuse=True) for kep
 EAGER = {"DynamicCache": _dynamic} | {f"{kept}, eager": partial(_eager, **options) for kept, options in KEPT.items()}
 
 
+def kernels_of_a_step(run: Run, name: str, *, shape: Shape, n_tokens: int, rows: int, ways: Mapping[str, Any]) -> None:
+    """Note which kernels the time of a step goes into."""
+    n, rows = run.tokens(n_tokens), min(rows, 2) if run.tiny else rows
+    kind = torch.profiler.ProfilerActivity.CUDA if run.device.type == "cuda" else torch.profiler.ProfilerActivity.CPU
+    with _model(run, shape) as model:
+        for way, begin in ways.items():
+            with begin(run, model, run.shape(shape), n, rows) as (_, step):
+                token = shapes.random_token(model, rows)
+                for _ in range(3):
+                    token = step(token)
+                with torch.profiler.profile(activities=[kind]) as profile:
+                    for _ in range(STEPS):
+                        token = step(token)
+                    if run.device.type == "cuda":
+                        torch.cuda.synchronize()
+            events = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)[:14]
+            run.note(
+                name,
+                **{
+                    way: {
+                        event.key[:90]: [round(event.self_device_time_total / STEPS), event.count // STEPS]
+                        for event in events
+                    }
+                },
+            )
+
+
 def eviction(run: Run, name: str, *, shape: Shape = LLAMA_8B, n_tokens: int = 32768) -> None:
     """Note the memory allocated with a full cache, and with what is left of it after its eviction."""
     with _model(run, shape) as model, torch.inference_mode():
@@ -379,17 +406,20 @@ def _told(error: BaseException) -> str:
 _SMOLLM2 = {"shape": SMOLLM2, "n_tokens": 16384, "rows": 8}
 _8B_ONE = {"shape": LLAMA_8B, "n_tokens": 32768, "rows": 1}
 _8B_MANY = {"shape": LLAMA_8B, "n_tokens": 32768, "rows": 8}
+_PROFILED = {way: (GRAPHED | FUSED)[way] for way in ("keep 0.5, graph", "keep 0.5, fused graph")}
 SECTIONS: dict[str, Section] = {
     "environment": environment,
     "bandwidth": bandwidth,
     "tests": partial(tests, only="all others"),
     "engine": partial(tests, only=ENGINE),
     "capture 8k": partial(captures, shape=LLAMA_8B, n_tokens=8192, torch_repeats=1),
-    "decoding SmolLM2 16k x 8": partial(decoding, **_SMOLLM2, ways=EAGER | GRAPHED | FUSED),
-    "decoding 8B 32k x 8": partial(decoding, **_8B_MANY, ways=GRAPHED | FUSED | EAGER),
-    "decoding 8B 32k x 1": partial(decoding, **_8B_ONE, ways=GRAPHED | FUSED | EAGER),
+    "decoding SmolLM2 16k x 8": partial(decoding, **_SMOLLM2, ways=GRAPHED | EAGER | FUSED),
+    "decoding 8B 32k x 8": partial(decoding, **_8B_MANY, ways=GRAPHED | EAGER | FUSED),
+    "decoding 8B 32k x 1": partial(decoding, **_8B_ONE, ways=GRAPHED | EAGER | FUSED),
     "capture 32k": partial(captures, shape=LLAMA_8B, n_tokens=32768, torch_repeats=1),
     "eviction": eviction,
+    "kernels of a step, SmolLM2 16k x 8": partial(kernels_of_a_step, **_SMOLLM2, ways=_PROFILED),
+    "kernels of a step, 8B 32k x 1": partial(kernels_of_a_step, **_8B_ONE, ways=_PROFILED),
     "static SmolLM2 16k x 8": partial(decoding, **_SMOLLM2, ways=STATIC),
     "static 8B 32k x 8": partial(decoding, **_8B_MANY, ways=STATIC),
     "static 8B 32k x 1": partial(decoding, **_8B_ONE, ways=STATIC),
