@@ -2,7 +2,7 @@
 
 Needs the repository, torch, transformers, triton and pytest. Sections run one after the other, cheap and certain ones
 first; none is begun when the time is up, and one that fails leaves its error and lets the others run. `--tiny` runs
-every line of it on small models on a CPU.
+every line of it on small models on a CPU; with TRITON_INTERPRET=1 in the environment the kernels, too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -42,8 +41,6 @@ from tests.gpu.shapes import LLAMA_8B, SMOLLM2, TINY, Shape
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "transformers", "triton", "numpy", "msgspec", "platformdirs")
-STEPS, CHUNKS, WARM_UP = 8, 5, 4  # tokens that are timed together, how often, and those before
-ROOM = STEPS * CHUNKS + WARM_UP + 4
 Step = Callable[[Tensor], Tensor]
 """(token [B, 1]) -> the next token [B, 1]."""
 
@@ -58,6 +55,17 @@ class Run:
     file: Path | None = None
     results: dict[str, Any] = field(default_factory=dict)
     bandwidth: float | None = None
+
+    @property
+    def steps(self) -> tuple[int, int, int]:
+        """Number of decoding steps before any is timed, of chunks, and of steps in each, which are timed together."""
+        return (1, 2, 1) if self.tiny else (4, 5, 8)
+
+    @property
+    def room(self) -> int:
+        """Number of decoding steps in all."""
+        before, chunks, steps = self.steps
+        return before + chunks * steps
 
     @property
     def left(self) -> float:
@@ -170,7 +178,8 @@ def captures(run: Run, name: str, *, shape: Shape, n_tokens: int, torch_repeats:
         for way, chosen in ways.items():
             with _environment(SWITCH, chosen):
                 try:
-                    one(f"capture, {way}", lambda: capture(loaded, text), torch_repeats if way == "torch" else 3)
+                    if repeats := torch_repeats if way == "torch" else 3:
+                        one(f"capture, {way}", lambda: capture(loaded, text), repeats)
                 except Exception as error:
                     run.note(name, **{f"capture, {way}": {"error": _told(error)}})
                     _free()
@@ -216,7 +225,7 @@ def decoding(run: Run, name: str, *, shape: Shape, n_tokens: int, rows: int, way
                 with begin(run, model, of, n, rows) as (cache, step):
                     held = full if way.startswith("StaticCache") else cache_nbytes(cache, slack=False)
                     nbytes = cache_nbytes(cache)
-                    took = _step_seconds(step, shapes.random_token(model, rows), run.device)
+                    took = _step_seconds(run, step, shapes.random_token(model, rows))
                 bound = shapes.bound_seconds(weights, held, run.bandwidth)
                 figures = {
                     "tokens_per_second": rows / took,
@@ -232,7 +241,7 @@ def decoding(run: Run, name: str, *, shape: Shape, n_tokens: int, rows: int, way
             run.note(name, **{way: {**figures, "section_seconds": round(time.monotonic() - started, 1)}})
 
 
-def _step_seconds(step: Step, token: Tensor, device: torch.device) -> float:
+def _step_seconds(run: Run, step: Step, token: Tensor) -> float:
     """Median time of a step, of several that follow each other: as in a generation, none waits for the one before."""
 
     def several(n: int) -> None:
@@ -240,8 +249,9 @@ def _step_seconds(step: Step, token: Tensor, device: torch.device) -> float:
         for _ in range(n):
             token = step(token)
 
-    several(WARM_UP)
-    return median(shapes.seconds(lambda: several(STEPS), device) / STEPS for _ in range(CHUNKS))
+    before, chunks, steps = run.steps
+    several(before)
+    return median(shapes.seconds(lambda: several(steps), run.device) / steps for _ in range(chunks))
 
 
 @contextmanager
@@ -264,7 +274,7 @@ def _static(run: Run, model: PreTrainedModel, shape: Shape, n: int, rows: int) -
 
     try:
         with torch.no_grad():
-            cache = shapes.static(model, n, rows, room=ROOM)
+            cache = shapes.static(model, n, rows, room=run.room)
             yield cache, step
     finally:
         torch.compiler.reset()
@@ -281,14 +291,22 @@ def _eager(
 
 @contextmanager
 def _graphed(
-    run: Run, model: PreTrainedModel, shape: Shape, n: int, rows: int, *, keep: float, by_head: bool = False
+    run: Run,
+    model: PreTrainedModel,
+    shape: Shape,
+    n: int,
+    rows: int,
+    *,
+    keep: float,
+    by_head: bool = False,
+    fuse: bool = False,
 ) -> Iterator[tuple[Cache, Step]]:
-    graphed = import_module("l2kv.graphed")  # late: a missing one is noted where it is used
-    with torch.no_grad():
+    from l2kv.graphed import DecodingGraph  # late: it needs triton, which the other ways do without
+
+    with torch.inference_mode():
         cache = shapes.compressed(model, n, rows, _spec(shape, keep, by_head))
-        graph = graphed.DecodingGraph(model, cache, steps=ROOM)
-        yield cache, graph.step
-        del graph
+        with DecodingGraph(model, cache, steps=run.room, fuse=fuse) as graph:
+            yield cache, graph.step
 
 
 def _spec(shape: Shape, keep: float, by_head: bool) -> CompressionSpec:
@@ -303,6 +321,7 @@ KEPT: dict[str, dict[str, Any]] = {
 }
 STATIC = {"StaticCache, compiled": _static}
 GRAPHED = {f"{kept}, graph": partial(_graphed, **options) for kept, options in KEPT.items()}
+FUSED = {f"{kept}, fused graph": partial(_graphed, **options, fuse=True) for kept, options in KEPT.items()}
 EAGER = {"DynamicCache": _dynamic} | {f"{kept}, eager": partial(_eager, **options) for kept, options in KEPT.items()}
 
 
@@ -378,9 +397,9 @@ SECTIONS: dict[str, Section] = {
     "tests": partial(tests, only="all others"),
     "engine": partial(tests, only=ENGINE),
     "capture 8k": partial(captures, shape=LLAMA_8B, n_tokens=8192, torch_repeats=1),
-    "decoding SmolLM2 16k x 8": partial(decoding, **_SMOLLM2, ways=EAGER | GRAPHED),
-    "decoding 8B 32k x 8": partial(decoding, **_8B_MANY, ways=GRAPHED | EAGER),
-    "decoding 8B 32k x 1": partial(decoding, **_8B_ONE, ways=GRAPHED | EAGER),
+    "decoding SmolLM2 16k x 8": partial(decoding, **_SMOLLM2, ways=GRAPHED | EAGER | FUSED),
+    "decoding 8B 32k x 8": partial(decoding, **_8B_MANY, ways=GRAPHED | EAGER | FUSED),
+    "decoding 8B 32k x 1": partial(decoding, **_8B_ONE, ways=GRAPHED | EAGER | FUSED),
     "capture 32k": partial(captures, shape=LLAMA_8B, n_tokens=32768, torch_repeats=1),
     "eviction": eviction,
     "static SmolLM2 16k x 8": partial(decoding, **_SMOLLM2, ways=STATIC),

@@ -107,7 +107,9 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def median_seconds(work: Callable[[], object], device: torch.device, *, repeats: int = 3, warm_up: bool = True) -> float:
+def median_seconds(
+    work: Callable[[], object], device: torch.device, *, repeats: int = 3, warm_up: bool = True
+) -> float:
     """Measure the median time of some work, after one that does not count."""
     if warm_up:
         work()
