@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
-from l2kv import ranks
+from l2kv import kernels, ranks
 from l2kv.errors import SpecError
 from l2kv.heads import of_query_heads, options_of_heads
 from l2kv.parts import CodedPart, Part, slots_of_latest, take_slots
@@ -437,10 +437,22 @@ class CompressedLayer(CacheLayerMixin):
             self._storage.add_buffer(RECEIVED, torch.zeros_like(self._storage.whole(RANKS), dtype=torch.float32))
         queries = query.shape[2]
         for part, positions, received in zip(self.parts(), self.positions(), self._storage[RECEIVED], strict=True):
+            if self._is_prompt(query, part) and kernels.enabled(self.device):
+                from l2kv.kernels.statistics import attention_statistics
+
+                given, _, _ = attention_statistics(query, part.keys, width=queries, options=options)
+                received += given.unflatten(0, (self.n_heads, -1)).sum(dim=1)
+                continue
             for start in range(0, queries, QUERIES):
                 end = min(start + QUERIES, queries)
                 block = self.attention(part, query[:, :, start:end], queries - end, positions, options)
                 received += block.sum(dim=(2, 3))
+
+    def _is_prompt(self, query: Tensor, part: Part | CodedPart) -> bool:
+        """True if the queries are all of one text so far, and the part holds the pair of each as it came, in order."""
+        queries = query.shape[2]
+        alone = len(query) == 1 and self.first_real is None
+        return alone and isinstance(part, Part) and not self.ragged and queries == self.seen == part.held
 
     def attention(
         self, part: Part | CodedPart, query: Tensor, later: int, positions: Tensor, options: Mapping[str, Any]

@@ -109,10 +109,14 @@ class _Blocks(NamedTuple):
     @classmethod
     def of(cls, query: Tensor, width: int) -> _Blocks:
         """Choose sizes that leave room for two programs on a multiprocessor, one's products beside another's sums."""
-        row = query.shape[-1] * query.element_size()  # bytes
-        tile, step, stages = (128, 64, 3) if row <= 256 else (64, 32, 2)
-        # A block of queries goes into one bin or two, if it is no wider than a bin.
-        return cls(tile, step, queries=max(16, min(step, 1 << width.bit_length() - 1)), warps=4, stages=stages)
+        if query.element_size() > 2:  # no tensor cores: products take registers, which more warps have
+            tile, step, warps, stages = 64, 32, 8, 2
+        elif query.shape[-1] <= 128:
+            tile, step, warps, stages = 128, 64, 4, 3
+        else:
+            tile, step, warps, stages = 64, 32, 4, 2
+        # A block of queries that is no wider than a bin goes into one bin or two.
+        return cls(tile, step, queries=max(16, min(step, 1 << width.bit_length() - 1)), warps=warps, stages=stages)
 
 
 @triton.jit
@@ -134,7 +138,8 @@ def _log_sums_of(
     first,
     last,
     n,
-    key_step,
+    key_token,
+    key_number,
     scale,
     cap,
     HEAD_DIM: tl.constexpr,
@@ -147,17 +152,18 @@ def _log_sums_of(
     if CAPPED:
         unit = 1.0
     within = tl.arange(0, KEYS)
+    offsets = within[:, None] * key_token + columns[None, :] * key_number
     for start in range(first, last, KEYS):
         seen = start + within
-        key = tl.load(keys, mask=(seen < n)[:, None] & (columns < HEAD_DIM)[None, :], other=0.0)
+        key = tl.load(keys + offsets, mask=(seen < n)[:, None] & (columns < HEAD_DIM)[None, :], other=0.0)
         scores = _scores(tl.dot(query, tl.trans(key), input_precision="ieee"), scale, cap, CAPPED)
         if DIAGONAL:
             scores = tl.where(seen[None, :] <= positions[:, None], scores, float("-inf"))
         larger = tl.maximum(largest, tl.max(scores, 1) * unit)
         total = total * tl.exp2(largest - larger) + tl.sum(tl.exp2(scores * unit - larger[:, None]), 1)
         largest = larger
-        keys += key_step
-    return largest, total, keys
+        keys += KEYS * key_token
+    return largest, total
 
 
 @triton.jit
@@ -192,21 +198,20 @@ def _log_sums_kernel(
     inside = (positions < n)[:, None] & (columns < HEAD_DIM)[None, :]
     queries = tl.load(rows + columns[None, :] * query_number, mask=inside, other=0.0)
     keys = key + (head // group).to(tl.int64) * key_head
-    keys = keys + tl.arange(0, KEYS)[:, None] * key_token + columns[None, :] * key_number
-    key_step = KEYS * key_token
     if SINKS:
         largest = tl.zeros([QUERIES], tl.float32) + tl.load(sinks + head) * 1.4426950408889634
         total = tl.zeros([QUERIES], tl.float32) + 1.0
     else:
         largest = tl.zeros([QUERIES], tl.float32) - float("inf")
         total = tl.zeros([QUERIES], tl.float32)
-    largest, total, keys = _log_sums_of(
-        largest, total, queries, keys, positions, columns, 0, first, n, key_step, scale, cap,
+    largest, total = _log_sums_of(
+        largest, total, queries, keys, positions, columns, 0, first, n, key_token, key_number, scale, cap,
         HEAD_DIM, KEYS, CAPPED, False,
     )  # fmt: skip
     last = tl.minimum(first + QUERIES, n)
-    largest, total, keys = _log_sums_of(
-        largest, total, queries, keys, positions, columns, first, last, n, key_step, scale, cap,
+    keys += first.to(tl.int64) * key_token
+    largest, total = _log_sums_of(
+        largest, total, queries, keys, positions, columns, first, last, n, key_token, key_number, scale, cap,
         HEAD_DIM, KEYS, CAPPED, True,
     )  # fmt: skip
     sums = (largest + tl.log2(total)) * 0.6931471805599453
@@ -229,7 +234,8 @@ def _rows_of(
     bins,
     width,
     pitch,
-    query_step,
+    query_token,
+    query_number,
     scale,
     cap,
     HEAD_DIM: tl.constexpr,
@@ -243,9 +249,10 @@ def _rows_of(
     if CAPPED:
         unit = 1.0
     within = tl.arange(0, QUERIES)
+    offsets = within[:, None] * query_token + columns[None, :] * query_number
     for start in range(first, last, QUERIES):
         seeing = start + within
-        query = tl.load(queries, mask=(seeing < n)[:, None] & (columns < HEAD_DIM)[None, :], other=0.0)
+        query = tl.load(queries + offsets, mask=(seeing < n)[:, None] & (columns < HEAD_DIM)[None, :], other=0.0)
         log_sum = tl.load(log_sums + seeing, mask=seeing < n, other=float("inf")) * 1.4426950408889634
         scores = _scores(tl.dot(key, tl.trans(query), input_precision="ieee"), scale, cap, CAPPED)
         given = tl.exp2(scores * unit - log_sum[None, :])  # 0 of a query beyond the last
@@ -265,8 +272,8 @@ def _rows_of(
             tl.store(rows + at * pitch + positions, sums, mask=positions < tl.where(at < bins, n, 0))
             sums = tl.zeros_like(sums)
             at += 1
-        queries += query_step
-    return sums, at, queries
+        queries += QUERIES * query_token
+    return sums, at
 
 
 @triton.jit
@@ -302,22 +309,20 @@ def _rows_kernel(
     held = key + (head // group).to(tl.int64) * key_head + positions.to(tl.int64)[:, None] * key_token
     inside = (positions < n)[:, None] & (columns < HEAD_DIM)[None, :]
     keys = tl.load(held + columns[None, :] * key_number, mask=inside, other=0.0)
-    seeing = first + tl.arange(0, QUERIES)
-    queries = query + head.to(tl.int64) * query_head + seeing.to(tl.int64)[:, None] * query_token
-    queries = queries + columns[None, :] * query_number
-    query_step = QUERIES * query_token
+    queries = query + head.to(tl.int64) * query_head + first.to(tl.int64) * query_token
     pitch = bins * width
     log_sums = log_sums + head.to(tl.int64) * n
     rows = rows + head.to(tl.int64) * bins * pitch
     sums = tl.zeros([KEYS], tl.float32)
     at = first // width
     last = tl.minimum(first + KEYS, n)
-    sums, at, queries = _rows_of(
-        sums, at, queries, log_sums, rows, keys, positions, columns, first, last, n, bins, width, pitch, query_step,
-        scale, cap, HEAD_DIM, QUERIES, ENDS, CAPPED, True,
+    sums, at = _rows_of(
+        sums, at, queries, log_sums, rows, keys, positions, columns, first, last, n, bins, width, pitch,
+        query_token, query_number, scale, cap, HEAD_DIM, QUERIES, ENDS, CAPPED, True,
     )  # fmt: skip
-    sums, at, queries = _rows_of(
-        sums, at, queries, log_sums, rows, keys, positions, columns, first + KEYS, n, n, bins, width, pitch, query_step,
-        scale, cap, HEAD_DIM, QUERIES, ENDS, CAPPED, False,
+    queries += KEYS * query_token
+    sums, at = _rows_of(
+        sums, at, queries, log_sums, rows, keys, positions, columns, first + KEYS, n, n, bins, width, pitch,
+        query_token, query_number, scale, cap, HEAD_DIM, QUERIES, ENDS, CAPPED, False,
     )  # fmt: skip
     tl.store(rows + at * pitch + positions, sums, mask=positions < tl.where(at < bins, n, 0))

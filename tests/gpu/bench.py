@@ -1,4 +1,4 @@
-"""`make gpu-bench`: the long form of `gpu-check`: a very long capture, batches of several sizes, a part of a 70B model."""
+"""`make gpu-bench`, the long form of `gpu-check`: a longer capture, batches of several sizes, a part of a 70B model."""
 
 from __future__ import annotations
 

@@ -35,6 +35,7 @@ from analysis.recorder import capture, last_logits
 from l2kv import CompressedCache, CompressionSpec, compressible
 from l2kv.cache import cache_nbytes
 from l2kv.decoding import decode_one_token
+from l2kv.graphed import DecodingGraph
 from l2kv.kernels import SWITCH
 from tests.gpu import shapes
 from tests.gpu.shapes import LLAMA_8B, SMOLLM2, TINY, Shape
@@ -301,11 +302,9 @@ def _graphed(
     by_head: bool = False,
     fuse: bool = False,
 ) -> Iterator[tuple[Cache, Step]]:
-    from l2kv.graphed import DecodingGraph  # late: it needs triton, which the other ways do without
-
     with torch.inference_mode():
         cache = shapes.compressed(model, n, rows, _spec(shape, keep, by_head))
-        with DecodingGraph(model, cache, steps=run.room, fuse=fuse) as graph:
+        with DecodingGraph(model, cache, steps=run.room, fuse=fuse and not run.tiny) as graph:
             yield cache, graph.step
 
 
@@ -323,6 +322,27 @@ STATIC = {"StaticCache, compiled": _static}
 GRAPHED = {f"{kept}, graph": partial(_graphed, **options) for kept, options in KEPT.items()}
 FUSED = {f"{kept}, fused graph": partial(_graphed, **options, fuse=True) for kept, options in KEPT.items()}
 EAGER = {"DynamicCache": _dynamic} | {f"{kept}, eager": partial(_eager, **options) for kept, options in KEPT.items()}
+
+
+def kernels_of_a_step(run: Run, name: str, *, shape: Shape, n_tokens: int, rows: int, ways: Mapping[str, Any]) -> None:
+    """Note which kernels the time of a step goes into: microseconds, and number of calls."""
+    n, rows = run.tokens(n_tokens), min(rows, 2) if run.tiny else rows
+    kind = torch.profiler.ProfilerActivity.CUDA if run.device.type == "cuda" else torch.profiler.ProfilerActivity.CPU
+    before, _, steps = run.steps
+    with _model(run, shape) as model:
+        for way, begin in ways.items():
+            with begin(run, model, run.shape(shape), n, rows) as (_, step):
+                token = shapes.random_token(model, rows)
+                for _ in range(before):
+                    token = step(token)
+                with torch.profiler.profile(activities=[kind]) as profile:
+                    for _ in range(steps):
+                        token = step(token)
+                    if run.device.type == "cuda":
+                        torch.cuda.synchronize()
+            events = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)[:14]
+            of_step = {e.key[:90]: [round(e.self_device_time_total / steps), e.count // steps] for e in events}
+            run.note(name, **{way: of_step})
 
 
 def eviction(run: Run, name: str, *, shape: Shape = LLAMA_8B, n_tokens: int = 32768) -> None:
@@ -391,6 +411,7 @@ def _told(error: BaseException) -> str:
 _SMOLLM2 = {"shape": SMOLLM2, "n_tokens": 16384, "rows": 8}
 _8B_ONE = {"shape": LLAMA_8B, "n_tokens": 32768, "rows": 1}
 _8B_MANY = {"shape": LLAMA_8B, "n_tokens": 32768, "rows": 8}
+_PROFILED = {way: (GRAPHED | FUSED)[way] for way in ("keep 0.5, graph", "keep 0.5, fused graph")}
 SECTIONS: dict[str, Section] = {
     "environment": environment,
     "bandwidth": bandwidth,
@@ -402,6 +423,8 @@ SECTIONS: dict[str, Section] = {
     "decoding 8B 32k x 1": partial(decoding, **_8B_ONE, ways=GRAPHED | EAGER | FUSED),
     "capture 32k": partial(captures, shape=LLAMA_8B, n_tokens=32768, torch_repeats=1),
     "eviction": eviction,
+    "kernels of a step, SmolLM2 16k x 8": partial(kernels_of_a_step, **_SMOLLM2, ways=_PROFILED),
+    "kernels of a step, 8B 32k x 1": partial(kernels_of_a_step, **_8B_ONE, ways=_PROFILED),
     "static SmolLM2 16k x 8": partial(decoding, **_SMOLLM2, ways=STATIC),
     "static 8B 32k x 8": partial(decoding, **_8B_MANY, ways=STATIC),
     "static 8B 32k x 1": partial(decoding, **_8B_ONE, ways=STATIC),
