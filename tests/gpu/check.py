@@ -79,7 +79,7 @@ class Run:
 
     def tokens(self, n: int) -> int:
         """So many tokens, or very few."""
-        return max(48, n // 512) if self.tiny else n
+        return min(64, max(48, n // 512)) if self.tiny else n
 
     def note(self, section: str, **figures: Any) -> None:
         """Keep figures of a section, and tell of them."""
