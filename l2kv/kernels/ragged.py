@@ -20,8 +20,8 @@ from torch import Tensor
 from l2kv.heads import numbers_on
 from l2kv.storage.base import Table
 
-_PROGRAMS = 8  # for each multiprocessor: enough to hide what each waits for
-_SHORTEST, _LONGEST = 128, 1024  # slots of a chunk
+_PROGRAMS = 2  # for each multiprocessor: as many as run at a time, measured on an H100
+_SHORTEST, _LONGEST = 128, 2048  # slots of a chunk
 _BLOCK = 64  # slots that are read at a time
 _WARPS, _STAGES = 4, 3
 _SCAN = 1024  # ranks that are read at a time
@@ -297,19 +297,18 @@ def _evict(
     recent = tl.load(seen) - last  # positions from here on are protected
     n = tl.load(held + head) + extra
     fewer = tl.minimum(tl.load(kept + head), n)
+    within = tl.arange(0, BLOCK)
     for _ in range(fewer, n):
-        lowest = tl.full([], 0x7FFFFFFFFFFFFFFF, tl.int64)
-        hole = tl.full([], -1, tl.int32)
+        lowest = tl.full([BLOCK], 0x7FFFFFFFFFFFFFFF, tl.int64)  # of the slots that each thread looks at
+        at = tl.full([BLOCK], -1, tl.int32)
         for block in range(0, n, BLOCK):
-            slots = block + tl.arange(0, BLOCK)
+            slots = block + within
             of_block = tl.load(ranks + slots, mask=slots < n, other=0x7FFFFFFFFFFFFFFF)
             position = 0xFFFFFFFF - (of_block & 0xFFFFFFFF)
-            safe = (position < first) | (position >= recent)
-            of_block = tl.where(safe, 0x7FFFFFFFFFFFFFFF, of_block)
-            lowest_here = tl.min(of_block, 0)
-            at = tl.max(tl.where(of_block == lowest_here, slots, -1), 0)
-            hole = tl.where(lowest_here < lowest, at, hole)
-            lowest = tl.minimum(lowest, lowest_here)
+            candidate = (position >= first) & (position < recent) & (of_block < lowest)
+            lowest = tl.where(candidate, of_block, lowest)
+            at = tl.where(candidate, slots, at)
+        hole = tl.max(tl.where(lowest == tl.min(lowest, 0), at, -1), 0)
         n -= 1
         if (hole >= 0) & (hole < n):
             key = tl.load(keys + n * key_slot + channels, mask=channels < WIDTH)
