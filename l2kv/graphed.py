@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
+from l2kv import kernels
 from l2kv.attention import softmax_form
 from l2kv.cache import CompressedCache
 from l2kv.errors import UnsupportedModelError
@@ -37,7 +38,7 @@ class DecodingGraph:
                 token = graph.step(token)
 
     The cache is the graph's own within the block; afterwards it holds what it would hold after as many steps of its own
-    and can be used as before. Without a GPU each step is run as it is, in Triton's interpreter.
+    and can be used as before. In Triton's interpreter, for tests, each step is run as it is.
 
     Args:
         model: the model, which need not be prepared.
@@ -48,6 +49,7 @@ class DecodingGraph:
     Raises:
         UnsupportedModelError: a layer is not compressed (a sliding window, a running state), or the attention is of a
             form that the kernel does not know.
+        RuntimeError: there is no GPU, or the kernels are turned off.
         ValueError: the cache is empty, padded, of fewer bits, or its policy ranks pairs anew at each step.
     """
 
@@ -57,6 +59,8 @@ class DecodingGraph:
         self._before, self._taken = cache.get_seq_length(), 0
         self._graph: torch.cuda.CUDAGraph | None = None
         rows, device = self._layers[0].rows, self._layers[0].device
+        if not kernels.enabled(device):
+            raise RuntimeError(f"A DecodingGraph runs Triton kernels, which are off for the device {device}.")
         counts = [layer.reserve(steps) for layer in self._layers]  # of each layer, [steps + 1] rows of numbers by head
         self._counts = torch.tensor(list(zip(*counts, strict=True)), dtype=torch.int32, device=device)
         self._at = torch.zeros(1, dtype=torch.long, device=device)
