@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from l2kv.errors import SpecError
-from l2kv.heads import numbers_on
 from l2kv.registry import Registry
 
 if TYPE_CHECKING:
@@ -114,6 +113,8 @@ def high_norm(pairs: Pairs) -> Tensor:
 
 def signed_norm(pairs: Pairs) -> Tensor:
     """Keep low norms in some heads and high norms in others, as measured on the model."""
+    from l2kv.heads import numbers_on
+
     assert pairs.directions is not None
     sign = numbers_on(pairs.keys.device, tuple(1 if direction == "high" else -1 for direction in pairs.directions))
     return _norm(pairs.keys) * sign[:, None]
@@ -121,6 +122,8 @@ def signed_norm(pairs: Pairs) -> Tensor:
 
 def random(pairs: Pairs) -> Tensor:
     """Keep tokens at random: what any rule must beat."""
+    from l2kv.heads import numbers_on
+
     head = numbers_on(pairs.positions.device, pairs.heads)[:, None]
     # A hash, not a generator: the score of a token must not depend on how the text was cut into forward passes.
     mixed = _mix(
