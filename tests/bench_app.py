@@ -257,7 +257,7 @@ def bare_app(folder: Path, model: str) -> tuple[str, ...]:
     gamma = library.values_of(library.entries("run", model=model)[0].id, 0).of("gamma")
     names = np.array([f"L{layer} Q{head}" for layer, head in np.ndindex(shape)]).reshape(shape)
     map_ = heat.clickable_map(
-        gamma, heat.Scale("Γ", diverging=True), kv_heads=run.n_kv_heads, names=names, notes=names, chosen=(0, 0)
+        gamma, heat.Scale("Γ", diverging=True), kv_heads=run.n_kv_heads, names=names, notes=names
     )
     head = norm_and_attention(run.key_norm[0, 0], run.probe_attention[0, 0].astype(float), list(run.labels), height=340)
     folder.mkdir()
