@@ -141,7 +141,10 @@ class Session:
         with self._metered(name):
             began = time.perf_counter()
             self.page.goto(f"{self.address}/{path}", wait_until="commit")
-            self.page.wait_for_function(f"() => {{ if (!({DRAWN})) return false; return window.seen = window.seen ? 2 : 1, window.seen == 2 }}", polling="raf")
+            self.page.wait_for_function(
+                f"() => {{ if (!({DRAWN})) return false; return window.seen = window.seen ? 2 : 1, window.seen == 2 }}",
+                polling="raf",
+            )
             self.figures.seconds.setdefault(name, []).append(time.perf_counter() - began)
         self.figures.files.append(self.files)
 
@@ -207,7 +210,8 @@ def ours(session: Session, model: str, shape: tuple[int, int], round_: int) -> N
         )  # fmt: skip
         if page == "Demo":
             session.act(
-                "slider on Demo", lambda at: _move(at.get_by_role("slider").last),
+                "slider on Demo",
+                lambda at: _move(at.get_by_role("slider").last),
                 "document.activeElement.getAttribute('aria-valuenow') != window.before",
             )
         if page == "Verdict":
@@ -256,9 +260,7 @@ def bare_app(folder: Path, model: str) -> tuple[str, ...]:
     shape = (run.n_layers, run.n_heads)
     gamma = library.values_of(library.entries("run", model=model)[0].id, 0).of("gamma")
     names = np.array([f"L{layer} Q{head}" for layer, head in np.ndindex(shape)]).reshape(shape)
-    map_ = heat.clickable_map(
-        gamma, heat.Scale("Γ", diverging=True), kv_heads=run.n_kv_heads, names=names, notes=names
-    )
+    map_ = heat.clickable_map(gamma, heat.Scale("Γ", diverging=True), kv_heads=run.n_kv_heads, names=names, notes=names)
     head = norm_and_attention(run.key_norm[0, 0], run.probe_attention[0, 0].astype(float), list(run.labels), height=340)
     folder.mkdir()
     (folder / "heat.json").write_text(json.dumps(map_), encoding="utf-8")
@@ -309,7 +311,10 @@ def main() -> None:
             for name, figures in of.items():
                 for what, seconds in figures.seconds.items():
                     m = statistics.median
-                    print(f"  {name}  {what:22} {m(seconds):6.2f} s  {m(figures.cpu[what]):6.2f} s  {m(figures.sent[what]) / 1e3:8.1f} kB", *[f"{s:.2f}" for s in seconds])
+                    print(
+                        f"  {name}  {what:22} {m(seconds):6.2f} s  {m(figures.cpu[what]):6.2f} s  {m(figures.sent[what]) / 1e3:8.1f} kB",
+                        *[f"{s:.2f}" for s in seconds],
+                    )
                 print(f"  {name}  Streamlit's own files  {statistics.median(figures.files) / 1e3:8.0f} kB")
         browser.close()
 

@@ -128,9 +128,7 @@ def outline(cell: Head, shape: tuple[int, int], *, dashed: bool = False) -> str:
     selection is its user's, and knows no arrow keys, links or second clicks.
     """
     (layer, head), (layers, heads) = cell, shape
-    across, down = (
-        f"(100% - {FRAME[near] + FRAME[far]}px)" for near, far in (("left", "right"), ("top", "bottom"))
-    )
+    across, down = (f"(100% - {FRAME[near] + FRAME[far]}px)" for near, far in (("left", "right"), ("top", "bottom")))
     return (
         f'<div class="l2kv-cell" style="left: calc({FRAME["left"]}px + {across} * {head / heads:.6f}); '
         f"top: calc({FRAME['top']}px + {down} * {layer / layers:.6f}); width: calc({across} / {heads}); "
