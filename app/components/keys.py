@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import streamlit as st
 
 _SHOWN = {"ArrowLeft": "←", "ArrowRight": "→", "ArrowUp": "↑", "ArrowDown": "↓"}
-_PAUSE = 80  # milliseconds after a press in which further ones are gathered, as of a key that is held down
+_PAUSE = 80  # milliseconds in which the presses of a key that is held down are gathered
 _LISTENER = st.components.v2.component(
     "keys",
     html="""<button type="button" class="hint"></button>
@@ -44,13 +44,6 @@ export default function ({{ data, parentElement, setTriggerValue }}) {{
     setTriggerValue("pressed", held.pressed)
     held.pressed = []
   }}
-  held.end = () => {{
-    held.gathering = held.pressed.length > 0
-    if (held.gathering) {{
-      held.send()
-      setTimeout(() => held.end(), {_PAUSE})
-    }}
-  }}
   const point = () => {{ held.pointed = true }}
   const listen = event => {{
     const at = event.composedPath()[0]
@@ -63,12 +56,8 @@ export default function ({{ data, parentElement, setTriggerValue }}) {{
     if (within(field) || (within("[role=radio], [role=tab]") && !held.pointed)) return
     if (event.key === "?") open()
     else if (known.has(event.key)) {{
+      if (!held.pressed.length) setTimeout(() => held.send(), {_PAUSE})
       held.pressed.push(event.key)
-      if (!held.gathering) {{
-        held.gathering = true
-        held.send()
-        setTimeout(() => held.end(), {_PAUSE})
-      }}
     }} else return
     event.preventDefault()
     event.stopPropagation()
