@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from app.figures.maps import luminance
-from app.figures.style import CLEAR, GRID, UNDEFINED, largest, number
+from app.figures.style import GRID, UNDEFINED, largest, number
 
 Head = tuple[int, int]
 """(layer, query head)."""
