@@ -41,6 +41,8 @@ _MOST_EVIDENCE = 200
 Thing = TypeVar("Thing")
 Asked = ParamSpec("Asked")
 Answer = TypeVar("Answer")
+Version = tuple[int, int]
+"""When a file was last written, in ns, and its bytes."""
 
 
 def entries(kind: str, *, model: str | None = None) -> list[Entry]:
@@ -71,9 +73,25 @@ def _opened(id: str) -> object:
     return load_any(tuple(KINDS.values()), path_of(id))
 
 
+@lru_cache(maxsize=_MOST_OPEN)
+def _so_far(path: Path, version: Version) -> Results:
+    return results_so_far(path)
+
+
+def version_of(id: str) -> Version:
+    """Version of the file of a record: results grow while they are measured. Raises RecordError."""
+    path = path_of(id)
+    try:
+        found = path.stat()
+    except OSError as error:  # it has just been deleted
+        raise RecordError(f"{path.name} cannot be read: {error}.") from error
+    return found.st_mtime_ns, found.st_size
+
+
 def opened(cls: type[Thing], id: str) -> Thing:
-    """Open a record of a class. Raises RecordError. Results may still grow, so they are read each time."""
-    thing = results_so_far(path_of(id)) if cls is Results and path_of(id).suffix == ".jsonl" else _opened(id)
+    """Open a record of a class. Raises RecordError. Results that have grown are read again."""
+    growing = cls is Results and path_of(id).suffix == ".jsonl"
+    thing = _so_far(path_of(id), version_of(id)) if growing else _opened(id)
     assert isinstance(thing, cls), f"{id} is a {type(thing).__name__}, not a {cls.__name__}"
     return thing
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from app.figures.maps import luminance
-from app.figures.style import CLEAR, GRID, UNDEFINED, largest, number
+from app.figures.style import GRID, UNDEFINED, largest, number
 
 Head = tuple[int, int]
 """(layer, query head)."""
@@ -24,6 +24,8 @@ _ORANGE: dict[bool, _Rgb] = {False: (179, 77, 4), True: (255, 176, 102)}
 _PAGE: dict[bool, _Rgb] = {False: (255, 255, 255), True: (23, 22, 20)}
 _STEPS = 20  # of a scale from the clear end to the full colour
 _INK = {False: "#14161D", True: "#FAFAFA"}
+FRAME = dict(left=38, right=6, top=22, bottom=58)
+"""Pixels of a map around its cells."""
 _MOST_WRITTEN = 12  # heads or layers of a map in whose cells there is room for numbers
 _QUIET = {False: "#5A5E68", True: "#B4B8C2"}  # of numbers on axes: contrast 4.5 or more
 _FADED = 0.12
@@ -50,12 +52,10 @@ def clickable_map(
     kv_heads: int,
     names: np.ndarray,
     notes: np.ndarray,
-    chosen: Head,
-    pinned: Head | None = None,
     shown: np.ndarray | None = None,
     dark: bool = False,
 ) -> dict[str, Any]:
-    """Map of values [L, H], layer 0 at the top, the chosen cell outlined and the pinned one with dashes.
+    """Map of values [L, H], layer 0 at the top.
 
     Args:
         values: NaN is undefined, and grey.
@@ -78,11 +78,10 @@ def clickable_map(
         for cell, of, value in zip(cells, share.ravel(), values.ravel(), strict=True):
             hue = (_PURPLE if scale.diverging and value < 0 else _ORANGE)[dark]
             cell["label"] = dict(color=_ink_on(_mixed(hue, _PAGE[dark], float(np.clip(np.nan_to_num(of), 0, 1)))))
-    outlines = [_outline(cell, kind, dark) for cell, kind in ((pinned, "dashed"), (chosen, "solid")) if cell]
     groups = dict(show=kv_heads > 1, interval=0, lineStyle=dict(color=_INK[dark], opacity=0.55, width=1.5))
     return dict(
         animation=False,
-        grid=dict(left=38, right=6, top=22, bottom=58, containLabel=False, outerBoundsMode="none"),
+        grid=FRAME | dict(containLabel=False, outerBoundsMode="none"),
         xAxis=[
             _axis(heads, dark, name="query head", nameLocation="middle", nameGap=20),
             _axis(kv_heads, dark, "KV ", position="top", splitLine=groups, z=3),
@@ -101,11 +100,9 @@ def clickable_map(
                 type="heatmap", name=scale.title, data=cells, selectedMode="single", cursor="pointer", progressive=0,
                 itemStyle=dict(borderColor=GRID, borderWidth=0.5),
                 emphasis=dict(itemStyle=dict(borderColor=_INK[dark], borderWidth=1)),
-                select=dict(itemStyle=dict(borderColor=GRID, borderWidth=0.5)),  # the outline is ours: see below
+                select=dict(itemStyle=dict(borderColor=GRID, borderWidth=0.5)),  # see `outline`
                 label=dict(show=room, formatter="{@[4]}", fontSize=11, textBorderWidth=0),
             ),
-            # Of its own: the selection of a chart is its user's, and knows no arrow keys, links or second clicks.
-            dict(type="heatmap", name="chosen", data=outlines, silent=True, z=5, tooltip=dict(show=False)),
         ],
     )  # fmt: skip
 
@@ -122,6 +119,21 @@ def _axis(n: int, dark: bool, prefix: str = "", *, every: bool = False, **option
 def map_height(layers: int) -> int:
     """Height of a map in pixels: 32 layers are seen without scrolling, and no row is under 9 pixels."""
     return int(np.clip(470 // max(layers, 1), 9, 44)) * layers + 80
+
+
+def outline(cell: Head, shape: tuple[int, int], *, dashed: bool = False) -> str:
+    """HTML of a box around a cell of a map [L, H], for an element that lies over the chart.
+
+    It is no part of the chart: that would be sent and drawn anew for each cell that is opened, and the chart's own
+    selection is its user's, and knows no arrow keys, links or second clicks.
+    """
+    (layer, head), (layers, heads) = cell, shape
+    across, down = (f"(100% - {FRAME[near] + FRAME[far]}px)" for near, far in (("left", "right"), ("top", "bottom")))
+    return (
+        f'<div class="l2kv-cell" style="left: calc({FRAME["left"]}px + {across} * {head / heads:.6f}); '
+        f"top: calc({FRAME['top']}px + {down} * {layer / layers:.6f}); width: calc({across} / {heads}); "
+        f'height: calc({down} / {layers}); border-style: {"dashed" if dashed else "solid"}"></div>'
+    )
 
 
 def cell_of(selected: Sequence[Mapping[str, Any]], heads: int) -> Head | None:
@@ -150,11 +162,6 @@ def _cell(cell: tuple[int, ...], name: str, scale: Scale, value: float, note: st
     if not defined:
         made["visualMap"], style["color"] = False, UNDEFINED
     return made | (dict(itemStyle=style) if style else {})
-
-
-def _outline(cell: Head, kind: str, dark: bool) -> dict[str, Any]:
-    style = dict(color=CLEAR, borderColor=_INK[dark], borderWidth=2.5, borderType=kind)
-    return dict(value=[cell[1], cell[0], 0], visualMap=False, itemStyle=style)
 
 
 def _written(value: float, scale: Scale, *, end: bool = False) -> str:

@@ -47,7 +47,8 @@ def norm_and_attention(
     position = np.asarray(shown + first_position, dtype=np.int32)
     rows = (("y", key_norm), ("y2", np.maximum(np.nan_to_num(attention), floor)))
 
-    figure = new_figure(height=height)
+    # A fixed margin: automatic ones draw every marker twice.
+    figure = new_figure(height=height, margin=dict(l=84, r=8, t=28, b=48))
     for name, chosen, marker in _kept_and_evicted(kept, shown):
         index = shown[chosen]
         for row, heights in rows:
@@ -64,9 +65,9 @@ def norm_and_attention(
     pad = 0.5 + 0.01 * n_tokens
     span = [first_position - pad, last + pad]
     figure.update_layout(
-        xaxis=axis("token position" + thinned, anchor="y2", range=span, tickformat="d"),
-        yaxis=axis("key norm (L2)", domain=[0.54, 1.0]),
-        yaxis2=axis(f"{attention_label} (log)", domain=[0.0, 0.46], **scale),
+        xaxis=axis("token position" + thinned, anchor="y2", range=span, tickformat="d", automargin=False),
+        yaxis=axis("key norm (L2)", domain=[0.54, 1.0], automargin=False),
+        yaxis2=axis(f"{attention_label} (log)", domain=[0.0, 0.46], automargin=False, **scale),
     )
     return figure
 

@@ -309,10 +309,15 @@ def _data(
             "n_tokens": run.n_tokens,
             "answer": answer(study),
             "probe": "next token",
-            "heads": {name: study.of(name)[0] for name in study.metrics} | {"verdict": verdicts(study)},
+            "heads": {name: _shortened(study.of(name)[0]) for name in study.metrics} | {"verdict": verdicts(study)},
             "spec": asdict(each.spec),
         }
         for name, run, study, each in zip(names, runs, measured, advice, strict=True)
     ]
     scored = evaluation.summaries(results)
     return json_line({"l2kv_report": VERSION, "runs": told} | ({"results": scored} if scored else {}))
+
+
+def _shortened(values: np.ndarray) -> np.ndarray:
+    """Values to six digits, two more than tables show: all of float64 would be a tenth of the page."""
+    return np.array([float(f"{value:.6g}") for value in values.flat]).reshape(values.shape)

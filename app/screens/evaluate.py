@@ -21,6 +21,7 @@ from app.components.charts import show
 from app.engine import Engine
 from app.jobs import Jobs
 from app.report.evaluation import section, told
+from app.report.writing import Section
 from l2kv.config import CacheShape
 from l2kv.errors import SpecError
 from l2kv.spec import CompressionSpec
@@ -247,10 +248,15 @@ def _one(id: str, name: str) -> None:
     if not results.rows:
         st.info("Not one sample is done by all methods yet. Start the same evaluation again, and it goes on.")
         return
-    made = section(results)
+    made = _section(id, library.version_of(id))
     for words in made.words:
         st.caption(markup.plain(words))
-    _table(results, id)
+    st.dataframe(
+        _summary(id, library.version_of(id)),
+        hide_index=True,
+        column_config={"MiB held": st.column_config.NumberColumn(format="%.2f")},
+        key=f"summary_{id}",
+    )
     for i, drawing in enumerate(made.drawings):
         show(drawing.figure, key=f"{id}_{i}", alt=drawing.alt, caption=f"**{drawing.title}.** {drawing.caption}")
     with st.expander("Every answer", icon=":material/table:", key=f"rows_{id}"):
@@ -270,14 +276,16 @@ def _one(id: str, name: str) -> None:
             st.rerun()
 
 
-def _table(results: Results, id: str) -> None:
+@library.remembered
+def _section(id: str, version: library.Version) -> Section:
+    """What is said and drawn of results, as they were in that version."""
+    return section(library.opened(Results, id))
+
+
+@library.remembered
+def _summary(id: str, version: library.Version) -> list[dict[str, Any]]:
     """A row for each method: what it scores, what it holds, and how far it is from the full cache."""
-    task = TASKS[results.task]
-    rows = results.summary(replace(task, axes=()))
+    results = library.opened(Results, id)
+    rows = results.summary(replace(TASKS[results.task], axes=()))
     titles = {"samples": "n", "MiB": "MiB held"}
-    st.dataframe(
-        [{titles.get(name, name.replace("_", " ")): told(value) for name, value in row.items()} for row in rows],
-        hide_index=True,
-        column_config={"MiB held": st.column_config.NumberColumn(format="%.2f")},
-        key=f"summary_{id}",
-    )
+    return [{titles.get(name, name.replace("_", " ")): told(value) for name, value in row.items()} for row in rows]

@@ -29,6 +29,10 @@ _STYLE = """<style>
 .st-key-explore [data-testid="stMetricValue"] { font-size: 1.25rem; }
 .st-key-explore h1 { padding: 0; font-size: 2rem; }
 .st-key-explore h4 { padding: 0; }
+.st-key-map_frame { position: relative; }
+.st-key-outlines, .st-key-outlines > * { position: absolute; inset: 0; pointer-events: none; }
+.st-key-outlines [data-testid="stHtml"] { position: absolute; inset: 0; }
+.l2kv-cell { position: absolute; border: 2.5px solid currentColor; }
 </style>"""
 _WHOSE = {
     "next token": "Of one query, the next token's.",
@@ -189,25 +193,34 @@ def _map() -> None:
         with st.popover("Filter", icon=":material/filter_alt:", type="tertiary"):
             _filters(run, verdict)
     values, scale, notes, caption = _values(run, verdict)
-    layer, head = state.chosen_head()
-    alt = (
-        f"Map of {scale.title} by layer and query head, {run.n_layers} x {run.n_heads}; open is "
-        f"{head_name(layer, run.kv_head(head), head)} with {_number(values[layer, head], scale)}"
-    )
+    alt = f"Map of {scale.title} by layer and query head, {run.n_layers} x {run.n_heads}"
 
     def clicked() -> None:
         if cell := heat.cell_of(st.session_state["map_chart"].selection.selected, run.n_heads):
             state.choose_head(*cell)
-            _redraw("map", "bar", "head")()
+            _redraw("outlines", "bar", "head")()
 
-    st.echarts_chart(
-        heat.clickable_map(
-            values, scale, kv_heads=run.n_kv_heads, names=_names(run), notes=notes, chosen=(layer, head),
-            pinned=state.PINNED.get(), shown=_shown(run, verdict), dark=st.context.theme.type == "dark",
-        ),
-        key="map_chart", height=heat.map_height(run.n_layers), alt=alt, on_select=clicked,
-    )  # fmt: skip
+    with st.container(key="map_frame"):
+        st.echarts_chart(
+            heat.clickable_map(
+                values, scale, kv_heads=run.n_kv_heads, names=_names(run), notes=notes, shown=_shown(run, verdict),
+                dark=st.context.theme.type == "dark",
+            ),
+            key="map_chart", height=heat.map_height(run.n_layers), alt=alt, on_select=clicked,
+        )  # fmt: skip
+        _outlines()
     charts.explain("map_chart", alt=alt, caption=caption, table=_table(run, verdict, values, scale))
+
+
+@_part("outlines")
+def _outlines() -> None:
+    """Boxes around the open cell and the pinned one, over the map: it is not sent again when they move."""
+    run = library.run(state.run_id())
+    shape = (run.n_layers, run.n_heads)
+    with st.container(key="outlines"):
+        pinned = state.PINNED.get()
+        boxes = [heat.outline(pinned, shape, dashed=True)] if pinned else []
+        st.html("".join([*boxes, heat.outline(state.chosen_head(), shape)]))
 
 
 def _names(run: Capture) -> np.ndarray:
@@ -342,7 +355,7 @@ def _listen(run: Capture) -> None:
             "]": ("next query", lambda: one_head.step_query(run, -1)),
         },
         hint="Keys: arrows move the cell, [ ] the query, ? lists all",
-        then=_redraw("map", "bar", "head", "pinned"),
+        then=_redraw("outlines", "bar", "head", "pinned"),
     )
 
 
@@ -352,7 +365,7 @@ def _bar() -> None:
     run = library.run(state.run_id())
     layer, _ = state.chosen_head()
     pinned, skipped = state.PINNED.get(), layer in state.SKIP_LAYERS.get()
-    redraw = _redraw("map", "bar", "head")
+    redraw = _redraw("outlines", "bar", "head")
     with st.container(horizontal=True, vertical_alignment="bottom", gap="small"):
         st.selectbox(
             "Layer", range(run.n_layers), format_func="Layer {}".format, label_visibility="collapsed", width=125,
@@ -429,7 +442,7 @@ def _all_heads() -> None:
 
     def open_head(layer: int, head: int) -> None:
         state.choose_head(layer, head)
-        _redraw("map", "bar", "head")()
+        _redraw("outlines", "bar", "head")()
 
     layer, head = np.indices(verdict.shape).reshape(2, -1)
     left, right = st.columns([2, 3], gap="medium")

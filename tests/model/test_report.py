@@ -140,7 +140,7 @@ def test_hostile_words_stay_words_wherever_they_stand():
 
 def test_a_table_writes_numbers_as_a_reader_wants_them_and_says_what_it_leaves_out():
     table = {"n": [-1.23456, np.nan, 4096], "yes": [True, np.False_, True]}
-    cells = re.findall("<td.*?>(.*?)</td>", document("", "", [Section("x", table=table)]))
+    cells = re.findall("<td.*?>([^<]*)", document("", "", [Section("x", table=table)]))
     assert cells == ["−1.235", "yes", "–", "no", "4,096", "yes"]
     long = Page(document("", "", [Section("x", table={"n": range(MOST_ROWS + 7)})]))
     assert "7 more rows are not shown" in long.text and long.count("tr") == MOST_ROWS + 1
@@ -166,7 +166,7 @@ def test_a_report_answers_first_and_holds_all_that_is_given(studies, front, abla
     assert all(attributes["aria-label"] for tag, attributes in page.tags if attributes.get("class") == "plot")
     assert page.data[-1]["l2kv_report"] == VERSION
     told = page.data[-1]["runs"][0]
-    np.testing.assert_allclose(told["heads"]["gamma"], correlation(run))
+    np.testing.assert_allclose(told["heads"]["gamma"], correlation(run), rtol=1e-5)  # it holds six digits
     assert set(told["heads"]) == {*METRICS, "verdict"}
     assert CompressionSpec(**told["spec"] | {"skip_layers": tuple(told["spec"]["skip_layers"])}).protect_last == 32
 

@@ -13,14 +13,14 @@ from tests.support.paths import ROOT
 
 
 @contextmanager
-def served(home: Path, **environment: str):
+def served(home: Path, *, command=("-m", "app"), **environment: str):
     """The address of a server whose workspace is in `home`; fails if its log holds a traceback."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "app", "--server.headless=true", f"--server.port={port}"]
+    options = ("--server.headless=true", f"--server.port={port}")
     server = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [sys.executable, *command, *options], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env=os.environ | {"L2KV_HOME": str(home)} | environment,
     )  # fmt: skip
     url = f"http://127.0.0.1:{port}"

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from app.figures.heat import Scale, cell_of, clickable_map, map_height
+from app.figures.heat import Scale, cell_of, clickable_map, map_height, outline
 from app.figures.maps import luminance
 
 GAMMA = Scale("Γ", -1, 1, diverging=True)
@@ -14,7 +14,7 @@ GAMMA = Scale("Γ", -1, 1, diverging=True)
 def a_map(values, scale=GAMMA, **options):
     values = np.asarray(values, dtype=float)
     names = np.array([f"L{i} Q{h}" for i, h in np.ndindex(values.shape)]).reshape(values.shape)
-    given = dict(kv_heads=1, names=names, notes=np.full(values.shape, "ok"), chosen=(0, 0)) | options
+    given = dict(kv_heads=1, names=names, notes=np.full(values.shape, "ok")) | options
     return json.loads(json.dumps(clickable_map(values, scale, **given), allow_nan=False))
 
 
@@ -72,13 +72,11 @@ def test_a_large_map_has_no_numbers_in_its_cells_and_fits_a_screen():
     assert map_height(32) <= 560 and map_height(80) >= 80 * 9
 
 
-def test_the_chosen_cell_is_outlined_and_the_pinned_one_with_dashes():
-    chosen = a_map(np.zeros((2, 3)), chosen=(1, 2))["series"][1]["data"]
-    assert [(cell["value"][:2], cell["itemStyle"]["borderType"]) for cell in chosen] == [([2, 1], "solid")]
-    both = a_map(np.zeros((2, 3)), chosen=(1, 2), pinned=(0, 0))["series"][1]["data"]
-    assert [(cell["value"][:2], cell["itemStyle"]["borderType"]) for cell in both] == [
-        ([0, 0], "dashed"), ([2, 1], "solid")
-    ]  # fmt: skip
+def test_a_box_lies_around_its_cell_with_dashes_if_it_is_pinned():
+    box = outline((1, 2), (4, 8))
+    assert "left: calc(38px + (100% - 44px) * 0.250000)" in box and "top: calc(22px + (100% - 80px) * 0.250000)" in box
+    assert "width: calc((100% - 44px) / 8)" in box and "height: calc((100% - 80px) / 4)" in box
+    assert "solid" in box and "dashed" in outline((1, 2), (4, 8), dashed=True)
 
 
 def test_cells_that_are_filtered_out_are_faded():
@@ -98,7 +96,7 @@ def test_lines_part_the_query_heads_of_each_kv_head():
         ([{"series_index": 0, "data_indices": [13]}], (1, 4)),
         ([{"series_index": 0, "data_indices": []}], None),  # a second click on the same cell
         ([], None),
-        ([{"series_index": 1, "data_indices": [0]}], None),  # an outline
+        ([{"series_index": 1, "data_indices": [0]}], None),  # no cell
     ],
 )
 def test_a_click_means_a_cell_or_nothing(selected, cell):
