@@ -29,7 +29,7 @@ from analysis.extras import needs
 from analysis.models.load import outline
 from analysis.plans.ablation import ablate_layers
 from analysis.plans.curves import curves_of
-from analysis.plans.front import measure_front
+from analysis.plans.front import costs_beside, measure_front
 from analysis.plans.skip import Plan
 from analysis.records import load, save
 from analysis.studies import load_study
@@ -121,6 +121,7 @@ def front(
         )
     wrote(save(found, to))
     part.unlink()
+    costs_beside(part).unlink(missing_ok=True)
     columns: dict[str, Form] = {"strategy": "", "keep_ratio": ".2f", "nbytes": human_bytes}
     tell(
         columns | {"nll_change": "+.3f", "planned_loss": ".3f", "measured_loss": ".3f"},

@@ -177,7 +177,7 @@ def ablate_layers(
     return Ablation(
         spec,
         layers,
-        results,
+        results.of_samples(),
         _rows(np.stack([layer_alr(one)[0] for one in measured], axis=1)[list(layers)]),
         _rows(np.stack([nanmean(one.of("alr")[0].T) for one in measured], axis=1)[list(layers)]),
     )
@@ -254,11 +254,13 @@ def head_costs(
     spec: CompressionSpec,
     *,
     settings: LmSettings | None = None,
+    out: str | Path | None = None,
     progress: Progress = unheard,
 ) -> np.ndarray:
     """Measure the NLL change of compressing each kv head alone by `spec`: [N, L, Hkv] nats/token.
 
-    NaN in layers that are never compressed. Takes N continuations for each kv head. Raises as `evaluate`.
+    NaN in layers that are never compressed. Takes N continuations for each kv head; `out` and what is raised are as for
+    `evaluate`.
     """
     shape = CacheShape.of(loaded.config, loaded.model.dtype.itemsize)
     heads = {f"{layer}.{head}": (layer, head) for layer in shape.layers for head in range(shape.n_kv_heads)}
@@ -266,7 +268,7 @@ def head_costs(
     alone = {
         name: replace(others_kept, head_ratios=((head, spec.target_of(*head).ratio),)) for name, head in heads.items()
     }
-    results = _lm(loaded, given := excerpts_from(texts), alone, settings or LmSettings(), progress)
+    results = _lm(loaded, given := excerpts_from(texts), alone, settings or LmSettings(), progress, out)
     costs = np.full((len(given), loaded.config.num_hidden_layers, shape.n_kv_heads), np.nan)
     for name, (layer, head) in heads.items():
         costs[:, layer, head] = results.change(name)
@@ -310,15 +312,16 @@ def with_head_costs(
     texts: Texts,
     *,
     settings: LmSettings | None = None,
+    out: str | Path | None = None,
     progress: Progress = unheard,
 ) -> LossCurves:
     """Weight the curves by `head_costs`, measured at `COSTS_AT` or the least ratio there is.
 
-    Raises as `evaluate`.
+    `out` and what is raised are as for `evaluate`.
     """
     keep_ratio = max(COSTS_AT, curves.least_bin / curves.bins)
     spec = plan(curves, keep_ratio, "uniform_signed").to_spec()
-    costs = head_costs(loaded, texts, spec, settings=settings, progress=progress)
+    costs = head_costs(loaded, texts, spec, settings=settings, out=out, progress=progress)
     return curves.weighted_by(costs.mean(axis=0), keep_ratio)
 
 

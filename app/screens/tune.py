@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
     from analysis.progress import Progress
 
 _MIB = 2**20
-_RULES = {"threshold": "By a threshold", "count": "By number", "gap": "By the widest gap"}
+_RULES = {"threshold": "from a threshold on", "count": "a number of layers", "gap": "down to the widest gap"}
+_BY = {"cost": "Measured cost per MiB", "alr": "ALR, a proxy"}
 _STRATEGY = state.Slot("strategy", "by_head", state.Param("strategy", state.one_of(tuple(STRATEGIES))))
 
 
@@ -162,10 +164,10 @@ def _layers(run: Capture, ablation: Ablation | None) -> None:
         st.info(markup.plain(str(error)), icon=":material/info:")
         suggestion = None
     if suggestion is not None:
-        by = "measured" if measured is not None else "by ALR, a proxy"
-        st.markdown(f"**Suggested, {by}: {layers_listed(suggestion.layers)}.** {markup.plain(suggestion.rule)}")
+        st.markdown(f"**Suggested: {layers_listed(suggestion.layers)}.** {markup.plain(suggestion.rule)}")
         st.button(
             "Use this skip list", icon=":material/check:", type="primary", key="use_skip_list",
+            disabled=suggestion.layers == spec.skip_layers,
             on_click=lambda: state.SKIP_LAYERS.set(list(suggestion.layers)),
         )  # fmt: skip
     if measured is not None and (measured.spec.keep_ratio, measured.spec.protect_last) != (
@@ -189,55 +191,57 @@ def _judged(run: Capture) -> Study:
     )
 
 
-def _suggested(run: Capture, measured: Ablation | None, judged: Study, spec: CompressionSpec) -> SkipSuggestion | None:
+def _suggested(run: Capture, measured: Ablation | None, judged: Study, spec: CompressionSpec) -> SkipSuggestion:
+    """Ask for a rule, and suggest layers by it; what was measured comes before the proxy. Raises SettingsError."""
     options: dict[str, Any] = {}
+    rules = [(by, rule) for by in (["alr"] if measured is None else ["cost", "alr"]) for rule in RULES]
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        rule = st.segmented_control(
-            "Rule", list(RULES), default="threshold", required=True, format_func=_RULES.__getitem__, key="tune_rule",
-            persist_state="session", help="\n".join(f"- **{_RULES[name]}**: {about}" for name, about in RULES.items()),
+        by, rule = st.selectbox(
+            "Rule", rules, format_func=lambda rule: f"{_BY[rule[0]]}: {_RULES[rule[1]]}", key="tune_rule",
+            persist_state="session", help="Every layer takes the same bytes, so the order by cost is that per MiB.",
         )  # fmt: skip
-        if rule == "threshold" and measured is not None:
+        if rule == "threshold" and by == "cost":
             options["threshold"] = st.number_input(
-                "nats/token", 0.0, 1.0, COSTLY, 0.005, format="%.3f", key="tune_cost"
+                "nats/token", 0.0, 1.0, COSTLY, 0.005, format="%.3f", key="tune_cost", width=150
             )
         elif rule == "threshold":
-            options["threshold"] = st.number_input("normalised ALR", 0.0, 2.0, 1.0, 0.05, key="tune_alr")
+            options["threshold"] = st.number_input("normalised ALR", 0.0, 2.0, 1.0, 0.05, key="tune_alr", width=150)
         elif rule == "count":
-            options["count"] = st.number_input("layers", 0, len(run.cache_shape.layers), 2, key="tune_count")
-    if measured is not None:
-        return suggest_by_ablation(measured, rule=rule or "threshold", **options)
-    return suggest_skip_layers(judged, spec.policy, rule=rule or "threshold", **options)
+            options["count"] = st.number_input("layers", 0, len(run.cache_shape.layers), 2, key="tune_count", width=150)
+    if measured is not None and by == "cost":
+        return suggest_by_ablation(measured, rule=rule, **options)
+    return suggest_skip_layers(judged, spec.policy, rule=rule, **options)
 
 
 def _table(run: Capture, measured: Ablation | None, judged: Study, spec: CompressionSpec) -> None:
-    """One row for each layer, with a box to skip it."""
-    rows: dict[str, Any] = {
-        "skip": [layer in spec.skip_layers for layer in run.cache_shape.layers],
-        "layer": list(run.cache_shape.layers),
-    }
+    """One row for each layer, the worst first, with a box to skip it."""
+    layers = list(run.cache_shape.layers)
+    columns: dict[str, dict[int, float]] = {}
     if measured is not None:
         change = means(measured.nll_change.T, documents=measured.documents)
-        of = {layer: (change.mean[i], change.low[i], change.high[i]) for i, layer in enumerate(measured.layers)}
-        for i, name in enumerate(("NLL change", "from", "to")):
-            rows[name] = [float(of[layer][i]) if layer in of else None for layer in rows["layer"]]
-    try:
-        by_alr = nanmean(layer_alr(judged, spec.policy))
-        rows["normalised ALR"] = [float(by_alr[layer]) for layer in rows["layer"]]
-    except SettingsError:  # a policy that norms say nothing of
-        pass
-    numbers = {name: st.column_config.NumberColumn(format="%.3f") for name in rows if name not in ("skip", "layer")}
+        for name, values in (("NLL change", change.mean), ("from", change.low), ("to", change.high)):
+            columns[name] = dict(zip(measured.layers, (np.round(values, 3) + 0.0).tolist(), strict=True))
+    with suppress(SettingsError):  # a policy that norms say nothing of
+        columns["normalised ALR"] = dict(enumerate(nanmean(layer_alr(judged, spec.policy)).tolist()))
+    if columns:
+        worst = next(iter(columns.values()))
+        layers.sort(key=lambda layer: -np.nan_to_num(worst.get(layer, 0.0), nan=np.inf))  # undefined: no order at all
+    rows: dict[str, Any] = {"skip": [layer in spec.skip_layers for layer in layers], "layer": layers}
+    rows |= {name: [of.get(layer) for layer in layers] for name, of in columns.items()}
+    numbers = {name: st.column_config.NumberColumn(format="%.3f") for name in columns}
     edited = st.data_editor(
         rows, hide_index=True, height=380, disabled=[name for name in rows if name != "skip"], column_config=numbers,
         key=f"tune_layers_{','.join(map(str, spec.skip_layers))}",
     )  # fmt: skip
-    chosen = [layer for layer, skip in zip(rows["layer"], edited["skip"], strict=True) if skip]
+    chosen = sorted(layer for layer, skip in zip(layers, edited["skip"], strict=True) if skip)
     if chosen != list(spec.skip_layers):
         state.SKIP_LAYERS.set(chosen)
         st.rerun()
     n = len(judged.names)
     st.caption(
         (
-            f"NLL change in nats/token when only this layer is compressed, {counted(len(measured.documents), 'text')}. "
+            "NLL change in nats/token when only this layer is compressed, with its 95 % interval, "
+            f"{counted(len(measured.documents), 'excerpt')} of {counted(len(set(measured.documents)), 'text')}. "
             if measured
             else ""
         )
