@@ -29,6 +29,7 @@ from analysis.records import record
 from analysis.statistics import MIN_TEXTS, Interval, few_documents_warning, means, nanmean, resamples, spearman
 from analysis.studies import layer_alr
 from analysis.texts.excerpts import Excerpt, Texts, excerpts_from
+from analysis.words import counted
 from l2kv.config import CacheShape
 from l2kv.spec import CompressionSpec
 
@@ -237,14 +238,14 @@ def suggest_by_ablation(
     if len(chosen):
         told = ", ".join(f"layer {ablation.layers[i]} {change.mean[i]:+.3f}" for i in chosen[:6])
         words += f" In nats/token, {told}{', …' * (len(chosen) > 6)}."
-    words += f" Measured by prediction, {_told(ablation.spec)}, on {n} text{'s' * (n != 1)}."
+    words += f" Measured by prediction, {_told(ablation.spec)}, on {counted(n, 'excerpt')}."
     if n < MIN_TEXTS:
         words += " So few only give a hint."
     return SkipSuggestion(tuple(sorted(ablation.layers[i] for i in chosen)), words)
 
 
 def _told(spec: CompressionSpec) -> str:
-    kept = f"{spec.keep_ratio:.0%}" if spec.budget is None else f"{spec.budget} tokens"
+    kept = f"{100 * spec.keep_ratio:.3g} %" if spec.budget is None else f"{spec.budget} tokens"
     return f"{kept} kept by {spec.policy.replace('_', ' ')} with the last {spec.protect_last} protected"
 
 

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from analysis.progress import Progress
 
 _MIB = 2**20
-_RULES = {"threshold": "from a threshold on", "count": "a number of layers", "gap": "down to the widest gap"}
-_BY = {"cost": "Measured cost per MiB", "alr": "ALR, a proxy"}
+_RULES = {"threshold": "threshold", "count": "number", "gap": "widest gap"}
+_BY = {"cost": "Measured cost/MiB", "alr": "ALR, a proxy"}
 _STRATEGY = state.Slot("strategy", "by_head", state.Param("strategy", state.one_of(tuple(STRATEGIES))))
 
 

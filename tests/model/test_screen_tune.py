@@ -45,7 +45,7 @@ def test_it_answers_at_first_sight_for_smollm2_by_what_was_measured():
 def test_a_proxy_can_be_chosen_beside_the_measurement_and_says_that_it_is_one():
     page = opened("smollm2")
     rules = page.selectbox(key="tune_rule")
-    assert rules.options[0].startswith("Measured cost per MiB") and not rules.value[0] == "alr"
+    assert rules.options[0].startswith("Measured cost/MiB") and rules.value[0] == "cost"
     rules.set_value(("alr", "threshold")).run()
     assert "Suggested: layer 0." in said(page) and rules.options[3].startswith("ALR, a proxy")
 
