@@ -12,7 +12,7 @@ ARGS ?=
 FETCH = $(BIN)/python -m analysis models smollm2 || true
 PYTEST = $(BIN)/python -m pytest -n auto --dist loadgroup
 
-.PHONY: app test test-unit test-model test-browser lint wheel docs bench demo picture
+.PHONY: app test test-unit test-model test-browser lint wheel docs bench gpu-check gpu-bench demo picture
 app: $(VENV)/app.stamp  ## MODELS=folder offers the models in it, GGUF files too
 	@$(FETCH)
 	$(if $(MODELS),L2KV_MODEL_DIRS="$(MODELS)") $(BIN)/python -m app --server.port $(PORT)
@@ -46,12 +46,19 @@ bench: $(VENV)/dev.stamp  ## memory and time of a capture, of a compressed cache
 	$(BIN)/python -m tests.bench_cache
 	$(BIN)/python -m tests.bench_app
 
-# All that the app opens with, of MODEL=name or folder, measured on TEXTS="files or folders" or on the bundled prose.
-# ARGS=--without-tasks for a model that solves none. Stopped, it goes on where it was: $(MADE) is shown only when complete.
+# With any Python that has torch for CUDA, transformers, triton and pytest: no virtual environment is made.
+gpu-check:  ## on a GPU, four minutes: tests that need one, capture and decoding beside the plain ways, as one JSON
+	$(PYTHON) -m tests.gpu.check $(ARGS)
+
+gpu-bench:  ## on a GPU, longer: 128k tokens, batches, a part of a 70B model
+	$(PYTHON) -m tests.gpu.bench $(ARGS)
+
+# Of MODEL=name or folder, on TEXTS="files or folders" or the bundled prose; ARGS=--without-tasks for a model that solves
+# none. Stopped, it goes on where it was; what it makes is shown only when all of it is there.
 SHOWN ?= analysis/bundled/$(notdir $(MODEL))
 MADE := demo/$(notdir $(MODEL))
 MEASURED := needle.jsonl study.safetensors causal.json front.json
-demo: $(VENV)/dev.stamp
+demo: $(VENV)/dev.stamp  ## all that the app opens with again: an hour on two cores
 	@echo "1 of 5: presets, a run, a recorded generation and stories"
 	$(BIN)/python -m analysis demo $(TEXTS) --model $(MODEL) $(ARGS) -o $(MADE)
 	$(MAKE) $(MEASURED:%=$(MADE)/%)

@@ -388,7 +388,7 @@ def measure_front(
 
 
 def costs_beside(out: str | Path) -> Path:
-    """File beside the one of a front that the costs of single heads are written to."""
+    """File beside that of a Pareto front, for the continuations that tell the costs of single heads."""
     return Path(out).with_suffix(".costs.jsonl")
 
 
