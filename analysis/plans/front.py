@@ -27,7 +27,7 @@ from analysis.progress import Progress, part_of, unheard
 from analysis.records import record
 from analysis.statistics import MIN_TEXTS, Interval, few_documents_warning, simultaneous, spearman
 from analysis.texts.excerpts import Texts, excerpts_from
-from analysis.words import human_bytes
+from analysis.words import counted, human_bytes
 from l2kv.config import CacheShape
 from l2kv.spec import CompressionSpec
 
@@ -123,6 +123,11 @@ class Front:
     def measured_on(self) -> tuple[str, ...]:
         """Names of the N texts that plans were measured on."""
         return self.results.samples
+
+    @property
+    def counted(self) -> str:
+        """What it was measured on, in words: "16 excerpts of 8 texts"."""
+        return f"{counted(len(self.measured_on), 'excerpt')} of {counted(len(set(self.results.documents)), 'text')}"
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -249,7 +254,7 @@ class Front:
         else:
             told = "No plan beats the best uniform strategy of the same bytes by more than texts differ. The "
             told += f"nearest comes {best}."
-        told += f" Over {n} texts, by intervals that hold for all comparisons at once, plans win {len(won)} of "
+        told += f" Over {self.counted}, by intervals that hold for all comparisons at once, plans win {len(won)} of "
         told += f"{len(compared)} and lose {lost}."
         of_few = few_documents_warning(self.results.documents)
         return f"{told}{f' {of_few}' if of_few else ''}{self._baselines_warning()}"

@@ -16,7 +16,7 @@ from analysis.errors import SettingsError, UserError
 from analysis.plans.ablation import COSTLY, POLICIES, Ablation, suggest_by_ablation
 from analysis.plans.curves import BY_NORM, LossCurves, curves_of
 from analysis.plans.export import kvpress_code, library_code
-from analysis.plans.front import Front, measure_front, passes
+from analysis.plans.front import Front, FrontPoint, measure_front, passes
 from analysis.plans.skip import RULES, Plan, SkipSuggestion, suggest_skip_layers
 from analysis.plans.strategies import STRATEGIES, plan, title_of
 from analysis.records import to_json
@@ -55,6 +55,7 @@ def draw(engine: Engine, jobs: Jobs) -> None:
     front, ablation = _latest(Front, "front"), _latest(Ablation, "ablation")
     if front is not None:
         st.markdown(markup.headline(front.answer()))
+        st.markdown(_best(front))
     left, right = st.columns([3, 2], gap="large")
     with left:
         _curve(front, run)
@@ -92,21 +93,23 @@ def _curve(front: Front | None, run: Capture) -> None:
         if points and points[0]["curve_number"] < len(lines):  # the last one is the full cache
             _use_point(front, list(lines)[points[0]["curve_number"]], points[0]["point_index"])
 
-    n = len(front.measured_on)
     st.plotly_chart(
         figures.front(front_lines(front), full_mib=front.full_nbytes / _MIB),
         key="tune_front", on_select=clicked, selection_mode="points", config={"displaylogo": False},
         alt="Bytes of the cache against the change of the NLL, a line for each allocation strategy",
     )  # fmt: skip
     st.caption(
-        f"Change of the NLL after {front.lengths[0]} tokens, the mean over {counted(n, 'text')} with 95 % intervals; "
-        f"plans were made on {len(front.planned_on)} other texts. Lower left is better. **Click a point to use it.**"
+        f"Change of the NLL after {front.lengths[0]} tokens, the mean over {front.counted} with 95 % intervals; "
+        f"plans were made on {len(front.planned_on)} others. Lower left is better. **Click a point to use it.**"
     )
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        name = st.selectbox("Strategy", list(lines), format_func=title_of, key="tune_line")
+        names, best = list(lines), _least(front)
+        name = st.selectbox("Strategy", names, names.index(best.strategy), format_func=title_of, key="tune_line")
+        ratios = [point.keep_ratio for point in lines[name]]
         point = st.selectbox(
             "Keep ratio",
-            range(len(lines[name])),
+            range(len(ratios)),
+            ratios.index(best.keep_ratio) if best.keep_ratio in ratios else 0,
             format_func=lambda i: f"{lines[name][i].keep_ratio:.0%}",
             key="tune_point",
         )
@@ -118,6 +121,34 @@ def _curve(front: Front | None, run: Capture) -> None:
         st.dataframe(rows, hide_index=True, key="front_table")
         if front.left_out:
             st.caption("Left out, as the budget is too small: " + markup.plain("; ".join(front.left_out)))
+
+
+def _near(front: Front) -> float:
+    """Measured keep ratio that is nearest to the header's."""
+    return min(
+        (point.keep_ratio for point in front.points), key=lambda ratio: abs(ratio - float(state.KEEP_RATIO.get()))
+    )
+
+
+def _least(front: Front) -> FrontPoint:
+    """Point of least NLL change at the header's keep ratio."""
+    near = _near(front)
+    return min((point for point in front.points if point.keep_ratio == near), key=lambda point: point.mean)
+
+
+def _best(front: Front) -> str:
+    """What predicts best at the header's keep ratio, beside the best that keeps the same ratio everywhere."""
+    best, uniform = _least(front), front.best("uniform").get(_near(front))
+    told = f"At {100 * best.keep_ratio:.3g} % of the pairs **{title_of(best.strategy)}** predicts best: "
+    told += f"{_change(front, best)} nats/token, perplexity × {np.exp(best.mean):.3f}"
+    if uniform is None or uniform is best:
+        return f"{told}."
+    return f"{told}; {title_of(uniform.strategy)}: {_change(front, uniform)}, × {np.exp(uniform.mean):.3f}."
+
+
+def _change(front: Front, point: FrontPoint) -> str:
+    interval = front.interval(point)
+    return f"{interval.value:+.3f} (95 % {interval.low:+.3f} to {interval.high:+.3f})".replace("-", "\N{MINUS SIGN}")
 
 
 def _proxy(run: Capture) -> None:

@@ -20,7 +20,7 @@ def test_a_click_on_a_point_sets_the_policy_everywhere_by_the_controls_or_by_a_p
 
     def click(strategy: str, place: int) -> None:
         """Click a point of the curve where it is drawn, for others may lie over it."""
-        page.locator(".js-plotly-plot .xy").wait_for()
+        page.locator(".js-plotly-plot .subplot").first.wait_for()
         at = page.evaluate(
             """([strategy, place]) => {
                 const plot = document.querySelector('.js-plotly-plot');
@@ -33,12 +33,12 @@ def test_a_click_on_a_point_sets_the_policy_everywhere_by_the_controls_or_by_a_p
         )
         page.mouse.click(*at)
 
-    click("Random", 0)
-    page.wait_for_url(re.compile("policy=random"))
+    click("StreamingLLM", 0)
+    page.wait_for_url(re.compile("policy=streaming"))
     settled(page)
     assert "keep=0.1" in page.url and "plan=" not in page.url
     page.get_by_role("link", name="Verdict").click()
-    page.get_by_role("button", name=re.compile("random · keep 10 %")).wait_for()
+    page.get_by_text(re.compile("streaming · keep 10.%")).first.wait_for()
     page.get_by_role("link", name="Tune").click()
     settled(page)
     click("By head (by cost)", 0)

@@ -241,7 +241,10 @@ def test_the_answer_names_a_plan_that_beats_the_best_uniform_strategy():
     answer = made_up(**{LOW: (0.3, 0.4), HIGH: (0.1, 0.3), PLAN: (0.04, 0.2), RANDOM: (0.5, 0.5)}).answer()
     assert answer.startswith("At keep ratio 0.5 a plan beats the best uniform strategy of the same bytes.")
     assert "(2.0 KiB), By head against Uniform (high norm): −0.060 nats/token (95 %" in answer
-    assert "Over 8 texts, by intervals that hold for all comparisons at once, plans win 1 of 1 and lose 0." in answer
+    assert (
+        "Over 8 excerpts of 8 texts, by intervals that hold for all comparisons at once, plans win 1 of 1 and lose 0."
+        in answer
+    )
     assert "But" not in answer
 
 
