@@ -38,7 +38,7 @@ def test_a_click_on_a_point_sets_the_policy_everywhere_by_the_controls_or_by_a_p
     settled(page)
     assert "keep=0.1" in page.url and "plan=" not in page.url
     page.get_by_role("link", name="Verdict").click()
-    page.get_by_text(re.compile("streaming · keep 10.%")).first.wait_for()
+    page.get_by_text(re.compile("first and recent · keep 10.%")).first.wait_for()
     page.get_by_role("link", name="Tune").click()
     settled(page)
     click("By head (by cost)", 0)
