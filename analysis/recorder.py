@@ -93,7 +93,7 @@ def capture(
         tokens_per_bin=recorder.bin_width,
         token_ids=tokens.ids,
         token_spans=tokens.spans,
-        **{name: values.numpy() for name, values in recorder.finished().items()},
+        **{name: values.numpy() for name, values in recorder.finished(loaded.device).items()},
     )
 
 
@@ -245,10 +245,10 @@ class _Recorder:
             self.look_too(at)
             self._record_prompt(attention, at.key[0], at.value[0], at.layer_idx)
 
-    def finished(self) -> dict[str, Tensor]:
+    def finished(self, device: torch.device) -> dict[str, Tensor]:
         """The results, when all of them have come from the device."""
-        if self.results and self.results["key_norm"].is_pinned():
-            torch.cuda.synchronize()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         return self.results
 
     def _allocate(self, heads: int, kv_heads: int, device: torch.device) -> None:

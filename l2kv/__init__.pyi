@@ -7,6 +7,7 @@ from l2kv.decoding import decode_one_token as decode_one_token
 from l2kv.decoding import prefill as prefill
 from l2kv.errors import SpecError as SpecError
 from l2kv.errors import UnsupportedModelError as UnsupportedModelError
+from l2kv.graphed import DecodingGraph as DecodingGraph
 from l2kv.policies import POLICIES as POLICIES
 from l2kv.policies import Pairs as Pairs
 from l2kv.policies import Policy as Policy

@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from l2kv import kernels
 from l2kv.errors import UnsupportedModelError
-from l2kv.heads import of_query_heads, options_of_heads
+from l2kv.heads import numbers_on, of_query_heads, options_of_heads
 from l2kv.hooks import Attention
 from l2kv.layer import CompressedLayer
 from l2kv.parts import CodedPart, Part
@@ -148,7 +148,7 @@ def _of_table(layer: CompressedLayer, query: Tensor, form: Mapping[str, Any]) ->
     from l2kv.kernels import ragged
 
     table = layer.table
-    held = ragged.numbers_on(query.device, layer.held_by_head)
+    held = numbers_on(query.device, layer.held_by_head)
     return ragged.attend(query.squeeze(2), table, held, ragged.divide(table), **form)[:, None]
 
 

@@ -8,6 +8,7 @@ follow from the spec alone, lie on the device as a table with a row for each ste
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
+from l2kv import kernels
 from l2kv.attention import softmax_form
 from l2kv.cache import CompressedCache
 from l2kv.errors import UnsupportedModelError
@@ -36,7 +38,7 @@ class DecodingGraph:
                 token = graph.step(token)
 
     The cache is the graph's own within the block; afterwards it holds what it would hold after as many steps of its own
-    and can be used as before. Without a GPU each step is run as it is, in Triton's interpreter.
+    and can be used as before. In Triton's interpreter, for tests, each step is run as it is.
 
     Args:
         model: the model, which need not be prepared.
@@ -47,14 +49,18 @@ class DecodingGraph:
     Raises:
         UnsupportedModelError: a layer is not compressed (a sliding window, a running state), or the attention is of a
             form that the kernel does not know.
+        RuntimeError: there is no GPU, or the kernels are turned off.
         ValueError: the cache is empty, padded, of fewer bits, or its policy ranks pairs anew at each step.
     """
 
     def __init__(self, model: PreTrainedModel, cache: CompressedCache, *, steps: int, fuse: bool = False) -> None:
         self._model, self._cache, self._steps, self._fuse = model, cache, steps, fuse
         self._layers = _checked(cache)
-        self._before, self._taken, self._graph = cache.get_seq_length(), 0, None
+        self._before, self._taken = cache.get_seq_length(), 0
+        self._graph: torch.cuda.CUDAGraph | None = None
         rows, device = self._layers[0].rows, self._layers[0].device
+        if not kernels.enabled(device):
+            raise RuntimeError(f"A DecodingGraph runs Triton kernels, which are off for the device {device}.")
         counts = [layer.reserve(steps) for layer in self._layers]  # of each layer, [steps + 1] rows of numbers by head
         self._counts = torch.tensor(list(zip(*counts, strict=True)), dtype=torch.int32, device=device)
         self._at = torch.zeros(1, dtype=torch.long, device=device)
@@ -160,18 +166,19 @@ class DecodingGraph:
             for part in _between_products(self._model):
                 part.compile(dynamic=False)
                 stack.callback(setattr, part, "_compiled_call_impl", None)
+            for home in {sys.modules[type(part).__module__] for part in self._model.modules()}:
+                if rotary := getattr(home, "apply_rotary_pos_emb", None):  # other models compute the same by it
+                    setattr(home, "apply_rotary_pos_emb", torch.compile(rotary, dynamic=False))  # noqa: B010
+                    stack.callback(setattr, home, "apply_rotary_pos_emb", rotary)
             yield
 
 
-def _between_products(model: PreTrainedModel) -> list[nn.Module]:
-    """Parts of the decoder layers that hold no attention."""
-    layers = [part for part in model.modules() if any(name.endswith("layernorm") for name, _ in part.named_children())]
-    return [
-        child
-        for layer in layers
-        for name, child in layer.named_children()
-        if name.endswith("layernorm") or name == "mlp"
-    ]
+def _between_products(model: PreTrainedModel) -> Iterator[nn.Module]:
+    """Norms and feed-forward parts of the decoder layers."""
+    for layer in model.modules():
+        children = dict(layer.named_children())
+        if any(name.endswith("layernorm") for name in children):
+            yield from (part for name, part in children.items() if name.endswith("layernorm") or name == "mlp")
 
 
 class _GraphLayer(CacheLayerMixin):
@@ -180,7 +187,7 @@ class _GraphLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, layer: CompressedLayer) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # theirs
         self._layer = layer
         self.rows, self.device, self.is_initialized = layer.table.keys.shape[0], layer.device, True
 
@@ -198,8 +205,9 @@ class _GraphLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write new pairs [B, Hkv, 1, D] behind those held."""
-        ranks = None if self._table.ranks is None else self._layer.rank(key_states, value_states, self._seen - 1)
-        ragged.append(self._table, self._held, self._chunks, key_states, value_states, ranks)
+        ranked = self._table.ranks is not None
+        scores = self._layer.score(key_states, value_states, self._seen - 1) if ranked else None
+        ragged.append(self._table, self._held, self._chunks, key_states, value_states, scores, self._seen)
         return key_states, value_states
 
     def attend(self, query: Tensor, form: Mapping[str, Any]) -> Tensor:

@@ -118,7 +118,7 @@ class CompressedLayer(CacheLayerMixin):
             self._storage.append(*rows)
         if self._storage.has(RANKS):
             positions = torch.arange(self.seen, self.seen + keys.shape[2], device=self.device)
-            self._storage.fill(RANKS, self.rank(keys, values, positions))
+            self._storage.fill(RANKS, self._rank(Part(tuple(range(self.n_heads)), keys, values), positions))
         if self._storage.has(RECEIVED):
             self._storage.fill(RECEIVED, keys.new_zeros(keys.shape[:3], dtype=torch.float32))
         self._show()
@@ -177,7 +177,7 @@ class CompressedLayer(CacheLayerMixin):
             else "it has pinned tokens"
             if self.spec.pinned
             else f"the policy {self.spec.policy} ranks pairs by more than they are"
-            if not self._policy.on_arrival or self._policy.needs_token_ids or self.recorded
+            if not self._policy.on_arrival or self._policy.needs_token_ids or self._filters is not None or self.recorded
             else None
         )
         if reason:
@@ -212,9 +212,10 @@ class CompressedLayer(CacheLayerMixin):
                 held = tuple(self.spec.kept(n, seen, of) for n, of in zip(held, self._targets, strict=True))
             yield held, evicted_at
 
-    def rank(self, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
-        """Rank new pairs [B, Hkv, q, D] at positions [q]: int64 [B, Hkv, q]."""
-        return self._rank(Part(tuple(range(self.n_heads)), keys, values), positions)
+    def score(self, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+        """Score new pairs [B, Hkv, q, D] at positions [q], by which they rank: float32 [B, Hkv, q]."""
+        pairs = self._pairs(Part(tuple(range(self.n_heads)), keys, values), positions)
+        return self._policy.score(pairs).float().expand(keys.shape[:3])
 
     @property
     def pages(self) -> Pages:

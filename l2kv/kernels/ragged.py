@@ -17,11 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from l2kv.heads import numbers_on
 from l2kv.storage.base import Table
 
-_PROGRAMS = 8  # for each multiprocessor: enough to hide what each waits for
-_SHORTEST, _LONGEST = 128, 1024  # slots of a chunk
+_PROGRAMS = 2  # for each multiprocessor: as many as run at a time, measured on an H100
+_SHORTEST, _LONGEST = 128, 2048  # slots of a chunk
 _BLOCK = 64  # slots that are read at a time
+_WARPS, _STAGES = 4, 3
 _SCAN = 1024  # ranks that are read at a time
 _LOG2_E = 1.4426950408889634
 
@@ -57,12 +59,6 @@ def _divided(rooms: tuple[int, ...], shared: bool, size: int, device: torch.devi
     firsts = [i * size for n in numbers for i in range(n)]
     starts = [0, *accumulate(rooms)][:-1] if shared else [0] * len(rooms)
     return Chunks(size, *(numbers_on(device, tuple(x)) for x in (starts, heads, firsts, [0, *accumulate(numbers)])))
-
-
-@lru_cache(maxsize=1024)  # the layers of a model mostly hold the same numbers
-def numbers_on(device: torch.device, numbers: tuple[int, ...]) -> Tensor:
-    """Make an int32 tensor of numbers on a device."""
-    return torch.tensor(numbers, dtype=torch.int32, device=device)
 
 
 def attend(
@@ -104,7 +100,7 @@ def attend(
         GROUP_PADDED=max(16, triton.next_power_of_2(group)), WIDTH_PADDED=max(16, triton.next_power_of_2(width)),
         VALUES_PADDED=max(16, triton.next_power_of_2(value_width)),
         PRECISION="ieee" if keys.dtype == torch.float32 else "tf32",
-        num_warps=4, num_stages=3,
+        num_warps=_WARPS, num_stages=_STAGES,
     )  # fmt: skip
     _join_chunks[(heads, batch)](
         sums, log_sums, chunks.bounds, held, output if sinks is None else sinks, output, n_chunks, heads, extra,
@@ -114,20 +110,28 @@ def attend(
     return output
 
 
-def append(table: Table, held: Tensor, chunks: Chunks, keys: Tensor, values: Tensor, ranks: Tensor | None) -> None:
-    """Write one pair [B, Hkv, 1, D] to the end of each head of each row, and its rank [B, Hkv, 1] where they are kept.
+def append(
+    table: Table, held: Tensor, chunks: Chunks, keys: Tensor, values: Tensor, scores: Tensor | None, seen: Tensor
+) -> None:
+    """Write one pair [B, Hkv, 1, D] to the end of each head of each row, and where ranks are kept, its rank.
 
     `held` is not counted up: it is the same for all rows.
+
+    Args:
+        scores: scores by which the pairs are ranked, float32 [B, Hkv, 1]; needed where the table has ranks.
+        seen: number of tokens seen, this one included, int64 [1].
     """
-    of_ranks = keys if table.ranks is None or ranks is None else table.ranks  # any tensor: it is not looked at
+    ranked = table.ranks is not None
+    ranks, scores = (table.ranks, scores) if ranked else (seen, seen)  # any tensors: they are not looked at
+    assert ranks is not None and scores is not None
     _append[(len(table.rooms), keys.shape[0])](
-        table.keys, table.values, of_ranks, keys, values, keys if ranks is None else ranks, chunks.starts, held,
+        table.keys, table.values, ranks, keys, values, scores, seen, chunks.starts, held,
         table.keys.stride(0), _head_stride(table.keys, table), table.keys.stride(2),
         table.values.stride(0), _head_stride(table.values, table), table.values.stride(2),
-        of_ranks.stride(0), _head_stride(of_ranks, table),
+        ranks.stride(0), _head_stride(ranks, table) if ranked else 0,
         keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
-        0 if ranks is None else ranks.stride(0), 0 if ranks is None else ranks.stride(1),
-        WIDTH=keys.shape[-1], VALUE_WIDTH=values.shape[-1], RANKED=table.ranks is not None and ranks is not None,
+        scores.stride(0), scores.stride(1) if ranked else 0,
+        WIDTH=keys.shape[-1], VALUE_WIDTH=values.shape[-1], RANKED=ranked,
         PADDED=triton.next_power_of_2(max(keys.shape[-1], values.shape[-1])), num_warps=1,
     )  # fmt: skip
 
@@ -256,9 +260,9 @@ def _join_chunks(
 
 @triton.jit
 def _append(
-    keys, values, ranks, new_keys, new_values, new_ranks, starts, held,
+    keys, values, ranks, new_keys, new_values, scores, seen, starts, held,
     key_row, key_head, key_slot, value_row, value_head, value_slot, rank_row, rank_head,
-    new_key_row, new_key_head, new_value_row, new_value_head, new_rank_row, new_rank_head,
+    new_key_row, new_key_head, new_value_row, new_value_head, score_row, score_head,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, RANKED: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -270,8 +274,11 @@ def _append(
     tl.store(
         values + row * value_row + head * value_head + slot * value_slot + channels, value, mask=channels < VALUE_WIDTH
     )
-    if RANKED:
-        rank = tl.load(new_ranks + row * new_rank_row + head * new_rank_head)
+    if RANKED:  # as `l2kv.ranks.rank`
+        score = tl.load(scores + row * score_row + head * score_head)
+        bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
+        ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
+        rank = (ordered << 32) + (0x100000000 - tl.load(seen))
         tl.store(ranks + row * rank_row + head * rank_head + slot, rank)
 
 
@@ -290,19 +297,18 @@ def _evict(
     recent = tl.load(seen) - last  # positions from here on are protected
     n = tl.load(held + head) + extra
     fewer = tl.minimum(tl.load(kept + head), n)
+    within = tl.arange(0, BLOCK)
     for _ in range(fewer, n):
-        lowest = tl.full([], 0x7FFFFFFFFFFFFFFF, tl.int64)
-        hole = tl.full([], -1, tl.int32)
+        lowest = tl.full([BLOCK], 0x7FFFFFFFFFFFFFFF, tl.int64)  # of the slots that each thread looks at
+        at = tl.full([BLOCK], -1, tl.int32)
         for block in range(0, n, BLOCK):
-            slots = block + tl.arange(0, BLOCK)
+            slots = block + within
             of_block = tl.load(ranks + slots, mask=slots < n, other=0x7FFFFFFFFFFFFFFF)
             position = 0xFFFFFFFF - (of_block & 0xFFFFFFFF)
-            safe = (position < first) | (position >= recent)
-            of_block = tl.where(safe, 0x7FFFFFFFFFFFFFFF, of_block)
-            lowest_here = tl.min(of_block, 0)
-            at = tl.max(tl.where(of_block == lowest_here, slots, -1), 0)
-            hole = tl.where(lowest_here < lowest, at, hole)
-            lowest = tl.minimum(lowest, lowest_here)
+            candidate = (position >= first) & (position < recent) & (of_block < lowest)
+            lowest = tl.where(candidate, of_block, lowest)
+            at = tl.where(candidate, slots, at)
+        hole = tl.max(tl.where(lowest == tl.min(lowest, 0), at, -1), 0)
         n -= 1
         if (hole >= 0) & (hole < n):
             key = tl.load(keys + n * key_slot + channels, mask=channels < WIDTH)

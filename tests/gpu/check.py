@@ -2,7 +2,7 @@
 
 Needs the repository, torch, transformers, triton and pytest. Sections run one after the other, cheap and certain ones
 first; none is begun when the time is up, and one that fails leaves its error and lets the others run. `--tiny` runs
-every line of it on small models on a CPU.
+every line of it on small models on a CPU; with TRITON_INTERPRET=1 in the environment the kernels, too.
 """
 
 from __future__ import annotations
@@ -42,8 +42,6 @@ from tests.gpu.shapes import LLAMA_8B, SMOLLM2, TINY, Shape
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "transformers", "triton", "numpy", "msgspec", "platformdirs")
-STEPS, CHUNKS, WARM_UP = 8, 5, 4  # tokens that are timed together, how often, and those before
-ROOM = STEPS * CHUNKS + WARM_UP + 4
 Step = Callable[[Tensor], Tensor]
 """(token [B, 1]) -> the next token [B, 1]."""
 
@@ -60,6 +58,17 @@ class Run:
     bandwidth: float | None = None
 
     @property
+    def steps(self) -> tuple[int, int, int]:
+        """Number of decoding steps before any is timed, of chunks, and of steps in each, which are timed together."""
+        return (1, 2, 1) if self.tiny else (4, 5, 8)
+
+    @property
+    def room(self) -> int:
+        """Number of decoding steps in all."""
+        before, chunks, steps = self.steps
+        return before + chunks * steps
+
+    @property
     def left(self) -> float:
         """Seconds left."""
         return self.until - time.monotonic()
@@ -70,7 +79,7 @@ class Run:
 
     def tokens(self, n: int) -> int:
         """So many tokens, or very few."""
-        return max(48, n // 512) if self.tiny else n
+        return min(64, max(48, n // 512)) if self.tiny else n
 
     def note(self, section: str, **figures: Any) -> None:
         """Keep figures of a section, and tell of them."""
@@ -170,7 +179,8 @@ def captures(run: Run, name: str, *, shape: Shape, n_tokens: int, torch_repeats:
         for way, chosen in ways.items():
             with _environment(SWITCH, chosen):
                 try:
-                    one(f"capture, {way}", lambda: capture(loaded, text), torch_repeats if way == "torch" else 3)
+                    if repeats := torch_repeats if way == "torch" else 3:
+                        one(f"capture, {way}", lambda: capture(loaded, text), repeats)
                 except Exception as error:
                     run.note(name, **{f"capture, {way}": {"error": _told(error)}})
                     _free()
@@ -216,7 +226,7 @@ def decoding(run: Run, name: str, *, shape: Shape, n_tokens: int, rows: int, way
                 with begin(run, model, of, n, rows) as (cache, step):
                     held = full if way.startswith("StaticCache") else cache_nbytes(cache, slack=False)
                     nbytes = cache_nbytes(cache)
-                    took = _step_seconds(step, shapes.random_token(model, rows), run.device)
+                    took = _step_seconds(run, step, shapes.random_token(model, rows))
                 bound = shapes.bound_seconds(weights, held, run.bandwidth)
                 figures = {
                     "tokens_per_second": rows / took,
@@ -232,7 +242,7 @@ def decoding(run: Run, name: str, *, shape: Shape, n_tokens: int, rows: int, way
             run.note(name, **{way: {**figures, "section_seconds": round(time.monotonic() - started, 1)}})
 
 
-def _step_seconds(step: Step, token: Tensor, device: torch.device) -> float:
+def _step_seconds(run: Run, step: Step, token: Tensor) -> float:
     """Median time of a step, of several that follow each other: as in a generation, none waits for the one before."""
 
     def several(n: int) -> None:
@@ -240,8 +250,9 @@ def _step_seconds(step: Step, token: Tensor, device: torch.device) -> float:
         for _ in range(n):
             token = step(token)
 
-    several(WARM_UP)
-    return median(shapes.seconds(lambda: several(STEPS), device) / STEPS for _ in range(CHUNKS))
+    before, chunks, steps = run.steps
+    several(before)
+    return median(shapes.seconds(lambda: several(steps), run.device) / steps for _ in range(chunks))
 
 
 @contextmanager
@@ -264,7 +275,7 @@ def _static(run: Run, model: PreTrainedModel, shape: Shape, n: int, rows: int) -
 
     try:
         with torch.no_grad():
-            cache = shapes.static(model, n, rows, room=ROOM)
+            cache = shapes.static(model, n, rows, room=run.room)
             yield cache, step
     finally:
         torch.compiler.reset()
@@ -293,7 +304,7 @@ def _graphed(
 ) -> Iterator[tuple[Cache, Step]]:
     with torch.inference_mode():
         cache = shapes.compressed(model, n, rows, _spec(shape, keep, by_head))
-        with DecodingGraph(model, cache, steps=ROOM, fuse=fuse and not run.tiny) as graph:
+        with DecodingGraph(model, cache, steps=run.room, fuse=fuse and not run.tiny) as graph:
             yield cache, graph.step
 
 
@@ -314,30 +325,24 @@ EAGER = {"DynamicCache": _dynamic} | {f"{kept}, eager": partial(_eager, **option
 
 
 def kernels_of_a_step(run: Run, name: str, *, shape: Shape, n_tokens: int, rows: int, ways: Mapping[str, Any]) -> None:
-    """Note which kernels the time of a step goes into."""
+    """Note which kernels the time of a step goes into: microseconds, and number of calls."""
     n, rows = run.tokens(n_tokens), min(rows, 2) if run.tiny else rows
     kind = torch.profiler.ProfilerActivity.CUDA if run.device.type == "cuda" else torch.profiler.ProfilerActivity.CPU
+    before, _, steps = run.steps
     with _model(run, shape) as model:
         for way, begin in ways.items():
             with begin(run, model, run.shape(shape), n, rows) as (_, step):
                 token = shapes.random_token(model, rows)
-                for _ in range(3):
+                for _ in range(before):
                     token = step(token)
                 with torch.profiler.profile(activities=[kind]) as profile:
-                    for _ in range(STEPS):
+                    for _ in range(steps):
                         token = step(token)
                     if run.device.type == "cuda":
                         torch.cuda.synchronize()
             events = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)[:14]
-            run.note(
-                name,
-                **{
-                    way: {
-                        event.key[:90]: [round(event.self_device_time_total / STEPS), event.count // STEPS]
-                        for event in events
-                    }
-                },
-            )
+            of_step = {e.key[:90]: [round(e.self_device_time_total / steps), e.count // steps] for e in events}
+            run.note(name, **{way: of_step})
 
 
 def eviction(run: Run, name: str, *, shape: Shape = LLAMA_8B, n_tokens: int = 32768) -> None:

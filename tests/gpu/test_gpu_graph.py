@@ -6,6 +6,7 @@ import torch
 from l2kv import CompressedCache, CompressionSpec, compressible
 from l2kv.decoding import decode_one_token, prefill
 from l2kv.graphed import DecodingGraph
+from l2kv.heads import numbers_on
 from l2kv.kernels import ragged
 from l2kv.storage.base import Table
 from tests.support.models import build
@@ -15,6 +16,8 @@ SPECS = {
     "uniform": CompressionSpec(keep_ratio=0.5),
     "ends": CompressionSpec(keep_ratio=0.3, protect_first=2, protect_last=8, policy="high_norm"),
     "random": CompressionSpec(keep_ratio=0.4, policy="random", seed=3),
+    "signed": CompressionSpec(keep_ratio=0.4, policy="signed_norm", directions=(("low", "high"),) * 3),
+    "streaming": CompressionSpec(keep_ratio=0.4, policy="streaming"),
     "skipped": CompressionSpec(keep_ratio=0.5, skip_layers=(0,)),
     "seldom": CompressionSpec(keep_ratio=0.5, evict_every=3),
     "whole": CompressionSpec(keep_ratio=1.0),
@@ -32,7 +35,7 @@ def test_the_kernel_is_each_heads_own_softmax(cuda, shared, group, width, dtype,
     keys, values = ([torch.randn(2, room, width, device=cuda, dtype=dtype) for room in rooms] for _ in range(2))
     table = Table(*((torch.cat(x, 1)[:, None] if shared else torch.stack(x, 1)) for x in (keys, values)), None, rooms)
     query = torch.randn(2, 4 * group, width, device=cuda, dtype=dtype)
-    got = ragged.attend(query, table, ragged.numbers_on(cuda, held), ragged.divide(table), scale=width**-0.5)
+    got = ragged.attend(query, table, numbers_on(cuda, held), ragged.divide(table), scale=width**-0.5)
     for head, n in enumerate(held):
         of_head = query[:, head * group : (head + 1) * group].double()
         scores = of_head @ keys[head][:, :n].double().mT * width**-0.5

@@ -138,3 +138,13 @@ def test_a_graph_takes_no_more_steps_than_it_has_room_for(models):
             token = graph.step(torch.tensor([[5]]))
             with pytest.raises(ValueError, match="made for 1 steps"):
                 graph.step(token)
+
+
+def test_a_graph_is_refused_where_kernels_are_off(models, monkeypatch):
+    model = models("llama")
+    monkeypatch.setenv("L2KV_KERNELS", "torch")
+    with compressible(model), torch.inference_mode():
+        cache = CompressedCache(model.config, CompressionSpec())
+        prefill(model, torch.arange(3, 30)[None], cache)
+        with pytest.raises(RuntimeError, match="kernels, which are off for the device cpu"):
+            DecodingGraph(model, cache, steps=1)
