@@ -53,20 +53,37 @@ gpu-check:  ## on a GPU, four minutes: tests that need one, capture and decoding
 gpu-bench:  ## on a GPU, longer: 128k tokens, batches, a part of a 70B model
 	$(PYTHON) -m tests.gpu.bench $(ARGS)
 
-# ARGS=--without-tasks for a model that solves none. TEXTS: also the study of many texts; PLANS=1: plans, too (an hour).
-SHOWN := analysis/bundled/$(notdir $(MODEL))
-demo: $(VENV)/dev.stamp  ## all that the app opens with again, of MODEL=name or folder, found in TEXTS="files or folders"
-	$(BIN)/python -m analysis demo $(TEXTS) --model $(MODEL) $(ARGS)
-	$(BIN)/python -m analysis verdict --model $(MODEL) -o $(SHOWN)
-ifneq ($(TEXTS),)
-	rm -f $(SHOWN)/study.safetensors
-	$(BIN)/python -m analysis study $(TEXTS) --model $(MODEL) --excerpts 24 -o $(SHOWN)/study.safetensors
-endif
-ifneq ($(PLANS),)
-	$(BIN)/python -m analysis ablation $(TEXTS) --model $(MODEL) --excerpts 32 -o $(SHOWN)/causal.json
-	$(BIN)/python -m analysis front $(TEXTS) --model $(MODEL) --excerpts 32 -o $(SHOWN)/front.json
-endif
+# Of MODEL=name or folder, on TEXTS="files or folders" or the bundled prose; ARGS=--without-tasks for a model that solves
+# none. Stopped, it goes on where it was; what it makes is shown only when all of it is there.
+SHOWN ?= analysis/bundled/$(notdir $(MODEL))
+MADE := demo/$(notdir $(MODEL))
+MEASURED := needle.jsonl study.safetensors causal.json front.json
+demo: $(VENV)/dev.stamp  ## all that the app opens with again: an hour on two cores
+	@echo "1 of 5: presets, a run, a recorded generation and stories"
+	$(BIN)/python -m analysis demo $(TEXTS) --model $(MODEL) $(ARGS) -o $(MADE)
+	$(MAKE) $(MEASURED:%=$(MADE)/%)
+	mkdir -p $(SHOWN)
+	rm -f $(SHOWN)/story-*.json
+	mv $(MADE)/*.json $(MADE)/*.jsonl $(MADE)/*.safetensors $(SHOWN)
+	rmdir $(MADE)
 	$(BIN)/python -m tests.picture
+
+$(MADE)/needle.jsonl:
+	@echo "2 of 5: prediction, passkeys, needles and speed, for the verdict"
+	$(BIN)/python -m analysis verdict $(TEXTS) --model $(MODEL) -o $(MADE)
+
+$(MADE)/study.safetensors:
+	@echo "3 of 5: the heads over many texts"
+	$(BIN)/python -m analysis study $(TEXTS) --model $(MODEL) -o $@.part
+	mv $@.part $@
+
+$(MADE)/causal.json:
+	@echo "4 of 5: what compressing each layer alone costs"
+	$(BIN)/python -m analysis ablation $(TEXTS) --model $(MODEL) --excerpts 32 -o $@
+
+$(MADE)/front.json:
+	@echo "5 of 5: quality against memory"
+	$(BIN)/python -m analysis front $(TEXTS) --model $(MODEL) -o $@
 
 docs: $(VENV)/dev.stamp  ## docs/cli.md and docs/registries.md, from the program
 	$(BIN)/python -m tests.support.docs

@@ -112,7 +112,7 @@ def paper(
         typer.Argument(parser=options.Listed(options.FIGURES), metavar="FIGURES", help="Figures to make."),
     ],
     to: Annotated[Path, typer.Option("-o", "--out", parser=Path, help="Folder to write to; run again to continue.")],
-    texts: options.MaybeTexts = [],  # noqa: B006
+    texts: options.Texts = [],  # noqa: B006
     model: options.Model = defaults.MODEL,
     quick: Annotated[bool, typer.Option("--quick", help="Measure less, for a laptop.")] = False,
     tokens: Annotated[

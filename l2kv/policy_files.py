@@ -47,12 +47,29 @@ def load_policy(where: str) -> str:
         raise SpecError(
             f"A policy of your own is given as FILE.py:FUNCTION, got {where!r:.200}: {error.strerror}."
         ) from error
+    return _loaded(file, function, source)
+
+
+def reload_policy(name: str, source: bytes) -> None:
+    """Register in this process a policy that another one of the same user loaded, from the bytes of its file.
+
+    Raises:
+        SpecError: running it fails here.
+    """
+    of_file = OF_FILE.fullmatch(name)
+    assert of_file is not None, name
+    again = _loaded(Path(f"{of_file[2]}.py"), of_file[3], source)
+    assert again == name, (again, name)
+
+
+def _loaded(file: Path, function: str, source: bytes) -> str:
+    """Run a file's bytes, register a function in it, and return the name of the policy. Raises SpecError."""
     label = f"{file.name}:{function}"
     name = f"{label}@{hashlib.sha256(source).hexdigest()[:8]}"
     if not OF_FILE.fullmatch(name):
         raise SpecError(
             f"A policy of your own is given as FILE.py:FUNCTION, two names of letters, digits and underscores, got "
-            f"{where!r:.200}."
+            f"{f'{file}:{function}'!r:.200}."
         )
     if name not in _sources:
         POLICIES.register(name, Policy(_checked(_function(file, source, function), file), label, on_arrival=False))

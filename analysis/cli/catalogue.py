@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
 from analysis import defaults
-from analysis.captures import save_run
+from analysis.captures import Capture
 from analysis.cli import options
 from analysis.cli.inputs import loaded_model, quiet_libraries, texts_of
+from analysis.cli.options import out
 from analysis.cli.output import row_of, shown, tell, wrote
-from analysis.demo.presets import RESULT_FILES, STORY_FILES, Preset, bundled_texts
+from analysis.demo.presets import RESULT_FILES, STORY_FILES, FoundPresets, Preset, bundled_texts
 from analysis.models.at_hand import fetch, models_at_hand
-from analysis.models.load import BUNDLED
 from analysis.models.sizes import checkpoint_dtype
-from analysis.records import save
+from analysis.records import load, save
+from analysis.stories import Story
+from analysis.timelines import Timeline
 from l2kv.spec import CompressionSpec
+
+Made = TypeVar("Made")
 
 
 def models(
@@ -39,6 +45,7 @@ def models(
 
 
 def demo(
+    to: Annotated[Path, out("demo/my-model; what is in it already is kept", "Folder")],
     texts: Annotated[
         list[Path],
         typer.Argument(
@@ -49,14 +56,8 @@ def demo(
     without_tasks: Annotated[
         bool, typer.Option("--without-tasks", help="Look for no preset with a task: the model solves none.")
     ] = False,
-    to: Annotated[
-        Path | None,
-        typer.Option(
-            "-o", "--out", parser=Path, help="Folder to write to; by default the app's, named after the model."
-        ),
-    ] = None,
 ) -> None:
-    """Make what the app opens with: presets, a run, a recorded generation, and the stories of presets."""
+    """Make what the app opens with: presets, a run, a recorded generation, and stories. Run it again to go on."""
     documents = texts_of(texts)
     loaded = loaded_model(model, "cpu")
     from analysis.demo.finding import ARTICLE, find_presets
@@ -65,22 +66,34 @@ def demo(
     from analysis.recorder import capture
 
     with shown("prompt") as progress:
-        found = find_presets(loaded, documents, tasks=not without_tasks, progress=progress)
-    folder = to or BUNDLED / found.model
+        find = partial(find_presets, loaded, documents, tasks=not without_tasks, progress=progress)
+        found = _kept(FoundPresets, to / RESULT_FILES["presets"], find)
     first = next(iter(bundled_texts().values()))
     text = next((preset.text for preset in found.presets if preset.name == ARTICLE), first)
-    wrote(save_run(capture(loaded, text), folder / RESULT_FILES["demo"]))
-    wrote(save(found, folder / RESULT_FILES["presets"]))
+    with shown("layer") as progress:
+        _kept(Capture, to / RESULT_FILES["demo"], partial(capture, loaded, text, progress=progress))
     # The hardest answer to keep that there is, if there is any.
     stories = found.presets or (Preset("", first),)
     story = max(stories, key=lambda one: (bool(one.answer and not one.chat), -one.spec.keep_ratio if one.spec else -1))
     prompt, question, continuation = story.parts
     sample = text_sample(loaded, prompt, question=question, continuation=continuation, chat=story.chat)
     with shown("token") as progress:
-        recorded = record_timeline(loaded, sample, story.spec or CompressionSpec(), progress=progress)
-    wrote(save(recorded, folder / RESULT_FILES["timeline"]))
+        recorded = partial(record_timeline, loaded, sample, story.spec or CompressionSpec(), progress=progress)
+        _kept(Timeline, to / RESULT_FILES["timeline"], recorded)
+    told = [preset for preset in found.presets if preset.spec and preset.name != ARTICLE]
     dtype = checkpoint_dtype(model) or ""
-    for i, preset in enumerate(one for one in found.presets if one.spec and one.name != ARTICLE):
-        wrote(save(record_story(loaded, preset, dtype=dtype), folder / STORY_FILES.format(i)))
+    with shown("story") as progress:
+        for i, preset in enumerate(told):
+            progress(i, len(told), "stories")
+            _kept(Story, to / STORY_FILES.format(i), partial(record_story, loaded, preset, dtype=dtype))
     for preset in found.presets:
         print(f"{preset.name}: {preset.why}")
+
+
+def _kept(cls: type[Made], path: Path, make: Callable[[], Made]) -> Made:
+    """Open what a stopped command has made already, or make it now."""
+    if not path.exists():
+        made = make()
+        wrote(save(made, path))
+        return made
+    return load(cls, path)

@@ -18,7 +18,7 @@ from analysis import defaults
 from analysis.cli import options
 from analysis.cli.inputs import excerpts_of, loaded_model, tell_notes, texts_of
 from analysis.cli.options import Compression, CompressionOfPairs, out, refuse
-from analysis.cli.output import Form, form_of, shown, tell, wrote
+from analysis.cli.output import Form, form_of, part_of_file, shown, tell, wrote
 from analysis.cli.program import program, spread
 from analysis.evaluation.lm import Lengths
 from analysis.evaluation.methods import compare, prompt_length
@@ -29,9 +29,8 @@ from analysis.extras import needs
 from analysis.models.load import outline
 from analysis.plans.ablation import ablate_layers
 from analysis.plans.curves import curves_of
-from analysis.plans.front import measure_front
+from analysis.plans.front import costs_beside, measure_front
 from analysis.plans.skip import Plan
-from analysis.plans.strategies import STRATEGIES
 from analysis.records import load, save
 from analysis.studies import load_study
 from analysis.texts.excerpts import SPLIT, Texts, planning_and_measuring
@@ -46,23 +45,25 @@ SEEN, REFERENCE = SCHEDULES
 
 
 def ablation(
-    texts: options.Texts,
-    to: Annotated[Path, out("ablation.json")],
+    to: Annotated[Path, out("ablation.json; what a stopped run measured is kept beside it")],
     compression: CompressionOfPairs,
     lengths: Lengths,
+    texts: options.Texts = [],  # noqa: B006
     model: options.Model = defaults.MODEL,
     excerpts: options.Excerpts = defaults.EXCERPTS,
     device: options.Device = None,
     json: options.Json = False,
 ) -> None:
-    """Measure the NLL change of compressing each layer alone, beside its ALR."""
+    """Measure the NLL change of compressing each layer alone, beside its ALR. Run it again to go on."""
     documents = texts_of(texts)
     loaded = loaded_model(model, device)
     spec = compression.spec(loaded.config)
     given = excerpts_of(loaded, documents, n_tokens=lengths.n_tokens, at_most=excerpts)
+    part = part_of_file(to)
     with shown("pass") as progress:
-        found = ablate_layers(loaded, given, spec, settings=lengths.settings, progress=progress)
+        found = ablate_layers(loaded, given, spec, settings=lengths.settings, out=part, progress=progress)
     wrote(save(found, to))
+    part.unlink()
     tell(
         {"layer": "d", "normalised_alr": form_of("normalised_alr"), "alr": ".2f", "nll_change": "+.4f"},
         found.table(),
@@ -75,9 +76,9 @@ def ablation(
 
 
 def front(
-    texts: options.Texts,
-    to: Annotated[Path, out("front.json")],
+    to: Annotated[Path, out("front.json; what a stopped run measured is kept beside it")],
     lengths: Lengths,
+    texts: options.Texts = [],  # noqa: B006
     model: options.Model = defaults.MODEL,
     plan_texts: Annotated[
         list[Path],
@@ -90,7 +91,10 @@ def front(
     device: options.Device = None,
     json: options.Json = False,
 ) -> None:
-    """Compare allocation strategies at several budgets, on texts they were not planned on: a Pareto front."""
+    """Compare allocation strategies at several budgets, on texts they were not planned on: a Pareto front.
+
+    Run it again to go on where it was stopped.
+    """
     documents, planned = texts_of(texts), texts_of(plan_texts) if plan_texts else None
     loaded = loaded_model(model, device)
     if planned:
@@ -102,6 +106,7 @@ def front(
             loaded.tokenizer, documents, n_tokens=lengths.n_tokens, each=excerpts
         )
         tell_notes(loaded, (excerpt.text for excerpt in (*planning, *measuring)))
+    part = part_of_file(to)
     with shown("pass") as progress:
         found = measure_front(
             loaded,
@@ -111,9 +116,12 @@ def front(
             strategies=strategies or None,
             settings=lengths.settings,
             protect_last=protect_last,
+            out=part,
             progress=progress,
         )
     wrote(save(found, to))
+    part.unlink()
+    costs_beside(part).unlink(missing_ok=True)
     columns: dict[str, Form] = {"strategy": "", "keep_ratio": ".2f", "nbytes": human_bytes}
     tell(
         columns | {"nll_change": "+.3f", "planned_loss": ".3f", "measured_loss": ".3f"},
@@ -162,7 +170,7 @@ def _evaluate(
     keep_ratios: options.KeepRatios = (0.5, 0.25),
     policies: options.Policies = ("low_norm", "high_norm", "streaming", "keydiff"),
     strategies: Annotated[
-        Sequence[str], options.listed(STRATEGIES, "Allocation strategies to compare as well, by --study.")
+        Sequence[str], options.listed(options.STRATEGIES, "Allocation strategies to compare as well, by --study.")
     ] = (),
     study: Annotated[
         Path | None, typer.Option(parser=Path, help="Saved study whose loss curves the strategies go by.")

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from analysis.demo.presets import bundled_texts
+from analysis.demo.presets import bundled_prose
 from analysis.errors import TextError
 from analysis.models.load import LoadedModel, load_model
 from analysis.texts.excerpts import Excerpt, excerpts
@@ -20,9 +20,9 @@ def text_of(source: str) -> str:
 
 
 def texts_of(sources: Sequence[Path]) -> Mapping[str, str]:
-    """The documents of text files, and of those in folders, by name; the bundled texts if none are given."""
+    """The documents of text files, and of those in folders, by name; the bundled prose if none are given."""
     if not sources:
-        return bundled_texts()
+        return bundled_prose()
     files = [file for source in sources for file in (sorted(source.glob("*.txt")) if source.is_dir() else [source])]
     if not files:
         raise TextError(f"There are no .txt files in {', '.join(map(str, sources))}.")

@@ -14,7 +14,6 @@ from analysis import lab as measured
 from analysis.cli import options
 from analysis.cli.inputs import excerpts_of, loaded_model, texts_of
 from analysis.cli.output import Form, Row, form_of, shown, tell
-from analysis.evaluation.lm import LM
 from analysis.evaluation.results import Results
 from analysis.evaluation.tasks import TASKS
 from analysis.metrics import PROBES
@@ -56,11 +55,7 @@ def lab(
     from analysis.evaluation.run import evaluate
 
     settings = measured.PREDICTION
-    if texts or LM.bundled is None:
-        given = excerpts_of(loaded, documents, n_tokens=settings.n_tokens, at_most=excerpts)
-    else:
-        settings, of_bundled = LM.bundled(loaded, settings)
-        given = tuple(of_bundled)[:excerpts]
+    given = excerpts_of(loaded, documents, n_tokens=settings.n_tokens, at_most=excerpts)
     found: dict[str, Any] = {}
 
     def section(name: str, columns: Mapping[str, Form], rows: Sequence[Row], title: str, answer: str) -> None:

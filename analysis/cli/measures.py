@@ -81,8 +81,8 @@ def heads(
 
 
 def study(
-    texts: options.Texts,
     to: Annotated[Path, out("study.safetensors; a study that is there is resumed")],
+    texts: options.Texts = [],  # noqa: B006
     model: options.Model = defaults.MODEL,
     tokens: options.ExcerptTokens = defaults.EXCERPT_TOKENS,
     excerpts: options.Excerpts = defaults.STUDY_EXCERPTS,

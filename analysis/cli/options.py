@@ -37,6 +37,8 @@ class Named:
     registry: Registry[Any]
     fits: Callable[[Any], bool] = lambda entry: True
     """entry -> whether it can be chosen in the command line."""
+    lacks: str = ""
+    """What the others need, in words."""
 
     def __call__(self, given: str) -> str:
         """Name of the entry that a user means. Raises BadParameter, with the nearest, where there is none."""
@@ -44,6 +46,8 @@ class Named:
         for name in offered.values():
             if _typed(name) == _typed(given):
                 return name
+        if others := [name for name in self.registry if _typed(name) == _typed(given)]:
+            raise typer.BadParameter(f"{others[0]} cannot be chosen here: it needs {self.lacks}")
         try:
             return Registry(self.registry.noun, SettingsError, offered).find(given)
         except SettingsError as error:
@@ -117,13 +121,17 @@ def listed(of: Callable[[str], Any], about: str, *names: str) -> Any:
     return typer.Option(*names, parser=Listed(of), metavar="LIST", help=about)
 
 
-def out(what: str) -> Any:
-    """The option of the file to write."""
-    return typer.Option("-o", "--out", parser=Path, help=f"File to write, such as {what}.")
+def out(what: str, kind: str = "File") -> Any:
+    """The option of the file to write, or of the folder."""
+    return typer.Option("-o", "--out", parser=Path, help=f"{kind} to write, such as {what}.")
 
 
-POLICIES = NamedPolicy(policies.POLICIES, lambda policy: not policy.needs_calibration)
-OF_PAIRS = NamedPolicy(policies.POLICIES, by_pairs_alone)
+POLICIES = NamedPolicy(
+    policies.POLICIES,
+    lambda policy: not policy.needs_calibration,
+    "what is measured on the model first: give --plan, or use the library (l2kv.q_filters)",
+)
+OF_PAIRS = NamedPolicy(policies.POLICIES, by_pairs_alone, "more than keys and values")
 OF_ALR = Named(Registry("policy", SettingsError, {name: policies.POLICIES[name] for name in ablation.POLICIES}))
 WHEN = Named(Registry("schedule", SettingsError, {name: name for name in SCHEDULES}))
 METRICS, STRATEGIES = Named(metrics.METRICS), Named(strategies.STRATEGIES)
@@ -134,9 +142,6 @@ FIGURES = Named(Registry("figure", SettingsError, _PAPER))
 # Of texts and models. What a parser takes is not checked to be UTF-8: names of files need not be.
 Text = Annotated[str, typer.Argument(parser=str, help="Text file, or - for standard input.", metavar="TEXT")]
 Texts = Annotated[
-    list[Path], typer.Argument(parser=Path, help="Text files, or folders of .txt files.", metavar="TEXTS")
-]
-MaybeTexts = Annotated[
     list[Path],
     typer.Argument(parser=Path, metavar="TEXTS", help="Text files, or folders of .txt files; the bundled by default."),
 ]

@@ -61,6 +61,11 @@ def wrote(path: Path) -> None:
     print(f"wrote {path}", file=sys.stderr)
 
 
+def part_of_file(path: Path) -> Path:
+    """File beside another that what is measured is written to, until all is: the same command goes on from there."""
+    return path.with_name(f"{path.stem}.part.jsonl")
+
+
 @contextmanager
 def shown(unit: str = "it", *, scale: bool = False) -> Iterator[Progress]:
     """Show on standard error how far work is, at which rate, and what time is left; nothing where nobody looks.

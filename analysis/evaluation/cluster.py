@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
@@ -28,6 +28,8 @@ from analysis.evaluation.task import Scoring
 from analysis.models.load import load_model
 from analysis.preview import prepared
 from l2kv.errors import SpecError
+from l2kv.policies import OF_FILE
+from l2kv.policy_files import policy_source, reload_policy
 
 _TRIES = 3  # of anything that workers are lost at
 
@@ -112,7 +114,9 @@ class RayWorkers:
             while place not in done:
                 while todo and self._idle:
                     asked = replace(todo.popleft(), worker=self._idle.pop())
-                    self._asked[asked.worker.run.remote(asked.batches, scoring)] = asked
+                    assert asked.batches is not None
+                    run = asked.worker.run.remote(asked.batches, scoring, _own_policies(asked.batches))
+                    self._asked[run] = asked
                 tick()
                 for asked, rows in self._answers():
                     if rows is None:
@@ -163,10 +167,20 @@ class _Worker:
         return Machine.of(self._loaded())
 
     @torch.inference_mode()
-    def run(self, batches: Sequence[Cells], scoring: Scoring | None) -> list[tuple[Cells, list[Row]]]:
-        """Run batches of one pass."""
+    def run(
+        self, batches: Sequence[Cells], scoring: Scoring | None, policies: Mapping[str, bytes]
+    ) -> list[tuple[Cells, list[Row]]]:
+        """Run batches of one pass; `policies` are those of files, by name."""
+        for name, source in policies.items():
+            reload_policy(name, source)
         with prepared(self._loaded()):
             return list(run_cells(self._loaded(), batches, scoring))
+
+
+def _own_policies(batches: Sequence[Cells]) -> dict[str, bytes]:
+    """Files of the policies of batches that are of files, by name. Raises SpecError where one is not loaded here."""
+    names = {spec.policy for cells in batches for spec in cells.specs if spec}
+    return {name: policy_source(name)[2] for name in names if OF_FILE.fullmatch(name)}
 
 
 def _connect(address: str) -> None:

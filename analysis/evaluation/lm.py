@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
 from analysis.defaults import EXCERPTS, NEW_TOKENS, PROMPT_TOKENS
-from analysis.demo.presets import bundled_texts
+from analysis.demo.presets import bundled_prose
 from analysis.errors import SettingsError, TextError
 from analysis.evaluation.task import Sample, Task
 from analysis.texts.excerpts import SPARE, Excerpt, excerpts
@@ -102,7 +102,7 @@ def _build(loaded: LoadedModel, settings: LmSettings, texts: Sequence[Excerpt]) 
 
 def _bundled(loaded: LoadedModel, settings: LmSettings) -> tuple[LmSettings, tuple[Excerpt, ...]]:
     """Cut settings to the shortest bundled text, and take excerpts of that length from all of them."""
-    texts = bundled_texts()
+    texts = bundled_prose()
     settings = settings.within(min(len(tokenize(loaded.tokenizer, text)) for text in texts.values()))
     return settings, excerpts(loaded.tokenizer, texts, n_tokens=settings.n_tokens, at_most=EXCERPTS)
 

@@ -99,7 +99,7 @@ def cases(
 
     Args:
         name: name in `EXPERIMENTS`.
-        documents: texts to cut excerpts from, or to hide needles in; by default the bundled ones, which are short.
+        documents: texts to cut excerpts from, or to hide needles in; by default the bundled prose.
         files: files of examples, for those that need some.
 
     Raises:

@@ -29,6 +29,7 @@ from analysis.records import record
 from analysis.statistics import MIN_TEXTS, Interval, few_documents_warning, means, nanmean, resamples, spearman
 from analysis.studies import layer_alr
 from analysis.texts.excerpts import Excerpt, Texts, excerpts_from
+from analysis.words import counted
 from l2kv.config import CacheShape
 from l2kv.spec import CompressionSpec
 
@@ -177,7 +178,7 @@ def ablate_layers(
     return Ablation(
         spec,
         layers,
-        results,
+        results.of_samples(),
         _rows(np.stack([layer_alr(one)[0] for one in measured], axis=1)[list(layers)]),
         _rows(np.stack([nanmean(one.of("alr")[0].T) for one in measured], axis=1)[list(layers)]),
     )
@@ -237,14 +238,14 @@ def suggest_by_ablation(
     if len(chosen):
         told = ", ".join(f"layer {ablation.layers[i]} {change.mean[i]:+.3f}" for i in chosen[:6])
         words += f" In nats/token, {told}{', …' * (len(chosen) > 6)}."
-    words += f" Measured by prediction, {_told(ablation.spec)}, on {n} text{'s' * (n != 1)}."
+    words += f" Measured by prediction, {_told(ablation.spec)}, on {counted(n, 'excerpt')}."
     if n < MIN_TEXTS:
         words += " So few only give a hint."
     return SkipSuggestion(tuple(sorted(ablation.layers[i] for i in chosen)), words)
 
 
 def _told(spec: CompressionSpec) -> str:
-    kept = f"{spec.keep_ratio:.0%}" if spec.budget is None else f"{spec.budget} tokens"
+    kept = f"{100 * spec.keep_ratio:.3g} %" if spec.budget is None else f"{spec.budget} tokens"
     return f"{kept} kept by {spec.policy.replace('_', ' ')} with the last {spec.protect_last} protected"
 
 
@@ -254,11 +255,13 @@ def head_costs(
     spec: CompressionSpec,
     *,
     settings: LmSettings | None = None,
+    out: str | Path | None = None,
     progress: Progress = unheard,
 ) -> np.ndarray:
     """Measure the NLL change of compressing each kv head alone by `spec`: [N, L, Hkv] nats/token.
 
-    NaN in layers that are never compressed. Takes N continuations for each kv head. Raises as `evaluate`.
+    NaN in layers that are never compressed. Takes N continuations for each kv head; `out` and what is raised are as for
+    `evaluate`.
     """
     shape = CacheShape.of(loaded.config, loaded.model.dtype.itemsize)
     heads = {f"{layer}.{head}": (layer, head) for layer in shape.layers for head in range(shape.n_kv_heads)}
@@ -266,7 +269,7 @@ def head_costs(
     alone = {
         name: replace(others_kept, head_ratios=((head, spec.target_of(*head).ratio),)) for name, head in heads.items()
     }
-    results = _lm(loaded, given := excerpts_from(texts), alone, settings or LmSettings(), progress)
+    results = _lm(loaded, given := excerpts_from(texts), alone, settings or LmSettings(), progress, out)
     costs = np.full((len(given), loaded.config.num_hidden_layers, shape.n_kv_heads), np.nan)
     for name, (layer, head) in heads.items():
         costs[:, layer, head] = results.change(name)
@@ -310,15 +313,16 @@ def with_head_costs(
     texts: Texts,
     *,
     settings: LmSettings | None = None,
+    out: str | Path | None = None,
     progress: Progress = unheard,
 ) -> LossCurves:
     """Weight the curves by `head_costs`, measured at `COSTS_AT` or the least ratio there is.
 
-    Raises as `evaluate`.
+    `out` and what is raised are as for `evaluate`.
     """
     keep_ratio = max(COSTS_AT, curves.least_bin / curves.bins)
     spec = plan(curves, keep_ratio, "uniform_signed").to_spec()
-    costs = head_costs(loaded, texts, spec, settings=settings, progress=progress)
+    costs = head_costs(loaded, texts, spec, settings=settings, out=out, progress=progress)
     return curves.weighted_by(costs.mean(axis=0), keep_ratio)
 
 

@@ -27,7 +27,7 @@ from analysis.progress import Progress, part_of, unheard
 from analysis.records import record
 from analysis.statistics import MIN_TEXTS, Interval, few_documents_warning, simultaneous, spearman
 from analysis.texts.excerpts import Texts, excerpts_from
-from analysis.words import human_bytes
+from analysis.words import counted, human_bytes
 from l2kv.config import CacheShape
 from l2kv.spec import CompressionSpec
 
@@ -123,6 +123,11 @@ class Front:
     def measured_on(self) -> tuple[str, ...]:
         """Names of the N texts that plans were measured on."""
         return self.results.samples
+
+    @property
+    def counted(self) -> str:
+        """What it was measured on, in words: "16 excerpts of 8 texts"."""
+        return f"{counted(len(self.measured_on), 'excerpt')} of {counted(len(set(self.results.documents)), 'text')}"
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -229,7 +234,7 @@ class Front:
         yield self.answer()
 
     def answer(self) -> str:
-        """Answer in two or three sentences: does a plan beat one ratio for all at equal bytes?"""
+        """Say in two or three sentences whether a plan beats one ratio for all at equal bytes."""
         compared, n = self._against_best_uniform(), len(self.measured_on)
         if not compared:
             return "This Pareto front cannot tell: it has no plan beside a uniform strategy at the same budget."
@@ -244,14 +249,12 @@ class Front:
         best += f"{title_of(most.plan.strategy)} against {title_of(most.uniform.strategy)}: {_nats(most.less)}"
         if won:
             where = _listed(sorted({one.plan.keep_ratio for one in won}))
-            told = (
-                f"Yes: at keep ratio {where} a plan beats the best uniform strategy at equal bytes. The largest gain "
-            )
+            told = f"At keep ratio {where} a plan beats the best uniform strategy of the same bytes. The largest gain "
             told += f"is {best}."
         else:
-            told = "Not shown: no plan beats the best uniform strategy at equal bytes by more than texts differ. The "
+            told = "No plan beats the best uniform strategy of the same bytes by more than texts differ. The "
             told += f"nearest comes {best}."
-        told += f" Over {n} texts, by intervals that hold for all comparisons at once, plans win {len(won)} of "
+        told += f" Over {self.counted}, by intervals that hold for all comparisons at once, plans win {len(won)} of "
         told += f"{len(compared)} and lose {lost}."
         of_few = few_documents_warning(self.results.documents)
         return f"{told}{f' {of_few}' if of_few else ''}{self._baselines_warning()}"
@@ -309,7 +312,8 @@ def measure_front(
         planning, measuring: pairs (name, text), or `excerpts`; no text may be in both.
         keep_ratios: budgets, shares of the pairs of the layers that can be compressed.
         strategies: names in `STRATEGIES`; by default all.
-        out: file to write each continuation to, so that a stopped measurement continues, as for `evaluate`.
+        out: file to write each continuation to, so that a stopped measurement continues, as for `evaluate`; those that
+            costs are told by go to `costs_beside` it.
         progress: counts captures and continuations ("passes").
 
     Raises:
@@ -356,7 +360,8 @@ def measure_front(
     curves = loss_curves(*runs, protect_last=protect_last, documents=documents)
     if any(STRATEGIES[name].needs_costs for name in names):
         told = part_of(progress, len(plan_texts), total, "passes")
-        curves = with_head_costs(curves, loaded, plan_texts, settings=settings, progress=told)
+        beside = None if out is None else costs_beside(out)
+        curves = with_head_costs(curves, loaded, plan_texts, settings=settings, out=beside, progress=told)
     made, left_out = {}, []
     for name in names:
         for keep in keep_ratios:
@@ -384,7 +389,12 @@ def measure_front(
         Planned(name, keep, method, *(None if np.isnan(loss) else float(loss) for loss in (curves.loss_of(spec), lost)))
         for ((name, keep), spec), method, lost in zip(made.items(), methods, losses.mean(axis=0), strict=True)
     )
-    return Front(tuple(one.name for one in plan_texts), results, plans, tuple(left_out))
+    return Front(tuple(one.name for one in plan_texts), results.of_samples(), plans, tuple(left_out))
+
+
+def costs_beside(out: str | Path) -> Path:
+    """File beside that of a Pareto front, for the continuations that tell the costs of single heads."""
+    return Path(out).with_suffix(".costs.jsonl")
 
 
 def _listed(keeps: Iterable[float]) -> str:

@@ -73,9 +73,11 @@ def plan(
     if isinstance(keep_ratio, bool) or not 0 <= keep_ratio <= 1:
         raise SettingsError(f"keep_ratio must be from 0 to 1, got {keep_ratio!r}")
     if chosen.needs_costs and curves.weights is None:
-        raise SettingsError(f"{strategy} needs the cost of each head, measured in a model: plan from texts")
+        raise SettingsError(
+            f"{strategy} needs the measured cost of each head, which no study holds: {_from_texts(strategy)}"
+        )
     if chosen.needs_captures and not curves.captures:
-        raise SettingsError(f"{strategy} needs captures, and these curves came without any: plan from texts")
+        raise SettingsError(f"{strategy} looks at single tokens, which no study holds: {_from_texts(strategy)}")
     budget = Budget.of(curves, keep_ratio, policy or chosen.policy, weighted=chosen.needs_costs)
     spent = chosen.allocate(budget)
     ratios = np.ones(curves.low.shape[:2])
@@ -94,6 +96,10 @@ def plan(
         bound=float(min(budget.bound(), loss)),  # they may differ by rounding where they are the same
         protect_last=curves.protect_last,
     )
+
+
+def _from_texts(strategy: str) -> str:
+    return f"plan from texts (l2kv plan TEXTS --strategy {strategy} -o plan.json), and give the plan"
 
 
 def _curves_of(measured: LossCurves | Study | Capture | Sequence[Capture]) -> LossCurves:

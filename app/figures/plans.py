@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,8 @@ from app.figures.style import (
 
 # Lines of a Pareto front: kinds are told apart by dash and filling, those of a kind by colour and marker.
 _DASHES = {"uniform": "dash", "plan": "solid", "baseline": "dot"}
+_TOWERS = 1.5
+"""Times the highest plan, from which on a line is out of view."""
 _COLORS = {
     "uniform": (PRIMARY, CONTRAST, "#2C8C9B"),
     "plan": ("#3E7CD6", "#B8456F", "#2C8C9B", "#A08A00", PRIMARY, "#8A5A2B", "#D98C00", "#E05299"),
@@ -47,7 +49,8 @@ def front(lines: Mapping[str, Line], *, full_mib: float, shown: Collection[str] 
     """The bytes of the cache (x) against what it costs in prediction (y), a line for each strategy, with intervals.
 
     Plans are solid with filled markers, uniform strategies dashed and hollow, baselines dotted grey; the full cache is
-    a grey cross at no change. Only the lines `shown` are drawn; a line looks the same whichever they are.
+    a grey cross at no change. Only the lines `shown` are drawn; a line looks the same whichever they are. Lines that
+    tower over the plans leave the view, which says so: a double click shows them.
     """
     figure = new_figure(height=560, legend=BELOW)
     level(figure, 0)
@@ -74,4 +77,26 @@ def front(lines: Mapping[str, Line], *, full_mib: float, shown: Collection[str] 
     figure.update_layout(
         xaxis=axis("cache, MiB", rangemode="tozero"), yaxis=axis("NLL change, nats/token"), hoverdistance=15
     )
+    if above := _towering(drawn_lines := {name: lines[name] for name in lines if shown is None or name in shown}):
+        low, high = _ends(line for name, line in drawn_lines.items() if name not in above)
+        figure.update_yaxes(range=[min(low, 0) - 0.05 * (high - low), high + 0.1 * (high - low)])
+        figure.add_annotation(
+            x=1, y=1, xref="paper", yref="paper", xanchor="right", yanchor="top", showarrow=False,
+            text=f"↑ {', '.join(map(literal, above))} (double-click)",
+        )  # fmt: skip
     return figure
+
+
+def _towering(lines: Mapping[str, Line]) -> list[str]:
+    """Names of the lines that squash all plans where they are in view."""
+    plans = [line for line in lines.values() if line.kind == "plan"]
+    if not plans:
+        return []
+    _, high = _ends(plans)
+    return [name for name, line in lines.items() if np.nanmax(line.change) > _TOWERS * high > 0]
+
+
+def _ends(lines: Iterable[Line]) -> tuple[float, float]:
+    """Lowest and highest end of intervals, or value where there is no interval."""
+    values = np.concatenate([part for line in lines for part in (line.change, line.low, line.high)])
+    return float(np.nanmin(values)), float(np.nanmax(values))

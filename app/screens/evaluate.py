@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import streamlit as st
 
 from analysis import defaults
-from analysis.demo.presets import bundled_texts
+from analysis.demo.presets import bundled_prose
 from analysis.errors import SettingsError, UserError
 from analysis.evaluation.methods import RANDOM, Comparison, compare, prompt_length
 from analysis.evaluation.results import Results
@@ -121,7 +121,7 @@ def _texts(task: str) -> tuple[Mapping[str, str] | None, int]:
     if of.texts == "no":
         return None, 0
     texts = documents.ask(few="Give your own for more than a first look." if of.excerpt_tokens else "")
-    if texts == bundled_texts() and of.bundled:
+    if texts == bundled_prose() and of.bundled:
         return None, 0
     if of.excerpt_tokens is None:
         return texts, 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from analysis.errors import SettingsError, UserError
 from analysis.plans.ablation import COSTLY, POLICIES, Ablation, suggest_by_ablation
 from analysis.plans.curves import BY_NORM, LossCurves, curves_of
 from analysis.plans.export import kvpress_code, library_code
-from analysis.plans.front import Front, measure_front, passes
+from analysis.plans.front import Front, FrontPoint, measure_front, passes
 from analysis.plans.skip import RULES, Plan, SkipSuggestion, suggest_skip_layers
 from analysis.plans.strategies import STRATEGIES, plan, title_of
 from analysis.records import to_json
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
     from analysis.progress import Progress
 
 _MIB = 2**20
-_RULES = {"threshold": "By a threshold", "count": "By number", "gap": "By the widest gap"}
+_RULES = {"threshold": "threshold", "count": "number", "gap": "widest gap"}
+_BY = {"cost": "Measured cost/MiB", "alr": "ALR, a proxy"}
 _STRATEGY = state.Slot("strategy", "by_head", state.Param("strategy", state.one_of(tuple(STRATEGIES))))
 
 
@@ -53,6 +55,7 @@ def draw(engine: Engine, jobs: Jobs) -> None:
     front, ablation = _latest(Front, "front"), _latest(Ablation, "ablation")
     if front is not None:
         st.markdown(markup.headline(front.answer()))
+        st.markdown(_best(front))
     left, right = st.columns([3, 2], gap="large")
     with left:
         _curve(front, run)
@@ -90,21 +93,23 @@ def _curve(front: Front | None, run: Capture) -> None:
         if points and points[0]["curve_number"] < len(lines):  # the last one is the full cache
             _use_point(front, list(lines)[points[0]["curve_number"]], points[0]["point_index"])
 
-    n = len(front.measured_on)
     st.plotly_chart(
         figures.front(front_lines(front), full_mib=front.full_nbytes / _MIB),
         key="tune_front", on_select=clicked, selection_mode="points", config={"displaylogo": False},
         alt="Bytes of the cache against the change of the NLL, a line for each allocation strategy",
     )  # fmt: skip
     st.caption(
-        f"Change of the NLL after {front.lengths[0]} tokens, the mean over {counted(n, 'text')} with 95 % intervals; "
-        f"plans were made on {len(front.planned_on)} other texts. Lower left is better. **Click a point to use it.**"
+        f"Change of the NLL after {front.lengths[0]} tokens, the mean over {front.counted} with 95 % intervals; "
+        f"plans were made on {len(front.planned_on)} others. Lower left is better. **Click a point to use it.**"
     )
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        name = st.selectbox("Strategy", list(lines), format_func=title_of, key="tune_line")
+        names, best = list(lines), _least(front)
+        name = st.selectbox("Strategy", names, names.index(best.strategy), format_func=title_of, key="tune_line")
+        ratios = [point.keep_ratio for point in lines[name]]
         point = st.selectbox(
             "Keep ratio",
-            range(len(lines[name])),
+            range(len(ratios)),
+            ratios.index(best.keep_ratio) if best.keep_ratio in ratios else 0,
             format_func=lambda i: f"{lines[name][i].keep_ratio:.0%}",
             key="tune_point",
         )
@@ -116,6 +121,34 @@ def _curve(front: Front | None, run: Capture) -> None:
         st.dataframe(rows, hide_index=True, key="front_table")
         if front.left_out:
             st.caption("Left out, as the budget is too small: " + markup.plain("; ".join(front.left_out)))
+
+
+def _near(front: Front) -> float:
+    """Measured keep ratio that is nearest to the header's."""
+    return min(
+        (point.keep_ratio for point in front.points), key=lambda ratio: abs(ratio - float(state.KEEP_RATIO.get()))
+    )
+
+
+def _least(front: Front) -> FrontPoint:
+    """Point of least NLL change at the header's keep ratio."""
+    near = _near(front)
+    return min((point for point in front.points if point.keep_ratio == near), key=lambda point: point.mean)
+
+
+def _best(front: Front) -> str:
+    """What predicts best at the header's keep ratio, beside the best that keeps the same ratio everywhere."""
+    best, uniform = _least(front), front.best("uniform").get(_near(front))
+    told = f"At {100 * best.keep_ratio:.3g} % of the pairs **{title_of(best.strategy)}** predicts best: "
+    told += f"{_change(front, best)} nats/token, perplexity × {np.exp(best.mean):.3f}"
+    if uniform is None or uniform is best:
+        return f"{told}."
+    return f"{told}; {title_of(uniform.strategy)}: {_change(front, uniform)}, × {np.exp(uniform.mean):.3f}."
+
+
+def _change(front: Front, point: FrontPoint) -> str:
+    interval = front.interval(point)
+    return f"{interval.value:+.3f} (95 % {interval.low:+.3f} to {interval.high:+.3f})".replace("-", "\N{MINUS SIGN}")
 
 
 def _proxy(run: Capture) -> None:
@@ -162,10 +195,10 @@ def _layers(run: Capture, ablation: Ablation | None) -> None:
         st.info(markup.plain(str(error)), icon=":material/info:")
         suggestion = None
     if suggestion is not None:
-        by = "measured" if measured is not None else "by ALR, a proxy"
-        st.markdown(f"**Suggested, {by}: {layers_listed(suggestion.layers)}.** {markup.plain(suggestion.rule)}")
+        st.markdown(f"**Suggested: {layers_listed(suggestion.layers)}.** {markup.plain(suggestion.rule)}")
         st.button(
             "Use this skip list", icon=":material/check:", type="primary", key="use_skip_list",
+            disabled=suggestion.layers == spec.skip_layers,
             on_click=lambda: state.SKIP_LAYERS.set(list(suggestion.layers)),
         )  # fmt: skip
     if measured is not None and (measured.spec.keep_ratio, measured.spec.protect_last) != (
@@ -189,55 +222,57 @@ def _judged(run: Capture) -> Study:
     )
 
 
-def _suggested(run: Capture, measured: Ablation | None, judged: Study, spec: CompressionSpec) -> SkipSuggestion | None:
+def _suggested(run: Capture, measured: Ablation | None, judged: Study, spec: CompressionSpec) -> SkipSuggestion:
+    """Ask for a rule, and suggest layers by it; what was measured comes before the proxy. Raises SettingsError."""
     options: dict[str, Any] = {}
+    rules = [(by, rule) for by in (["alr"] if measured is None else ["cost", "alr"]) for rule in RULES]
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        rule = st.segmented_control(
-            "Rule", list(RULES), default="threshold", required=True, format_func=_RULES.__getitem__, key="tune_rule",
-            persist_state="session", help="\n".join(f"- **{_RULES[name]}**: {about}" for name, about in RULES.items()),
+        by, rule = st.selectbox(
+            "Rule", rules, format_func=lambda rule: f"{_BY[rule[0]]}: {_RULES[rule[1]]}", key="tune_rule",
+            persist_state="session", help="Every layer takes the same bytes, so the order by cost is that per MiB.",
         )  # fmt: skip
-        if rule == "threshold" and measured is not None:
+        if rule == "threshold" and by == "cost":
             options["threshold"] = st.number_input(
-                "nats/token", 0.0, 1.0, COSTLY, 0.005, format="%.3f", key="tune_cost"
+                "nats/token", 0.0, 1.0, COSTLY, 0.005, format="%.3f", key="tune_cost", width=150
             )
         elif rule == "threshold":
-            options["threshold"] = st.number_input("normalised ALR", 0.0, 2.0, 1.0, 0.05, key="tune_alr")
+            options["threshold"] = st.number_input("normalised ALR", 0.0, 2.0, 1.0, 0.05, key="tune_alr", width=150)
         elif rule == "count":
-            options["count"] = st.number_input("layers", 0, len(run.cache_shape.layers), 2, key="tune_count")
-    if measured is not None:
-        return suggest_by_ablation(measured, rule=rule or "threshold", **options)
-    return suggest_skip_layers(judged, spec.policy, rule=rule or "threshold", **options)
+            options["count"] = st.number_input("layers", 0, len(run.cache_shape.layers), 2, key="tune_count", width=150)
+    if measured is not None and by == "cost":
+        return suggest_by_ablation(measured, rule=rule, **options)
+    return suggest_skip_layers(judged, spec.policy, rule=rule, **options)
 
 
 def _table(run: Capture, measured: Ablation | None, judged: Study, spec: CompressionSpec) -> None:
-    """One row for each layer, with a box to skip it."""
-    rows: dict[str, Any] = {
-        "skip": [layer in spec.skip_layers for layer in run.cache_shape.layers],
-        "layer": list(run.cache_shape.layers),
-    }
+    """One row for each layer, the worst first, with a box to skip it."""
+    layers = list(run.cache_shape.layers)
+    columns: dict[str, dict[int, float]] = {}
     if measured is not None:
         change = means(measured.nll_change.T, documents=measured.documents)
-        of = {layer: (change.mean[i], change.low[i], change.high[i]) for i, layer in enumerate(measured.layers)}
-        for i, name in enumerate(("NLL change", "from", "to")):
-            rows[name] = [float(of[layer][i]) if layer in of else None for layer in rows["layer"]]
-    try:
-        by_alr = nanmean(layer_alr(judged, spec.policy))
-        rows["normalised ALR"] = [float(by_alr[layer]) for layer in rows["layer"]]
-    except SettingsError:  # a policy that norms say nothing of
-        pass
-    numbers = {name: st.column_config.NumberColumn(format="%.3f") for name in rows if name not in ("skip", "layer")}
+        for name, values in (("NLL change", change.mean), ("from", change.low), ("to", change.high)):
+            columns[name] = dict(zip(measured.layers, (np.round(values, 3) + 0.0).tolist(), strict=True))
+    with suppress(SettingsError):  # a policy that norms say nothing of
+        columns["normalised ALR"] = dict(enumerate(nanmean(layer_alr(judged, spec.policy)).tolist()))
+    if columns:
+        worst = next(iter(columns.values()))
+        layers.sort(key=lambda layer: -np.nan_to_num(worst.get(layer, 0.0), nan=np.inf))  # undefined: no order at all
+    rows: dict[str, Any] = {"skip": [layer in spec.skip_layers for layer in layers], "layer": layers}
+    rows |= {name: [of.get(layer) for layer in layers] for name, of in columns.items()}
+    numbers = {name: st.column_config.NumberColumn(format="%.3f") for name in columns}
     edited = st.data_editor(
         rows, hide_index=True, height=380, disabled=[name for name in rows if name != "skip"], column_config=numbers,
         key=f"tune_layers_{','.join(map(str, spec.skip_layers))}",
     )  # fmt: skip
-    chosen = [layer for layer, skip in zip(rows["layer"], edited["skip"], strict=True) if skip]
+    chosen = sorted(layer for layer, skip in zip(layers, edited["skip"], strict=True) if skip)
     if chosen != list(spec.skip_layers):
         state.SKIP_LAYERS.set(chosen)
         st.rerun()
     n = len(judged.names)
     st.caption(
         (
-            f"NLL change in nats/token when only this layer is compressed, {counted(len(measured.documents), 'text')}. "
+            "NLL change in nats/token when only this layer is compressed, with its 95 % interval, "
+            f"{counted(len(measured.documents), 'excerpt')} of {counted(len(set(measured.documents)), 'text')}. "
             if measured
             else ""
         )

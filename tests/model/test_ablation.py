@@ -226,8 +226,8 @@ def test_the_costliest_layers_are_skipped_by_what_was_measured():
         assert suggest_by_ablation(check, rule="count", count=count).layers == layers
     assert suggest_by_ablation(check, rule="gap").layers == (20,)
     words = suggest_by_ablation(check).rule
-    assert "layer 20 +0.122, layer 15 +0.033" in words and "3 texts. So few only give a hint." in words
-    assert "30% kept by low norm" in words
+    assert "layer 20 +0.122, layer 15 +0.033" in words and "3 excerpts. So few only give a hint." in words
+    assert "30 % kept by low norm" in words
 
 
 def test_a_layer_whose_cost_may_as_well_be_none_is_not_suggested_by_threshold():

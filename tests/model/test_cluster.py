@@ -86,6 +86,17 @@ def test_the_command_makes_the_same_table_as_in_one_process(whole_folder, tmp_pa
     assert (tmp_path / "ray.jsonl").read_bytes() == (tmp_path / "here.jsonl").read_bytes()
 
 
+def test_a_policy_of_the_users_own_goes_to_the_workers_with_its_file(whole_folder, tmp_path, capsys):
+    file = tmp_path / "oldest.py"
+    file.write_text("def score(keys, values, positions):\n    return -positions\n")
+    command = f"evaluate lm -m {whole_folder} --device cpu --prompt-tokens 24 --new-tokens 4 --keep-ratios 0.5 --json"
+    command += f" --protect-last 0 --policies low_norm,{file}:score"
+    assert main([*command.split(), "--ray", "auto", "--workers", "1"]) == 0
+    far = capsys.readouterr().out
+    assert main(command.split()) == 0
+    assert far == capsys.readouterr().out and "oldest.py:score@" in far
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [

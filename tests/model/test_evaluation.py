@@ -628,7 +628,12 @@ def test_the_demo_command_writes_presets_a_run_a_timeline_and_stories_or_nothing
     stories = {name for name in written if name.startswith("story-")}
     assert written - stories == {"demo.safetensors", "presets.json", "timeline.safetensors"} and stories
     assert records.load(Timeline, tmp_path / "timeline.safetensors").model == "books-5m"
-    assert main(["demo", str(tmp_path / "nowhere.txt")]) == 2
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    (tmp_path / "timeline.safetensors").unlink()
+    assert main([*options, "--without-tasks"]) == 0  # as after a stop: only what is missing is made
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert {path.name for path in before if before[path] != after[path]} == {"timeline.safetensors"}
+    assert main(["demo", str(tmp_path / "nowhere.txt"), "-o", str(tmp_path)]) == 2
     assert "nowhere.txt cannot be read" in capsys.readouterr().err
 
 

@@ -139,10 +139,10 @@ def test_flat_rows_and_data_frames_hold_what_a_cell_is(loaded, tmp_path):
 
 def test_without_a_text_the_bundled_ones_are_spread_over(loaded):
     results = evaluate(loaded, "lm", {FULL: None}, settings=LmSettings(40, 3))
-    assert set(results.documents) == set(presets.bundled_texts()) and len(results.samples) == 16
+    assert set(results.documents) == set(presets.bundled_prose()) and len(results.samples) == 16
     assert results.notes == () and results.settings["prompt_tokens"] == 40
     short = evaluate(loaded, "lm", {FULL: None}, settings=LmSettings(5000, 3))
-    shortest = min(len(tokenize(loaded.tokenizer, text)) for text in presets.bundled_texts().values())
+    shortest = min(len(tokenize(loaded.tokenizer, text)) for text in presets.bundled_prose().values())
     assert short.settings["prompt_tokens"] + 3 + 8 == shortest and "bundled texts are short" in short.notes[0]
     assert LmSettings(chunk_size=3000).within(400).n_tokens == 400 == LmSettings(3000, 5).within(400).n_tokens
     assert LmSettings(30, 5).within(400) == LmSettings(30, 5)
@@ -227,7 +227,7 @@ def test_the_quick_form_of_the_papers_readme_works_and_continues(capsys, tmp_pat
     assert re.search(r"about \d+ s: at most [\d,]+ tokens one by one", told.err)
     results = records.load(Results, tmp_path / "out" / "lm.jsonl")
     assert results.methods["low_norm 0.9"] == PAPERS and results.settings["chunk_size"] == 60
-    assert set(results.documents) == set(presets.bundled_texts())
+    assert set(results.documents) == set(presets.bundled_prose())
     assert main([*quick, "--by-position", "20", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert [row["position"] for row in told["rows"] if row["method"] == FULL] == [1, 21, 41]

@@ -16,7 +16,7 @@ from analysis.models.load import LoadedModel
 from analysis.plans.ablation import head_costs
 from analysis.plans.allocation import BudgetError
 from analysis.plans.curves import LossCurves
-from analysis.plans.front import Front, measure_front, passes
+from analysis.plans.front import Front, costs_beside, measure_front, passes
 from analysis.plans.strategies import KINDS, STRATEGIES, Strategy, plan, title_of
 from analysis.records import from_json, to_json
 from analysis.statistics import MIN_TEXTS, RESAMPLES, Interval, simultaneous
@@ -172,6 +172,24 @@ def test_it_is_cancelled_by_raising(loaded, texts):
         measure_front(loaded, texts[:1], texts[1:2], keep_ratios=(0.5,), settings=SETTINGS, progress=stop)
 
 
+def test_a_stopped_one_goes_on_from_its_files_in_either_stage(loaded, texts, tmp_path):
+    out, given = tmp_path / "part.jsonl", (loaded, texts[:1], texts[1:2])
+    asked = {"keep_ratios": [0.5], "strategies": ["uniform_low", "by_head_by_cost"], "settings": SETTINGS}
+    whole = measure_front(*given, **asked)
+    kept = []
+    for file in (costs_beside(out), out):
+
+        def stop(done, total, what, file=file):
+            if file.exists() and file.read_text().count("\n") > 1:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            measure_front(*given, **asked, out=out, progress=stop)
+        kept.append(file.read_bytes())
+    assert measure_front(*given, **asked, out=out) == whole
+    assert costs_beside(out).read_bytes().startswith(kept[0]) and out.read_bytes().startswith(kept[1])
+
+
 def curves_of(n_layers: int, *, n_tokens: int, protect_last: int) -> LossCurves:
     """Of a model in which all heads are alike."""
     falling = np.broadcast_to(np.linspace(1, 0, 101), (n_layers, 2, 101))
@@ -221,15 +239,18 @@ LOW, HIGH, PLAN, RANDOM = "uniform_low", "uniform_high", "by_head", "random"
 
 def test_the_answer_names_a_plan_that_beats_the_best_uniform_strategy():
     answer = made_up(**{LOW: (0.3, 0.4), HIGH: (0.1, 0.3), PLAN: (0.04, 0.2), RANDOM: (0.5, 0.5)}).answer()
-    assert answer.startswith("Yes: at keep ratio 0.5 a plan beats the best uniform strategy at equal bytes.")
+    assert answer.startswith("At keep ratio 0.5 a plan beats the best uniform strategy of the same bytes.")
     assert "(2.0 KiB), By head against Uniform (high norm): −0.060 nats/token (95 %" in answer
-    assert "Over 8 texts, by intervals that hold for all comparisons at once, plans win 1 of 1 and lose 0." in answer
+    assert (
+        "Over 8 excerpts of 8 texts, by intervals that hold for all comparisons at once, plans win 1 of 1 and lose 0."
+        in answer
+    )
     assert "But" not in answer
 
 
 def test_the_answer_says_that_none_does_and_that_random_does_as_well():
     answer = made_up(**{LOW: (0.3, 0.4), HIGH: (0.1, 0.3), PLAN: (0.2, 0.2), RANDOM: (0.1, 0.5)}).answer()
-    assert answer.startswith("Not shown: no plan beats") and "+0.100" in answer
+    assert answer.startswith("No plan beats") and "+0.100" in answer
     assert "plans win 0 of 1 and lose 1" in answer
     assert "no worse than any of them: Random at keep ratio 0.5 (+0.000 at 0.5)." in answer
     assert "cannot tell" in made_up(**{LOW: (0.3, 0.4)}).answer()
@@ -291,9 +312,9 @@ def random_front(rng, *, better: float = 0.0) -> Front:
 def test_where_plans_are_no_better_the_answer_is_hardly_ever_yes():
     rng = np.random.default_rng(0)
     answers = [random_front(rng).answer() for _ in range(60)]
-    assert sum(answer.startswith("Yes") for answer in answers) <= 6  # 3 expected at most, of 60
+    assert sum(answer.startswith("At keep ratio") for answer in answers) <= 6  # 3 expected at most, of 60
     assert sum("and lose 0" not in answer for answer in answers) <= 6
-    assert random_front(rng, better=0.1).answer().startswith("Yes: at keep ratio 0.1, 0.2, 0.3, 0.5, 0.7")
+    assert random_front(rng, better=0.1).answer().startswith("At keep ratio 0.1, 0.2, 0.3, 0.5, 0.7")
 
 
 def test_simultaneous_intervals_are_those_of_a_plain_loop():

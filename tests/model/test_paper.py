@@ -423,7 +423,7 @@ def test_prediction_evicts_as_the_papers_code_does_at_shares_of_the_excerpt_that
     }
     assert {spec.schedule for spec in case.methods.values() if spec} == {"reference"}
     (bundled,) = experiments.cases(loaded, "fig6", experiments.Size(100_000, 1, (0.5,)))  # longer than they are
-    assert bundled.settings.chunk_size < 1000 and len(bundled.texts) == 1
+    assert bundled.settings.chunk_size < 5000 and len(bundled.texts) == 1
     assert {spec.prune_after for spec in bundled.methods.values() if spec} == {round(bundled.settings.chunk_size / 2)}
     assert list(bundled.methods) == ["full cache", "low_norm 0.5", "fastgen 0.5"]
 

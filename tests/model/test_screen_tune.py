@@ -29,15 +29,34 @@ def link(page):
 
 def test_layers_are_suggested_by_what_was_measured_and_the_list_is_in_force_everywhere():
     page = opened()
-    assert "Suggested, measured: layers 1, 3, 4, 5." in said(page)
+    assert "Suggested: layers 1, 3, 4, 5." in said(page)
     page.button(key="use_skip_list").click().run()
     assert link(page)["skip"] == "1,3,4,5" and not page.exception
     assert "skip layers 1, 3, 4, 5" in said(page)  # of the export, which says what is in force
 
 
-def test_without_a_measurement_the_suggestion_says_that_it_is_a_proxy():
+def test_it_answers_at_first_sight_for_smollm2_by_what_was_measured():
     page = opened("smollm2")
-    assert "Not measured yet for smollm2" in said(page) and "by ALR, a proxy: layer 0." in said(page)
+    assert "Suggested: layers 18, 23." in said(page) and "32 excerpts of 16 texts" in said(page)
+    table = page.dataframe[0].value if page.dataframe else None
+    assert "nats/token" in said(page) and "Not measured yet" not in said(page) and table is not None
+
+
+def test_a_proxy_can_be_chosen_beside_the_measurement_and_says_that_it_is_one():
+    page = opened("smollm2")
+    rules = page.selectbox(key="tune_rule")
+    assert rules.options[0].startswith("Measured cost/MiB") and rules.value[0] == "cost"
+    rules.set_value(("alr", "threshold")).run()
+    assert "Suggested: layer 0." in said(page) and rules.options[3].startswith("ALR, a proxy")
+
+
+def test_without_a_measurement_there_is_the_proxy_alone(monkeypatch):
+    entries = library.entries
+    unmeasured = lambda kind, **of: [] if kind in ("front", "ablation") else entries(kind, **of)  # noqa: E731
+    monkeypatch.setattr(library, "entries", unmeasured)
+    page = opened("smollm2")
+    assert "Not measured yet for smollm2" in said(page) and "Suggested: layer 0." in said(page)
+    assert all(option.startswith("ALR, a proxy") for option in page.selectbox(key="tune_rule").options)
 
 
 def test_other_settings_than_the_measured_ones_are_said():

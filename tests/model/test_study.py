@@ -451,7 +451,7 @@ def test_a_run_is_a_study_of_one_of_which_plans_are_made_alike(loaded, texts):
     # The layers that are suggested come of a study as of captures; what looks at single tokens does not.
     by_study, by_runs = (plan(of, 0.9, "skip_suggested").to_spec() for of in (measured.study_of(*runs), runs))
     assert by_study == by_runs
-    with pytest.raises(SettingsError, match="adakv needs captures"):
+    with pytest.raises(SettingsError, match="adakv looks at single tokens"):
         plan(measured.study_of(*runs), 0.7, "adakv")
 
 

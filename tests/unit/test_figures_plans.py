@@ -181,3 +181,14 @@ def test_a_way_looks_the_same_whichever_others_are_shown():
     whole, alone = front(lines, full_mib=2), front(lines, full_mib=2, shown=["way 2"])
     assert [t.name for t in alone.data] == ["way 2", "full cache"]
     assert repr(trace(alone, "way 2")) == repr(trace(whole, "way 2"))
+
+
+def test_a_line_that_towers_over_the_plans_leaves_the_view_which_says_so():
+    lines = {"plan": a_line("plan"), "uniform": a_line("uniform", 0.15), "far <off>": a_line("baseline", 3.0)}
+    figure = front(lines, full_mib=2.0)
+    low, high = figure.layout.yaxis.range
+    assert low < 0 and 0.17 < high < 0.3
+    (said,) = figure.layout.annotations
+    assert said.text == "↑ far &lt;off&gt; (double-click)" and len(figure.data) == 4
+    near = front({name: lines[name] for name in ("plan", "uniform")}, full_mib=2.0)
+    assert near.layout.yaxis.range is None and not near.layout.annotations

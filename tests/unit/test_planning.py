@@ -482,8 +482,8 @@ def test_what_cannot_be_planned_is_said():
         ({"keep_ratio": math.nan}, "keep_ratio must be from 0 to 1"),
         ({"strategy": "by_heads"}, "Did you mean 'by_head'"),
         ({"policy": "random"}, "policy must be one of signed_norm, low_norm, high_norm"),
-        ({"strategy": "adakv"}, "adakv needs captures"),
-        ({"strategy": "by_head_by_cost"}, "needs the cost of each head"),
+        ({"strategy": "adakv"}, "adakv looks at single tokens"),
+        ({"strategy": "by_head_by_cost"}, "needs the measured cost of each head"),
     ):
         with pytest.raises(ValueError, match=words):
             plan(curves, **wrong)
