@@ -92,8 +92,7 @@ def _model(engine: Engine) -> None:
     chosen = st.radio("Model", names, index=names.index(state.model()), key=f"model_choice_{state.model()}")
     if chosen != _OTHER:
         if chosen != state.model():
-            state.show_model(known[chosen])
-            st.rerun()
+            _use(engine, known[chosen])
         return
     ref = st.text_input(
         "Hub id, folder or GGUF file",
@@ -102,12 +101,18 @@ def _model(engine: Engine) -> None:
         key="model_other",
     )
     if st.button("Use this model", type="primary", disabled=not ref.strip()):
-        try:
-            state.show_model(engine.check(ref))
-        except ModelError as error:
-            st.error(markup.plain(str(error)), icon=":material/error:")
-            return
-        st.rerun()
+        _use(engine, ref.strip())
+
+
+def _use(engine: Engine, ref: str) -> None:
+    """Put a model on screen, or say why it can't be; then the one before stays."""
+    try:
+        with st.spinner("Looking at its config …", show_time=True):
+            state.choose_model(ref, engine.check)
+    except ModelError as error:
+        st.error(f"{markup.plain(str(error))} {markup.plain(state.model())} stays.", icon=":material/error:")
+        return
+    st.rerun()
 
 
 def _run_label() -> str:
@@ -214,7 +219,7 @@ def _full_layers(engine: Engine) -> list[int] | None:
     if run := state.run():
         return [layer for layer, kind in enumerate(run.layer_kinds) if kind == "full"]
     try:
-        found = engine.tokenizer_and_config(state.model_ref())
+        config = engine.config(state.model_ref())
     except ModelError:
         return None
-    return None if found is None else [i for i, kind in enumerate(layer_kinds(found[1])) if kind == "full_attention"]
+    return None if config is None else [i for i, kind in enumerate(layer_kinds(config)) if kind == "full_attention"]

@@ -25,6 +25,7 @@ from analysis.models.memory import DTYPES
 from analysis.plans.skip import Plan, skip_list
 from analysis.studies import Study
 from analysis.verdicts import VERDICTS
+from analysis.workspace import KINDS
 from app import library
 from l2kv.policies import POLICIES
 from l2kv.spec import CompressionSpec
@@ -108,6 +109,9 @@ def _within(low: float, high: float, kind: Callable[[str], Any] = int) -> Callab
     return read
 
 
+_NUMBERED = _within(0, 9999)
+
+
 def one_of(names: Sequence[str]) -> Callable[[str], str]:
     """Make the reader of a value that is one of some names."""
 
@@ -123,7 +127,7 @@ def _pair(text: str) -> tuple[int, int] | None:
     if not text:
         return None
     layer, _, head = text.partition(".")
-    return int(layer), int(head)
+    return _NUMBERED(layer), _NUMBERED(head)
 
 
 def _layers(text: str) -> tuple[int, ...]:
@@ -156,7 +160,6 @@ def _flag(text: str) -> bool:
     return one_of(("0", "1"))(text) == "1"
 
 
-_NUMBERED = _within(0, 9999)
 MODEL = Slot("model", "", Param("model", str, always=True))
 """What the model is asked for by: a name, a hub id, a folder or file. Empty: that of `demo_model`."""
 RUN = Slot("run_id", "", Param("run", str, always=True))
@@ -324,28 +327,29 @@ def take_spec(spec: CompressionSpec) -> None:
     SKIP_LAYERS.set(list(spec.skip_layers))
 
 
+OF_MODEL = (
+    RUN, STUDY, PLAN, RESULTS, TIMELINE, TOKENS, STORY, OTHER_RUN, LAYER, HEAD, PINNED, QUERY, SKIP_LAYERS, ONLY_KV,
+    CACHE_DTYPE,
+)  # fmt: skip
+"""What belongs to one model, and says nothing of another."""
+
+
 def show_model(ref: str) -> None:
     """Put another model on screen. What belongs to the one before is dropped."""
     if name_of(ref) != model():
-        for slot in (
-            RUN,
-            STUDY,
-            PLAN,
-            RESULTS,
-            TIMELINE,
-            TOKENS,
-            STORY,
-            OTHER_RUN,
-            LAYER,
-            HEAD,
-            PINNED,
-            QUERY,
-            SKIP_LAYERS,
-            ONLY_KV,
-            CACHE_DTYPE,
-        ):
+        for slot in OF_MODEL:
             slot.drop()
     MODEL.set(ref)
+
+
+def choose_model(ref: str, check: Callable[[str], str]) -> None:
+    """Put a model on screen that a user names: one of which there are records, or one that passes the check.
+
+    Args:
+        check: returns what the model is asked for by, or raises ModelError, and then nothing has changed.
+    """
+    recorded = any(library.entries(kind, model=ref) for kind in KINDS)
+    show_model(ref if recorded else check(ref))
 
 
 def show_run(id: str) -> None:

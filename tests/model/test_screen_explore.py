@@ -45,7 +45,7 @@ def explored(**params):
 
         if "jobs" not in st.session_state:
             st.session_state["jobs"] = Jobs(Engine())
-        address.read()
+        address.read(st.session_state["jobs"]._engine)
         for said in state.notices():
             st.warning(said)
         explore.draw(st.session_state["jobs"]._engine, st.session_state["jobs"])

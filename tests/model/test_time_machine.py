@@ -43,7 +43,7 @@ def opened(form=False, **params):
         if "jobs" not in st.session_state:
             st.session_state.jobs = Jobs(Engine())
         engine, jobs = st.session_state.jobs._engine, st.session_state.jobs
-        address.read()
+        address.read(engine)
         header.draw(engine, jobs)
         st.title("Explore")
         if form:  # a dialog is gone as soon as AppTest runs the script again
