@@ -24,6 +24,9 @@ PAGE_STYLE = """<style>
 [data-testid="stColumn"] { min-width: min(26rem, 100%); }
 [class*="st-key-explain_"] { flex-wrap: nowrap; }
 [data-testid="stMainBlockContainer"] { padding-top: 4.5rem; }
+[data-testid="stButtonGroup"] button[data-selected="true"] p {
+  color: color-mix(in srgb, var(--st-primary-color) 60%, var(--st-text-color)); }
+[data-testid="stBaseButton-primary"] kbd { color: inherit; }
 [data-testid="stCaptionContainer"] { opacity: 1; }
 [data-testid="stCaptionContainer"] p { color: color-mix(in srgb, currentColor 40%, var(--st-text-color, inherit)); }
 </style>"""
@@ -77,7 +80,7 @@ def token_strip(labels: Sequence[str], kept: Sequence[bool]) -> str:
             continue
         state, word = ("l2kv-kept", "kept") if keep else ("l2kv-gone", "evicted")
         chips.append(f'<span class="{state}" title="{i}: {word}">{html.escape(visible(label))}</span>')
-    return f'{_STYLE}<div class="l2kv-strip">{"".join(chips)}</div>'
+    return f'{_STYLE}<div class="l2kv-strip" tabindex="0" role="group" aria-label="Tokens">{"".join(chips)}</div>'
 
 
 def _visible_character(c: str) -> str:
