@@ -22,6 +22,7 @@ from l2kv.spec import CompressionSpec
 STYLE = """<style>
 .st-key-header [data-testid="stPopover"] button { justify-content: flex-start; text-align: left; }
 .st-key-header [data-testid="stPopover"] button p { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.st-key-header [data-testid="stCaptionContainer"] p { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 </style>"""
 _OTHER = "Another model …"
 
@@ -39,7 +40,8 @@ def draw(engine: Engine, jobs: Jobs) -> None:
             state.OPENING.set(new_run.DIALOG)
         with st.popover(f":material/tune: {in_words(state.spec())}", help="Compression", width=340):
             _compression(engine)
-        st.caption(status(engine, jobs))
+        short, whole = status(engine, jobs)
+        st.caption(short, help=whole, width="stretch")
     if job is not None:
         progress_bar.draw(job)
     for said in state.notices():
@@ -67,20 +69,22 @@ def in_words(spec: CompressionSpec) -> str:
     return " · ".join(parts)
 
 
-def status(engine: Engine, jobs: Jobs) -> str:
-    """Say what is in memory, how much is free, and what the server is doing, in Markdown."""
+def status(engine: Engine, jobs: Jobs) -> tuple[str, str]:
+    """Say what is in memory, how much is free, and what the server is doing, in Markdown: in short, and in whole."""
     loaded = engine.loaded
-    at_hand = "no model in memory"
+    short = whole = "no model in memory"
     if loaded:
+        name = markup.plain(loaded.name)
+        short = "in memory" if loaded.name == state.model() else f"{name} in memory"
         other = loaded.stored not in ("", loaded.dtype)
         stored = f"stored as {loaded.stored}, computed and cached in " if other else ""
-        at_hand = f"{markup.plain(loaded.name)} in memory, {stored}{loaded.dtype} on {loaded.device}"
+        whole = f"{name} in memory, {stored}{loaded.dtype} on {loaded.device}"
     running = sum(1 for _ in jobs.running())
     waiting = max(engine.waiting - 1, 0)
     busy = f" · {running} job{'s' * (running != 1)} running" if running else ""
     busy += f" · {waiting} waiting" if waiting else ""
-    free = human_bytes(free_bytes(loaded.device if loaded else "cpu"))
-    return f":material/memory: {at_hand} · {free} free{busy}"
+    rest = f" · {human_bytes(free_bytes(loaded.device if loaded else 'cpu'))} free{busy}"
+    return f":material/memory: {short}{rest}", f"{whole}{rest}"
 
 
 def _model(engine: Engine) -> None:

@@ -99,7 +99,9 @@ class Slot(Generic[Value]):
         return {"key": self.key, "persist_state": "session"}
 
 
-def _within(low: float, high: float, kind: Callable[[str], Any] = int) -> Callable[[str], Any]:
+def within(low: float, high: float, kind: Callable[[str], Any] = int) -> Callable[[str], Any]:
+    """Make the reader of a number in a range."""
+
     def read(text: str) -> Any:
         value = kind(text)
         if not low <= value <= high:  # NaN too
@@ -109,7 +111,7 @@ def _within(low: float, high: float, kind: Callable[[str], Any] = int) -> Callab
     return read
 
 
-_NUMBERED = _within(0, 9999)
+_NUMBERED = within(0, 9999)
 
 
 def one_of(names: Sequence[str]) -> Callable[[str], str]:
@@ -197,23 +199,23 @@ QUERY = Slot("query", 0, Param("query", _NUMBERED))
 """Which query is shown: 0 is the next token, 1 the text's last token, 2 the one before it, ..."""
 
 POLICY = Slot("policy", "low_norm", Param("policy", one_of(tuple(POLICIES)), always=True))
-KEEP_RATIO = Slot("keep_ratio", defaults.KEEP_RATIO, Param("keep", _within(0.01, 1, float), "{:g}".format, always=True))
-PROTECT_LAST = Slot("protect_last", defaults.RECENT_WINDOW, Param("window", _within(0, 4096), always=True))
-PROTECT_FIRST = Slot("protect_first", 0, Param("first", _within(0, 4096)))
+KEEP_RATIO = Slot("keep_ratio", defaults.KEEP_RATIO, Param("keep", within(0.01, 1, float), "{:g}".format, always=True))
+PROTECT_LAST = Slot("protect_last", defaults.RECENT_WINDOW, Param("window", within(0, 4096), always=True))
+PROTECT_FIRST = Slot("protect_first", 0, Param("first", within(0, 4096)))
 SKIP_LAYERS = Slot[Sequence[int]]("skip_layers", defaults.SKIP_LAYERS, Param("skip", _layers, _numbers, always=True))
 CACHE_DTYPE = Slot("bytes_dtype", "", Param("dtype", one_of(("", *DTYPES))))
 """Dtype that bytes are counted in; empty: the model's own."""
 
 GPU = Slot("gpu", "H100 SXM (80 GB)", Param("gpu", one_of(tuple(GPUS))))
-CACHE_TOKENS = Slot("cache_tokens", 4096, Param("cache_tokens", _within(1, 10_000_000)))
+CACHE_TOKENS = Slot("cache_tokens", 4096, Param("cache_tokens", within(1, 10_000_000)))
 """Tokens of a sequence that memory is counted for."""
-BATCH = Slot("batch", 1, Param("batch", _within(1, 4096)))
+BATCH = Slot("batch", 1, Param("batch", within(1, 4096)))
 """Sequences that are decoded at once."""
-MOST_PERPLEXITY = Slot("most_perplexity", Limits().perplexity_ratio, Param("max_ppl", _within(1, 99, float)))
-POINTS_LOST = Slot("points_lost", Limits().points_lost, Param("max_points", _within(0.1, 100, float)))
-LEAST_EXCERPTS = Slot("least_excerpts", Limits().least_excerpts, Param("min_excerpts", _within(2, 9999)))
-LEAST_SAMPLES = Slot("least_samples", Limits().least_samples, Param("min_samples", _within(2, 9999)))
-FULL_FINDS = Slot("full_finds", Limits().full_finds, Param("full_finds", _within(0.01, 1, float)))
+MOST_PERPLEXITY = Slot("most_perplexity", Limits().perplexity_ratio, Param("max_ppl", within(1, 99, float)))
+POINTS_LOST = Slot("points_lost", Limits().points_lost, Param("max_points", within(0.1, 100, float)))
+LEAST_EXCERPTS = Slot("least_excerpts", Limits().least_excerpts, Param("min_excerpts", within(2, 9999)))
+LEAST_SAMPLES = Slot("least_samples", Limits().least_samples, Param("min_samples", within(2, 9999)))
+FULL_FINDS = Slot("full_finds", Limits().full_finds, Param("full_finds", within(0.01, 1, float)))
 
 NOTICES = Slot[Mapping[str, float]]("notices", {})
 """What to say at the top of the page, as of a part of an address that was ignored, and when it was first said."""

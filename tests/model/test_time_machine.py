@@ -132,6 +132,7 @@ def test_what_if_tells_the_change_that_a_plain_loop_measures(loaded, recorded):
     assert f"{change} nats/token" in words(page) and f"for {gone} pairs more" in words(page)
     assert len(page.get("plotly_chart")) == 3
     assert "What if it had stayed?" not in [one.label for one in page.button]
+    assert f"{change} nats/token" in words(opened(timeline=id, tokens=str(first[0])))  # in a fresh session
 
 
 def test_the_whole_shortlist_is_asked_for_at_once(recorded):
