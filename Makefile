@@ -12,7 +12,7 @@ ARGS ?=
 FETCH = $(BIN)/python -m analysis models smollm2 || true
 PYTEST = $(BIN)/python -m pytest -n auto --dist loadgroup
 
-.PHONY: app test test-unit test-model test-browser lint wheel docs bench demo picture
+.PHONY: app test test-unit test-model test-browser lint wheel docs bench gpu-check gpu-bench demo picture
 app: $(VENV)/app.stamp  ## MODELS=folder offers the models in it, GGUF files too
 	@$(FETCH)
 	$(if $(MODELS),L2KV_MODEL_DIRS="$(MODELS)") $(BIN)/python -m app --server.port $(PORT)
@@ -45,6 +45,13 @@ bench: $(VENV)/dev.stamp  ## memory and time of a capture, of a compressed cache
 	$(BIN)/python -m tests.bench_capture
 	$(BIN)/python -m tests.bench_cache
 	$(BIN)/python -m tests.bench_app
+
+# With any Python that has torch for CUDA, transformers, triton and pytest: no virtual environment is made.
+gpu-check:  ## on a GPU, four minutes: tests that need one, capture and decoding beside the plain ways, as one JSON
+	$(PYTHON) -m tests.gpu.check $(ARGS)
+
+gpu-bench:  ## on a GPU, longer: 128k tokens, batches, a part of a 70B model
+	$(PYTHON) -m tests.gpu.bench $(ARGS)
 
 # ARGS=--without-tasks for a model that solves none. TEXTS: also the study of many texts; PLANS=1: plans, too (an hour).
 SHOWN := analysis/bundled/$(notdir $(MODEL))

@@ -11,8 +11,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,7 +31,7 @@ from analysis.models.memory import (
 from analysis.progress import Progress, unheard
 from analysis.texts.tokens import LONG, MIN_TOKENS, Tokens, about_tokens, tokenize
 from analysis.words import human_bytes
-from l2kv import UnsupportedModelError
+from l2kv import UnsupportedModelError, kernels
 from l2kv.config import CacheShape, layer_kinds
 from l2kv.hooks import Look, WatchedCache, watching
 from l2kv.probabilities import attention_probabilities, hide_unseen
@@ -93,7 +93,7 @@ def capture(
         tokens_per_bin=recorder.bin_width,
         token_ids=tokens.ids,
         token_spans=tokens.spans,
-        **recorder.results,
+        **{name: values.numpy() for name, values in recorder.finished(loaded.device).items()},
     )
 
 
@@ -225,14 +225,14 @@ class _Recorder:
         self.n_tokens, self.n_layers, self.look_too, self.progress = n_tokens, n_layers, look_too, progress
         self.last_queries = min(last_queries, n_tokens)
         self.bin_width = -(-n_tokens // MAX_BINS)
-        self.results: dict[str, np.ndarray] = {}  # fields of `Capture`
+        self.results: dict[str, Tensor] = {}  # fields of `Capture`, in the host's memory
         self.recorded = self.probed = 0  # layers
         self.sources: list[int] = []  # of each layer, that which caches its keys
         self.probing = False
 
     def look(self, at: Look) -> None:
         if not self.results:
-            self._allocate(at.query.shape[1], at.key.shape[1])
+            self._allocate(at.query.shape[1], at.key.shape[1], at.key.device)
         if at.key.shape[1] != self.results["key_norm"].shape[1]:
             raise UnsupportedModelError(
                 "This model has different numbers of kv heads by layer, which is not supported yet."
@@ -245,18 +245,26 @@ class _Recorder:
             self.look_too(at)
             self._record_prompt(attention, at.key[0], at.value[0], at.layer_idx)
 
-    def _allocate(self, heads: int, kv_heads: int) -> None:
+    def finished(self, device: torch.device) -> dict[str, Tensor]:
+        """The results, when all of them have come from the device."""
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return self.results
+
+    def _allocate(self, heads: int, kv_heads: int, device: torch.device) -> None:
         # All at once, before the first layer: small arrays that stay, between large ones that go, fragment the heap.
         layers, n, bins = self.n_layers, self.n_tokens, -(-self.n_tokens // self.bin_width)
         self.last_queries = min(self.last_queries, RECENT_BYTES // (4 * layers * heads * n))
+        # Into pinned memory a GPU copies while it goes on computing.
+        empty = partial(torch.empty, dtype=torch.float32, pin_memory=device.type == "cuda")
         self.results = {
-            "key_norm": np.empty((layers, kv_heads, n), np.float32),
-            "value_norm": np.empty((layers, kv_heads, n), np.float32),
-            "attention_received": np.empty((layers, heads, n), np.float32),
-            "probe_attention": np.zeros((layers, heads, n), np.float32),
-            "recent_attention": np.empty((self.last_queries, layers, heads, n), np.float32),
-            "pooled_attention": np.empty((layers, heads, bins, bins), np.uint8),
-            "pooled_scale": np.empty((layers, heads), np.float32),
+            "key_norm": empty((layers, kv_heads, n)),
+            "value_norm": empty((layers, kv_heads, n)),
+            "attention_received": empty((layers, heads, n)),
+            "probe_attention": empty((layers, heads, n)).zero_(),
+            "recent_attention": empty((self.last_queries, layers, heads, n)),
+            "pooled_attention": empty((layers, heads, bins, bins), dtype=torch.uint8),
+            "pooled_scale": empty((layers, heads)),
         }
 
     def _record_prompt(self, attention: _Attention, key: Tensor, value: Tensor, layer: int) -> None:
@@ -270,11 +278,12 @@ class _Recorder:
             "pooled_attention": (root * 255).round().to(torch.uint8),
             "pooled_scale": scale,
         }.items():
-            self.results[name][layer] = values.cpu().numpy()
+            self.results[name][layer].copy_(values, non_blocking=True)
         if self.last_queries:
             first = self.n_tokens - self.last_queries
             rows = attention.probabilities(first, self.n_tokens).tril(first - 1)  # own columns are dropped
-            self.results["recent_attention"][:, layer] = rows.transpose(0, 1).cpu().numpy()
+            for kept, row in zip(self.results["recent_attention"][:, layer], rows.unbind(1), strict=True):
+                kept.copy_(row, non_blocking=True)
         self.recorded += 1
         self._report()
 
@@ -284,7 +293,7 @@ class _Recorder:
     def _record_probe(self, attention: _Attention, layer: int) -> None:
         row = attention.probabilities(0, 1)[:, 0, :-1]  # its own column is dropped; the row is not renormalised
         # A sliding window holds the latest tokens only: to the others it pays nothing.
-        self.results["probe_attention"][layer][:, self.n_tokens - row.shape[1] :] = row.cpu().numpy()
+        self.results["probe_attention"][layer, :, self.n_tokens - row.shape[1] :].copy_(row, non_blocking=True)
         self.probed += 1
 
 
@@ -296,6 +305,11 @@ class _Attention:
         self.n_heads, self.n_queries = at.query.shape[1:3]
         self.n_keys = at.key.shape[2]
         self.mask = at.mask
+
+    @property
+    def causal(self) -> bool:
+        """True if each query sees the keys up to its own, and there are no others."""
+        return self.mask is None and self.n_queries == self.n_keys
 
     def probabilities(self, start: int, end: int) -> Tensor:
         """Of the queries start..end: float32 [H, end - start, n], n the keys that any of them can see."""
@@ -325,6 +339,21 @@ class _Attention:
 
 def _summarise(attention: _Attention, width: int, on_block: Callable[[], None]) -> tuple[Tensor, Tensor]:
     """Mean attention received [H, n], and the map pooled in bins of `width` tokens [H, P, P] (rows sum to 1)."""
+    if attention.causal and kernels.enabled(attention.key.device):
+        from l2kv.kernels.statistics import attention_statistics
+
+        on_block()
+        total, pooled, _ = attention_statistics(attention.query, attention.key, width=width, options=attention.options)
+    else:
+        total, pooled = _sum_blocks(attention, width, on_block)
+    n, bins = attention.n_keys, pooled.shape[1]
+    in_bin = torch.full((bins, 1), float(width), device=total.device)
+    in_bin[-1] = n - (bins - 1) * width
+    return total / attention.visible().clamp_min(1), pooled / in_bin
+
+
+def _sum_blocks(attention: _Attention, width: int, on_block: Callable[[], None]) -> tuple[Tensor, Tensor]:
+    """Sums of the attention that each key receives [H, n], and over each cell of bins [H, P, P]."""
     n, heads = attention.n_keys, attention.n_heads
     bins = -(-n // width)
     total = attention.query.new_zeros(heads, n, dtype=torch.float32)
@@ -338,9 +367,7 @@ def _summarise(attention: _Attention, width: int, on_block: Callable[[], None]) 
         columns = _sum_bins(rows, dim=2, width=width)
         first = start // width
         pooled[:, first : first + rows.shape[1], : columns.shape[2]] = columns
-    in_bin = torch.full((bins, 1), float(width), device=total.device)
-    in_bin[-1] = n - (bins - 1) * width
-    return total / attention.visible().clamp_min(1), pooled / in_bin
+    return total, pooled
 
 
 def _sum_bins(x: Tensor, *, dim: int, width: int) -> Tensor:

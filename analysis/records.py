@@ -19,7 +19,6 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import msgspec
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -127,7 +126,7 @@ def content_of(cls: type, text: str) -> Content:
     """Read the fields that `text_of` wrote, unchecked. Raises RecordError."""
     kind = kind_of(cls)
     with _refusing(kind, f"This is not {kind.title} that can be read"):
-        content = _in_lines(kind.lines, text) if kind.lines else msgspec.json.decode(text.encode())
+        content = _in_lines(kind.lines, text) if kind.lines else _decoded(text)
         if not isinstance(content, dict):
             raise RecordError(f"This is not {kind.title}: it is not a JSON object.")
         headed = kind.name if f"l2kv_{kind.name}" in content else kind.formerly
@@ -146,12 +145,22 @@ def from_content(cls: type[Record], content: Content) -> Record:
         return _checked(cls, content)
 
 
+def _decoded(text: str) -> Any:
+    """The JSON in a text. Raises ValueError."""
+    import msgspec
+
+    try:
+        return msgspec.json.decode(text.encode())
+    except msgspec.DecodeError as error:
+        raise ValueError(str(error)) from error
+
+
 def _in_lines(name: str, text: str) -> object:
     """The object of the first line, with the other lines as its field of that name; a last one half written is none."""
     *whole, last = text.split("\n")
-    lines = [msgspec.json.decode(line.encode()) for line in whole]
-    with suppress(msgspec.DecodeError):  # no beginning of an object is an object
-        lines.append(msgspec.json.decode(last.encode()))
+    lines = [_decoded(line) for line in whole]
+    with suppress(ValueError):  # no beginning of an object is an object
+        lines.append(_decoded(last))
     content, *items = lines
     return {name: items, **content} if isinstance(content, dict) else content
 
@@ -204,7 +213,7 @@ def load(cls: type[Record], path: str | Path) -> Record:
             metadata = file.metadata() or {}
             if f"l2kv_{kind.name}" not in metadata:
                 raise RecordError(f"{path.name} is a safetensors file, but not {kind.title}.")
-            header = msgspec.json.decode(metadata.get("header", "null").encode())
+            header = _decoded(metadata.get("header", "null"))
             if not isinstance(header, dict):
                 raise ValueError("its header is no JSON object")
             version = metadata[f"l2kv_{kind.name}"]
@@ -237,9 +246,9 @@ def _headings(path: Path) -> set[str]:
     """Names on the outermost level of a file, what it is among them; none where no record can be read from it."""
     with suppress(SafetensorError, OSError), safe_open(path, framework="numpy") as file:
         return set(file.metadata() or {})
-    with suppress(TextError, msgspec.MsgspecError, RecursionError):
+    with suppress(TextError, ValueError, RecursionError):
         text = texts.read_text(path)
-        content = msgspec.json.decode((text if text.startswith("{\n") else text.split("\n", 1)[0]).encode())
+        content = _decoded(text if text.startswith("{\n") else text.split("\n", 1)[0])
         return set(content) if isinstance(content, dict) else set()
     return set()
 
@@ -303,11 +312,16 @@ def _arrays_of(thing: object) -> dict[str, np.ndarray]:
 
 
 def _checked(cls: type[Record], content: Content, arrays: Mapping[str, np.ndarray] | None = None) -> Record:
-    """The record that a file's content is. Raises ValueError, or msgspec's ValidationError."""
+    """The record that a file's content is. Raises ValueError."""
+    import msgspec  # late, as in `_decoded`: a run of a model needs records, but neither reads nor writes any
+
     hints = get_type_hints(cls)
     for name in set(content) & set(hints):  # on the outermost level others may add what they like
         _check_known(name, content[name], hints[name])
-    return msgspec.convert({**content, **(arrays or {})}, cls, dec_hook=_array, str_keys=True)
+    try:
+        return msgspec.convert({**content, **(arrays or {})}, cls, dec_hook=_array, str_keys=True)
+    except msgspec.ValidationError as error:
+        raise ValueError(str(error)) from error
 
 
 def _check_readable(cls: type, fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray] | None = None) -> None:
@@ -318,7 +332,7 @@ def _check_readable(cls: type, fields: Mapping[str, Any], arrays: Mapping[str, n
             _check_dtypes(arrays, cls)
         made: object = _checked(cls, _plain(fields), arrays)
         check_shapes(made)
-    except (msgspec.MsgspecError, ValueError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{kind_of(cls).title} could not be read back: {error}") from error
 
 
@@ -394,7 +408,6 @@ def _refusing(kind: Kind, words: str) -> Iterator[None]:
     except RecordError:
         raise
     except (
-        msgspec.MsgspecError,
         SafetensorError,
         OSError,
         ValueError,

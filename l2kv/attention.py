@@ -1,12 +1,12 @@
 """Attention over a compressed layer. Knows no policies.
 
 It goes through the model's own attention: for all heads at once where they hold the same number of pairs, else head by
-head. A single token, the usual case, attends to the pages of all heads at once.
+head. A single token, the usual case, attends to what all heads hold at once: by a kernel on a GPU, else by pages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,14 +15,17 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from l2kv import kernels
 from l2kv.errors import UnsupportedModelError
-from l2kv.heads import of_query_heads, options_of_heads
+from l2kv.heads import numbers_on, of_query_heads, options_of_heads
 from l2kv.hooks import Attention
 from l2kv.layer import CompressedLayer
 from l2kv.parts import CodedPart, Part
 from l2kv.probabilities import QUERIES, attention_scale, hide_unseen, normalised
 from l2kv.storage.paged import Pages
 from l2kv.together import JoinedLayer
+
+_OF_KERNELS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def attend(
@@ -62,8 +65,11 @@ def attend(
     if layer.coded:
         return _of_coded(layer, query, mask, options), None
     hides_nothing = mask is None and layer.first_real is None
-    if query.shape[2] == 1 and hides_nothing and inner is ALL_ATTENTION_FUNCTIONS["sdpa"]:
-        return _of_one_token(layer, query, options), None
+    if query.shape[2] == 1 and hides_nothing:
+        if (form := softmax_form(inner, query, options)) is not None and _by_kernel(layer, query):
+            return _of_table(layer, query, form), None
+        if inner is ALL_ATTENTION_FUNCTIONS["sdpa"]:
+            return _of_one_token(layer, query, options), None
     outputs = []
     for part, of_part in zip(layer.parts(), _masks(layer, query, mask), strict=True):
         output, _ = inner(
@@ -109,6 +115,41 @@ def _hide(scores: Tensor, *, shown: Tensor | None, first: int) -> None:
         scores.masked_fill_(~shown, -torch.inf)
     else:
         scores.add_(shown)
+
+
+def softmax_form(inner: Attention, query: Tensor, options: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a kernel needs to know of an attention call: its scale, softcap and sinks; None where that is not all."""
+    if options.get("dropout"):
+        return None
+    while isinstance(inner, partial):  # another hook's, which has no say in what this one's cache holds
+        inner = inner.args[0]
+    scale = attention_scale(query, options)
+    if inner is ALL_ATTENTION_FUNCTIONS["sdpa"]:  # which takes no notice of the others
+        return {"scale": scale}
+    softcap, sinks = options.get("softcap"), options.get("s_aux")
+    if softcap is None and sinks is None:  # a model's own attention, which may be of any form
+        return None
+    return {"scale": scale, "softcap": softcap, "sinks": sinks}
+
+
+def _by_kernel(layer: CompressedLayer, query: Tensor) -> bool:
+    keys, values, *_ = layer.table
+    return (
+        kernels.enabled(query.device)
+        and query.dtype in _OF_KERNELS
+        and query.dtype == keys.dtype == values.dtype
+        and keys.stride(-1) == values.stride(-1) == 1
+        and not torch.is_autocast_enabled(query.device.type)
+    )
+
+
+def _of_table(layer: CompressedLayer, query: Tensor, form: Mapping[str, Any]) -> Tensor:
+    """Attention of one token's queries [B, H, 1, D] to all slots of a layer, by a kernel: [B, 1, H, D]."""
+    from l2kv.kernels import ragged
+
+    table = layer.table
+    held = numbers_on(query.device, layer.held_by_head)
+    return ragged.attend(query.squeeze(2), table, held, ragged.divide(table), **form)[:, None]
 
 
 def _of_one_token(layer: CompressedLayer, query: Tensor, options: dict[str, Any]) -> Tensor:

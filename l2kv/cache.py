@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PretrainedConfig
 from transformers.cache_utils import (
     CacheLayerMixin,
-    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -22,6 +21,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from l2kv.compat import DummyLayer
 from l2kv.config import check_compressible, kv_heads_by_layer
 from l2kv.errors import SpecError, UnsupportedModelError
 from l2kv.hooks import TracedCache

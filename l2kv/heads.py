@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from l2kv.hooks import Repeats
@@ -46,3 +48,9 @@ def in_model_order(output: Tensor, repeats: Repeats, kv_heads: int) -> Tensor:
         return output
     ordered: Tensor = output.unflatten(2, (kv_heads, repeats.times, -1)).transpose(2, 3).flatten(2, 4)
     return ordered.contiguous()
+
+
+@lru_cache(maxsize=1024)
+def numbers_on(device: torch.device, numbers: tuple[int, ...]) -> Tensor:
+    """Make an int32 tensor of numbers on a device, once: nothing waits for the host where it was made before."""
+    return torch.tensor(numbers, dtype=torch.int32, device=device)

@@ -27,10 +27,10 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.cache_utils import DummyLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from l2kv.compat import DummyLayer
 from l2kv.errors import UnsupportedModelError
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]

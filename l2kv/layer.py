@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
-from l2kv import ranks
+from l2kv import kernels, ranks
 from l2kv.errors import SpecError
 from l2kv.heads import of_query_heads, options_of_heads
 from l2kv.parts import CodedPart, Part, slots_of_latest, take_slots
 from l2kv.policies import POLICIES, WINDOW, Pairs, Policy
 from l2kv.probabilities import OPTIONS, QUERIES, attention_scale, normalised
 from l2kv.spec import WHOLE, CompressionSpec, Target, share
-from l2kv.storage.base import KEYS, RANKS, RECEIVED, VALUES, Storage
+from l2kv.storage.base import KEYS, RANKS, RECEIVED, VALUES, Storage, Table
 from l2kv.storage.dense import DenseStorage
 from l2kv.storage.formats import Coding, Format, fitted, joined, weightiest_channels
 from l2kv.storage.paged import PagedStorage, Pages
@@ -157,6 +158,64 @@ class CompressedLayer(CacheLayerMixin):
     def coded(self) -> bool:
         """True if the pairs held are in fewer bits or channels than they came in."""
         return self._coding is not None
+
+    @property
+    def table(self) -> Table:
+        """All slots of the pairs held, which are stored as they came."""
+        assert not self.coded
+        return self._storage.table
+
+    def check_steady(self) -> None:
+        """Raise ValueError unless steps of one token can be taken on the `table` itself, by ranks known on arrival."""
+        reason = (
+            "it is empty"
+            if self._stored is None
+            else "its rows are padded"
+            if self.first_real is not None
+            else "its pairs are in fewer bits or channels"
+            if self.spec.codes_in(self._layer_idx)
+            else "it has pinned tokens"
+            if self.spec.pinned
+            else f"the policy {self.spec.policy} ranks pairs by more than they are"
+            if not self._policy.on_arrival or self._policy.needs_token_ids or self._filters is not None or self.recorded
+            else None
+        )
+        if reason:
+            raise ValueError(f"Layer {self._layer_idx} of the cache cannot be decoded over in one graph: {reason}.")
+
+    def reserve_steps(self, steps: int) -> list[tuple[int, ...]]:
+        """Make room for so many steps of one token: what each kv head holds now, and after each."""
+        counts = [self.held_by_head, *(held for held, _ in self._steps(steps))]
+        if any(after != tuple(n + 1 for n in before) for before, after in pairwise(counts)) and (
+            not self._storage.has(RANKS)
+        ):
+            self._add_ranks(self.positions())
+        self._storage.reserve([max(of_head) + 1 for of_head in zip(*counts, strict=True)])
+        self._show()
+        return counts
+
+    def note_steps(self, steps: int) -> None:
+        """Take note of steps of one token, taken on the `table` itself."""
+        for held, evicted_at in list(self._steps(steps))[-1:]:
+            self._evicted_at = evicted_at
+            self._storage.note_held(held)
+            self.seen += steps
+        self._show()
+
+    def _steps(self, steps: int) -> Iterator[tuple[tuple[int, ...], int]]:
+        """What each kv head holds after each of the next steps of one token, and when it last evicted."""
+        held, evicted_at = self.held_by_head, self._evicted_at
+        for seen in range(self.seen + 1, self.seen + steps + 1):
+            held = tuple(n + 1 for n in held)
+            if seen - evicted_at >= self.spec.evict_every:
+                evicted_at = seen
+                held = tuple(self.spec.kept(n, seen, of) for n, of in zip(held, self._targets, strict=True))
+            yield held, evicted_at
+
+    def score(self, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+        """Score new pairs [B, Hkv, q, D] at positions [q], by which they rank: float32 [B, Hkv, q]."""
+        pairs = self._pairs(Part(tuple(range(self.n_heads)), keys, values), positions)
+        return self._policy.score(pairs).float().expand(keys.shape[:3])
 
     @property
     def pages(self) -> Pages:
@@ -379,10 +438,22 @@ class CompressedLayer(CacheLayerMixin):
             self._storage.add_buffer(RECEIVED, torch.zeros_like(self._storage.whole(RANKS), dtype=torch.float32))
         queries = query.shape[2]
         for part, positions, received in zip(self.parts(), self.positions(), self._storage[RECEIVED], strict=True):
+            if self._is_prompt(query, part) and kernels.enabled(self.device):
+                from l2kv.kernels.statistics import attention_statistics
+
+                given, _, _ = attention_statistics(query, part.keys, width=queries, options=options)
+                received += given.unflatten(0, (self.n_heads, -1)).sum(dim=1)
+                continue
             for start in range(0, queries, QUERIES):
                 end = min(start + QUERIES, queries)
                 block = self.attention(part, query[:, :, start:end], queries - end, positions, options)
                 received += block.sum(dim=(2, 3))
+
+    def _is_prompt(self, query: Tensor, part: Part | CodedPart) -> bool:
+        """True if the queries are all of one text so far, and the part holds the pair of each as it came, in order."""
+        queries = query.shape[2]
+        alone = len(query) == 1 and self.first_real is None
+        return alone and isinstance(part, Part) and not self.ragged and queries == self.seen == part.held
 
     def attention(
         self, part: Part | CodedPart, query: Tensor, later: int, positions: Tensor, options: Mapping[str, Any]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from l2kv.errors import SpecError
+from l2kv.heads import numbers_on
 from l2kv.registry import Registry
 
 if TYPE_CHECKING:
@@ -114,13 +115,13 @@ def high_norm(pairs: Pairs) -> Tensor:
 def signed_norm(pairs: Pairs) -> Tensor:
     """Keep low norms in some heads and high norms in others, as measured on the model."""
     assert pairs.directions is not None
-    sign = pairs.keys.new_tensor([1.0 if direction == "high" else -1.0 for direction in pairs.directions]).float()
+    sign = numbers_on(pairs.keys.device, tuple(1 if direction == "high" else -1 for direction in pairs.directions))
     return _norm(pairs.keys) * sign[:, None]
 
 
 def random(pairs: Pairs) -> Tensor:
     """Keep tokens at random: what any rule must beat."""
-    head = pairs.positions.new_tensor(pairs.heads)[:, None]
+    head = numbers_on(pairs.positions.device, pairs.heads)[:, None]
     # A hash, not a generator: the score of a token must not depend on how the text was cut into forward passes.
     mixed = _mix(
         _mix(_mix(pairs.positions + 1) + head + 1)

@@ -11,7 +11,7 @@ from torch import Tensor
 QUERIES = 128  # queries whose attention is worked out at a time
 OPTIONS = ("scaling", "softcap", "s_aux")
 """Options of transformers' attention call that probabilities depend on."""
-_CAST = 2**20  # numbers of half precision keys that are held in float32 at a time
+_CAST, _CAST_ON_GPU = 2**20, 2**26  # numbers of half precision keys that are held in float32 at a time
 
 
 def attention_probabilities(
@@ -73,7 +73,7 @@ def in_blocks(vectors: Tensor, decode: Callable[[Tensor], Tensor] = Tensor.float
     """Give out vectors [B, h, n, W] in float32, some at a time where they must be decoded for that."""
     batch, heads, n, width = vectors.shape
     whole = vectors.dtype == torch.float32 and decode is Tensor.float
-    step = max(1, n if whole else _CAST // (batch * heads * width))
+    step = max(1, n if whole else (_CAST_ON_GPU if vectors.is_cuda else _CAST) // (batch * heads * width))
     return (decode(vectors[:, :, start : start + step]) for start in range(0, n, step))
 
 

@@ -13,9 +13,10 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from l2kv.cache import CompressedCache, Layer, check_prepared
+from l2kv.compat import DummyLayer
 from l2kv.errors import UnsupportedModelError
 from l2kv.hooks import TracedCache
 from l2kv.layer import CompressedLayer

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,22 @@ from torch import Tensor
 KEYS, VALUES, RANKS, RECEIVED = range(4)  # buffers; the last two are there once somebody asked for them
 _GROWTH = 1 / 8  # slack of a buffer: memory given away, against how often it is copied
 _MIN_SLACK = 4
+
+
+class Table(NamedTuple):
+    """All slots of a layer's kv heads, filled or not. Head h has `rooms[h]` of them, of which the first are filled."""
+
+    keys: Tensor
+    """[B, Hkv, slots, D], or [B, 1, slots of all heads, D], one head after the other."""
+    values: Tensor
+    ranks: Tensor | None
+    """The same without D, int64, where they are kept."""
+    rooms: tuple[int, ...]
+
+    @property
+    def shared(self) -> bool:
+        """Whether the heads stand in one run of slots."""
+        return self.keys.shape[1] != len(self.rooms)
 
 
 class Storage(ABC):
@@ -44,6 +60,11 @@ class Storage(ABC):
     @abstractmethod
     def held(self) -> tuple[int, ...]:
         """Number of pairs that each kv head holds."""
+
+    @property
+    @abstractmethod
+    def rooms(self) -> tuple[int, ...]:
+        """Number of slots of each kv head, filled or not."""
 
     @abstractmethod
     def whole(self, index: int) -> Tensor:
@@ -81,6 +102,21 @@ class Storage(ABC):
             order: ranks laid out like a `whole` buffer, int64 without ties.
             kept: how many pairs each kv head keeps.
         """
+
+    @abstractmethod
+    def reserve(self, room_for: Sequence[int]) -> None:
+        """Move to buffers of its own with room for so many pairs of each kv head."""
+
+    @abstractmethod
+    def note_held(self, held: Sequence[int]) -> None:
+        """Take note of pairs that others wrote into the `table` and evicted from it."""
+
+    @property
+    def table(self) -> Table:
+        """All slots, as views."""
+        heads = () if self._slot_dim == 2 else (slice(None), None)
+        keys, values, *others = (buffer[heads] for buffer in self._buffers)
+        return Table(keys, values, others[0] if others else None, self.rooms)
 
     def __getitem__(self, index: int) -> list[Tensor]:
         """Get the filled slots of one buffer, per part: [B, h, held, ...] in storage order."""

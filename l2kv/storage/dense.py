@@ -31,6 +31,10 @@ class DenseStorage(Storage):
     def held(self) -> tuple[int, ...]:
         return (self._held,) * self._n_heads
 
+    @property
+    def rooms(self) -> tuple[int, ...]:
+        return (self._capacity,) * self._n_heads
+
     def whole(self, index: int) -> Tensor:
         return self._buffers[index][:, :, : self._held]
 
@@ -72,6 +76,13 @@ class DenseStorage(Storage):
             holes, survivors = moves(order, n)
             self._overwrite(holes + self._firsts, survivors + self._firsts)
         self._held = n
+
+    def reserve(self, room_for: Sequence[int]) -> None:
+        if not self._writable() or max(room_for) > self._capacity:
+            self._move(max(room_for))
+
+    def note_held(self, held: Sequence[int]) -> None:
+        (self._held,) = set(held)
 
     def let_go(self) -> None:
         if not self._owned and any(b.untyped_storage().nbytes() > b.nbytes for b in self._buffers):

@@ -64,6 +64,10 @@ class PagedStorage(Storage):
     def held(self) -> tuple[int, ...]:
         return self._held
 
+    @property
+    def rooms(self) -> tuple[int, ...]:
+        return tuple(self._capacities)
+
     def whole(self, index: int) -> Tensor:
         return self._buffers[index][:, None]
 
@@ -160,6 +164,14 @@ class PagedStorage(Storage):
         of_heads = [(self._starts[head], self._starts[head] + self._held[head]) for head in heads]
         lowest = [start + ranks[:, start:end].argmin(1) for start, end in of_heads]
         return torch.stack([torch.as_tensor(slots) for slots in lowest], dim=1)
+
+    def reserve(self, room_for: Sequence[int]) -> None:
+        if not self._writable() or any(n > room for n, room in zip(room_for, self._capacities, strict=True)):
+            self._move_all(room_for)
+
+    def note_held(self, held: Sequence[int]) -> None:
+        self._clear(held, self._capacities)
+        self._held, self._known_pages = tuple(held), None
 
     def let_go(self) -> None:
         if not self._owned:

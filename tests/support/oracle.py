@@ -84,12 +84,12 @@ def masked_forward(model, ids, chunks, spec, scores=None):
 
     def attention(module, query, key, value, mask, scaling=None, **_):
         batch, kv_heads, total, _ = key.shape
-        hide = torch.full((batch, query.shape[1], total, total), -torch.inf)
+        hide = torch.full((batch, query.shape[1], total, total), -torch.inf, device=key.device)
         group = query.shape[1] // kv_heads
         rows = []
         for b in range(batch):
             sign = {"low_norm": -1.0, "high_norm": 1.0}.get(spec.policy)
-            ranked = (key[b] ** 2).sum(-1).sqrt() * sign if scores is None else scores(module.layer_idx, key[b])
+            ranked = (key[b].float() ** 2).sum(-1).sqrt() * sign if scores is None else scores(module.layer_idx, key[b])
             heads = []
             for h in range(kv_heads):
                 ratio, budget = target(spec, module.layer_idx, h)
@@ -109,13 +109,13 @@ def masked_forward(model, ids, chunks, spec, scores=None):
                     for later in range(position, total):
                         visible[later][position] = True
                 held = sorted({*held, *spec.pinned})
-                hide[b, h * group : (h + 1) * group].masked_fill_(torch.tensor(visible), 0.0)
+                hide[b, h * group : (h + 1) * group].masked_fill_(torch.tensor(visible, device=key.device), 0.0)
                 heads.append(held)
             rows.append(heads)
         kept.append(rows)
-        key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
-        weights = (query @ key.transpose(-1, -2) * scaling + hide).softmax(-1)
-        return (weights @ value).transpose(1, 2), None
+        dtype, (key, value) = query.dtype, (x.repeat_interleave(group, dim=1).float() for x in (key, value))
+        weights = (query.float() @ key.transpose(-1, -2) * scaling + hide).softmax(-1)
+        return (weights @ value).transpose(1, 2).to(dtype), None
 
     with attending(model, attention), torch.no_grad():
         logits = model(ids, use_cache=False).logits
