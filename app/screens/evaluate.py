@@ -246,7 +246,9 @@ def _results(growing: Job | None) -> None:
         state.RESULTS.set(growing.result)
 
     def label(id: str) -> str:
-        return f"{names[id].name} · {names[id].about} · {names[id].created[:16].replace('T', ' ')}" if id else "none"
+        if not id:
+            return "none"
+        return " · ".join(filter(None, (names[id].name, names[id].about, names[id].created[:16].replace("T", " "))))
 
     shown = state.RESULTS.get() if state.RESULTS.get() in names else ids[0]
     left, right = st.columns(2, gap="large")
