@@ -153,6 +153,7 @@ class Timeline:
         return Sample("recorded", context, question, target)
 
 
+@records.record("what_if", version=1, title="an answer to what if tokens had stayed")
 @dataclass(frozen=True, slots=True)
 class WhatIf:
     """The continuation's NLL with tokens pinned, and without, in nats."""

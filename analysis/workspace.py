@@ -145,6 +145,19 @@ class Workspace:
         self.folder.mkdir(parents=True, exist_ok=True)
         return self.folder / f".unfinished-{_digest(asked)}.safetensors"
 
+    def answer(self, cls: type[Thing], asked: Mapping[str, Any]) -> Thing | None:
+        """Read what was kept for a question by `keep`, which no list shows; None where nothing that can be read was."""
+        with suppress(RecordError):
+            return load(cls, self._answer_file(asked))
+        return None
+
+    def keep(self, thing: object, asked: Mapping[str, Any]) -> None:
+        """Keep the answer to a question, for `answer`. Raises RecordError where it can't be written."""
+        save(thing, self._answer_file(asked))
+
+    def _answer_file(self, asked: Mapping[str, Any]) -> Path:
+        return self.folder / f".answer-{_digest(asked)}"
+
     def rename(self, id: str, name: str) -> Entry:
         """Call a record something else. Raises RecordError where there is none."""
         self.path(id)

@@ -7,25 +7,47 @@ from urllib.parse import urlencode
 
 import streamlit as st
 
+from analysis.errors import ModelError
 from app import library, state
 from app.components import markup
+from app.engine import Engine
+from l2kv.config import kv_heads_by_layer
 
 _WRITTEN = state.Slot[dict[str, str]]("address_written", {})
-_RECORDS = {name: name for name in ("run", "study", "plan", "results", "timeline", "story")} | {"with": "run"}
+_RECORDS = {name: name for name in ("run", "study", "plan", "results", "timeline", "story")}
+_RECORDS |= {"with": "run", "and": "results", "told": "story"}
 """Parameter -> kind of the record that it names."""
+_OF_ANY_MODEL = ("with",)  # parameters whose record may be of another model than the one on screen
 
 
-def read() -> None:
+def read(engine: Engine) -> None:
     """Take over what the address says, unless it was written there last; bad parts are ignored, with a notice."""
     given = {name: st.query_params[name] for name in state.IN_ADDRESS if name in st.query_params}
     if not given or given == _WRITTEN.get():
         return
-    if "model" in given and state.name_of(given["model"]) != state.model():
-        state.show_model(given["model"])
-    for name, text in given.items():
-        _take(name, text)
-    _check_fits()
     _WRITTEN.set(given)
+    for name, text in _with_model(engine, given).items():
+        _take(name, text)
+    _check_fits(engine)
+
+
+def _with_model(engine: Engine, given: dict[str, str]) -> dict[str, str]:
+    """Put the model of an address on screen, and return what else is to be taken over.
+
+    Of a model that can't be had this is nothing that belongs to a model, unless a run that is here tells of another.
+    """
+    ref = given.pop("model", "").strip()
+    if ref and state.name_of(ref) != state.model():
+        try:
+            state.choose_model(ref, engine.check)
+        except ModelError as error:
+            state.notice(
+                f"The address names the model {markup.plain(ref[:60])}, which cannot be used: "
+                f"{markup.plain(str(error))} {markup.plain(state.model())} stays on screen."
+            )
+            if not (entry := library.find(given.get("run", ""))) or entry.kind != "run":
+                return {name: text for name, text in given.items() if state.IN_ADDRESS[name] not in state.OF_MODEL}
+    return given
 
 
 def _take(name: str, text: str) -> None:
@@ -44,28 +66,52 @@ def _take(name: str, text: str) -> None:
                 "the header, under *Text and run*, and the link will work."
             )
             return
-        if kind == "run" and name == "run" and entry.model != state.model():
+        if name == "run" and entry.model != state.model():
             state.show_model(entry.model)
+        elif entry.model != state.model() and name not in _OF_ANY_MODEL:
+            state.notice(
+                f"The address names a {kind} of {markup.plain(entry.model)}, and {markup.plain(state.model())} is on "
+                "screen. It was ignored."
+            )
+            return
     slot.set(value)
 
 
-def _check_fits() -> None:
+def _check_fits(engine: Engine) -> None:
     """Ignore, with a notice, heads and layers that the model on screen does not have."""
-    run = state.run()
-    if run is None:
+    if (sizes := _sizes(engine)) is None:
         return
+    n_layers, n_heads, n_kv_heads = sizes
     for name, slots in (("layer and head", (state.LAYER, state.HEAD)), ("pinned", (state.PINNED,))):
         pair = state.PINNED.get() if name == "pinned" else (state.LAYER.get(), state.HEAD.get())
-        if pair and not (pair[0] < run.n_layers and pair[1] < run.n_heads):
+        if pair and not (pair[0] < n_layers and pair[1] < n_heads):
             state.notice(
-                f"The address names layer {pair[0]}, head {pair[1]} ({name}); this model has {run.n_layers} layers of "
-                f"{run.n_heads} heads. It was ignored."
+                f"The address names layer {pair[0]}, head {pair[1]} ({name}); this model has {n_layers} layers of "
+                f"{n_heads} heads. It was ignored."
             )
             for slot in slots:
                 slot.drop()
-    if beyond := [layer for layer in state.SKIP_LAYERS.get() if layer >= run.n_layers]:
-        state.notice(f"The address skips layer {beyond[0]}; this model has {run.n_layers}. It was ignored.")
-        state.SKIP_LAYERS.set([layer for layer in state.SKIP_LAYERS.get() if layer < run.n_layers])
+    for listed, told, n in (
+        (state.SKIP_LAYERS, "skips layer {0}; this model has {1}", n_layers),
+        (state.ONLY_KV, "names kv head {0}; this model has {1} in a layer", n_kv_heads),
+    ):
+        if beyond := [one for one in listed.get() if one >= n]:
+            state.notice(f"The address {told.format(beyond[0], n)}. It was ignored.")
+            listed.set([one for one in listed.get() if one < n])
+
+
+def _sizes(engine: Engine) -> tuple[int, int, int] | None:
+    """Numbers of layers, heads and kv heads of the model on screen; None where nothing here tells."""
+    if run := state.run():
+        return run.n_layers, run.n_heads, run.n_kv_heads
+    try:
+        config = engine.config(state.model_ref())
+    except ModelError:  # of a record
+        return None
+    if config is None:
+        return None
+    n_layers = config.num_hidden_layers
+    return n_layers, config.num_attention_heads, max(kv_heads_by_layer(config, n_layers))
 
 
 def _reason(error: ValueError) -> str:

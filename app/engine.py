@@ -21,6 +21,7 @@ from analysis.models.load import (
     check_spelling,
     load_model,
     loading_note,
+    model_config,
     model_folder,
     tokenizer_and_config,
 )
@@ -47,6 +48,7 @@ class Engine:
         self._changed = threading.Condition()
         self._loaded: LoadedModel | None = None
         self._ref: str | None = None
+        self._configs: dict[str, PretrainedConfig] = {}
 
     @property
     def loaded(self) -> LoadedModel | None:
@@ -67,9 +69,15 @@ class Engine:
         """Tokenizer and config of the resident model, or of one on this machine; None if it has to be fetched first."""
         if self._loaded is not None and self._ref == ref:
             return self._loaded.tokenizer, self._loaded.config
-        packaged = PACKAGED.get(ref)
-        here = is_fetched(packaged) if packaged else ref in allowed_models()
-        return _tokenizer_and_config(ref) if here else None
+        return _tokenizer_and_config(ref) if _is_here(ref) else None
+
+    def config(self, ref: str) -> PretrainedConfig | None:
+        """Config of a model that is on this machine or was checked; None if it has to be fetched first."""
+        if self._loaded is not None and self._ref == ref:
+            return self._loaded.config
+        if ref not in self._configs and _is_here(ref):
+            self._configs[ref] = model_config(ref)
+        return self._configs.get(ref)
 
     @contextmanager
     def turn(
@@ -108,7 +116,7 @@ class Engine:
         Raises:
             ModelError: the model is not allowed, does not exist, or cannot be loaded.
         """
-        ref = self.check(ref)
+        ref = check_allowed(ref, any_folder=self._any_folder)
 
         def fetching(done: int, total: int, what: str) -> None:
             progress(0, 0, f"{what}: {done / total:.0%}")
@@ -123,8 +131,14 @@ class Engine:
             yield loaded
 
     def check(self, ref: str) -> str:
-        """Check that the app may load a model. Raises ModelError, as `check_allowed`."""
-        return check_allowed(ref, any_folder=self._any_folder)
+        """Check that the app may load a model, and can as far as its config tells; return its name, id or path.
+
+        Raises ModelError, as `check_allowed` and `model_config`.
+        """
+        ref = check_allowed(ref, any_folder=self._any_folder)
+        if ref not in PACKAGED:
+            self._configs[ref] = model_config(ref)
+        return ref
 
     def _ahead_of(self, ticket: object) -> int:
         with self._changed:
@@ -175,6 +189,11 @@ def check_allowed(ref: str, *, any_folder: bool = False) -> str:
             "L2KV_MODEL_DIRS set to the folder that holds your models."
         )
     return str(resolved)
+
+
+def _is_here(ref: str) -> bool:
+    packaged = PACKAGED.get(ref)
+    return is_fetched(packaged) if packaged else ref in allowed_models()
 
 
 @lru_cache(maxsize=8)

@@ -22,6 +22,7 @@ from l2kv.spec import CompressionSpec
 STYLE = """<style>
 .st-key-header [data-testid="stPopover"] button { justify-content: flex-start; text-align: left; }
 .st-key-header [data-testid="stPopover"] button p { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.st-key-header [data-testid="stCaptionContainer"] p { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 </style>"""
 _OTHER = "Another model …"
 
@@ -39,7 +40,8 @@ def draw(engine: Engine, jobs: Jobs) -> None:
             state.OPENING.set(new_run.DIALOG)
         with st.popover(f":material/tune: {in_words(state.spec())}", help="Compression", width=340):
             _compression(engine)
-        st.caption(status(engine, jobs))
+        short, whole = status(engine, jobs)
+        st.caption(short, help=whole, width="stretch")
     if job is not None:
         progress_bar.draw(job)
     for said in state.notices():
@@ -67,20 +69,22 @@ def in_words(spec: CompressionSpec) -> str:
     return " · ".join(parts)
 
 
-def status(engine: Engine, jobs: Jobs) -> str:
-    """Say what is in memory, how much is free, and what the server is doing, in Markdown."""
+def status(engine: Engine, jobs: Jobs) -> tuple[str, str]:
+    """Say what is in memory, how much is free, and what the server is doing, in Markdown: in short, and in whole."""
     loaded = engine.loaded
-    at_hand = "no model in memory"
+    short = whole = "no model in memory"
     if loaded:
+        name = markup.plain(loaded.name)
+        short = "in memory" if loaded.name == state.model() else f"{name} in memory"
         other = loaded.stored not in ("", loaded.dtype)
         stored = f"stored as {loaded.stored}, computed and cached in " if other else ""
-        at_hand = f"{markup.plain(loaded.name)} in memory, {stored}{loaded.dtype} on {loaded.device}"
+        whole = f"{name} in memory, {stored}{loaded.dtype} on {loaded.device}"
     running = sum(1 for _ in jobs.running())
     waiting = max(engine.waiting - 1, 0)
     busy = f" · {running} job{'s' * (running != 1)} running" if running else ""
     busy += f" · {waiting} waiting" if waiting else ""
-    free = human_bytes(free_bytes(loaded.device if loaded else "cpu"))
-    return f":material/memory: {at_hand} · {free} free{busy}"
+    rest = f" · {human_bytes(free_bytes(loaded.device if loaded else 'cpu'))} free{busy}"
+    return f":material/memory: {short}{rest}", f"{whole}{rest}"
 
 
 def _model(engine: Engine) -> None:
@@ -92,8 +96,7 @@ def _model(engine: Engine) -> None:
     chosen = st.radio("Model", names, index=names.index(state.model()), key=f"model_choice_{state.model()}")
     if chosen != _OTHER:
         if chosen != state.model():
-            state.show_model(known[chosen])
-            st.rerun()
+            _use(engine, known[chosen])
         return
     ref = st.text_input(
         "Hub id, folder or GGUF file",
@@ -102,12 +105,18 @@ def _model(engine: Engine) -> None:
         key="model_other",
     )
     if st.button("Use this model", type="primary", disabled=not ref.strip()):
-        try:
-            state.show_model(engine.check(ref))
-        except ModelError as error:
-            st.error(markup.plain(str(error)), icon=":material/error:")
-            return
-        st.rerun()
+        _use(engine, ref.strip())
+
+
+def _use(engine: Engine, ref: str) -> None:
+    """Put a model on screen, or say why it can't be; then the one before stays."""
+    try:
+        with st.spinner("Looking at its config …", show_time=True):
+            state.choose_model(ref, engine.check)
+    except ModelError as error:
+        st.error(f"{markup.plain(str(error))} {markup.plain(state.model())} stays.", icon=":material/error:")
+        return
+    st.rerun()
 
 
 def _run_label() -> str:
@@ -214,7 +223,7 @@ def _full_layers(engine: Engine) -> list[int] | None:
     if run := state.run():
         return [layer for layer, kind in enumerate(run.layer_kinds) if kind == "full"]
     try:
-        found = engine.tokenizer_and_config(state.model_ref())
+        config = engine.config(state.model_ref())
     except ModelError:
         return None
-    return None if found is None else [i for i, kind in enumerate(layer_kinds(found[1])) if kind == "full_attention"]
+    return None if config is None else [i for i, kind in enumerate(layer_kinds(config)) if kind == "full_attention"]

@@ -20,10 +20,9 @@ from l2kv.errors import SpecError
 
 if TYPE_CHECKING:
     from analysis.models.load import LoadedModel
-    from analysis.progress import Progress
 
-Work = Callable[["LoadedModel", "Progress"], str]
-"""(model, progress, which raises to cancel) -> id of the record that it made."""
+Work = Callable[["LoadedModel", "Job"], str]
+"""(model, job, to be called as a `Progress`, which raises to cancel) -> id of the record that it made."""
 Status = Literal["running", "done", "cancelled", "failed"]
 _MOST_ENDED = 100  # jobs that are remembered once they have ended
 
@@ -52,7 +51,7 @@ class Job:
     message: str = ""
     """Why it failed."""
     result: str = ""
-    """Id of the record that it made, if it is done."""
+    """Id of the record that it made, if it is done; of one that grows as soon as it is listed."""
     started: float = field(default_factory=time.monotonic)
     ended: float | None = None
     _steps_began: tuple[float, int] | None = None
@@ -81,7 +80,7 @@ class Job:
         """End it at its next step, within a token or a layer. What it measured is kept."""
         self._cancelled.set()
 
-    def tell(self, done: int, total: int, what: str) -> None:
+    def __call__(self, done: int, total: int, what: str) -> None:
         """Take note of its progress. Raises CancelledError after `cancel`."""
         if self._cancelled.is_set():
             raise CancelledError
@@ -124,8 +123,8 @@ class Jobs:
 
     def _perform(self, job: Job, ref: str, work: Work) -> None:
         try:
-            with self._engine.lend(ref, job.tell) as loaded:
-                job.result = work(loaded, job.tell)
+            with self._engine.lend(ref, job) as loaded:
+                job.result = work(loaded, job)
             status: Status = "done"
         except CancelledError:
             status = "cancelled"

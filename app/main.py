@@ -42,7 +42,7 @@ def _drawn(page: Callable[[], None]) -> Callable[[], None]:
     """Draw a page below the header, and write its address."""
 
     def draw() -> None:
-        address.read()
+        address.read(engine())
         header.draw(engine(), jobs())
         page()
         address.write()

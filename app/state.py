@@ -25,6 +25,7 @@ from analysis.models.memory import DTYPES
 from analysis.plans.skip import Plan, skip_list
 from analysis.studies import Study
 from analysis.verdicts import VERDICTS
+from analysis.workspace import KINDS
 from app import library
 from l2kv.policies import POLICIES
 from l2kv.spec import CompressionSpec
@@ -98,7 +99,9 @@ class Slot(Generic[Value]):
         return {"key": self.key, "persist_state": "session"}
 
 
-def _within(low: float, high: float, kind: Callable[[str], Any] = int) -> Callable[[str], Any]:
+def within(low: float, high: float, kind: Callable[[str], Any] = int) -> Callable[[str], Any]:
+    """Make the reader of a number in a range."""
+
     def read(text: str) -> Any:
         value = kind(text)
         if not low <= value <= high:  # NaN too
@@ -106,6 +109,9 @@ def _within(low: float, high: float, kind: Callable[[str], Any] = int) -> Callab
         return value
 
     return read
+
+
+_NUMBERED = within(0, 9999)
 
 
 def one_of(names: Sequence[str]) -> Callable[[str], str]:
@@ -123,7 +129,7 @@ def _pair(text: str) -> tuple[int, int] | None:
     if not text:
         return None
     layer, _, head = text.partition(".")
-    return int(layer), int(head)
+    return _NUMBERED(layer), _NUMBERED(head)
 
 
 def _layers(text: str) -> tuple[int, ...]:
@@ -156,7 +162,6 @@ def _flag(text: str) -> bool:
     return one_of(("0", "1"))(text) == "1"
 
 
-_NUMBERED = _within(0, 9999)
 MODEL = Slot("model", "", Param("model", str, always=True))
 """What the model is asked for by: a name, a hub id, a folder or file. Empty: that of `demo_model`."""
 RUN = Slot("run_id", "", Param("run", str, always=True))
@@ -194,23 +199,23 @@ QUERY = Slot("query", 0, Param("query", _NUMBERED))
 """Which query is shown: 0 is the next token, 1 the text's last token, 2 the one before it, ..."""
 
 POLICY = Slot("policy", "low_norm", Param("policy", one_of(tuple(POLICIES)), always=True))
-KEEP_RATIO = Slot("keep_ratio", defaults.KEEP_RATIO, Param("keep", _within(0.01, 1, float), "{:g}".format, always=True))
-PROTECT_LAST = Slot("protect_last", defaults.RECENT_WINDOW, Param("window", _within(0, 4096), always=True))
-PROTECT_FIRST = Slot("protect_first", 0, Param("first", _within(0, 4096)))
+KEEP_RATIO = Slot("keep_ratio", defaults.KEEP_RATIO, Param("keep", within(0.01, 1, float), "{:g}".format, always=True))
+PROTECT_LAST = Slot("protect_last", defaults.RECENT_WINDOW, Param("window", within(0, 4096), always=True))
+PROTECT_FIRST = Slot("protect_first", 0, Param("first", within(0, 4096)))
 SKIP_LAYERS = Slot[Sequence[int]]("skip_layers", defaults.SKIP_LAYERS, Param("skip", _layers, _numbers, always=True))
 CACHE_DTYPE = Slot("bytes_dtype", "", Param("dtype", one_of(("", *DTYPES))))
 """Dtype that bytes are counted in; empty: the model's own."""
 
 GPU = Slot("gpu", "H100 SXM (80 GB)", Param("gpu", one_of(tuple(GPUS))))
-CACHE_TOKENS = Slot("cache_tokens", 4096, Param("cache_tokens", _within(1, 10_000_000)))
+CACHE_TOKENS = Slot("cache_tokens", 4096, Param("cache_tokens", within(1, 10_000_000)))
 """Tokens of a sequence that memory is counted for."""
-BATCH = Slot("batch", 1, Param("batch", _within(1, 4096)))
+BATCH = Slot("batch", 1, Param("batch", within(1, 4096)))
 """Sequences that are decoded at once."""
-MOST_PERPLEXITY = Slot("most_perplexity", Limits().perplexity_ratio, Param("max_ppl", _within(1, 99, float)))
-POINTS_LOST = Slot("points_lost", Limits().points_lost, Param("max_points", _within(0.1, 100, float)))
-LEAST_EXCERPTS = Slot("least_excerpts", Limits().least_excerpts, Param("min_excerpts", _within(2, 9999)))
-LEAST_SAMPLES = Slot("least_samples", Limits().least_samples, Param("min_samples", _within(2, 9999)))
-FULL_FINDS = Slot("full_finds", Limits().full_finds, Param("full_finds", _within(0.01, 1, float)))
+MOST_PERPLEXITY = Slot("most_perplexity", Limits().perplexity_ratio, Param("max_ppl", within(1, 99, float)))
+POINTS_LOST = Slot("points_lost", Limits().points_lost, Param("max_points", within(0.1, 100, float)))
+LEAST_EXCERPTS = Slot("least_excerpts", Limits().least_excerpts, Param("min_excerpts", within(2, 9999)))
+LEAST_SAMPLES = Slot("least_samples", Limits().least_samples, Param("min_samples", within(2, 9999)))
+FULL_FINDS = Slot("full_finds", Limits().full_finds, Param("full_finds", within(0.01, 1, float)))
 
 NOTICES = Slot[Mapping[str, float]]("notices", {})
 """What to say at the top of the page, as of a part of an address that was ignored, and when it was first said."""
@@ -324,28 +329,29 @@ def take_spec(spec: CompressionSpec) -> None:
     SKIP_LAYERS.set(list(spec.skip_layers))
 
 
+OF_MODEL = (
+    RUN, STUDY, PLAN, RESULTS, TIMELINE, TOKENS, STORY, OTHER_RUN, LAYER, HEAD, PINNED, QUERY, SKIP_LAYERS, ONLY_KV,
+    CACHE_DTYPE,
+)  # fmt: skip
+"""What belongs to one model, and says nothing of another."""
+
+
 def show_model(ref: str) -> None:
     """Put another model on screen. What belongs to the one before is dropped."""
     if name_of(ref) != model():
-        for slot in (
-            RUN,
-            STUDY,
-            PLAN,
-            RESULTS,
-            TIMELINE,
-            TOKENS,
-            STORY,
-            OTHER_RUN,
-            LAYER,
-            HEAD,
-            PINNED,
-            QUERY,
-            SKIP_LAYERS,
-            ONLY_KV,
-            CACHE_DTYPE,
-        ):
+        for slot in OF_MODEL:
             slot.drop()
     MODEL.set(ref)
+
+
+def choose_model(ref: str, check: Callable[[str], str]) -> None:
+    """Put a model on screen that a user names: one of which there are records, or one that passes the check.
+
+    Args:
+        check: returns what the model is asked for by, or raises ModelError, and then nothing has changed.
+    """
+    recorded = any(library.entries(kind, model=ref) for kind in KINDS)
+    show_model(ref if recorded else check(ref))
 
 
 def show_run(id: str) -> None:

@@ -12,6 +12,8 @@ import math
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -125,15 +127,32 @@ def tokenizer_and_config(ref: str | Path) -> tuple[PreTrainedTokenizerBase, Pret
     """Load the tokenizer of a model and the config of its language model, without its weights. Raises ModelError."""
     path, name = model_folder(ref), model_name(ref)
     if path.is_file():
-        from analysis.models.gguf_models import gguf_config, gguf_tokenizer
+        from analysis.models.gguf_models import gguf_tokenizer
 
-        gguf = read_gguf(path)
-        tokenizer, config = gguf_tokenizer(gguf), gguf_config(gguf)
+        tokenizer = gguf_tokenizer(read_gguf(path))
     else:
-        config = read_config(path / "config.json", name)
         tokenizer = _tokenizer(path, name)
     check_tokenizer(tokenizer, name)
-    return tokenizer, config.get_text_config(decoder=True)
+    return tokenizer, model_config(ref)
+
+
+def model_config(ref: str | Path) -> PretrainedConfig:
+    """Read the config of a model's language model, and nothing else: of a hub id, it alone is fetched.
+
+    Raises ModelError for whatever of `load_model` can be refused without tokenizer and weights.
+    """
+    text, name = str(ref).strip(), model_name(ref)
+    if text not in NAMED_MODELS and not gguf_file(text) and not _folder(text):
+        _check_hub_id(text)
+        with _fetching(hub_id := ORIGINALS.get(text, text)):
+            path = _hub_config(hub_id)
+    elif (path := model_folder(ref)).is_file():
+        from analysis.models.gguf_models import gguf_config
+
+        return gguf_config(read_gguf(path)).get_text_config(decoder=True)
+    else:
+        path = path / "config.json"
+    return read_config(path, name).get_text_config(decoder=True)
 
 
 def outline(ref: str | Path, *, device: str | None = None) -> LoadedModel:
@@ -179,13 +198,17 @@ def model_folder(ref: str | Path, *, progress: Progress = unheard) -> Path:
     if folder := _folder(text):
         _vet(folder, text)
         return folder
+    _check_hub_id(text)
+    return _fetch(ORIGINALS.get(text, text))
+
+
+def _check_hub_id(text: str) -> None:
     check_spelling(text)
     if not _HUB_ID.fullmatch(text) or text.endswith(".gguf"):
         raise ModelError(
             f"No such model: {text!r:.100}. Give a name ({', '.join(NAMED_MODELS)}), a folder or GGUF file that "
             "exists, or a Hugging Face id such as Qwen/Qwen3-0.6B."
         )
-    return _fetch(ORIGINALS.get(text, text))
 
 
 def check_spelling(text: str) -> None:
@@ -336,12 +359,31 @@ def _check_size(config: PretrainedConfig, folder: Path, name: str) -> None:
 
 
 def _fetch(hub_id: str) -> Path:
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import snapshot_download
+
+    with _fetching(hub_id):
+        _hub_config(hub_id)
+        folder = Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+    _vet(folder, hub_id)
+    return folder
+
+
+def _hub_config(hub_id: str) -> Path:
+    """The vetted config of a model on the hub."""
+    from huggingface_hub import hf_hub_download
+
+    path = Path(hf_hub_download(hub_id, "config.json"))
+    vet_config(path, hub_id)
+    return path
+
+
+@contextmanager
+def _fetching(hub_id: str) -> Iterator[None]:
+    """Turn whatever the hub's client raises within the block into a ModelError."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
-        vet_config(Path(hf_hub_download(hub_id, "config.json")), hub_id)
-        folder = Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+        yield
     except GatedRepoError as error:
         raise ModelError(f"{hub_id} is gated: accept its terms on the hub and log in with `hf auth login`.") from error
     except RepositoryNotFoundError as error:
@@ -353,8 +395,6 @@ def _fetch(hub_id: str) -> Path:
             f"{hub_id!r} is not a local folder, and could not be fetched from the Hugging Face hub "
             f"({one_line(error)}). Check the name and the connection, or give a local folder."
         ) from error
-    _vet(folder, hub_id)
-    return folder
 
 
 def _vet(folder: Path, name: str) -> None:

@@ -19,11 +19,16 @@ MOST_TOKENS = 3000  # of a strip: more is unreadable, and slow to lay out
 _SHOWN_AS = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍", "\xa0": "⍽"}
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|$<>~:^&])")
 
+# Streamlit's own colours of selected buttons, key caps and ticks have contrasts of 2.3 to 4.3.
 # Columns go below each other where they would be too narrow for a figure, not only on a phone.
 PAGE_STYLE = """<style>
 [data-testid="stColumn"] { min-width: min(26rem, 100%); }
 [class*="st-key-explain_"] { flex-wrap: nowrap; }
 [data-testid="stMainBlockContainer"] { padding-top: 4.5rem; }
+:is([data-selected="true"], [data-testid="stSliderThumbValue"]) p { color: light-dark(#4A38C9, #B0A8FA); }
+button kbd[aria-label] { color: inherit; opacity: 1; }
+.js-plotly-plot :is(.xtick, .ytick, [class^="g-x"], [class^="g-y"], .legend, .colorbar) text {
+  fill: currentColor !important; }
 [data-testid="stCaptionContainer"] { opacity: 1; }
 [data-testid="stCaptionContainer"] p { color: color-mix(in srgb, currentColor 40%, var(--st-text-color, inherit)); }
 </style>"""
@@ -77,7 +82,7 @@ def token_strip(labels: Sequence[str], kept: Sequence[bool]) -> str:
             continue
         state, word = ("l2kv-kept", "kept") if keep else ("l2kv-gone", "evicted")
         chips.append(f'<span class="{state}" title="{i}: {word}">{html.escape(visible(label))}</span>')
-    return f'{_STYLE}<div class="l2kv-strip">{"".join(chips)}</div>'
+    return f'{_STYLE}<div class="l2kv-strip" tabindex="0" role="group" aria-label="Tokens">{"".join(chips)}</div>'
 
 
 def _visible_character(c: str) -> str:

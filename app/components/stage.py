@@ -78,7 +78,7 @@ def _box(kind: str, name: str, score: str, says: str, below: str) -> str:
     badge = f'<span class="l2kv-score {score}">{word}</span>' if word else ""
     return (
         f'<div class="l2kv-cache {kind}"><div class="l2kv-name"><span>{escaped(name.capitalize())}</span>{badge}</div>'
-        f'<div class="l2kv-said">{says}</div>{below}</div>'
+        f'<div class="l2kv-said" tabindex="0" role="group" aria-label="Text">{says}</div>{below}</div>'
     )
 
 
@@ -162,7 +162,10 @@ def token_strip(labels: Sequence[str], shares: Sequence[float], marked: Sequence
         chips.append(f'<span class="{state}" style="{fill}" title="{word}">{html.escape(visible(labels[at]))}</span>')
     if shown and shown[-1] < len(labels) - 1:
         chips.append(f"<em> … {len(labels) - 1 - shown[-1]} … </em>")
-    return f'<div class="l2kv-tokens">{"".join(chips)}</div>'
+    # What scrolls can be reached with the keyboard.
+    return (
+        f'<div class="l2kv-tokens" tabindex="0" role="group" aria-label="Tokens of the prompt">{"".join(chips)}</div>'
+    )
 
 
 def _shown(n: int, marked: Sequence[int]) -> list[int]:

@@ -47,7 +47,8 @@ def draw(side: str, layer: int, head: int, jobs: Jobs) -> None:
         st.markdown(
             "A run keeps norms. Why they do or do not predict attention is in the key and query vectors of layer "
             f"{layer}: "
-            f"one more pass over the text gets them, about {duration(run.seconds)} once the model is in memory."
+            f"one more pass over the text gets them, about {duration(run.seconds)} once the model is in memory. "
+            f"Too large for the workspace, they are kept until the app is stopped, for the last {_MOST_LAYERS} layers."
         )
         if st.button(
             f"Get the vectors of layer {layer}", type="primary", icon=":material/play_arrow:", key=f"why_{side}",

@@ -40,9 +40,13 @@ OWN = "My own text"
 MODE = state.Slot("demo_mode", RECORDED, state.Param("demo", state.one_of((RECORDED, LIVE, CHAT))))
 BESIDE = state.Slot("demo_beside", "", state.Param("beside", state.one_of(("", *choices.policies()))))
 """Policy of a second compressed cache; empty: there is none."""
-BESIDE_RATIO = state.Slot("demo_beside_ratio", 0.5)
+BESIDE_RATIO = state.Slot(
+    "demo_beside_ratio", 0.5, state.Param("beside_keep", state.within(0.05, 1, float), "{:g}".format)
+)
 TOLD = state.Slot[Story | None]("demo_told", None)
 """The latest story that was told live, which grows while it is."""
+TOLD_ID = state.Slot("demo_told_id", "", state.Param("told", str))
+"""The same, once it is kept: a reload begins with it."""
 TALK: state.Slot[Chat | None] = state.Slot("demo_talk", None)
 TALK_MODEL = state.Slot("demo_talk_model", "")
 STEP = state.Slot("demo_step", 0)
@@ -273,6 +277,7 @@ def _ask_run(key: str, *, prune_after: int) -> Run:
 
 
 def _live(engine: Engine, jobs: Jobs) -> None:
+    _go_on_from_address()
     ref, shown = state.model_ref(), TOLD.get()
     begin = _presets()
     with st.container(horizontal=True, vertical_alignment="bottom"):
@@ -298,6 +303,18 @@ def _live(engine: Engine, jobs: Jobs) -> None:
         if not shown.ended:
             st.caption(":material/cancel: Cancelled: what was written until then is kept.")
         _player(shown, engine, jobs, id=f"{id(shown)}")
+
+
+def _go_on_from_address() -> None:
+    """Begin with the story that the address names and its prompt, where this session has told none yet."""
+    entry = library.find(TOLD_ID.get()) if TOLD.get() is None else None
+    if entry is None or entry.model != state.model():
+        return
+    TOLD.set(story := library.opened(Story, entry.id))
+    same = (one.name for one in presets(story.model) if (one.text, one.answer) == (story.prompt, story.answer))
+    st.session_state.update(
+        live_preset=next(same, OWN), live_prompt=story.prompt, live_answer=story.answer, live_chat=story.chat
+    )
 
 
 def _presets() -> dict[str, Preset]:
@@ -389,6 +406,7 @@ def _tell(engine: Engine, preset: Preset, run: Run) -> None:
     """Generate in this script, so that it ends within a token when the tab is closed, and draw each token."""
     place = st.empty()
     TOLD.drop()
+    TOLD_ID.drop()
     try:
         with engine.lend(state.model_ref(), _shown_in(place)) as loaded:
             from analysis.demo.telling import begin, tell
@@ -406,7 +424,8 @@ def _tell(engine: Engine, preset: Preset, run: Run) -> None:
     except (UserError, SpecError) as error:  # a SpecError: a skip list or a plan that was made for another model
         place.error(markup.plain(str(error)), icon=":material/error:")
         return
-    state.STORY.set(library.WORKSPACE.add(story, name=story.name).id)
+    TOLD_ID.set(library.WORKSPACE.add(story, name=story.name).id)
+    state.STORY.set(TOLD_ID.get())
     _at_its_end()
     st.rerun()
 
@@ -451,7 +470,8 @@ def _chat(engine: Engine, jobs: Jobs) -> None:
         run = _ask_run("chat", prune_after=_CHAT_FROM)
     start = next(iter(run.specs.values())).prune_after
     left.caption(
-        "Each cache lives on between the turns: it keeps what it kept, and reads the new message alone. Compressed: "
+        "Each cache lives on between the turns: it keeps what it kept, and reads the new message alone. A reload of "
+        "the page ends the chat. Compressed: "
         f"{header.in_words(state.spec())}" + (f", from {counted(start, 'token')} on." if start else ".")
     )
     asked, talk = (state.model(), None, *run.specs.values()), TALK.get()

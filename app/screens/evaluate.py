@@ -14,12 +14,12 @@ from analysis.errors import SettingsError, UserError
 from analysis.evaluation.methods import RANDOM, Comparison, compare, prompt_length
 from analysis.evaluation.results import Results
 from analysis.evaluation.tasks import TASKS
-from analysis.words import duration
-from app import library, state
+from analysis.words import counted, duration
+from app import address, library, state
 from app.components import choices, documents, markup, settings
 from app.components.charts import show
 from app.engine import Engine
-from app.jobs import Jobs
+from app.jobs import Job, Jobs
 from app.report.evaluation import section, told
 from app.report.writing import Section
 from l2kv.config import CacheShape
@@ -28,10 +28,12 @@ from l2kv.spec import CompressionSpec
 
 if TYPE_CHECKING:
     from analysis.models.load import LoadedModel
-    from analysis.progress import Progress
 
 TASK = state.Slot("task", "passkey", state.Param("task", state.one_of(tuple(TASKS))))
 OTHER = state.Slot("other_results", "", state.Param("and", str))
+_FOLLOWED = state.Slot("followed_job", "")
+"""Job whose results were put on screen when the first of them were there."""
+_EVERY = 3.0  # seconds between two looks at results that grow
 _RATIOS = (0.9, 0.75, 0.5, 0.25, 0.1)
 
 
@@ -85,8 +87,9 @@ def draw(engine: Engine, jobs: Jobs) -> None:
     )
     with st.expander("New evaluation", icon=":material/science:", expanded=not found, key="new_evaluation"):
         _new(engine, jobs)
-    if found:
-        _results([entry.id for entry in found])
+    job = jobs.find(state.JOB.get())
+    growing = job if job and job.running and job.kind == "results" else None
+    st.fragment(_results, run_every=_EVERY if growing else None)(growing)
 
 
 def _new(engine: Engine, jobs: Jobs) -> None:
@@ -195,7 +198,7 @@ def start(jobs: Jobs, ref: str, asked: Asked) -> str:
     """Start an evaluation, and return the job's id. The same one again goes on where it stopped."""
     title = TASKS[asked.task].title
 
-    def work(loaded: LoadedModel, progress: Progress) -> str:
+    def work(loaded: LoadedModel, job: Job) -> str:
         from analysis.evaluation.run import evaluate
         from analysis.models.digest import digest_of
 
@@ -203,6 +206,17 @@ def start(jobs: Jobs, ref: str, asked: Asked) -> str:
         file.parent.mkdir(parents=True, exist_ok=True)
         texts = asked.given(loaded)
         comparison = asked.compared(loaded, texts)
+
+        def list_them() -> None:
+            ratios = ", ".join(f"{ratio:.0%}" for ratio in asked.keep_ratios)
+            library.WORKSPACE.note_results(id, name=f"{title}, keep {ratios}, {', '.join(asked.policies[:4])}")
+            job.result = id
+
+        def progress(done: int, total: int, what: str) -> None:
+            if done and not job.result:
+                list_them()  # pages read the file itself from now on
+            job(done, total, what)
+
         try:
             evaluate(
                 loaded,
@@ -216,19 +230,26 @@ def start(jobs: Jobs, ref: str, asked: Asked) -> str:
             )
         finally:  # what was measured is listed, also if it was cancelled
             if file.exists():
-                ratios = ", ".join(f"{ratio:.0%}" for ratio in asked.keep_ratios)
-                library.WORKSPACE.note_results(id, name=f"{title}, keep {ratios}, {', '.join(asked.policies[:4])}")
+                list_them()
         return id
 
     return jobs.start(f"Measuring {title}", ref, work, kind="results").id
 
 
-def _results(ids: Sequence[str]) -> None:
-    """Choose earlier results, one or two, and show them."""
-    names = {id: entry for id in ids if (entry := library.find(id))}
+def _results(growing: Job | None) -> None:
+    """Choose earlier results, one or two, and show them; those that are being measured as far as they are."""
+    names = {entry.id: entry for entry in library.entries("results", model=state.model())}
+    if not names:
+        return
+    ids = list(names)
+    if growing and growing.result in names and _FOLLOWED.get() != growing.id:
+        _FOLLOWED.set(growing.id)
+        state.RESULTS.set(growing.result)
 
     def label(id: str) -> str:
-        return f"{names[id].name} · {names[id].about} · {names[id].created[:16].replace('T', ' ')}" if id else "none"
+        if not id:
+            return "none"
+        return " · ".join(filter(None, (names[id].name, names[id].about, names[id].created[:16].replace("T", " "))))
 
     shown = state.RESULTS.get() if state.RESULTS.get() in names else ids[0]
     left, right = st.columns(2, gap="large")
@@ -239,14 +260,19 @@ def _results(ids: Sequence[str]) -> None:
         OTHER.set("")
     other = right.selectbox("Compare with", others, format_func=label, **OTHER.widget())
     for id in filter(None, (chosen, other)):
-        _one(id, names[id].name)
+        _one(id, names[id].name, growing=growing is not None and growing.running and growing.result == id)
+    address.write()
 
 
-def _one(id: str, name: str) -> None:
+def _one(id: str, name: str, *, growing: bool) -> None:
     results = library.opened(Results, id)
     st.subheader(markup.plain(name))
+    if growing:
+        n = len(results.samples)
+        st.caption(f":material/pending: Being measured: {counted(n, 'sample')} done by all methods so far.")
     if not results.rows:
-        st.info("Not one sample is done by all methods yet. Start the same evaluation again, and it goes on.")
+        if not growing:
+            st.info("Not one sample is done by all methods yet. Start the same evaluation again, and it goes on.")
         return
     made = _section(id, library.version_of(id))
     for words in made.words:
@@ -270,7 +296,7 @@ def _one(id: str, name: str) -> None:
             "JSON lines", lambda: library.path_of(id).read_bytes(), f"{id}.jsonl", "application/jsonl",
             icon=":material/download:", on_click="ignore", key=f"json_{id}",
         )  # fmt: skip
-        if st.button("Delete", icon=":material/delete:", key=f"delete_{id}"):
+        if st.button("Delete", icon=":material/delete:", key=f"delete_{id}", disabled=growing):
             library.WORKSPACE.delete(id)
             state.RESULTS.drop()
             st.rerun()

@@ -1,6 +1,6 @@
 """The eviction time machine, a section of Explore: record a generation, scrub through it, and ask "what if".
 
-The strip is `app.components.timeline`. What was asked of a recording is kept as long as the server runs.
+The strip is `app.components.timeline`. What was asked of a recording is kept in the workspace.
 """
 
 from __future__ import annotations
@@ -38,8 +38,6 @@ _FIELDS = ("record_prompt", "record_question", "record_continuation", "record_ch
 _MOST_LISTED = 8
 _FURTHER_ROW = 0.4  # of the time of one row, what another takes in the same batch: SmolLM2 on a CPU
 _STYLE = "<style>.st-key-shortlist button p { text-align: left; }</style>"
-_ANSWERS: dict[tuple[str, tuple[int, ...]], WhatIf] = {}
-"""(id of the recording, pinned tokens) -> what they would have changed."""
 
 
 def draw(engine: Engine, jobs: Jobs) -> None:
@@ -116,7 +114,7 @@ def _shortlist(id: str, recorded: Timeline, jobs: Jobs) -> None:
             heads = int((recorded.evicted[:, token] != 0).sum())
             share = f"{100 * most[token]:.1f} %"
             told = f"evicted by {heads} of {recorded.n_heads} heads, up to {share} of a head's attention before"
-            answer = _ANSWERS.get((id, (token,)))
+            answer = _answer(id, (token,))
             measured = f"; had it stayed **{_change(answer)}** nats/token" if answer else ""
             st.button(
                 f"**{name}**: {told}{measured}",
@@ -125,7 +123,7 @@ def _shortlist(id: str, recorded: Timeline, jobs: Jobs) -> None:
                 on_click=state.TOKENS.set,
                 args=((token,),),
             )
-    open_ones = [(token,) for token in listed if (id, (token,)) not in _ANSWERS]
+    open_ones = [(token,) for token in listed if _answer(id, (token,)) is None]
     if open_ones:
         took = duration(_seconds(recorded, len(open_ones)))
         if st.button(f"Ask for each of these (about {took})", icon=":material/history:", key="ask_all"):
@@ -165,7 +163,7 @@ def _detail(id: str, recorded: Timeline, jobs: Jobs) -> None:
 
 def _what_if(id: str, recorded: Timeline, chosen: tuple[int, ...], gone: int, jobs: Jobs) -> None:
     """Ask for the counterfactual, or tell it."""
-    answer = _ANSWERS.get((id, chosen))
+    answer = _answer(id, chosen)
     if answer is None:
         if not gone:
             st.caption("No head evicted it: nothing would be different.")
@@ -202,6 +200,14 @@ def _change(answer: WhatIf) -> str:
     return f"{answer.change:+.3f}".replace("-", "\N{MINUS SIGN}")
 
 
+def _question(id: str, tokens: Sequence[int]) -> dict[str, object]:
+    return {"what if they had stayed": sorted(tokens), "timeline": id}
+
+
+def _answer(id: str, tokens: Sequence[int]) -> WhatIf | None:
+    return library.WORKSPACE.answer(WhatIf, _question(id, tokens))
+
+
 def _ask(jobs: Jobs, id: str, choices: Sequence[tuple[int, ...]]) -> str:
     """Start to measure what each choice of tokens would have changed, and return the job's id."""
 
@@ -209,7 +215,7 @@ def _ask(jobs: Jobs, id: str, choices: Sequence[tuple[int, ...]]) -> str:
         from analysis.generations import what_if
 
         for answer in what_if(loaded, library.opened(Timeline, id), choices, progress=progress):
-            _ANSWERS[id, answer.pinned] = answer
+            library.WORKSPACE.keep(answer, _question(id, answer.pinned))
         return id
 
     return jobs.start("What if tokens had stayed", state.model_ref(), work, kind="timeline").id

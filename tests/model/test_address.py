@@ -1,8 +1,12 @@
 """The address holds what is on screen: a fresh session that opens it shows the same, and bad parts are named."""
 
+import json
+import shutil
+
 import pytest
 from streamlit.testing.v1 import AppTest
 
+from analysis.models.load import BUNDLED
 from app import library
 
 RUNS = {entry.model: entry.id for entry in library.entries("run") if library.is_bundled(entry.id)}
@@ -20,8 +24,9 @@ def shown(**params):
         import streamlit as st
 
         from app import address, state
+        from app.engine import Engine
 
-        address.read()
+        address.read(Engine())
         for said in state.notices():
             st.warning(said)
         address.write()
@@ -84,3 +89,51 @@ def test_a_part_that_cannot_be_is_ignored_and_named(name, text, said):
     told, warnings = shown(**{name: text})
     assert len(warnings) == 1 and said in warnings[0]
     assert told == shown()[0]
+
+
+@pytest.mark.parametrize(
+    ("ref", "said"),
+    [
+        ("/no/such", "must be allowed by whoever runs the app"),
+        ("books-5n", "Did you mean books-5m?"),
+        ("no such name", "No such model"),
+        ("nobody/nothing-here", "could not be fetched"),
+        ("{folders}/encoder", "decoder"),
+        ("{folders}/empty", "has no config.json"),
+        ("{folders}/quantised", "is quantised"),
+    ],
+)
+def test_a_model_that_cannot_be_is_refused_where_it_is_named_and_the_one_before_stays(ref, said, tmp_path, monkeypatch):
+    monkeypatch.setenv("L2KV_MODEL_DIRS", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    configs = {
+        "encoder": {"model_type": "bert", "architectures": ["BertModel"]},
+        "quantised": {"model_type": "llama", "quantization_config": {"quant_method": "gptq"}},
+        "empty": None,
+    }
+    for name, config in configs.items():
+        (folder := tmp_path / name).mkdir()
+        (folder / "model.safetensors").touch()
+        if config:
+            (folder / "config.json").write_text(json.dumps(config))
+    ref = ref.replace("{folders}", str(tmp_path))
+    told, warnings = shown(model=ref, run="0" * 12, layer="99", skip="50", keep="0.25")
+    (warning,) = (text.replace("\\", "") for text in warnings)
+    assert said in warning and "smollm2 stays on screen" in warning
+    assert told == shown(keep="0.25")[0]
+
+
+def test_settings_of_another_model_are_refused_even_if_there_is_no_run_to_hold_them_against(tmp_path, monkeypatch):
+    monkeypatch.setenv("L2KV_MODEL_DIRS", str(tmp_path))
+    shutil.copytree(BUNDLED / "books-5m", tmp_path / "mine")
+    told, warnings = shown(model=str(tmp_path / "mine"), layer="99", head="1", skip="0,99", kv="9", pinned="1.50")
+    assert told["model"] == str(tmp_path / "mine") and told["skip"] == "0"
+    assert not {"layer", "pinned", "kv"} & {name for name in told if name != "layer"} and told["layer"] == "0"
+    for said in ("layer 99, head 1", "skips layer 99; this model has 6", "kv head 9", "layer 1, head 50"):
+        assert sum(said in warning for warning in warnings) == 1, said
+
+
+def test_records_of_another_model_are_refused():
+    plans = {entry.model: entry.id for entry in library.entries("plan") if library.is_bundled(entry.id)}
+    told, (warning,) = shown(model="books-5m", plan=plans["smollm2"])
+    assert "names a plan of smollm2" in warning and "plan" not in told

@@ -11,6 +11,7 @@ from app import engine as engine_module
 from app.components import markup
 from app.engine import Engine, check_allowed
 from tests.support.paths import BUNDLED
+from tests.support.screens import opened
 
 HOSTILE = [
     "<b>",
@@ -131,3 +132,14 @@ def test_folders_are_opened_only_where_the_operator_allowed(monkeypatch, tmp_pat
     with pytest.raises(ModelError):
         check_allowed(f"{BUNDLED}/../../..")
     assert check_allowed(" Qwen/Qwen3-0.6B ") == "Qwen/Qwen3-0.6B" and check_allowed("books-5m") == "books-5m"
+
+
+def test_a_model_that_cannot_be_is_refused_where_it_is_typed_and_the_one_before_stays(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    page = opened("evaluate")
+    page.radio(key="model_choice_books-5m").set_value("Another model …").run()
+    for ref, said in (("/no/such", "must be allowed"), ("smollm3", "Did you mean"), ("a/b", "could not be fetched")):
+        page.text_input(key="model_other").set_value(ref).run()
+        next(button for button in page.button if button.label == "Use this model").click().run()
+        assert not page.exception and said in page.error[0].value and "stays" in page.error[0].value
+        assert "".join(page.query_params["model"]) == "books-5m"

@@ -118,6 +118,18 @@ def test_a_second_compression_stands_beside_the_first_and_text_that_was_edited_i
     assert "<script" not in stage(page).split("</style>")[1] and "<img" not in stage(page)
 
 
+def test_a_reload_shows_what_was_told_last_from_its_own_prompt(monkeypatch):
+    offer(monkeypatch, Preset("Another", "A"))
+    page = opened(demo="Live", beside="random", beside_keep="0.75")
+    page.text_area(key="live_prompt").set_value(SEA).run()
+    page.number_input(key="live_new").set_value(3).run()
+    page.button(key="tell_story").click().run()
+    link = {name: "".join(values) for name, values in page.query_params.items()}
+    again = opened(**link)
+    assert link["beside_keep"] == "0.75" and stage(again) == stage(page) and "random, 75% kept" in stage(again).lower()
+    assert again.text_area(key="live_prompt").value == SEA and "earlier settings" not in said(again)
+
+
 def test_the_plan_in_force_is_told_with_and_another_compression_beside_it(monkeypatch, workspace):
     offer(monkeypatch, Preset("No task", SEA))
     spec = CompressionSpec(layer_ratios={0: 0.9, 1: 0.1}, protect_last=4)

@@ -77,14 +77,20 @@ def test_what_was_measured_is_listed_and_opens_by_its_link(server, workspace):
     assert again.dataframe[0].value.equals(table)
 
 
-def test_a_cancelled_evaluation_keeps_its_rows_and_goes_on_when_started_again(server, workspace, monkeypatch):
+def test_rows_are_shown_as_they_come_kept_when_cancelled_and_not_computed_again(server, workspace, monkeypatch):
     monkeypatch.setattr(batches, "TOKENS_AT_ONCE", 1000)  # else it is done with the first batch
     page = a_small_passkey(opened(server))
     page.number_input(key="task_passkey_keys").set_value(40).run()
     page.button(key="start_evaluation").click().run()
     job = server[1].find("".join(page.query_params["job"]))
-    while job.running and not job.done:
-        time.sleep(0.01)
+    while job.running and not page.dataframe:
+        time.sleep(0.05)
+        page.run()
+    assert job.running and not page.exception
+    so_far = page.dataframe[0].value["n"]
+    assert len(set(so_far)) == 1 and 0 < so_far[0] < 120 and "Being measured" in "".join(c.value for c in page.caption)
+    (delete,) = (button for button in page.button if button.label == "Delete")
+    assert delete.disabled  # the file is being written
     job.cancel()
     while job.running:
         time.sleep(0.01)

@@ -1,5 +1,6 @@
 """The page Explore as Streamlit runs it, without a browser: its values, its controls, and what it says of bad input."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +21,7 @@ from app.engine import Engine
 from app.jobs import Jobs
 from l2kv.policies import POLICIES
 from l2kv.spec import CompressionSpec
+from tests.support import paths
 from tests.support.runs import random_run
 
 BUNDLED = {entry.model: entry.id for entry in library.entries("run") if library.is_bundled(entry.id)}
@@ -45,7 +47,7 @@ def explored(**params):
 
         if "jobs" not in st.session_state:
             st.session_state["jobs"] = Jobs(Engine())
-        address.read()
+        address.read(st.session_state["jobs"]._engine)
         for said in state.notices():
             st.warning(said)
         explore.draw(st.session_state["jobs"]._engine, st.session_state["jobs"])
@@ -249,8 +251,10 @@ def test_a_run_that_is_too_short_says_so_and_every_view_of_it_opens(workspace):
         assert not explored(run=id, view=view, skip_first="1", pinned="0.1").error
 
 
-def test_a_model_without_a_run_says_how_to_make_one():
-    page = explored(model="elsewhere")
+def test_a_model_without_a_run_says_how_to_make_one(tmp_path, monkeypatch):
+    shutil.copytree(paths.BUNDLED / "books-5m", tmp_path / "elsewhere")
+    monkeypatch.setenv("L2KV_MODEL_DIRS", str(tmp_path))
+    page = explored(model=str(tmp_path / "elsewhere"))
     assert "There is no run of elsewhere yet" in told(page) and not page.get("echarts_chart")
 
 

@@ -17,9 +17,10 @@ def workspace(tmp_path, monkeypatch):
 def opened():
     def script():
         from app import address
+        from app.engine import Engine
         from app.screens import help
 
-        address.read()
+        address.read(Engine())
         help.draw()
         address.write()
 

@@ -43,7 +43,7 @@ def opened(form=False, **params):
         if "jobs" not in st.session_state:
             st.session_state.jobs = Jobs(Engine())
         engine, jobs = st.session_state.jobs._engine, st.session_state.jobs
-        address.read()
+        address.read(engine)
         header.draw(engine, jobs)
         st.title("Explore")
         if form:  # a dialog is gone as soon as AppTest runs the script again
@@ -132,6 +132,7 @@ def test_what_if_tells_the_change_that_a_plain_loop_measures(loaded, recorded):
     assert f"{change} nats/token" in words(page) and f"for {gone} pairs more" in words(page)
     assert len(page.get("plotly_chart")) == 3
     assert "What if it had stayed?" not in [one.label for one in page.button]
+    assert f"{change} nats/token" in words(opened(timeline=id, tokens=str(first[0])))  # in a fresh session
 
 
 def test_the_whole_shortlist_is_asked_for_at_once(recorded):

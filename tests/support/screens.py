@@ -15,7 +15,7 @@ def opened(screen, *, model="books-5m", server=None, **params):
         from app import address, header
 
         page = import_module(f"app.screens.{screen}")  # before the address is read: pages add parameters to it
-        address.read()
+        address.read(engine)
         header.draw(engine, jobs)
         page.draw(engine, jobs)
         address.write()
