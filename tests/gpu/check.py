@@ -443,6 +443,7 @@ def main(sections: Mapping[str, Section] = SECTIONS, *, limit: float = 240, argu
         parser.error("there is no CUDA device. --tiny tries the script on a CPU.")
     device = torch.device("cpu" if asked.tiny else "cuda:0")
     if asked.tiny:
+        os.environ.setdefault(SWITCH, "triton")  # in its interpreter
         torch.set_num_threads(1)
     run = Run(device, asked.tiny, time.monotonic() + asked.seconds, asked.output)
     parts = [part.strip().lower() for part in asked.only.split(",") if part.strip()]
