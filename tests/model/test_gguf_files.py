@@ -149,5 +149,5 @@ def test_the_app_runs_a_file_and_names_how_it_is_stored_computed_and_cached(gguf
     assert job.status == "done", job.message
     run = library.run(job.result)
     assert (run.text, run.dtype, run.stored) == ("the end of the thing", "float32", "float16")
-    told = header.status(of, jobs).replace("\\", "")
+    told = header.status(of, jobs)[1].replace("\\", "")
     assert "tiny in memory, stored as float16, computed and cached in float32 on cpu" in told

@@ -21,7 +21,7 @@ from app.engine import Engine
 from app.jobs import Jobs
 from l2kv.policies import POLICIES
 from l2kv.spec import CompressionSpec
-from tests.support import paths
+from tests.support.paths import BUNDLED as FOLDER
 from tests.support.runs import random_run
 
 BUNDLED = {entry.model: entry.id for entry in library.entries("run") if library.is_bundled(entry.id)}
@@ -252,7 +252,7 @@ def test_a_run_that_is_too_short_says_so_and_every_view_of_it_opens(workspace):
 
 
 def test_a_model_without_a_run_says_how_to_make_one(tmp_path, monkeypatch):
-    shutil.copytree(paths.BUNDLED / "books-5m", tmp_path / "elsewhere")
+    shutil.copytree(FOLDER, tmp_path / "elsewhere")
     monkeypatch.setenv("L2KV_MODEL_DIRS", str(tmp_path))
     page = explored(model=str(tmp_path / "elsewhere"))
     assert "There is no run of elsewhere yet" in told(page) and not page.get("echarts_chart")
