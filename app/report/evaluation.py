@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import inf
+from math import floor, inf, log10
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -192,12 +192,16 @@ def _words(method: str) -> str:
 
 
 def told(value: Any) -> Any:
-    """An interval as one cell of a table, anything else as it is."""
+    """An interval as one cell of a table, to the places that its width makes worth reading; anything else as it is."""
     if not isinstance(value, Interval):
         return value
-    mean, low, high = (f"{end:.3g}".replace("-", "\N{MINUS SIGN}") for end in (value.value, value.low, value.high))
     if np.isnan(value.value):
         return "undefined"
+    width = value.high - value.low
+    places = min(max(2 - floor(log10(width)), 0), 4) if width > 0 else 3
+    mean, low, high = (
+        f"{end:.{places}f}".replace("-", "\N{MINUS SIGN}") for end in (value.value, value.low, value.high)
+    )
     return mean if np.isnan(value.low) else f"{mean} ({low} to {high})"
 
 

@@ -280,7 +280,7 @@ def _one(id: str, name: str, *, growing: bool) -> None:
     st.dataframe(
         _summary(id, library.version_of(id)),
         hide_index=True,
-        column_config={"MiB held": st.column_config.NumberColumn(format="%.2f")},
+        column_config=dict.fromkeys(("MiB held", "MiB allocated"), st.column_config.NumberColumn(format="%.2f")),
         key=f"summary_{id}",
     )
     for i, drawing in enumerate(made.drawings):
@@ -313,5 +313,5 @@ def _summary(id: str, version: library.Version) -> list[dict[str, Any]]:
     """A row for each method: what it scores, what it holds, and how far it is from the full cache."""
     results = library.opened(Results, id)
     rows = results.summary(replace(TASKS[results.task], axes=()))
-    titles = {"samples": "n", "MiB": "MiB held"}
+    titles = {"samples": "n", "MiB": "MiB held", "allocated_MiB": "MiB allocated"}
     return [{titles.get(name, name.replace("_", " ")): told(value) for name, value in row.items()} for row in rows]
