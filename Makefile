@@ -58,7 +58,7 @@ gpu-bench:  ## on a GPU, longer: 128k tokens, batches, a part of a 70B model
 SHOWN ?= analysis/bundled/$(notdir $(MODEL))
 MADE := demo/$(notdir $(MODEL))
 MEASURED := needle.jsonl study.safetensors causal.json front.json
-demo: $(VENV)/dev.stamp  ## all that the app opens with again: an hour on two cores
+demo: $(VENV)/dev.stamp  ## all that the app opens with, made again
 	@echo "1 of 5: presets, a run, a recorded generation and stories"
 	$(BIN)/python -m analysis demo $(TEXTS) --model $(MODEL) $(ARGS) -o $(MADE)
 	$(MAKE) $(MEASURED:%=$(MADE)/%)
