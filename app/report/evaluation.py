@@ -39,9 +39,11 @@ SCORES = {
 }
 
 
-def section(
-    results: Results, *, heading: str = "", by_position: Sequence[str] = ("perplexity_ratio", "accuracy")
-) -> Section:
+POSITIONED = ("perplexity_ratio", "accuracy")
+"""Scores of predicted tokens that are drawn by their position, unless others are asked for."""
+
+
+def section(results: Results, *, heading: str = "", by_position: Sequence[str] = POSITIONED) -> Section:
     """The section of results of a task: what they hold in drawings, and their summary as a table.
 
     Args:
@@ -64,7 +66,7 @@ def section(
         *results.notes,
     )
     maps = tuple(_maps(results, task))
-    drawings = (_by_bytes(results, task), *maps, *_by_positions(results, by_position))
+    drawings = (_by_bytes(results, task), *maps, *by_positions(results, by_position))
     columns = 1 if maps else 2  # a map for each method takes the whole width
     rows = [{name: told(value) for name, value in row.items()} for row in results.summary(task)]
     return Section(
@@ -127,8 +129,8 @@ def _maps(results: Results, task: Task) -> Iterator[Drawing]:
     )
 
 
-def _by_positions(results: Results, names: Sequence[str]) -> Iterator[Drawing]:
-    """A figure for each score and budget, since the lines of all budgets would hide each other."""
+def by_positions(results: Results, names: Sequence[str] = POSITIONED) -> Iterator[Drawing]:
+    """Draw scores by the position in the text: a figure for each of `names` and each budget, whose lines would mix."""
     try:
         n = len(results.positions)
     except SettingsError:  # nothing was predicted, or at other positions in each sample

@@ -20,8 +20,8 @@ from app.components import choices, documents, markup, settings
 from app.components.charts import show
 from app.engine import Engine
 from app.jobs import Job, Jobs
-from app.report.evaluation import section, told
-from app.report.writing import Section
+from app.report.evaluation import by_positions, section, told
+from app.report.writing import Drawing, Section
 from l2kv.config import CacheShape
 from l2kv.errors import SpecError
 from l2kv.spec import CompressionSpec
@@ -284,7 +284,11 @@ def _one(id: str, name: str, *, growing: bool) -> None:
         key=f"summary_{id}",
     )
     for i, drawing in enumerate(made.drawings):
-        show(drawing.figure, key=f"{id}_{i}", alt=drawing.alt, caption=f"**{drawing.title}.** {drawing.caption}")
+        _draw(drawing, f"{id}_{i}")
+    if along := _along(id, library.version_of(id)):  # one at a time: there may be a dozen
+        titles = [drawing.title for drawing in along]
+        at = st.selectbox("Along the text", range(len(along)), format_func=titles.__getitem__, key=f"along_{id}")
+        _draw(along[at], f"{id}_along_{at}")
     with st.expander("Every answer", icon=":material/table:", key=f"rows_{id}"):
         st.dataframe(results.frame(), hide_index=True, key=f"frame_{id}")
     with st.container(horizontal=True):
@@ -302,10 +306,20 @@ def _one(id: str, name: str, *, growing: bool) -> None:
             st.rerun()
 
 
+def _draw(drawing: Drawing, key: str) -> None:
+    show(drawing.figure, key=key, alt=drawing.alt, caption=f"**{drawing.title}.** {drawing.caption}")
+
+
 @library.remembered
 def _section(id: str, version: library.Version) -> Section:
     """What is said and drawn of results, as they were in that version."""
-    return section(library.opened(Results, id))
+    return section(library.opened(Results, id), by_position=())
+
+
+@library.remembered
+def _along(id: str, version: library.Version) -> tuple[Drawing, ...]:
+    """Scores by position, likewise."""
+    return tuple(by_positions(library.opened(Results, id)))
 
 
 @library.remembered
