@@ -24,7 +24,6 @@ from l2kv.attention import softmax_form
 from l2kv.cache import CompressedCache
 from l2kv.errors import UnsupportedModelError
 from l2kv.hooks import Attention, TracedCache, attention_hook
-from l2kv.kernels import ragged
 from l2kv.layer import CompressedLayer
 
 _WARM_UP = 2  # steps outside the graph: libraries choose and allocate at first use
@@ -49,7 +48,7 @@ class DecodingGraph:
     Raises:
         UnsupportedModelError: a layer is not compressed (a sliding window, a running state), or the attention is of a
             form that the kernel does not know.
-        RuntimeError: there is no GPU, or the kernels are turned off.
+        RuntimeError: there is no GPU, no triton, or the kernels are turned off.
         ValueError: the cache is empty, padded, of fewer bits, or its policy ranks pairs anew at each step.
     """
 
@@ -59,8 +58,6 @@ class DecodingGraph:
         self._before, self._taken = cache.get_seq_length(), 0
         self._graph: torch.cuda.CUDAGraph | None = None
         rows, device = self._layers[0].rows, self._layers[0].device
-        if not kernels.enabled(device):
-            raise RuntimeError(f"A DecodingGraph runs Triton kernels, which are off for the device {device}.")
         counts = [layer.reserve(steps) for layer in self._layers]  # of each layer, [steps + 1] rows of numbers by head
         self._counts = torch.tensor(list(zip(*counts, strict=True)), dtype=torch.int32, device=device)
         self._at = torch.zeros(1, dtype=torch.long, device=device)
@@ -188,7 +185,9 @@ class _GraphLayer(CacheLayerMixin):
 
     def __init__(self, layer: CompressedLayer) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # theirs
-        self._layer = layer
+        from l2kv.kernels import ragged  # late: it needs triton
+
+        self._layer, self._ragged = layer, ragged
         self.rows, self.device, self.is_initialized = layer.table.keys.shape[0], layer.device, True
 
     def reserve(self, steps: int) -> list[tuple[int, ...]]:
@@ -196,7 +195,7 @@ class _GraphLayer(CacheLayerMixin):
         counts = self._layer.reserve_steps(steps)
         self._evicts = any(after != tuple(n + 1 for n in before) for before, after in pairwise(counts))
         self._table = self._layer.table
-        self._chunks = ragged.divide(self._table)
+        self._chunks = self._ragged.divide(self._table)
         return counts
 
     def connect(self, held: Tensor, kept: Tensor, seen: Tensor) -> None:
@@ -207,16 +206,16 @@ class _GraphLayer(CacheLayerMixin):
         """Write new pairs [B, Hkv, 1, D] behind those held."""
         ranked = self._table.ranks is not None
         scores = self._layer.score(key_states, value_states, self._seen - 1) if ranked else None
-        ragged.append(self._table, self._held, self._chunks, key_states, value_states, scores, self._seen)
+        self._ragged.append(self._table, self._held, self._chunks, key_states, value_states, scores, self._seen)
         return key_states, value_states
 
     def attend(self, query: Tensor, form: Mapping[str, Any]) -> Tensor:
         """Attend with one token's queries [B, H, D] to all pairs, the new one included, and evict: [B, H, D]."""
-        output = ragged.attend(query, self._table, self._held, self._chunks, **form, extra=1)
+        output = self._ragged.attend(query, self._table, self._held, self._chunks, **form, extra=1)
         if self._evicts:
             spec = self._layer.spec
             ends = {"first": spec.protect_first, "last": spec.protect_last}
-            ragged.evict(self._table, self._held, self._kept, self._chunks, self._seen, **ends, extra=1)
+            self._ragged.evict(self._table, self._held, self._kept, self._chunks, self._seen, **ends, extra=1)
         return output
 
     def give_back(self, steps: int) -> None:
@@ -254,5 +253,7 @@ def _checked(cache: CompressedCache) -> list[_GraphLayer]:
                 f"Layer {i} does not compress ({type(layer).__name__}). Decode without a graph."
             )
         layer.check_steady()
+        if not kernels.enabled(layer.device):
+            raise RuntimeError(f"A DecodingGraph runs Triton kernels, which are off for the device {layer.device}.")
         layers.append(_GraphLayer(layer))
     return layers

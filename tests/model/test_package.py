@@ -16,8 +16,13 @@ from tests.support.paths import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 NEEDS = {"l2kv": (), "analysis": ("analysis",), "app": ("analysis", "app")}  # extras of each package
-OTHERS = {"analysis": ("eval", "ray")}  # extras that single modules need
-WITH_OTHERS = ("analysis.evaluation.harness", "analysis.evaluation.cluster")  # and those modules
+OTHERS = {"l2kv": ("gpu",), "analysis": ("eval", "ray")}  # extras that single modules need
+WITH_OTHERS = (
+    "l2kv.kernels.ragged",
+    "l2kv.kernels.statistics",
+    "analysis.evaluation.harness",
+    "analysis.evaluation.cluster",
+)  # and those modules
 BLOCKS = {
     f"{page} {number}": block
     for page in ("README.md", "docs/library.md")
