@@ -91,7 +91,7 @@ def _curve(front: Front | None, run: Capture) -> None:
     def clicked() -> None:
         points = st.session_state["tune_front"].selection.points
         if points and points[0]["curve_number"] < len(lines):  # the last one is the full cache
-            _use_point(front, list(lines)[points[0]["curve_number"]], points[0]["point_index"])
+            _use_point(front, lines[list(lines)[points[0]["curve_number"]]][points[0]["point_index"]])
 
     st.plotly_chart(
         figures.front(front_lines(front), full_mib=front.full_nbytes / _MIB),
@@ -106,14 +106,14 @@ def _curve(front: Front | None, run: Capture) -> None:
         names, best = list(lines), _least(front)
         name = st.selectbox("Strategy", names, names.index(best.strategy), format_func=title_of, key="tune_line")
         ratios = [point.keep_ratio for point in lines[name]]
-        point = st.selectbox(
+        st.selectbox(
             "Keep ratio",
-            range(len(ratios)),
+            ratios,
             ratios.index(best.keep_ratio) if best.keep_ratio in ratios else 0,
-            format_func=lambda i: f"{lines[name][i].keep_ratio:.0%}",
+            format_func="{:.0%}".format,
             key="tune_point",
         )
-        st.button("Use this point", on_click=_use_point, args=(front, name, point), key="use_point")
+        st.button("Use this point", on_click=_use_chosen, args=(front,), key="use_point")
     with st.expander("The numbers", icon=":material/table:"):
         rows = [
             row | {"strategy": title_of(row["strategy"]), "nll_change": str(row["nll_change"])} for row in front.table()
@@ -167,16 +167,21 @@ def _proxy(run: Capture) -> None:
     )  # fmt: skip
 
 
-def _use_point(front: Front, strategy: str, place: int) -> None:
+def _use_chosen(front: Front) -> None:
+    """Put in force what the boxes show now, which may be more than the page has been drawn for."""
+    strategy, ratio = st.session_state["tune_line"], st.session_state["tune_point"]
+    _use_point(front, min(front.lines[strategy], key=lambda point: abs(point.keep_ratio - ratio)))
+
+
+def _use_point(front: Front, point: FrontPoint) -> None:
     """Put a measured point in force: in the header's controls where they can say it, else as a plan."""
-    point = front.lines[strategy][place]
     spec = point.spec
     beyond_the_controls = (spec.budget, spec.layer_ratios, spec.head_ratios, spec.directions, spec.prune_after)
     if spec.policy in choices.policies() and not any(beyond_the_controls):
         state.take_spec(spec)
         return
-    interval = front.interval(point)
-    _use_plan(Plan(front.model, spec, note=f"{title_of(strategy)}, keep {point.keep_ratio:.0%}: NLL {interval}"))
+    note = f"{title_of(point.strategy)}, keep {point.keep_ratio:.0%}: NLL {front.interval(point)}"
+    _use_plan(Plan(front.model, spec, note, front.planned_on))
 
 
 def _use_plan(plan: Plan) -> None:
@@ -280,19 +285,21 @@ def _table(run: Capture, measured: Ablation | None, judged: Study, spec: Compres
     )
 
 
-def _curves(run: Capture) -> tuple[LossCurves, str]:
-    """Loss curves to plan from, and what they are of."""
+def _curves(run: Capture) -> tuple[LossCurves, tuple[str, ...], str]:
+    """Loss curves to plan from, the names of their texts, and what they are of in words."""
     study = state.study()
     if study is not None and study.curves is not None and study.protect_last == state.PROTECT_LAST.get():
-        return curves_of(study), counted(len(study.names), "text")
-    return library.curves_of(state.run_id(), int(state.PROTECT_LAST.get())), f"one text of {run.n_tokens:,} tokens"
+        return curves_of(study), study.names, counted(len(study.names), "text")
+    names = library.study_of_run(state.run_id(), "next token").names
+    curves = library.curves_of(state.run_id(), int(state.PROTECT_LAST.get()))
+    return curves, names, f"one text of {run.n_tokens:,} tokens"
 
 
 def _allocate(run: Capture) -> None:
     """Divide the budget of the header among the kv heads, by what is known of their attention."""
     st.subheader("Make a plan")
     offered = choices.strategies()
-    curves, of = _curves(run)
+    curves, names, of = _curves(run)
     with st.container(horizontal=True, vertical_alignment="bottom"):
         if _STRATEGY.get() not in offered:
             _STRATEGY.drop()
@@ -326,7 +333,7 @@ def _allocate(run: Capture) -> None:
     note = f"{title_of(strategy)}, keep {ratio:.0%}, from {of}"
     st.button(
         "Use this plan", icon=":material/check:", type="primary", key="use_plan",
-        on_click=lambda: _use_plan(Plan(run.model, made.to_spec(), note=note)),
+        on_click=lambda: _use_plan(Plan(run.model, made.to_spec(), note, names)),
     )  # fmt: skip
 
 
@@ -338,8 +345,13 @@ def _export(run: Capture) -> None:
     st.markdown(f"In force: {header.in_words(spec)}.")
     script, kvpress, file = st.tabs(["Script", "kvpress", "Plan (JSON)"])
     with script:
-        st.code(library_code(spec, state.model_ref()), language="python", wrap_lines=True)
-        st.caption("Runs as pasted in a fresh Python, with every chosen value in it.")
+        decision = library.decision(library.evidence(state.model()), spec, state.limits(), state.plan())
+        code = library_code(spec, state.model_ref(), told=decision.told(spec))
+        st.code(code, language="python", wrap_lines=True)
+        st.caption(
+            "Every chosen value is in it. It needs l2kv: run it in the environment of `make app`, or `pip install` "
+            "this project's folder."
+        )
     with kvpress:
         if spec.policy in BY_NORM:
             code = kvpress_code(spec, run.cache_shape, state.model_ref(), n_layers=run.n_layers)
