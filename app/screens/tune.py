@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 _MIB = 2**20
 _RULES = {"threshold": "threshold", "count": "number", "gap": "widest gap"}
 _BY = {"cost": "Measured cost/MiB", "alr": "ALR, a proxy"}
-_STRATEGY = state.Slot("strategy", "by_head", state.Param("strategy", state.one_of(tuple(STRATEGIES))))
+_STRATEGY = state.Slot("strategy", "", state.Param("strategy", state.one_of(("", *STRATEGIES))))
+"""Strategy of the plan to make; empty until the page is drawn: then `_first_strategy`."""
 
 
 def draw(engine: Engine, jobs: Jobs) -> None:
@@ -62,7 +63,7 @@ def draw(engine: Engine, jobs: Jobs) -> None:
     with right:
         _layers(run, ablation)
     st.divider()
-    _allocate(run)
+    _allocate(run, front)
     st.divider()
     _export(run)
     st.divider()
@@ -139,11 +140,14 @@ def _least(front: Front) -> FrontPoint:
 def _best(front: Front) -> str:
     """What predicts best at the header's keep ratio, beside the best that keeps the same ratio everywhere."""
     best, uniform = _least(front), front.best("uniform").get(_near(front))
-    told = f"At {100 * best.keep_ratio:.3g} % of the pairs **{title_of(best.strategy)}** predicts best: "
+    told = f"By the mean at {100 * best.keep_ratio:.3g} % of the pairs **{title_of(best.strategy)}** predicts best: "
     told += f"{_change(front, best)} nats/token, perplexity × {np.exp(best.mean):.3f}"
     if uniform is None or uniform is best:
         return f"{told}."
-    return f"{told}; {title_of(uniform.strategy)}: {_change(front, uniform)}, × {np.exp(uniform.mean):.3f}."
+    told += f"; {title_of(uniform.strategy)}: {_change(front, uniform)}, × {np.exp(uniform.mean):.3f}."
+    if any(one.plan is best and one.verdict == "not told apart" for one in front.comparisons()):
+        told += " By intervals that hold for all comparisons at once they are not told apart, so it may be luck."
+    return told
 
 
 def _change(front: Front, point: FrontPoint) -> str:
@@ -295,14 +299,24 @@ def _curves(run: Capture) -> tuple[LossCurves, tuple[str, ...], str]:
     return curves, names, f"one text of {run.n_tokens:,} tokens"
 
 
-def _allocate(run: Capture) -> None:
+def _first_strategy(front: Front | None, offered: Collection[str]) -> str:
+    """The strategy to begin with: of the plans offered the best by the mean at the header's keep ratio."""
+    if front is not None and front.points:
+        near, plans = _near(front), [name for name in offered if STRATEGIES[name].kind == "plan"]
+        points = [point for point in front.points if point.keep_ratio == near and point.strategy in plans]
+        if points:
+            return min(points, key=lambda point: point.mean).strategy
+    return "by_head"
+
+
+def _allocate(run: Capture, front: Front | None) -> None:
     """Divide the budget of the header among the kv heads, by what is known of their attention."""
     st.subheader("Make a plan")
     offered = choices.strategies()
     curves, names, of = _curves(run)
     with st.container(horizontal=True, vertical_alignment="bottom"):
         if _STRATEGY.get() not in offered:
-            _STRATEGY.drop()
+            _STRATEGY.set(_first_strategy(front, offered))
         strategy = st.selectbox(
             "Allocation strategy", list(offered), format_func=title_of, help=choices.explained(offered),
             **_STRATEGY.widget(),

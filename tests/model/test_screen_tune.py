@@ -2,7 +2,9 @@
 
 import pytest
 
+from analysis.plans.front import Front
 from analysis.plans.skip import Plan
+from analysis.plans.strategies import STRATEGIES
 from analysis.workspace import Workspace
 from app import library
 from tests.support.screens import opened as opened_screen
@@ -84,6 +86,18 @@ def test_a_point_is_used_as_the_boxes_show_it_even_if_the_page_is_not_drawn_sinc
     page.selectbox(key="tune_point").set_value(0.7)
     page.button(key="use_point").click().run()
     assert not page.exception and (link(page)["policy"], link(page)["keep"]) == ("high_norm", "0.7")
+
+
+def test_it_says_what_predicts_best_by_the_mean_and_that_it_may_be_luck_and_plans_by_it_where_it_can():
+    page = opened("smollm2")
+    assert "No plan is told apart as better than the best uniform" in said(page)
+    front = library.opened(Front, library.entries("front", model="smollm2")[0].id)
+    plans = [point for point in front.points if point.keep_ratio == 0.5 and STRATEGIES[point.strategy].kind == "plan"]
+    offered = [point for point in plans if not STRATEGIES[point.strategy].needs_costs]
+    first = min(offered, key=lambda point: point.mean).strategy
+    assert page.selectbox(key="strategy").value == first == link(page)["strategy"]
+    page.selectbox(key="strategy").set_value("by_head").run()
+    assert link(page)["strategy"] == "by_head" and not page.exception
 
 
 def test_a_plan_from_the_run_is_saved_and_in_force(workspace):
