@@ -20,6 +20,7 @@ from analysis.evaluation.results import Results, results_so_far
 from analysis.measures import attention_lost, by_kv_head
 from analysis.metrics import METRICS, HeadValues, by_query, metrics
 from analysis.plans.curves import LossCurves, loss_curves
+from analysis.plans.skip import Plan
 from analysis.records import load, load_any
 from analysis.statistics import Means, Stability, means, stability
 from analysis.stories import Story
@@ -243,6 +244,9 @@ def curves_of(id: str, protect_last: int) -> LossCurves:
 
 
 @remembered
-def decision(stamps: tuple[tuple[str, int], ...], spec: CompressionSpec, limits: Limits) -> Decision:
-    """Decide on a compression by `evidence`."""
-    return gathered(stamps).decide(spec, limits=limits)
+def decision(
+    stamps: tuple[tuple[str, int], ...], spec: CompressionSpec, limits: Limits, plan: Plan | None = None
+) -> Decision:
+    """Decide by `evidence` on a compression, or on a plan where it is of one."""
+    known = gathered(stamps)
+    return known.decide_plan(plan, limits=limits) if plan else known.decide(spec, limits=limits)

@@ -104,6 +104,17 @@ class Decision:
     def __str__(self) -> str:
         return f"{self.answer}. {self.why}"
 
+    def told(self, spec: CompressionSpec) -> tuple[str, ...]:
+        """Say how the compression asked about, or the plan, stands: what stands above its script.
+
+        The answer, then each line of the checklist that does not pass, with what was measured.
+        """
+        of_plan = spec == self.plan
+        first = "GO WITH A PLAN. This is the plan." if of_plan and self.answer is Answer.GO_WITH_A_PLAN else str(self)
+        failed = (Status.FAILED, Status.NOT_YET)
+        checks = [check for check in (self.plan_checks if of_plan else self.checks) if check.status in failed]
+        return first, *(f"{check.asks} {check.status.capitalize()}. {check.says}" for check in checks)
+
 
 def decide(
     results: Iterable[Results],
@@ -154,6 +165,36 @@ def decide(
     if answer in (Answer.GO, Answer.GO_WITH_A_PLAN):
         why += _not_judged(planned if answer is Answer.GO_WITH_A_PLAN else asked)
     return Decision(answer, why, asked, plan, planned, smallest)
+
+
+def decide_plan(
+    results: Iterable[Results],
+    plan: CompressionSpec,
+    *,
+    planned_on: Collection[str] = (),
+    weights: str = "",
+    limits: Limits | None = None,
+) -> Decision:
+    """Decide whether a plan may replace the full cache, whatever bytes it holds.
+
+    Args:
+        results, planned_on, weights, limits: as for `decide`.
+
+    Raises:
+        SettingsError: as `decide`.
+    """
+    limits, given = limits or Limits(), tuple(one for one in results if one.rows)
+    _check_one_model(given, weights)
+    checks = _checks(given, plan, limits)
+    if planned_on or plan.layer_ratios or plan.head_ratios or plan.directions:  # else it was made from no texts
+        checks = (*checks, _on_other_texts(given, plan, planned_on))
+    match _outcome(checks):
+        case Status.PASSED:
+            return Decision(Answer.GO, f"This plan passes every check that applies.{_not_judged(checks)}", checks)
+        case Status.NOT_YET:
+            return Decision(Answer.NOT_YET, f"To be measured of this plan: {_missing(checks)}.", checks)
+    failed = [check for check in checks if check.status is Status.FAILED]
+    return Decision(Answer.NO_GO, f"This plan fails {len(failed)} of {len(checks)} checks.", checks)
 
 
 def _check_one_model(results: Sequence[Results], weights: str) -> None:
@@ -276,7 +317,7 @@ def _points(value: float) -> str:
 def _not_yet(asks: str, n: int, needed: int, noun: str) -> Check:
     says = f"Measured on {n} of the {counted(needed, noun)} that it takes." if n else "Not measured."
     missing = f"{needed - n}{' more' if n else ''} {noun}{'s' * (needed - n != 1)}"
-    return Check(asks, Status.NOT_YET, says, f"{n} of {needed}" if n else "", n, missing)
+    return Check(asks, Status.NOT_YET, says, f"{n} of {needed} measured" if n else "", n, missing)
 
 
 def _undefined(asks: str, pairs: _Pairs) -> Check:
@@ -294,23 +335,28 @@ def bytes_beside(results: Iterable[Results], plan: CompressionSpec, spec: Compre
 def _fair(
     results: Sequence[Results], plan: CompressionSpec, spec: CompressionSpec, planned_on: Collection[str]
 ) -> tuple[Check, Check]:
-    """Whether a plan holds no more bytes than the compression, and was measured on texts that it was not made from."""
+    """Whether a plan holds no more bytes than the compression, and was measured on other texts than made it."""
     asks, ratio = "Does the plan hold no more bytes?", bytes_beside(results, plan, spec)
     if isnan(ratio):
         held = Check(asks, Status.NOT_YET, "Not measured.", missing="the plan and the compression side by side")
     else:
         says = f"It holds × {ratio:.3f} of them; × {1 + SAME_BYTES:g} is allowed."
         held = Check(asks, Status.PASSED if ratio <= 1 + SAME_BYTES else Status.FAILED, says)
+    return held, _on_other_texts(results, plan, planned_on)
+
+
+def _on_other_texts(results: Sequence[Results], plan: CompressionSpec, planned_on: Collection[str]) -> Check:
+    """Whether a plan was measured on texts that it was not made from."""
     asks = "Was the plan measured on other texts than it was made from?"
     pairs = _pairs(results, "lm", plan)
     if pairs is None or not planned_on:
         told = "Not measured." if pairs is None else "The texts that it was made from are not known."
-        return held, Check(asks, Status.NOT_YET, told, missing="a plan from known texts, on others")
+        return Check(asks, Status.NOT_YET, told, missing="a plan from known texts, on others")
     if same := set(planned_on) & {*pairs.results.samples, *pairs.results.documents}:
         says = f"{counted(len(same), 'text')} of those measured made the plan, such as {min(same)}."
-        return held, Check(asks, Status.FAILED, says)
+        return Check(asks, Status.FAILED, says)
     says = f"It was made from {counted(len(set(planned_on)), 'text')}, and measured on {len(pairs.results.samples)}."
-    return held, Check(asks, Status.PASSED, says)
+    return Check(asks, Status.PASSED, says)
 
 
 def _family(results: Sequence[Results], spec: CompressionSpec) -> list[CompressionSpec]:

@@ -14,7 +14,7 @@ from math import ceil, inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from analysis.decision.checklist import RETRIEVAL, Answer, Decision, Limits, bytes_beside, decide
+from analysis.decision.checklist import RETRIEVAL, Answer, Decision, Limits, bytes_beside, decide, decide_plan
 from analysis.decision.planning import best_plan, strategies
 from analysis.decision.speed import RUNS, STEPS, WARM_UP, Speed, measure_speed
 from analysis.defaults import EXCERPTS, PROMPT_TOKENS
@@ -118,6 +118,14 @@ class Evidence:
         alone = [decide(self._oldest_first, spec, weights=weights, limits=limits)]
         return min(decisions or alone, key=_how_good)
 
+    def decide_plan(self, plan: Plan, *, weights: str = "", limits: Limits | None = None) -> Decision:
+        """Decide on a plan by itself; the texts that made it are those of any known plan that is equal.
+
+        Raises as the function of this name.
+        """
+        known = (one.planned_on for one in (plan, *self.plans) if one.spec == plan.spec and one.planned_on)
+        return decide_plan(self._oldest_first, plan.spec, planned_on=next(known, ()), weights=weights, limits=limits)
+
     def _same_budget(self, plan: CompressionSpec, spec: CompressionSpec) -> bool:
         ratio = bytes_beside(self.results, plan, spec)
         return abs(ratio - 1) <= _ABOUT_THE_SAME  # of NaN it is not
@@ -169,6 +177,8 @@ class Measurement:
     """Texts by name, half of which are planned on; None is the bundled prose."""
     strategies: tuple[str, ...] = ()
     """Allocation strategies that the plan is chosen from; by default all that need no measured costs."""
+    plan: Plan | None = None
+    """The plan whose compression it is: measured beside the full cache alone, without other ratios or a plan made."""
 
     @cached_property
     def estimate(self) -> Estimate:
@@ -272,6 +282,8 @@ class Measurement:
         return NeedleSettings(lengths=(context,), depths=DEPTHS, samples=each) if task == "needle" else None
 
     def _methods(self, plan: CompressionSpec) -> Methods:
+        if self.plan:
+            return {FULL: None, "plan": plan}
         ratios = [self.spec.keep_ratio, *(ratio for ratio in LADDER if ratio > self.spec.keep_ratio)]
         name = self.spec.policy.replace("_", " ")
         methods: dict[str, CompressionSpec | None] = {FULL: None}
@@ -313,6 +325,8 @@ class Measurement:
 
     @cached_property
     def _known_plan(self) -> Plan | None:
+        if self.plan:
+            return self.plan
         plans = (self.workspace.open(Plan, one.id) for one in self.workspace.entries("plan", model=self.loaded.name))
         return next((one for one in plans if one.note.endswith(f"({self._asked})")), None)
 

@@ -83,12 +83,14 @@ def savings(
 _CHOSEN = ("keep_ratio", "policy", "skip_layers", "protect_last", "prune_after")  # written down even as by default
 
 
-def library_code(spec: CompressionSpec, ref: str) -> str:
-    """Write a Python script that generates with a spec by this library and runs as pasted.
+def library_code(spec: CompressionSpec, ref: str, *, told: Iterable[str] = ()) -> str:
+    """Write a Python script that generates with a spec, where this library is installed.
 
     Args:
         ref: the model: a name that `load_model` knows, a GGUF file, a folder or a hub id.
+        told: lines to begin with, as comments: how the compression was judged (`Decision.told`).
     """
+    lines = "".join(textwrap.fill(line, 118, initial_indent="# ", subsequent_indent="#   ") + "\n" for line in told)
     by_ids = POLICIES[spec.policy].needs_token_ids
     names = f"CompressedCache, CompressionSpec, compressible{', load_policy' if OF_FILE.fullmatch(spec.policy) else ''}"
     names += ", special_ids" if by_ids else ""
@@ -102,8 +104,8 @@ def library_code(spec: CompressionSpec, ref: str) -> str:
             f"tokenizer = AutoTokenizer.from_pretrained({_quoted(ref)})\n"
         )
     arguments = "".join(f"    {argument},\n" for argument in _arguments(spec))
-    return f"""# In this project's folder: pip install -r requirements.txt
-# Run it there too, or with that folder on PYTHONPATH: l2kv is not on the package index.
+    return f"""{lines}# Needs l2kv, which is not on the package index: run it in the environment of `make app` (.venv in
+# this project's folder), or pip install that folder.
 {imports}
 {load}
 spec = CompressionSpec(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 _MIB = 2**20
 _RULES = {"threshold": "threshold", "count": "number", "gap": "widest gap"}
 _BY = {"cost": "Measured cost/MiB", "alr": "ALR, a proxy"}
-_STRATEGY = state.Slot("strategy", "by_head", state.Param("strategy", state.one_of(tuple(STRATEGIES))))
+_STRATEGY = state.Slot("strategy", "", state.Param("strategy", state.one_of(("", *STRATEGIES))))
+"""Strategy of the plan to make; empty until the page is drawn: then `_first_strategy`."""
 
 
 def draw(engine: Engine, jobs: Jobs) -> None:
@@ -62,7 +63,7 @@ def draw(engine: Engine, jobs: Jobs) -> None:
     with right:
         _layers(run, ablation)
     st.divider()
-    _allocate(run)
+    _allocate(run, front)
     st.divider()
     _export(run)
     st.divider()
@@ -91,7 +92,7 @@ def _curve(front: Front | None, run: Capture) -> None:
     def clicked() -> None:
         points = st.session_state["tune_front"].selection.points
         if points and points[0]["curve_number"] < len(lines):  # the last one is the full cache
-            _use_point(front, list(lines)[points[0]["curve_number"]], points[0]["point_index"])
+            _use_point(front, lines[list(lines)[points[0]["curve_number"]]][points[0]["point_index"]])
 
     st.plotly_chart(
         figures.front(front_lines(front), full_mib=front.full_nbytes / _MIB),
@@ -106,14 +107,14 @@ def _curve(front: Front | None, run: Capture) -> None:
         names, best = list(lines), _least(front)
         name = st.selectbox("Strategy", names, names.index(best.strategy), format_func=title_of, key="tune_line")
         ratios = [point.keep_ratio for point in lines[name]]
-        point = st.selectbox(
+        st.selectbox(
             "Keep ratio",
-            range(len(ratios)),
+            ratios,
             ratios.index(best.keep_ratio) if best.keep_ratio in ratios else 0,
-            format_func=lambda i: f"{lines[name][i].keep_ratio:.0%}",
+            format_func="{:.0%}".format,
             key="tune_point",
         )
-        st.button("Use this point", on_click=_use_point, args=(front, name, point), key="use_point")
+        st.button("Use this point", on_click=_use_chosen, args=(front,), key="use_point")
     with st.expander("The numbers", icon=":material/table:"):
         rows = [
             row | {"strategy": title_of(row["strategy"]), "nll_change": str(row["nll_change"])} for row in front.table()
@@ -139,11 +140,14 @@ def _least(front: Front) -> FrontPoint:
 def _best(front: Front) -> str:
     """What predicts best at the header's keep ratio, beside the best that keeps the same ratio everywhere."""
     best, uniform = _least(front), front.best("uniform").get(_near(front))
-    told = f"At {100 * best.keep_ratio:.3g} % of the pairs **{title_of(best.strategy)}** predicts best: "
+    told = f"By the mean at {100 * best.keep_ratio:.3g} % of the pairs **{title_of(best.strategy)}** predicts best: "
     told += f"{_change(front, best)} nats/token, perplexity × {np.exp(best.mean):.3f}"
     if uniform is None or uniform is best:
         return f"{told}."
-    return f"{told}; {title_of(uniform.strategy)}: {_change(front, uniform)}, × {np.exp(uniform.mean):.3f}."
+    told += f"; {title_of(uniform.strategy)}: {_change(front, uniform)}, × {np.exp(uniform.mean):.3f}."
+    if any(one.plan is best and one.verdict == "not told apart" for one in front.comparisons()):
+        told += " By intervals that hold for all comparisons at once they are not told apart, so it may be luck."
+    return told
 
 
 def _change(front: Front, point: FrontPoint) -> str:
@@ -167,16 +171,21 @@ def _proxy(run: Capture) -> None:
     )  # fmt: skip
 
 
-def _use_point(front: Front, strategy: str, place: int) -> None:
+def _use_chosen(front: Front) -> None:
+    """Put in force what the boxes show now, which may be more than the page has been drawn for."""
+    strategy, ratio = st.session_state["tune_line"], st.session_state["tune_point"]
+    _use_point(front, min(front.lines[strategy], key=lambda point: abs(point.keep_ratio - ratio)))
+
+
+def _use_point(front: Front, point: FrontPoint) -> None:
     """Put a measured point in force: in the header's controls where they can say it, else as a plan."""
-    point = front.lines[strategy][place]
     spec = point.spec
     beyond_the_controls = (spec.budget, spec.layer_ratios, spec.head_ratios, spec.directions, spec.prune_after)
     if spec.policy in choices.policies() and not any(beyond_the_controls):
         state.take_spec(spec)
         return
-    interval = front.interval(point)
-    _use_plan(Plan(front.model, spec, note=f"{title_of(strategy)}, keep {point.keep_ratio:.0%}: NLL {interval}"))
+    note = f"{title_of(point.strategy)}, keep {point.keep_ratio:.0%}: NLL {front.interval(point)}"
+    _use_plan(Plan(front.model, spec, note, front.planned_on))
 
 
 def _use_plan(plan: Plan) -> None:
@@ -280,22 +289,34 @@ def _table(run: Capture, measured: Ablation | None, judged: Study, spec: Compres
     )
 
 
-def _curves(run: Capture) -> tuple[LossCurves, str]:
-    """Loss curves to plan from, and what they are of."""
+def _curves(run: Capture) -> tuple[LossCurves, tuple[str, ...], str]:
+    """Loss curves to plan from, the names of their texts, and what they are of in words."""
     study = state.study()
     if study is not None and study.curves is not None and study.protect_last == state.PROTECT_LAST.get():
-        return curves_of(study), counted(len(study.names), "text")
-    return library.curves_of(state.run_id(), int(state.PROTECT_LAST.get())), f"one text of {run.n_tokens:,} tokens"
+        return curves_of(study), study.names, counted(len(study.names), "text")
+    names = library.study_of_run(state.run_id(), "next token").names
+    curves = library.curves_of(state.run_id(), int(state.PROTECT_LAST.get()))
+    return curves, names, f"one text of {run.n_tokens:,} tokens"
 
 
-def _allocate(run: Capture) -> None:
+def _first_strategy(front: Front | None, offered: Collection[str]) -> str:
+    """The strategy to begin with: of the plans offered the best by the mean at the header's keep ratio."""
+    if front is not None and front.points:
+        near, plans = _near(front), [name for name in offered if STRATEGIES[name].kind == "plan"]
+        points = [point for point in front.points if point.keep_ratio == near and point.strategy in plans]
+        if points:
+            return min(points, key=lambda point: point.mean).strategy
+    return "by_head"
+
+
+def _allocate(run: Capture, front: Front | None) -> None:
     """Divide the budget of the header among the kv heads, by what is known of their attention."""
     st.subheader("Make a plan")
     offered = choices.strategies()
-    curves, of = _curves(run)
+    curves, names, of = _curves(run)
     with st.container(horizontal=True, vertical_alignment="bottom"):
         if _STRATEGY.get() not in offered:
-            _STRATEGY.drop()
+            _STRATEGY.set(_first_strategy(front, offered))
         strategy = st.selectbox(
             "Allocation strategy", list(offered), format_func=title_of, help=choices.explained(offered),
             **_STRATEGY.widget(),
@@ -326,7 +347,7 @@ def _allocate(run: Capture) -> None:
     note = f"{title_of(strategy)}, keep {ratio:.0%}, from {of}"
     st.button(
         "Use this plan", icon=":material/check:", type="primary", key="use_plan",
-        on_click=lambda: _use_plan(Plan(run.model, made.to_spec(), note=note)),
+        on_click=lambda: _use_plan(Plan(run.model, made.to_spec(), note, names)),
     )  # fmt: skip
 
 
@@ -338,8 +359,13 @@ def _export(run: Capture) -> None:
     st.markdown(f"In force: {header.in_words(spec)}.")
     script, kvpress, file = st.tabs(["Script", "kvpress", "Plan (JSON)"])
     with script:
-        st.code(library_code(spec, state.model_ref()), language="python", wrap_lines=True)
-        st.caption("Runs as pasted in a fresh Python, with every chosen value in it.")
+        decision = library.decision(library.evidence(state.model()), spec, state.limits(), state.plan())
+        code = library_code(spec, state.model_ref(), told=decision.told(spec))
+        st.code(code, language="python", wrap_lines=True)
+        st.caption(
+            "Every chosen value is in it. It needs l2kv: run it in the environment of `make app`, or `pip install` "
+            "this project's folder."
+        )
     with kvpress:
         if spec.policy in BY_NORM:
             code = kvpress_code(spec, run.cache_shape, state.model_ref(), n_layers=run.n_layers)

@@ -49,12 +49,15 @@ def draw(engine: Engine, jobs: Jobs, pages: Mapping[str, StreamlitPage]) -> None
     Args:
         pages: pages that lines of the checklist link to, by the paths of their addresses.
     """
-    asked = state.uniform_spec()
+    asked, plan = state.spec(), state.plan()
     stamps = library.evidence(state.model())
-    decision = library.decision(stamps, asked, state.limits())
+    decision = library.decision(stamps, asked, state.limits(), plan)
     chosen = decision.plan if decision.answer is Answer.GO_WITH_A_PLAN and decision.plan else asked
     st.html(_STYLE)
-    st.title("Can I halve this cache?" if asked.keep_ratio == 0.5 else "Can I compress this cache?")
+    if plan:
+        st.title("Can I use this plan?")
+    else:
+        st.title("Can I halve this cache?" if asked.keep_ratio == 0.5 else "Can I compress this cache?")
     if _answer(decision, asked):
         _measure(engine, jobs)
     speed = library.gathered(stamps).speed_of(chosen) or library.gathered(stamps).speed_of(asked)
@@ -71,10 +74,10 @@ def draw(engine: Engine, jobs: Jobs, pages: Mapping[str, StreamlitPage]) -> None
         st.subheader("Checklist", width="content")
         with st.popover("Limits", icon=":material/rule:"):
             _limits()
-    _checklist("As set", decision.checks, pages)
+    _checklist("The plan in force" if plan else "As set", decision.checks, pages)
     if decision.plan_checks:
         _checklist("With a plan of the same bytes", decision.plan_checks, pages)
-    _script(chosen)
+    _script(chosen, decision)
     savings.table(engine, chosen)
 
 
@@ -105,8 +108,11 @@ def _answer(decision: Decision, asked: CompressionSpec) -> bool:
 
 def _use_plan(spec: CompressionSpec) -> None:
     known = {library.opened(Plan, one.id).spec: one.id for one in library.entries("plan", model=state.model())}
-    id = known.get(spec) or library.WORKSPACE.add(Plan(state.model(), spec, "From the Verdict"), name="Verdict").id
-    state.PLAN.set(id)
+    if spec not in known:  # it is of a Pareto front
+        plans = library.gathered(library.evidence(state.model())).plans
+        made = next(plan for plan in plans if plan.spec == spec)
+        known[spec] = library.WORKSPACE.add(made, name="Verdict").id
+    state.PLAN.set(known[spec])
 
 
 # ---------------------------------------------------------------------------------------------------------- the tiles
@@ -116,7 +122,10 @@ def _quality(decision: Decision) -> None:
     of_plan = decision.answer is Answer.GO_WITH_A_PLAN
     prediction, *retrieval = (decision.plan_checks if of_plan else decision.checks)[:3]
     st.markdown("**Quality**" + (" with the plan" if of_plan else ""))
-    st.metric("Perplexity against the full cache", prediction.short or "Not yet measured", label_visibility="visible")
+    not_yet = prediction.status is Status.NOT_YET
+    st.metric("Perplexity against the full cache", "Not yet measured" if not_yet else prediction.short)
+    if not_yet and prediction.n:
+        st.caption(prediction.says)
     if (ends := prediction.measured) is not None:
         nats = f"{signed(log(ends.value), 3)} nats/token"
         st.caption(f"95 % × {ends.low:.3f} to {ends.high:.3f}; {nats}; {prediction.n} excerpts")
@@ -201,9 +210,9 @@ def _limits() -> None:
     st.caption("The ends of 95 % intervals are held against the limits, not means.")
 
 
-def _script(spec: CompressionSpec) -> None:
-    with st.expander("Use it: a script that runs as pasted", icon=":material/code:"):
-        st.code(library_code(spec, state.model_ref()), language="python", wrap_lines=True)
+def _script(spec: CompressionSpec, decision: Decision) -> None:
+    with st.expander("Use it: a script", icon=":material/code:"):
+        st.code(library_code(spec, state.model_ref(), told=decision.told(spec)), language="python", wrap_lines=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring
@@ -212,11 +221,11 @@ def _script(spec: CompressionSpec) -> None:
 @st.dialog("Measure", width="large")
 def _measure(engine: Engine, jobs: Jobs) -> None:
     """Say what will be measured and how long it takes, and start it."""
-    spec, ref = state.uniform_spec(), state.model_ref()
+    spec, ref = state.spec(), state.model_ref()
+    beside = "" if state.plan() else ", with larger keep ratios, and with a plan of the same bytes"
     st.markdown(
-        f"Measures **{markup.plain(state.model())}** with {in_words(spec)}, with larger keep ratios, and with a plan "
-        "of the same bytes: prediction of prose, passkeys, needles, and decoding speed. Nothing is measured "
-        "twice, and what is measured before you cancel is kept."
+        f"Measures **{markup.plain(state.model())}** with {in_words(spec)}{beside}: prediction of prose, passkeys, "
+        "needles, and decoding speed. Nothing is measured twice, and what is measured before you cancel is kept."
     )
     with st.container(key="measure_sizes"):
         left, middle, right = st.columns(3)
@@ -250,10 +259,11 @@ def start(
     jobs: Jobs, ref: str, spec: CompressionSpec, sizes: Sizes, texts: Mapping[str, str], known: Estimate | None
 ) -> str:
     """Start the whole measurement, and return the job's id."""
+    plan = state.plan()
 
     def work(loaded: LoadedModel, progress: Progress) -> str:
         progress(0, 0, "Timing a few tokens …" if known is None else "Planning …")
-        Measurement(loaded, spec, library.WORKSPACE, sizes, texts).run(known=known, progress=progress)
+        Measurement(loaded, spec, library.WORKSPACE, sizes, texts, plan=plan).run(known=known, progress=progress)
         return library.WORKSPACE.entries("results", model=loaded.name)[0].id
 
     return jobs.start(f"Measuring {state.model()}", ref, work, kind="results").id
@@ -269,7 +279,7 @@ def _known(ref: str, spec: CompressionSpec, sizes: Sizes, texts: Mapping[str, st
 
 
 def _asked(ref: str, spec: CompressionSpec, texts: Mapping[str, str]) -> _Asked:
-    return ref, spec, tuple(texts.items()), library.evidence(state.model())
+    return ref, spec, state.PLAN.get(), tuple(texts.items()), library.evidence(state.model())
 
 
 def _estimate(engine: Engine, ref: str, spec: CompressionSpec, sizes: Sizes, texts: Mapping[str, str]) -> Estimate:
@@ -282,7 +292,7 @@ def _estimate(engine: Engine, ref: str, spec: CompressionSpec, sizes: Sizes, tex
         place.caption(markup.plain(what))
 
     with st.spinner("Timing a few tokens …", show_time=True), engine.lend(ref, show) as loaded:
-        found = Measurement(loaded, spec, library.WORKSPACE, sizes, texts).estimate
+        found = Measurement(loaded, spec, library.WORKSPACE, sizes, texts, plan=state.plan()).estimate
     place.empty()
     asked = _asked(ref, spec, texts)
     _ESTIMATES.set({asked: {**_ESTIMATES.get().get(asked, {}), sizes: found}})

@@ -2,7 +2,9 @@
 
 import pytest
 
+from analysis.plans.front import Front
 from analysis.plans.skip import Plan
+from analysis.plans.strategies import STRATEGIES
 from analysis.workspace import Workspace
 from app import library
 from tests.support.screens import opened as opened_screen
@@ -67,15 +69,35 @@ def test_other_settings_than_the_measured_ones_are_said():
 def test_a_uniform_point_sets_the_controls_and_one_by_head_a_plan(workspace):
     page = opened()
     page.selectbox(key="tune_line").set_value("uniform_high").run()
-    page.selectbox(key="tune_point").set_value(0).run()
+    page.selectbox(key="tune_point").set_value(0.1).run()
     page.button(key="use_point").click().run()
     assert (link(page)["policy"], link(page)["keep"]) == ("high_norm", "0.1") and "plan" not in link(page)
     page.selectbox(key="tune_line").set_value("by_head_by_cost").run()
     page.button(key="use_point").click().run()
     assert not page.exception
     plan = workspace.open(Plan, link(page)["plan"])
-    assert plan.spec.head_ratios and plan.model == "books-5m"
+    assert plan.spec.head_ratios and plan.model == "books-5m" and plan.planned_on
     assert opened(plan=link(page)["plan"]).session_state["plan_id"] == link(page)["plan"]
+
+
+def test_a_point_is_used_as_the_boxes_show_it_even_if_the_page_is_not_drawn_since():
+    page = opened("smollm2")
+    page.selectbox(key="tune_line").set_value("uniform_high")
+    page.selectbox(key="tune_point").set_value(0.7)
+    page.button(key="use_point").click().run()
+    assert not page.exception and (link(page)["policy"], link(page)["keep"]) == ("high_norm", "0.7")
+
+
+def test_it_says_what_predicts_best_by_the_mean_and_that_it_may_be_luck_and_plans_by_it_where_it_can():
+    page = opened("smollm2")
+    assert "No plan is told apart as better than the best uniform" in said(page)
+    front = library.opened(Front, library.entries("front", model="smollm2")[0].id)
+    plans = [point for point in front.points if point.keep_ratio == 0.5 and STRATEGIES[point.strategy].kind == "plan"]
+    offered = [point for point in plans if not STRATEGIES[point.strategy].needs_costs]
+    first = min(offered, key=lambda point: point.mean).strategy
+    assert page.selectbox(key="strategy").value == first == link(page)["strategy"]
+    page.selectbox(key="strategy").set_value("by_head").run()
+    assert link(page)["strategy"] == "by_head" and not page.exception
 
 
 def test_a_plan_from_the_run_is_saved_and_in_force(workspace):

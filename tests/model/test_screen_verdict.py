@@ -12,6 +12,7 @@ from analysis.workspace import Workspace
 from app import state
 from tests.support.decision import HALF, PLAN, found, lm, results
 from tests.support.paths import BUNDLED, ROOT
+from tests.support.screens import opened as screen
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +112,8 @@ def test_a_plan_that_passes_is_used_at_the_press_of_a_button(workspace):
     assert "head_ratios" in app.code[0].value
     button(app, "use_plan").click()
     app.run()
-    assert not app.exception and app.session_state[state.PLAN.key] == workspace.entries("plan")[0].id
+    assert not app.exception and "This plan passes every check" in words(app)
+    assert app.session_state[state.PLAN.key] == workspace.entries("plan")[0].id
     assert "".join(app.query_params["plan"]) == workspace.entries("plan")[0].id
 
 
@@ -131,6 +133,42 @@ def test_the_smallest_ratio_that_passes_can_be_taken(workspace):
     button(app, "use_ratio").click()
     app.run()
     assert ":green[GO]" in words(app) and app.title[0].value == "Can I compress this cache?"
+
+
+def test_a_plan_in_force_is_what_is_judged_and_its_script_is_the_one_of_tune(workspace):
+    plan = Plan("smollm2", PLAN, "by hand", ("another text",))
+    keep(workspace, *GOOD, plan)
+    id = workspace.entries("plan")[0].id
+    app = opened(plan=id)
+    said = words(app)
+    assert app.title[0].value == "Can I use this plan?" and ":gray[NOT YET]" in said
+    assert "To be measured of this plan: 16 excerpts, 50 passkeys, 50 needles" in said and "The plan in force" in said
+    assert app.metric[0].value == "Not yet measured" and button(app, "measure").label == "Measure"
+    script = app.code[0].value
+    assert script.startswith("# NOT YET. To be measured of this plan") and "head_ratios" in script
+    assert screen("tune", model="smollm2", plan=id).code[0].value == script
+
+    keep(
+        workspace,
+        lm(*[0.4] * 16, spec=PLAN, **OF),
+        *(found(task, 50, spec=PLAN, **OF) for task in ("passkey", "needle")),
+    )
+    app = opened(plan=id)
+    assert ":red[NO-GO]" in words(app) and "This plan fails 1 of 4 checks." in words(app)
+    script = app.code[0].value.replace("\n#   ", " ")
+    assert (
+        script.startswith("# NO-GO.")
+        and "# Does it predict text as well as the full cache? Failed. Perplexity × 1.492" in script
+    )
+    compile(script, "script", "exec")
+
+
+def test_what_is_measured_in_part_is_no_result(workspace):
+    keep(workspace, lm(0.01, 0.01, **OF), found("passkey", 5, 5, 5, **OF))
+    app = opened()
+    assert app.metric[0].value == "Not yet measured"
+    assert "Measured on 2 of the 16 excerpts that it takes." in words(app)
+    assert "Passkeys: 5 of 50 measured" in words(app)
 
 
 def test_results_of_weights_of_the_same_name_but_older_are_left_out(workspace):

@@ -85,6 +85,18 @@ def test_all_of_it_is_in_the_workspace_and_a_second_run_measures_nothing(measure
     assert [one.rows for one in again.run().results] == [one.rows for one in found.results]
 
 
+def test_a_plan_in_force_is_measured_by_itself(loaded, tmp_path):
+    head_ratios = {(layer, head): 0.4 + 0.2 * (head % 2) for layer in range(6) for head in range(4)}
+    plan = Plan("books-5m", CompressionSpec(head_ratios=head_ratios, protect_last=32), "by hand", ("another text",))
+    workspace = Workspace(tmp_path)
+    found = Measurement(loaded, plan.spec, workspace, SMALL, plan=plan).run()
+    assert all(set(one.methods.values()) == {None, plan.spec} for one in found.results)
+    assert [one.spec for one in found.speeds] == [plan.spec] and found.plans == (plan,)
+    decision = found.decide_plan(plan, limits=Limits(least_excerpts=2, least_samples=5))
+    assert decision.answer is not Answer.NOT_YET and len(decision.checks) == 4
+    assert found.decide_plan(plan).answer is Answer.NOT_YET
+
+
 class StoppedError(Exception):
     """The user has cancelled."""
 
