@@ -131,6 +131,7 @@ def params(**changed: Any) -> dict[str, str]:
     """Parameters of an address that shows what is on screen, but for what is `changed`, by the names of parameters."""
     values = {name: changed.get(name, slot.get()) for name, slot in state.IN_ADDRESS.items()}
     values["model"], values["run"] = values["model"] or state.model_ref(), values["run"] or state.run_id()
+    values["over"] = changed.get("over", state.over())
     if values["over"] == "many texts":
         values["study"] = values["study"] or state.study_id()
     if values["run"] and not (state.LAYER.held() and state.HEAD.held()) and not {"layer", "head"} & set(changed):

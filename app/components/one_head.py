@@ -95,7 +95,7 @@ def _numbers(one: _Head) -> None:
     number = {name: float(values.of(name)[layer, head]) for name in values.names}
     whose = _PROBES.get(probe, f"the last {len(run.recent_positions)} queries")
     said = verdict
-    if state.OVER.get() == "many texts" and (study := state.study()):
+    if state.over() == "many texts" and (study := state.study()):
         over = library.verdicts_over(state.study_id(), many_texts.probe_of(study))[layer, head]
         n = len(study.names)
         said = f"{verdict}, here and over {n} texts" if over == verdict else f"{verdict} here, {over} over {n} texts"

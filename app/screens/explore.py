@@ -13,7 +13,7 @@ from analysis.captures import Capture
 from analysis.errors import SettingsError, UserError
 from analysis.metrics import METRICS, PROBES
 from analysis.selftest import check, is_synthetic
-from analysis.verdicts import VERDICTS, meanings
+from analysis.verdicts import QUESTION, VERDICTS, meanings
 from analysis.words import head_name, signed
 from app import address, library, new_study, state
 from app.components import charts, choices, comparison, keys, many_texts, markup, one_head
@@ -63,6 +63,7 @@ def draw(engine: Engine, jobs: Jobs) -> None:
             )
             return
         state.RUN.set(state.run_id())  # chosen now, so that the parts below need not look for the latest
+        state.OVER.set(state.over())
         run = library.run(state.run_id())
         state.choose_head(*state.chosen_head())
         _say(run)
@@ -126,13 +127,22 @@ def _say(run: Capture) -> None:
             f"{markup.plain(str(found))}"
         )
         return
-    told = library.answer_of(state.study_id() if _over_many() else state.run_id(), state.PROBE.get())
-    word, by_layer, rest = (*(f"{part.rstrip('.')}." for part in told.split(". ", 2)), "", "")[:3]
-    st.markdown(f"**{markup.plain(word)}** {markup.plain(by_layer)}", help=markup.plain(rest) or None)
+    answer, rest = _answer(state.study_id() if _over_many() else state.run_id())
+    st.markdown(f"{QUESTION} {answer}", help=markup.plain(rest) or None)
+    if (study := state.study()) and not _over_many():
+        over_texts, _ = _answer(state.study_id())
+        st.caption(f"One text is an anecdote. {len(study.names)} texts say: {over_texts}")
     if run.n_tokens < _FEW_TOKENS:
         st.warning(f"{run.n_tokens} tokens say little: take a text of some hundred.", icon=":material/warning:")
     for warning in run.warnings:
         st.warning(markup.plain(warning), icon=":material/warning:")
+
+
+def _answer(id: str) -> tuple[str, str]:
+    """The answer by a run or a study: in a word and by layer, in Markdown, and the rest of it in plain text."""
+    told = library.answer_of(id, state.PROBE.get())
+    word, by_layer, rest = (*(f"{part.rstrip('.')}." for part in told.split(". ", 2)), "", "")[:3]
+    return f"**{markup.plain(word)}** {markup.plain(by_layer)}", rest
 
 
 def _over_many() -> bool:

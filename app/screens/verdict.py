@@ -169,7 +169,7 @@ def _heads(pages: Mapping[str, StreamlitPage]) -> None:
     probe = state.PROBE.get() if state.PROBE.get() in study.probes else study.probes[0]
     told = verdicts.answer(study, probe=probe)
     with st.container(horizontal=True, vertical_alignment="center"):
-        st.markdown(f"**Does a low key norm predict attention?** {markup.plain(told)}", width="stretch")
+        st.markdown(f"**{verdicts.QUESTION}** {markup.plain(told)}", width="stretch")
         _link(pages, "explore", "Why")
 
 

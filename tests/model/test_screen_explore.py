@@ -12,8 +12,8 @@ from analysis.errors import RecordError
 from analysis.measures import TOLD, attention_lost
 from analysis.metrics import METRICS, PROBES, Metric, gamma, metrics
 from analysis.selftest import synthetic_run
-from analysis.studies import study_of
-from analysis.verdicts import verdict_counts, verdicts
+from analysis.studies import Study, study_of
+from analysis.verdicts import QUESTION, answer, verdict_counts, verdicts
 from analysis.words import signed
 from analysis.workspace import Workspace
 from app import library, new_study, state
@@ -34,8 +34,8 @@ def workspace(tmp_path, monkeypatch):
     return library.WORKSPACE
 
 
-def explored(**params):
-    """The page as a fresh session opens an address."""
+def explored(one_text=True, **params):
+    """The page as a fresh session opens an address, of one text unless it says otherwise."""
 
     def script():
         import streamlit as st
@@ -54,7 +54,7 @@ def explored(**params):
         address.write()
 
     page = AppTest.from_function(script, default_timeout=60)
-    for name, value in ({"model": "books-5m"} | params).items():
+    for name, value in ({"model": "books-5m"} | ({"over": "one text"} if one_text else {}) | params).items():
         page.query_params[name] = value
     page.run()
     assert not page.exception
@@ -81,10 +81,20 @@ def shown_map(page):
 def test_the_page_answers_by_layer_and_opens_a_head_that_teaches():
     page = explored(model="smollm2")
     assert page.title[0].value == "Which heads, and why?" and len(page.title) == 1
-    assert "**Yes.** Layers 1-16, 18-29: low norm predicts attention" in told(page)
+    assert f"{QUESTION} **Yes.** Layers 1-16, 18-29: low norm predicts attention" in told(page)
     layer, head = state.teaching_head(BUNDLED["smollm2"], "next token")
     assert f"#### L{layer} KV{head // 3} Q{head}: follows the paper" in told(page)
     assert len(page.get("echarts_chart")) == 1 and len(page.get("plotly_chart")) == 2  # the head's, and all heads
+
+
+def test_the_page_opens_on_the_study_where_there_is_one_and_one_text_says_what_the_study_does():
+    study = library.opened(Study, library.entries("study", model="smollm2")[0].id)
+    word = answer(study).split(".")[0]
+    page = explored(one_text=False, model="smollm2")
+    assert f"{QUESTION} **{word}.**" in told(page) and "anecdote" not in told(page)
+    assert page.query_params["over"] == "many texts" and len(study.names) == 24
+    page = explored(model="smollm2")
+    assert f"One text is an anecdote. 24 texts say: **{word}.**" in told(page)
 
 
 @pytest.mark.parametrize("probe", PROBES)
