@@ -209,7 +209,7 @@ def _script(spec: CompressionSpec) -> None:
 # ---------------------------------------------------------------------------------------------------------- measuring
 
 
-@st.dialog("Measure", width="large")
+@st.dialog("Measure", width="large", on_dismiss="rerun")
 def _measure(engine: Engine, jobs: Jobs) -> None:
     """Say what will be measured and how long it takes, and start it."""
     spec, ref = state.uniform_spec(), state.model_ref()
