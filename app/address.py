@@ -63,7 +63,7 @@ def _take(name: str, text: str) -> None:
         if entry is None or entry.kind != kind:
             state.notice(
                 f"The address names a {kind} that is not on this machine: {markup.plain(text[:40])}. Open its file in "
-                "the header, under *Text and run*, and the link will work."
+                "the header, by the button with the name of the run (:material/article:), and the link will work."
             )
             return
         if name == "run" and entry.model != state.model():

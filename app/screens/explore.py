@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import streamlit as st
@@ -22,6 +22,9 @@ from app.figures import heat, planes
 from app.jobs import Jobs
 from app.screens import time_machine
 from l2kv.errors import SpecError
+
+if TYPE_CHECKING:
+    from streamlit.navigation.page import StreamlitPage
 
 _FEW_TOKENS = 64
 _STYLE = """<style>
@@ -48,8 +51,12 @@ _PANES = state.Slot("explore_panes", False)
 """Whether the fragments below were drawn: before that there is nothing to draw again."""
 
 
-def draw(engine: Engine, jobs: Jobs) -> None:
-    """Draw the page."""
+def draw(engine: Engine, jobs: Jobs, pages: Mapping[str, StreamlitPage]) -> None:
+    """Draw the page.
+
+    Args:
+        pages: pages that it links to, by the paths of their addresses.
+    """
     st.html(_STYLE)
     _PANES.set(False)
     with st.container(key="explore"):
@@ -76,7 +83,7 @@ def draw(engine: Engine, jobs: Jobs) -> None:
         if not charts.first_is_drawn():
             return
         with right:
-            _bar()
+            _bar(pages.get("tune"))
             sides = st.columns(2, gap="medium") if pinned else [st.container()]
             with sides[0]:
                 _head(jobs)
@@ -370,8 +377,12 @@ def _listen(run: Capture) -> None:
 
 
 @_part("bar")
-def _bar() -> None:
-    """Which head is open, and what is shown of it."""
+def _bar(tune: StreamlitPage | None) -> None:
+    """Which head is open, and what is shown of it.
+
+    Args:
+        tune: page that suggests layers to skip.
+    """
     run = library.run(state.run_id())
     layer, _ = state.chosen_head()
     pinned, skipped = state.PINNED.get(), layer in state.SKIP_LAYERS.get()
@@ -395,6 +406,8 @@ def _bar() -> None:
                 icon=":material/playlist_remove:" if skipped else ":material/playlist_add:", key="skip_layer",
                 on_click=_skip, help="Skipped layers keep everything. Their list stands in the header.",
             )  # fmt: skip
+            if tune is not None:
+                st.page_link(tune, label="Which layers to skip? Tune suggests them", icon=":material/arrow_forward:")
     st.segmented_control(
         "View", state.VIEWS, label_visibility="collapsed", required=True, on_change=_redraw("bar", "head", "pinned"),
         **state.VIEW.widget(),

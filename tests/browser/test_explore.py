@@ -48,7 +48,7 @@ def test_a_click_opens_a_head_a_second_one_keeps_it_and_the_link_shows_it_to_ano
     page.get_by_role("button", name="Unpin B").wait_for()
     settled(page)
     click_cell(page, 2, 7)
-    opens(page, "L2 KV3 Q7")
+    opens(page, "A · L2 KV3 Q7")
     page.get_by_role("radio", name="Loss curves").click()
     page.get_by_text("my settings: ").first.wait_for()
     settled(page)

@@ -50,7 +50,7 @@ def explored(one_text=True, **params):
         address.read(st.session_state["jobs"]._engine)
         for said in state.notices():
             st.warning(said)
-        explore.draw(st.session_state["jobs"]._engine, st.session_state["jobs"])
+        explore.draw(st.session_state["jobs"]._engine, st.session_state["jobs"], {})
         address.write()
 
     page = AppTest.from_function(script, default_timeout=60)
@@ -151,7 +151,8 @@ def test_every_view_of_a_head_opens_with_its_number_of_charts(view):
     page = explored(view=view, pinned="1.3", query="2", skip_first="1")
     charts = {"Tokens": 0, "Why": 0}.get(view, 1)
     assert len(page.get("plotly_chart")) == 2 * charts + 1  # A, B, and all heads below
-    assert sum(line.value.startswith("#### L") for line in page.markdown) == 2
+    sides = [line.value[:10] for line in page.markdown if line.value.startswith("#### ")]
+    assert sides == ["#### A · L", "#### B · L"]
 
 
 def test_the_mean_of_many_texts_is_mapped_with_intervals_and_shown_for_the_head():
@@ -193,7 +194,7 @@ def test_an_address_brings_back_the_whole_view():
     page = explored(**asked)
     written = {name: "".join(value) for name, value in page.query_params.items()}
     assert written == asked
-    assert "#### L3 KV2 Q4" in told(page) and "#### L0 KV1 Q2" in told(page)
+    assert "#### A · L3 KV2 Q4" in told(page) and "#### B · L0 KV1 Q2" in told(page)
 
 
 @pytest.mark.parametrize(("name", "text"), [("map", "best"), ("view", "<b>"), ("verdicts", "good"), ("over", "all")])
@@ -210,7 +211,7 @@ def test_a_head_is_chosen_and_a_layer_skipped_without_a_mouse_on_the_map():
     page.button(key="skip_layer").click().run()
     assert page.session_state[state.SKIP_LAYERS.key] == [4] and "All 460 tokens are kept" in told(page)
     page.button(key="pin").click().run()
-    assert sum(line.value.startswith("#### L4 KV3 Q6") for line in page.markdown) == 2
+    assert all(f"#### {side} · L4 KV3 Q6" in told(page) for side in "AB")
 
 
 def test_queries_are_stepped_through_and_end_at_the_first_that_is_kept():
