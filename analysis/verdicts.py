@@ -115,6 +115,9 @@ def verdict_counts(verdict: np.ndarray, names: Iterable[str] = tuple(VERDICTS)) 
     return {name: int((verdict == name).sum()) for name in names}
 
 
+QUESTION = "Does a low key norm predict attention?"
+
+
 def answer(study: Study, *, probe: str = "next token", seed: int = 0) -> str:
     """Answer in a few sentences: does low norm predict attention in this model? In short, by layer and by head."""
     verdict, n = verdicts(study, probe=probe, seed=seed), len(study.names)

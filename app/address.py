@@ -63,7 +63,7 @@ def _take(name: str, text: str) -> None:
         if entry is None or entry.kind != kind:
             state.notice(
                 f"The address names a {kind} that is not on this machine: {markup.plain(text[:40])}. Open its file in "
-                "the header, under *Text and run*, and the link will work."
+                "the header, by the button with the name of the run (:material/article:), and the link will work."
             )
             return
         if name == "run" and entry.model != state.model():
@@ -131,6 +131,7 @@ def params(**changed: Any) -> dict[str, str]:
     """Parameters of an address that shows what is on screen, but for what is `changed`, by the names of parameters."""
     values = {name: changed.get(name, slot.get()) for name, slot in state.IN_ADDRESS.items()}
     values["model"], values["run"] = values["model"] or state.model_ref(), values["run"] or state.run_id()
+    values["over"] = changed.get("over", state.over())
     if values["over"] == "many texts":
         values["study"] = values["study"] or state.study_id()
     if values["run"] and not (state.LAYER.held() and state.HEAD.held()) and not {"layer", "head"} & set(changed):

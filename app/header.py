@@ -79,8 +79,9 @@ def status(engine: Engine, jobs: Jobs) -> tuple[str, str]:
         other = loaded.stored not in ("", loaded.dtype)
         stored = f"stored as {loaded.stored}, computed and cached in " if other else ""
         whole = f"{name} in memory, {stored}{loaded.dtype} on {loaded.device}"
-    running = sum(1 for _ in jobs.running())
     waiting = max(engine.waiting - 1, 0)
+    running = sum(1 for _ in jobs.running())
+    running = max(running - waiting, min(running, 1))  # previews wait, too
     busy = f" · {running} job{'s' * (running != 1)} running" if running else ""
     busy += f" · {waiting} waiting" if waiting else ""
     rest = f" · {human_bytes(free_bytes(loaded.device if loaded else 'cpu'))} free{busy}"

@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # `streamlit run` puts this folder on the path, not the one that holds the packages.
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -20,6 +21,9 @@ from app.jobs import Jobs
 from app.screens import demo, evaluate, explore, tune, verdict
 from app.screens import help as help_page
 from l2kv.errors import SpecError
+
+if TYPE_CHECKING:
+    from streamlit.navigation.page import StreamlitPage
 
 ICON = Path(__file__).parent / "assets" / "icon.png"  # a named icon would be fetched from elsewhere
 TITLE = "Can I halve this KV cache?"
@@ -53,13 +57,17 @@ def _drawn(page: Callable[[], None]) -> Callable[[], None]:
 def main() -> None:
     """Draw the page that the address names."""
     st.set_page_config(page_title=TITLE, page_icon=str(ICON), layout="wide")
-    draw_verdict = _drawn(lambda: verdict.draw(engine(), jobs(), {page.url_path: page for page in pages}))
+
+    def by_path() -> dict[str, StreamlitPage]:
+        return {page.url_path: page for page in pages}
+
+    draw_verdict = _drawn(lambda: verdict.draw(engine(), jobs(), by_path()))
     pages = [
         st.Page(draw_verdict, title="Verdict", icon=":material/gavel:", default=True),
         st.Page(draw_verdict, title="Verdict", url_path="verdict", visibility="hidden"),  # an address like the others
     ]
     for name, icon, draw in (
-        ("Explore", "grid_view", lambda: explore.draw(engine(), jobs())),
+        ("Explore", "grid_view", lambda: explore.draw(engine(), jobs(), by_path())),
         ("Evaluate", "science", lambda: evaluate.draw(engine(), jobs())),
         ("Tune", "tune", lambda: tune.draw(engine(), jobs())),
         ("Demo", "slideshow", lambda: demo.draw(engine(), jobs())),

@@ -26,7 +26,7 @@ _OWN = "My own text"
 _COUNTED_CHARACTERS = 50_000  # what follows is counted at the same rate: a live count must not stall the page
 
 
-@st.dialog("New run", width="large")
+@st.dialog("New run", width="large", on_dismiss="rerun")
 def dialog(engine: Engine, jobs: Jobs) -> None:
     """Ask for a text, say what its capture takes, and start it."""
     st.markdown(

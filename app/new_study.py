@@ -54,7 +54,7 @@ class _Asked:
             return 0
 
 
-@st.dialog("Study more texts", width="large")
+@st.dialog("Study more texts", width="large", on_dismiss="rerun")
 def dialog(engine: Engine, jobs: Jobs) -> None:
     """Ask for texts, say what their study takes, and start it."""
     st.markdown(

@@ -179,7 +179,7 @@ OTHER_RUN = Slot("other_run_id", "", Param("with", str))
 PROBE = Slot("probe", "next token", Param("probe", one_of(tuple(PROBES)), always=True))
 SKIP_FIRST = Slot("skip_first", False, Param("skip_first", _flag, lambda on: str(int(on))))
 OVER = Slot("over", "one text", Param("over", one_of(("one text", "many texts")), always=True))
-"""Whether the map shows one text or the mean of many."""
+"""Whether the map shows one text or the mean of many; read it by `over`."""
 MAP = Slot("map", "gamma", Param("map", _map, always=True))
 ONLY_VERDICTS = Slot[Sequence[str]]("only_verdicts", (), Param("verdicts", _verdicts, ",".join))
 """Verdicts of the heads that the map does not fade; empty: all."""
@@ -285,6 +285,11 @@ def study() -> Study | None:
     return library.opened(Study, shown) if shown else None
 
 
+def over() -> str:
+    """Whether the map shows one text or the mean of many: as chosen, else many where there is a study of them."""
+    return "many texts" if not OVER.held() and study_id() else OVER.get()
+
+
 def plan() -> Plan | None:
     """The plan in force; None where all heads are compressed alike."""
     if (id := PLAN.get()) and (entry := library.find(id)) and entry.model == model():
@@ -330,8 +335,8 @@ def take_spec(spec: CompressionSpec) -> None:
 
 
 OF_MODEL = (
-    RUN, STUDY, PLAN, RESULTS, TIMELINE, TOKENS, STORY, OTHER_RUN, LAYER, HEAD, PINNED, QUERY, SKIP_LAYERS, ONLY_KV,
-    CACHE_DTYPE,
+    RUN, STUDY, PLAN, RESULTS, TIMELINE, TOKENS, STORY, OTHER_RUN, OVER, LAYER, HEAD, PINNED, QUERY, SKIP_LAYERS,
+    ONLY_KV, CACHE_DTYPE,
 )  # fmt: skip
 """What belongs to one model, and says nothing of another."""
 

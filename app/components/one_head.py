@@ -95,11 +95,12 @@ def _numbers(one: _Head) -> None:
     number = {name: float(values.of(name)[layer, head]) for name in values.names}
     whose = _PROBES.get(probe, f"the last {len(run.recent_positions)} queries")
     said = verdict
-    if state.OVER.get() == "many texts" and (study := state.study()):
+    if state.over() == "many texts" and (study := state.study()):
         over = library.verdicts_over(state.study_id(), many_texts.probe_of(study))[layer, head]
         n = len(study.names)
         said = f"{verdict}, here and over {n} texts" if over == verdict else f"{verdict} here, {over} over {n} texts"
-    st.markdown(f"#### {one.name}: {said}", help=f"By {whose}: {markup.plain(meanings(1)[verdict])}.")
+    which = f"{one.side.upper()} · " if state.PINNED.get() else ""
+    st.markdown(f"#### {which}{one.name}: {said}", help=f"By {whose}: {markup.plain(meanings(1)[verdict])}.")
     lost = _lost(one)
     shown = {
         "Γ": (signed(number["gamma"]), "−1 the paper's claim, 0 chance, +1 the opposite"),

@@ -6,6 +6,7 @@ const AROUND = 28  // tokens of the text shown before and after the one that is 
 const PLAYED_MS = 150
 const MARK = "#E8710A"  // the first token, where attention sinks are
 const states = new WeakMap()
+const steps = new Map()  // step that each recording was left at: Streamlit may make its strip anew
 
 const array = (Kind, encoded) => new Kind(Uint8Array.from(atob(encoded), (c) => c.charCodeAt(0)).buffer)
 const percent = (share) => `${(100 * share).toPrecision(2)} %`
@@ -44,6 +45,7 @@ class TimeMachine {
     step = Math.min(Math.max(step, 0), this.last)
     while (this.step < step) this.each(++this.step, (token, heads) => { this.held[token] -= heads })
     while (this.step > step) this.each(this.step--, (token, heads) => { this.held[token] += heads })
+    steps.set(this.id, this.step)
     this.draw()
   }
 
@@ -243,7 +245,7 @@ export default function ({ parentElement, data, setTriggerValue }) {
     machine.listen()
     machine.layOut()
     machine.chosen = data.chosen
-    machine.go(1)  // the context is compressed
+    machine.go(steps.get(data.id) ?? 1)  // at first, the context is compressed
     resized.observe(machine.find("strip"))
   }
   state.machine.setTriggerValue = setTriggerValue

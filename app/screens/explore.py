@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import streamlit as st
@@ -13,7 +13,7 @@ from analysis.captures import Capture
 from analysis.errors import SettingsError, UserError
 from analysis.metrics import METRICS, PROBES
 from analysis.selftest import check, is_synthetic
-from analysis.verdicts import VERDICTS, meanings
+from analysis.verdicts import QUESTION, VERDICTS, meanings
 from analysis.words import head_name, signed
 from app import address, library, new_study, state
 from app.components import charts, choices, comparison, keys, many_texts, markup, one_head
@@ -22,6 +22,9 @@ from app.figures import heat, planes
 from app.jobs import Jobs
 from app.screens import time_machine
 from l2kv.errors import SpecError
+
+if TYPE_CHECKING:
+    from streamlit.navigation.page import StreamlitPage
 
 _FEW_TOKENS = 64
 _STYLE = """<style>
@@ -48,8 +51,12 @@ _PANES = state.Slot("explore_panes", False)
 """Whether the fragments below were drawn: before that there is nothing to draw again."""
 
 
-def draw(engine: Engine, jobs: Jobs) -> None:
-    """Draw the page."""
+def draw(engine: Engine, jobs: Jobs, pages: Mapping[str, StreamlitPage]) -> None:
+    """Draw the page.
+
+    Args:
+        pages: pages that it links to, by the paths of their addresses.
+    """
     st.html(_STYLE)
     _PANES.set(False)
     with st.container(key="explore"):
@@ -63,6 +70,7 @@ def draw(engine: Engine, jobs: Jobs) -> None:
             )
             return
         state.RUN.set(state.run_id())  # chosen now, so that the parts below need not look for the latest
+        state.OVER.set(state.over())
         run = library.run(state.run_id())
         state.choose_head(*state.chosen_head())
         _say(run)
@@ -75,7 +83,7 @@ def draw(engine: Engine, jobs: Jobs) -> None:
         if not charts.first_is_drawn():
             return
         with right:
-            _bar()
+            _bar(pages.get("tune"))
             sides = st.columns(2, gap="medium") if pinned else [st.container()]
             with sides[0]:
                 _head(jobs)
@@ -126,13 +134,22 @@ def _say(run: Capture) -> None:
             f"{markup.plain(str(found))}"
         )
         return
-    told = library.answer_of(state.study_id() if _over_many() else state.run_id(), state.PROBE.get())
-    word, by_layer, rest = (*(f"{part.rstrip('.')}." for part in told.split(". ", 2)), "", "")[:3]
-    st.markdown(f"**{markup.plain(word)}** {markup.plain(by_layer)}", help=markup.plain(rest) or None)
+    answer, rest = _answer(state.study_id() if _over_many() else state.run_id())
+    st.markdown(f"{QUESTION} {answer}", help=markup.plain(rest) or None)
+    if (study := state.study()) and not _over_many():
+        over_texts, _ = _answer(state.study_id())
+        st.caption(f"One text is an anecdote. {len(study.names)} texts say: {over_texts}")
     if run.n_tokens < _FEW_TOKENS:
         st.warning(f"{run.n_tokens} tokens say little: take a text of some hundred.", icon=":material/warning:")
     for warning in run.warnings:
         st.warning(markup.plain(warning), icon=":material/warning:")
+
+
+def _answer(id: str) -> tuple[str, str]:
+    """The answer by a run or a study: in a word and by layer, in Markdown, and the rest of it in plain text."""
+    told = library.answer_of(id, state.PROBE.get())
+    word, by_layer, rest = (*(f"{part.rstrip('.')}." for part in told.split(". ", 2)), "", "")[:3]
+    return f"**{markup.plain(word)}** {markup.plain(by_layer)}", rest
 
 
 def _over_many() -> bool:
@@ -360,8 +377,12 @@ def _listen(run: Capture) -> None:
 
 
 @_part("bar")
-def _bar() -> None:
-    """Which head is open, and what is shown of it."""
+def _bar(tune: StreamlitPage | None) -> None:
+    """Which head is open, and what is shown of it.
+
+    Args:
+        tune: page that suggests layers to skip.
+    """
     run = library.run(state.run_id())
     layer, _ = state.chosen_head()
     pinned, skipped = state.PINNED.get(), layer in state.SKIP_LAYERS.get()
@@ -385,6 +406,8 @@ def _bar() -> None:
                 icon=":material/playlist_remove:" if skipped else ":material/playlist_add:", key="skip_layer",
                 on_click=_skip, help="Skipped layers keep everything. Their list stands in the header.",
             )  # fmt: skip
+            if tune is not None:
+                st.page_link(tune, label="Which layers to skip? Tune suggests them", icon=":material/arrow_forward:")
     st.segmented_control(
         "View", state.VIEWS, label_visibility="collapsed", required=True, on_change=_redraw("bar", "head", "pinned"),
         **state.VIEW.widget(),

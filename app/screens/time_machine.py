@@ -221,7 +221,7 @@ def _ask(jobs: Jobs, id: str, choices: Sequence[tuple[int, ...]]) -> str:
     return jobs.start("What if tokens had stayed", state.model_ref(), work, kind="timeline").id
 
 
-@st.dialog("Record a generation", width="large")
+@st.dialog("Record a generation", width="large", on_dismiss="rerun")
 def _dialog(engine: Engine, jobs: Jobs) -> None:
     form(engine, jobs)
 

@@ -178,7 +178,7 @@ def _heads(pages: Mapping[str, StreamlitPage]) -> None:
     probe = state.PROBE.get() if state.PROBE.get() in study.probes else study.probes[0]
     told = verdicts.answer(study, probe=probe)
     with st.container(horizontal=True, vertical_alignment="center"):
-        st.markdown(f"**Does a low key norm predict attention?** {markup.plain(told)}", width="stretch")
+        st.markdown(f"**{verdicts.QUESTION}** {markup.plain(told)}", width="stretch")
         _link(pages, "explore", "Why")
 
 
@@ -218,7 +218,7 @@ def _script(spec: CompressionSpec, decision: Decision) -> None:
 # ---------------------------------------------------------------------------------------------------------- measuring
 
 
-@st.dialog("Measure", width="large")
+@st.dialog("Measure", width="large", on_dismiss="rerun")
 def _measure(engine: Engine, jobs: Jobs) -> None:
     """Say what will be measured and how long it takes, and start it."""
     spec, ref = state.spec(), state.model_ref()

@@ -48,7 +48,7 @@ def test_a_click_opens_a_head_a_second_one_keeps_it_and_the_link_shows_it_to_ano
     page.get_by_role("button", name="Unpin B").wait_for()
     settled(page)
     click_cell(page, 2, 7)
-    opens(page, "L2 KV3 Q7")
+    opens(page, "A · L2 KV3 Q7")
     page.get_by_role("radio", name="Loss curves").click()
     page.get_by_text("my settings: ").first.wait_for()
     settled(page)
@@ -86,6 +86,22 @@ def test_arrows_move_the_cell_brackets_the_query_and_a_question_mark_lists_the_k
     page.keyboard.press("Escape")
     settled(page)
     assert open_head(page) == "L2 KV1 Q3"
+
+
+def test_a_dialog_that_is_closed_stays_closed_and_the_keys_work_again(explore):
+    page = explore
+    click_cell(page, 2, 2)
+    opens(page, "L2 KV1 Q2")
+    page.get_by_role("button", name="Study more texts").click()
+    dialog = page.get_by_role("dialog", name="Study more texts")
+    dialog.get_by_role("button", name="Close").click()
+    dialog.wait_for(state="detached")
+    settled(page)
+    page.keyboard.press("ArrowRight")
+    opens(page, "L2 KV1 Q3")
+    page.keyboard.press("ArrowRight")
+    opens(page, "L2 KV2 Q4")
+    assert page.get_by_role("dialog").count() == 0
 
 
 def test_each_chart_is_had_as_csv_json_and_png(explore):

@@ -12,8 +12,8 @@ from analysis.errors import RecordError
 from analysis.measures import TOLD, attention_lost
 from analysis.metrics import METRICS, PROBES, Metric, gamma, metrics
 from analysis.selftest import synthetic_run
-from analysis.studies import study_of
-from analysis.verdicts import verdict_counts, verdicts
+from analysis.studies import Study, study_of
+from analysis.verdicts import QUESTION, answer, verdict_counts, verdicts
 from analysis.words import signed
 from analysis.workspace import Workspace
 from app import library, new_study, state
@@ -34,8 +34,8 @@ def workspace(tmp_path, monkeypatch):
     return library.WORKSPACE
 
 
-def explored(**params):
-    """The page as a fresh session opens an address."""
+def explored(one_text=True, **params):
+    """The page as a fresh session opens an address, of one text unless it says otherwise."""
 
     def script():
         import streamlit as st
@@ -50,11 +50,11 @@ def explored(**params):
         address.read(st.session_state["jobs"]._engine)
         for said in state.notices():
             st.warning(said)
-        explore.draw(st.session_state["jobs"]._engine, st.session_state["jobs"])
+        explore.draw(st.session_state["jobs"]._engine, st.session_state["jobs"], {})
         address.write()
 
     page = AppTest.from_function(script, default_timeout=60)
-    for name, value in ({"model": "books-5m"} | params).items():
+    for name, value in ({"model": "books-5m"} | ({"over": "one text"} if one_text else {}) | params).items():
         page.query_params[name] = value
     page.run()
     assert not page.exception
@@ -81,10 +81,20 @@ def shown_map(page):
 def test_the_page_answers_by_layer_and_opens_a_head_that_teaches():
     page = explored(model="smollm2")
     assert page.title[0].value == "Which heads, and why?" and len(page.title) == 1
-    assert "**Yes.** Layers 1-16, 18-29: low norm predicts attention" in told(page)
+    assert f"{QUESTION} **Yes.** Layers 1-16, 18-29: low norm predicts attention" in told(page)
     layer, head = state.teaching_head(BUNDLED["smollm2"], "next token")
     assert f"#### L{layer} KV{head // 3} Q{head}: follows the paper" in told(page)
     assert len(page.get("echarts_chart")) == 1 and len(page.get("plotly_chart")) == 2  # the head's, and all heads
+
+
+def test_the_page_opens_on_the_study_where_there_is_one_and_one_text_says_what_the_study_does():
+    study = library.opened(Study, library.entries("study", model="smollm2")[0].id)
+    word = answer(study).split(".")[0]
+    page = explored(one_text=False, model="smollm2")
+    assert f"{QUESTION} **{word}.**" in told(page) and "anecdote" not in told(page)
+    assert page.query_params["over"] == "many texts" and len(study.names) == 24
+    page = explored(model="smollm2")
+    assert f"One text is an anecdote. 24 texts say: **{word}.**" in told(page)
 
 
 @pytest.mark.parametrize("probe", PROBES)
@@ -141,7 +151,8 @@ def test_every_view_of_a_head_opens_with_its_number_of_charts(view):
     page = explored(view=view, pinned="1.3", query="2", skip_first="1")
     charts = {"Tokens": 0, "Why": 0}.get(view, 1)
     assert len(page.get("plotly_chart")) == 2 * charts + 1  # A, B, and all heads below
-    assert sum(line.value.startswith("#### L") for line in page.markdown) == 2
+    sides = [line.value[:10] for line in page.markdown if line.value.startswith("#### ")]
+    assert sides == ["#### A · L", "#### B · L"]
 
 
 def test_the_mean_of_many_texts_is_mapped_with_intervals_and_shown_for_the_head():
@@ -183,7 +194,7 @@ def test_an_address_brings_back_the_whole_view():
     page = explored(**asked)
     written = {name: "".join(value) for name, value in page.query_params.items()}
     assert written == asked
-    assert "#### L3 KV2 Q4" in told(page) and "#### L0 KV1 Q2" in told(page)
+    assert "#### A · L3 KV2 Q4" in told(page) and "#### B · L0 KV1 Q2" in told(page)
 
 
 @pytest.mark.parametrize(("name", "text"), [("map", "best"), ("view", "<b>"), ("verdicts", "good"), ("over", "all")])
@@ -200,7 +211,7 @@ def test_a_head_is_chosen_and_a_layer_skipped_without_a_mouse_on_the_map():
     page.button(key="skip_layer").click().run()
     assert page.session_state[state.SKIP_LAYERS.key] == [4] and "All 460 tokens are kept" in told(page)
     page.button(key="pin").click().run()
-    assert sum(line.value.startswith("#### L4 KV3 Q6") for line in page.markdown) == 2
+    assert all(f"#### {side} · L4 KV3 Q6" in told(page) for side in "AB")
 
 
 def test_queries_are_stepped_through_and_end_at_the_first_that_is_kept():

@@ -3,10 +3,12 @@
 import threading
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 
 from analysis.errors import ModelError
+from app import header
 from app.jobs import Jobs
 
 
@@ -57,6 +59,15 @@ def test_one_works_and_the_others_say_that_they_wait(jobs):
     assert second.stage == "Waiting: 1 ahead of you" and [job.title for job in jobs.running()] == ["first", "second"]
     go.set()
     assert ended(first).result == "1" and ended(second).result == "2"
+
+
+@pytest.mark.parametrize(
+    ("jobs", "in_queue", "told"),
+    [(1, 1, "1 job running"), (2, 2, "1 job running · 1 waiting"), (1, 2, "1 job running · 1 waiting"), (0, 1, "free")],
+)
+def test_the_header_counts_a_job_that_waits_as_waiting_alone(jobs, in_queue, told):
+    engine, started = SimpleNamespace(loaded=None, waiting=in_queue), SimpleNamespace(running=lambda: iter(range(jobs)))
+    assert header.status(engine, started)[0].endswith(told)
 
 
 def test_cancelling_ends_it_at_its_next_step_also_while_it_waits(jobs):
