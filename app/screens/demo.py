@@ -72,17 +72,9 @@ def draw(engine: Engine, jobs: Jobs) -> None:
     with st.container(horizontal=True, vertical_alignment="center"):
         st.title("Show me", width="content")
         mode = st.segmented_control(
-            "What to show", [RECORDED, LIVE, CHAT], required=True, label_visibility="collapsed", on_change=_enter,
-            **MODE.widget(),
+            "What to show", [RECORDED, LIVE, CHAT], required=True, label_visibility="collapsed", **MODE.widget(),
         )  # fmt: skip
     {RECORDED: _recorded, LIVE: _live, CHAT: _chat}[mode or RECORDED](engine, jobs)
-
-
-def _enter() -> None:
-    """Begin live with a preset that shows something, under its own compression."""
-    if MODE.get() == LIVE and "live_preset" not in st.session_state:
-        _presets()
-        _take_preset()
 
 
 def _recorded(engine: Engine, jobs: Jobs) -> None:
@@ -288,9 +280,11 @@ def _live(engine: Engine, jobs: Jobs) -> None:
         _ask_beside()
         started = st.button("Start", type="primary", icon=":material/play_arrow:", key="tell_story")
         place = st.empty()
+    chosen = begin.get(name, Preset(OWN, ""))
+    _offer_compression(chosen)
     left, right = st.columns([3, 2])
     with left:
-        preset = _ask_prompt(engine, ref, begin.get(name, Preset(OWN, "")))
+        preset = _ask_prompt(engine, ref, chosen)
     with right, st.expander("Length and sampling", icon=":material/casino:"):
         run = _ask_run("live", prune_after=0)
     if started:
@@ -322,7 +316,7 @@ def _presets() -> dict[str, Preset]:
     found = sorted(presets(state.model()), key=lambda preset: not preset.answer)
     by_name = {preset.name: preset for preset in found}
     if st.session_state.get("live_preset") not in (*by_name, OWN):  # at first, or of another model
-        _begin_with(next(iter(by_name), OWN), settings=False)
+        _begin_with(next(iter(by_name), OWN))
     return by_name
 
 
@@ -355,11 +349,11 @@ def _ask_prompt(engine: Engine, ref: str, chosen: Preset) -> Preset:
 
 
 def _take_preset() -> None:
-    _begin_with(st.session_state["live_preset"], settings=True)
+    _begin_with(st.session_state["live_preset"])
 
 
-def _begin_with(name: str, *, settings: bool) -> None:
-    """Begin with a preset's text, and with its compression in the header; that of a link is left as it is."""
+def _begin_with(name: str) -> None:
+    """Begin with a preset's text. The compression stays as it is: that of a preset is taken on a click only."""
     st.session_state["live_preset"] = name
     preset = next((one for one in presets(state.model()) if one.name == name), None)
     if preset is None:  # one's own text begins with what is there
@@ -367,10 +361,21 @@ def _begin_with(name: str, *, settings: bool) -> None:
             st.session_state.setdefault(key, "")
         return
     st.session_state.update(live_prompt=preset.text, live_answer=preset.answer, live_chat=preset.chat)
-    if settings and preset.spec is not None:
-        state.take_spec(preset.spec)
-        BESIDE.set(preset.beside.policy if preset.beside else "")
-        BESIDE_RATIO.set(preset.beside.keep_ratio if preset.beside else BESIDE_RATIO.default)
+
+
+def _offer_compression(chosen: Preset) -> None:
+    """Offer the compression that a preset was chosen with, where another one is in force."""
+    if (spec := chosen.spec) is None or spec == state.spec():
+        return
+
+    def take() -> None:
+        state.take_spec(spec)
+        BESIDE.set(chosen.beside.policy if chosen.beside else "")
+        BESIDE_RATIO.set(chosen.beside.keep_ratio if chosen.beside else BESIDE_RATIO.default)
+
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.caption(f"This task was chosen with {header.in_words(spec)}.", width="content")
+        st.button("Use that", key="take_compression", on_click=take)
 
 
 def _ask_template(engine: Engine, ref: str) -> bool:

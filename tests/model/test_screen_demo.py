@@ -76,6 +76,8 @@ def told(monkeypatch, preset, **settings):
     page = opened(demo="Live", **settings)
     for name in ("Another", preset.name):
         page.selectbox(key="live_preset").set_value(name).run()
+    if preset.spec:
+        page.button(key="take_compression").click().run()
     page.number_input(key="live_new").set_value(6).run()
     page.button(key="tell_story").click().run()
     assert not page.exception and page.session_state["demo_told"].n_steps
@@ -103,6 +105,17 @@ def test_colour_is_for_the_task_and_not_for_the_same_tokens(monkeypatch, answer,
     assert "The full cache does not give" in said(page) and not (page.success or page.error)
     page = told(monkeypatch, Preset("No task", SEA, "", CompressionSpec(keep_ratio=0.05)))
     assert not (page.success or page.error) and "found" not in stage(page).split("</style>")[1]
+
+
+def test_live_leaves_the_compression_as_it_is_until_that_of_a_task_is_asked_for(monkeypatch):
+    offer(monkeypatch, Preset("Task", SEA, "", CompressionSpec(keep_ratio=0.25, skip_layers=(0,)), "sea"))
+    page = opened(keep="0.75")
+    page.segmented_control(key="demo_mode").set_value("Live").run()
+    page.selectbox(key="live_preset").set_value("My own text").run()
+    page.selectbox(key="live_preset").set_value("Task").run()
+    assert page.session_state["keep_ratio"] == 0.75 and "chosen with" in said(page)
+    page.button(key="take_compression").click().run()
+    assert page.session_state["keep_ratio"] == 0.25 and "chosen with" not in said(page)
 
 
 def test_a_second_compression_stands_beside_the_first_and_text_that_was_edited_is_no_task(monkeypatch, answer):
