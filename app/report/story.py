@@ -20,7 +20,7 @@ def sections(story: Story) -> tuple[Section, ...]:
         "cache": [cache.name for cache in story.caches],
         **({"answer": [_score(story.score(i, last)) for i in caches]} if story.answer else {}),
         f"bytes ({story.dtype})": [human_bytes(story.nbytes(i, last)) for i in caches],
-        "share of the full cache": [f"{story.share(i, last):.0%}" for i in caches],
+        "share of a full cache of as many tokens": [f"{story.share(i, last):.0%}" for i in caches],
         "heads that hold the answer": [_share(story.answer_held(i, last)) for i in caches],
         "tokens/s alone": [f"{cache.tokens_per_second:.1f}" if cache.tokens_per_second else "not timed"
                            for cache in story.caches],

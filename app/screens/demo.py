@@ -190,12 +190,12 @@ def _in_words(story: Story) -> None:
     for i, cache in enumerate(story.caches[1:], 1):
         if scores[0] is False or scores[i] is None:
             continue
-        held = story.answer_held(i, last)
-        why = f" Its tokens are held by {held:.0%} of the heads." if held is not None else ""
+        why = _held_in_words(story.answer_held(i, last), found=bool(scores[i]))
         (st.success if scores[i] else st.error)(
             f"{markup.plain(cache.name.capitalize())}: **{markup.plain(story.answer)} "
             f"{'found' if scores[i] else 'not found'}**, with {human_bytes(story.nbytes(i, last))} in place of "
-            f"{human_bytes(story.nbytes(0, last))} ({story.share(i, last):.0%} of the full cache).{why}",
+            f"{human_bytes(story.full_nbytes(i, last))}, a full cache's of as many tokens "
+            f"({story.share(i, last):.0%}).{why}",
             icon=":material/check_circle:" if scores[i] else ":material/cancel:",
         )
     same = ", ".join(
@@ -208,6 +208,14 @@ def _in_words(story: Story) -> None:
         f"again. Bytes are of the keys and values held, counted, in {story.dtype}, the checkpoint's dtype. A token of "
         f"the prompt is solid where at least half of the {story.heads} kv heads hold it, else hollow."
     )
+
+
+def _held_in_words(held: float | None, *, found: bool) -> str:
+    """Say how many heads hold the answer's tokens, and where that did not help."""
+    if held is None:
+        return ""
+    end = ", and yet it is not found: holding is not enough." if held >= stage.HALF and not found else "."
+    return f" The answer's tokens are held by {held:.0%} of heads{end}"
 
 
 def _report(story: Story) -> None:
@@ -323,8 +331,11 @@ def _presets() -> dict[str, Preset]:
 def _ask_prompt(engine: Engine, ref: str, chosen: Preset) -> Preset:
     """Show the prompt that was chosen, to be edited, and return it."""
 
-    def edited() -> None:
+    def answer_edited() -> None:
         st.session_state["live_preset"] = OWN
+
+    def prompt_edited() -> None:  # what was expected of another prompt says nothing of this one
+        st.session_state.update(live_answer="", live_preset=OWN)
 
     def uploaded() -> None:
         if text := uploads.text_of(st.session_state["live_file"]):
@@ -332,10 +343,11 @@ def _ask_prompt(engine: Engine, ref: str, chosen: Preset) -> Preset:
 
     with st.expander("Prompt", icon=":material/edit:", expanded=chosen.name == OWN):
         prompt = st.text_area(
-            "Prompt", key="live_prompt", persist_state="session", height=180, max_chars=400_000, on_change=edited
-        )
+            "Prompt", key="live_prompt", persist_state="session", height=180, max_chars=400_000,
+            on_change=prompt_edited,
+        )  # fmt: skip
         answer = st.text_input(
-            "Expected answer", key="live_answer", persist_state="session", on_change=edited,
+            "Expected answer", key="live_answer", persist_state="session", on_change=answer_edited,
             placeholder="None: nothing is right or wrong",
             help="Digits are found where the first number written begins with them, words wherever they are written.",
         )  # fmt: skip

@@ -52,6 +52,19 @@ def test_a_recorded_story_is_shown_at_its_end_and_stepped_through_without_a_mode
     assert "found" not in stage(page).split("</style>")[1] and not page.exception and engine.loaded is None
 
 
+def test_a_wrong_answer_whose_tokens_are_held_says_that_holding_is_not_enough():
+    page, said_so = opened("smollm2"), []
+    for entry in library.entries("story", model="smollm2"):
+        page.selectbox(key="story_id").set_value(entry.id).run()
+        story = library.opened(Story, entry.id)
+        last = story.n_steps - 1
+        lost = [i for i in range(len(story.caches)) if story.score(i, last) is False]
+        said_so += (told := ["holding is not enough" in part.value for part in page.error])
+        assert told == [story.answer_held(i, last) >= 0.5 for i in lost]
+        assert all("holding is not enough" not in part.value for part in page.success)
+    assert {*said_so} == {True, False}
+
+
 def test_it_plays_to_its_end_and_is_presented_in_large_type():
     page = opened("smollm2")
     page.slider(key="demo_step").set_value(1).run()
@@ -122,7 +135,6 @@ def test_a_second_compression_stands_beside_the_first_and_text_that_was_edited_i
     offer(monkeypatch, Preset("Solved", SEA, answer=answer))
     page = opened(demo="Live", beside="random")
     page.text_area(key="live_prompt").set_value(SEA + HOSTILE).run()
-    page.text_input(key="live_answer").set_value("").run()
     page.number_input(key="live_new").set_value(2).run()
     page.button(key="tell_story").click().run()
     story = page.session_state["demo_told"]
