@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from analysis.stories import FULL, Step, Story, full_nbytes, name_of
-from analysis.words import human_bytes, span
+from analysis.words import counted, human_bytes, span
 from app.components.markup import escaped, visible
 from app.figures.style import CONTRAST, FULL_GREY, PRIMARY
 from l2kv.spec import CompressionSpec
@@ -117,6 +117,8 @@ def _held(
         notes.append("It ended at once, without a word.")
     if spec is not None and min(now.held) < now.seen and min(now.held) <= spec.protect_first + spec.protect_last:
         notes.append("It holds the protected tokens alone: the policy chose none.")
+    if spec is not None and min(now.held) == now.seen <= spec.prune_after:
+        notes.append(f"Nothing is evicted yet: that begins at {counted(spec.prune_after, 'token')}.")
     return (
         f'<div><div><span class="l2kv-bytes">{human_bytes(nbytes)}</span> <span class="l2kv-small">{share}</span></div>'
         f'<div class="l2kv-layers" role="img" aria-label="{told}">{bars}</div>'
@@ -138,12 +140,19 @@ def _tokens(story: Story, i: int, step: int) -> str:
     return f"<div>{lead}{token_strip(story.labels, shares, story.answer_at, heads=story.heads)}</div>"
 
 
-def answers(specs: Sequence[CompressionSpec | None], steps: Sequence[Step], *, memory: bool) -> str:
-    """Write as HTML what each cache of a chat answers, and what it holds if it is the latest turn."""
+def answers(
+    specs: Sequence[CompressionSpec | None], steps: Sequence[Step], *, memory: bool, growing: bool = False
+) -> str:
+    """Write as HTML what each cache of a chat answers, and what it holds if it is the latest turn.
+
+    An answer that does not grow any more, and that the model did not end, is said to be cut.
+    """
     boxes = []
     for spec, now in zip(specs, steps, strict=True):
         share = _share(now.nbytes / full_nbytes(steps[0], now.seen), now) if spec else ""
-        below = _held(now.nbytes, share, now, spec) if memory else ""
+        cut = not (growing or now.finished)
+        below = f'<div class="l2kv-small">Stopped after {counted(len(now.token_ids), "token")}.</div>' if cut else ""
+        below += _held(now.nbytes, share, now, spec) if memory else ""
         said = f'<span class="l2kv-new">{escaped(now.text)}</span>'
         boxes.append(_box("compressed" if spec else "full", name_of(spec) if spec else FULL, "", said, below))
     return f'{STYLE}<div class="l2kv-stage">{"".join(boxes)}</div>'

@@ -523,6 +523,7 @@ def _say(engine: Engine, message: str, run: Run) -> None:
             )  # fmt: skip
             with closing(rows):
                 for steps in rows:
-                    place.html(stage.answers(talk.specs, steps, memory=True))
+                    place.html(stage.answers(talk.specs, steps, memory=True, growing=True))
+            place.html(stage.answers(talk.specs, talk.turns[-1][1], memory=True))
     except (UserError, SpecError) as error:
         place.error(markup.plain(str(error)), icon=":material/error:")

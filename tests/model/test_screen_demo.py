@@ -223,6 +223,10 @@ def test_a_chat_goes_on_in_its_caches(tmp_path, monkeypatch):
     for i, message in enumerate(("Who is it?", "<b>And</b> why?"), 1):
         page.chat_input(key="chat_message").set_value(message).run()
         assert not page.exception and not page.error and len(page.session_state["demo_talk"].turns) == i
+        shown = [part.value for part in page.get("html") if "l2kv-stage" in part.value]
+        # Three tokens end no answer, and neither turn has the 128 that compression begins at.
+        assert [html.count("Stopped after 3 tokens.") for html in shown] == [2] * i
+        assert shown[-1].count("Nothing is evicted yet: that begins at 128 tokens.") == 1
     assert "<b>And</b>" not in "".join(part.value for part in page.get("html"))
     page.button(key="new_chat").click().run()
     assert page.session_state["demo_talk"] is None if "demo_talk" in page.session_state else True

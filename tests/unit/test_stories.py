@@ -98,6 +98,18 @@ def test_of_a_long_prompt_only_what_is_around_the_answer_is_shown():
     assert strip.count("<span") == 29 and "… 236 …" in strip and "… 235 …" in strip
 
 
+def test_an_answer_of_a_chat_that_the_model_did_not_end_is_said_to_be_cut():
+    specs, steps = [None, HALF], [step("So", 2, 12, 800), step("So it is.", 3, 6, 400, finished=True)]
+    assert body(stage.answers(specs, steps, memory=False)).count("Stopped after 2 tokens.") == 1
+    assert "Stopped" not in body(stage.answers(specs, steps, memory=False, growing=True))
+
+
+def test_a_cache_too_short_to_be_compressed_says_from_where_on_it_is():
+    for_later, held = [replace(HALF, prune_after=20)], [step("So", 2, 12, 800)]
+    assert "Nothing is evicted yet: that begins at 20 tokens." in body(stage.answers(for_later, held, memory=True))
+    assert "Nothing" not in body(stage.answers([HALF], held, memory=True))
+
+
 def test_no_text_becomes_markup():
     caches = [replace(told, name=HOSTILE, steps=(replace(told.steps[0], text=HOSTILE),)) for told in STORY.caches]
     hostile = replace(STORY, name=HOSTILE, prompt=HOSTILE, answer=HOSTILE, labels=(HOSTILE,) * 5, caches=tuple(caches))
