@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from types import ModuleType
 
 import numpy as np
@@ -57,7 +58,7 @@ def documents_of(n: int, documents: Sequence[str]) -> np.ndarray:
 
 
 def resamples(n: int, *, documents: Sequence[str] = (), count: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """Draw resamples with replacement: how often each holds each of n texts, [count, n] float64.
+    """Draw resamples with replacement: how often each holds each of n texts, [count, n] float64, not to be written to.
 
     Documents are drawn, then excerpts of each drawn document (of a single document, excerpts alone). So an interval is
     as wide as documents differ, and no narrower than excerpts do where a few documents are alike by chance.
@@ -66,6 +67,11 @@ def resamples(n: int, *, documents: Sequence[str] = (), count: int = RESAMPLES, 
     Args:
         documents: n, names of what each text is an excerpt of; a document of its own where they are not known.
     """
+    return _resamples(n, tuple(documents), count, seed)
+
+
+@lru_cache(maxsize=4)  # a page asks for dozens of intervals over the same texts
+def _resamples(n: int, documents: tuple[str, ...], count: int, seed: int) -> np.ndarray:
     rng, which = np.random.default_rng(seed), documents_of(n, documents)
     total = int(which.max(initial=-1)) + 1
     places = rng.integers(total, size=(count, total)) + total * np.arange(count)[:, None]  # a row for each resample
@@ -74,6 +80,7 @@ def resamples(n: int, *, documents: Sequence[str] = (), count: int = RESAMPLES, 
     for document, size in enumerate(np.bincount(which)):
         if size > 1:
             drawn[:, which == document] = rng.multinomial(times[:, document] * size, np.full(size, 1 / size))
+    drawn.setflags(write=False)
     return drawn
 
 

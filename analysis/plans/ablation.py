@@ -339,7 +339,7 @@ def agreement(nll_change: np.ndarray, loss: np.ndarray, *, documents: Sequence[s
     if n < MIN_TEXTS or np.isnan(value):
         return Interval(value, np.nan, np.nan)
     counts = resamples(n, documents=documents, seed=seed)
-    counts /= counts.sum(axis=1, keepdims=True)
-    drawn = spearman(counts @ nll_change.T, counts @ loss.T)
+    shares = counts / counts.sum(axis=1, keepdims=True)
+    drawn = spearman(shares @ nll_change.T, shares @ loss.T)
     low, high = np.nanquantile(drawn, [0.025, 0.975])
     return Interval(value, float(low), float(high))

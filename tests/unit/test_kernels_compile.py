@@ -46,18 +46,57 @@ for kernel in (statistics._log_sums_kernel, statistics._rows_kernel):
 """
 
 
+STEP = """
+import json, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from l2kv.kernels import ragged
+
+dtype, width, group = json.loads(sys.argv[2])
+number = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}[dtype]
+POINTERS = dict.fromkeys(("query", "keys", "values", "new_keys", "new_values", "output"), number)
+POINTERS |= dict.fromkeys(("starts", "held", "kept", "chunk_heads", "chunk_firsts", "bounds"), "*i32")
+POINTERS |= dict.fromkeys(("sums", "log_sums", "sinks", "scores"), "*fp32") | dict.fromkeys(("ranks", "seen"), "*i64")
+SIZES = {"WIDTH": width, "VALUE_WIDTH": width, "WIDTH_PADDED": width, "VALUES_PADDED": width, "PADDED": width,
+         "GROUP": group, "GROUP_PADDED": 16, "CHUNK": 512, "CAPPED": True, "SINKS": True, "RANKED": True,
+         "PRECISION": "ieee" if dtype == "float32" else "tf32"}
+for kernel, block, warps in ((ragged._attend_to_chunk, ragged._BLOCK, ragged._WARPS), (ragged._join_chunks, 32, 4),
+                             (ragged._append, 0, 1), (ragged._evict, ragged._SCAN, 8)):
+    constants = {name: value for name, value in (SIZES | {"BLOCK": block}).items() if name in kernel.arg_names}
+    names = POINTERS | dict.fromkeys(("scale", "softcap"), "fp32") | dict.fromkeys(constants, "constexpr")
+    signature = {name: names.get(name, "i32") for name in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
+               if signature[name][0] == "*" or name.endswith(("_row", "_head", "_slot"))}
+    options = {"num_warps": warps, "num_stages": ragged._STAGES}
+    source = ASTSource(kernel, signature, constants, aligned)
+    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["cubin"]
+    open(f"{sys.argv[1]}/{kernel.__name__}.cubin", "wb").write(binary)
+"""
+
+
 @pytest.mark.parametrize(
     "shape", [("bfloat16", 128, 256, False), ("float16", 80, 2, True), ("float32", 64, 16, False)], ids=str
 )
 def test_statistics_compile_for_hopper_and_spill_nothing(shape, tmp_path):
+    assert len(spill_nothing(COMPILE, shape, tmp_path)) == 2
+
+
+@pytest.mark.parametrize("shape", [("bfloat16", 128, 4), ("float16", 64, 3)], ids=str)
+def test_a_decoding_step_compiles_for_hopper_and_spills_nothing(shape, tmp_path):
+    assert len(spill_nothing(STEP, shape, tmp_path)) == 4
+
+
+def spill_nothing(code, shape, folder):
+    """Binaries that `code` writes into a folder; none of them keeps registers in memory."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
-    run = [sys.executable, "-c", COMPILE, str(tmp_path), json.dumps(shape)]
+    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
+    run = [sys.executable, "-c", code, str(folder), json.dumps(shape)]
     done = subprocess.run(run, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    binaries = sorted(tmp_path.glob("*.cubin"))
-    assert len(binaries) == 2
+    binaries = sorted(folder.glob("*.cubin"))
     for binary in binaries:
         dump = [TOOLS / "cuobjdump", "--dump-resource-usage", binary]
         usage = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
-        assert " STACK:0 " in usage and " LOCAL:0 " in usage, usage
+        assert " STACK:0 " in usage and " LOCAL:0 " in usage, (binary.name, usage)
+    return binaries
