@@ -46,6 +46,12 @@ class Step:
     """For each token of the prompt the number of kv heads that hold it; empty where they were not counted."""
 
 
+def full_nbytes(full: Step, seen: int) -> float:
+    """Bytes of the full cache had it seen so many tokens, by its layers: one with a sliding window does not grow."""
+    held = (seen if n == full.seen else min(n, seen) for n in full.held)
+    return full.nbytes * sum(held) / sum(full.held)
+
+
 @dataclass(frozen=True, slots=True)
 class Told:
     """One of the caches of a story."""
@@ -100,9 +106,14 @@ class Story:
         return self.at(cache, step).nbytes * DTYPES[self.dtype] / DTYPES[self.counted_dtype]
 
     def share(self, cache: int, step: int) -> float:
-        """Bytes of a cache as a share of the full one's when it had seen as many tokens."""
-        tokens = len(self.at(cache, step).token_ids)
-        return self.nbytes(cache, step) / self.nbytes(0, min(tokens, len(self.caches[0].steps)) - 1)
+        """Bytes of a cache as a share of a full one's that has seen as many tokens."""
+        return self.nbytes(cache, step) / self.full_nbytes(cache, step)
+
+    def full_nbytes(self, cache: int, step: int) -> float:
+        """Bytes in `dtype` of a full cache that has seen as many tokens as a cache after a step."""
+        now = self.at(cache, step)
+        full = full_nbytes(self.at(0, len(now.token_ids) - 1), now.seen)
+        return full * DTYPES[self.dtype] / DTYPES[self.counted_dtype]
 
     def score(self, cache: int, step: int) -> bool | None:
         """Tell whether a cache has given the answer; None while that is open, or where there is none."""

@@ -52,7 +52,11 @@ def dialog(engine: Engine, jobs: Jobs) -> None:
     chosen = st.session_state.get("new_preset", _OWN)
     default = chosen if text == texts.get(chosen) else " ".join(text.split()[:6])
     name = st.text_input("Name of the run", default, max_chars=200)
-    if st.button("Start", type="primary", icon=":material/play_arrow:", disabled=not text.strip()):
+    # Never disabled: a text is sent when its field loses focus, so a button that waited for one would look broken.
+    if st.button("Start", type="primary", icon=":material/play_arrow:", key="start_run"):
+        if not text.strip():
+            st.error("There is no text to capture. Type one, choose one or upload one.", icon=":material/error:")
+            return
         state.JOB.set(start(jobs, state.model_ref(), text, name))
         st.rerun()
 

@@ -83,11 +83,22 @@ def savings(
 _CHOSEN = ("keep_ratio", "policy", "skip_layers", "protect_last", "prune_after")  # written down even as by default
 
 
-def library_code(spec: CompressionSpec, ref: str, *, told: Iterable[str] = ()) -> str:
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A greedy generation that a script does again, as `analysis.preview.stream` did it."""
+
+    prompt: str
+    chat: bool
+    new_tokens: int
+    dtype: str
+
+
+def library_code(spec: CompressionSpec, ref: str, again: Generation | None = None, *, told: Iterable[str] = ()) -> str:
     """Write a Python script that generates with a spec, where this library is installed.
 
     Args:
         ref: the model: a name that `load_model` knows, a GGUF file, a folder or a hub id.
+        again: what to generate; by default an example, through the chat template where the model has one.
         told: lines to begin with, as comments: how the compression was judged (`Decision.told`).
     """
     lines = "".join(textwrap.fill(line, 118, initial_indent="# ", subsequent_indent="#   ") + "\n" for line in told)
@@ -99,11 +110,14 @@ def library_code(spec: CompressionSpec, ref: str, *, told: Iterable[str] = ()) -
         load = f"loaded = load_model({_quoted(ref)})\nmodel, tokenizer = loaded.model, loaded.tokenizer\n"
     else:
         imports = f"from transformers import AutoModelForCausalLM, AutoTokenizer\n\nfrom l2kv import {names}\n"
+        dtype = again.dtype if again else "auto"
         load = (
-            f'model = AutoModelForCausalLM.from_pretrained({_quoted(ref)}, dtype="auto")\n'
+            f'model = AutoModelForCausalLM.from_pretrained({_quoted(ref)}, dtype="{dtype}")\n'
             f"tokenizer = AutoTokenizer.from_pretrained({_quoted(ref)})\n"
         )
     arguments = "".join(f"    {argument},\n" for argument in _arguments(spec))
+    if again:
+        imports = f"import torch\n{imports}from l2kv.decoding import prefill\n"
     return f"""{lines}# Needs l2kv, which is not on the package index: run it in the environment of `make app` (.venv in
 # this project's folder), or pip install that folder.
 {imports}
@@ -111,16 +125,38 @@ def library_code(spec: CompressionSpec, ref: str, *, told: Iterable[str] = ()) -
 spec = CompressionSpec(
 {arguments})
 
-prompt = "The old man looked at the sea. What did he see?"
-if tokenizer.chat_template:
-    messages = [{{"role": "user", "content": prompt}}]
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not tokenizer.chat_template).to(model.device)
-with compressible(model):
+{_inputs_code(again)}
+with compressible(model){", torch.no_grad()" if again else ""}:
     cache = CompressedCache(model.config, spec{", special_ids=special_ids(tokenizer)" if by_ids else ""})
-    output = model.generate(**inputs, past_key_values=cache, max_new_tokens=48, do_sample=False)
+{_PREFILL if again else ""}\
+    output = model.generate(**inputs, past_key_values=cache, max_new_tokens={again.new_tokens if again else 48}, \
+do_sample=False)
 print(tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))
 """
+
+
+_PREFILL = """\
+    # Compressed before its last token is read: even the first new token comes from what is kept.
+    prefill(model, inputs.input_ids[:, :-1], cache)
+"""
+_TEMPLATED = """\
+messages = [{"role": "user", "content": prompt}]
+prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+"""
+
+
+def _inputs_code(again: Generation | None) -> str:
+    """Write how a prompt becomes tokens."""
+    if again is None:
+        prompt = _quoted("The old man looked at the sea. What did he see?")
+        templated = "if tokenizer.chat_template:\n" + textwrap.indent(_TEMPLATED, "    ")
+        special = ", add_special_tokens=not tokenizer.chat_template"
+    else:
+        prompt = repr(again.prompt)  # JSON would write an emoji as two characters
+        templated, special = (_TEMPLATED, ", add_special_tokens=False") if again.chat else ("", "")
+    return f'''\
+prompt = {prompt}
+{templated}inputs = tokenizer(prompt, return_tensors="pt"{special}).to(model.device)'''
 
 
 def generate_code(spec: CompressionSpec, special_ids: Iterable[int] | None = None) -> str:

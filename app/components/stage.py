@@ -10,8 +10,8 @@ import html
 from collections.abc import Sequence
 from itertools import pairwise
 
-from analysis.stories import FULL, Step, Story, name_of
-from analysis.words import human_bytes, span
+from analysis.stories import FULL, Step, Story, full_nbytes, name_of
+from analysis.words import counted, human_bytes, span
 from app.components.markup import escaped, visible
 from app.figures.style import CONTRAST, FULL_GREY, PRIMARY
 from l2kv.spec import CompressionSpec
@@ -19,7 +19,7 @@ from l2kv.spec import CompressionSpec
 _PROMPT_TAIL = 110  # characters
 _AROUND = 14  # tokens shown before and after each that says the answer
 _MOST = 160  # tokens shown where there is no answer
-_HALF = 0.5
+HALF = 0.5
 
 STYLE = f"""<style>
 .l2kv-stage {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(16rem, 100%), 1fr)); gap: .75rem; }}
@@ -91,9 +91,13 @@ def _tail(story: Story) -> str:
 
 def _memory(story: Story, i: int, step: int) -> str:
     now = story.at(i, step)
-    share = "" if story.caches[i].spec is None else f"{story.share(i, step):.0%} of the full cache"
+    share = "" if story.caches[i].spec is None else _share(story.share(i, step), now)
     cache = story.caches[i]
     return _held(story.nbytes(i, step), share, now, cache.spec, cache.tokens_per_second)
+
+
+def _share(share: float, now: Step) -> str:
+    return f"{share:.0%} of a full cache of {now.seen} tokens"
 
 
 def _held(
@@ -113,6 +117,8 @@ def _held(
         notes.append("It ended at once, without a word.")
     if spec is not None and min(now.held) < now.seen and min(now.held) <= spec.protect_first + spec.protect_last:
         notes.append("It holds the protected tokens alone: the policy chose none.")
+    if spec is not None and min(now.held) == now.seen <= spec.prune_after:
+        notes.append(f"Nothing is evicted yet: that begins at {counted(spec.prune_after, 'token')}.")
     return (
         f'<div><div><span class="l2kv-bytes">{human_bytes(nbytes)}</span> <span class="l2kv-small">{share}</span></div>'
         f'<div class="l2kv-layers" role="img" aria-label="{told}">{bars}</div>'
@@ -134,12 +140,19 @@ def _tokens(story: Story, i: int, step: int) -> str:
     return f"<div>{lead}{token_strip(story.labels, shares, story.answer_at, heads=story.heads)}</div>"
 
 
-def answers(specs: Sequence[CompressionSpec | None], steps: Sequence[Step], *, memory: bool) -> str:
-    """Write as HTML what each cache of a chat answers, and what it holds if it is the latest turn."""
+def answers(
+    specs: Sequence[CompressionSpec | None], steps: Sequence[Step], *, memory: bool, growing: bool = False
+) -> str:
+    """Write as HTML what each cache of a chat answers, and what it holds if it is the latest turn.
+
+    An answer that does not grow any more, and that the model did not end, is said to be cut.
+    """
     boxes = []
     for spec, now in zip(specs, steps, strict=True):
-        share = f"{now.nbytes / steps[0].nbytes:.0%} of the full cache's" if spec else ""
-        below = _held(now.nbytes, share, now, spec) if memory else ""
+        share = _share(now.nbytes / full_nbytes(steps[0], now.seen), now) if spec else ""
+        cut = not (growing or now.finished)
+        below = f'<div class="l2kv-small">Stopped after {counted(len(now.token_ids), "token")}.</div>' if cut else ""
+        below += _held(now.nbytes, share, now, spec) if memory else ""
         said = f'<span class="l2kv-new">{escaped(now.text)}</span>'
         boxes.append(_box("compressed" if spec else "full", name_of(spec) if spec else FULL, "", said, below))
     return f'{STYLE}<div class="l2kv-stage">{"".join(boxes)}</div>'
@@ -156,9 +169,9 @@ def token_strip(labels: Sequence[str], shares: Sequence[float], marked: Sequence
         if at - before > 1:
             chips.append(f"<em> … {at - before - 1} … </em>")
         share, answer = shares[at], " answer" * (at in marked)
-        state = ("solid" if share >= _HALF else "hollow") + answer
+        state = ("solid" if share >= HALF else "hollow") + answer
         word = f"{at}: held by {round(share * heads)} of {heads} heads"
-        fill = f"background:color-mix(in srgb, {PRIMARY} {share * 45:.0f}%, transparent)" if share >= _HALF else ""
+        fill = f"background:color-mix(in srgb, {PRIMARY} {share * 45:.0f}%, transparent)" if share >= HALF else ""
         chips.append(f'<span class="{state}" style="{fill}" title="{word}">{html.escape(visible(labels[at]))}</span>')
     if shown and shown[-1] < len(labels) - 1:
         chips.append(f"<em> … {len(labels) - 1 - shown[-1]} … </em>")

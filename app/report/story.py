@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from analysis.plans.export import library_code
-from analysis.stories import Story
+from analysis.plans.export import Generation, library_code
+from analysis.stories import Story, Told
 from analysis.words import human_bytes
 from app.report.writing import Section, Table, document
 
@@ -20,7 +20,7 @@ def sections(story: Story) -> tuple[Section, ...]:
         "cache": [cache.name for cache in story.caches],
         **({"answer": [_score(story.score(i, last)) for i in caches]} if story.answer else {}),
         f"bytes ({story.dtype})": [human_bytes(story.nbytes(i, last)) for i in caches],
-        "share of the full cache": [f"{story.share(i, last):.0%}" for i in caches],
+        "share of a full cache of as many tokens": [f"{story.share(i, last):.0%}" for i in caches],
         "heads that hold the answer": [_share(story.answer_held(i, last)) for i in caches],
         "tokens/s alone": [f"{cache.tokens_per_second:.1f}" if cache.tokens_per_second else "not timed"
                            for cache in story.caches],
@@ -29,10 +29,11 @@ def sections(story: Story) -> tuple[Section, ...]:
     asked = f"Expected: {story.answer}. " if story.answer else ""
     about = (
         f"{asked}{len(story.labels):,} tokens of prompt, up to {story.n_steps} new ones; one prompt is an anecdote. "
-        "All caches were decoded in step, and the prompt was compressed before its last token was read."
+        "All caches were decoded in step, and the prompt was compressed before its last token was read. "
+        "The scripts do this again, and take the most probable token each time."
     )
     code = tuple(
-        (f"With this library: {cache.name}", library_code(cache.spec, story.model))
+        (f"With this library: {cache.name}", library_code(cache.spec, story.model, _again(story, cache)))
         for cache in story.caches
         if cache.spec is not None
     )
@@ -41,6 +42,10 @@ def sections(story: Story) -> tuple[Section, ...]:
         Section("The prompt", (story.prompt,)),
         Section("The code", code=code),
     )
+
+
+def _again(story: Story, cache: Told) -> Generation:
+    return Generation(story.prompt, story.chat, len(cache.steps), story.counted_dtype)
 
 
 def _score(found: bool | None) -> str:

@@ -72,17 +72,9 @@ def draw(engine: Engine, jobs: Jobs) -> None:
     with st.container(horizontal=True, vertical_alignment="center"):
         st.title("Show me", width="content")
         mode = st.segmented_control(
-            "What to show", [RECORDED, LIVE, CHAT], required=True, label_visibility="collapsed", on_change=_enter,
-            **MODE.widget(),
+            "What to show", [RECORDED, LIVE, CHAT], required=True, label_visibility="collapsed", **MODE.widget(),
         )  # fmt: skip
     {RECORDED: _recorded, LIVE: _live, CHAT: _chat}[mode or RECORDED](engine, jobs)
-
-
-def _enter() -> None:
-    """Begin live with a preset that shows something, under its own compression."""
-    if MODE.get() == LIVE and "live_preset" not in st.session_state:
-        _presets()
-        _take_preset()
 
 
 def _recorded(engine: Engine, jobs: Jobs) -> None:
@@ -198,12 +190,12 @@ def _in_words(story: Story) -> None:
     for i, cache in enumerate(story.caches[1:], 1):
         if scores[0] is False or scores[i] is None:
             continue
-        held = story.answer_held(i, last)
-        why = f" Its tokens are held by {held:.0%} of the heads." if held is not None else ""
+        why = _held_in_words(story.answer_held(i, last), found=bool(scores[i]))
         (st.success if scores[i] else st.error)(
             f"{markup.plain(cache.name.capitalize())}: **{markup.plain(story.answer)} "
             f"{'found' if scores[i] else 'not found'}**, with {human_bytes(story.nbytes(i, last))} in place of "
-            f"{human_bytes(story.nbytes(0, last))} ({story.share(i, last):.0%} of the full cache).{why}",
+            f"{human_bytes(story.full_nbytes(i, last))}, a full cache's of as many tokens "
+            f"({story.share(i, last):.0%}).{why}",
             icon=":material/check_circle:" if scores[i] else ":material/cancel:",
         )
     same = ", ".join(
@@ -216,6 +208,14 @@ def _in_words(story: Story) -> None:
         f"again. Bytes are of the keys and values held, counted, in {story.dtype}, the checkpoint's dtype. A token of "
         f"the prompt is solid where at least half of the {story.heads} kv heads hold it, else hollow."
     )
+
+
+def _held_in_words(held: float | None, *, found: bool) -> str:
+    """Say how many heads hold the answer's tokens, and where that did not help."""
+    if held is None:
+        return ""
+    end = ", and yet it is not found: holding is not enough." if held >= stage.HALF and not found else "."
+    return f" The answer's tokens are held by {held:.0%} of heads{end}"
 
 
 def _report(story: Story) -> None:
@@ -288,9 +288,11 @@ def _live(engine: Engine, jobs: Jobs) -> None:
         _ask_beside()
         started = st.button("Start", type="primary", icon=":material/play_arrow:", key="tell_story")
         place = st.empty()
+    chosen = begin.get(name, Preset(OWN, ""))
+    _offer_compression(chosen)
     left, right = st.columns([3, 2])
     with left:
-        preset = _ask_prompt(engine, ref, begin.get(name, Preset(OWN, "")))
+        preset = _ask_prompt(engine, ref, chosen)
     with right, st.expander("Length and sampling", icon=":material/casino:"):
         run = _ask_run("live", prune_after=0)
     if started:
@@ -322,15 +324,18 @@ def _presets() -> dict[str, Preset]:
     found = sorted(presets(state.model()), key=lambda preset: not preset.answer)
     by_name = {preset.name: preset for preset in found}
     if st.session_state.get("live_preset") not in (*by_name, OWN):  # at first, or of another model
-        _begin_with(next(iter(by_name), OWN), settings=False)
+        _begin_with(next(iter(by_name), OWN))
     return by_name
 
 
 def _ask_prompt(engine: Engine, ref: str, chosen: Preset) -> Preset:
     """Show the prompt that was chosen, to be edited, and return it."""
 
-    def edited() -> None:
+    def answer_edited() -> None:
         st.session_state["live_preset"] = OWN
+
+    def prompt_edited() -> None:  # what was expected of another prompt says nothing of this one
+        st.session_state.update(live_answer="", live_preset=OWN)
 
     def uploaded() -> None:
         if text := uploads.text_of(st.session_state["live_file"]):
@@ -338,10 +343,11 @@ def _ask_prompt(engine: Engine, ref: str, chosen: Preset) -> Preset:
 
     with st.expander("Prompt", icon=":material/edit:", expanded=chosen.name == OWN):
         prompt = st.text_area(
-            "Prompt", key="live_prompt", persist_state="session", height=180, max_chars=400_000, on_change=edited
-        )
+            "Prompt", key="live_prompt", persist_state="session", height=180, max_chars=400_000,
+            on_change=prompt_edited,
+        )  # fmt: skip
         answer = st.text_input(
-            "Expected answer", key="live_answer", persist_state="session", on_change=edited,
+            "Expected answer", key="live_answer", persist_state="session", on_change=answer_edited,
             placeholder="None: nothing is right or wrong",
             help="Digits are found where the first number written begins with them, words wherever they are written.",
         )  # fmt: skip
@@ -355,11 +361,11 @@ def _ask_prompt(engine: Engine, ref: str, chosen: Preset) -> Preset:
 
 
 def _take_preset() -> None:
-    _begin_with(st.session_state["live_preset"], settings=True)
+    _begin_with(st.session_state["live_preset"])
 
 
-def _begin_with(name: str, *, settings: bool) -> None:
-    """Begin with a preset's text, and with its compression in the header; that of a link is left as it is."""
+def _begin_with(name: str) -> None:
+    """Begin with a preset's text. The compression stays as it is: that of a preset is taken on a click only."""
     st.session_state["live_preset"] = name
     preset = next((one for one in presets(state.model()) if one.name == name), None)
     if preset is None:  # one's own text begins with what is there
@@ -367,10 +373,21 @@ def _begin_with(name: str, *, settings: bool) -> None:
             st.session_state.setdefault(key, "")
         return
     st.session_state.update(live_prompt=preset.text, live_answer=preset.answer, live_chat=preset.chat)
-    if settings and preset.spec is not None:
-        state.take_spec(preset.spec)
-        BESIDE.set(preset.beside.policy if preset.beside else "")
-        BESIDE_RATIO.set(preset.beside.keep_ratio if preset.beside else BESIDE_RATIO.default)
+
+
+def _offer_compression(chosen: Preset) -> None:
+    """Offer the compression that a preset was chosen with, where another one is in force."""
+    if (spec := chosen.spec) is None or spec == state.spec():
+        return
+
+    def take() -> None:
+        state.take_spec(spec)
+        BESIDE.set(chosen.beside.policy if chosen.beside else "")
+        BESIDE_RATIO.set(chosen.beside.keep_ratio if chosen.beside else BESIDE_RATIO.default)
+
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.caption(f"This task was chosen with {header.in_words(spec)}.", width="content")
+        st.button("Use that", key="take_compression", on_click=take)
 
 
 def _ask_template(engine: Engine, ref: str) -> bool:
@@ -506,6 +523,7 @@ def _say(engine: Engine, message: str, run: Run) -> None:
             )  # fmt: skip
             with closing(rows):
                 for steps in rows:
-                    place.html(stage.answers(talk.specs, steps, memory=True))
+                    place.html(stage.answers(talk.specs, steps, memory=True, growing=True))
+            place.html(stage.answers(talk.specs, talk.turns[-1][1], memory=True))
     except (UserError, SpecError) as error:
         place.error(markup.plain(str(error)), icon=":material/error:")

@@ -52,6 +52,19 @@ def test_a_recorded_story_is_shown_at_its_end_and_stepped_through_without_a_mode
     assert "found" not in stage(page).split("</style>")[1] and not page.exception and engine.loaded is None
 
 
+def test_a_wrong_answer_whose_tokens_are_held_says_that_holding_is_not_enough():
+    page, said_so = opened("smollm2"), []
+    for entry in library.entries("story", model="smollm2"):
+        page.selectbox(key="story_id").set_value(entry.id).run()
+        story = library.opened(Story, entry.id)
+        last = story.n_steps - 1
+        lost = [i for i in range(len(story.caches)) if story.score(i, last) is False]
+        said_so += (told := ["holding is not enough" in part.value for part in page.error])
+        assert told == [story.answer_held(i, last) >= 0.5 for i in lost]
+        assert all("holding is not enough" not in part.value for part in page.success)
+    assert {*said_so} == {True, False}
+
+
 def test_it_plays_to_its_end_and_is_presented_in_large_type():
     page = opened("smollm2")
     page.slider(key="demo_step").set_value(1).run()
@@ -76,6 +89,8 @@ def told(monkeypatch, preset, **settings):
     page = opened(demo="Live", **settings)
     for name in ("Another", preset.name):
         page.selectbox(key="live_preset").set_value(name).run()
+    if preset.spec:
+        page.button(key="take_compression").click().run()
     page.number_input(key="live_new").set_value(6).run()
     page.button(key="tell_story").click().run()
     assert not page.exception and page.session_state["demo_told"].n_steps
@@ -105,11 +120,21 @@ def test_colour_is_for_the_task_and_not_for_the_same_tokens(monkeypatch, answer,
     assert not (page.success or page.error) and "found" not in stage(page).split("</style>")[1]
 
 
+def test_live_leaves_the_compression_as_it_is_until_that_of_a_task_is_asked_for(monkeypatch):
+    offer(monkeypatch, Preset("Task", SEA, "", CompressionSpec(keep_ratio=0.25, skip_layers=(0,)), "sea"))
+    page = opened(keep="0.75")
+    page.segmented_control(key="demo_mode").set_value("Live").run()
+    page.selectbox(key="live_preset").set_value("My own text").run()
+    page.selectbox(key="live_preset").set_value("Task").run()
+    assert page.session_state["keep_ratio"] == 0.75 and "chosen with" in said(page)
+    page.button(key="take_compression").click().run()
+    assert page.session_state["keep_ratio"] == 0.25 and "chosen with" not in said(page)
+
+
 def test_a_second_compression_stands_beside_the_first_and_text_that_was_edited_is_no_task(monkeypatch, answer):
     offer(monkeypatch, Preset("Solved", SEA, answer=answer))
     page = opened(demo="Live", beside="random")
     page.text_area(key="live_prompt").set_value(SEA + HOSTILE).run()
-    page.text_input(key="live_answer").set_value("").run()
     page.number_input(key="live_new").set_value(2).run()
     page.button(key="tell_story").click().run()
     story = page.session_state["demo_told"]
@@ -198,6 +223,10 @@ def test_a_chat_goes_on_in_its_caches(tmp_path, monkeypatch):
     for i, message in enumerate(("Who is it?", "<b>And</b> why?"), 1):
         page.chat_input(key="chat_message").set_value(message).run()
         assert not page.exception and not page.error and len(page.session_state["demo_talk"].turns) == i
+        shown = [part.value for part in page.get("html") if "l2kv-stage" in part.value]
+        # Three tokens end no answer, and neither turn has the 128 that compression begins at.
+        assert [html.count("Stopped after 3 tokens.") for html in shown] == [2] * i
+        assert shown[-1].count("Nothing is evicted yet: that begins at 128 tokens.") == 1
     assert "<b>And</b>" not in "".join(part.value for part in page.get("html"))
     page.button(key="new_chat").click().run()
     assert page.session_state["demo_talk"] is None if "demo_talk" in page.session_state else True

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from analysis.records import load, save
-from analysis.stories import FULL, Step, Story, Told, name_of
+from analysis.stories import FULL, Step, Story, Told, full_nbytes, name_of
 from app.components import stage
 from app.report.story import report
 from l2kv import CompressionSpec
@@ -49,6 +49,9 @@ def test_a_score_is_open_until_it_is_decided():
 def test_bytes_are_told_in_the_dtype_of_the_checkpoint_and_shares_at_the_same_number_of_tokens():
     assert STORY.nbytes(0, 1) == 420
     assert STORY.share(1, 1) == 0.5 and STORY.share(2, 1) == 0.5  # 400 of 800, when it ended
+    longer = replace(STORY, caches=(replace(STORY.caches[0], steps=STORY.caches[0].steps[:1]), *STORY.caches[1:]))
+    assert longer.share(1, 1) == 420 / (800 * 12 / 11)  # the full cache ended at 11 tokens, this one at 12
+    assert full_nbytes(step("", 1, 4, 1500), 22) == 1500 * (4 + 22) / (4 + 11)  # a window of 4 does not grow
     assert STORY.agreement(1) == (2, 2) and STORY.agreement(2) == (1, 2)
 
 
@@ -82,7 +85,7 @@ def body(html):
 def test_colour_and_words_carry_the_task_and_hollow_tokens_are_those_that_most_heads_lost():
     shown = body(stage.stage(STORY, 1))
     assert shown.count("✓ found") == 2 and shown.count("✗ not found") == 1
-    assert "210 B" in shown and "50% of the full cache" in shown
+    assert "210 B" in shown and "50% of a full cache of 12 tokens" in shown
     low = shown.split("l2kv-cache")[2]
     chips = low.split("l2kv-tokens")[1].split("<span class=")[1:]
     assert ["hollow" in chip for chip in chips] == [False, True, False, True, True]
@@ -93,6 +96,18 @@ def test_colour_and_words_carry_the_task_and_hollow_tokens_are_those_that_most_h
 def test_of_a_long_prompt_only_what_is_around_the_answer_is_shown():
     strip = stage.token_strip(["a"] * 500, [1.0] * 500, (250,), heads=4)
     assert strip.count("<span") == 29 and "… 236 …" in strip and "… 235 …" in strip
+
+
+def test_an_answer_of_a_chat_that_the_model_did_not_end_is_said_to_be_cut():
+    specs, steps = [None, HALF], [step("So", 2, 12, 800), step("So it is.", 3, 6, 400, finished=True)]
+    assert body(stage.answers(specs, steps, memory=False)).count("Stopped after 2 tokens.") == 1
+    assert "Stopped" not in body(stage.answers(specs, steps, memory=False, growing=True))
+
+
+def test_a_cache_too_short_to_be_compressed_says_from_where_on_it_is():
+    for_later, held = [replace(HALF, prune_after=20)], [step("So", 2, 12, 800)]
+    assert "Nothing is evicted yet: that begins at 20 tokens." in body(stage.answers(for_later, held, memory=True))
+    assert "Nothing" not in body(stage.answers([HALF], held, memory=True))
 
 
 def test_no_text_becomes_markup():
