@@ -140,6 +140,11 @@ def test_a_click_chooses_a_token_ctrl_another_enter_too_and_a_link_shows_them(pa
     page.wait_for_function("!location.href.includes('tokens=13')")
     settled(page)
     assert step(page) == 11  # what was scrubbed to stays, whatever the page draws again
+    page.get_by_role("link", name="Help").click()
+    page.get_by_role("link", name="Explore").click()
+    page.locator("input.step").wait_for()
+    settled(page)
+    assert step(page) == 11  # nor by a strip that is made anew
     strip.click(position={"x": 44, "y": 5})
     chosen(page, "5")
     other = opened(browser, page.url)
