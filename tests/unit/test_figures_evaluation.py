@@ -236,7 +236,7 @@ def test_what_no_document_defines_is_undefined_in_drawings_and_table():
 
 def test_the_table_tells_each_interval_in_a_cell_and_few_samples_are_warned_of():
     of = section(predictions_of({"low_norm 0.5": [[0.25] * 2, [0.75] * 2]}))
-    assert of.table["method"] == ["full cache", "low norm 0.5"] and of.table["change"][1] == "0.5 (0.25 to 0.75)"
+    assert of.table["method"] == ["full cache", "low norm 0.5"] and of.table["change"][1] == "0.500 (0.250 to 0.750)"
     assert any("2 samples they are too narrow" in words for words in of.words)
     many = section(predictions_of({"low_norm 0.5": [[0.25] * 2] * 6}))
     assert not any("too narrow" in words for words in many.words)
