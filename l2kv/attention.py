@@ -121,8 +121,6 @@ def softmax_form(inner: Attention, query: Tensor, options: Mapping[str, Any]) ->
     """What a kernel needs to know of an attention call: its scale, softcap and sinks; None where that is not all."""
     if options.get("dropout"):
         return None
-    while isinstance(inner, partial):  # another hook's, which has no say in what this one's cache holds
-        inner = inner.args[0]
     scale = attention_scale(query, options)
     if inner is ALL_ATTENTION_FUNCTIONS["sdpa"]:  # which takes no notice of the others
         return {"scale": scale}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -145,6 +146,8 @@ class DecodingGraph:
         taken = self._inner.take(key, value)
         if taken is None:
             return inner(module, query, key, value, mask, **options)
+        while isinstance(inner, partial):  # of a prepared model, whose hook knows nothing of these pairs
+            inner = inner.args[0]
         form = softmax_form(inner, query, options)
         if form is None or taken.repeats.times > 1 or taken.layer_idx != taken.source:
             raise UnsupportedModelError(
@@ -161,8 +164,8 @@ class DecodingGraph:
             return
         with ExitStack() as stack:
             for part in _between_products(self._model):
+                stack.callback(setattr, part, "_compiled_call_impl", part._compiled_call_impl)
                 part.compile(dynamic=False)
-                stack.callback(setattr, part, "_compiled_call_impl", None)
             for home in {sys.modules[type(part).__module__] for part in self._model.modules()}:
                 if rotary := getattr(home, "apply_rotary_pos_emb", None):  # other models compute the same by it
                     setattr(home, "apply_rotary_pos_emb", torch.compile(rotary, dynamic=False))  # noqa: B010

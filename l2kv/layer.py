@@ -167,21 +167,17 @@ class CompressedLayer(CacheLayerMixin):
 
     def check_steady(self) -> None:
         """Raise ValueError unless steps of one token can be taken on the `table` itself, by ranks known on arrival."""
-        reason = (
-            "it is empty"
-            if self._stored is None
-            else "its rows are padded"
-            if self.first_real is not None
-            else "its pairs are in fewer bits or channels"
-            if self.spec.codes_in(self._layer_idx)
-            else "it has pinned tokens"
-            if self.spec.pinned
-            else f"the policy {self.spec.policy} ranks pairs by more than they are"
-            if not self._policy.on_arrival or self._policy.needs_token_ids or self._filters is not None or self.recorded
-            else None
-        )
-        if reason:
-            raise ValueError(f"Layer {self._layer_idx} of the cache cannot be decoded over in one graph: {reason}.")
+        policy = self._policy
+        by_more = not policy.on_arrival or policy.needs_token_ids or policy.needs_filters or self.recorded is not None
+        reasons = {
+            "it is empty": self._stored is None,
+            "its rows are padded": self.first_real is not None,
+            "its pairs are in fewer bits or channels": self.spec.codes_in(self._layer_idx),
+            "it has pinned tokens": bool(self.spec.pinned),
+            f"the policy {self.spec.policy} ranks pairs by more than they are": by_more,
+        }
+        if found := [reason for reason, holds in reasons.items() if holds]:
+            raise ValueError(f"Layer {self._layer_idx} of the cache cannot be decoded over in one graph: {found[0]}.")
 
     def reserve_steps(self, steps: int) -> list[tuple[int, ...]]:
         """Make room for so many steps of one token: what each kv head holds now, and after each."""
@@ -196,10 +192,9 @@ class CompressedLayer(CacheLayerMixin):
 
     def note_steps(self, steps: int) -> None:
         """Take note of steps of one token, taken on the `table` itself."""
-        for held, evicted_at in list(self._steps(steps))[-1:]:
-            self._evicted_at = evicted_at
-            self._storage.note_held(held)
-            self.seen += steps
+        *_, (held, self._evicted_at) = [(self.held_by_head, self._evicted_at), *self._steps(steps)]
+        self._storage.note_held(held)
+        self.seen += steps
         self._show()
 
     def _steps(self, steps: int) -> Iterator[tuple[tuple[int, ...], int]]:

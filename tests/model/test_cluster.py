@@ -17,6 +17,7 @@ from analysis.evaluation.tasks import TASKS
 from analysis.models.load import load_model, outline
 from l2kv import CompressionSpec
 from tests.support.model_folders import rewrite_weights
+from tests.support.policies import forget_files
 
 pytestmark = pytest.mark.xdist_group("ray")  # one cluster for all
 METHODS = {
@@ -91,9 +92,10 @@ def test_a_policy_of_the_users_own_goes_to_the_workers_with_its_file(whole_folde
     file.write_text("def score(keys, values, positions):\n    return -positions\n")
     command = f"evaluate lm -m {whole_folder} --device cpu --prompt-tokens 24 --new-tokens 4 --keep-ratios 0.5 --json"
     command += f" --protect-last 0 --policies low_norm,{file}:score"
-    assert main([*command.split(), "--ray", "auto", "--workers", "1"]) == 0
-    far = capsys.readouterr().out
-    assert main(command.split()) == 0
+    with forget_files():
+        assert main([*command.split(), "--ray", "auto", "--workers", "1"]) == 0
+        far = capsys.readouterr().out
+        assert main(command.split()) == 0
     assert far == capsys.readouterr().out and "oldest.py:score@" in far
 
 

@@ -8,6 +8,7 @@ import torch
 from l2kv import CompressedCache, CompressionSpec, compressible
 from l2kv.decoding import decode_one_token, prefill
 from l2kv.graphed import DecodingGraph
+from l2kv.hooks import attention_hook
 from l2kv.kernels import ragged
 from l2kv.storage.base import Table
 
@@ -127,6 +128,33 @@ def test_a_graph_refuses_what_it_cannot_record(models):
         prefill(model, torch.arange(3, 30)[None], cache)
         with pytest.raises(ValueError, match="keydiff ranks pairs by more"):
             DecodingGraph(model, cache, steps=3)
+
+
+def test_a_graph_that_takes_no_step_leaves_the_cache_as_it_was(models):
+    model = models("llama")
+    caches = [CompressedCache(model.config, PLAN) for _ in range(2)]
+    with compressible(model), torch.inference_mode():
+        for cache in caches:
+            prefill(model, torch.arange(3, 60)[None], cache)
+        with DecodingGraph(model, caches[0], steps=7):
+            pass
+        assert torch.equal(*(plainly(model)(cache, torch.tensor([[5]]), 4) for cache in caches))
+    assert caches[0].held_by_head == caches[1].held_by_head
+
+
+def test_a_kernel_does_not_pass_over_another_hook(models):
+    """One that is put around a prepared model sees every call, as without kernels."""
+    model, calls = models("llama"), []
+
+    def count(inner, module, query, *others, **options):
+        calls.append(query.shape[2])
+        return inner(module, query, *others, **options)
+
+    cache = CompressedCache(model.config, CompressionSpec())
+    with torch.inference_mode(), attention_hook(model, count), compressible(model):
+        prefill(model, torch.arange(3, 30)[None], cache)
+        decode_one_token(model, torch.tensor([[5]]), cache)
+    assert calls == [27] * len(cache.layers) + [1] * len(cache.layers)
 
 
 def test_a_graph_takes_no_more_steps_than_it_has_room_for(models):
