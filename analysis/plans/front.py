@@ -252,8 +252,8 @@ class Front:
             told = f"At keep ratio {where} a plan beats the best uniform strategy of the same bytes. The largest gain "
             told += f"is {best}."
         else:
-            told = "No plan is told apart as better than the best uniform strategy of the same bytes. By the mean the "
-            told += f"best is {best}{', which may be luck' if most.less.value < 0 else ''}."
+            told = "No plan is clearly better than the best uniform strategy of the same bytes. The best case "
+            told += f"is {best}{', which may be luck' if most.less.value < 0 else ''}."
         told += f" Over {self.counted}, by intervals that hold for all comparisons at once, plans win {len(won)} of "
         told += f"{len(compared)} and lose {lost}."
         of_few = few_documents_warning(self.results.documents)

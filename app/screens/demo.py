@@ -193,9 +193,9 @@ def _in_words(story: Story) -> None:
         why = _held_in_words(story.answer_held(i, last), found=bool(scores[i]))
         (st.success if scores[i] else st.error)(
             f"{markup.plain(cache.name.capitalize())}: **{markup.plain(story.answer)} "
-            f"{'found' if scores[i] else 'not found'}**, with {human_bytes(story.nbytes(i, last))} in place of "
-            f"{human_bytes(story.full_nbytes(i, last))}, a full cache's of as many tokens "
-            f"({story.share(i, last):.0%}).{why}",
+            f"{'found' if scores[i] else 'not found'}**, in {human_bytes(story.nbytes(i, last))} instead of "
+            f"{human_bytes(story.full_nbytes(i, last))}: {story.share(i, last):.0%} of a full cache of as many tokens."
+            f"{why}",
             icon=":material/check_circle:" if scores[i] else ":material/cancel:",
         )
     same = ", ".join(

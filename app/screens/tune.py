@@ -140,13 +140,13 @@ def _least(front: Front) -> FrontPoint:
 def _best(front: Front) -> str:
     """What predicts best at the header's keep ratio, beside the best that keeps the same ratio everywhere."""
     best, uniform = _least(front), front.best("uniform").get(_near(front))
-    told = f"By the mean at {100 * best.keep_ratio:.3g} % of the pairs **{title_of(best.strategy)}** predicts best: "
+    told = f"At {100 * best.keep_ratio:.3g} % of the pairs, **{title_of(best.strategy)}** predicts best on average: "
     told += f"{_change(front, best)} nats/token, perplexity × {np.exp(best.mean):.3f}"
     if uniform is None or uniform is best:
         return f"{told}."
     told += f"; {title_of(uniform.strategy)}: {_change(front, uniform)}, × {np.exp(uniform.mean):.3f}."
     if any(one.plan is best and one.verdict == "not told apart" for one in front.comparisons()):
-        told += " By intervals that hold for all comparisons at once they are not told apart, so it may be luck."
+        told += " All comparisons considered, the difference may be luck."
     return told
 
 

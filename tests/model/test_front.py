@@ -250,7 +250,7 @@ def test_the_answer_names_a_plan_that_beats_the_best_uniform_strategy():
 
 def test_the_answer_says_that_none_does_and_that_random_does_as_well():
     answer = made_up(**{LOW: (0.3, 0.4), HIGH: (0.1, 0.3), PLAN: (0.2, 0.2), RANDOM: (0.1, 0.5)}).answer()
-    assert answer.startswith("No plan is told apart as better") and "luck" not in answer and "+0.100" in answer
+    assert answer.startswith("No plan is clearly better") and "luck" not in answer and "+0.100" in answer
     assert "plans win 0 of 1 and lose 1" in answer
     assert "no worse than any of them: Random at keep ratio 0.5 (+0.000 at 0.5)." in answer
     assert "cannot tell" in made_up(**{LOW: (0.3, 0.4)}).answer()
@@ -259,7 +259,7 @@ def test_the_answer_says_that_none_does_and_that_random_does_as_well():
 def test_a_lead_that_is_not_told_apart_may_be_luck():
     costs = {LOW: [0.1] * 8, PLAN: [0.0, 0.19] * 4}
     answer = front_of([(name, 0.5, CompressionSpec(), change) for name, change in costs.items()]).answer()
-    assert "By the mean the best is at keep ratio 0.5" in answer and "which may be luck" in answer
+    assert "The best case is at keep ratio 0.5" in answer and "which may be luck" in answer
     assert "plans win 0 of 1 and lose 0" in answer
 
 

@@ -90,7 +90,7 @@ def test_a_point_is_used_as_the_boxes_show_it_even_if_the_page_is_not_drawn_sinc
 
 def test_it_says_what_predicts_best_by_the_mean_and_that_it_may_be_luck_and_plans_by_it_where_it_can():
     page = opened("smollm2")
-    assert "No plan is told apart as better than the best uniform" in said(page)
+    assert "No plan is clearly better than the best uniform" in said(page)
     front = library.opened(Front, library.entries("front", model="smollm2")[0].id)
     plans = [point for point in front.points if point.keep_ratio == 0.5 and STRATEGIES[point.strategy].kind == "plan"]
     offered = [point for point in plans if not STRATEGIES[point.strategy].needs_costs]
