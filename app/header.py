@@ -42,10 +42,14 @@ def draw(engine: Engine, jobs: Jobs) -> None:
             _compression(engine)
         short, whole = status(engine, jobs)
         st.caption(short, help=whole, width="stretch")
-    if job is not None:
-        progress_bar.draw(job)
-    for said in state.notices():
-        st.warning(said, icon=":material/info:")
+    # In containers, so that what comes and goes here moves no part of the page that is drawn alone: such a part is
+    # drawn where it was, and the browser shows an error in place of the page if that is no longer its place.
+    with st.container():
+        if job is not None:
+            progress_bar.draw(job)
+    with st.container():
+        for said in state.notices():
+            st.warning(said, icon=":material/info:")
     if state.OPENING.take() == new_run.DIALOG:
         new_run.dialog(engine, jobs)
 
