@@ -153,7 +153,7 @@ def _memory(story: Story, i: int, step: int) -> str:
 
 
 def _share(share: float, now: Step) -> str:
-    return f"{share:.0%} of a full cache of {now.seen} tokens"
+    return f"{share:.0%} of a full cache of {counted(now.seen, 'token')}"
 
 
 def _held(
@@ -164,7 +164,7 @@ def _held(
     tokens_per_second: float | None = None,
 ) -> str:
     """Write what a cache takes, and as a picture what each of its layers holds of the tokens seen."""
-    told = f"{span(now.held)} of {now.seen} tokens held per layer"
+    told = f"{span(now.held)} of {counted(now.seen, 'token')} held per layer"
     rate = f" · {tokens_per_second:.1f} tokens/s alone" if tokens_per_second else ""
     shares = (n / max(now.seen, 1) for n in now.held)
     bars = "".join(f'<i><b style="height:{share:.0%}"></b></i>' for share in shares)
@@ -226,7 +226,7 @@ def token_strip(labels: Sequence[str], shares: Sequence[float], marked: Sequence
             chips.append(f"<em> … {at - before - 1} … </em>")
         share, answer = shares[at], " answer" * (at in marked)
         state = ("solid" if share >= HALF else "hollow") + answer
-        word = f"{at}: held by {round(share * heads)} of {heads} heads"
+        word = f"{at}: held by {round(share * heads)} of {counted(heads, 'kv head')}"
         fill = f"background:color-mix(in srgb, {PRIMARY} {share * 45:.0f}%, transparent)" if share >= HALF else ""
         chips.append(f'<span class="{state}" style="{fill}" title="{word}">{html.escape(visible(labels[at]))}</span>')
     if shown and shown[-1] < len(labels) - 1:

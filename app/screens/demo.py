@@ -304,7 +304,7 @@ def _length(engine: Engine, ref: str, preset: Preset) -> None:
     limit, notes = getattr(config, "max_position_embeddings", None) or 0, " ".join(map(markup.plain, tokens.notes))
     if 0 < limit < len(tokens):
         st.warning(
-            f"{len(tokens):,} tokens, and the model was trained on {limit:,}: expect it to fail. {notes}",
+            f"{counted(len(tokens), 'token')}, and the model was trained on {limit:,}: expect it to fail. {notes}",
             icon=":material/warning:",
         )
     else:
