@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from analysis.errors import ModelError, SettingsError, TextError
+from analysis.evaluation.batches import cells_of
 from analysis.evaluation.prompts import prompt_tokens
 from analysis.evaluation.run import measure
 from analysis.evaluation.task import Sample
@@ -28,6 +29,7 @@ from analysis.progress import Progress, unheard
 from analysis.recorder import check_finite, check_length
 from analysis.texts.tokens import Tokens, check_text, tokenize
 from analysis.timelines import COMPRESSED, CONTEXT, LAST_QUERIES, MOST_ROWS, Timeline, WhatIf
+from analysis.words import duration
 from l2kv import CompressedCache, CompressionSpec
 from l2kv.decoding import prefill
 from l2kv.layer import CompressedLayer
@@ -159,9 +161,18 @@ def what_if(
             raise SettingsError(f"choose one or more of the tokens 0 to {most} to pin, got {positions}")
     specs = [replace(timeline.spec, pinned=(*timeline.spec.pinned, *positions)) for positions in chosen]
     methods = {"without": timeline.spec} | {str(i): spec for i, spec in enumerate(specs)}
+    batches = sum(len(of_pass) for of_pass in cells_of(loaded, [timeline.sample], tuple(methods.values())))
+    done, total = 0, batches * len(timeline.nats) + len(methods)  # each token of each batch, then each answer
+
+    def heard(*_: object) -> None:
+        nonlocal done
+        done += 1
+        progress(min(done, total), total, "steps")
+
+    progress(0, 0, f"Reading the context, about {duration(timeline.context_seconds)} …")
     without, *rows = (
         tuple(nll for nll in row.nats if nll is not None)
-        for row in measure(loaded, [timeline.sample], methods, progress=progress)
+        for row in measure(loaded, [timeline.sample], methods, progress=heard)
     )
     if any(len(nats) < len(timeline.nats) for nats in (without, *rows)):
         raise ModelError(f"{loaded.name} predicts the continuation with numbers that are undefined.")

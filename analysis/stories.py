@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from analysis.evaluation.prompts import decided, found
 from analysis.models.memory import DTYPES
 from analysis.records import record
+from analysis.words import counted
 from l2kv.spec import CompressionSpec
 
 FULL = "full cache"
@@ -18,7 +19,7 @@ FULL = "full cache"
 
 def name_of(spec: CompressionSpec) -> str:
     """Name a compressed cache: "low norm, 50% kept"."""
-    kept = f"{spec.keep_ratio:.0%} kept" if spec.budget is None else f"{spec.budget} tokens kept"
+    kept = f"{spec.keep_ratio:.0%} kept" if spec.budget is None else f"{counted(spec.budget, 'token')} kept"
     by = " by kv head" if spec.head_ratios else " by layer" if spec.layer_ratios else ""
     bits = [f", {what}s in {n} bits" for what, n in (("key", spec.key_bits), ("value", spec.value_bits)) if n]
     return f"{spec.policy.replace('_', ' ')}, {kept}{by}{''.join(bits)}"

@@ -9,7 +9,7 @@ import streamlit as st
 
 from analysis.errors import ModelError, RecordError
 from analysis.models.memory import free_bytes
-from analysis.words import human_bytes, layers_listed
+from analysis.words import counted, human_bytes, layers_listed
 from app import library, new_run, state
 from app.components import choices, markup, uploads
 from app.components import progress as progress_bar
@@ -42,10 +42,14 @@ def draw(engine: Engine, jobs: Jobs) -> None:
             _compression(engine)
         short, whole = status(engine, jobs)
         st.caption(short, help=whole, width="stretch")
-    if job is not None:
-        progress_bar.draw(job)
-    for said in state.notices():
-        st.warning(said, icon=":material/info:")
+    # In containers, so that what comes and goes here moves no part of the page that is drawn alone: such a part is
+    # drawn where it was, and the browser shows an error in place of the page if that is no longer its place.
+    with st.container():
+        if job is not None:
+            progress_bar.draw(job)
+    with st.container():
+        for said in state.notices():
+            st.warning(said, icon=":material/info:")
     if state.OPENING.take() == new_run.DIALOG:
         new_run.dialog(engine, jobs)
 
@@ -60,9 +64,9 @@ def show_result(job: Job) -> None:
 
 def in_words(spec: CompressionSpec) -> str:
     """Describe a compression in a few words of Markdown: "low norm · keep 50 % · window 32 · skip layers 0, 1"."""
-    kept = f"keep {spec.keep_ratio:.0%}".replace("%", " %") if spec.budget is None else f"keep {spec.budget} tokens"
+    kept = f"{spec.keep_ratio:.0%}".replace("%", " %") if spec.budget is None else counted(spec.budget, "token")
     name = POLICIES[spec.policy].title.split(" (")[0].lower() if spec.policy in POLICIES else spec.policy
-    parts = [markup.plain(name), kept]
+    parts = [markup.plain(name), f"keep {kept}"]
     parts += ["a plan by kv head"] * bool(spec.head_ratios) + ["a plan by layer"] * bool(spec.layer_ratios)
     parts += [f"first {spec.protect_first}"] * bool(spec.protect_first) + [f"window {spec.protect_last}"]
     parts += [f"skip {layers_listed(spec.skip_layers)}"] * bool(spec.skip_layers)
@@ -82,7 +86,7 @@ def status(engine: Engine, jobs: Jobs) -> tuple[str, str]:
     waiting = max(engine.waiting - 1, 0)
     running = sum(1 for _ in jobs.running())
     running = max(running - waiting, min(running, 1))  # previews wait, too
-    busy = f" · {running} job{'s' * (running != 1)} running" if running else ""
+    busy = f" · {counted(running, 'job')} running" if running else ""
     busy += f" · {waiting} waiting" if waiting else ""
     rest = f" · {human_bytes(free_bytes(loaded.device if loaded else 'cpu'))} free{busy}"
     return f":material/memory: {short}{rest}", f"{whole}{rest}"

@@ -11,7 +11,7 @@ from analysis.errors import UserError
 from analysis.models.memory import capture_bytes, free_bytes
 from analysis.texts.read import plain_text
 from analysis.texts.tokens import tokenize
-from analysis.words import human_bytes
+from analysis.words import counted, human_bytes
 from app import library, state
 from app.components import markup, uploads
 from app.engine import Engine
@@ -94,7 +94,8 @@ def _tell_size(engine: Engine, text: str) -> None:
     needed = capture_bytes(config, n, itemsize=resident.model.dtype.itemsize if resident else 4)
     free = human_bytes(free_bytes(resident.device if resident else "cpu"))
     about = "about " if len(text) > len(sample) else ""
-    st.markdown(f"{about}**{n:,} tokens**, about **{human_bytes(needed)}** of memory beyond the model; {free} is free.")
+    length = counted(n, "token")
+    st.markdown(f"{about}**{length}**, about **{human_bytes(needed)}** of memory beyond the model; {free} is free.")
     for note in tokens.notes:
         st.caption(markup.plain(note))
     limit = getattr(config, "max_position_embeddings", None)

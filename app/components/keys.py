@@ -1,4 +1,8 @@
-"""Keys of a page: pressed anywhere but in a field, each does what a button would; `?` lists them."""
+"""Keys of a page: pressed anywhere but in a field, each does what a button would; `?` lists them.
+
+Each press has a number, and the latest ones are sent together, so that none is lost where a script runs longer than a
+key is held: messages that wait for a script to end replace each other.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,12 @@ from collections.abc import Callable, Mapping
 
 import streamlit as st
 
-_SHOWN = {"ArrowLeft": "←", "ArrowRight": "→", "ArrowUp": "↑", "ArrowDown": "↓"}
+_SHOWN = {"ArrowLeft": "←", "ArrowRight": "→", "ArrowUp": "↑", "ArrowDown": "↓", " ": "Space"}
 _PAUSE = 80  # milliseconds in which the presses of a key that is held down are gathered
+_SENT = 64  # latest presses that are sent together
+_ANSWERED = "keys_answered"
+IN_BROWSER = "l2kv-key"
+"""Event of the document for keys that a component of the page answers itself."""
 _LISTENER = st.components.v2.component(
     "keys",
     html="""<button type="button" class="hint"></button>
@@ -28,7 +36,7 @@ form button { font: inherit; color: inherit; background: none; border: 1px solid
   border-radius: 0.5rem; padding: 0.25rem 0.75rem; cursor: pointer; }
 """,
     js=f"""
-export default function ({{ data, parentElement, setTriggerValue }}) {{
+export default function ({{ data, parentElement, setStateValue }}) {{
   const dialog = parentElement.querySelector("dialog"), hint = parentElement.querySelector(".hint")
   hint.textContent = data.hint
   const list = parentElement.querySelector("dl")
@@ -37,12 +45,12 @@ export default function ({{ data, parentElement, setTriggerValue }}) {{
     part.textContent = text
     return part
   }})))
-  const known = new Set(data.keys.map(([key]) => key))
+  const known = new Map(data.keys.map(([key, , , sent]) => [key, sent]))
   const open = () => dialog.open || dialog.showModal()
-  const held = (parentElement.held ??= {{ pressed: [] }})  // outlives this call, which is made again at every run
+  const held = (parentElement.held ??= {{ pressed: [], number: 0 }})  // outlives this call, made again at every run
   held.send = () => {{
-    setTriggerValue("pressed", held.pressed)
-    held.pressed = []
+    held.waits = false
+    setStateValue("pressed", held.pressed)
   }}
   const point = () => {{ held.pointed = true }}
   const listen = event => {{
@@ -50,15 +58,20 @@ export default function ({{ data, parentElement, setTriggerValue }}) {{
     if (event.key === "Tab") held.pointed = false
     if (event.ctrlKey || event.metaKey || event.altKey || dialog.open || !(at instanceof Element)) return
     const within = selector => at.closest(selector) ?? at.getRootNode().host?.closest(selector)
-    const field = "input, textarea, select, [contenteditable], [role=slider], [role=listbox], [role=menu], " +
-      "[role=dialog], [role=application], [data-testid=stDataFrame]"
+    const field = "input:not([data-keys=page]), textarea, select, [contenteditable], [role=slider], " +
+      "[role=listbox], [role=menu], [role=dialog], [role=application], [data-testid=stDataFrame]"
     // Arrows move within a group that was reached by keyboard; one that was clicked is done with.
     if (within(field) || (within("[role=radio], [role=tab]") && !held.pointed)) return
-    if (event.key === "?") open()
-    else if (known.has(event.key)) {{
-      if (!held.pressed.length) setTimeout(() => held.send(), {_PAUSE})
-      held.pressed.push(event.key)
-    }} else return
+    const key = event.key.length === 1 ? event.key.toLowerCase() : event.key
+    if (key === " " && within("button, a, summary") && !held.pointed) return
+    if (key === "?") open()
+    else if (known.get(key)) {{
+      held.number = Math.max(held.number + 1, Date.now())  // goes on where the listener is made anew
+      held.pressed = [...held.pressed, [held.number, key]].slice(-{_SENT})
+      if (!held.waits) setTimeout(() => held.send(), {_PAUSE})
+      held.waits = true
+    }} else if (known.has(key)) document.dispatchEvent(new CustomEvent("{IN_BROWSER}", {{ detail: key }}))
+    else return
     event.preventDefault()
     event.stopPropagation()
   }}
@@ -74,20 +87,29 @@ export default function ({{ data, parentElement, setTriggerValue }}) {{
 )
 
 
-def listen(bindings: Mapping[str, tuple[str, Callable[[], object]]], *, hint: str, then: Callable[[], object]) -> None:
+def listen(
+    bindings: Mapping[str, tuple[str, Callable[[], object] | None]],
+    *,
+    hint: str,
+    then: Callable[[], object] = lambda: None,
+) -> None:
     """Listen to the keys of a page.
 
     Args:
-        bindings: key, as a browser names it, -> what it does in words, and the function that does it.
+        bindings: key, as a browser names it, -> what it does in words, and the function that does it; None where a
+            component of the page does it, which hears `IN_BROWSER`.
         hint: line that stands on the page; a click on it lists the keys, as `?` does.
         then: called after the functions of the keys pressed, such as to draw a part of the page again.
     """
 
     def pressed() -> None:
-        for key in st.session_state["keys"].get("pressed") or ():
-            if key in bindings:
-                bindings[key][1]()
+        for number, key in st.session_state["keys"].get("pressed") or ():
+            if number > st.session_state.get(_ANSWERED, 0):
+                st.session_state[_ANSWERED] = number
+                if act := bindings.get(key, ("", None))[1]:
+                    act()
         then()
 
-    keys = [(key, _SHOWN.get(key, key), about) for key, (about, _) in bindings.items()]
-    _LISTENER(key="keys", data={"hint": hint, "keys": [*keys, ("?", "?", "list the keys")]}, on_pressed_change=pressed)
+    keys = [(key, _SHOWN.get(key, key.upper()), about, act is not None) for key, (about, act) in bindings.items()]
+    listed = [*keys, ("?", "?", "list the keys", False)]
+    _LISTENER(key="keys", data={"hint": hint, "keys": listed}, on_pressed_change=pressed)

@@ -9,7 +9,7 @@ from analysis.metrics import METRICS, Metric
 from analysis.statistics import MIN_TEXTS, STABLE, Means
 from analysis.studies import Study
 from analysis.verdicts import meanings, verdict_counts
-from analysis.words import head_name, signed, span
+from analysis.words import counted, head_name, signed, span
 from app import figures, library, state
 from app.components import markup
 from app.components.charts import show
@@ -34,7 +34,7 @@ def of_head(side: str, layer: int, head: int) -> None:
     run = library.run(state.run_id())
     named = head_name(layer, run.kv_head(head), head)
     st.markdown(
-        f"Over {markup.counted(len(study.names), 'text')}: **{library.verdicts_over(id, probe)[layer, head]}**. Γ "
+        f"Over {counted(len(study.names), 'text')}: **{library.verdicts_over(id, probe)[layer, head]}**. Γ "
         f"{_with_ends(gamma, layer, head)}; {_WITHOUT} {_with_ends(without, layer, head)}."
     )
     show(
@@ -43,7 +43,7 @@ def of_head(side: str, layer: int, head: int) -> None:
             high=gamma.high[layer, head],
         ),
         key=f"over_texts_{side}",
-        alt=f"Γ of {named} on each of {len(study.names)} texts",
+        alt=f"Γ of {named} on each of {counted(len(study.names), 'text')}",
         caption=f"Γ on each text, with the first token and {_WITHOUT} (hollow), n = {len(study.names)}. The band "
         "is the 95 % "
         "interval of the mean. Points on both sides of 0 are texts that say opposite things.",
@@ -96,7 +96,7 @@ def _choose(study: Study) -> None:
         st.rerun()
 
     def called(id: str) -> str:
-        return f"{entries[id].name}, {entries[id].about or markup.counted(len(study.names), 'text')}"
+        return f"{entries[id].name}, {entries[id].about or counted(len(study.names), 'text')}"
 
     with st.container(horizontal=True, vertical_alignment="bottom"):
         st.selectbox(
@@ -111,7 +111,8 @@ def _choose(study: Study) -> None:
             st.button("Delete", icon=":material/delete:", on_click=delete, key="study_delete")
     names = ", ".join(markup.plain(name) for name in study.names[:4]) + (", …" if len(study.names) > 4 else "")
     st.caption(
-        f"{len(study.names)} texts of {span(study.n_tokens.tolist())} tokens ({names}), by {probe_of(study)}. "
+        f"{counted(len(study.names), 'text')} of {span(study.n_tokens.tolist())} tokens ({names}), by "
+        f"{probe_of(study)}. "
         "Intervals come "
         f"from resampling {'documents and the texts of each' if study.documents else 'the texts'}, since tokens of one "
         "text are not independent."
@@ -142,7 +143,7 @@ def _layers(study: Study) -> None:
     show(
         figures.means_by_layer(losses.mean, losses.low, losses.high),
         key="study_layers",
-        alt=f"Normalised ALR of each layer, mean and interval over {len(study.names)} texts",
+        alt=f"Normalised ALR of each layer, mean and interval over {counted(len(study.names), 'text')}",
         caption="Normalised ALR: 0 is the ideal order, 1 chance, 2 the reverse. Heads count by what they have to lose. "
         "Layers whose interval lies above 1 are candidates for skipping, on the page Tune.",
         table={

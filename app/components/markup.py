@@ -41,11 +41,6 @@ _STYLE = f"""<style>
 </style>"""
 
 
-def counted(n: int, noun: str) -> str:
-    """Count tokens: 1 -> "1 token", 2 -> "2 tokens"."""
-    return f"{n:,} {noun}{'s' * (n != 1)}"
-
-
 def headline(answer: str) -> str:
     """Write an answer as Markdown: its first sentence as the heading, the others below."""
     short, _, rest = answer.partition(". ")

@@ -21,7 +21,7 @@ _AROUND = 14  # tokens shown before and after each that says the answer
 _MOST = 160  # tokens shown where there is no answer
 HALF = 0.5
 
-STYLE = f"""<style>
+CSS = f"""
 .l2kv-stage {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(16rem, 100%), 1fr)); gap: .75rem; }}
 .l2kv-cache {{ border: 1px solid color-mix(in srgb, currentColor 18%, transparent); border-top: 4px solid {PRIMARY};
   border-radius: .5rem; padding: .6rem .8rem; min-width: 0;
@@ -49,17 +49,73 @@ STYLE = f"""<style>
   white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; display: inline-block; max-width: 100%; }}
 .l2kv-tokens .hollow {{ border: 1px dashed {FULL_GREY}; text-decoration: line-through; }}
 .l2kv-tokens .answer {{ outline: 2px solid {CONTRAST}; font-weight: 700; }}
-.st-key-present .l2kv-said {{ font-size: 1.6rem; max-height: 44vh; }}
-.st-key-present .l2kv-name {{ font-size: 1.3rem; }} .st-key-present .l2kv-bytes {{ font-size: 3rem; }}
-.st-key-present .l2kv-small {{ font-size: 1.05rem; }} .st-key-present .l2kv-layers {{ height: 4rem; }}
-.st-key-present {{ position: fixed; inset: 0; z-index: 999990; overflow-y: auto; padding: 2rem 3rem;
-  background: var(--st-background-color, Canvas); }}
-</style>"""
+.l2kv-ending {{ margin: .5rem 0; border-left: 4px solid {FULL_GREY}; padding-left: .6rem; }}
+.l2kv-ending.found {{ border-color: #1B7F3B; }} .l2kv-ending.lost {{ border-color: #C0392B; }}
+"""
+STYLE = f"<style>{CSS}</style>"
 
 
 def stage(story: Story, step: int) -> str:
-    """Write all caches of a story after a step (-1 is before the first) as HTML, side by side."""
-    return f'{STYLE}<div class="l2kv-stage">{"".join(_cache(story, i, step) for i in range(len(story.caches)))}</div>'
+    """Write all caches of a story after a step (-1 is before the first) as HTML, side by side. It needs `CSS`."""
+    boxes = "".join(_cache(story, i, step) for i in range(len(story.caches)))
+    legend = _legend(story) if "l2kv-tokens" in boxes else ""
+    return f'<div class="l2kv-stage">{boxes}</div>{legend}'
+
+
+def _legend(story: Story) -> str:
+    answer = ', <span class="answer">outlined</span> those of the answer' if story.answer_at else ""
+    return (
+        '<p class="l2kv-small l2kv-tokens">Tokens of the prompt: <span style="background:color-mix(in srgb, '
+        f'{PRIMARY} 45%, transparent)">solid</span> are held by at least half of the {story.heads} kv heads, '
+        f'<span class="hollow">hollow</span> by fewer{answer}.</p>'
+    )
+
+
+def ending(story: Story) -> str:
+    """Write as HTML what the end of a story says: the task first, and how far the texts agree as a footnote."""
+    last = story.n_steps - 1
+    scores = [story.score(i, last) for i in range(len(story.caches))]
+    said = [_ending("", story.why)] if story.why else []
+    if scores[0] is False:
+        said.append(
+            _ending(
+                "",
+                f"The full cache does not give {story.answer} either, so this says nothing of compression: take a task "
+                "that the model solves.",
+            )
+        )
+    for i, cache in enumerate(story.caches[1:], 1):
+        if scores[0] is False or scores[i] is None:
+            continue
+        why = _held_in_words(story.answer_held(i, last), found=bool(scores[i]))
+        said.append(
+            _ending(
+                "found" if scores[i] else "lost",
+                f"{'✓' if scores[i] else '✗'} {cache.name.capitalize()}: {story.answer} "
+                f"{'found' if scores[i] else 'not found'}, in {human_bytes(story.nbytes(i, last))} instead of "
+                f"{human_bytes(story.full_nbytes(i, last))}: {story.share(i, last):.0%} of a full cache of as many "
+                f"tokens.{why}",
+            )
+        )
+    same = ", ".join(
+        f"{story.caches[i].name} {agreed} of {counted(of, 'token')}"
+        for i in range(1, len(story.caches))
+        for agreed, of in [story.agreement(i)]
+    )
+    agree = "That measures nothing: texts that part seldom meet again."
+    return "".join(said) + _ending("l2kv-small", f"The same as the full cache's, token by token: {same}. {agree}")
+
+
+def _ending(kind: str, text: str) -> str:
+    return f'<p class="l2kv-ending {kind}">{escaped(text)}</p>'
+
+
+def _held_in_words(held: float | None, *, found: bool) -> str:
+    """Say how many heads hold the answer's tokens, and where that did not help."""
+    if held is None:
+        return ""
+    end = ", and yet it is not found: holding is not enough." if held >= HALF and not found else "."
+    return f" The answer's tokens are held by {held:.0%} of heads{end}"
 
 
 def _cache(story: Story, i: int, step: int) -> str:
@@ -97,7 +153,7 @@ def _memory(story: Story, i: int, step: int) -> str:
 
 
 def _share(share: float, now: Step) -> str:
-    return f"{share:.0%} of a full cache of {now.seen} tokens"
+    return f"{share:.0%} of a full cache of {counted(now.seen, 'token')}"
 
 
 def _held(
@@ -108,7 +164,7 @@ def _held(
     tokens_per_second: float | None = None,
 ) -> str:
     """Write what a cache takes, and as a picture what each of its layers holds of the tokens seen."""
-    told = f"{span(now.held)} of {now.seen} tokens held per layer"
+    told = f"{span(now.held)} of {counted(now.seen, 'token')} held per layer"
     rate = f" · {tokens_per_second:.1f} tokens/s alone" if tokens_per_second else ""
     shares = (n / max(now.seen, 1) for n in now.held)
     bars = "".join(f'<i><b style="height:{share:.0%}"></b></i>' for share in shares)
@@ -170,7 +226,7 @@ def token_strip(labels: Sequence[str], shares: Sequence[float], marked: Sequence
             chips.append(f"<em> … {at - before - 1} … </em>")
         share, answer = shares[at], " answer" * (at in marked)
         state = ("solid" if share >= HALF else "hollow") + answer
-        word = f"{at}: held by {round(share * heads)} of {heads} heads"
+        word = f"{at}: held by {round(share * heads)} of {counted(heads, 'kv head')}"
         fill = f"background:color-mix(in srgb, {PRIMARY} {share * 45:.0f}%, transparent)" if share >= HALF else ""
         chips.append(f'<span class="{state}" style="{fill}" title="{word}">{html.escape(visible(labels[at]))}</span>')
     if shown and shown[-1] < len(labels) - 1:

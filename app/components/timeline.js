@@ -160,9 +160,9 @@ class TimeMachine {
     const name = `Token ${token} “${this.labels[token]}”${token === 0 ? " (first token)" : ""}`
     if (!this.isRead(token)) return `${name}: not read yet`
     const left = this.held[token], before = `${percent(this.attention[token])} of a head's attention while it was held`
-    if (left === this.heads) return `${name}: held in all ${this.heads} heads · ${before}`
+    if (left === this.heads) return `${name}: held in all ${this.heads} kv heads · ${before}`
     const first = this.first[token]
-    return `${name}: held in ${left} of ${this.heads} heads, first evicted after ${this.seen[first].toLocaleString()} tokens · ${before}`
+    return `${name}: held in ${left} of ${this.heads} kv heads, first evicted after ${this.seen[first].toLocaleString()} tokens · ${before}`
   }
 
   read() {

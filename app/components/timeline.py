@@ -25,7 +25,7 @@ _HTML = """
     <output class="told"></output>
   </div>
   <ul class="legend">
-    <li><i style="--filled: 100%"></i>held in all heads</li>
+    <li><i style="--filled: 100%"></i>held in all kv heads</li>
     <li><i style="--filled: 40%"></i>in some</li>
     <li><i style="--filled: 0%"></i>evicted by all</li>
     <li><i class="dot"></i>not read yet</li>

@@ -61,7 +61,7 @@ def attention_by_step(read: np.ndarray, attention: np.ndarray, holding: np.ndarr
     figure.add_scatter(
         x=read, y=holding / n_heads, name="heads that hold it", mode="lines", yaxis="y2",
         line=dict(color=PRIMARY, width=2, shape="hv", dash="dash"), customdata=holding,
-        hovertemplate=f"%{{customdata}} of {n_heads} heads hold it<extra></extra>",
+        hovertemplate=f"%{{customdata}} of {n_heads} kv heads hold it<extra></extra>",
     )  # fmt: skip
     figure.update_layout(
         xaxis=axis("tokens read", tickformat="d"),

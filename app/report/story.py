@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from analysis.plans.export import Generation, library_code
 from analysis.stories import Story, Told
-from analysis.words import human_bytes
+from analysis.words import counted, human_bytes
 from app.report.writing import Section, Table, document
 
 
@@ -27,8 +27,9 @@ def sections(story: Story) -> tuple[Section, ...]:
         "text": [story.at(i, last).text for i in caches],
     }  # fmt: skip
     asked = f"Expected: {story.answer}. " if story.answer else ""
+    length = f"Prompt of {counted(len(story.labels), 'token')}, up to {counted(story.n_steps, 'new token')}"
     about = (
-        f"{asked}{len(story.labels):,} tokens of prompt, up to {story.n_steps} new ones; one prompt is an anecdote. "
+        f"{asked}{length}; one prompt is an anecdote. "
         "All caches were decoded in step, and the prompt was compressed before its last token was read. "
         "The scripts do this again, and take the most probable token each time."
     )
@@ -49,7 +50,7 @@ def _again(story: Story, cache: Told) -> Generation:
 
 
 def _score(found: bool | None) -> str:
-    return "found" if found else "not found"
+    return {True: "found", False: "not found", None: "open: it was stopped"}[found]
 
 
 def _share(held: float | None) -> str:

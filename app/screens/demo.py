@@ -20,9 +20,9 @@ from analysis.models.memory import DTYPES
 from analysis.models.sizes import checkpoint_dtype
 from analysis.stories import Story, name_of
 from analysis.texts.read import plain_text
-from analysis.words import counted, human_bytes
+from analysis.words import counted
 from app import header, library, state
-from app.components import choices, markup, stage, uploads
+from app.components import choices, markup, player, stage, uploads
 from app.engine import Engine
 from app.jobs import Jobs
 from l2kv.errors import SpecError
@@ -49,11 +49,7 @@ TOLD_ID = state.Slot("demo_told_id", "", state.Param("told", str))
 """The same, once it is kept: a reload begins with it."""
 TALK: state.Slot[Chat | None] = state.Slot("demo_talk", None)
 TALK_MODEL = state.Slot("demo_talk_model", "")
-STEP = state.Slot("demo_step", 0)
-PLAYING = state.Slot("demo_playing", False)
-PRESENT = state.Slot("demo_present", False)
 _CHAT_FROM = 128  # tokens: of a question alone the recent window leaves nothing to choose
-_EVERY = 0.45  # seconds between two steps that are played
 _LONGEST_COUNTED = 4000  # tokens of a prompt whose heads are counted at every step
 
 
@@ -90,32 +86,19 @@ def _recorded(engine: Engine, jobs: Jobs) -> None:
     with st.container(horizontal=True, vertical_alignment="bottom"):
         id = st.selectbox(
             "Story", list(entries), format_func=lambda id: f"{entries[id].name} · {entries[id].about}",
-            on_change=_at_its_end, **state.STORY.widget(),
+            **state.STORY.widget(),
         )  # fmt: skip
         if not library.is_bundled(id) and st.button("Delete", icon=":material/delete:", key="delete_story"):
             library.WORKSPACE.delete(id)
             state.STORY.drop()
             st.rerun()
-    _player(library.opened(Story, id), engine, jobs, id=id)
+    _player(library.opened(Story, id), jobs, at_its_end=False)
 
 
-def _at_its_end() -> None:
-    STEP.drop()
-    PLAYING.drop()
-
-
-def _player(story: Story, engine: Engine, jobs: Jobs, *, id: str) -> None:
+def _player(story: Story, jobs: Jobs, *, at_its_end: bool) -> None:
     """Draw a story that can be played, scrubbed and presented, and what can be done with it."""
-    if st.session_state.get("demo_shown") != id:  # a link opens another one
-        st.session_state["demo_shown"] = id
-        _at_its_end()
-    if not STEP.held():
-        STEP.set(story.n_steps)
-    with st.container(key="present" if PRESENT.get() else "player"):
-        st.fragment(_steps, run_every=_EVERY if PLAYING.get() else None)(story, PLAYING.get(), PRESENT.get())
-    if PRESENT.get():
-        return
-    _in_words(story)
+    player.player(story, at_its_end=at_its_end)
+    st.caption(f"Bytes are of the keys and values held, counted, in {story.dtype}, the checkpoint's dtype.")
     with st.container(horizontal=True):
         _report(story)
         if st.button(
@@ -123,99 +106,6 @@ def _player(story: Story, engine: Engine, jobs: Jobs, *, id: str) -> None:
             help="Decodes with one cache at a time: caches decoded in turn give no fair rate.",
         ):  # fmt: skip
             _time(story, jobs)
-
-
-def _steps(story: Story, playing: bool, presenting: bool) -> None:
-    """Draw one step of a story, and move to another. Runs alone, so that playing redraws nothing else."""
-    last = story.n_steps
-    if playing and STEP.get() < last:
-        STEP.set(STEP.get() + 1)
-    elif playing:
-        PLAYING.drop()
-    if (PLAYING.get(), PRESENT.get()) != (playing, presenting):
-        st.rerun()  # the page: how often this runs, and where it stands, is set there
-    step = min(STEP.get(), last)
-    with st.container(horizontal=True, vertical_alignment="center", key="story_controls"):
-        st.button(
-            "Pause" if playing else "Play", icon=":material/pause:" if playing else ":material/play_arrow:",
-            shortcut="Space", key="story_play", type="primary", on_click=_play, args=(last,),
-        )  # fmt: skip
-        st.button(
-            "Back", icon=":material/chevron_left:", shortcut="Left", key="story_back", disabled=step == 0,
-            on_click=_go, args=(step - 1,),
-        )  # fmt: skip
-        st.button(
-            "Next", icon=":material/chevron_right:", shortcut="Right", key="story_next", disabled=step == last,
-            on_click=_go, args=(step + 1,),
-        )  # fmt: skip
-        st.slider(
-            "New tokens", 0, last, key=STEP.key, label_visibility="collapsed", on_change=PLAYING.drop,
-            format="%d new tokens",
-        )  # fmt: skip
-        st.button(
-            "Close" if presenting else "Present", icon=f":material/{'close' if presenting else 'slideshow'}:",
-            shortcut="Esc" if presenting else "P", key="story_present", on_click=_present,
-        )  # fmt: skip
-    st.html(stage.stage(story, step - 1))
-
-
-def _play(last: int) -> None:
-    if not PLAYING.get() and STEP.get() == last:
-        STEP.set(0)
-    PLAYING.set(not PLAYING.get())
-
-
-def _go(step: int) -> None:
-    PLAYING.drop()
-    STEP.set(step)
-
-
-def _present() -> None:
-    PRESENT.set(not PRESENT.get())
-    if PRESENT.get():
-        _go(0)
-
-
-def _in_words(story: Story) -> None:
-    """What the end of a story says: the task first, and how far the texts agree as a footnote."""
-    last = story.n_steps - 1
-    if story.why:
-        st.caption(markup.plain(story.why))
-    scores = [story.score(i, last) for i in range(len(story.caches))]
-    if scores[0] is False:
-        st.markdown(
-            f"The full cache does not give **{markup.plain(story.answer)}** either, so this says nothing of "
-            "compression: take a task that the model solves."
-        )
-    for i, cache in enumerate(story.caches[1:], 1):
-        if scores[0] is False or scores[i] is None:
-            continue
-        why = _held_in_words(story.answer_held(i, last), found=bool(scores[i]))
-        (st.success if scores[i] else st.error)(
-            f"{markup.plain(cache.name.capitalize())}: **{markup.plain(story.answer)} "
-            f"{'found' if scores[i] else 'not found'}**, in {human_bytes(story.nbytes(i, last))} instead of "
-            f"{human_bytes(story.full_nbytes(i, last))}: {story.share(i, last):.0%} of a full cache of as many tokens."
-            f"{why}",
-            icon=":material/check_circle:" if scores[i] else ":material/cancel:",
-        )
-    same = ", ".join(
-        f"{markup.plain(story.caches[i].name)} {agreed} of {counted(of, 'token')}"
-        for i in range(1, len(story.caches))
-        for agreed, of in [story.agreement(i)]
-    )
-    st.caption(
-        f"The same as the full cache's, token by token: {same}. That measures nothing: texts that part seldom meet "
-        f"again. Bytes are of the keys and values held, counted, in {story.dtype}, the checkpoint's dtype. A token of "
-        f"the prompt is solid where at least half of the {story.heads} kv heads hold it, else hollow."
-    )
-
-
-def _held_in_words(held: float | None, *, found: bool) -> str:
-    """Say how many heads hold the answer's tokens, and where that did not help."""
-    if held is None:
-        return ""
-    end = ", and yet it is not found: holding is not enough." if held >= stage.HALF and not found else "."
-    return f" The answer's tokens are held by {held:.0%} of heads{end}"
 
 
 def _report(story: Story) -> None:
@@ -290,6 +180,7 @@ def _live(engine: Engine, jobs: Jobs) -> None:
         place = st.empty()
     chosen = begin.get(name, Preset(OWN, ""))
     _offer_compression(chosen)
+    told = st.empty()  # above the prompt, so in view; what it shows replaces all that it showed
     left, right = st.columns([3, 2])
     with left:
         preset = _ask_prompt(engine, ref, chosen)
@@ -297,14 +188,15 @@ def _live(engine: Engine, jobs: Jobs) -> None:
         run = _ask_run("live", prune_after=0)
     if started:
         place.button("Cancel", icon=":material/cancel:", key="cancel_story")  # any click ends this script
-        _tell(engine, preset, run)
+        _tell(engine, preset, run, told)
     elif shown is not None and shown.n_steps:
         asked = (state.model(), preset.text, preset.answer, preset.chat, list(run.specs.values()))
-        if (shown.model, shown.prompt, shown.answer, shown.chat, [cache.spec for cache in shown.caches[1:]]) != asked:
-            st.caption(":material/history: This is of earlier settings. Press *Start* to see the new ones.")
-        if not shown.ended:
-            st.caption(":material/cancel: Cancelled: what was written until then is kept.")
-        _player(shown, engine, jobs, id=f"{id(shown)}")
+        with told.container():
+            if (shown.model, shown.prompt, shown.answer, shown.chat, [one.spec for one in shown.caches[1:]]) != asked:
+                st.caption(":material/history: This is of earlier settings. Press *Start* to see the new ones.")
+            if not shown.ended:
+                st.caption(":material/cancel: Cancelled: what was written until then is kept.")
+            _player(shown, jobs, at_its_end=True)
 
 
 def _go_on_from_address() -> None:
@@ -412,16 +304,15 @@ def _length(engine: Engine, ref: str, preset: Preset) -> None:
     limit, notes = getattr(config, "max_position_embeddings", None) or 0, " ".join(map(markup.plain, tokens.notes))
     if 0 < limit < len(tokens):
         st.warning(
-            f"{len(tokens):,} tokens, and the model was trained on {limit:,}: expect it to fail. {notes}",
+            f"{counted(len(tokens), 'token')}, and the model was trained on {limit:,}: expect it to fail. {notes}",
             icon=":material/warning:",
         )
     else:
         st.caption(f"{counted(len(tokens), 'token')} of the {limit:,} that the model was trained on. {notes}")
 
 
-def _tell(engine: Engine, preset: Preset, run: Run) -> None:
+def _tell(engine: Engine, preset: Preset, run: Run, place: DeltaGenerator) -> None:
     """Generate in this script, so that it ends within a token when the tab is closed, and draw each token."""
-    place = st.empty()
     TOLD.drop()
     TOLD_ID.drop()
     try:
@@ -437,13 +328,12 @@ def _tell(engine: Engine, preset: Preset, run: Run) -> None:
             with closing(rows):  # before the turn ends: the next session must find the model as it was
                 for story in rows:
                     TOLD.set(story)  # at every token: a click may end this here
-                    place.html(stage.stage(story, story.n_steps - 1))
+                    place.html(stage.STYLE + stage.stage(story, story.n_steps - 1))
     except (UserError, SpecError) as error:  # a SpecError: a skip list or a plan that was made for another model
         place.error(markup.plain(str(error)), icon=":material/error:")
         return
     TOLD_ID.set(library.WORKSPACE.add(story, name=story.name).id)
     state.STORY.set(TOLD_ID.get())
-    _at_its_end()
     st.rerun()
 
 

@@ -14,7 +14,7 @@ from analysis.errors import SettingsError, UserError
 from analysis.metrics import METRICS, PROBES
 from analysis.selftest import check, is_synthetic
 from analysis.verdicts import QUESTION, VERDICTS, meanings
-from analysis.words import head_name, signed
+from analysis.words import counted, head_name, signed
 from app import address, library, new_study, state
 from app.components import charts, choices, comparison, keys, many_texts, markup, one_head
 from app.engine import Engine
@@ -138,9 +138,10 @@ def _say(run: Capture) -> None:
     st.markdown(f"{QUESTION} {answer}", help=markup.plain(rest) or None)
     if (study := state.study()) and not _over_many():
         over_texts, _ = _answer(state.study_id())
-        st.caption(f"One text is an anecdote. {len(study.names)} texts say: {over_texts}")
+        st.caption(f"One text is an anecdote. Over {counted(len(study.names), 'text')}: {over_texts}")
     if run.n_tokens < _FEW_TOKENS:
-        st.warning(f"{run.n_tokens} tokens say little: take a text of some hundred.", icon=":material/warning:")
+        short = f"A text of {counted(run.n_tokens, 'token')} says little: take one of some hundred."
+        st.warning(short, icon=":material/warning:")
     for warning in run.warnings:
         st.warning(markup.plain(warning), icon=":material/warning:")
 
@@ -167,7 +168,7 @@ def _choose_values(run: Capture, engine: Engine, jobs: Jobs) -> None:
     study = state.study()
     over = {
         "one text": "One text",
-        "many texts": f"Mean of {len(study.names)} texts" if study else "Mean of many texts",
+        "many texts": f"Mean of {counted(len(study.names), 'text')}" if study else "Mean of many texts",
     }
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
         st.segmented_control(
@@ -299,7 +300,7 @@ def _values(run: Capture, verdict: np.ndarray) -> tuple[np.ndarray, heat.Scale, 
         means = library.means_of(state.study_id(), which, probe)
         notes = np.array(
             [
-                f"95 % {signed(low)} to {signed(high)}, {n} texts, {said}"
+                f"95 % {signed(low)} to {signed(high)}, {counted(n, 'text')}, {said}"
                 for low, high, n, said in zip(
                     means.low.ravel(), means.high.ravel(), means.defined.ravel(), verdict.ravel(), strict=True
                 )
@@ -328,7 +329,7 @@ def _lost(run: Capture) -> tuple[np.ndarray, heat.Scale, np.ndarray, str]:
     caption = (
         "**Attention lost at my settings**: the share of the next token's attention that goes to tokens which "
         "each head "
-        f"evicts, if the text of {run.n_tokens:,} tokens is compressed once, at its end. Median "
+        f"evicts, if the text of {counted(run.n_tokens, 'token')} is compressed once, at its end. Median "
         f"{np.median(lost):.1%}."
     )
     return np.asarray(lost), scale, notes, caption + " Of this one text." * _over_many()

@@ -15,8 +15,8 @@ from analysis.errors import RecordError, UserError
 from analysis.evaluation.prompts import can_chat
 from analysis.texts.read import plain_text
 from analysis.texts.tokens import about_tokens
-from analysis.timelines import Timeline, WhatIf, timeline_bytes
-from analysis.words import duration, human_bytes
+from analysis.timelines import COMPRESSED, Timeline, WhatIf, timeline_bytes
+from analysis.words import counted, duration, human_bytes, layers_listed
 from app import address, header, library, state
 from app.components import markup, timeline
 from app.components.charts import show
@@ -83,9 +83,9 @@ def _recording(id: str, recorded: Timeline, jobs: Jobs) -> None:
     state.TIMELINE.set(id)
     whose = "given" if recorded.given else "written by the model"
     st.caption(
-        f"{header.in_words(recorded.spec)} · {recorded.n_context:,} tokens of context, compressed once; "
-        f"{markup.counted(recorded.n_question, 'token')} read after that; {len(recorded.nats)} {whose}, "
-        f"{recorded.nats.mean():.3f} nats/token"
+        f"{header.in_words(recorded.spec)} · {counted(recorded.n_context, 'token')} of context, compressed once; "
+        f"{counted(recorded.n_question, 'token')} read after that; {len(recorded.nats)} {whose}, "
+        f"{recorded.nats.mean():.3f} nats/token. {_held_in_words(recorded)}"
     )
     timeline.strip(recorded, key=f"timeline_{id}", chosen=_chosen(recorded), on_choose=state.TOKENS.set)
     listed, detail = st.columns([2, 3], gap="large")
@@ -94,6 +94,20 @@ def _recording(id: str, recorded: Timeline, jobs: Jobs) -> None:
     with detail:
         _detail(id, recorded, jobs)
     address.write()
+
+
+def _held_in_words(recorded: Timeline) -> str:
+    """Say how much the compression of the context left, of which heads, and why it is more than the keep ratio."""
+    spec, kv_heads = recorded.spec, counted(recorded.n_heads, "kv head")
+    held = recorded.held(COMPRESSED).sum() / (recorded.n_heads * recorded.n_context)
+    reasons = [f"{layers_listed(spec.skip_layers)} skipped, so whole"] * bool(spec.skip_layers)
+    if (
+        spec.budget is None
+        and (protected := spec.protect_first + spec.protect_last) > spec.keep_ratio * recorded.n_context
+    ):
+        reasons.append(f"{counted(protected, 'token')} protected")
+    why = f" ({', '.join(reasons)})" if reasons else ""
+    return f"Compressed, {held:.0%} of the pairs of {kv_heads} are held{why}".replace("%", " %") + "."
 
 
 def _chosen(recorded: Timeline) -> tuple[int, ...]:
@@ -107,13 +121,13 @@ def _shortlist(id: str, recorded: Timeline, jobs: Jobs) -> None:
         "shortlist: what the eviction cost is not measured until you ask."
     )
     listed = recorded.missed(_MOST_LISTED).tolist()
-    most = recorded.mean_attention.max(axis=0)
+    most, all_heads = recorded.mean_attention.max(axis=0), counted(recorded.n_heads, "kv head")
     with st.container(gap=None, key="shortlist"):
         for token in listed:
             name = f"{token} “{markup.plain(markup.visible(recorded.labels[token]))}”"
             heads = int((recorded.evicted[:, token] != 0).sum())
             share = f"{100 * most[token]:.1f} %"
-            told = f"evicted by {heads} of {recorded.n_heads} heads, up to {share} of a head's attention before"
+            told = f"evicted by {heads} of {all_heads}, up to {share} of a head's attention before"
             answer = _answer(id, (token,))
             measured = f"; had it stayed **{_change(answer)}** nats/token" if answer else ""
             st.button(
@@ -156,8 +170,8 @@ def _detail(id: str, recorded: Timeline, jobs: Jobs) -> None:
     show(
         figures.attention_by_step(*recorded.history(token), n_heads=recorded.n_heads), key="attention_by_step",
         alt=f"Lines: mean attention to token {token} at each step, and the share of heads that hold it.",
-        caption=f"Attention to “{markup.plain(label)}”, mean over all {recorded.n_heads} heads, without its own. The "
-        "first point is that of the last 32 queries of the context.",
+        caption=f"Attention to “{markup.plain(label)}”, mean over all {counted(recorded.n_heads, 'kv head')}, without "
+        "its own. The first point is that of the last 32 queries of the context.",
     )  # fmt: skip
 
 
@@ -181,13 +195,13 @@ def _what_if(id: str, recorded: Timeline, chosen: tuple[int, ...], gone: int, jo
         return
     st.markdown(
         f"Had {'it' if len(chosen) == 1 else 'they'} stayed: **{_change(answer)} nats/token** "
-        f"(perplexity × {answer.perplexity_ratio:.3f}), for {answer.pairs} pairs more in the cache."
+        f"(perplexity × {answer.perplexity_ratio:.3f}), for {counted(answer.pairs, 'pair')} more in the cache."
     )
     labels = [literal(markup.visible(label)) for label in recorded.labels[-len(recorded.nats) :]]
     show(
         figures.nats_by_token(answer.without, answer.with_them, labels), key="what_if",
         alt="Lines: NLL of each token of the continuation, as recorded and with the chosen tokens pinned.",
-        caption=f"NLL of the {len(labels)} tokens of the continuation, n = 1 text.",
+        caption=f"NLL of the continuation, {counted(len(labels), 'token')}, n = 1 text.",
     )  # fmt: skip
 
 
@@ -298,7 +312,7 @@ def _tell_size(
     shape = CacheShape.of(config, 4)
     heads = sum(kv_heads_by_layer(config, config.num_hidden_layers))
     size = human_bytes(timeline_bytes(heads, read + written))
-    told = f"**{read:,} tokens** and {written:,} more; the recording takes about {size}"
+    told = f"**{counted(read, 'token')}** and {written:,} more; the recording takes about {size}"
     told += f", the model's cache {human_bytes(shape.nbytes(read + written))}."
     last = next(iter(library.entries("timeline", model=state.model())), None)
     if last is not None:

@@ -103,12 +103,12 @@ def test_the_held_share_of_a_token_is_told_at_each_step(page, recorded):
     strip.press("Home")
     for _ in range(3):
         strip.press("Shift+ArrowRight")
-    assert "held in all 90 heads" in strip.get_attribute("aria-valuetext")
+    assert "held in all 90 kv heads" in strip.get_attribute("aria-valuetext")
     slider.focus()
     slider.press("End")
     held = recorded.held(len(recorded.seen) - 1)[30]
     strip.focus()
-    assert f"Token 30 “{label(30)}”: held in {held} of 90 heads" in strip.get_attribute("aria-valuetext")
+    assert f"Token 30 “{label(30)}”: held in {held} of 90 kv heads" in strip.get_attribute("aria-valuetext")
     strip.press("End")
     assert strip.get_attribute("aria-valuenow") == "3999"
     slider.focus()

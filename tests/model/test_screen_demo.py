@@ -1,5 +1,9 @@
 """The page Demo: stories replay without a model, tasks are scored, and a chat lives on in its caches."""
 
+import base64
+import gzip
+import json
+import re
 import shutil
 import time
 from dataclasses import replace
@@ -37,19 +41,35 @@ def said(page):
     return "\n".join(part.value for kind in kinds for part in page.get(kind)).replace("\\", "")
 
 
+def steps(page):
+    """HTML of each step that the browser is sent."""
+    (sent,) = [
+        of["steps"] for part in page.get("bidi_component") if "steps" in (of := json.loads(part.proto.json or "{}"))
+    ]
+    return json.loads(gzip.decompress(base64.b64decode(sent)))
+
+
 def stage(page):
-    return next((part.value for part in page.get("html") if "l2kv-stage" in part.value), "")
+    return steps(page)[-1]
 
 
-def test_a_recorded_story_is_shown_at_its_end_and_stepped_through_without_a_model():
+def verdicts(page):
+    """What the end of a story says of each compressed cache."""
+    return re.findall(r'<p class="l2kv-ending (?:found|lost)">(.*?)</p>', stage(page))
+
+
+def found(page):
+    return [told.startswith("✓") for told in verdicts(page)]
+
+
+def test_a_recorded_story_is_sent_step_by_step_its_end_last_and_needs_no_model():
     engine = Engine()
     page = opened("smollm2", engine)
-    assert "✓ found" in stage(page) and "✗ not found" in stage(page)
-    assert len(page.success) == 1 and len(page.error) == 2  # low norm finds; random and high norm do not
-    page.button(key="story_back").click().run()
-    assert page.slider(key="demo_step").value == page.slider(key="demo_step").max - 1
-    page.slider(key="demo_step").set_value(0).run()
-    assert "found" not in stage(page).split("</style>")[1] and not page.exception and engine.loaded is None
+    first, *_, last = steps(page)
+    assert "found" not in first and "l2kv-ending" not in first
+    assert "✓ found" in last and "✗ not found" in last
+    assert found(page) == [True, False, False]  # low norm finds; random and high norm do not
+    assert engine.loaded is None
 
 
 def test_a_wrong_answer_whose_tokens_are_held_says_that_holding_is_not_enough():
@@ -59,24 +79,10 @@ def test_a_wrong_answer_whose_tokens_are_held_says_that_holding_is_not_enough():
         story = library.opened(Story, entry.id)
         last = story.n_steps - 1
         lost = [i for i in range(len(story.caches)) if story.score(i, last) is False]
-        said_so += (told := ["holding is not enough" in part.value for part in page.error])
+        said_so += (told := ["holding is not enough" in each for each in verdicts(page) if each.startswith("✗")])
         assert told == [story.answer_held(i, last) >= 0.5 for i in lost]
-        assert all("holding is not enough" not in part.value for part in page.success)
+        assert all("holding is not enough" not in each for each in verdicts(page) if each.startswith("✓"))
     assert {*said_so} == {True, False}
-
-
-def test_it_plays_to_its_end_and_is_presented_in_large_type():
-    page = opened("smollm2")
-    page.slider(key="demo_step").set_value(1).run()
-    page.button(key="story_play").click().run()
-    assert page.session_state["demo_step"] >= 2 and page.button(key="story_play").label == "Pause"
-    while page.session_state["demo_step"] < page.slider(key="demo_step").max:
-        page.run()
-    page.run()
-    assert page.button(key="story_play").label == "Play"
-    page.button(key="story_present").click().run()
-    assert page.slider(key="demo_step").value == 0 and page.button(key="story_present").label == "Close"
-    assert not page.success and not page.exception  # the overlay hides what is below it
 
 
 def offer(monkeypatch, *presets):
@@ -109,15 +115,15 @@ def answer():
 
 def test_colour_is_for_the_task_and_not_for_the_same_tokens(monkeypatch, answer, workspace):
     page = told(monkeypatch, Preset("Solved", SEA, "", CompressionSpec(keep_ratio=1.0), answer))
-    assert len(page.success) == 1 and not page.error and stage(page).count("✓ found") == 2
+    assert found(page) == [True] and stage(page).count("✓ found") == 2
     (entry,) = workspace.entries("story")
     assert workspace.open(Story, entry.id) == page.session_state["demo_told"]
     page = told(monkeypatch, Preset("Lost", SEA, "", CompressionSpec(keep_ratio=0.05), answer))
-    assert len(page.error) == 1 and not page.success and stage(page).count("✗ not found") == 1
+    assert found(page) == [False] and stage(page).count("✗ not found") == 1
     page = told(monkeypatch, Preset("Not solved", SEA, "", CompressionSpec(keep_ratio=1.0), "xylophone"))
-    assert "The full cache does not give" in said(page) and not (page.success or page.error)
+    assert "The full cache does not give" in stage(page) and not found(page)
     page = told(monkeypatch, Preset("No task", SEA, "", CompressionSpec(keep_ratio=0.05)))
-    assert not (page.success or page.error) and "found" not in stage(page).split("</style>")[1]
+    assert not found(page) and "found" not in stage(page)
 
 
 def test_live_leaves_the_compression_as_it_is_until_that_of_a_task_is_asked_for(monkeypatch):
@@ -140,7 +146,7 @@ def test_a_second_compression_stands_beside_the_first_and_text_that_was_edited_i
     story = page.session_state["demo_told"]
     assert [cache.spec.policy for cache in story.caches[1:]] == ["low_norm", "random"] and story.answer == ""
     assert page.selectbox(key="live_preset").value == "My own text"
-    assert "<script" not in stage(page).split("</style>")[1] and "<img" not in stage(page)
+    assert "<script" not in stage(page) and "<img" not in stage(page)
 
 
 def test_a_reload_shows_what_was_told_last_from_its_own_prompt(monkeypatch):
@@ -197,7 +203,7 @@ def test_a_story_that_was_cancelled_leaves_its_task_open():
     page.session_state["demo_told"] = cut
     page.segmented_control(key="demo_mode").set_value("Live").run()
     assert "Cancelled: what was written until then is kept." in said(page)
-    assert not (page.success or page.error or page.exception) and "does not give" not in said(page)
+    assert not (found(page) or page.error or page.exception) and "does not give" not in stage(page)
 
 
 @pytest.mark.parametrize("prompt", ["", " ", "\\ud800", "a"])
