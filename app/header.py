@@ -13,7 +13,7 @@ from analysis.words import human_bytes, layers_listed
 from app import library, new_run, state
 from app.components import choices, markup, uploads
 from app.components import progress as progress_bar
-from app.engine import Engine, allowed_models
+from app.engine import Engine
 from app.jobs import Job, Jobs
 from l2kv.config import layer_kinds
 from l2kv.policies import POLICIES
@@ -90,7 +90,9 @@ def status(engine: Engine, jobs: Jobs) -> tuple[str, str]:
 
 def _model(engine: Engine) -> None:
     """Choose the model: one that is at hand, one of which there are records, or any other."""
-    here = {state.name_of(ref): ref for ref in allowed_models()}
+    here: dict[str, str] = {}
+    for model in engine.known_models(library.WORKSPACE.models()):
+        here.setdefault(state.name_of(model), model)
     known = here | {entry.model: entry.model for entry in library.entries("run") if entry.model not in here}
     known.setdefault(state.model(), state.model_ref())
     names = [*known, _OTHER]
@@ -99,14 +101,15 @@ def _model(engine: Engine) -> None:
         if chosen != state.model():
             _use(engine, known[chosen])
         return
-    ref = st.text_input(
-        "Hub id, folder or GGUF file",
-        placeholder="Qwen/Qwen3-0.6B",
-        help="Any decoder-only model with safetensors or GGUF weights. No remote code is run.",
-        key="model_other",
-    )
-    if st.button("Use this model", type="primary", disabled=not ref.strip()):
-        _use(engine, ref.strip())
+    with st.form("model_other_form", border=False):  # so that Enter sends it
+        ref = st.text_input(
+            "Hub id, folder or GGUF file",
+            placeholder="Qwen/Qwen3-0.6B",
+            help="Any decoder-only model with safetensors or GGUF weights. No remote code is run.",
+            key="model_other",
+        )
+        if st.form_submit_button("Use this model", type="primary", key="use_model") and ref.strip():
+            _use(engine, ref.strip())
 
 
 def _use(engine: Engine, ref: str) -> None:

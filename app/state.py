@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import streamlit as st
@@ -355,8 +356,12 @@ def choose_model(ref: str, check: Callable[[str], str]) -> None:
     Args:
         check: returns what the model is asked for by, or raises ModelError, and then nothing has changed.
     """
-    recorded = any(library.entries(kind, model=ref) for kind in KINDS)
-    show_model(ref if recorded else check(ref))
+    if any(library.entries(kind, model=ref) for kind in KINDS):
+        show_model(ref)
+        return
+    show_model(checked := check(ref))
+    if Path(checked).is_absolute():
+        library.WORKSPACE.note_model(checked)
 
 
 def show_run(id: str) -> None:

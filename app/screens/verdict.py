@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import log
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import streamlit as st
@@ -43,7 +44,7 @@ _STYLE = """<style>
 </style>"""
 
 
-def draw(engine: Engine, jobs: Jobs, pages: Mapping[str, StreamlitPage]) -> None:
+def draw(engine: Engine, jobs: Jobs, pages: Mapping[str, StreamlitPage] = MappingProxyType({})) -> None:
     """Draw the page.
 
     Args:
