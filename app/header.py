@@ -21,29 +21,30 @@ from l2kv.spec import CompressionSpec
 
 STYLE = """<style>
 .st-key-header [data-testid="stPopover"] button { justify-content: flex-start; text-align: left; }
-.st-key-header [data-testid="stPopover"] button p { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.st-key-header [data-testid="stCaptionContainer"] p { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.st-key-header [data-testid="stPopover"] button p { overflow: hidden; display: -webkit-box; -webkit-box-orient: vertical;
+  -webkit-line-clamp: 2; line-height: 1.15; overflow-wrap: anywhere; }
+.st-key-header [data-testid="stCaptionContainer"] p { line-height: 1.15; }
 </style>"""
 _OTHER = "Another model …"
 
 
 def draw(engine: Engine, jobs: Jobs) -> None:
     """Draw the header, then the job that runs, then what is to be said once."""
-    job = progress_bar.current(jobs, on_done=show_result)
+    shown = progress_bar.current(jobs, on_done=show_result)
     st.html(STYLE)
     with st.container(horizontal=True, vertical_alignment="center", key="header", gap="small"):
-        with st.popover(f":material/deployed_code: {markup.plain(state.model())}", help="Model", width=160):
+        with st.popover(f":material/deployed_code: {markup.plain(state.model())}", help="Model", width=150):
             _model(engine)
-        with st.popover(f":material/article: {_run_label()}", help="Text and run", width=230):
+        with st.popover(f":material/article: {_run_label()}", help="Text and run", width=210):
             _runs()
         if st.button("New run", icon=":material/add:", key="new_run", help="Capture a text in this model"):
             state.OPENING.set(new_run.DIALOG)
-        with st.popover(f":material/tune: {in_words(state.spec())}", help="Compression", width=340):
+        told = in_words(state.spec())
+        with st.popover(f":material/tune: {told}", help=f"Compression: {told}", width="stretch"):
             _compression(engine)
         short, whole = status(engine, jobs)
-        st.caption(short, help=whole, width="stretch")
-    if job is not None:
-        progress_bar.draw(job)
+        st.caption(short, help=whole, width=190)
+    progress_bar.draw(shown)
     for said in state.notices():
         st.warning(said, icon=":material/info:")
     if state.OPENING.take() == new_run.DIALOG:
@@ -75,7 +76,7 @@ def status(engine: Engine, jobs: Jobs) -> tuple[str, str]:
     short = whole = "no model in memory"
     if loaded:
         name = markup.plain(loaded.name)
-        short = "in memory" if loaded.name == state.model() else f"{name} in memory"
+        short = f"{name} in memory"
         other = loaded.stored not in ("", loaded.dtype)
         stored = f"stored as {loaded.stored}, computed and cached in " if other else ""
         whole = f"{name} in memory, {stored}{loaded.dtype} on {loaded.device}"
@@ -84,7 +85,8 @@ def status(engine: Engine, jobs: Jobs) -> tuple[str, str]:
     running = max(running - waiting, min(running, 1))  # previews wait, too
     busy = f" · {running} job{'s' * (running != 1)} running" if running else ""
     busy += f" · {waiting} waiting" if waiting else ""
-    rest = f" · {human_bytes(free_bytes(loaded.device if loaded else 'cpu'))} free{busy}"
+    free = human_bytes(free_bytes(loaded.device if loaded else "cpu")).replace(" ", "\N{NO-BREAK SPACE}")
+    rest = f" · {free} free{busy}"
     return f":material/memory: {short}{rest}", f"{whole}{rest}"
 
 

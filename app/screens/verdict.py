@@ -165,7 +165,7 @@ def _start_timing(jobs: Jobs, spec: CompressionSpec) -> None:
         speed = measure_speed(loaded, spec, n_tokens=longest, batch=batch, progress=progress)
         return library.WORKSPACE.add(speed, name="Speed").id
 
-    state.JOB.set(jobs.start(f"Timing {state.model()}", state.model_ref(), work, kind="speed").id)
+    state.follow(jobs.start(f"Timing {state.model()}", state.model_ref(), work, kind="speed").id)
 
 
 # ---------------------------------------------------------------------------------------------------- heads and checks
@@ -242,7 +242,7 @@ def _measure(engine: Engine, jobs: Jobs) -> None:
         given = documents.ask(few="Half of them are planned on, the others are measured.")
     sizes = Sizes(int(excerpts), int(samples), int(context), int(state.BATCH.get()))
     if st.button("Start", type="primary", icon=":material/play_arrow:", key="verdict_start"):
-        state.JOB.set(start(jobs, ref, spec, sizes, given, _known(ref, spec, sizes, given)))
+        state.follow(start(jobs, ref, spec, sizes, given, _known(ref, spec, sizes, given)))
         st.rerun()
     try:
         told = _estimate(engine, ref, spec, sizes, given)
