@@ -123,7 +123,7 @@ def test_a_job_that_is_started_beside_another_hides_neither(monkeypatch, jobs):
 
     go, held = threading.Event(), {}
     monkeypatch.setattr("streamlit.session_state", held)
-    both = [jobs.start(name, name, lambda loaded, progress: go.wait(5) and name, kind="results") for name in ("a", "b")]
+    both = [jobs.start(name, name, lambda loaded, progress: go.wait(5) and "", kind="results") for name in ("a", "b")]
     for job in both:
         state.follow(job.id)
     assert progress.current(jobs, on_done=held.clear) == both == [jobs.find(id) for id in state.JOBS.get()]
