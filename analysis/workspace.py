@@ -41,6 +41,7 @@ KINDS: dict[str, type] = {
 """Classes of records that a workspace holds, by the name of their kind: "run", "study", "results", ..."""
 ID_DIGITS = 12
 _ABOUT = ".about.json"
+_MODELS = "models.jsonl"
 _ID = re.compile(rf"[0-9a-f]{{{ID_DIGITS}}}")
 
 Thing = TypeVar("Thing")
@@ -157,6 +158,22 @@ class Workspace:
 
     def _answer_file(self, asked: Mapping[str, Any]) -> Path:
         return self.folder / f".answer-{_digest(asked)}"
+
+    def note_model(self, ref: str) -> None:
+        """Remember a folder or file of a model, so that it need not be typed again."""
+        if ref in self.models():
+            return
+        with suppress(OSError):  # a convenience
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / _MODELS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(ref) + "\n")
+
+    def models(self) -> list[str]:
+        """List what `note_model` was told, the latest first."""
+        with suppress(OSError, ValueError):
+            lines = (self.folder / _MODELS).read_text(encoding="utf-8").splitlines()
+            return [ref for line in reversed(lines) if isinstance(ref := json.loads(line), str)]
+        return []
 
     def rename(self, id: str, name: str) -> Entry:
         """Call a record something else. Raises RecordError where there is none."""

@@ -9,8 +9,8 @@ import gc
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,13 +69,13 @@ class Engine:
         """Tokenizer and config of the resident model, or of one on this machine; None if it has to be fetched first."""
         if self._loaded is not None and self._ref == ref:
             return self._loaded.tokenizer, self._loaded.config
-        return _tokenizer_and_config(ref) if _is_here(ref) else None
+        return _tokenizer_and_config(ref) if self._is_here(ref) else None
 
     def config(self, ref: str) -> PretrainedConfig | None:
         """Config of a model that is on this machine or was checked; None if it has to be fetched first."""
         if self._loaded is not None and self._ref == ref:
             return self._loaded.config
-        if ref not in self._configs and _is_here(ref):
+        if ref not in self._configs and self._is_here(ref):
             self._configs[ref] = model_config(ref)
         return self._configs.get(ref)
 
@@ -140,6 +140,19 @@ class Engine:
             self._configs[ref] = model_config(ref)
         return ref
 
+    def known_models(self, refs: Iterable[str]) -> list[str]:
+        """List `allowed_models`, and of folders and files that were used before those that are still there."""
+        offered = allowed_models()
+        return offered + [ref for ref in refs if ref not in offered and self._is_here(ref)]
+
+    def _is_here(self, ref: str) -> bool:
+        """Tell whether a model needs no hub, and may be loaded."""
+        if packaged := PACKAGED.get(ref):
+            return is_fetched(packaged)
+        with suppress(ModelError):
+            return ref in NAMED_MODELS or Path(check_allowed(ref, any_folder=self._any_folder)).is_absolute()
+        return False
+
     def _ahead_of(self, ticket: object) -> int:
         with self._changed:
             self._changed.wait_for(lambda: self._queue[0] is ticket, timeout=0.3)
@@ -189,11 +202,6 @@ def check_allowed(ref: str, *, any_folder: bool = False) -> str:
             "L2KV_MODEL_DIRS set to the folder that holds your models."
         )
     return str(resolved)
-
-
-def _is_here(ref: str) -> bool:
-    packaged = PACKAGED.get(ref)
-    return is_fetched(packaged) if packaged else ref in allowed_models()
 
 
 @lru_cache(maxsize=8)

@@ -13,7 +13,7 @@ from analysis.words import counted, human_bytes, layers_listed
 from app import library, new_run, state
 from app.components import choices, markup, uploads
 from app.components import progress as progress_bar
-from app.engine import Engine, allowed_models
+from app.engine import Engine
 from app.jobs import Job, Jobs
 from l2kv.config import layer_kinds
 from l2kv.policies import POLICIES
@@ -21,32 +21,33 @@ from l2kv.spec import CompressionSpec
 
 STYLE = """<style>
 .st-key-header [data-testid="stPopover"] button { justify-content: flex-start; text-align: left; }
-.st-key-header [data-testid="stPopover"] button p { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.st-key-header [data-testid="stCaptionContainer"] p { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.st-key-header [data-testid="stPopover"] button p { overflow: hidden; display: -webkit-box;
+  -webkit-box-orient: vertical; -webkit-line-clamp: 2; line-height: 1.15; overflow-wrap: anywhere; }
+.st-key-header [data-testid="stCaptionContainer"] p { line-height: 1.15; }
 </style>"""
 _OTHER = "Another model …"
 
 
 def draw(engine: Engine, jobs: Jobs) -> None:
     """Draw the header, then the job that runs, then what is to be said once."""
-    job = progress_bar.current(jobs, on_done=show_result)
+    shown = progress_bar.current(jobs, on_done=show_result)
     st.html(STYLE)
     with st.container(horizontal=True, vertical_alignment="center", key="header", gap="small"):
-        with st.popover(f":material/deployed_code: {markup.plain(state.model())}", help="Model", width=160):
+        with st.popover(f":material/deployed_code: {markup.plain(state.model())}", help="Model", width=150):
             _model(engine)
-        with st.popover(f":material/article: {_run_label()}", help="Text and run", width=230):
+        with st.popover(f":material/article: {_run_label()}", help="Text and run", width=210):
             _runs()
         if st.button("New run", icon=":material/add:", key="new_run", help="Capture a text in this model"):
             state.OPENING.set(new_run.DIALOG)
-        with st.popover(f":material/tune: {in_words(state.spec())}", help="Compression", width=340):
+        told = in_words(state.spec())
+        with st.popover(f":material/tune: {told}", help=f"Compression: {told}", width="stretch"):
             _compression(engine)
         short, whole = status(engine, jobs)
-        st.caption(short, help=whole, width="stretch")
+        st.caption(short, help=whole, width=190)
     # In containers, so that what comes and goes here moves no part of the page that is drawn alone: such a part is
     # drawn where it was, and the browser shows an error in place of the page if that is no longer its place.
     with st.container():
-        if job is not None:
-            progress_bar.draw(job)
+        progress_bar.draw(shown)
     with st.container():
         for said in state.notices():
             st.warning(said, icon=":material/info:")
@@ -79,7 +80,7 @@ def status(engine: Engine, jobs: Jobs) -> tuple[str, str]:
     short = whole = "no model in memory"
     if loaded:
         name = markup.plain(loaded.name)
-        short = "in memory" if loaded.name == state.model() else f"{name} in memory"
+        short = f"{name} in memory"
         other = loaded.stored not in ("", loaded.dtype)
         stored = f"stored as {loaded.stored}, computed and cached in " if other else ""
         whole = f"{name} in memory, {stored}{loaded.dtype} on {loaded.device}"
@@ -88,13 +89,16 @@ def status(engine: Engine, jobs: Jobs) -> tuple[str, str]:
     running = max(running - waiting, min(running, 1))  # previews wait, too
     busy = f" · {counted(running, 'job')} running" if running else ""
     busy += f" · {waiting} waiting" if waiting else ""
-    rest = f" · {human_bytes(free_bytes(loaded.device if loaded else 'cpu'))} free{busy}"
+    free = human_bytes(free_bytes(loaded.device if loaded else "cpu")).replace(" ", "\N{NO-BREAK SPACE}")
+    rest = f" · {free} free{busy}"
     return f":material/memory: {short}{rest}", f"{whole}{rest}"
 
 
 def _model(engine: Engine) -> None:
     """Choose the model: one that is at hand, one of which there are records, or any other."""
-    here = {state.name_of(ref): ref for ref in allowed_models()}
+    here: dict[str, str] = {}
+    for model in engine.known_models(library.WORKSPACE.models()):
+        here.setdefault(state.name_of(model), model)
     known = here | {entry.model: entry.model for entry in library.entries("run") if entry.model not in here}
     known.setdefault(state.model(), state.model_ref())
     names = [*known, _OTHER]
@@ -103,14 +107,15 @@ def _model(engine: Engine) -> None:
         if chosen != state.model():
             _use(engine, known[chosen])
         return
-    ref = st.text_input(
-        "Hub id, folder or GGUF file",
-        placeholder="Qwen/Qwen3-0.6B",
-        help="Any decoder-only model with safetensors or GGUF weights. No remote code is run.",
-        key="model_other",
-    )
-    if st.button("Use this model", type="primary", disabled=not ref.strip()):
-        _use(engine, ref.strip())
+    with st.form("model_other_form", border=False):  # so that Enter sends it
+        ref = st.text_input(
+            "Hub id, folder or GGUF file",
+            placeholder="Qwen/Qwen3-0.6B",
+            help="Any decoder-only model with safetensors or GGUF weights. No remote code is run.",
+            key="model_other",
+        )
+        if st.form_submit_button("Use this model", type="primary", key="use_model") and ref.strip():
+            _use(engine, ref.strip())
 
 
 def _use(engine: Engine, ref: str) -> None:

@@ -57,7 +57,7 @@ def dialog(engine: Engine, jobs: Jobs) -> None:
         if not text.strip():
             st.error("There is no text to capture. Type one, choose one or upload one.", icon=":material/error:")
             return
-        state.JOB.set(start(jobs, state.model_ref(), text, name))
+        state.follow(start(jobs, state.model_ref(), text, name))
         st.rerun()
 
 

@@ -88,7 +88,7 @@ def dialog(engine: Engine, jobs: Jobs) -> None:
     if st.button(f"Continue ({done} done)" if done else "Start", type="primary", icon=":material/play_arrow:"):
         state.OVER.set("many texts")
         state.STUDY.drop()  # the latest is shown: this one, even if it is cancelled
-        state.JOB.set(start(jobs, state.model_ref(), asked, name))
+        state.follow(start(jobs, state.model_ref(), asked, name))
         st.rerun()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import streamlit as st
@@ -111,6 +112,7 @@ def within(low: float, high: float, kind: Callable[[str], Any] = int) -> Callabl
     return read
 
 
+_MOST_JOBS = 20  # that an address may name
 _NUMBERED = within(0, 9999)
 
 
@@ -158,6 +160,10 @@ def _positions(text: str) -> tuple[int, ...]:
     return tuple(sorted({int(part) for part in text.split(",")}))
 
 
+def _ids(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(filter(None, text.split(",")[:_MOST_JOBS])))
+
+
 def _flag(text: str) -> bool:
     return one_of(("0", "1"))(text) == "1"
 
@@ -172,7 +178,8 @@ TIMELINE = Slot("timeline_id", "", Param("timeline", str))
 TOKENS = Slot[tuple[int, ...]]("tokens", (), Param("tokens", _positions, _numbers))
 """Tokens that are chosen in the recorded generation."""
 STORY = Slot("story_id", "", Param("story", str))
-JOB = Slot("job_id", "", Param("job", str))
+JOBS = Slot[tuple[str, ...]]("job_ids", (), Param("job", _ids, ",".join))
+"""Ids of the jobs that this session started and that have not ended, in the order of their starts."""
 OTHER_RUN = Slot("other_run_id", "", Param("with", str))
 """Run that is shown beside the one on screen."""
 
@@ -241,6 +248,11 @@ def notices() -> list[str]:
     return list(fresh)
 
 
+def follow(job_id: str) -> None:
+    """Show how far a job is on every page, until it has ended."""
+    JOBS.set((*JOBS.get(), job_id))
+
+
 def name_of(ref: str) -> str:
     """Name of the model that is asked for so."""
     try:
@@ -259,11 +271,19 @@ def model_ref() -> str:
     return MODEL.get() or demo_model()
 
 
-def run_id() -> str:
-    """Id of the run on screen: the chosen one, else the latest of the model; empty where it has none."""
-    if (id := RUN.get()) and (entry := library.find(id)) and entry.model == model():
+def _shown(slot: Slot[str], kind: str) -> str:
+    """Id of the record of the model on screen: the chosen one, else the latest, which then stays; empty if none."""
+    if (id := slot.get()) and (entry := library.find(id)) and entry.model == model():
         return id
-    return next((entry.id for entry in library.entries("run", model=model())), "")
+    latest = next((entry.id for entry in library.entries(kind, model=model())), "")
+    if latest:
+        slot.set(latest)  # else a record that another session makes would take its place
+    return latest
+
+
+def run_id() -> str:
+    """Id of the run on screen; empty where the model has none."""
+    return _shown(RUN, "run")
 
 
 def run() -> Capture | None:
@@ -273,10 +293,8 @@ def run() -> Capture | None:
 
 
 def study_id() -> str:
-    """Id of the study of the model on screen: the chosen one, else the latest; empty where there is none."""
-    if (id := STUDY.get()) and (entry := library.find(id)) and entry.model == model():
-        return id
-    return next((entry.id for entry in library.entries("study", model=model())), "")
+    """Id of the study of the model on screen; empty where it has none."""
+    return _shown(STUDY, "study")
 
 
 def study() -> Study | None:
@@ -355,8 +373,12 @@ def choose_model(ref: str, check: Callable[[str], str]) -> None:
     Args:
         check: returns what the model is asked for by, or raises ModelError, and then nothing has changed.
     """
-    recorded = any(library.entries(kind, model=ref) for kind in KINDS)
-    show_model(ref if recorded else check(ref))
+    if any(library.entries(kind, model=ref) for kind in KINDS):
+        show_model(ref)
+        return
+    show_model(checked := check(ref))
+    if Path(checked).is_absolute():
+        library.WORKSPACE.note_model(checked)
 
 
 def show_run(id: str) -> None:

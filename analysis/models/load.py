@@ -44,6 +44,7 @@ NAMED_MODELS = (*PACKAGED, *BUNDLED_MODELS)
 _HUB_ID = re.compile(r"(?=.{1,96}$)[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SAFE = {"trust_remote_code": False, "local_files_only": True}
 _SAFETENSORS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_HUB_SECONDS = 5.0  # that the hub may take to say whether it has a model
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -143,9 +144,8 @@ def model_config(ref: str | Path) -> PretrainedConfig:
     """
     text, name = str(ref).strip(), model_name(ref)
     if text not in NAMED_MODELS and not gguf_file(text) and not _folder(text):
-        _check_hub_id(text)
-        with _fetching(hub_id := ORIGINALS.get(text, text)):
-            path = _hub_config(hub_id)
+        check_hub_id(text)
+        path = hub_config(ORIGINALS.get(text, text))
     elif (path := model_folder(ref)).is_file():
         from analysis.models.gguf_models import gguf_config
 
@@ -198,11 +198,12 @@ def model_folder(ref: str | Path, *, progress: Progress = unheard) -> Path:
     if folder := _folder(text):
         _vet(folder, text)
         return folder
-    _check_hub_id(text)
+    check_hub_id(text)
     return _fetch(ORIGINALS.get(text, text))
 
 
-def _check_hub_id(text: str) -> None:
+def check_hub_id(text: str) -> None:
+    """Raise ModelError unless a text can be the id of a model on the hub."""
     check_spelling(text)
     if not _HUB_ID.fullmatch(text) or text.endswith(".gguf"):
         raise ModelError(
@@ -358,29 +359,32 @@ def _check_size(config: PretrainedConfig, folder: Path, name: str) -> None:
         )
 
 
+def hub_config(hub_id: str) -> Path:
+    """Fetch the config of a model on the hub, if it is not here, and vet it. Raises ModelError."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+
+    with _fetching(hub_id):
+        if not isinstance(try_to_load_from_cache(hub_id, "config.json"), str):  # a download would retry for 30 s
+            get_hf_file_metadata(hf_hub_url(hub_id, "config.json"), timeout=_HUB_SECONDS)
+        path = Path(hf_hub_download(hub_id, "config.json"))
+    vet_config(path, hub_id)
+    return path
+
+
 def _fetch(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
+    hub_config(hub_id)
     with _fetching(hub_id):
-        _hub_config(hub_id)
         folder = Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
     _vet(folder, hub_id)
     return folder
 
 
-def _hub_config(hub_id: str) -> Path:
-    """The vetted config of a model on the hub."""
-    from huggingface_hub import hf_hub_download
-
-    path = Path(hf_hub_download(hub_id, "config.json"))
-    vet_config(path, hub_id)
-    return path
-
-
 @contextmanager
 def _fetching(hub_id: str) -> Iterator[None]:
     """Turn whatever the hub's client raises within the block into a ModelError."""
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RemoteEntryNotFoundError, RepositoryNotFoundError
 
     try:
         yield
@@ -388,12 +392,18 @@ def _fetching(hub_id: str) -> Iterator[None]:
         raise ModelError(f"{hub_id} is gated: accept its terms on the hub and log in with `hf auth login`.") from error
     except RepositoryNotFoundError as error:
         raise ModelError(f"There is no model {hub_id!r} on the Hugging Face hub, nor a folder of that name.") from error
-    except ModelError:
-        raise
     except Exception as error:  # offline, a proxy, a full disk: the hub client raises many kinds
+        if isinstance(error, RemoteEntryNotFoundError):
+            reason = "it has no config.json there"
+        elif isinstance(error, HfHubHTTPError):
+            reason = f"the hub answered {error.response.status_code}"
+        elif isinstance(error, OSError) and error.errno:
+            reason = one_line(error)
+        else:
+            reason = "the hub cannot be reached from here"
         raise ModelError(
-            f"{hub_id!r} is not a local folder, and could not be fetched from the Hugging Face hub "
-            f"({one_line(error)}). Check the name and the connection, or give a local folder."
+            f"{hub_id!r} is not on this machine and could not be fetched from the Hugging Face hub: {reason}. Check "
+            "the name and the connection, or give a folder or a GGUF file."
         ) from error
 
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from analysis.errors import ModelError
 from analysis.models.gguf import is_gguf, read_gguf
-from analysis.models.load import BUNDLED, BUNDLED_MODELS, gguf_file, model_name
+from analysis.models.load import BUNDLED, BUNDLED_MODELS, check_hub_id, gguf_file, hub_config, model_name
 from analysis.models.packaged import PACKAGED, folder_of
-from analysis.models.vet import one_line, read_config, read_json, reading
+from analysis.models.vet import read_config, read_json, reading
 from l2kv.config import CacheShape
 
 if TYPE_CHECKING:
@@ -111,15 +111,8 @@ def _config_file(ref: str | Path) -> tuple[Path, str]:
             return path, path.parent.name if path.name == "config.json" else path.stem
     except (OSError, RuntimeError):  # too long a name, the home of nobody
         pass
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(text, "config.json")), text
-    except Exception as error:  # offline, no such name: the hub client raises many kinds
-        raise ModelError(
-            f"{text!r:.100} is no folder or config.json that is here, and no config could be fetched from the Hugging "
-            f"Face hub ({one_line(error)}). Check the name and the connection."
-        ) from error
+    check_hub_id(text)
+    return hub_config(text), text
 
 
 def _weight_bytes(config: Path) -> int:

@@ -22,40 +22,45 @@ def told(job: Job) -> str:
     return f"{job.done:,} of {job.total:,} {job.what}" + (f", about {duration(left)} left" if left is not None else "")
 
 
-def current(jobs: Jobs, *, on_done: Callable[[Job], object]) -> Job | None:
-    """Find the job that the address names; once it has ended the address forgets it. Call it before a page is drawn.
+def current(jobs: Jobs, *, on_done: Callable[[Job], object]) -> list[Job]:
+    """Find the jobs that the address names; it forgets those that have ended. Call it before a page is drawn.
 
     Args:
-        on_done: called once after it is done.
+        on_done: called once for each that is done.
     """
-    job = jobs.find(state.JOB.get())
-    if job is None:
-        if state.JOB.get():
-            state.notice("The job that the address names is gone: the server was restarted. What it measured is kept.")
-        state.JOB.drop()
-    elif not job.running:
-        state.JOB.drop()
+    found = {id: jobs.find(id) for id in state.JOBS.get()}
+    if None in found.values():
+        state.notice("A job that the address names is gone: the server was restarted. What it measured is kept.")
+    here = [job for job in found.values() if job]
+    state.JOBS.set(tuple(job.id for job in here if job.running))
+    for job in here:
         if job.status == "done":
             on_done(job)
-    return job
+    return here
 
 
-def draw(job: Job) -> None:
-    """Draw how far a job is, or once, how it ended."""
-    if job.running:
-        _running(job)
-    else:
-        _end(job)
+def running(jobs: Jobs, kind: str) -> Job | None:
+    """Find the latest job of this session that makes a kind of record and has not ended."""
+    found = (jobs.find(id) for id in reversed(state.JOBS.get()))
+    return next((job for job in found if job and job.running and job.kind == kind), None)
 
 
-@st.fragment(run_every=_EVERY)
+def draw(jobs: list[Job]) -> None:
+    """Draw how far each job is, or once, how it ended."""
+    for job in jobs:
+        if job.running:
+            st.fragment(_running, run_every=_EVERY)(job)
+        else:
+            _end(job)
+
+
 def _running(job: Job) -> None:
     if not job.running:
         st.rerun()
-    with st.container(border=True, key="job", horizontal=True, vertical_alignment="center"):
+    with st.container(border=True, key=f"job_{job.id}", horizontal=True, vertical_alignment="center"):
         share = min(job.done / job.total, 1.0) if job.total else 0.0
         st.progress(share, f"{markup.plain(job.title)}: {markup.plain(told(job))}")
-        st.button("Cancel", icon=":material/cancel:", key="job_cancel", on_click=job.cancel)
+        st.button("Cancel", icon=":material/cancel:", key=f"job_cancel_{job.id}", on_click=job.cancel)
 
 
 def _end(job: Job) -> None:

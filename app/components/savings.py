@@ -128,16 +128,16 @@ def _rows(sizes: _Sizes, spec: CompressionSpec, lengths: Sequence[int]) -> tuple
 
 def _sizes(engine: Engine) -> _Sizes | None:
     """Sizes of the model on screen, in its own dtype or the chosen one; None where nothing tells."""
-    ref = state.model_ref()
+    ref, run = state.model_ref(), state.run()
     try:
-        own, weights = checkpoint_dtype(ref), weights_bytes(ref)
+        config = engine.config(ref)
+        own, weights = (checkpoint_dtype(ref), weights_bytes(ref)) if config else (None, None)
     except UserError:  # it was run once, and is gone
-        own, weights = None, None
+        config, own, weights = None, None, None
     dtype = state.CACHE_DTYPE.get() or (own if own in DTYPES else "bfloat16")
-    if run := state.run():
+    if run:
         return _Sizes(replace(run.cache_shape, itemsize=DTYPES[dtype]), weights, dtype)
-    found = engine.tokenizer_and_config(ref)
-    return None if found is None else _Sizes(CacheShape.of(found[1], DTYPES[dtype]), weights, dtype)
+    return None if config is None else _Sizes(CacheShape.of(config, DTYPES[dtype]), weights, dtype)
 
 
 def _sizes_of(other: ModelSize) -> _Sizes:

@@ -52,9 +52,9 @@ def draw(side: str, layer: int, head: int, jobs: Jobs) -> None:
         )
         if st.button(
             f"Get the vectors of layer {layer}", type="primary", icon=":material/play_arrow:", key=f"why_{side}",
-            disabled=bool(state.JOB.get()),
+            disabled=bool(state.JOBS.get()),
         ):  # fmt: skip
-            state.JOB.set(_start(jobs, run_id, layer))
+            state.follow(_start(jobs, run_id, layer))
             st.rerun()
         return
     found, named = _found(run_id, layer, head), head_name(layer, run.kv_head(head), head)

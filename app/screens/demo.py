@@ -125,7 +125,7 @@ def _time(story: Story, jobs: Jobs) -> None:
 
         return library.WORKSPACE.add(timed(loaded, story, progress=progress), name=f"{story.name}, timed").id
 
-    state.JOB.set(jobs.start("Timing each cache alone", state.model_ref(), work, kind="story").id)
+    state.follow(jobs.start("Timing each cache alone", state.model_ref(), work, kind="story").id)
     st.rerun()
 
 

@@ -16,7 +16,7 @@ from analysis.evaluation.results import Results
 from analysis.evaluation.tasks import TASKS
 from analysis.words import counted, duration
 from app import address, library, state
-from app.components import choices, documents, markup, settings
+from app.components import choices, documents, markup, progress, settings
 from app.components.charts import show
 from app.engine import Engine
 from app.jobs import Job, Jobs
@@ -87,8 +87,7 @@ def draw(engine: Engine, jobs: Jobs) -> None:
     )
     with st.expander("New evaluation", icon=":material/science:", expanded=not found, key="new_evaluation"):
         _new(engine, jobs)
-    job = jobs.find(state.JOB.get())
-    growing = job if job and job.running and job.kind == "results" else None
+    growing = progress.running(jobs, "results")
     st.fragment(_results, run_every=_EVERY if growing else None)(growing)
 
 
@@ -114,7 +113,7 @@ def _new(engine: Engine, jobs: Jobs) -> None:
     with right:
         _estimate(engine, asked)
         if st.button("Start", type="primary", icon=":material/play_arrow:", key="start_evaluation"):
-            state.JOB.set(start(jobs, state.model_ref(), asked))
+            state.follow(start(jobs, state.model_ref(), asked))
             st.rerun()
 
 

@@ -141,7 +141,7 @@ def _shortlist(id: str, recorded: Timeline, jobs: Jobs) -> None:
     if open_ones:
         took = duration(_seconds(recorded, len(open_ones)))
         if st.button(f"Ask for each of these (about {took})", icon=":material/history:", key="ask_all"):
-            state.JOB.set(_ask(jobs, id, open_ones))
+            state.follow(_ask(jobs, id, open_ones))
             st.rerun()
 
 
@@ -188,7 +188,7 @@ def _what_if(id: str, recorded: Timeline, chosen: tuple[int, ...], gone: int, jo
             icon=":material/history:",
             help="The same continuation is predicted again, once as recorded and once with the chosen tokens pinned.",
         ):
-            state.JOB.set(_ask(jobs, id, [chosen]))
+            state.follow(_ask(jobs, id, [chosen]))
             st.rerun()
         took = duration(_seconds(recorded, 1))
         st.caption(f"About {took} at the pace of the recording; the context is read once for both.")
@@ -283,7 +283,7 @@ def form(engine: Engine, jobs: Jobs) -> None:
             )
             return library.WORKSPACE.add(record_timeline(loaded, sample, spec, progress=progress), name=title).id
 
-        state.JOB.set(jobs.start(f"Recording “{title}”", state.model_ref(), work, kind="timeline").id)
+        state.follow(jobs.start(f"Recording “{title}”", state.model_ref(), work, kind="timeline").id)
         state.TOKENS.drop()
         st.rerun()
 

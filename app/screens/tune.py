@@ -432,7 +432,7 @@ def _measure_layers(jobs: Jobs, run: Capture, texts: Any, cut: documents.Cut) ->
 
     if st.button("Measure the layers", icon=":material/play_arrow:", type="primary", key="measure_layers"):
         title = f"Measuring each layer of {run.model}"
-        state.JOB.set(jobs.start(title, state.model_ref(), work, kind="ablation").id)
+        state.follow(jobs.start(title, state.model_ref(), work, kind="ablation").id)
         st.rerun()
 
 
@@ -491,7 +491,7 @@ def _measure_front(jobs: Jobs, run: Capture, texts: Any, cut: documents.Cut) -> 
 
     if st.button("Measure the curve", icon=":material/play_arrow:", type="primary", key="measure_front"):
         title = f"Measuring quality against memory of {run.model}"
-        state.JOB.set(jobs.start(title, state.model_ref(), work, kind="front").id)
+        state.follow(jobs.start(title, state.model_ref(), work, kind="front").id)
         st.rerun()
 
 

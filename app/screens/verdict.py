@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import log
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import streamlit as st
@@ -43,7 +44,7 @@ _STYLE = """<style>
 </style>"""
 
 
-def draw(engine: Engine, jobs: Jobs, pages: Mapping[str, StreamlitPage]) -> None:
+def draw(engine: Engine, jobs: Jobs, pages: Mapping[str, StreamlitPage] = MappingProxyType({})) -> None:
     """Draw the page.
 
     Args:
@@ -164,7 +165,7 @@ def _start_timing(jobs: Jobs, spec: CompressionSpec) -> None:
         speed = measure_speed(loaded, spec, n_tokens=longest, batch=batch, progress=progress)
         return library.WORKSPACE.add(speed, name="Speed").id
 
-    state.JOB.set(jobs.start(f"Timing {state.model()}", state.model_ref(), work, kind="speed").id)
+    state.follow(jobs.start(f"Timing {state.model()}", state.model_ref(), work, kind="speed").id)
 
 
 # ---------------------------------------------------------------------------------------------------- heads and checks
@@ -241,7 +242,7 @@ def _measure(engine: Engine, jobs: Jobs) -> None:
         given = documents.ask(few="Half of them are planned on, the others are measured.")
     sizes = Sizes(int(excerpts), int(samples), int(context), int(state.BATCH.get()))
     if st.button("Start", type="primary", icon=":material/play_arrow:", key="verdict_start"):
-        state.JOB.set(start(jobs, ref, spec, sizes, given, _known(ref, spec, sizes, given)))
+        state.follow(start(jobs, ref, spec, sizes, given, _known(ref, spec, sizes, given)))
         st.rerun()
     try:
         told = _estimate(engine, ref, spec, sizes, given)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from streamlit.testing.v1 import AppTest
@@ -67,6 +68,18 @@ def test_what_one_session_wrote_another_shows():
 def test_a_run_by_its_id_alone_brings_its_model():
     told, _ = shown(run=RUNS["books-5m"])
     assert told["model"] == "books-5m"
+
+
+def test_a_run_that_another_session_makes_does_not_take_the_place_of_the_one_on_screen(tmp_path, monkeypatch):
+    from app import state
+
+    monkeypatch.setenv("L2KV_HOME", str(tmp_path))
+    monkeypatch.setattr("streamlit.session_state", {})
+    shown = state.run_id()
+    newer = library.WORKSPACE.add_file(library.path_of(shown), name="a copy")
+    library.WORKSPACE._write(replace(newer, id="f" * 12))
+    assert library.entries("run", model=state.model())[0].id != shown
+    assert state.run_id() == shown
 
 
 @pytest.mark.parametrize(

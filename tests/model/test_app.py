@@ -1,5 +1,6 @@
 """The parts of the app that need no browser: escaping, the queue for the model, the pages as Streamlit runs them."""
 
+import shutil
 import threading
 import time
 
@@ -10,6 +11,7 @@ from analysis import ModelError
 from app import engine as engine_module
 from app.components import markup
 from app.engine import Engine, check_allowed
+from app.jobs import Jobs
 from tests.support.paths import BUNDLED
 from tests.support.screens import opened
 
@@ -139,7 +141,25 @@ def test_a_model_that_cannot_be_is_refused_where_it_is_typed_and_the_one_before_
     page = opened("evaluate")
     page.radio(key="model_choice_books-5m").set_value("Another model …").run()
     for ref, said in (("/no/such", "must be allowed"), ("smollm3", "Did you mean"), ("a/b", "could not be fetched")):
-        page.text_input(key="model_other").set_value(ref).run()
+        page.text_input(key="model_other").set_value(ref)
         next(button for button in page.button if button.label == "Use this model").click().run()
         assert not page.exception and said in page.error[0].value and "stays" in page.error[0].value
         assert "".join(page.query_params["model"]) == "books-5m"
+
+
+def test_an_own_folder_has_its_bytes_at_once_and_is_listed_after_a_reload(tmp_path, monkeypatch):
+    monkeypatch.setenv("L2KV_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("L2KV_DEMO", "books-5m")
+    folder = tmp_path / "mine"
+    shutil.copytree(BUNDLED, folder)
+    server = (engine := Engine(any_folder=True)), Jobs(engine)
+    page = opened("verdict", server=server)
+    page.radio(key="model_choice_books-5m").set_value("Another model …").run()
+    page.text_input(key="model_other").set_value(str(folder))
+    next(button for button in page.button if button.label == "Use this model").click().run()
+    assert not page.exception and "".join(page.query_params["model"]) == str(folder)
+    # 6 layers of 4 kv heads of 32 numbers, keys and values, 2 bytes
+    assert {one.label: one.value for one in page.metric}["Cache of 4,096 tokens, bfloat16"] == "12.0 MiB → 6.0 MiB"
+    assert "mine" in opened("verdict", server=server).radio(key="model_choice_books-5m").options
+    shutil.rmtree(folder)
+    assert "mine" not in opened("verdict", server=server).radio(key="model_choice_books-5m").options

@@ -112,7 +112,20 @@ def test_what_is_neither_a_folder_nor_a_hub_id_is_refused_with_what_could_be_giv
 def test_a_hub_id_without_a_connection_is_refused_with_its_name_and_what_to_do(ref):
     message = refusal(ref)
     assert repr(ref) in message
-    assert "give a local folder" in message
+    assert "give a folder or a GGUF file" in message
+
+
+def test_a_hub_that_does_not_answer_is_asked_once_and_none_of_its_clients_words_are_told(monkeypatch):
+    asked = []
+
+    def silent(url, **_):
+        asked.append(url)
+        raise ConnectionError("[Errno 111] words of the client")
+
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", silent)
+    message = refusal("nobody/nothing")
+    assert len(asked) == 1 and "nobody/nothing/resolve/main/config.json" in asked[0]
+    assert "the hub cannot be reached from here" in message and "client" not in message
 
 
 def test_a_file_is_no_model(folder):

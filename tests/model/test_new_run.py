@@ -18,4 +18,4 @@ def test_start_without_a_text_says_what_is_missing_and_starts_nothing():
     assert not start.disabled and not page.error
     start.click().run()
     assert [part.value for part in page.error] == ["There is no text to capture. Type one, choose one or upload one."]
-    assert not page.exception and "job_id" not in page.session_state
+    assert not page.exception and "job_ids" not in page.session_state

@@ -357,7 +357,7 @@ def test_the_vectors_of_a_layer_are_got_by_a_job_and_explain_all_its_heads():
 
     page = explored(view="Why", layer="1", head="2")
     page.button(key="why_a").click().run()
-    assert ended(page.session_state["jobs"].find(page.session_state[state.JOB.key])).status == "done"
+    assert ended(page.session_state["jobs"].find(page.session_state[state.JOBS.key][-1])).status == "done"
     for head in (2, 5):
         page.selectbox(key=state.HEAD.key).set_value(head).run()
         assert not page.exception

@@ -115,3 +115,20 @@ def test_a_users_mistake_is_told_and_a_bug_of_ours_is_not_dressed_up_as_one(jobs
 def test_the_engine_goes_on_after_a_job_that_failed(jobs):
     ended(jobs.start("b", "toy", lambda loaded, progress: 1 / 0, kind="run"))
     assert ended(jobs.start("c", "toy", lambda loaded, progress: "c", kind="run")).result == "c"
+
+
+def test_a_job_that_is_started_beside_another_hides_neither(monkeypatch, jobs):
+    from app import state
+    from app.components import progress
+
+    go, held = threading.Event(), {}
+    monkeypatch.setattr("streamlit.session_state", held)
+    both = [jobs.start(name, name, lambda loaded, progress: go.wait(5) and "", kind="results") for name in ("a", "b")]
+    for job in both:
+        state.follow(job.id)
+    assert progress.current(jobs, on_done=held.clear) == both == [jobs.find(id) for id in state.JOBS.get()]
+    assert progress.running(jobs, "results") is both[1] and progress.running(jobs, "speed") is None
+    go.set()
+    done = []
+    assert [ended(job).title for job in both] == ["a", "b"]
+    assert progress.current(jobs, on_done=done.append) == both == done and state.JOBS.get() == ()
