@@ -366,3 +366,11 @@ def test_the_vectors_of_a_layer_are_got_by_a_job_and_explain_all_its_heads():
         }
         assert "Zeroing dimensions" in told(page) and "of the last query's attention would move" in told(page)
     why._VECTORS.clear()
+
+
+def test_a_probe_that_the_study_lacks_gives_way_with_a_sentence(workspace):
+    run = library.run(SMALL)
+    id = workspace.add(study_of(run, run, probes=("all queries",)), name="of one probe").id
+    page = explored(one_text=False, over="many texts", study=id, probe="next token")
+    assert not page.error and sum("Not measured here: next token" in said.value for said in page.info) == 1
+    assert page.query_params["probe"] == ["all queries"] and page.query_params["over"] == ["many texts"]
