@@ -38,7 +38,7 @@ def draw(engine: Engine, jobs: Jobs) -> None:
             _runs()
         if st.button("New run", icon=":material/add:", key="new_run", help="Capture a text in this model"):
             state.OPENING.set(new_run.DIALOG)
-        with st.popover(f":material/tune: {in_words(state.spec())}", help="Compression", width=340):
+        with st.popover(f":material/tune: {in_words(state.spec())}", help="Compression", width=290):
             _compression(engine)
         short, whole = status(engine, jobs)
         st.caption(short, help=whole, width="stretch")
@@ -92,7 +92,7 @@ def status(engine: Engine, jobs: Jobs) -> tuple[str, str]:
 @st.fragment
 def _link() -> None:
     """Offer the address of what is on screen: it is written as it is opened, so it is that of the page as it is now."""
-    with st.popover("Link", icon=":material/link:", help="Link to what you see", on_change="rerun", key="link") as of:
+    with st.popover("Link", help="Link to what you see", on_change="rerun", key="link") as of:
         if of.open:
             st.code(address.here(), language=None, wrap_lines=True)
             st.caption(
