@@ -82,15 +82,17 @@ def _check_fits(engine: Engine) -> None:
     if (sizes := _sizes(engine)) is None:
         return
     n_layers, n_heads, n_kv_heads = sizes
-    for name, slots in (("layer and head", (state.LAYER, state.HEAD)), ("pinned", (state.PINNED,))):
-        pair = state.PINNED.get() if name == "pinned" else (state.LAYER.get(), state.HEAD.get())
-        if pair and not (pair[0] < n_layers and pair[1] < n_heads):
-            state.notice(
-                f"The address names layer {pair[0]}, head {pair[1]} ({name}); this model has {n_layers} layers of "
-                f"{n_heads} heads. It was ignored."
-            )
-            for slot in slots:
-                slot.drop()
+    for slot, told, n in ((state.LAYER, "layer {0}; this model has {1} layers", n_layers),
+                          (state.HEAD, "head {0}; this model has {1} heads in a layer", n_heads)):  # fmt: skip
+        if slot.get() >= n:
+            state.notice(f"The address names {told.format(slot.get(), n)}. It was ignored.")
+            slot.drop()
+    if (pinned := state.PINNED.get()) and not (pinned[0] < n_layers and pinned[1] < n_heads):
+        state.notice(
+            f"The address names layer {pinned[0]}, head {pinned[1]} (pinned); this model has {n_layers} layers of "
+            f"{n_heads} heads. It was ignored."
+        )
+        state.PINNED.drop()
     for listed, told, n in (
         (state.SKIP_LAYERS, "skips layer {0}; this model has {1}", n_layers),
         (state.ONLY_KV, "names kv head {0}; this model has {1} in a layer", n_kv_heads),
@@ -131,9 +133,7 @@ def params(**changed: Any) -> dict[str, str]:
     """Parameters of an address that shows what is on screen, but for what is `changed`, by the names of parameters."""
     values = {name: changed.get(name, slot.get()) for name, slot in state.IN_ADDRESS.items()}
     values["model"], values["run"] = values["model"] or state.model_ref(), values["run"] or state.run_id()
-    values["over"] = changed.get("over", state.over())
-    if values["over"] == "many texts":
-        values["study"] = values["study"] or state.study_id()
+    values["over"], values["study"] = changed.get("over", state.over()), values["study"] or state.study_id()
     if values["run"] and not (state.LAYER.held() and state.HEAD.held()) and not {"layer", "head"} & set(changed):
         values["layer"], values["head"] = state.chosen_head()
     written = {}
@@ -143,6 +143,11 @@ def params(**changed: Any) -> dict[str, str]:
         if slot.param.always or text != slot.param.write(slot.default):
             written[name] = text
     return written
+
+
+def here() -> str:
+    """The whole address of what is on screen."""
+    return f"{st.context.url or ''}?{urlencode(params())}"
 
 
 def link(page: str, **changed: Any) -> str:

@@ -10,7 +10,7 @@ import streamlit as st
 from analysis.errors import ModelError, RecordError
 from analysis.models.memory import free_bytes
 from analysis.words import counted, human_bytes, layers_listed
-from app import library, new_run, state
+from app import address, library, new_run, state
 from app.components import choices, markup, uploads
 from app.components import progress as progress_bar
 from app.engine import Engine
@@ -44,6 +44,7 @@ def draw(engine: Engine, jobs: Jobs) -> None:
             _compression(engine)
         short, whole = status(engine, jobs)
         st.caption(short, help=whole, width=190)
+        _link()
     # In containers, so that what comes and goes here moves no part of the page that is drawn alone: such a part is
     # drawn where it was, and the browser shows an error in place of the page if that is no longer its place.
     with st.container():
@@ -92,6 +93,18 @@ def status(engine: Engine, jobs: Jobs) -> tuple[str, str]:
     free = human_bytes(free_bytes(loaded.device if loaded else "cpu")).replace(" ", "\N{NO-BREAK SPACE}")
     rest = f" · {free} free{busy}"
     return f":material/memory: {short}{rest}", f"{whole}{rest}"
+
+
+@st.fragment
+def _link() -> None:
+    """Offer the address of what is on screen: it is written as it is opened, so it is that of the page as it is now."""
+    with st.popover("Link", help="Link to what you see", on_change="rerun", key="link") as of:
+        if of.open:
+            st.code(address.here(), language=None, wrap_lines=True)
+            st.caption(
+                "It brings back this view on any machine that has the same records. A run or study of your own goes "
+                "along as its file: *Download* it where you choose it."
+            )
 
 
 def _model(engine: Engine) -> None:

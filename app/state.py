@@ -393,11 +393,14 @@ def show_run(id: str) -> None:
 
 
 def chosen_head() -> tuple[int, int]:
-    """The head that is open; until one is chosen, one that teaches: see `teaching_head`."""
+    """The head that is open; until its layer or its number is chosen, that of one that teaches: see `teaching_head`."""
     run = library.run(run_id())
-    if LAYER.held() and HEAD.held() and LAYER.get() < run.n_layers and HEAD.get() < run.n_heads:
-        return LAYER.get(), HEAD.get()
-    return teaching_head(run_id(), PROBE.get())
+    layer = LAYER.get() if LAYER.held() and LAYER.get() < run.n_layers else None
+    head = HEAD.get() if HEAD.held() and HEAD.get() < run.n_heads else None
+    if layer is not None and head is not None:
+        return layer, head
+    teaching = teaching_head(run_id(), PROBE.get())
+    return teaching[0] if layer is None else layer, teaching[1] if head is None else head
 
 
 def choose_head(layer: int, head: int) -> None:

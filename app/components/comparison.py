@@ -12,6 +12,8 @@ from app.components import markup, uploads
 from app.components.charts import show
 from app.report.chapters import of_comparison
 
+_LONGEST = 20  # letters of a run's name in a title
+
 
 def draw() -> None:
     """Choose the other run, and show both head by head, or as wholes where their heads are not the same."""
@@ -31,7 +33,7 @@ def draw() -> None:
     if not (other := state.OTHER_RUN.get()):
         st.caption("Runs of all models are listed. *New run* in the header makes another.")
         return
-    comparison = _compared(other, shown)
+    comparison = _compared(other, shown, _names(other, shown))
     compared = of_comparison(comparison)
     for words in compared.words:
         st.markdown(markup.plain(words))
@@ -71,7 +73,18 @@ def _open() -> None:
     uploads.show_refused()
 
 
+def _names(other: str, shown: str) -> tuple[str, ...]:
+    """Names of two runs, short enough for a legend; with the models where these differ."""
+    both = [(library.find(id), which) for id, which in ((other, "the other"), (shown, "on screen"))]
+    models = {entry.model for entry, _ in both if entry}
+    return tuple(
+        f"{entry.model} " * (len(models) > 1)
+        + f"“{entry.name if len(entry.name) <= _LONGEST else entry.name[: _LONGEST - 1] + '…'}” ({which})"
+        for entry, which in both
+        if entry
+    )
+
+
 @library.remembered
-def _compared(other: str, shown: str) -> Comparison:
-    names = [f"{library.run(id).model} ({which})" for id, which in ((other, "the other"), (shown, "on screen"))]
+def _compared(other: str, shown: str, names: tuple[str, ...]) -> Comparison:
     return compare(*(library.study_of_run(id, "next token") for id in (other, shown)), names=names)

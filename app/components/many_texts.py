@@ -89,6 +89,7 @@ def _choose(study: Study) -> None:
 
     def choose() -> None:
         state.STUDY.set(st.session_state[f"study_choice_{shown}"])
+        st.rerun()  # of the whole page: the map may be of it
 
     def delete() -> None:
         library.WORKSPACE.delete(shown)

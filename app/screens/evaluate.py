@@ -279,6 +279,7 @@ def _one(id: str, name: str, *, growing: bool) -> None:
     st.dataframe(
         _summary(id, library.version_of(id)),
         hide_index=True,
+        column_order=("method", "n", "MiB held", "score", "change", "perplexity ratio"),  # the figure's Data has all
         column_config=dict.fromkeys(("MiB held", "MiB allocated"), st.column_config.NumberColumn(format="%.2f")),
         key=f"summary_{id}",
     )
@@ -306,7 +307,13 @@ def _one(id: str, name: str, *, growing: bool) -> None:
 
 
 def _draw(drawing: Drawing, key: str) -> None:
-    show(drawing.figure, key=key, alt=drawing.alt, caption=f"**{drawing.title}.** {drawing.caption}")
+    show(
+        drawing.figure,
+        key=key,
+        alt=drawing.alt,
+        caption=f"**{drawing.title}.** {drawing.caption}",
+        table=drawing.table or None,
+    )
 
 
 @library.remembered

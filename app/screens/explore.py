@@ -72,9 +72,10 @@ def draw(engine: Engine, jobs: Jobs, pages: Mapping[str, StreamlitPage]) -> None
         state.RUN.set(state.run_id())  # chosen now, so that the parts below need not look for the latest
         state.OVER.set(state.over())
         run = library.run(state.run_id())
+        probes = _probes(run)
         state.choose_head(*state.chosen_head())
         _say(run)
-        _choose_values(run, engine, jobs)
+        _choose_values(run, probes, engine, jobs)
         pinned = state.PINNED.get()
         left, right = st.columns([2, 5] if pinned else [2, 3], gap="medium")
         with left:
@@ -158,13 +159,25 @@ def _over_many() -> bool:
     return state.OVER.get() == "many texts" and bool(state.study_id())
 
 
-def _choose_values(run: Capture, engine: Engine, jobs: Jobs) -> None:
-    """Whose attention, of which texts, with or without the sink."""
+def _probes(run: Capture) -> dict[str, str]:
+    """Probes, with titles, that the run and a study that is shown both have; another gives way to the first of them."""
     probes = {probe: probe for probe in PROBES} | {"last queries": f"last {len(run.recent_positions)} queries"}
     if not run.recent_positions:  # a file of an earlier version
         del probes["last queries"]
-    if state.PROBE.get() not in probes:
-        state.PROBE.drop()
+    if (study := state.study()) and _over_many():
+        of_both = {probe: title for probe, title in probes.items() if probe in study.probes}
+        if not of_both:
+            st.info("The study has no probe of this run, so the map is of one text.", icon=":material/info:")
+            state.OVER.set("one text")
+        probes = of_both or probes
+    if (asked := state.PROBE.get()) not in probes:
+        state.PROBE.set(next(iter(probes)))
+        st.info(f"Not measured here: {asked}. The attention shown is {state.PROBE.get()}.", icon=":material/info:")
+    return probes
+
+
+def _choose_values(run: Capture, probes: Mapping[str, str], engine: Engine, jobs: Jobs) -> None:
+    """Whose attention, of which texts, with or without the sink."""
     study = state.study()
     over = {
         "one text": "One text",

@@ -8,9 +8,30 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from analysis.models.load import BUNDLED
-from app import library
+from app import library, state
+from app.screens import demo, evaluate, tune  # noqa: F401 - they add parameters
 
 RUNS = {entry.model: entry.id for entry in library.entries("run") if library.is_bundled(entry.id)}
+
+
+def bundled(kind, model="smollm2", at=0):
+    return [entry.id for entry in library.entries(kind, model=model) if library.is_bundled(entry.id)][at]
+
+
+VALID = {
+    "model": "smollm2", "run": RUNS["smollm2"], "study": bundled("study"), "plan": bundled("plan"),
+    "results": bundled("results"), "timeline": bundled("timeline"), "tokens": "3,17", "story": bundled("story"),
+    "with": RUNS["books-5m"], "probe": "all queries", "skip_first": "1", "over": "one text", "map": "alr",
+    "verdicts": "follows the paper", "kv": "1", "view": "Scatter", "layer": "7", "head": "5", "pinned": "1.3",
+    "below": "Many texts", "query": "2", "policy": "keydiff", "keep": "0.25", "window": "8", "first": "4",
+    "skip": "0,2", "dtype": "float16", "gpu": "A100 SXM (80 GB)", "cache_tokens": "8192", "batch": "4",
+    "max_ppl": "1.05", "max_points": "7.0", "min_excerpts": "20", "min_samples": "60", "full_finds": "0.8",
+    "strategy": "by_head", "demo": "Live", "beside": "keydiff", "beside_keep": "0.25", "told": bundled("story", at=1),
+    "task": "needle", "and": bundled("results", at=1),
+}  # fmt: skip
+"""What each parameter may say, other than its default; a job is none that a fresh server has."""
+BEYOND = {"layer": "99", "head": "99", "pinned": "99.0", "kv": "99", "skip": "99"}
+"""What another model may have, and not this one."""
 
 
 @pytest.fixture(autouse=True)
@@ -25,9 +46,12 @@ def shown(**params):
         import streamlit as st
 
         from app import address, state
+        from app.components import progress
         from app.engine import Engine
+        from app.jobs import Jobs
 
-        address.read(Engine())
+        address.read(engine := Engine())
+        progress.current(Jobs(engine), on_done=print)
         for said in state.notices():
             st.warning(said)
         address.write()
@@ -93,7 +117,7 @@ def test_a_run_that_another_session_makes_does_not_take_the_place_of_the_one_on_
         ("policy", "best", "must be one of low_norm"),
         ("skip", "<b>", "must be numbers of layers, such as 0,1"),
         ("skip", "99", "skips layer 99; this model has 30"),
-        ("layer", "31", "layer 31, head 0"),
+        ("layer", "31", "layer 31; this model has 30 layers"),
         ("pinned", "1.99", "layer 1, head 99"),
         ("pinned", "1", "not a value that it can have"),
     ],
@@ -102,6 +126,23 @@ def test_a_part_that_cannot_be_is_ignored_and_named(name, text, said):
     told, warnings = shown(**{name: text})
     assert len(warnings) == 1 and said in warnings[0]
     assert told == shown()[0]
+
+
+def test_every_parameter_comes_back_as_it_was_sent():
+    assert set(VALID) == set(state.IN_ADDRESS) - {"job"}
+    assert shown(**VALID) == (VALID, [])
+
+
+@pytest.mark.parametrize(("name", "text"), [*((name, "x!") for name in state.IN_ADDRESS), *BEYOND.items()])
+def test_one_bad_parameter_drops_itself_alone_among_all_others_and_is_named(name, text):
+    told, (said,) = shown(**VALID | {name: text})
+    others = VALID.keys() - {name}
+    assert {other: told.get(other) for other in others} == {other: VALID[other] for other in others}
+    assert {"with": "a run", "and": "results", "told": "a story"}.get(name, name) in said
+
+
+def test_a_link_of_one_text_names_its_study_too():
+    assert shown(over="one text")[0]["study"] == bundled("study")
 
 
 @pytest.mark.parametrize(
@@ -142,7 +183,12 @@ def test_settings_of_another_model_are_refused_even_if_there_is_no_run_to_hold_t
     told, warnings = shown(model=str(tmp_path / "mine"), layer="99", head="1", skip="0,99", kv="9", pinned="1.50")
     assert told["model"] == str(tmp_path / "mine") and told["skip"] == "0"
     assert not {"layer", "pinned", "kv"} & {name for name in told if name != "layer"} and told["layer"] == "0"
-    for said in ("layer 99, head 1", "skips layer 99; this model has 6", "kv head 9", "layer 1, head 50"):
+    for said in (
+        "layer 99; this model has 6 layers",
+        "skips layer 99; this model has 6",
+        "kv head 9",
+        "layer 1, head 50",
+    ):
         assert sum(said in warning for warning in warnings) == 1, said
 
 

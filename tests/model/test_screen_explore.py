@@ -283,7 +283,7 @@ def test_two_runs_are_compared_head_by_head(workspace):
     run = library.run(SMALL)
     turned = replace(run, key_norm=run.key_norm.max() + run.key_norm.min() - run.key_norm)
     page = explored(**{"with": workspace.add(turned, name="upside down").id, "run": SMALL})
-    assert "Median Γ is" in told(page) and "books-5m (the other)" in told(page)
+    assert "Median Γ is" in told(page) and "“upside down” (the other)" in told(page)
     assert len(page.get("plotly_chart")) == 4  # the open head's, and three that compare
     ours, other = (library.values_of(id, 0).of("gamma") for id in (SMALL, page.session_state[state.OTHER_RUN.key]))
     assert np.allclose(ours, -other, atol=0.01)  # every norm order is turned round, and so is the sign, but for ties
@@ -366,3 +366,12 @@ def test_the_vectors_of_a_layer_are_got_by_a_job_and_explain_all_its_heads():
         }
         assert "Zeroing dimensions" in told(page) and "of the last query's attention would move" in told(page)
     why._VECTORS.clear()
+
+
+def test_a_probe_that_the_study_lacks_gives_way_with_a_sentence(workspace):
+    run = library.run(SMALL)
+    id = workspace.add(study_of(run, run, probes=("all queries",)), name="of one probe").id
+    page = explored(one_text=False, over="many texts", study=id, probe="next token")
+    assert not page.error and sum("Not measured here: next token" in said.value for said in page.info) == 1
+    assert page.session_state[state.PROBE.key] == "all queries"
+    assert page.session_state[state.OVER.key] == "many texts"
