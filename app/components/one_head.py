@@ -20,10 +20,12 @@ from analysis.verdicts import meanings
 from analysis.words import head_name, signed
 from app import figures, library, state
 from app.components import many_texts, markup, why
-from app.components.charts import show
+from app.components.charts import explain, show
+from app.figures import positions
 from app.jobs import Jobs
 from l2kv.policies import POLICIES
 
+_HEIGHT = 340
 _PROBES = {"next token": "the next token", "all queries": "all queries"}
 
 
@@ -204,14 +206,18 @@ def _by_position(one: _Head) -> None:
     row = one.attention_of(end)
     shown = slice(one.skip_first, end)
     received = one.run.attention_received[one.layer, one.head]
-    show(
-        figures.norm_and_attention(
+    key, alt = f"by_position_{one.side}", f"Key norm and attention by position, {one.name}, {end - one.skip_first} tokens"
+    st.echarts_chart(
+        positions.norm_and_attention(
             one.norm[shown], row[one.skip_first :], one.labels[shown],
-            kept=None if one.kept is None else one.kept[shown],
-            attention_label="attention", first_position=one.skip_first, height=340,
+            kept=None if one.kept is None else one.kept[shown], first_position=one.skip_first, height=_HEIGHT,
+            dark=st.context.theme.type == "dark",
         ),
-        key=f"by_position_{one.side}",
-        alt=f"Key norm and attention by position, {one.name}, {end - one.skip_first} tokens",
+        key=key, height=_HEIGHT, alt=alt,
+    )  # fmt: skip
+    explain(
+        key,
+        alt=alt,
         caption=f"Key norm, and the attention of {named} (log scale), by position, n = {end - one.skip_first:,}. "
         "Where the "
         "paper holds, attention is high where the norm is low. Solid: kept; hollow: evicted.",
@@ -224,7 +230,7 @@ def _by_position(one: _Head) -> None:
             "attention received": received[shown],
         }
         | ({} if one.kept is None else {"kept": one.kept[shown]}),
-    )  # fmt: skip
+    )
 
 
 def _tokens(one: _Head) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from app.figures.maps import luminance
-from app.figures.style import GRID, UNDEFINED, largest, number
+from app.figures.style import GRID, QUIET, UNDEFINED, largest, number
 
 Head = tuple[int, int]
 """(layer, query head)."""
@@ -27,7 +27,6 @@ _INK = {False: "#14161D", True: "#FAFAFA"}
 FRAME = dict(left=38, right=6, top=22, bottom=58)
 """Pixels of a map around its cells."""
 _MOST_WRITTEN = 12  # heads or layers of a map in whose cells there is room for numbers
-_QUIET = {False: "#5A5E68", True: "#B4B8C2"}  # of numbers on axes: contrast 4.5 or more
 _FADED = 0.12
 
 
@@ -91,7 +90,7 @@ def clickable_map(
         visualMap=dict(
             type="continuous", min=low, max=high, dimension=2, seriesIndex=0, calculable=False, orient="horizontal",
             left="center", bottom=0, itemWidth=10, itemHeight=150, hoverLink=False,
-            text=[_written(high, scale, end=True), _written(low, scale, end=True)], textStyle=dict(color=_QUIET[dark]),
+            text=[_written(high, scale, end=True), _written(low, scale, end=True)], textStyle=dict(color=QUIET[dark]),
             inRange=dict(color=_colours(scale.diverging, dark)),
             controller=dict(inRange=dict(color=_colours(scale.diverging, dark, page=_PAGE[dark]))),  # it can't be clear
         ),
@@ -109,7 +108,7 @@ def clickable_map(
 
 def _axis(n: int, dark: bool, prefix: str = "", *, every: bool = False, **options: Any) -> dict[str, Any]:
     """An axis of n layers or heads, each a category, with a label for every one or for as many as there is room for."""
-    quiet = dict(color=_QUIET[dark])
+    quiet = dict(color=QUIET[dark])
     hidden = dict(axisTick=dict(show=False), axisLine=dict(show=False), splitLine=dict(show=False))
     label = quiet | dict(fontSize=11, interval=0 if every else "auto")
     names = [f"{prefix}{i}" for i in range(n)]
