@@ -6,8 +6,13 @@ from collections.abc import Callable, Mapping
 
 import streamlit as st
 
+from app import state
+
 _SHOWN = {"ArrowLeft": "←", "ArrowRight": "→", "ArrowUp": "↑", "ArrowDown": "↓"}
-_PAUSE = 80  # milliseconds in which the presses of a key that is held down are gathered
+_PAUSE = 150  # milliseconds from one message to the next while keys are pressed
+_MOST = 100  # presses that are told again
+_DONE = state.Slot("keys_done", 0.0)
+"""When the last press was that has been obeyed, by the browser's clock."""
 _LISTENER = st.components.v2.component(
     "keys",
     html="""<button type="button" class="hint"></button>
@@ -28,7 +33,7 @@ form button { font: inherit; color: inherit; background: none; border: 1px solid
   border-radius: 0.5rem; padding: 0.25rem 0.75rem; cursor: pointer; }
 """,
     js=f"""
-export default function ({{ data, parentElement, setTriggerValue }}) {{
+export default function ({{ data, parentElement, setStateValue }}) {{
   const dialog = parentElement.querySelector("dialog"), hint = parentElement.querySelector(".hint")
   hint.textContent = data.hint
   const list = parentElement.querySelector("dl")
@@ -39,10 +44,16 @@ export default function ({{ data, parentElement, setTriggerValue }}) {{
   }})))
   const known = new Set(data.keys.map(([key]) => key))
   const open = () => dialog.open || dialog.showModal()
-  const held = (parentElement.held ??= {{ pressed: [] }})  // outlives this call, which is made again at every run
+  // Outlives this call, which is made again at every run. What is sent is the latest presses and not the new ones:
+  // of several messages the server reads the last.
+  const held = (parentElement.held ??= {{ pressed: [] }})
   held.send = () => {{
-    setTriggerValue("pressed", held.pressed)
-    held.pressed = []
+    setStateValue("pressed", held.pressed)
+    held.sent = held.pressed
+    held.timer = setTimeout(() => {{
+      held.timer = undefined
+      if (held.sent !== held.pressed) held.send()
+    }}, {_PAUSE})
   }}
   const point = () => {{ held.pointed = true }}
   const listen = event => {{
@@ -56,8 +67,8 @@ export default function ({{ data, parentElement, setTriggerValue }}) {{
     if (within(field) || (within("[role=radio], [role=tab]") && !held.pointed)) return
     if (event.key === "?") open()
     else if (known.has(event.key)) {{
-      if (!held.pressed.length) setTimeout(() => held.send(), {_PAUSE})
-      held.pressed.push(event.key)
+      held.pressed = [...held.pressed.slice(-{_MOST}), [performance.timeOrigin + performance.now(), event.key]]
+      if (held.timer === undefined) held.send()
     }} else return
     event.preventDefault()
     event.stopPropagation()
@@ -74,20 +85,19 @@ export default function ({{ data, parentElement, setTriggerValue }}) {{
 )
 
 
-def listen(bindings: Mapping[str, tuple[str, Callable[[], object]]], *, hint: str, then: Callable[[], object]) -> None:
+def listen(bindings: Mapping[str, tuple[str, Callable[[], object]]], *, hint: str) -> None:
     """Listen to the keys of a page.
 
     Args:
         bindings: key, as a browser names it, -> what it does in words, and the function that does it.
         hint: line that stands on the page; a click on it lists the keys, as `?` does.
-        then: called after the functions of the keys pressed, such as to draw a part of the page again.
     """
 
     def pressed() -> None:
-        for key in st.session_state["keys"].get("pressed") or ():
-            if key in bindings:
+        for at, key in st.session_state["keys"].get("pressed") or ():
+            if at > _DONE.get() and key in bindings:
                 bindings[key][1]()
-        then()
+                _DONE.set(at)
 
     keys = [(key, _SHOWN.get(key, key), about) for key, (about, _) in bindings.items()]
     _LISTENER(key="keys", data={"hint": hint, "keys": [*keys, ("?", "?", "list the keys")]}, on_pressed_change=pressed)

@@ -170,26 +170,18 @@ def _layer_note(run: Capture, layer: int) -> str:
     return ""
 
 
-def query_stepper(run: Capture, redraw: Callable[[], None]) -> None:
-    """Draw what steps through the queries whose attention the heads are shown by.
-
-    Args:
-        redraw: callback that draws the heads again.
-    """
+def query_stepper(run: Capture) -> None:
+    """Draw what steps through the queries whose attention the heads are shown by."""
     query, last = state.QUERY.get(), len(run.recent_positions)
-
-    def step(by: int) -> None:
-        step_query(run, by)
-        redraw()
-
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
         for by, icon, about, end in (
             (1, "left", "Query before", query >= last),
             (-1, "right", "Next query", query <= 0),
         ):
             st.button(
-                about, icon=f":material/chevron_{icon}:", type="tertiary", on_click=step, args=(by,), disabled=end
-            )
+                about, icon=f":material/chevron_{icon}:", type="tertiary", on_click=step_query, args=(run, by),
+                disabled=end,
+            )  # fmt: skip
         st.caption(f"Attention of {_query(run)[0]}")
 
 
@@ -206,7 +198,10 @@ def _by_position(one: _Head) -> None:
     row = one.attention_of(end)
     shown = slice(one.skip_first, end)
     received = one.run.attention_received[one.layer, one.head]
-    key, alt = f"by_position_{one.side}", f"Key norm and attention by position, {one.name}, {end - one.skip_first} tokens"
+    key, alt = (
+        f"by_position_{one.side}",
+        f"Key norm and attention by position, {one.name}, {end - one.skip_first} tokens",
+    )
     st.echarts_chart(
         positions.norm_and_attention(
             one.norm[shown], row[one.skip_first :], one.labels[shown],

@@ -1,12 +1,11 @@
 """The map of layer x head that is clicked: numpy arrays in, the option of an ECharts heat map out.
 
-Its cells are native, so a click on one reaches the page (`cell_of`); Plotly draws maps to be looked at (`maps`). The
-cell at 0 of a diverging scale, and the lowest of a sequential one, is as clear as the page behind it.
+Its frame is fixed, so that the cell under a click is known (`components.cells`); Plotly draws maps to be looked at
+(`maps`). The cell at 0 of a diverging scale, and the lowest of a sequential one, is as clear as the page behind it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,10 +95,9 @@ def clickable_map(
         ),
         series=[
             dict(
-                type="heatmap", name=scale.title, data=cells, selectedMode="single", cursor="pointer", progressive=0,
+                type="heatmap", name=scale.title, data=cells, cursor="pointer", progressive=0,
                 itemStyle=dict(borderColor=GRID, borderWidth=0.5),
                 emphasis=dict(itemStyle=dict(borderColor=_INK[dark], borderWidth=1)),
-                select=dict(itemStyle=dict(borderColor=GRID, borderWidth=0.5)),  # see `outline`
                 label=dict(show=room, formatter="{@[4]}", fontSize=11, textBorderWidth=0),
             ),
         ],
@@ -120,28 +118,25 @@ def map_height(layers: int) -> int:
     return int(np.clip(470 // max(layers, 1), 9, 44)) * layers + 80
 
 
-def outline(cell: Head, shape: tuple[int, int], *, dashed: bool = False) -> str:
-    """HTML of a box around a cell of a map [L, H], for an element that lies over the chart.
+def outlines(shape: Head, pinned: Head | None = None) -> str:
+    """HTML of boxes around the open cell of a map [L, H] and the pinned one, for an element that lies over the chart.
 
-    It is no part of the chart: that would be sent and drawn anew for each cell that is opened, and the chart's own
-    selection is its user's, and knows no arrow keys, links or second clicks.
+    They are no part of the chart, which would be sent and drawn anew for each cell that is opened. The open cell is
+    that of the CSS variables --l2kv-layer and --l2kv-head.
     """
-    (layer, head), (layers, heads) = cell, shape
-    across, down = (f"(100% - {FRAME[near] + FRAME[far]}px)" for near, far in (("left", "right"), ("top", "bottom")))
+    boxes = [(*pinned, "dashed")] if pinned else []
+    return "".join(_outline(*box, shape) for box in (*boxes, ("var(--l2kv-layer)", "var(--l2kv-head)", "solid")))
+
+
+def _outline(layer: int | str, head: int | str, border: str, shape: Head) -> str:
+    layers, heads = shape
+    across = f"(100% - {FRAME['left'] + FRAME['right']}px) / {heads}"
+    down = (map_height(layers) - FRAME["top"] - FRAME["bottom"]) / layers
     return (
-        f'<div class="l2kv-cell" style="left: calc({FRAME["left"]}px + {across} * {head / heads:.6f}); '
-        f"top: calc({FRAME['top']}px + {down} * {layer / layers:.6f}); width: calc({across} / {heads}); "
-        f'height: calc({down} / {layers}); border-style: {"dashed" if dashed else "solid"}"></div>'
+        f'<div style="left: calc({FRAME["left"]}px + {across} * {head}); width: calc({across}); '
+        f"top: calc({FRAME['top']}px + {down:.6f}px * {layer}); height: {down:.6f}px; "
+        f'border: 2.5px {border}"></div>'
     )
-
-
-def cell_of(selected: Sequence[Mapping[str, Any]], heads: int) -> Head | None:
-    """Cell that was clicked; None where the click emptied the selection, as a second one on the same cell does."""
-    found = [index for of in selected if of.get("series_index") == 0 for index in of.get("data_indices", ())]
-    if not found:
-        return None
-    layer, head = divmod(int(found[-1]), heads)
-    return layer, head
 
 
 def _ends(values: np.ndarray, scale: Scale) -> tuple[float, float]:
