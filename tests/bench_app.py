@@ -53,6 +53,7 @@ import streamlit as st
 st.set_page_config(layout="wide")
 here = Path(__file__).parent
 heat, head = (json.loads((here / name).read_text()) for name in ("heat.json", "head.json"))
+heat["series"][0]["selectedMode"] = "single"
 
 @st.fragment
 def panes():

@@ -124,8 +124,8 @@ def outlines(shape: Head, pinned: Head | None = None) -> str:
     They are no part of the chart, which would be sent and drawn anew for each cell that is opened. The open cell is
     that of the CSS variables --l2kv-layer and --l2kv-head.
     """
-    boxes = [(*pinned, "dashed")] if pinned else []
-    return "".join(_outline(*box, shape) for box in (*boxes, ("var(--l2kv-layer)", "var(--l2kv-head)", "solid")))
+    opened = _outline("var(--l2kv-layer)", "var(--l2kv-head)", "solid", shape)
+    return (_outline(*pinned, "dashed", shape) if pinned else "") + opened
 
 
 def _outline(layer: int | str, head: int | str, border: str, shape: Head) -> str:
