@@ -1,4 +1,4 @@
-"""Clicks on the cells of a map (`figures.heat`), and the box around the open one, which moves before the server answers.
+"""Clicks on the cells of a map (`figures.heat`), and the box around the open one, which moves before the answer comes.
 
 The chart's own selection waits for 150 ms, and knows no arrow keys, links or second clicks.
 """
