@@ -31,7 +31,7 @@ from playwright.sync_api import Browser, Locator, Page, sync_playwright
 from analysis.selftest import synthetic_run
 from analysis.workspace import Workspace
 from app import library
-from app.figures import heat, norm_and_attention
+from app.figures import heat, positions
 from tests.support.browser import served, settled
 
 MODELS = ("smollm2", "books-5m")
@@ -53,6 +53,7 @@ import streamlit as st
 st.set_page_config(layout="wide")
 here = Path(__file__).parent
 heat, head = (json.loads((here / name).read_text()) for name in ("heat.json", "head.json"))
+heat["series"][0]["selectedMode"] = "single"
 
 @st.fragment
 def panes():
@@ -62,8 +63,8 @@ def panes():
     with right:
         st.markdown(f"#### {chosen.selection.selected}")
         st.slider("Position", 0, 100, key="step")
-        layout = head["layout"] | {"title": {"text": str(st.session_state["step"])}}
-        st.plotly_chart(head | {"layout": layout}, key="head")
+        step = st.session_state["step"]
+        st.echarts_chart(head | {"title": {"text": str(step)}}, key="head", height=340, alt=f"Step {step}")
 
 def charts():
     st.title("Charts")
@@ -165,25 +166,16 @@ class Session:
         self.context.close()
 
 
-def replotted(key: str) -> str:
-    """Condition: the Plotly chart of that key was drawn anew since `watch`, or is another one."""
-    return f"(document.querySelector('.st-key-{key} .js-plotly-plot')?.watched !== true)"
+def drawn(key: str, alt: str) -> str:
+    """Condition: the chart of that key is drawn, and its alternative text holds a regular expression."""
+    label = f"document.querySelector('.st-key-{key} [data-testid=stEChartsChart]')?.ariaLabel"
+    return f"/{alt}/.test({label})"
 
 
 def opened(head: str) -> str:
     """Condition: the head of that name, a regular expression, is open, and its chart drawn."""
-    return f"/^{head}/.test(document.querySelector('.st-key-explore h4').innerText) && {replotted('by_position_a')}"
-
-
-def watch(page: Page, key: str) -> None:
-    """Forget that a chart was drawn."""
-    page.locator(f".st-key-{key} .js-plotly-plot .main-svg").first.wait_for()
-    page.evaluate(
-        """key => { const chart = document.querySelector(`.st-key-${key} .js-plotly-plot`)
-            chart.watched = true
-            chart.once('plotly_afterplot', () => { chart.watched = false }) }""",
-        key,
-    )
+    shown = drawn("by_position_a", f"{head},")
+    return f"/^{head}:/.test(document.querySelector('.st-key-explore h4').innerText) && {shown}"
 
 
 def click_cell(page: Page, layer: int, head: int, shape: tuple[int, int]) -> None:
@@ -200,17 +192,15 @@ def ours(session: Session, model: str, shape: tuple[int, int], round_: int) -> N
     """What a user does in the app."""
     layer, head = shape[0] // 2 + round_ % 2, 1
     for moved in (0, 1):
-        watch(session.page, "by_position_a")
         name = f"L{layer} KV"
         head += moved
         session.act(
             "cell click", lambda page, head=head: click_cell(page, layer, head, shape),
-            opened(rf"{name}\d+ Q{head}:"),
+            opened(rf"{name}\d+ Q{head}"),
         )  # fmt: skip
-    watch(session.page, "by_position_a")
     session.act(
         "arrow key", lambda page: page.keyboard.press("ArrowUp"),
-        opened(f"L{layer - 1} KV"),
+        opened(rf"L{layer - 1} KV\d+ Q{head}"),
     )  # fmt: skip
     _keep_ratio(session, "slider on Explore", "document.querySelector('.st-key-explore').innerText")
     for page in PAGES[1:] + PAGES[:1]:
@@ -254,8 +244,7 @@ def bare(session: Session, shape: tuple[int, int]) -> None:
             "cell click", lambda page, head=head: click_cell(page, shape[0] // 2, head, shape),
             "document.querySelector('h4').innerText !== window.before",
         )  # fmt: skip
-    watch(page, "head")
-    session.act("slider", lambda page: page.get_by_role("slider").press("ArrowRight"), replotted("head"))
+    session.act("slider", lambda page: page.get_by_role("slider").press("ArrowRight"), drawn("head", "Step 1"))
     for title in ("Words", "Charts"):
         session.act(
             f"page {title}", lambda page, title=title: page.get_by_role("link", name=title, exact=True).first.click(),
@@ -270,10 +259,13 @@ def bare_app(folder: Path, model: str) -> tuple[str, ...]:
     gamma = library.values_of(library.entries("run", model=model)[0].id, 0).of("gamma")
     names = np.array([f"L{layer} Q{head}" for layer, head in np.ndindex(shape)]).reshape(shape)
     map_ = heat.clickable_map(gamma, heat.Scale("Γ", diverging=True), kv_heads=run.n_kv_heads, names=names, notes=names)
-    head = norm_and_attention(run.key_norm[0, 0], run.probe_attention[0, 0].astype(float), list(run.labels), height=340)
+    half = np.arange(run.n_tokens) % 2 == 0
+    head = positions.norm_and_attention(
+        run.key_norm[0, 0], run.probe_attention[0, 0].astype(float), run.labels, kept=half, height=340
+    )
     folder.mkdir()
     (folder / "heat.json").write_text(json.dumps(map_), encoding="utf-8")
-    (folder / "head.json").write_text(head.to_json(), encoding="utf-8")
+    (folder / "head.json").write_text(json.dumps(head), encoding="utf-8")
     page = folder / "bare.py"
     page.write_text(BARE.replace("HEIGHT", str(heat.map_height(run.n_layers))), encoding="utf-8")
     return ("-m", "streamlit", "run", str(page))

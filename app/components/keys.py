@@ -10,10 +10,13 @@ from collections.abc import Callable, Mapping
 
 import streamlit as st
 
+from app import state
+
 _SHOWN = {"ArrowLeft": "←", "ArrowRight": "→", "ArrowUp": "↑", "ArrowDown": "↓", " ": "Space"}
-_PAUSE = 80  # milliseconds in which the presses of a key that is held down are gathered
+_PAUSE = 150  # milliseconds from one message to the next while keys are pressed
 _SENT = 64  # latest presses that are sent together
-_ANSWERED = "keys_answered"
+_ANSWERED = state.Slot("keys_answered", 0)
+"""Number of the last press that was answered."""
 IN_BROWSER = "l2kv-key"
 """Event of the document for keys that a component of the page answers itself."""
 _LISTENER = st.components.v2.component(
@@ -47,10 +50,16 @@ export default function ({{ data, parentElement, setStateValue }}) {{
   }})))
   const known = new Map(data.keys.map(([key, , , sent]) => [key, sent]))
   const open = () => dialog.open || dialog.showModal()
-  const held = (parentElement.held ??= {{ pressed: [], number: 0 }})  // outlives this call, made again at every run
+  // Outlives this call, which is made again at every run. What is sent is the latest presses and not the new ones:
+  // of several messages the server reads the last.
+  const held = (parentElement.held ??= {{ pressed: [], number: 0 }})
   held.send = () => {{
-    held.waits = false
     setStateValue("pressed", held.pressed)
+    held.sent = held.pressed
+    held.timer = setTimeout(() => {{
+      held.timer = undefined
+      if (held.sent !== held.pressed) held.send()
+    }}, {_PAUSE})
   }}
   const point = () => {{ held.pointed = true }}
   const listen = event => {{
@@ -68,8 +77,7 @@ export default function ({{ data, parentElement, setStateValue }}) {{
     else if (known.get(key)) {{
       held.number = Math.max(held.number + 1, Date.now())  // goes on where the listener is made anew
       held.pressed = [...held.pressed, [held.number, key]].slice(-{_SENT})
-      if (!held.waits) setTimeout(() => held.send(), {_PAUSE})
-      held.waits = true
+      if (held.timer === undefined) held.send()
     }} else if (known.has(key)) document.dispatchEvent(new CustomEvent("{IN_BROWSER}", {{ detail: key }}))
     else return
     event.preventDefault()
@@ -87,28 +95,21 @@ export default function ({{ data, parentElement, setStateValue }}) {{
 )
 
 
-def listen(
-    bindings: Mapping[str, tuple[str, Callable[[], object] | None]],
-    *,
-    hint: str,
-    then: Callable[[], object] = lambda: None,
-) -> None:
+def listen(bindings: Mapping[str, tuple[str, Callable[[], object] | None]], *, hint: str) -> None:
     """Listen to the keys of a page.
 
     Args:
         bindings: key, as a browser names it, -> what it does in words, and the function that does it; None where a
             component of the page does it, which hears `IN_BROWSER`.
         hint: line that stands on the page; a click on it lists the keys, as `?` does.
-        then: called after the functions of the keys pressed, such as to draw a part of the page again.
     """
 
     def pressed() -> None:
         for number, key in st.session_state["keys"].get("pressed") or ():
-            if number > st.session_state.get(_ANSWERED, 0):
-                st.session_state[_ANSWERED] = number
+            if number > _ANSWERED.get():
+                _ANSWERED.set(number)
                 if act := bindings.get(key, ("", None))[1]:
                     act()
-        then()
 
     keys = [(key, _SHOWN.get(key, key.upper()), about, act is not None) for key, (about, act) in bindings.items()]
     listed = [*keys, ("?", "?", "list the keys", False)]

@@ -20,10 +20,12 @@ from analysis.verdicts import meanings
 from analysis.words import head_name, signed
 from app import figures, library, state
 from app.components import many_texts, markup, why
-from app.components.charts import show
+from app.components.charts import explain, show
+from app.figures import positions
 from app.jobs import Jobs
 from l2kv.policies import POLICIES
 
+_HEIGHT = 340
 _PROBES = {"next token": "the next token", "all queries": "all queries"}
 
 
@@ -168,26 +170,18 @@ def _layer_note(run: Capture, layer: int) -> str:
     return ""
 
 
-def query_stepper(run: Capture, redraw: Callable[[], None]) -> None:
-    """Draw what steps through the queries whose attention the heads are shown by.
-
-    Args:
-        redraw: callback that draws the heads again.
-    """
+def query_stepper(run: Capture) -> None:
+    """Draw what steps through the queries whose attention the heads are shown by."""
     query, last = state.QUERY.get(), len(run.recent_positions)
-
-    def step(by: int) -> None:
-        step_query(run, by)
-        redraw()
-
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
         for by, icon, about, end in (
             (1, "left", "Query before", query >= last),
             (-1, "right", "Next query", query <= 0),
         ):
             st.button(
-                about, icon=f":material/chevron_{icon}:", type="tertiary", on_click=step, args=(by,), disabled=end
-            )
+                about, icon=f":material/chevron_{icon}:", type="tertiary", on_click=step_query, args=(run, by),
+                disabled=end,
+            )  # fmt: skip
         st.caption(f"Attention of {_query(run)[0]}")
 
 
@@ -204,14 +198,21 @@ def _by_position(one: _Head) -> None:
     row = one.attention_of(end)
     shown = slice(one.skip_first, end)
     received = one.run.attention_received[one.layer, one.head]
-    show(
-        figures.norm_and_attention(
+    key, alt = (
+        f"by_position_{one.side}",
+        f"Key norm and attention by position, {one.name}, {end - one.skip_first} tokens",
+    )
+    st.echarts_chart(
+        positions.norm_and_attention(
             one.norm[shown], row[one.skip_first :], one.labels[shown],
-            kept=None if one.kept is None else one.kept[shown],
-            attention_label="attention", first_position=one.skip_first, height=340,
+            kept=None if one.kept is None else one.kept[shown], first_position=one.skip_first, height=_HEIGHT,
+            dark=st.context.theme.type == "dark",
         ),
-        key=f"by_position_{one.side}",
-        alt=f"Key norm and attention by position, {one.name}, {end - one.skip_first} tokens",
+        key=key, height=_HEIGHT, alt=alt,
+    )  # fmt: skip
+    explain(
+        key,
+        alt=alt,
         caption=f"Key norm, and the attention of {named} (log scale), by position, n = {end - one.skip_first:,}. "
         "Where the "
         "paper holds, attention is high where the norm is low. Solid: kept; hollow: evicted.",
@@ -224,7 +225,7 @@ def _by_position(one: _Head) -> None:
             "attention received": received[shown],
         }
         | ({} if one.kept is None else {"kept": one.kept[shown]}),
-    )  # fmt: skip
+    )
 
 
 def _tokens(one: _Head) -> None:

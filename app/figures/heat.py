@@ -1,19 +1,18 @@
 """The map of layer x head that is clicked: numpy arrays in, the option of an ECharts heat map out.
 
-Its cells are native, so a click on one reaches the page (`cell_of`); Plotly draws maps to be looked at (`maps`). The
-cell at 0 of a diverging scale, and the lowest of a sequential one, is as clear as the page behind it.
+Its frame is fixed, so that the cell under a click is known (`components.cells`); Plotly draws maps to be looked at
+(`maps`). The cell at 0 of a diverging scale, and the lowest of a sequential one, is as clear as the page behind it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from app.figures.maps import luminance
-from app.figures.style import GRID, UNDEFINED, largest, number
+from app.figures.style import GRID, QUIET, UNDEFINED, largest, number
 
 Head = tuple[int, int]
 """(layer, query head)."""
@@ -27,7 +26,6 @@ _INK = {False: "#14161D", True: "#FAFAFA"}
 FRAME = dict(left=38, right=6, top=22, bottom=58)
 """Pixels of a map around its cells."""
 _MOST_WRITTEN = 12  # heads or layers of a map in whose cells there is room for numbers
-_QUIET = {False: "#5A5E68", True: "#B4B8C2"}  # of numbers on axes: contrast 4.5 or more
 _FADED = 0.12
 
 
@@ -91,16 +89,15 @@ def clickable_map(
         visualMap=dict(
             type="continuous", min=low, max=high, dimension=2, seriesIndex=0, calculable=False, orient="horizontal",
             left="center", bottom=0, itemWidth=10, itemHeight=150, hoverLink=False,
-            text=[_written(high, scale, end=True), _written(low, scale, end=True)], textStyle=dict(color=_QUIET[dark]),
+            text=[_written(high, scale, end=True), _written(low, scale, end=True)], textStyle=dict(color=QUIET[dark]),
             inRange=dict(color=_colours(scale.diverging, dark)),
             controller=dict(inRange=dict(color=_colours(scale.diverging, dark, page=_PAGE[dark]))),  # it can't be clear
         ),
         series=[
             dict(
-                type="heatmap", name=scale.title, data=cells, selectedMode="single", cursor="pointer", progressive=0,
+                type="heatmap", name=scale.title, data=cells, cursor="pointer", progressive=0,
                 itemStyle=dict(borderColor=GRID, borderWidth=0.5),
                 emphasis=dict(itemStyle=dict(borderColor=_INK[dark], borderWidth=1)),
-                select=dict(itemStyle=dict(borderColor=GRID, borderWidth=0.5)),  # see `outline`
                 label=dict(show=room, formatter="{@[4]}", fontSize=11, textBorderWidth=0),
             ),
         ],
@@ -109,7 +106,7 @@ def clickable_map(
 
 def _axis(n: int, dark: bool, prefix: str = "", *, every: bool = False, **options: Any) -> dict[str, Any]:
     """An axis of n layers or heads, each a category, with a label for every one or for as many as there is room for."""
-    quiet = dict(color=_QUIET[dark])
+    quiet = dict(color=QUIET[dark])
     hidden = dict(axisTick=dict(show=False), axisLine=dict(show=False), splitLine=dict(show=False))
     label = quiet | dict(fontSize=11, interval=0 if every else "auto")
     names = [f"{prefix}{i}" for i in range(n)]
@@ -121,28 +118,25 @@ def map_height(layers: int) -> int:
     return int(np.clip(470 // max(layers, 1), 9, 44)) * layers + 80
 
 
-def outline(cell: Head, shape: tuple[int, int], *, dashed: bool = False) -> str:
-    """HTML of a box around a cell of a map [L, H], for an element that lies over the chart.
+def outlines(shape: Head, pinned: Head | None = None) -> str:
+    """HTML of boxes around the open cell of a map [L, H] and the pinned one, for an element that lies over the chart.
 
-    It is no part of the chart: that would be sent and drawn anew for each cell that is opened, and the chart's own
-    selection is its user's, and knows no arrow keys, links or second clicks.
+    They are no part of the chart, which would be sent and drawn anew for each cell that is opened. The open cell is
+    that of the CSS variables --l2kv-layer and --l2kv-head.
     """
-    (layer, head), (layers, heads) = cell, shape
-    across, down = (f"(100% - {FRAME[near] + FRAME[far]}px)" for near, far in (("left", "right"), ("top", "bottom")))
+    opened = _outline("var(--l2kv-layer)", "var(--l2kv-head)", "solid", shape)
+    return (_outline(*pinned, "dashed", shape) if pinned else "") + opened
+
+
+def _outline(layer: int | str, head: int | str, border: str, shape: Head) -> str:
+    layers, heads = shape
+    across = f"(100% - {FRAME['left'] + FRAME['right']}px) / {heads}"
+    down = (map_height(layers) - FRAME["top"] - FRAME["bottom"]) / layers
     return (
-        f'<div class="l2kv-cell" style="left: calc({FRAME["left"]}px + {across} * {head / heads:.6f}); '
-        f"top: calc({FRAME['top']}px + {down} * {layer / layers:.6f}); width: calc({across} / {heads}); "
-        f'height: calc({down} / {layers}); border-style: {"dashed" if dashed else "solid"}"></div>'
+        f'<div style="left: calc({FRAME["left"]}px + {across} * {head}); width: calc({across}); '
+        f"top: calc({FRAME['top']}px + {down:.6f}px * {layer}); height: {down:.6f}px; "
+        f'border: 2.5px {border}"></div>'
     )
-
-
-def cell_of(selected: Sequence[Mapping[str, Any]], heads: int) -> Head | None:
-    """Cell that was clicked; None where the click emptied the selection, as a second one on the same cell does."""
-    found = [index for of in selected if of.get("series_index") == 0 for index in of.get("data_indices", ())]
-    if not found:
-        return None
-    layer, head = divmod(int(found[-1]), heads)
-    return layer, head
 
 
 def _ends(values: np.ndarray, scale: Scale) -> tuple[float, float]:

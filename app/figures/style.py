@@ -15,6 +15,7 @@ FULL_GREY = "#8A8F98"  # the full cache, chance, the ideal: what things are comp
 UNDEFINED = "rgba(138,143,152,0.35)"
 CLEAR = "rgba(0,0,0,0)"
 GRID = "rgba(138,143,152,0.22)"
+QUIET = {False: "#5A5E68", True: "#B4B8C2"}  # of numbers on axes, by whether the page is dark: contrast 4.5 or more
 
 # Purple and orange stay apart in every common colour blindness. Alike ends, so that -1 and +1 weigh the same.
 DIVERGING = [[0.0, "#4A38C9"], [0.25, "#8F84EC"], [0.5, "#ECEAF1"], [0.75, "#EE9A50"], [1.0, "#B34D04"]]

@@ -27,43 +27,29 @@ from app.figures.style import (
 
 
 def norm_and_attention(
-    key_norm: np.ndarray,
-    attention: np.ndarray,
-    labels: Sequence[str],
-    *,
-    kept: np.ndarray | None = None,
-    attention_label: str = "attention",
-    first_position: int = 0,
-    height: int = 430,
+    key_norm: np.ndarray, attention: np.ndarray, labels: Sequence[str], *, attention_label: str = "attention"
 ) -> go.Figure:
-    """Key norm above, attention below, by token position.
+    """Key norm above, attention below, by token position: for a report; a page draws it by `positions`.
 
-    key_norm, attention (a share of mass, 0..1) [T]; labels T texts, shown literally; kept: bool [T], kept
-    solid and evicted hollow. Attention is logarithmic with a floor, or one sink would press all other tokens
-    onto the axis. `first_position`: the position of the first token given, where sinks are left out.
+    key_norm, attention (a share of mass, 0..1) [T]; labels T texts, shown literally. Attention is logarithmic with a
+    floor, or one sink would press all other tokens onto the axis.
     """
     shown = salient(key_norm, attention)
     floor, scale = log_axis(attention)
-    position = np.asarray(shown + first_position, dtype=np.int32)
-    rows = (("y", key_norm), ("y2", np.maximum(np.nan_to_num(attention), floor)))
-
-    # A fixed margin: automatic ones draw every marker twice.
-    figure = new_figure(height=height, margin=dict(l=84, r=8, t=28, b=48))
-    for name, chosen, marker in _kept_and_evicted(kept, shown):
-        index = shown[chosen]
-        for row, heights in rows:
-            figure.add_scatter(
-                x=position[chosen], y=heights[index].astype(np.float32), yaxis=row, mode="markers",
-                marker=marker, name=name, legendgroup=name, showlegend=kept is not None and row == "y",
-                **_token_hover(key_norm, attention, labels, index),
-                hovertemplate=f"position %{{x}}: %{{text}}<br>key norm %{{customdata[0]:.4g}}<br>"
-                f"{attention_label} %{{customdata[1]:.2p}}{name and f'<br>{name}'}<extra></extra>",
-            )  # fmt: skip
     n_tokens = len(key_norm)
+    # A fixed margin: automatic ones draw every marker twice.
+    figure = new_figure(height=430, margin=dict(l=84, r=8, t=28, b=48))
+    for row, heights in (("y", key_norm), ("y2", np.maximum(np.nan_to_num(attention), floor))):
+        figure.add_scatter(
+            x=shown.astype(np.int32), y=heights[shown].astype(np.float32), yaxis=row, mode="markers",
+            marker=dict(color=PRIMARY, size=6, opacity=0.85), name="", showlegend=False,
+            **_token_hover(key_norm, attention, labels, shown),
+            hovertemplate=f"position %{{x}}: %{{text}}<br>key norm %{{customdata[0]:.4g}}<br>"
+            f"{attention_label} %{{customdata[1]:.2p}}<extra></extra>",
+        )  # fmt: skip
     thinned = f" ({len(shown):,} of {n_tokens:,} drawn, extremes kept)" if len(shown) < n_tokens else ""
-    last = first_position + n_tokens - 1
     pad = 0.5 + 0.01 * n_tokens
-    span = [first_position - pad, last + pad]
+    span = [-pad, n_tokens - 1 + pad]
     figure.update_layout(
         xaxis=axis("token position" + thinned, anchor="y2", range=span, tickformat="d", automargin=False),
         yaxis=axis("key norm (L2)", domain=[0.54, 1.0], automargin=False),
@@ -153,16 +139,6 @@ def gamma_by_query(
         yaxis=correlation_axis("Γ", fixedrange=True, zerolinewidth=1.5, **ZERO_LINE),
     )
     return figure
-
-
-def _kept_and_evicted(kept: np.ndarray | None, shown: np.ndarray) -> list[tuple[str, np.ndarray, dict[str, Any]]]:
-    """(name, mask over `shown`, marker) for each group of tokens that has members."""
-    solid = dict(color=PRIMARY, size=6, opacity=0.85)
-    hollow = dict(color=FULL_GREY, size=6, opacity=0.75, symbol="circle-open")
-    if kept is None:
-        return [("", np.ones(len(shown), dtype=bool), solid)]
-    mask = np.asarray(kept, dtype=bool)[shown]
-    return [group for group in (("kept", mask, solid), ("evicted", ~mask, hollow)) if group[1].any()]
 
 
 def _token_hover(

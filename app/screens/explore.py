@@ -16,7 +16,7 @@ from analysis.selftest import check, is_synthetic
 from analysis.verdicts import QUESTION, VERDICTS, meanings
 from analysis.words import counted, head_name, signed
 from app import address, library, new_study, state
-from app.components import charts, choices, comparison, keys, many_texts, markup, one_head
+from app.components import cells, charts, choices, comparison, keys, many_texts, markup, one_head
 from app.engine import Engine
 from app.figures import heat, planes
 from app.jobs import Jobs
@@ -33,9 +33,7 @@ _STYLE = """<style>
 .st-key-explore h1 { padding: 0; font-size: 2rem; }
 .st-key-explore h4 { padding: 0; }
 .st-key-map_frame { position: relative; }
-.st-key-outlines, .st-key-outlines > * { position: absolute; inset: 0; pointer-events: none; }
-.st-key-outlines [data-testid="stHtml"] { position: absolute; inset: 0; }
-.l2kv-cell { position: absolute; border: 2.5px solid currentColor; }
+.st-key-outlines, .st-key-outlines * { position: absolute; inset: 0; pointer-events: none; }
 </style>"""
 _WHOSE = {
     "next token": "Of one query, the next token's.",
@@ -47,8 +45,6 @@ _READ = {  # maps for which the metric's own line is too short
     "alr": "Pale is good. It is a sum over the tokens, so it grows with the text and with how much there is to lose.",
     "spearman": "It counts every token alike, so it does not notice a sink. In layer 0 equal tokens have equal norms.",
 }
-_PANES = state.Slot("explore_panes", False)
-"""Whether the fragments below were drawn: before that there is nothing to draw again."""
 
 
 def draw(engine: Engine, jobs: Jobs, pages: Mapping[str, StreamlitPage]) -> None:
@@ -58,7 +54,6 @@ def draw(engine: Engine, jobs: Jobs, pages: Mapping[str, StreamlitPage]) -> None
         pages: pages that it links to, by the paths of their addresses.
     """
     st.html(_STYLE)
-    _PANES.set(False)
     with st.container(key="explore"):
         st.title("Which heads, and why?")
         if not state.run_id():
@@ -80,18 +75,10 @@ def draw(engine: Engine, jobs: Jobs, pages: Mapping[str, StreamlitPage]) -> None
         left, right = st.columns([2, 5] if pinned else [2, 3], gap="medium")
         with left:
             _map()
-            _listen(run)
         if not charts.first_is_drawn():
             return
         with right:
-            _bar(pages.get("tune"))
-            sides = st.columns(2, gap="medium") if pinned else [st.container()]
-            with sides[0]:
-                _head(jobs)
-            if pinned:
-                with sides[1]:
-                    _pinned_head(jobs)
-        _PANES.set(True)
+            _heads(pages.get("tune"), jobs)
         st.divider()
         _below(jobs)
         st.divider()
@@ -113,16 +100,6 @@ def _part(key: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
         return cast(Callable[..., None], st.fragment(guarded, key=key))
 
     return made
-
-
-def _redraw(*parts: str) -> Callable[[], None]:
-    """Make a callback that draws some of the fragments again, and nothing else."""
-
-    def again() -> None:
-        if _PANES.get():
-            st.rerun([part for part in parts if part != "pinned" or state.PINNED.get()])
-
-    return again
 
 
 def _say(run: Capture) -> None:
@@ -226,32 +203,17 @@ def _map() -> None:
     values, scale, notes, caption = _values(run, verdict)
     alt = f"Map of {scale.title} by layer and query head, {run.n_layers} x {run.n_heads}"
 
-    def clicked() -> None:
-        if cell := heat.cell_of(st.session_state["map_chart"].selection.selected, run.n_heads):
-            state.choose_head(*cell)
-            _redraw("outlines", "bar", "head")()
-
     with st.container(key="map_frame"):
         st.echarts_chart(
             heat.clickable_map(
                 values, scale, kv_heads=run.n_kv_heads, names=_names(run), notes=notes, shown=_shown(run, verdict),
                 dark=st.context.theme.type == "dark",
             ),
-            key="map_chart", height=heat.map_height(run.n_layers), alt=alt, on_select=clicked,
+            key="map_chart", height=heat.map_height(run.n_layers), alt=alt,
         )  # fmt: skip
-        _outlines()
+        with st.container(key="outlines"):
+            st.html(heat.outlines(verdict.shape, state.PINNED.get()))
     charts.explain("map_chart", alt=alt, caption=caption, table=_table(run, verdict, values, scale))
-
-
-@_part("outlines")
-def _outlines() -> None:
-    """Boxes around the open cell and the pinned one, over the map: it is not sent again when they move."""
-    run = library.run(state.run_id())
-    shape = (run.n_layers, run.n_heads)
-    with st.container(key="outlines"):
-        pinned = state.PINNED.get()
-        boxes = [heat.outline(pinned, shape, dashed=True)] if pinned else []
-        st.html("".join([*boxes, heat.outline(state.chosen_head(), shape)]))
 
 
 def _names(run: Capture) -> np.ndarray:
@@ -364,6 +326,27 @@ def _table(run: Capture, verdict: np.ndarray, values: np.ndarray, scale: heat.Sc
     }
 
 
+@_part("heads")
+def _heads(tune: StreamlitPage | None, jobs: Jobs) -> None:
+    """The open head and the pinned one, and all that opens a head or says what is shown of it: a click draws no more.
+
+    Args:
+        tune: page that suggests layers to skip.
+    """
+    run = library.run(state.run_id())
+    pinned = state.PINNED.get()
+    _bar(run, tune)
+    sides = st.columns(2, gap="medium") if pinned else [st.container()]
+    with sides[0]:
+        one_head.draw("a", *state.chosen_head(), jobs)
+    if pinned:
+        with sides[1]:
+            one_head.draw("b", *pinned, jobs)
+    with st.container(horizontal=True):
+        cells.listen("map_chart", state.chosen_head(), (run.n_layers, run.n_heads), state.choose_head)
+        _listen(run)
+
+
 def _listen(run: Capture) -> None:
     """The keys of the page."""
 
@@ -386,29 +369,21 @@ def _listen(run: Capture) -> None:
             "]": ("next query", lambda: one_head.step_query(run, -1)),
         },
         hint="Keys: arrows move the cell, [ ] the query, ? lists all",
-        then=_redraw("outlines", "bar", "head", "pinned"),
     )
 
 
-@_part("bar")
-def _bar(tune: StreamlitPage | None) -> None:
-    """Which head is open, and what is shown of it.
-
-    Args:
-        tune: page that suggests layers to skip.
-    """
-    run = library.run(state.run_id())
+def _bar(run: Capture, tune: StreamlitPage | None) -> None:
+    """Which head is open, and what is shown of it."""
     layer, _ = state.chosen_head()
     pinned, skipped = state.PINNED.get(), layer in state.SKIP_LAYERS.get()
-    redraw = _redraw("outlines", "bar", "head")
     with st.container(horizontal=True, vertical_alignment="bottom", gap="small"):
         st.selectbox(
             "Layer", range(run.n_layers), format_func="Layer {}".format, label_visibility="collapsed", width=125,
-            on_change=redraw, **state.LAYER.widget(),
+            **state.LAYER.widget(),
         )  # fmt: skip
         st.selectbox(
             "Head", range(run.n_heads), format_func=lambda head: f"KV {run.kv_head(head)}, query head {head}",
-            label_visibility="collapsed", width=210, on_change=redraw, **state.HEAD.widget(),
+            label_visibility="collapsed", width=210, **state.HEAD.widget(),
         )  # fmt: skip
         st.button(
             "Unpin B" if pinned else "Pin as B", icon=":material/push_pin:", key="pin", on_click=_pin,
@@ -422,18 +397,9 @@ def _bar(tune: StreamlitPage | None) -> None:
             )  # fmt: skip
             if tune is not None:
                 st.page_link(tune, label="Which layers to skip? Tune suggests them", icon=":material/arrow_forward:")
-    st.segmented_control(
-        "View", state.VIEWS, label_visibility="collapsed", required=True, on_change=_redraw("bar", "head", "pinned"),
-        **state.VIEW.widget(),
-    )  # fmt: skip
+    st.segmented_control("View", state.VIEWS, label_visibility="collapsed", required=True, **state.VIEW.widget())
     if state.VIEW.get() in ("By position", "Queries"):
-        one_head.query_stepper(run, _redraw("bar", "head", "pinned"))
-
-
-@_part("head")
-def _head(jobs: Jobs) -> None:
-    """The open head."""
-    one_head.draw("a", *state.chosen_head(), jobs)
+        one_head.query_stepper(run)
 
 
 def _pin() -> None:
@@ -446,13 +412,6 @@ def _skip() -> None:
     """Put the open layer on the list of skipped layers, or take it off."""
     state.SKIP_LAYERS.set(sorted(set(state.SKIP_LAYERS.get()) ^ {state.chosen_head()[0]}))
     st.rerun()  # of the whole page: the header has the list
-
-
-@_part("pinned")
-def _pinned_head(jobs: Jobs) -> None:
-    """The pinned head, as the open one is shown."""
-    if pinned := state.PINNED.get():
-        one_head.draw("b", *pinned, jobs)
 
 
 @_part("below")
@@ -479,7 +438,7 @@ def _all_heads() -> None:
 
     def open_head(layer: int, head: int) -> None:
         state.choose_head(layer, head)
-        _redraw("outlines", "bar", "head")()
+        st.rerun(["heads"])
 
     layer, head = np.indices(verdict.shape).reshape(2, -1)
     left, right = st.columns([2, 3], gap="medium")

@@ -88,6 +88,19 @@ def test_arrows_move_the_cell_brackets_the_query_and_a_question_mark_lists_the_k
     assert open_head(page) == "L2 KV1 Q3"
 
 
+def test_no_key_is_lost_however_fast_they_are_pressed(explore):
+    page = explore
+    click_cell(page, 0, 0)
+    opens(page, "L0 KV0 Q0")
+    for key in ("ArrowRight", "ArrowDown", "ArrowRight") * 5:
+        page.keyboard.press(key)
+    opens(page, "L5 KV3 Q7")
+    for key in ("ArrowLeft", "ArrowUp", "ArrowLeft", "ArrowRight", "ArrowLeft") * 3:
+        page.keyboard.press(key)
+    opens(page, "L2 KV0 Q1")
+    assert "layer=2&head=1" in page.url
+
+
 def test_a_dialog_that_is_closed_stays_closed_and_the_keys_work_again(explore):
     page = explore
     click_cell(page, 2, 2)

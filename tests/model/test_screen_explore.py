@@ -70,7 +70,7 @@ def shown_map(page):
     """Values of the map, [L, H], NaN where a cell is grey."""
     import json
 
-    (chart,) = page.get("echarts_chart")
+    chart = page.get("echarts_chart")[0]
     cells = json.loads(chart.proto.spec)["series"][0]["data"]
     layers, heads = cells[-1]["value"][1] + 1, cells[-1]["value"][0] + 1
     return np.array([np.nan if one.get("visualMap") is False else one["value"][2] for one in cells]).reshape(
@@ -84,7 +84,7 @@ def test_the_page_answers_by_layer_and_opens_a_head_that_teaches():
     assert f"{QUESTION} **Yes.** Layers 1-16, 18-29: low norm predicts attention" in told(page)
     layer, head = state.teaching_head(BUNDLED["smollm2"], "next token")
     assert f"#### L{layer} KV{head // 3} Q{head}: follows the paper" in told(page)
-    assert len(page.get("echarts_chart")) == 1 and len(page.get("plotly_chart")) == 2  # the head's, and all heads
+    assert len(page.get("echarts_chart")) == 2 and len(page.get("plotly_chart")) == 1  # map and head; all heads
 
 
 def test_the_page_opens_on_the_study_where_there_is_one_and_one_text_says_what_the_study_does():
@@ -150,7 +150,8 @@ def test_what_a_run_does_not_tell_is_said_and_not_drawn_as_a_number():
 def test_every_view_of_a_head_opens_with_its_number_of_charts(view):
     page = explored(view=view, pinned="1.3", query="2", skip_first="1")
     charts = {"Tokens": 0, "Why": 0}.get(view, 1)
-    assert len(page.get("plotly_chart")) == 2 * charts + 1  # A, B, and all heads below
+    drawn = len(page.get("plotly_chart")) + len(page.get("echarts_chart"))
+    assert drawn == 2 * charts + 2  # A, B, the map, and all heads below
     sides = [line.value[:10] for line in page.markdown if line.value.startswith("#### ")]
     assert sides == ["#### A · L", "#### B · L"]
 
@@ -167,7 +168,7 @@ def test_the_mean_of_many_texts_is_mapped_with_intervals_and_shown_for_the_head(
 
 def test_many_texts_are_told_by_layer_and_by_the_order_of_layers():
     page = explored(below="Many texts")
-    assert "From how many texts on" in told(page) and len(page.get("plotly_chart")) == 3
+    assert "From how many texts on" in told(page) and len(page.get("plotly_chart")) == 2
     assert any("meaning" in table.value for table in page.dataframe)
 
 
@@ -284,7 +285,7 @@ def test_two_runs_are_compared_head_by_head(workspace):
     turned = replace(run, key_norm=run.key_norm.max() + run.key_norm.min() - run.key_norm)
     page = explored(**{"with": workspace.add(turned, name="upside down").id, "run": SMALL})
     assert "Median Γ is" in told(page) and "“upside down” (the other)" in told(page)
-    assert len(page.get("plotly_chart")) == 4  # the open head's, and three that compare
+    assert len(page.get("plotly_chart")) == 3
     ours, other = (library.values_of(id, 0).of("gamma") for id in (SMALL, page.session_state[state.OTHER_RUN.key]))
     assert np.allclose(ours, -other, atol=0.01)  # every norm order is turned round, and so is the sign, but for ties
 

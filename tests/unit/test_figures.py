@@ -198,19 +198,8 @@ def test_zeros_are_lifted_to_a_labelled_floor_and_hover_tells_the_truth():
     assert 10**low < lower.y.min() and lower.y.max() < 10**high
 
 
-def test_kept_tokens_are_solid_and_evicted_hollow():
-    norm, attention, labels = tokens(10)
-    kept = np.arange(10) % 3 == 0
-    figure = norm_and_attention(norm, attention, labels, kept=kept)
-    for trace in figure.data:
-        assert (trace.marker.symbol == "circle-open") == (trace.name == "evicted")
-        assert set(trace.x) == set(np.flatnonzero(kept if trace.name == "kept" else ~kept))
-    assert [trace.name for trace in figure.data if trace.showlegend] == ["kept", "evicted"]
-
-
 def test_positions_stay_true_where_the_sink_is_left_out():
     norm, attention, labels = (part[1:] for part in tokens(10))
-    assert norm_and_attention(norm, attention, labels, first_position=1).data[0].x[0] == 1
     scatter = norm_attention_scatter(norm, attention, labels, rho=None, n=9, first_position=1)
     assert len(scatter.data) == 1  # no token is marked as the first
     assert scatter.data[0].customdata[0][2] == 1
@@ -219,7 +208,7 @@ def test_positions_stay_true_where_the_sink_is_left_out():
 def test_a_long_text_is_thinned_without_losing_what_stands_out():
     norm, attention, labels = tokens(32768)
     norm[20001], attention[9999] = 99.0, 0.7
-    figure = norm_and_attention(norm, attention, labels, kept=norm < 14)
+    figure = norm_and_attention(norm, attention, labels)
     drawn = {int(x) for trace in figure.data for x in trace.x}
     assert {0, 9999, 20001, 32767} <= drawn and len(drawn) <= style.MOST_POINTS
     assert f"{len(drawn):,} of 32,768" in figure.layout.xaxis.title.text
@@ -312,7 +301,7 @@ EXTREMES = {
     "ALR all zero": lambda: head_map(np.zeros((2, 3)), title="ALR", diverging=False),
     "infinite": lambda: head_map(np.full((1, 1), np.inf), title="ALR", diverging=False),
     "empty quadrant": lambda: head_quadrant(NOTHING, NOTHING, NOTHING),
-    "one token": lambda: norm_and_attention(ONE, ONE, ["a"], kept=np.array([True])),
+    "one token": lambda: norm_and_attention(ONE, ONE, ["a"]),
     "no attention": lambda: norm_and_attention(np.arange(3.0), np.zeros(3), list("abc")),
     "undefined attention": lambda: norm_and_attention(np.full(3, np.nan), np.full(3, np.nan), list("abc")),
     "no tokens": lambda: norm_and_attention(np.empty(0), np.empty(0), []),

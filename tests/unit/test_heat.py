@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from app.figures.heat import Scale, cell_of, clickable_map, map_height, outline
+from app.figures.heat import Scale, clickable_map, map_height, outlines
 from app.figures.maps import luminance
 
 GAMMA = Scale("Γ", -1, 1, diverging=True)
@@ -72,11 +72,13 @@ def test_a_large_map_has_no_numbers_in_its_cells_and_fits_a_screen():
     assert map_height(32) <= 560 and map_height(80) >= 80 * 9
 
 
-def test_a_box_lies_around_its_cell_with_dashes_if_it_is_pinned():
-    box = outline((1, 2), (4, 8))
-    assert "left: calc(38px + (100% - 44px) * 0.250000)" in box and "top: calc(22px + (100% - 80px) * 0.250000)" in box
-    assert "width: calc((100% - 44px) / 8)" in box and "height: calc((100% - 80px) / 4)" in box
-    assert "solid" in box and "dashed" in outline((1, 2), (4, 8), dashed=True)
+def test_a_box_lies_around_the_open_cell_and_a_dashed_one_around_the_pinned():
+    pinned, opened = outlines((4, 8), (1, 2)).split("</div>")[:2]
+    down = (map_height(4) - 80) / 4
+    assert "left: calc(38px + (100% - 44px) / 8 * 2)" in pinned and f"top: calc(22px + {down:.6f}px * 1)" in pinned
+    assert "width: calc((100% - 44px) / 8)" in pinned and f"height: {down:.6f}px" in pinned and "dashed" in pinned
+    assert "* var(--l2kv-head))" in opened and "* var(--l2kv-layer))" in opened and "solid" in opened
+    assert outlines((4, 8)).count("<div") == 1
 
 
 def test_cells_that_are_filtered_out_are_faded():
@@ -88,16 +90,3 @@ def test_lines_part_the_query_heads_of_each_kv_head():
     heads, groups = a_map(np.zeros((2, 6)), kv_heads=3)["xAxis"]
     assert len(heads["data"]) == 6 and groups["data"] == ["KV 0", "KV 1", "KV 2"] and groups["splitLine"]["show"]
     assert not a_map(np.zeros((2, 6)))["xAxis"][1]["splitLine"]["show"]
-
-
-@pytest.mark.parametrize(
-    ("selected", "cell"),
-    [
-        ([{"series_index": 0, "data_indices": [13]}], (1, 4)),
-        ([{"series_index": 0, "data_indices": []}], None),  # a second click on the same cell
-        ([], None),
-        ([{"series_index": 1, "data_indices": [0]}], None),  # no cell
-    ],
-)
-def test_a_click_means_a_cell_or_nothing(selected, cell):
-    assert cell_of(selected, 9) == cell
