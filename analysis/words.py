@@ -14,7 +14,7 @@ def signed(value: float, decimals: int = 2) -> str:
 
 def counted(n: int, noun: str) -> str:
     """Count things: 1, "text" -> "1 text"; 3, "text" -> "3 texts"."""
-    return f"{n:,} {noun}{'s' * (n != 1)}"
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def head_name(layer: int, kv_head: int, head: int) -> str:

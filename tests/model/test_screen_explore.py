@@ -81,7 +81,7 @@ def shown_map(page):
 def test_the_page_answers_by_layer_and_opens_a_head_that_teaches():
     page = explored(model="smollm2")
     assert page.title[0].value == "Which heads, and why?" and len(page.title) == 1
-    assert f"{QUESTION} **Yes.** Layers 1-16, 18-29: low norm predicts attention" in told(page)
+    assert f"{QUESTION} **Mostly yes.** Layers 1-11, 19, 23-29: low norm predicts attention" in told(page)
     layer, head = state.teaching_head(BUNDLED["smollm2"], "next token")
     assert f"#### L{layer} KV{head // 3} Q{head}: follows the paper" in told(page)
     assert len(page.get("echarts_chart")) == 2 and len(page.get("plotly_chart")) == 1  # map and head; all heads
@@ -94,7 +94,7 @@ def test_the_page_opens_on_the_study_where_there_is_one_and_one_text_says_what_t
     assert f"{QUESTION} **{word}.**" in told(page) and "anecdote" not in told(page)
     assert page.query_params["over"] == "many texts" and len(study.names) == 24
     page = explored(model="smollm2")
-    assert f"One text is an anecdote. 24 texts say: **{word}.**" in told(page)
+    assert f"One text is an anecdote. Over 24 texts: **{word}.**" in told(page)
 
 
 @pytest.mark.parametrize("probe", PROBES)
