@@ -100,6 +100,8 @@ class Decision:
     """Checks of a plan of the same bytes; empty if there is none."""
     smallest: float | None = None
     """Smallest keep ratio measured from which on all measured ones pass; None if none passes."""
+    rival: CompressionSpec | None = None
+    """The same compression by another policy, which passes; None if none was measured that does."""
 
     def __str__(self) -> str:
         return f"{self.answer}. {self.why}"
@@ -143,7 +145,7 @@ def decide(
     asked = _checks(given, spec, limits)
     planned = () if plan is None else (*_checks(given, plan, limits), *_fair(given, plan, spec, planned_on))
     family = _family(given, spec)
-    smallest = _smallest_passing(given, family, limits)
+    smallest, rival = _smallest_passing(given, family, limits), _passing_rival(given, spec, limits)
     match _outcome(asked), _outcome(planned):
         case Status.PASSED, _:
             answer, why = Answer.GO, "This compression passes every check that applies."
@@ -155,7 +157,7 @@ def decide(
                 "This compression fails; a plan of the same bytes passes, on texts that it was not made from.",
             )
         case _, Status.NOT_YET:
-            answer, why = Answer.NOT_YET, "This compression fails. A plan of the same bytes may pass: to be measured"
+            answer, why = Answer.NOT_YET, "As set, it fails. A plan of the same bytes may pass: to be measured"
             why += f" with it: {_missing(planned)}." if planned else ", on texts that it is not made from."
         case _:
             answer, why = (
@@ -164,7 +166,9 @@ def decide(
             )
     if answer in (Answer.GO, Answer.GO_WITH_A_PLAN):
         why += _not_judged(planned if answer is Answer.GO_WITH_A_PLAN else asked)
-    return Decision(answer, why, asked, plan, planned, smallest)
+    elif rival:
+        why += f" The same bytes by {rival.policy.replace('_', ' ')} pass."
+    return Decision(answer, why, asked, plan, planned, smallest, rival)
 
 
 def decide_plan(
@@ -374,6 +378,13 @@ def _smallest_passing(results: Sequence[Results], family: Sequence[CompressionSp
             break
         smallest = its.keep_ratio
     return smallest
+
+
+def _passing_rival(results: Sequence[Results], spec: CompressionSpec, limits: Limits) -> CompressionSpec | None:
+    """The same compression by another policy that passes, the one measured last; None if none does."""
+    specs = [its for one in reversed(results) for its in one.methods.values() if its is not None and its != spec]
+    alike = (its for its in dict.fromkeys(specs) if replace(its, policy=spec.policy) == spec)
+    return next((its for its in alike if _outcome(_checks(results, its, limits)) is Status.PASSED), None)
 
 
 def _would_pass(smallest: float | None, family: Sequence[CompressionSpec]) -> str:

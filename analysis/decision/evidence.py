@@ -5,10 +5,10 @@ What was measured before, by whomever, counts too: a decision is a view of all r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import sha256
 from math import ceil, inf
 from pathlib import Path
@@ -228,6 +228,7 @@ class Measurement:
         methods, results = self._methods(plan.spec), []
         for task in ("lm", *RETRIEVAL):
             id, file = self._file(task, context, methods)
+            list_it = partial(self.workspace.note_results, id, name=f"Verdict: {task}")
             try:
                 found = evaluate(
                     self.loaded,
@@ -236,11 +237,11 @@ class Measurement:
                     texts=self._texts_of(task),
                     settings=self._settings(task, context),
                     out=file,
-                    progress=stages.of(task),
+                    progress=stages.of(task, begun=list_it),  # so that pages read the file while it grows
                 )
             finally:  # what there is, cancelled or not
                 if file.exists():
-                    self.workspace.note_results(id, name=f"Verdict: {task}")
+                    list_it()
             results.append(found)
         speed = self._known_speed(context) or self.time(context, progress=stages.of("speed"))
         return Evidence(tuple(results), (plan,), (speed,))
@@ -359,15 +360,18 @@ class _Stages:
     def __init__(self, estimate: Estimate, progress: Progress) -> None:
         self._estimate, self._progress = estimate, progress
 
-    def of(self, stage: str) -> Progress:
-        """Progress of one stage, which counts its own steps."""
+    def of(self, stage: str, *, begun: Callable[[], object] = lambda: None) -> Progress:
+        """Progress of one stage, which counts its own steps; `begun` is called once, after the first."""
         seconds = self._estimate.seconds
         if stage not in seconds:  # it is known already
             return unheard
         names, total = list(seconds), max(1, round(self._estimate.total))
         before = sum(seconds[name] for name in names[: names.index(stage)])
+        first = iter([begun])
 
         def tell(done: int, steps: int, _: str, /) -> None:
+            if done:
+                next(first, lambda: None)()
             at = before + (done / steps if steps else 0.0) * seconds[stage]
             self._progress(min(round(at), total), total, f"s of work ({stage})")
 

@@ -80,6 +80,7 @@ def _timed(loaded: LoadedModel, of_pass: Sequence[Cells]) -> tuple[float, float]
     samples = [replace(one, context=_beginning(one)) for one in of_pass[0].samples]
     cut = [replace(cells, samples=tuple(samples)) for cells in of_pass]
     ids = torch.from_numpy(samples[0].question[:1]).to(loaded.device)
+    loaded.model(ids[None])  # warms up: weights that lie in a file are read as they are used first
     started = perf_counter()
     compressed = prefilled(loaded, cut)
     _wait(ids)

@@ -78,7 +78,8 @@ def norm_and_attention(
         ],
         xAxis=[
             axis(0, axisLabel=dict(show=False), **ends),
-            axis(1, name="token position" + thinned, nameGap=28, **ends),
+            axis(1, name="token position" + thinned, nameGap=28,
+                 axisLabel=dict(showMinLabel=False, showMaxLabel=False), **ends),
         ],
         yAxis=[
             axis(0, name="key norm (L2)", nameGap=62, scale=True, splitNumber=4),

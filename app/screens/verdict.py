@@ -19,6 +19,7 @@ from analysis.plans.skip import Plan
 from analysis.words import signed
 from app import library, state
 from app.components import documents, markup, savings
+from app.components import progress as progress_bar
 from app.engine import Engine
 from app.header import in_words
 from app.jobs import Jobs
@@ -38,6 +39,13 @@ _ICON = {
     Status.NOT_APPLICABLE: ":gray[:material/do_not_disturb_on:]",
     Status.NOT_YET: ":gray[:material/pending:]",
 }
+_HIDDEN = {
+    "Passkeys": "A number is hidden in repeated sentences, which are compressed; then the number is asked for.",
+    "Needles": "A sentence is hidden in prose, which is compressed; then what it says is asked for.",
+}
+_NEXT = "keydiff"
+"""The policy to try where a norm fails: by docs/results.md the cheapest to predict with."""
+_EVERY = 2.0  # seconds between two looks at what is being measured
 _STYLE = """<style>
 .st-key-tiles [data-testid="stColumn"] { min-width: min(17rem, 100%); }
 .st-key-measure_sizes [data-testid="stColumn"] { min-width: min(10rem, 100%); }
@@ -51,17 +59,33 @@ def draw(engine: Engine, jobs: Jobs, pages: Mapping[str, StreamlitPage] = Mappin
         pages: pages that lines of the checklist link to, by the paths of their addresses.
     """
     asked, plan = state.spec(), state.plan()
-    stamps = library.evidence(state.model())
-    decision = library.decision(stamps, asked, state.limits(), plan)
-    chosen = decision.plan if decision.answer is Answer.GO_WITH_A_PLAN and decision.plan else asked
     st.html(_STYLE)
     if plan:
         st.title("Can I use this plan?")
     else:
         st.title("Can I halve this cache?" if asked.keep_ratio == 0.5 else "Can I compress this cache?")
-    if _answer(decision, asked):
+    if _answer(_decision(), asked):
         _measure(engine, jobs)
-    speed = library.gathered(stamps).speed_of(chosen) or library.gathered(stamps).speed_of(asked)
+    growing = progress_bar.running(jobs, "results") is not None
+    (st.fragment(_grounds, run_every=_EVERY) if growing else _grounds)(engine, jobs, pages)
+    decision = _decision()
+    _script(_chosen(decision), decision)
+    savings.table(engine, _chosen(decision))
+
+
+def _decision() -> Decision:
+    return library.decision(library.evidence(state.model()), state.spec(), state.limits(), state.plan())
+
+
+def _chosen(decision: Decision) -> CompressionSpec:
+    """The compression that the page is about: a plan where the answer is one."""
+    return decision.plan if decision.answer is Answer.GO_WITH_A_PLAN and decision.plan else state.spec()
+
+
+def _grounds(engine: Engine, jobs: Jobs, pages: Mapping[str, StreamlitPage]) -> None:
+    """Draw what the answer rests on, as far as it is measured."""
+    decision, evidence = _decision(), library.gathered(library.evidence(state.model()))
+    asked, chosen = state.spec(), _chosen(decision)
     with st.container(key="tiles"):
         quality, memory, fast = st.columns(3)
     with quality.container(border=True, height="stretch", key="tile_quality"):
@@ -69,17 +93,15 @@ def draw(engine: Engine, jobs: Jobs, pages: Mapping[str, StreamlitPage] = Mappin
     with memory.container(border=True, height="stretch", key="tile_memory"):
         saving = savings.tile(engine, chosen)
     with fast.container(border=True, height="stretch", key="tile_speed"):
-        _speed(jobs, asked, speed, saving)
+        _speed(jobs, asked, evidence.speed_of(chosen) or evidence.speed_of(asked), saving)
     _heads(pages)
     with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
         st.subheader("Checklist", width="content")
         with st.popover("Limits", icon=":material/rule:"):
             _limits()
-    _checklist("The plan in force" if plan else "As set", decision.checks, pages)
+    _checklist("The plan in force" if state.plan() else "As set", decision.checks, pages)
     if decision.plan_checks:
         _checklist("With a plan of the same bytes", decision.plan_checks, pages)
-    _script(chosen, decision)
-    savings.table(engine, chosen)
 
 
 # --------------------------------------------------------------------------------------------------------- the answer
@@ -94,10 +116,19 @@ def _answer(decision: Decision, asked: CompressionSpec) -> bool:
             st.caption(f"{markup.plain(state.model())} with {in_words(asked)}, against its full cache")
         if decision.answer is Answer.GO_WITH_A_PLAN:
             st.button("Use the plan", type="primary", on_click=_use_plan, args=(decision.plan,), key="use_plan")
+        elif decision.rival:
+            other = decision.rival.policy
+            name = other.replace("_", " ")
+            st.button(f"Use {name}", type="primary", on_click=state.POLICY.set, args=(other,), key="use_rival")
         elif decision.answer is Answer.NO_GO and decision.smallest:
             st.button(
                 f"Keep {decision.smallest:.0%}".replace("%", " %"), type="primary", key="use_ratio",
                 on_click=state.KEEP_RATIO.set, args=(decision.smallest,),
+            )  # fmt: skip
+        elif decision.answer is Answer.NO_GO and not state.plan() and asked.policy != _NEXT:
+            st.button(
+                "Try KeyDiff", key="try_next", on_click=state.POLICY.set, args=(_NEXT,),
+                help="It keeps the keys least like the mean key, without attention scores too, and often costs less.",
             )  # fmt: skip
         not_yet = decision.answer is Answer.NOT_YET
         measure = st.button(
@@ -124,14 +155,20 @@ def _quality(decision: Decision) -> None:
     prediction, *retrieval = (decision.plan_checks if of_plan else decision.checks)[:3]
     st.markdown("**Quality**" + (" with the plan" if of_plan else ""))
     not_yet = prediction.status is Status.NOT_YET
-    st.metric("Perplexity against the full cache", "Not yet measured" if not_yet else prediction.short)
+    st.metric(
+        "Perplexity against the full cache", "Not yet measured" if not_yet else prediction.short,
+        help="How unsure the model is of each next token of real prose: × 1 is as sure as with the full cache. "
+        "nats/token is the logarithm of it.",
+    )  # fmt: skip
     if not_yet and prediction.n:
         st.caption(prediction.says)
     if (ends := prediction.measured) is not None:
         nats = f"{signed(log(ends.value), 3)} nats/token"
-        st.caption(f"95 % × {ends.low:.3f} to {ends.high:.3f}; {nats}; {prediction.n} excerpts")
-    for check, noun in zip(retrieval, ("Passkeys", "Needles"), strict=True):
-        st.markdown(f"{_ICON[check.status]} {noun}: {markup.plain(check.short or 'not yet measured')}")
+        limit = f"must end by × {state.MOST_PERPLEXITY.get():g}"
+        st.caption(f"95 % × {ends.low:.3f} to {ends.high:.3f}, {limit}; {nats}; {prediction.n} excerpts")
+    for check, noun in zip(retrieval, _HIDDEN, strict=True):
+        told = f"{_ICON[check.status]} {noun}: {markup.plain(check.short or 'not yet measured')}"
+        st.markdown(told, help=_HIDDEN[noun])
 
 
 def _speed(jobs: Jobs, asked: CompressionSpec, speed: Speed | None, saving: Saving | None) -> None:
@@ -142,6 +179,10 @@ def _speed(jobs: Jobs, asked: CompressionSpec, speed: Speed | None, saving: Savi
     else:
         st.metric("Decoding, tokens per second", f"{speed.full_rate:.3g} → {speed.kept_rate:.3g}")
         low, high = speed.spread
+        if high < 1:
+            st.markdown(":orange[:material/warning:] **Slower than the full cache here**")
+        elif low < 1:
+            st.markdown("Not told apart from the full cache here")
         st.caption(
             f"× {speed.speedup:.2f} ({low:.2f} to {high:.2f} in {len(speed.full_seconds)} runs); reading weights and "
             f"cache once allows × {speed.bound:.2f}. {speed.n_tokens:,} tokens, batch {speed.batch}, {speed.dtype}, "
@@ -241,15 +282,17 @@ def _measure(engine: Engine, jobs: Jobs) -> None:
     with st.expander("Texts", icon=":material/article:"):
         given = documents.ask(few="Half of them are planned on, the others are measured.")
     sizes = Sizes(int(excerpts), int(samples), int(context), int(state.BATCH.get()))
-    if st.button("Start", type="primary", icon=":material/play_arrow:", key="verdict_start"):
-        state.follow(start(jobs, ref, spec, sizes, given, _known(ref, spec, sizes, given)))
+    known = _known(ref, spec, sizes, given)
+    done = known is not None and not known.seconds
+    if st.button("Start", type="primary", icon=":material/play_arrow:", key="verdict_start", disabled=done):
+        state.follow(start(jobs, ref, spec, sizes, given, known))
         st.rerun()
     try:
         told = _estimate(engine, ref, spec, sizes, given)
     except (UserError, SpecError) as error:
         st.error(markup.plain(str(error)), icon=":material/error:")
         return
-    st.markdown(f"Takes {told}.")
+    st.markdown(f"Takes {told}." if told.seconds else "All of this is measured already: more samples add to it.")
 
 
 _Asked = tuple[object, ...]

@@ -85,6 +85,21 @@ def test_all_of_it_is_in_the_workspace_and_a_second_run_measures_nothing(measure
     assert [one.rows for one in again.run().results] == [one.rows for one in found.results]
 
 
+def test_results_are_listed_from_their_first_rows_on(loaded, tmp_path, monkeypatch):
+    told, note = [], Workspace.note_results
+
+    def noted(workspace, id, *, name):
+        entry = note(workspace, id, name=name)
+        told.append((name, bool(workspace.open(KINDS["results"], id).rows)))
+        return entry
+
+    monkeypatch.setattr(Workspace, "note_results", noted)
+    plan = Plan("books-5m", CompressionSpec(protect_last=32), "by hand", ("another text",))
+    Measurement(loaded, plan.spec, Workspace(tmp_path), SMALL, plan=plan).run()
+    tasks = ("lm", "passkey", "needle")
+    assert told == [(f"Verdict: {task}", True) for task in tasks for _ in ("the first rows", "all")]
+
+
 def test_a_plan_in_force_is_measured_by_itself(loaded, tmp_path):
     head_ratios = {(layer, head): 0.4 + 0.2 * (head % 2) for layer in range(6) for head in range(4)}
     plan = Plan("books-5m", CompressionSpec(head_ratios=head_ratios, protect_last=32), "by hand", ("another text",))

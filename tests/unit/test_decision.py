@@ -116,6 +116,31 @@ def test_a_plan_that_was_measured_on_its_own_texts_or_holds_more_bytes_does_not_
         assert decide(larger, HALF, plan=PLAN, planned_on=["x"]).answer is answer
 
 
+def test_a_policy_that_passes_where_the_one_asked_about_fails_is_named():
+    other = replace(HALF, policy="keydiff")
+
+    def beside(other_loses, spec=other):
+        by_task = {"lm": (16, 2.0, 2.4), "passkey": (50, 1.0, 0.0), "needle": (50, 100.0, 0.0)}
+        return [
+            results(
+                task,
+                {
+                    FULL: (None, [full] * n),
+                    "it": (HALF, [worse] * n),
+                    "other": (spec, [worse if task == other_loses else full] * n),
+                    "plan": (PLAN, [worse] * n),
+                },
+            )
+            for task, (n, full, worse) in by_task.items()
+        ]
+
+    decision = decide(beside(None), HALF, plan=PLAN, planned_on=["x"])
+    assert decision.answer is Answer.NO_GO and decision.rival == other
+    assert decision.why.endswith("The same bytes by keydiff pass.")
+    assert decide(beside("needle"), HALF, plan=PLAN, planned_on=["x"]).rival is None
+    assert decide(beside(None, replace(other, keep_ratio=0.6)), HALF, plan=PLAN, planned_on=["x"]).rival is None
+
+
 def test_the_smallest_ratio_that_passes_is_one_above_which_all_pass():
     def of_ratios(*passing, ratios=(0.5, 0.6, 0.7, 0.8, 0.9)):
         specs = {f"{ratio}": replace(HALF, keep_ratio=ratio) for ratio in ratios}
