@@ -374,16 +374,25 @@ def _listen(run: Capture) -> None:
 
 def _bar(run: Capture, tune: StreamlitPage | None) -> None:
     """Which head is open, and what is shown of it."""
-    layer, _ = state.chosen_head()
+    layer, head = state.chosen_head()
+
+    # The browser sends, with the next key, what its boxes showed before the last one. So there is another box for each
+    # layer and head, and one that is no longer shown chooses nothing.
+    def chosen() -> None:
+        if state.chosen_head() == (layer, head):
+            boxes = st.session_state
+            state.choose_head(boxes.get(f"layer_{layer}", layer), boxes.get(f"head_{head}", head))
+
     pinned, skipped = state.PINNED.get(), layer in state.SKIP_LAYERS.get()
     with st.container(horizontal=True, vertical_alignment="bottom", gap="small"):
         st.selectbox(
             "Layer", range(run.n_layers), format_func="Layer {}".format, label_visibility="collapsed", width=125,
-            **state.LAYER.widget(),
+            index=layer, key=f"layer_{layer}", on_change=chosen,
         )  # fmt: skip
         st.selectbox(
             "Head", range(run.n_heads), format_func=lambda head: f"KV {run.kv_head(head)}, query head {head}",
-            label_visibility="collapsed", width=210, **state.HEAD.widget(),
+            label_visibility="collapsed", width=210,
+            index=head, key=f"head_{head}", on_change=chosen,
         )  # fmt: skip
         st.button(
             "Unpin B" if pinned else "Pin as B", icon=":material/push_pin:", key="pin", on_click=_pin,

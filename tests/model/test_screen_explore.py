@@ -66,6 +66,10 @@ def told(page):
     return "\n".join(element.value for kind in kinds for element in kind).replace("\\", "")
 
 
+def _box(page, label):
+    return next(box for box in page.selectbox if box.label == label)
+
+
 def shown_map(page):
     """Values of the map, [L, H], NaN where a cell is grey."""
     import json
@@ -206,8 +210,8 @@ def test_a_part_of_the_address_that_the_page_does_not_know_is_named(name, text):
 
 def test_a_head_is_chosen_and_a_layer_skipped_without_a_mouse_on_the_map():
     page = explored(layer="1", head="1")
-    page.selectbox(key=state.LAYER.key).set_value(4).run()
-    page.selectbox(key=state.HEAD.key).set_value(6).run()
+    _box(page, "Layer").set_value(4).run()
+    _box(page, "Head").set_value(6).run()
     assert "#### L4 KV3 Q6" in told(page)
     page.button(key="skip_layer").click().run()
     assert page.session_state[state.SKIP_LAYERS.key] == [4] and "All 460 tokens are kept" in told(page)
@@ -360,7 +364,7 @@ def test_the_vectors_of_a_layer_are_got_by_a_job_and_explain_all_its_heads():
     page.button(key="why_a").click().run()
     assert ended(page.session_state["jobs"].find(page.session_state[state.JOBS.key][-1])).status == "done"
     for head in (2, 5):
-        page.selectbox(key=state.HEAD.key).set_value(head).run()
+        _box(page, "Head").set_value(head).run()
         assert not page.exception
         assert {"why_key_a", "why_zeroed_a", "why_channels_a"} < {chart.key for chart in page.get("plotly_chart")} | {
             ""
