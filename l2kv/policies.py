@@ -280,7 +280,7 @@ POLICIES = Policies(
         "random": Policy(random, "Random"),
         "streaming": Policy(streaming, "First and recent (StreamingLLM)"),
         "fastgen": Policy(fastgen, "Special tokens, punctuation and recent (FastGen)", needs_token_ids=True),
-        "keydiff": Policy(keydiff, "Unlike the other keys (KeyDiff)", on_arrival=False),
+        "keydiff": Policy(keydiff, "KeyDiff (unlike the other keys)", on_arrival=False),
         "q_filters": Policy(q_filters, "Along the queries (Q-Filters)", needs_filters=True),
         "accumulated": Policy(accumulated, "Most attention so far (H2O)", on_arrival=False, needs_received=True),
         "q_hitter": Policy(
