@@ -208,11 +208,6 @@ def ours(session: Session, model: str, shape: tuple[int, int], round_: int) -> N
             f"page {page}", lambda at, page=page: at.get_by_role("link", name=page, exact=True).first.click(),
             f"document.querySelector('h1')?.innerText.startsWith('{TITLES[page]}')",
         )  # fmt: skip
-        if page == "Demo":
-            told = "document.querySelector('.st-key-player [data-testid=stHtml]').innerText"
-            session.page.evaluate(f"window.before = {told}")
-            slider = session.page.locator(".st-key-player").get_by_role("slider").first
-            session.act("slider on Demo", lambda at, slider=slider: _move(slider), f"{told} !== window.before")
         if page == "Verdict":
             _keep_ratio(session, "slider on Verdict", "document.querySelector('.st-key-answer').innerText")
 
