@@ -18,11 +18,10 @@ from analysis.workspace import digest_of_file
 from app import library, state
 from app.components import documents, markup
 from app.engine import Engine
-from app.jobs import Jobs
+from app.jobs import Job, Jobs
 
 if TYPE_CHECKING:
     from analysis.models.load import LoadedModel
-    from analysis.progress import Progress
 
 _CHARACTERS_A_TOKEN = 4
 _SHORT = 128  # tokens of an excerpt of texts that have no longer one
@@ -87,7 +86,6 @@ def dialog(engine: Engine, jobs: Jobs) -> None:
     _note_special_tokens(engine, texts)
     if st.button(f"Continue ({done} done)" if done else "Start", type="primary", icon=":material/play_arrow:"):
         state.OVER.set("many texts")
-        state.STUDY.drop()  # the latest is shown: this one, even if it is cancelled
         state.follow(start(jobs, state.model_ref(), asked, name))
         st.rerun()
 
@@ -95,7 +93,7 @@ def dialog(engine: Engine, jobs: Jobs) -> None:
 def start(jobs: Jobs, ref: str, asked: _Asked, name: str) -> str:
     """Start a study, and return the job's id. What is done when it is cancelled is kept as a study of fewer texts."""
 
-    def work(loaded: LoadedModel, progress: Progress) -> str:
+    def work(loaded: LoadedModel, job: Job) -> str:
         from analysis.studies import study
         from analysis.texts.excerpts import excerpts
 
@@ -103,9 +101,9 @@ def start(jobs: Jobs, ref: str, asked: _Asked, name: str) -> str:
         given = excerpts(loaded.tokenizer, dict(asked.texts), n_tokens=size, at_most=asked.at_most)
         part = digest_of_file(asked.path) if asked.path.exists() else ""
         try:
-            complete = study(loaded, given, asked.path, progress=progress).complete
+            complete = study(loaded, given, asked.path, progress=job).complete
         finally:
-            id = library.WORKSPACE.add_file(asked.path, name=name).id if asked.path.exists() else ""
+            id = job.result = library.WORKSPACE.add_file(asked.path, name=name).id if asked.path.exists() else ""
             if part not in ("", id):
                 library.WORKSPACE.delete(part)
         if complete:

@@ -28,6 +28,9 @@ def main() -> None:
                 page.goto(f"{address}/{name}")
                 settled(page)
                 page.wait_for_timeout(2000)  # charts are drawn after their script has ended
+                if name == "demo":  # to the end of the story
+                    for _ in range(99):
+                        page.keyboard.press("ArrowRight")
                 page.screenshot(path=TARGET / f"{name}.png")
                 print(f"wrote {TARGET / name}.png")
         browser.close()

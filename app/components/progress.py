@@ -26,7 +26,7 @@ def current(jobs: Jobs, *, on_done: Callable[[Job], object]) -> list[Job]:
     """Find the jobs that the address names; it forgets those that have ended. Call it before a page is drawn.
 
     Args:
-        on_done: called once for each that is done.
+        on_done: called once for each that is done, or was cancelled and has made something.
     """
     found = {id: jobs.find(id) for id in state.JOBS.get()}
     if None in found.values():
@@ -34,7 +34,7 @@ def current(jobs: Jobs, *, on_done: Callable[[Job], object]) -> list[Job]:
     here = [job for job in found.values() if job]
     state.JOBS.set(tuple(job.id for job in here if job.running))
     for job in here:
-        if job.status == "done":
+        if job.status == "done" or (job.status == "cancelled" and job.result):
             on_done(job)
     return here
 
