@@ -58,8 +58,7 @@ def dialog(engine: Engine, jobs: Jobs) -> None:
     """Ask for texts, say what their study takes, and start it."""
     st.markdown(
         f"**{markup.plain(state.model())}** reads each excerpt once. A study keeps the numbers of every head on "
-        "every text, "
-        "and no text. Excerpts of many texts say more than as many of one."
+        "every text, and no text. Excerpts of many texts say more than as many of one."
     )
     try:
         texts = documents.ask(few="They are short: your own say more.")

@@ -302,9 +302,8 @@ def _lost(run: Capture) -> tuple[np.ndarray, heat.Scale, np.ndarray, str]:
         undefined = np.full(notes.shape, np.nan)
         return undefined, scale, np.full(notes.shape, "not told"), f"**Attention lost at my settings.** {error}"
     caption = (
-        "**Attention lost at my settings**: the share of the next token's attention that goes to tokens which "
-        "each head "
-        f"evicts, if the text of {counted(run.n_tokens, 'token')} is compressed once, at its end. Median "
+        "**Attention lost at my settings**: the share of the next token's attention that goes to tokens which each "
+        f"head evicts, if the text of {counted(run.n_tokens, 'token')} is compressed once, at its end. Median "
         f"{np.median(lost):.1%}."
     )
     return np.asarray(lost), scale, notes, caption + " Of this one text." * _over_many()
