@@ -19,8 +19,10 @@ from analysis.errors import RecordError
 from analysis.evaluation.results import Results, results_so_far
 from analysis.measures import attention_lost, by_kv_head
 from analysis.metrics import METRICS, HeadValues, by_query, metrics
-from analysis.plans.curves import LossCurves, loss_curves
+from analysis.plans.allocation import AllocationPlan
+from analysis.plans.curves import loss_curves
 from analysis.plans.skip import Plan
+from analysis.plans.strategies import plan
 from analysis.records import load, load_any
 from analysis.statistics import Means, Stability, means, stability
 from analysis.stories import Story
@@ -238,9 +240,12 @@ def layers_over(id: str, probe: str) -> tuple[Means, Stability]:
 
 
 @remembered
-def curves_of(id: str, protect_last: int) -> LossCurves:
-    """Loss curves of a run."""
-    return loss_curves(run(id), protect_last=protect_last)
+def plan_of(id: str, protect_last: int, keep_ratio: float, strategy: str) -> AllocationPlan:
+    """Plan from the loss curves of a study, or of a run beside a recent window. Raises SettingsError."""
+    entry = find(id)
+    assert entry is not None
+    curves = opened(Study, id) if entry.kind == "study" else loss_curves(run(id), protect_last=protect_last)
+    return plan(curves, keep_ratio, strategy)
 
 
 @remembered

@@ -169,7 +169,11 @@ class Front:
 
     def interval(self, point: FrontPoint) -> Interval:
         """Mean of a point's NLL change over texts, with a 95 % interval that resamples documents."""
-        return self.results.interval(np.array(point.nll_change))
+        return self._intervals[point]
+
+    @cached_property
+    def _intervals(self) -> dict[FrontPoint, Interval]:
+        return {point: self.results.interval(np.array(point.nll_change)) for point in self.points}
 
     def _of_kind(self, kind: str) -> list[FrontPoint]:
         return [p for p in self.points if p.strategy in STRATEGIES and STRATEGIES[p.strategy].kind == kind]
@@ -201,9 +205,10 @@ class Front:
         uniform strategy at every budget at once (`simultaneous`): whichever are picked.
         """
         plans = self.best("plan")
-        best = (one for one in self._against_best_uniform() if one.plan is plans[one.plan.keep_ratio])
+        best = (one for one in self._against_best_uniform if one.plan is plans[one.plan.keep_ratio])
         return tuple(sorted(best, key=lambda one: one.plan.keep_ratio))
 
+    @cached_property
     def _against_best_uniform(self) -> list[Comparison]:
         """Every plan, beside the best uniform strategy at its budget."""
         uniform = self._of_kind("uniform")
@@ -235,7 +240,7 @@ class Front:
 
     def answer(self) -> str:
         """Say in two or three sentences whether a plan beats one ratio for all at equal bytes."""
-        compared, n = self._against_best_uniform(), len(self.measured_on)
+        compared, n = self._against_best_uniform, len(self.measured_on)
         if not compared:
             return "This Pareto front cannot tell: it has no plan beside a uniform strategy at the same budget."
         if n < MIN_TEXTS:

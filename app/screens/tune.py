@@ -14,11 +14,11 @@ from analysis import defaults
 from analysis.captures import Capture
 from analysis.errors import SettingsError, UserError
 from analysis.plans.ablation import COSTLY, POLICIES, Ablation, suggest_by_ablation
-from analysis.plans.curves import BY_NORM, LossCurves, curves_of
+from analysis.plans.curves import BY_NORM
 from analysis.plans.export import kvpress_code, library_code
 from analysis.plans.front import Front, FrontPoint, measure_front, passes
 from analysis.plans.skip import RULES, Plan, SkipSuggestion, suggest_skip_layers
-from analysis.plans.strategies import STRATEGIES, plan, title_of
+from analysis.plans.strategies import STRATEGIES, title_of
 from analysis.records import to_json
 from analysis.statistics import means, nanmean
 from analysis.studies import Study, layer_alr, policy_alr
@@ -289,14 +289,13 @@ def _table(run: Capture, measured: Ablation | None, judged: Study, spec: Compres
     )
 
 
-def _curves(run: Capture) -> tuple[LossCurves, tuple[str, ...], str]:
-    """Loss curves to plan from, the names of their texts, and what they are of in words."""
+def _planned_on(run: Capture) -> tuple[str, tuple[str, ...], str]:
+    """Id of the study or run to plan from, the names of its texts, and what it is of in words."""
     study = state.study()
     if study is not None and study.curves is not None and study.protect_last == state.PROTECT_LAST.get():
-        return curves_of(study), study.names, counted(len(study.names), "text")
+        return state.study_id(), study.names, counted(len(study.names), "text")
     names = library.study_of_run(state.run_id(), "next token").names
-    curves = library.curves_of(state.run_id(), int(state.PROTECT_LAST.get()))
-    return curves, names, f"one text of {run.n_tokens:,} tokens"
+    return state.run_id(), names, f"one text of {run.n_tokens:,} tokens"
 
 
 def _first_strategy(front: Front | None, offered: Collection[str]) -> str:
@@ -313,7 +312,7 @@ def _allocate(run: Capture, front: Front | None) -> None:
     """Divide the budget of the header among the kv heads, by what is known of their attention."""
     st.subheader("Make a plan")
     offered = choices.strategies()
-    curves, names, of = _curves(run)
+    id, names, of = _planned_on(run)
     with st.container(horizontal=True, vertical_alignment="bottom"):
         if _STRATEGY.get() not in offered:
             _STRATEGY.set(_first_strategy(front, offered))
@@ -323,7 +322,7 @@ def _allocate(run: Capture, front: Front | None) -> None:
         )  # fmt: skip
     ratio = round(float(state.KEEP_RATIO.get()), 4)
     try:
-        made = plan(curves, ratio, strategy)
+        made = library.plan_of(id, int(state.PROTECT_LAST.get()), ratio, strategy)
     except SettingsError as error:
         st.warning(f"There is no such plan: {markup.plain(str(error))}", icon=":material/warning:")
         return
