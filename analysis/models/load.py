@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from analysis.errors import ModelError, OutOfMemoryError
 from analysis.models.gguf import gguf_name, is_gguf, read_gguf
@@ -384,16 +384,26 @@ def _fetch(hub_id: str) -> Path:
 @contextmanager
 def _fetching(hub_id: str) -> Iterator[None]:
     """Turn whatever the hub's client raises within the block into a ModelError."""
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RemoteEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RemoteEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
+    # Of the HTTP client beneath, which differs between versions. What is none of these is a bug, and stays one.
+    client_error = cast(type[Exception], HfHubHTTPError.__bases__[0])
     try:
         yield
     except GatedRepoError as error:
         raise ModelError(f"{hub_id} is gated: accept its terms on the hub and log in with `hf auth login`.") from error
     except RepositoryNotFoundError as error:
         raise ModelError(f"There is no model {hub_id!r} on the Hugging Face hub, nor a folder of that name.") from error
-    except Exception as error:  # offline, a proxy, a full disk: the hub client raises many kinds
-        if isinstance(error, RemoteEntryNotFoundError):
+    except (OSError, client_error, HFValidationError) as error:  # offline, a proxy, a full disk
+        if isinstance(error, HFValidationError):
+            reason = "that is no id of a model"
+        elif isinstance(error, RemoteEntryNotFoundError):
             reason = "it has no config.json there"
         elif isinstance(error, HfHubHTTPError):
             reason = f"the hub answered {error.response.status_code}"
