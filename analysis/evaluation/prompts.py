@@ -108,13 +108,18 @@ def prompt_labels(
     labels, text = tokens.labels, prompt
     starts, ends = tokens.spans.T.tolist() if len(tokens) else ([], [])
     if chat:  # whose text is the template's
-        labels = tuple(str(tokenizer.decode([id])) for id in tokens.ids.tolist())
+        labels = decoded(tokenizer, tokens.ids)
         ends = list(accumulate(map(len, labels)))
         starts, text = [end - len(label) for end, label in zip(ends, labels, strict=True)], "".join(labels)
     answers = [match.span() for match in re.finditer(re.escape(answer), text, re.IGNORECASE)] if answer else []
     spans = zip(starts, ends, strict=True)
     said = (i for i, (start, end) in enumerate(spans) if any(start < last and end > first for first, last in answers))
     return labels, tuple(said)
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray) -> tuple[str, ...]:
+    """Labels of the tokens [T] of a chat, each decoded alone."""
+    return tuple(str(tokenizer.decode([id])) for id in ids.tolist())
 
 
 _ANSWER = "An answer \N{SECTION SIGN} 7041."  # stands for one that was written, in a template that is read off
