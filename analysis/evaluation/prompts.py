@@ -118,10 +118,19 @@ def prompt_labels(
 
 
 def decoded(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray) -> tuple[str, ...]:
-    """Labels of the tokens [T] of a chat, each decoded alone."""
-    return tuple(str(tokenizer.decode([id])) for id in ids.tolist())
+    """Labels of the tokens [T] of a chat: their text, and that of a character that several share numbered, "🙂 1/4"."""
+    labels, begun = list[str](), list[int]()
+    for id in ids.tolist():
+        begun.append(id)
+        text = str(tokenizer.decode(begun))
+        if not text.endswith("\N{REPLACEMENT CHARACTER}") or len(begun) == _MOST_BYTES:
+            n = len(begun)
+            labels += [text] if n == 1 else [f"{text} {i}/{n}" for i in range(1, n + 1)]
+            begun = []
+    return (*labels, *(str(tokenizer.decode([id])) for id in begun))
 
 
+_MOST_BYTES = 4  # of a character in UTF-8
 _ANSWER = "An answer \N{SECTION SIGN} 7041."  # stands for one that was written, in a template that is read off
 
 

@@ -49,6 +49,7 @@ TOLD = state.Slot[Story | None]("demo_told", None)
 TOLD_ID = state.Slot("demo_told_id", "", state.Param("told", str))
 """The same, once it is kept: a reload begins with it."""
 TALK: state.Slot[Chat | None] = state.Slot("demo_talk", None)
+_MOST_CHARACTERS = 400_000  # of a prompt or a message
 _CHAT_FROM = 128  # tokens: of a question alone the recent window leaves nothing to choose
 
 
@@ -238,7 +239,7 @@ def _ask_prompt(engine: Engine, ref: str, chosen: Preset) -> Preset:
 
     with st.expander("Prompt", icon=":material/edit:", expanded=chosen.name == OWN):
         prompt = st.text_area(
-            "Prompt", key="live_prompt", persist_state="session", height=180, max_chars=400_000,
+            "Prompt", key="live_prompt", persist_state="session", height=180, max_chars=_MOST_CHARACTERS,
             on_change=prompt_edited,
         )  # fmt: skip
         answer = st.text_input(
@@ -405,7 +406,9 @@ def _chat(engine: Engine, jobs: Jobs) -> None:
     of_another = bool(turns) and turns[0].model != state.model()
     if talk and turns and (of_another or talk.specs != run.specs):
         st.caption(":material/history: This chat has earlier settings. *New chat* begins one with those of the header.")
-    message = st.chat_input("Ask it something", key="chat_message", disabled=of_another)
+    message = st.chat_input(
+        "Ask it something", key="chat_message", max_chars=_MOST_CHARACTERS, disabled=of_another
+    )  # fmt: skip
     for turn in turns if message else turns[:-1]:
         st.html(stage.STYLE + stage.stage(turn, turn.n_steps - 1, texts_only=True))
     if message:

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from analysis import TextError, preview
 from analysis.demo.telling import Chat
 from analysis.errors import SettingsError
+from analysis.evaluation.prompts import decoded, prompt_tokens
 from analysis.models.load import LoadedModel
 from analysis.preview import Sampling, next_logits, stream
 from l2kv import CompressionSpec
@@ -99,10 +100,15 @@ def test_what_cannot_be_said_leaves_the_chat_as_it_was(talker, loaded):
 
 
 def test_special_tokens_in_a_message_are_told(talker):
-    from analysis.evaluation.prompts import prompt_tokens
-
     (note,) = prompt_tokens(talker.tokenizer, "Is it </s>?", chat=True).notes
     assert "</s>" in note
+
+
+def test_tokens_that_share_a_character_are_labelled_with_it_and_numbered(talker):
+    labels = decoded(talker.tokenizer, prompt_tokens(talker.tokenizer, "Is it 🙂, \u05d0?", chat=True).ids)
+    shown = [label for label in labels if "/" in label and "s" not in label]
+    assert shown == ["🙂 1/4", "🙂 2/4", "🙂 3/4", "🙂 4/4", "\u05d0 1/2", "\u05d0 2/2"]
+    assert not any("\N{REPLACEMENT CHARACTER}" in label for label in labels)
 
 
 def test_tokens_are_drawn_by_their_shares_and_only_from_the_most_probable():
