@@ -253,8 +253,10 @@ def _limits() -> None:
 
 
 def _script(spec: CompressionSpec, decision: Decision) -> None:
-    with st.expander("Use it: a script", icon=":material/code:"):
-        st.code(library_code(spec, state.model_ref(), told=decision.told(spec)), language="python", wrap_lines=True)
+    with st.expander("Use it: a script", icon=":material/code:", key="script", on_change="rerun") as script:
+        if script.open:
+            code = library_code(spec, state.model_ref(), told=decision.told(spec))
+            st.code(code, language="python", wrap_lines=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring
