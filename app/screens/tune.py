@@ -29,14 +29,13 @@ from app.components import choices, documents, markup
 from app.components.charts import show
 from app.engine import Engine
 from app.jobs import Jobs
-from app.report.chapters import front_lines
+from app.report.chapters import INTERVALS, front_figure
 from l2kv.spec import CompressionSpec
 
 if TYPE_CHECKING:
     from analysis.models.load import LoadedModel
     from analysis.progress import Progress
 
-_MIB = 2**20
 _RULES = {"threshold": "threshold", "count": "number", "gap": "widest gap"}
 _BY = {"cost": "Measured cost/MiB", "alr": "ALR, a proxy"}
 _STRATEGY = state.Slot("strategy", "", state.Param("strategy", state.one_of(("", *STRATEGIES))))
@@ -103,13 +102,13 @@ def _curve(front: Front | None, run: Capture) -> None:
             _use_point(front, lines[list(lines)[points[0]["curve_number"]]][points[0]["point_index"]])
 
     st.plotly_chart(
-        figures.front(front_lines(front), full_mib=front.full_nbytes / _MIB),
+        front_figure(front),
         key="tune_front", on_select=clicked, selection_mode="points", config={"displaylogo": False},
         alt="Bytes of the cache against the change of the NLL, a line for each allocation strategy",
     )  # fmt: skip
     st.caption(
-        f"Change of the NLL after {front.lengths[0]} tokens, the mean over {front.counted} with 95 % intervals; "
-        f"plans were made on {len(front.planned_on)} others. Lower left is better. **Click a point to use it.**"
+        f"Change of the NLL after {front.lengths[0]} tokens, the mean over {front.counted}; {INTERVALS}. "
+        f"Plans were made on {len(front.planned_on)} others. Lower left is better. **Click a point to use it.**"
     )
     with st.container(horizontal=True, vertical_alignment="bottom"):
         names, best = list(lines), _least(front)
