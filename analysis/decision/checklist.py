@@ -331,8 +331,8 @@ def _undefined(asks: str, pairs: _Pairs) -> Check:
 
 def bytes_beside(results: Iterable[Results], plan: CompressionSpec, spec: CompressionSpec) -> float:
     """Bytes that a plan holds over those of a compression, on the task where it is most; NaN if none measured both."""
-    names = [(one, {its: name for name, its in one.methods.items()}) for one in results if one.rows]
-    both = [(one.nbytes(of[plan]), one.nbytes(of[spec])) for one, of in names if {plan, spec} <= set(of)]
+    named = [(one, one.by_spec.get(plan), one.by_spec.get(spec)) for one in results if one.rows]
+    both = [(one.nbytes(ours), one.nbytes(its)) for one, ours, its in named if ours and its]
     return max((planned / its for planned, its in both if its), default=nan)
 
 
