@@ -214,11 +214,12 @@ def _start_timing(jobs: Jobs, spec: CompressionSpec) -> None:
 
 def _heads(pages: Mapping[str, StreamlitPage]) -> None:
     """Say which layers follow the paper: the why, never the answer."""
-    study = state.study() or (library.study_of_run(state.run_id(), state.PROBE.get()) if state.run_id() else None)
-    if study is None:
+    study, probe = state.study(), state.PROBE.get()
+    if study is None and not state.run_id():
         return
-    probe = state.PROBE.get() if state.PROBE.get() in study.probes else study.probes[0]
-    told = verdicts.answer(study, probe=probe)
+    if study is not None and probe not in study.probes:
+        probe = study.probes[0]
+    told = library.answer_of(state.study_id() or state.run_id(), probe)
     with st.container(horizontal=True, vertical_alignment="center"):
         st.markdown(f"**{verdicts.QUESTION}** {markup.plain(told)}", width="stretch")
         _link(pages, "explore", "Why")
@@ -253,8 +254,10 @@ def _limits() -> None:
 
 
 def _script(spec: CompressionSpec, decision: Decision) -> None:
-    with st.expander("Use it: a script", icon=":material/code:"):
-        st.code(library_code(spec, state.model_ref(), told=decision.told(spec)), language="python", wrap_lines=True)
+    with st.expander("Use it: a script", icon=":material/code:", key="script", on_change="rerun") as script:
+        if script.open:
+            code = library_code(spec, state.model_ref(), told=decision.told(spec))
+            st.code(code, language="python", wrap_lines=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring
