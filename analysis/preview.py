@@ -23,7 +23,7 @@ from analysis.models.load import LoadedModel
 from analysis.models.memory import memory_errors
 from analysis.progress import Progress, unheard
 from analysis.recorder import check_length
-from analysis.stories import Step
+from analysis.stories import MOST_COUNTED, Step
 from analysis.texts.tokens import Tokens
 from l2kv import CompressedCache, CompressionSpec, UnsupportedModelError, compressible
 from l2kv.cache import cache_nbytes
@@ -64,8 +64,6 @@ class Sampling:
 
 
 GREEDY = Sampling()
-MOST_COUNTED = 4000
-"""Tokens of a text whose heads are counted at every step."""
 
 
 def stream(

@@ -15,6 +15,8 @@ from analysis.words import counted
 from l2kv.spec import CompressionSpec
 
 FULL = "full cache"
+MOST_COUNTED = 4000
+"""Most tokens of a text for which the heads that hold each are counted, which takes time at every step."""
 
 
 def name_of(spec: CompressionSpec) -> str:

@@ -12,7 +12,6 @@ from analysis.evaluation.prompts import decided, decoded, prompt_labels
 from analysis.models.load import LoadedModel
 from analysis.preview import (
     GREEDY,
-    MOST_COUNTED,
     Columns,
     Sampling,
     heads_that_evict,
@@ -20,7 +19,7 @@ from analysis.preview import (
     tokens_per_second,
 )
 from analysis.progress import Progress, unheard
-from analysis.stories import FULL, Step, Story, Told, name_of
+from analysis.stories import FULL, MOST_COUNTED, Step, Story, Told, name_of
 from l2kv.spec import CompressionSpec
 
 

@@ -10,7 +10,7 @@ import html
 from collections.abc import Sequence
 from itertools import pairwise
 
-from analysis.stories import Story
+from analysis.stories import MOST_COUNTED, Story
 from analysis.words import counted, human_bytes, span
 from app.components.markup import escaped, visible
 from app.figures.style import CONTRAST, FULL_GREY, PRIMARY
@@ -184,8 +184,10 @@ def _small(text: str) -> str:
 def _tokens(story: Story, i: int, step: int) -> str:
     """Why an answer is found or lost: the tokens read before it, and how many heads still hold them."""
     now = story.at(i, step)
-    if story.caches[i].spec is None or not now.kept or not story.heads:
+    if story.caches[i].spec is None or not story.heads:
         return ""
+    if not now.kept:
+        return _small(f"Which tokens are held is counted for up to {counted(MOST_COUNTED, 'token')}.")
     shares = [n / story.heads for n in now.kept]
     lead = ""
     if (held := story.answer_held(i, step)) is not None:

@@ -30,6 +30,7 @@ from l2kv.spec import CompressionSpec
 
 if TYPE_CHECKING:
     from streamlit.delta_generator import DeltaGenerator
+    from transformers import PretrainedConfig
 
     from analysis.demo.telling import Chat
     from analysis.models.load import LoadedModel
@@ -305,14 +306,18 @@ def _length(engine: Engine, ref: str, preset: Preset) -> None:
     except UserError as error:
         st.warning(markup.plain(str(error)), icon=":material/warning:")
         return
-    limit, notes = getattr(config, "max_position_embeddings", None) or 0, " ".join(map(markup.plain, tokens.notes))
-    if 0 < limit < len(tokens):
+    _tell_length(len(tokens), config, tokens.notes)
+
+
+def _tell_length(n: int, config: PretrainedConfig, notes: Sequence[str]) -> None:
+    limit, noted = getattr(config, "max_position_embeddings", None) or 0, " ".join(map(markup.plain, notes))
+    if 0 < limit < n:
         st.warning(
-            f"{counted(len(tokens), 'token')}, and the model was trained on {limit:,}: expect it to fail. {notes}",
+            f"{counted(n, 'token')}, and the model was trained on {limit:,}: expect it to fail. {noted}",
             icon=":material/warning:",
         )
     else:
-        st.caption(f"{counted(len(tokens), 'token')} of the {limit:,} that the model was trained on. {notes}")
+        st.caption(f"{counted(n, 'token')} of the {limit:,} that the model was trained on. {noted}")
 
 
 def _tell(engine: Engine, preset: Preset, run: Run, place: DeltaGenerator) -> None:
@@ -416,6 +421,10 @@ def _chat(engine: Engine, jobs: Jobs) -> None:
         _say(engine, plain_text(message), run)
     elif turns:
         _player(*turns, at_its_end=True)
+        if found:
+            tokenizer, config = found
+            notes = prompt_tokens(tokenizer, turns[-1].prompt, chat=True).notes
+            _tell_length(turns[-1].at(0, turns[-1].n_steps - 1).seen, config, notes)
     elif talk:
         st.caption(":material/cancel: The message was not read to its end, so the chat begins anew.")
 

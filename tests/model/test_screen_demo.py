@@ -246,6 +246,8 @@ def test_a_chat_goes_on_in_its_caches(talker):
         assert shown[-1].count("Nothing is evicted yet: that begins at 128 tokens.") == 1
         assert "held by" not in "".join(shown[:-1])
     assert "<b>And</b>" not in "".join(shown)
+    told = page.session_state["demo_talk"].turns[-1].caches[0].steps[-1]
+    assert f"{told.seen} tokens of the 1,024 that the model was trained on." in said(page)
     page.button(key="new_chat").click().run()
     assert page.session_state["demo_talk"] is None if "demo_talk" in page.session_state else True
 

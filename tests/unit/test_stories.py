@@ -124,6 +124,13 @@ def test_a_cache_too_short_to_be_compressed_says_from_where_on_it_is():
     assert "Nothing" not in stage.stage(chat(short), 0)
 
 
+def test_a_text_too_long_to_count_heads_says_so_and_its_numbers_are_grouped():
+    long = Step((1,), 20_000, "So", (1200, 20_000), 400)
+    shown = stage.stage(chat(long), 0)
+    assert "1,200 to 20,000 of 20,000 tokens held per layer" in shown
+    assert shown.count("Which tokens are held is counted for up to 4,000 tokens.") == 1
+
+
 def test_no_text_becomes_markup():
     caches = [replace(told, name=HOSTILE, steps=(replace(told.steps[0], text=HOSTILE),)) for told in STORY.caches]
     hostile = replace(STORY, name=HOSTILE, prompt=HOSTILE, answer=HOSTILE, labels=(HOSTILE,) * 5, caches=tuple(caches))
