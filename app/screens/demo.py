@@ -396,7 +396,6 @@ def _chat(engine: Engine, jobs: Jobs) -> None:
         _ask_beside()
         if st.button("New chat", icon=":material/add_comment:", key="new_chat"):
             TALK.drop()
-        place = st.empty()
     left, right = st.columns([3, 2])
     with right, st.expander("Length and sampling", icon=":material/casino:"):
         run = _ask_run("chat", prune_after=_CHAT_FROM)
@@ -417,7 +416,6 @@ def _chat(engine: Engine, jobs: Jobs) -> None:
     for turn in turns if message else turns[:-1]:
         st.html(stage.STYLE + stage.stage(turn, turn.n_steps - 1, texts_only=True))
     if message:
-        place.button("Cancel", icon=":material/cancel:", key="cancel_chat")  # any click ends this script
         _say(engine, plain_text(message), run)
     elif turns:
         _player(*turns, at_its_end=True)
@@ -433,7 +431,8 @@ def _say(engine: Engine, message: str, run: Run) -> None:
     """Answer a message; the chat keeps its caches, and no model."""
     from analysis.demo.telling import Chat
 
-    talk, place = TALK.get(), st.empty()
+    talk, place, below = TALK.get(), st.empty(), st.empty()
+    below.button("Cancel", icon=":material/cancel:", key="cancel_chat")  # any click ends this script
     if talk is None or not talk.turns:
         TALK.set(talk := Chat(run.specs, dtype=_dtype(state.model_ref())))
 
@@ -442,3 +441,4 @@ def _say(engine: Engine, message: str, run: Run) -> None:
 
     if _grow(engine, telling, place):
         st.rerun()
+    below.empty()

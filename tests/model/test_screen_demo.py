@@ -4,7 +4,6 @@ import base64
 import gzip
 import json
 import re
-import shutil
 import time
 from dataclasses import replace
 
@@ -19,9 +18,8 @@ from app import library
 from app.engine import Engine
 from app.jobs import Jobs
 from l2kv import CompressionSpec
-from tests.support.paths import BUNDLED
 from tests.support.screens import opened as opened_screen
-from tests.support.texts import HOSTILE, TEMPLATE
+from tests.support.texts import HOSTILE, chatty
 
 SEA = "The old man looked at the sea, and the sea looked at the old man. Then he said to his wife: "
 
@@ -224,10 +222,8 @@ def test_a_model_without_a_template_says_so_in_place_of_a_chat():
 @pytest.fixture
 def talker(tmp_path, monkeypatch):
     """Folder of a model that has a chat template."""
-    shutil.copytree(BUNDLED, tmp_path / "talker")
-    (tmp_path / "talker" / "chat_template.jinja").write_text(TEMPLATE)
     monkeypatch.setenv("L2KV_MODEL_DIRS", str(tmp_path))
-    return str(tmp_path / "talker")
+    return str(chatty(tmp_path / "talker"))
 
 
 def fails(*args):
@@ -258,8 +254,7 @@ def test_hollow_tokens_of_a_chat_are_those_that_its_cache_holds_in_few_heads(tal
     page.number_input(key="chat_from").set_value(0).run()
     for message in ("Who is it?", "And why?"):
         page.chat_input(key="chat_message").set_value(message).run()
-    (talk,) = (page.session_state["demo_talk"],)
-    cache = talk.turns[-1].caches[1]
+    cache = page.session_state["demo_talk"].turns[-1].caches[1]
     chips = re.findall(r'title="(\d+): held by (\d+) of', stage(page))
     assert [int(held) for _, held in chips] == list(cache.steps[-1].kept) and len(chips) == len(cache.labels)
 
