@@ -84,8 +84,9 @@ class Chat:
         texts = columns.asked(loaded, message, new_tokens=new_tokens)
         story = _begun(loaded, Preset("Chat", message, chat=True), self.specs, self.dtype)
         if max(map(len, texts)) <= MOST_COUNTED:
-            read = [decoded(loaded.tokenizer, text) for text in texts]
-            story = replace(story, caches=tuple(map(_that_read, story.caches, read)))
+            caches = zip(story.caches, texts, strict=True)
+            read = (replace(cache, labels=decoded(loaded.tokenizer, text)) for cache, text in caches)
+            story = replace(story, caches=tuple(read))
         # Until they have read it: half a message cannot be answered.
         earlier, self.turns, self._columns = self.turns, (), None
         rows = columns.write(
@@ -128,10 +129,6 @@ def _grown(story: Story, rows: Generator[tuple[Step, ...], None, None]) -> Gener
             if story.answer and not story.chat and all(decided(story.answer, step.text) for step in row):
                 break
     yield replace(story, ended=True)
-
-
-def _that_read(cache: Told, labels: tuple[str, ...]) -> Told:
-    return replace(cache, labels=labels)
 
 
 def _that_wrote(cache: Told, step: Step) -> Told:

@@ -132,9 +132,8 @@ def test_a_chat_is_typed_cancelled_continued_and_reported(demo, talker):
         page.get_by_test_id("stChatInputTextArea").click()
         page.keyboard.type(text)  # "p" and the space are keys of the player
         page.keyboard.press("Enter")
-        page.locator(
-            ".l2kv-asked", has_text=text
-        ).last.wait_for()  # a first token: before it, there is no answer to keep
+        # For the first token: before it, there is no answer to keep.
+        page.locator(".l2kv-asked", has_text=text).last.wait_for()
         page.get_by_role("button", name="Cancel", exact=True).click()
         settled(page)
         assert page.get_by_text("Cancelled: what was written until then is kept.").count() == 1
