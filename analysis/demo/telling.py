@@ -83,10 +83,9 @@ class Chat:
         columns = self._columns or Columns(loaded, [None, *self.specs.values()])
         texts = columns.asked(loaded, message, new_tokens=new_tokens)
         story = _begun(loaded, Preset("Chat", message, chat=True), self.specs, self.dtype)
-        if max(map(len, texts)) <= MOST_COUNTED:
-            caches = zip(story.caches, texts, strict=True)
-            read = (replace(cache, labels=decoded(loaded.tokenizer, text)) for cache, text in caches)
-            story = replace(story, caches=tuple(read))
+        labels = (decoded(loaded.tokenizer, text) if len(text) <= MOST_COUNTED else () for text in texts)
+        caches = (replace(cache, labels=read) for cache, read in zip(story.caches, labels, strict=True))
+        story = replace(story, caches=tuple(caches))
         # Until they have read it: half a message cannot be answered.
         earlier, self.turns, self._columns = self.turns, (), None
         rows = columns.write(

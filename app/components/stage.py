@@ -63,7 +63,7 @@ def stage(story: Story, step: int, *, texts_only: bool = False) -> str:
 
 def _legend(story: Story) -> str:
     answer = ', <span class="answer">outlined</span> those of the answer' if story.answer_at else ""
-    of = "chat that each cache had read" if story.caches[0].labels else "prompt"
+    of = "chat that each cache had read" if any(cache.labels for cache in story.caches) else "prompt"
     return (
         f'<p class="l2kv-small l2kv-tokens">Tokens of the {of}: <span style="background:color-mix(in srgb, '
         f'{PRIMARY} 45%, transparent)">solid</span> are held by at least half of the {story.heads} kv heads, '
