@@ -81,7 +81,9 @@ def dialog(engine: Engine, jobs: Jobs) -> None:
         )
         return
     done = asked.done
-    st.markdown(f"About **{counted(expected, 'excerpt')}**{_time(expected - done, int(n_tokens))}.")
+    st.markdown(
+        f"About **{counted(expected, 'excerpt')}** of {n_tokens:,} tokens{_time(expected - done, int(n_tokens))}."
+    )
     _note_special_tokens(engine, texts)
     if st.button(f"Continue ({done} done)" if done else "Start", type="primary", icon=":material/play_arrow:"):
         state.OVER.set("many texts")

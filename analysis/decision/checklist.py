@@ -157,8 +157,9 @@ def decide(
                 "This compression fails; a plan of the same bytes passes, on texts that it was not made from.",
             )
         case _, Status.NOT_YET:
-            answer, why = Answer.NOT_YET, "As set, it fails. A plan of the same bytes may pass: to be measured"
-            why += f" with it: {_missing(planned)}." if planned else ", on texts that it is not made from."
+            answer, why = Answer.NOT_YET, f"As set, it fails: {_failures(asked)}. A plan of the same bytes may pass; "
+            why += f"to be measured of it: {_missing(planned)}." if planned else "none is measured yet."
+            why += f" {_would_pass(smallest, family)}" if smallest else ""
         case _:
             answer, why = (
                 Answer.NO_GO,
@@ -221,6 +222,14 @@ def _outcome(checks: Sequence[Check]) -> Status:
 
 def _missing(checks: Sequence[Check]) -> str:
     return ", ".join(check.missing for check in checks if check.status is Status.NOT_YET)
+
+
+def _failures(checks: Sequence[Check]) -> str:
+    """What failed and by how much: "perplexity × 1.105, passkeys 31 of 50 (full 50)"."""
+    names = ("perplexity", *(f"{task}s" for task in RETRIEVAL))
+    return ", ".join(
+        f"{name} {one.short}" for name, one in zip(names, checks, strict=True) if one.status is Status.FAILED
+    )
 
 
 def _not_judged(checks: Sequence[Check]) -> str:

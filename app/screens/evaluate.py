@@ -111,6 +111,8 @@ def _new(engine: Engine, jobs: Jobs) -> None:
         st.error(markup.plain(str(error)), icon=":material/error:")
         return
     with right:
+        if asked.excerpts:
+            st.caption(f"{counted(asked.excerpts, 'excerpt')} at most.")
         _estimate(engine, asked)
         if st.button("Start", type="primary", icon=":material/play_arrow:", key="start_evaluation"):
             state.follow(start(jobs, state.model_ref(), asked))

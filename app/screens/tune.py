@@ -489,12 +489,12 @@ def _measure_front(jobs: Jobs, run: Capture, texts: Any, cut: documents.Cut) -> 
 
 
 def _takes(run: Capture, cut: documents.Cut, passes: int, *, planning: bool = False) -> str:
-    """What a measurement takes: passes and minutes; with `planning` as many other prompts are captured as measured."""
+    """What is measured, and how long it takes; with `planning`, as many other prompts are captured beforehand."""
     pace = library.pace(run.model, run)
     seconds = pace.predictions(cut.excerpts * (1 + planning), passes, cut.lm)
     return (
-        f"At most {passes:,} passes of {cut.lm.prompt_tokens} + {cut.lm.new_tokens} tokens: {pace.told(seconds)}, once "
-        "the model is in memory."
+        f"{counted(cut.excerpts, 'excerpt')}, at most {passes:,} passes of {cut.lm.prompt_tokens} + "
+        f"{cut.lm.new_tokens} tokens: {pace.told(seconds)}, once the model is in memory."
     )
 
 

@@ -16,7 +16,7 @@ from analysis.decision.speed import Speed
 from analysis.errors import UserError
 from analysis.plans.export import Saving, library_code
 from analysis.plans.skip import Plan
-from analysis.words import signed
+from analysis.words import counted, signed
 from app import library, state
 from app.components import documents, markup, savings
 from app.components import progress as progress_bar
@@ -292,7 +292,9 @@ def _measure(engine: Engine, jobs: Jobs) -> None:
     except (UserError, SpecError) as error:
         st.error(markup.plain(str(error)), icon=":material/error:")
         return
-    st.markdown(f"Takes {told}." if told.seconds else "All of this is measured already: more samples add to it.")
+    asked = f"{counted(sizes.excerpts, 'excerpt')}, {counted(sizes.samples, 'passkey')} and as many needles"
+    takes = f"take {told}." if told.seconds else "are measured already: more of them add to it."
+    st.markdown(f"{asked} {takes}")
 
 
 _Asked = tuple[object, ...]
