@@ -329,7 +329,7 @@ def _points(value: float) -> str:
 
 def _not_yet(asks: str, n: int, needed: int, noun: str) -> Check:
     says = f"Measured on {n} of the {counted(needed, noun)} that it takes." if n else "Not measured."
-    missing = f"{needed - n}{' more' if n else ''} {noun}{'s' * (needed - n != 1)}"
+    missing = counted(needed - n, f"more {noun}" if n else noun)
     return Check(asks, Status.NOT_YET, says, f"{n} of {needed} measured" if n else "", n, missing)
 
 

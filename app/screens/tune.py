@@ -101,7 +101,8 @@ def _curve(front: Front | None, run: Capture) -> None:
     )  # fmt: skip
     st.caption(
         f"Change of the NLL after {front.lengths[0]} tokens, the mean over {front.counted} with 95 % intervals; "
-        f"plans were made on {len(front.planned_on)} others. Lower left is better. **Click a point to use it.**"
+        f"plans were made on {counted(len(front.planned_on), 'other')}. Lower left is better. "
+        "**Click a point to use it.**"
     )
     with st.container(horizontal=True, vertical_alignment="bottom"):
         names, best = list(lines), _least(front)
