@@ -44,7 +44,8 @@ def draw(engine: Engine, jobs: Jobs) -> None:
             _compression(engine)
         short, whole = status(engine, jobs)
         st.caption(short, help=whole, width=190)
-        _link()
+        with st.container(width="content"):
+            _link()
     # In containers, so that what comes and goes here moves no part of the page that is drawn alone: such a part is
     # drawn where it was, and the browser shows an error in place of the page if that is no longer its place.
     with st.container():

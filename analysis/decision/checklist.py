@@ -7,7 +7,7 @@ decides, not a mean, so that too few samples cannot pass by luck. Runs nothing, 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from math import exp, isnan, nan
 from typing import Annotated
@@ -340,8 +340,8 @@ def _undefined(asks: str, pairs: _Pairs) -> Check:
 
 def bytes_beside(results: Iterable[Results], plan: CompressionSpec, spec: CompressionSpec) -> float:
     """Bytes that a plan holds over those of a compression, on the task where it is most; NaN if none measured both."""
-    names = [(one, {its: name for name, its in one.methods.items()}) for one in results if one.rows]
-    both = [(one.nbytes(of[plan]), one.nbytes(of[spec])) for one, of in names if {plan, spec} <= set(of)]
+    named = [(one, one.by_spec.get(plan), one.by_spec.get(spec)) for one in results if one.rows]
+    both = [(one.nbytes(ours), one.nbytes(its)) for one, ours, its in named if ours and its]
     return max((planned / its for planned, its in both if its), default=nan)
 
 
@@ -375,8 +375,13 @@ def _on_other_texts(results: Sequence[Results], plan: CompressionSpec, planned_o
 def _family(results: Sequence[Results], spec: CompressionSpec) -> list[CompressionSpec]:
     """The compression and those measured that differ from it in the keep ratio alone, the largest first."""
     specs = {its for one in results for its in one.methods.values() if its is not None} | {spec}
-    alike = (its for its in specs if replace(its, keep_ratio=spec.keep_ratio) == spec)
+    alike = (its for its in specs if _differ_in(its, spec) <= {"keep_ratio"})
     return sorted(alike, key=lambda its: -its.keep_ratio)
+
+
+def _differ_in(one: CompressionSpec, other: CompressionSpec) -> set[str]:
+    """Names of the settings in which two compressions differ."""
+    return {each.name for each in fields(one) if getattr(one, each.name) != getattr(other, each.name)}
 
 
 def _smallest_passing(results: Sequence[Results], family: Sequence[CompressionSpec], limits: Limits) -> float | None:
@@ -392,7 +397,7 @@ def _smallest_passing(results: Sequence[Results], family: Sequence[CompressionSp
 def _passing_rival(results: Sequence[Results], spec: CompressionSpec, limits: Limits) -> CompressionSpec | None:
     """The same compression by another policy that passes, the one measured last; None if none does."""
     specs = [its for one in reversed(results) for its in one.methods.values() if its is not None and its != spec]
-    alike = (its for its in dict.fromkeys(specs) if replace(its, policy=spec.policy) == spec)
+    alike = (its for its in dict.fromkeys(specs) if _differ_in(its, spec) == {"policy"})
     return next((its for its in alike if _outcome(_checks(results, its, limits)) is Status.PASSED), None)
 
 

@@ -157,6 +157,11 @@ class Results:
     def _cells(self) -> dict[tuple[str, str], Row]:
         return {(row.method, row.sample): row for row in self.rows}
 
+    @cached_property
+    def by_spec(self) -> Mapping[CompressionSpec | None, str]:
+        """Name of the method of each spec; of equal ones, which are run once, the last."""
+        return {spec: name for name, spec in self.methods.items()}
+
     @property
     def full(self) -> str:
         """Name of the full cache. Raises SettingsError if it was not measured."""
@@ -266,7 +271,7 @@ class Results:
 
     def work(self) -> Work:
         """Count the tokens that were run, and those that sharing passes saved."""
-        one = {spec: name for name, spec in self.methods.items()}  # equal specs are run once
+        one = self.by_spec
         runs = min(len(one), len(self.run.together) if self.run and self.run.together else 1)
         context = sum(row.context for row in self.of(next(iter(self.methods)))) if self.methods else 0
         decoded = sum(row.decoded for name in one.values() for row in self.of(name))

@@ -90,8 +90,11 @@ def ask_cut(key: str, *, label: str = "Excerpts") -> Cut:
     """Ask for the number and the lengths of excerpts. Raises SettingsError."""
     with st.container(horizontal=True, vertical_alignment="bottom"):
         n = st.number_input(
-            label, 1, 256, EXCERPTS, key=f"{key}_excerpts", help="Spread over the texts. Fewer than 16 say little."
+            label, 1, 256, EXCERPTS, key=f"{key}_excerpts", persist_state="session",
+            help="Spread over the texts. Fewer than 16 say little.",
+        )  # fmt: skip
+        prompt = st.number_input(
+            "Prompt tokens", 8, 131_072, PROMPT_TOKENS, 64, key=f"{key}_prompt", persist_state="session"
         )
-        prompt = st.number_input("Prompt tokens", 8, 131_072, PROMPT_TOKENS, 64, key=f"{key}_prompt")
-        new = st.number_input("Tokens to predict", 1, 4096, NEW_TOKENS, 16, key=f"{key}_new")
+        new = st.number_input("Tokens to predict", 1, 4096, NEW_TOKENS, 16, key=f"{key}_new", persist_state="session")
     return Cut(int(n), LmSettings(int(prompt), int(new)))

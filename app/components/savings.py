@@ -78,7 +78,12 @@ def tile(engine: Engine, spec: CompressionSpec) -> Saving | None:
 
 def table(engine: Engine, spec: CompressionSpec) -> None:
     """Draw what is saved at several lengths, in the model on screen or in another one by its config alone."""
-    with st.expander("Savings at other lengths, or in a model that is not here", icon=":material/table:"):
+    with st.expander(
+        "Savings at other lengths, or in a model that is not here", icon=":material/table:", key="savings",
+        on_change="rerun",
+    ) as savings:  # fmt: skip
+        if not savings.open:
+            return
         try:
             other = _of_config()
             sizes = _sizes_of(other) if other else _sizes(engine)

@@ -45,12 +45,12 @@ class Line:
     kind: str  # "uniform", "plan" or "baseline"
 
 
-def front(lines: Mapping[str, Line], *, full_mib: float, shown: Collection[str] | None = None) -> go.Figure:
-    """The bytes of the cache (x) against what it costs in prediction (y), a line for each strategy, with intervals.
+def front(lines: Mapping[str, Line], *, full_mib: float, intervals: Collection[str] | None = None) -> go.Figure:
+    """The bytes of the cache (x) against what it costs in prediction (y), a line for each strategy, with the
+    intervals of the lines named, by default of all: those of a dozen strategies hide one another.
 
     Plans are solid with filled markers, uniform strategies dashed and hollow, baselines dotted grey; the full cache is
-    a grey cross at no change. Only the lines `shown` are drawn; a line looks the same whichever they are. Lines that
-    tower over the plans leave the view, which says so: a double click shows them.
+    a grey cross at no change. Lines that tower over the plans leave the view, which says so: a double click shows them.
     """
     figure = new_figure(height=560, legend=BELOW)
     level(figure, 0)
@@ -59,13 +59,13 @@ def front(lines: Mapping[str, Line], *, full_mib: float, shown: Collection[str] 
         place, colors = drawn[line.kind], _COLORS[line.kind]
         color, symbol = colors[place % len(colors)], MARKERS[place % len(MARKERS)]
         drawn[line.kind] += 1
-        if shown is not None and name not in shown:
-            continue
         figure.add_scatter(
             x=line.mib, y=line.change, mode="lines+markers", name=literal(name),
             line=dict(color=color, width=2, dash=_DASHES[line.kind]),
             marker=dict(size=9, symbol=symbol if line.kind == "plan" else f"{symbol}-open", line_width=1.5),
-            error_y=error_bars(line.change, line.low, line.high, color=color) | dict(thickness=1, width=3),
+            error_y=error_bars(line.change, line.low, line.high, color=color) | dict(thickness=1, width=3)
+            if intervals is None or name in intervals
+            else None,
             customdata=np.stack([line.keep_ratio, line.low, line.high], axis=1).tolist(),
             hovertemplate=f"{literal(name)}, keep %{{customdata[0]:.0%}}<br>%{{x:.2f}} MiB<br>NLL %{{y:+.3f}}, "
             "95 % %{customdata[1]:+.3f} to %{customdata[2]:+.3f}<extra></extra>",
@@ -77,8 +77,8 @@ def front(lines: Mapping[str, Line], *, full_mib: float, shown: Collection[str] 
     figure.update_layout(
         xaxis=axis("cache, MiB", rangemode="tozero"), yaxis=axis("NLL change, nats/token"), hoverdistance=15
     )
-    if above := _towering(drawn_lines := {name: lines[name] for name in lines if shown is None or name in shown}):
-        low, high = _ends(line for name, line in drawn_lines.items() if name not in above)
+    if above := _towering(lines):
+        low, high = _ends(line for name, line in lines.items() if name not in above)
         figure.update_yaxes(range=[min(low, 0) - 0.05 * (high - low), high + 0.1 * (high - low)])
         figure.add_annotation(
             x=1, y=1, xref="paper", yref="paper", xanchor="right", yanchor="top", showarrow=False,

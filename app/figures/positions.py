@@ -5,6 +5,7 @@ It is what a click on the map or a key draws anew: a browser needs a fifth of a 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,7 +44,7 @@ def norm_and_attention(
     is_kept = np.ones(len(key_norm), dtype=bool) if kept is None else np.asarray(kept, dtype=bool)
     rows = {
         name: [
-            [int(i) + first_position, _short(labels[i]), _rounded(key_norm[i]), _rounded(100 * attention[i]),
+            [int(i) + first_position, _literal(labels[i]), _rounded(key_norm[i]), _rounded(100 * attention[i]),
              _rounded(np.log10(max(np.nan_to_num(attention[i]), floor)))]
             for i in shown[is_kept[shown] == (name == "kept")]
         ]
@@ -104,8 +105,10 @@ def _decades(low: int, n: int) -> list[str]:
     return ["≤ " * (i == low) + f"{10.0 ** (i + 2):.{max(-i - 2, 0)}f} %" for i in range(low, low + n + 1)]
 
 
-def _short(label: str) -> str:
-    return label if len(label) <= LONGEST_LABEL else label[: LONGEST_LABEL - 1] + "…"
+def _literal(label: str) -> str:
+    """Shorten the label of a token, with nothing left that a formatter of ECharts would fill in: {b}, {@[2]}, $&."""
+    short = label if len(label) <= LONGEST_LABEL else label[: LONGEST_LABEL - 1] + "…"
+    return re.sub(r"[{$]", "\\g<0>\N{WORD JOINER}", short)
 
 
 def _rounded(value: float) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import plotly.graph_objects as go
 
 from analysis import statistics
 from analysis.comparing import Comparison
@@ -83,9 +84,9 @@ def of_front(front: Front) -> Section:
     too_small = "; ".join(each.split(":")[0] for each in front.left_out)
     left_out = (f"Left out, since the budget is too small for them: {too_small}.",) if too_small else ()
     drawing = Drawing(
-        figures.front(front_lines(front), full_mib=front.full_nbytes / _MIB),
+        front_figure(front),
         alt="Bytes of the cache against the change of the negative log likelihood, a line for each strategy",
-        caption=f"The mean over {counted(n, 'text')} and its 95 % interval; lower left is better. Bytes "
+        caption=f"The mean over {counted(n, 'text')}; {INTERVALS}. Lower left is better. Bytes "
         f"are counted in the caches after a prompt of {front.lengths[0]} tokens and {front.lengths[1]} more. Plans "
         f"were made from {counted(len(front.planned_on), 'other text')}.",
         table={
@@ -100,9 +101,14 @@ def of_front(front: Front) -> Section:
     return Section(f"What each allocation strategy costs: {front.model}", (front.answer(), *left_out), (drawing,))
 
 
-def front_lines(front: Front) -> dict[str, figures.Line]:
-    """What the figure of a front draws, by the title of each strategy."""
-    return {title_of(name): _line(front, name, points) for name, points in front.lines.items()}
+INTERVALS = "95 % intervals are those of the plan and of the uniform strategy that are best at a keep ratio"
+
+
+def front_figure(front: Front) -> go.Figure:
+    """Draw a front, a line for each strategy in the order of `Front.lines`, with `INTERVALS`."""
+    lines = {title_of(name): _line(front, name, points) for name, points in front.lines.items()}
+    best = {title_of(point.strategy) for kind in ("plan", "uniform") for point in front.best(kind).values()}
+    return figures.front(lines, full_mib=front.full_nbytes / _MIB, intervals=best or None)
 
 
 def of_ablation(check: Ablation) -> Section:

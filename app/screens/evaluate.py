@@ -290,8 +290,9 @@ def _one(id: str, name: str, *, growing: bool) -> None:
         titles = [drawing.title for drawing in along]
         at = st.selectbox("Along the text", range(len(along)), format_func=titles.__getitem__, key=f"along_{id}")
         _draw(along[at], f"{id}_along_{at}")
-    with st.expander("Every answer", icon=":material/table:", key=f"rows_{id}"):
-        st.dataframe(results.frame(), hide_index=True, key=f"frame_{id}")
+    with st.expander("Every answer", icon=":material/table:", key=f"rows_{id}", on_change="rerun") as answers:
+        if answers.open:
+            st.dataframe(results.frame(), hide_index=True, key=f"frame_{id}")
     with st.container(horizontal=True):
         st.download_button(
             "CSV", lambda: results.frame().to_csv(index=False).encode(), f"{id}.csv", "text/csv",

@@ -29,14 +29,13 @@ from app.components import choices, documents, markup
 from app.components.charts import show
 from app.engine import Engine
 from app.jobs import Jobs
-from app.report.chapters import front_lines
+from app.report.chapters import INTERVALS, front_figure
 from l2kv.spec import CompressionSpec
 
 if TYPE_CHECKING:
     from analysis.models.load import LoadedModel
     from analysis.progress import Progress
 
-_MIB = 2**20
 _RULES = {"threshold": "threshold", "count": "number", "gap": "widest gap"}
 _BY = {"cost": "Measured cost/MiB", "alr": "ALR, a proxy"}
 _STRATEGY = state.Slot("strategy", "", state.Param("strategy", state.one_of(("", *STRATEGIES))))
@@ -65,9 +64,17 @@ def draw(engine: Engine, jobs: Jobs) -> None:
     st.divider()
     _allocate(run, front)
     st.divider()
-    _export(run)
-    st.divider()
-    _measure(jobs, run)
+    st.markdown(f"In force: {header.in_words(state.spec())}.")
+    # What is folded is not drawn: the browser needs half a second for the code alone.
+    with st.expander(
+        "Take it with you: script, kvpress, JSON", icon=":material/code:", key="export", on_change="rerun"
+    ) as export:
+        if export.open:
+            _export(run)
+    unmeasured = front is None or not front.points
+    with st.expander("Measure", unmeasured, icon=":material/science:", key="measuring", on_change="rerun") as measuring:
+        if measuring.open:
+            _measure(jobs, run)
 
 
 def _latest(cls: type[Any], kind: str) -> Any:
@@ -95,13 +102,13 @@ def _curve(front: Front | None, run: Capture) -> None:
             _use_point(front, lines[list(lines)[points[0]["curve_number"]]][points[0]["point_index"]])
 
     st.plotly_chart(
-        figures.front(front_lines(front), full_mib=front.full_nbytes / _MIB),
+        front_figure(front),
         key="tune_front", on_select=clicked, selection_mode="points", config={"displaylogo": False},
         alt="Bytes of the cache against the change of the NLL, a line for each allocation strategy",
     )  # fmt: skip
     st.caption(
-        f"Change of the NLL after {front.lengths[0]} tokens, the mean over {front.counted} with 95 % intervals; "
-        f"plans were made on {counted(len(front.planned_on), 'other')}. Lower left is better. "
+        f"Change of the NLL after {front.lengths[0]} tokens, the mean over {front.counted}; {INTERVALS}. "
+        f"Plans were made on {counted(len(front.planned_on), 'other')}. Lower left is better. "
         "**Click a point to use it.**"
     )
     with st.container(horizontal=True, vertical_alignment="bottom"):
@@ -116,13 +123,18 @@ def _curve(front: Front | None, run: Capture) -> None:
             key="tune_point",
         )
         st.button("Use this point", on_click=_use_chosen, args=(front,), key="use_point")
-    with st.expander("The numbers", icon=":material/table:"):
-        rows = [
-            row | {"strategy": title_of(row["strategy"]), "nll_change": str(row["nll_change"])} for row in front.table()
-        ]
-        st.dataframe(rows, hide_index=True, key="front_table")
-        if front.left_out:
-            st.caption("Left out, as the budget is too small: " + markup.plain("; ".join(front.left_out)))
+    with st.expander("The numbers", icon=":material/table:", key="front_numbers", on_change="rerun") as numbers:
+        if numbers.open:
+            _numbers(front)
+
+
+def _numbers(front: Front) -> None:
+    rows = [
+        row | {"strategy": title_of(row["strategy"]), "nll_change": str(row["nll_change"])} for row in front.table()
+    ]
+    st.dataframe(rows, hide_index=True, key="front_table")
+    if front.left_out:
+        st.caption("Left out, as the budget is too small: " + markup.plain("; ".join(front.left_out)))
 
 
 def _near(front: Front) -> float:
@@ -353,10 +365,8 @@ def _allocate(run: Capture, front: Front | None) -> None:
 
 def _export(run: Capture) -> None:
     """The compression in force as a script, as JSON and for kvpress."""
-    st.subheader("Take it with you")
     spec = state.spec()
     in_force = state.plan() or Plan(run.model, spec, note="set in the app")
-    st.markdown(f"In force: {header.in_words(spec)}.")
     script, kvpress, file = st.tabs(["Script", "kvpress", "Plan (JSON)"])
     with script:
         decision = library.decision(library.evidence(state.model()), spec, state.limits(), state.plan())
@@ -389,7 +399,6 @@ def _export(run: Capture) -> None:
 
 def _measure(jobs: Jobs, run: Capture) -> None:
     """Measure the curve or the layers: as a job, on texts of the user's own."""
-    st.subheader("Measure")
     texts = documents.ask(few="Give texts of your own for an answer on what you run.")
     what = st.segmented_control(
         "What",
@@ -397,6 +406,7 @@ def _measure(jobs: Jobs, run: Capture) -> None:
         default="Quality against memory",
         required=True,
         key="tune_what",
+        persist_state="session",
     )
     try:
         cut = documents.ask_cut("tune")
@@ -445,6 +455,7 @@ def _measure_front(jobs: Jobs, run: Capture, texts: Any, cut: documents.Cut) -> 
         format_func=title_of,
         help=choices.explained(offered),
         key="tune_strategies",
+        persist_state="session",
     )
     ratios: Sequence[float] = st.multiselect(
         "Keep ratios",
@@ -452,6 +463,7 @@ def _measure_front(jobs: Jobs, run: Capture, texts: Any, cut: documents.Cut) -> 
         [0.3, 0.5],
         format_func=lambda ratio: f"{ratio:.0%}",
         key="tune_ratios_asked",
+        persist_state="session",
     )
     if not (strategies and ratios):
         st.info("Choose a strategy and a keep ratio at least.")

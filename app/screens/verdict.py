@@ -16,6 +16,7 @@ from analysis.decision.speed import Speed
 from analysis.errors import UserError
 from analysis.plans.export import Saving, library_code
 from analysis.plans.skip import Plan
+from analysis.plans.strategies import title_of
 from analysis.words import counted, signed
 from app import library, state
 from app.components import documents, markup, savings
@@ -101,7 +102,9 @@ def _grounds(engine: Engine, jobs: Jobs, pages: Mapping[str, StreamlitPage]) -> 
             _limits()
     _checklist("The plan in force" if state.plan() else "As set", decision.checks, pages)
     if decision.plan_checks:
-        _checklist("With a plan of the same bytes", decision.plan_checks, pages)
+        assert decision.plan is not None, "it has been checked"
+        strategy = markup.plain(title_of(_plan_of(decision.plan).note.split(":")[0]))
+        _checklist(f"With a plan of the same bytes: {strategy}", decision.plan_checks, pages)
 
 
 # --------------------------------------------------------------------------------------------------------- the answer
@@ -139,12 +142,15 @@ def _answer(decision: Decision, asked: CompressionSpec) -> bool:
 
 
 def _use_plan(spec: CompressionSpec) -> None:
-    known = {library.opened(Plan, one.id).spec: one.id for one in library.entries("plan", model=state.model())}
-    if spec not in known:  # it is of a Pareto front
-        plans = library.gathered(library.evidence(state.model())).plans
-        made = next(plan for plan in plans if plan.spec == spec)
-        known[spec] = library.WORKSPACE.add(made, name="Verdict").id
-    state.PLAN.set(known[spec])
+    kept = {library.opened(Plan, one.id).spec: one.id for one in library.entries("plan", model=state.model())}
+    if spec not in kept:  # it is of a Pareto front
+        kept[spec] = library.WORKSPACE.add(_plan_of(spec), name="Verdict").id
+    state.PLAN.set(kept[spec])
+
+
+def _plan_of(spec: CompressionSpec) -> Plan:
+    """The plan that a decision fell back on."""
+    return next(plan for plan in library.gathered(library.evidence(state.model())).plans if plan.spec == spec)
 
 
 # ---------------------------------------------------------------------------------------------------------- the tiles
@@ -214,11 +220,12 @@ def _start_timing(jobs: Jobs, spec: CompressionSpec) -> None:
 
 def _heads(pages: Mapping[str, StreamlitPage]) -> None:
     """Say which layers follow the paper: the why, never the answer."""
-    study = state.study() or (library.study_of_run(state.run_id(), state.PROBE.get()) if state.run_id() else None)
-    if study is None:
+    study, probe = state.study(), state.PROBE.get()
+    if study is None and not state.run_id():
         return
-    probe = state.PROBE.get() if state.PROBE.get() in study.probes else study.probes[0]
-    told = verdicts.answer(study, probe=probe)
+    if study is not None and probe not in study.probes:
+        probe = study.probes[0]
+    told = library.answer_of(state.study_id() or state.run_id(), probe)
     with st.container(horizontal=True, vertical_alignment="center"):
         st.markdown(f"**{verdicts.QUESTION}** {markup.plain(told)}", width="stretch")
         _link(pages, "explore", "Why")
@@ -253,8 +260,10 @@ def _limits() -> None:
 
 
 def _script(spec: CompressionSpec, decision: Decision) -> None:
-    with st.expander("Use it: a script", icon=":material/code:"):
-        st.code(library_code(spec, state.model_ref(), told=decision.told(spec)), language="python", wrap_lines=True)
+    with st.expander("Use it: a script", icon=":material/code:", key="script", on_change="rerun") as script:
+        if script.open:
+            code = library_code(spec, state.model_ref(), told=decision.told(spec))
+            st.code(code, language="python", wrap_lines=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring

@@ -8,6 +8,7 @@ from analysis.plans.strategies import STRATEGIES
 from analysis.workspace import Workspace
 from app import library
 from tests.support.screens import opened as opened_screen
+from tests.support.screens import unfolded
 
 
 @pytest.fixture(autouse=True)
@@ -105,12 +106,13 @@ def test_a_plan_from_the_run_is_saved_and_in_force(workspace):
     page.button(key="use_plan").click().run()
     plan = workspace.open(Plan, link(page)["plan"])
     assert plan.spec.layer_ratios or plan.spec.head_ratios
-    assert str(plan.spec.keep_ratio) in "\n".join(block.value for block in page.code)
+    assert str(plan.spec.keep_ratio) in unfolded(page, "export").code[0].value
 
 
 def test_the_script_holds_every_chosen_value():
     page = opened(policy="keydiff", keep="0.35", window="16", skip="0,2")
-    script = page.code[0].value
+    assert not page.code, "what is folded is not drawn"
+    script = unfolded(page, "export").code[0].value
     for value in ("keydiff", "0.35", "protect_last=16", "(0, 2)", "books-5m"):
         assert value in script, value
 
@@ -124,7 +126,7 @@ def test_a_policy_that_norms_say_nothing_of_is_said_and_not_a_traceback(policy):
 def test_the_layers_are_measured_as_a_job_with_the_texts_given(workspace):
     import time
 
-    page = opened()
+    page = unfolded(opened(), "measuring")
     page.text_area(key="documents_pasted").set_value("The pony went on over the bridge in the rain. " * 100).run()
     page.segmented_control(key="tune_what").set_value("Cost of each layer").run()
     page.number_input(key="tune_excerpts").set_value(2)

@@ -13,6 +13,7 @@ from app import state
 from tests.support.decision import HALF, PLAN, found, lm, results
 from tests.support.paths import BUNDLED, ROOT
 from tests.support.screens import opened as screen
+from tests.support.screens import unfolded
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +74,8 @@ def test_without_a_measurement_it_says_what_is_missing_and_what_memory_is_saved_
     assert memory["Cache of 4,096 tokens, bfloat16"] == "90.0 MiB → 45.0 MiB"  # 30 layers x 3 heads x 64 x 2 x 2 bytes
     assert memory["Decoding on this machine"] == "Not yet measured"
     assert button(app, "measure").label == "Measure"
-    assert "Does a low key norm predict attention" in said and "CompressionSpec(" in app.code[0].value
+    assert "Does a low key norm predict attention" in said and not app.code
+    assert "CompressionSpec(" in unfolded(app, "script").code[0].value
 
 
 def test_smollm2_is_answered_at_first_sight_by_what_is_bundled():
@@ -109,7 +111,8 @@ def test_a_plan_that_passes_is_used_at_the_press_of_a_button(workspace):
     keep(workspace, Plan("smollm2", PLAN, "by hand", ("another text",)), *(planned(*one) for one in lists))
     app = opened()
     assert ":green[GO WITH A PLAN]" in words(app) and "made from 1 text" in words(app)
-    assert "head_ratios" in app.code[0].value
+    assert "With a plan of the same bytes: by hand" in words(app)
+    assert "head_ratios" in unfolded(app, "script").code[0].value
     button(app, "use_plan").click()
     app.run()
     assert not app.exception and "This plan passes every check" in words(app)
@@ -144,9 +147,9 @@ def test_a_plan_in_force_is_what_is_judged_and_its_script_is_the_one_of_tune(wor
     assert app.title[0].value == "Can I use this plan?" and ":gray[NOT YET]" in said
     assert "To be measured of this plan: 16 excerpts, 50 passkeys, 50 needles" in said and "The plan in force" in said
     assert app.metric[0].value == "Not yet measured" and button(app, "measure").label == "Measure"
-    script = app.code[0].value
+    script = unfolded(app, "script").code[0].value
     assert script.startswith("# NOT YET. To be measured of this plan") and "head_ratios" in script
-    assert screen("tune", model="smollm2", plan=id).code[0].value == script
+    assert unfolded(screen("tune", model="smollm2", plan=id), "export").code[0].value == script
 
     keep(
         workspace,
@@ -155,7 +158,7 @@ def test_a_plan_in_force_is_what_is_judged_and_its_script_is_the_one_of_tune(wor
     )
     app = opened(plan=id)
     assert ":red[NO-GO]" in words(app) and "This plan fails 1 of 4 checks." in words(app)
-    script = app.code[0].value.replace("\n#   ", " ")
+    script = unfolded(app, "script").code[0].value.replace("\n#   ", " ")
     assert (
         script.startswith("# NO-GO.")
         and "# Does it predict text as well as the full cache? Failed. Perplexity × 1.492" in script
@@ -191,7 +194,7 @@ def test_a_model_without_files_here_still_has_its_run(monkeypatch, workspace):
 
 
 def test_another_model_is_sized_by_its_config_alone_and_a_bad_one_is_refused():
-    app = opened()
+    app = unfolded(opened(), "savings")
     app.text_area(key="config_text").set_value((BUNDLED / "config.json").read_text()).run()
     assert not app.exception
     columns = app.dataframe[0].value

@@ -27,3 +27,9 @@ def opened(screen, *, model="books-5m", server=None, **params):
     page.run()
     assert not page.exception
     return page
+
+
+def unfolded(page, key):
+    """A page with the part of that key open, which is not drawn before."""
+    page.session_state[key] = True
+    return page.run()

@@ -176,11 +176,12 @@ def test_an_empty_front_is_the_full_cache_alone():
     assert [trace.name for trace in front({}, full_mib=2).data] == ["full cache"]
 
 
-def test_a_way_looks_the_same_whichever_others_are_shown():
+def test_only_the_ways_named_have_intervals_to_see_and_all_say_theirs():
     lines = {f"way {i}": a_line("plan") for i in range(3)}
-    whole, alone = front(lines, full_mib=2), front(lines, full_mib=2, shown=["way 2"])
-    assert [t.name for t in alone.data] == ["way 2", "full cache"]
-    assert repr(trace(alone, "way 2")) == repr(trace(whole, "way 2"))
+    whole, some = front(lines, full_mib=2), front(lines, full_mib=2, intervals=["way 2"])
+    assert [t.error_y.array is not None for t in some.data[:3]] == [False, False, True]
+    assert repr(trace(some, "way 2")) == repr(trace(whole, "way 2"))
+    assert [t.customdata for t in some.data[:3]] == [t.customdata for t in whole.data[:3]]
 
 
 def test_a_line_that_towers_over_the_plans_leaves_the_view_which_says_so():

@@ -1,6 +1,7 @@
 """The tokens of a head by position: which are drawn, where, and how those are told apart that are kept."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -25,6 +26,13 @@ def test_a_token_is_drawn_by_its_norm_above_and_its_attention_below():
     assert rows(made) == {0: ["a", 3, 25, pytest.approx(-0.6021)], 1: ["<b>", 1.235, 1, -2]}
     assert [(one["yAxisIndex"], one["encode"]["y"]) for one in made["series"]] == [(0, 2), (1, 4)]
     assert not made["legend"]["show"]
+
+
+@pytest.mark.parametrize("label", ["{b}", "{@[2]}", "$&", "$$"])
+def test_a_token_that_reads_like_a_place_of_the_hover_text_is_itself_there(label):
+    drawn = rows(option([1], [1], [label]))[0][0]
+    assert drawn.replace("\N{WORD JOINER}", "") == label  # which is seen
+    assert not re.search(r"\{[@\w]|\$[$&`'\d]", drawn)
 
 
 def test_kept_tokens_are_solid_and_evicted_hollow():
