@@ -225,11 +225,14 @@ def _missing(checks: Sequence[Check]) -> str:
 
 
 def _failures(checks: Sequence[Check]) -> str:
-    """What failed and by how much: "perplexity × 1.105, passkeys 31 of 50 (full 50)"."""
-    names = ("perplexity", *(f"{task}s" for task in RETRIEVAL))
-    return ", ".join(
-        f"{name} {one.short}" for name, one in zip(names, checks, strict=True) if one.status is Status.FAILED
-    )
+    """What failed and by how much: "perplexity × 1.019 (95 % up to 1.056), passkeys 31 of 50 (full 50)"."""
+    prediction, *retrieval = checks
+    ends = prediction.measured
+    told = [
+        f"perplexity {prediction.short}{f' (95 % up to {ends.high:.3f})' if ends else ''}",
+        *(f"{task}s {one.short}" for task, one in zip(RETRIEVAL, retrieval, strict=True)),
+    ]
+    return ", ".join(words for words, one in zip(told, checks, strict=True) if one.status is Status.FAILED)
 
 
 def _not_judged(checks: Sequence[Check]) -> str:

@@ -85,7 +85,8 @@ def test_too_few_samples_say_how_many_are_missing():
 def test_a_failure_is_an_answer_though_the_rest_is_not_measured():
     failed = lm(*[0.4] * 16)
     assert decide([failed], HALF).answer is Answer.NOT_YET  # a plan may pass
-    told = "As set, it fails: perplexity × 1.492. A plan of the same bytes may pass; none is measured yet."
+    told = "As set, it fails: perplexity × 1.492 (95 % up to 1.492). A plan of the same bytes may pass; none is "
+    told += "measured yet."
     assert decide([failed], HALF).why == told
     larger = [
         results(
