@@ -85,7 +85,7 @@ def _of(run: Capture) -> Pace:
 
 @cache
 def _multiplication() -> float:
-    """Seconds of a multiplication and addition in a product of matrices: the least of many tries, as others run, too."""
+    """Seconds of a multiplication and addition in a product of matrices: the least of some tries, as others run."""
     rows, square = np.ones((_ROWS, _SIDE), np.float32), np.ones((_SIDE, _SIDE), np.float32)
 
     def once() -> float:
