@@ -167,7 +167,7 @@ def _turn(
         tokens = np.concatenate([np.array(column.seen, np.int64), further])
         check_length(loaded, Tokens(tokens, np.zeros((len(tokens), 2), np.int32), ()), new_tokens=max_new_tokens)
     with prepared(loaded):
-        with _watched(loaded, len(columns), progress):
+        with watched(loaded, len(columns), progress):
             for column, further in zip(columns, ids, strict=True):
                 column.read(loaded, further)
         for _ in range(max_new_tokens):
@@ -252,7 +252,7 @@ def prepared(loaded: LoadedModel) -> Iterator[None]:
 
 
 @contextmanager
-def _watched(loaded: LoadedModel, passes: int, progress: Progress) -> Iterator[None]:
+def watched(loaded: LoadedModel, passes: int, progress: Progress) -> Iterator[None]:
     """Within the block, `progress` hears of every layer of so many forward passes."""
     done, total = 0, passes * loaded.config.num_hidden_layers
 

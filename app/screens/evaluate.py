@@ -203,6 +203,7 @@ def start(jobs: Jobs, ref: str, asked: Asked) -> str:
 
         id, file = library.WORKSPACE.results_file({"weights": digest_of(loaded), "asked": asked})
         file.parent.mkdir(parents=True, exist_ok=True)
+        job(0, 0, "Making the samples …")
         texts = asked.given(loaded)
         comparison = asked.compared(loaded, texts)
 
@@ -228,7 +229,7 @@ def start(jobs: Jobs, ref: str, asked: Asked) -> str:
                 progress=progress,
             )
         finally:  # what was measured is listed, also if it was cancelled
-            if file.exists():
+            if job.done:
                 list_them()
         return id
 
@@ -271,7 +272,10 @@ def _one(id: str, name: str, *, growing: bool) -> None:
         st.caption(f":material/pending: Being measured: {counted(n, 'sample')} done by all methods so far.")
     if not results.rows:
         if not growing:
-            st.info("Not one sample is done by all methods yet. Start the same evaluation again, and it goes on.")
+            st.info(
+                "Scores are shown of samples that all methods have done, and none is yet. Start the same evaluation "
+                "again: it goes on from the scores that are kept."
+            )
         return
     made = _section(id, library.version_of(id))
     for words in made.words:

@@ -11,7 +11,7 @@ from analysis.evaluation.tasks import TASKS
 from analysis.workspace import Workspace
 from app import library
 from app.engine import Engine
-from app.jobs import Jobs
+from app.jobs import Job, Jobs
 from tests.support.screens import opened as opened_screen
 
 
@@ -91,17 +91,37 @@ def test_rows_are_shown_as_they_come_kept_when_cancelled_and_not_computed_again(
     assert len(set(so_far)) == 1 and 0 < so_far[0] < 120 and "Being measured" in "".join(c.value for c in page.caption)
     (delete,) = (button for button in page.button if button.label == "Delete")
     assert delete.disabled  # the file is being written
-    job.cancel()
+    page.button(key=f"job_cancel_{job.id}").click().run()
     while job.running:
         time.sleep(0.01)
     assert job.status == "cancelled", job.message
     (entry,) = workspace.entries("results")
     before = workspace.path(entry.id).stat().st_size
+    rows = workspace.path(entry.id).read_text().count('"sample":')
     page.run()
     assert not page.exception
+    assert f"{rows} of 160 scores are kept" in page.info[0].value and "goes on from there" in page.info[0].value
     again = measured(page, server[1])
     assert again.status == "done" and again.result == entry.id
     assert workspace.path(entry.id).stat().st_size > before and len(workspace.entries("results")) == 1
+
+
+def test_nothing_is_listed_where_it_is_cancelled_before_the_first_score(server, workspace, monkeypatch):
+    page = a_small_passkey(opened(server))
+    monkeypatch.setattr(Job, "__call__", cancelled_at_the_first_count(Job.__call__))
+    job = measured(page, server[1])
+    assert job.status == "cancelled" and job.done == 0 < job.total
+    page.run()
+    assert "nothing is kept" in page.info[0].value and not workspace.entries("results") and not page.exception
+
+
+def cancelled_at_the_first_count(call):
+    def counted(job, done, total, what):
+        if total:
+            job.cancel()
+        call(job, done, total, what)
+
+    return counted
 
 
 @pytest.mark.parametrize(
