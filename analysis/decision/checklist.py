@@ -340,11 +340,11 @@ def _fair(
     results: Sequence[Results], plan: CompressionSpec, spec: CompressionSpec, planned_on: Collection[str]
 ) -> tuple[Check, Check]:
     """Whether a plan holds no more bytes than the compression, and was measured on other texts than made it."""
-    asks, ratio = "Does the plan hold no more bytes?", bytes_beside(results, plan, spec)
+    asks, ratio = "Does the plan hold the same bytes?", bytes_beside(results, plan, spec)
     if isnan(ratio):
         held = Check(asks, Status.NOT_YET, "Not measured.", missing="the plan and the compression side by side")
     else:
-        says = f"It holds × {ratio:.3f} of them; × {1 + SAME_BYTES:g} is allowed."
+        says = f"It holds × {ratio:.3f} of them; up to × {1 + SAME_BYTES:g} is allowed."
         held = Check(asks, Status.PASSED if ratio <= 1 + SAME_BYTES else Status.FAILED, says)
     return held, _on_other_texts(results, plan, planned_on)
 

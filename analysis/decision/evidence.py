@@ -82,7 +82,7 @@ class Evidence:
         found = tuple(records)
         fronts = [one for one in found if isinstance(one, Front)]
         planned = (
-            Plan(front.model, point.spec, point.strategy, front.planned_on)
+            Plan(front.model, point.spec, f"{point.strategy}: a point of the Pareto front", front.planned_on)
             for front in fronts
             for point in front.points
         )

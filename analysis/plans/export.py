@@ -132,9 +132,16 @@ with compressible(model){", torch.no_grad()" if again else ""}:
     output = model.generate(**inputs, past_key_values=cache, max_new_tokens={again.new_tokens if again else 48}, \
 do_sample=False)
 print(tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))
+{"" if again else _HELD}"""
+
+
+_HELD = """\
+print("tokens held, by layer:", *cache.held, "of", output.shape[1] - 1)
 """
-
-
+_EXAMPLE = """\
+filler = "The grass is green. The sky is blue. The sun is yellow. Here we go. " * 20
+prompt = f"{filler}The pass key is 71432. Remember it. {filler}What is the pass key?"
+"""
 _PREFILL = """\
     # Compressed before its last token is read: even the first new token comes from what is kept.
     prefill(model, inputs.input_ids[:, :-1], cache)
@@ -148,15 +155,14 @@ prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tok
 def _inputs_code(again: Generation | None) -> str:
     """Write how a prompt becomes tokens."""
     if again is None:
-        prompt = _quoted("The old man looked at the sea. What did he see?")
+        prompt = _EXAMPLE
         templated = "if tokenizer.chat_template:\n" + textwrap.indent(_TEMPLATED, "    ")
         special = ", add_special_tokens=not tokenizer.chat_template"
     else:
-        prompt = repr(again.prompt)  # JSON would write an emoji as two characters
+        prompt = f"prompt = {again.prompt!r}\n"  # JSON would write an emoji as two characters
         templated, special = (_TEMPLATED, ", add_special_tokens=False") if again.chat else ("", "")
     return f'''\
-prompt = {prompt}
-{templated}inputs = tokenizer(prompt, return_tensors="pt"{special}).to(model.device)'''
+{prompt}{templated}inputs = tokenizer(prompt, return_tensors="pt"{special}).to(model.device)'''
 
 
 def generate_code(spec: CompressionSpec, special_ids: Iterable[int] | None = None) -> str:

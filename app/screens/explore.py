@@ -15,7 +15,7 @@ from analysis.metrics import METRICS, PROBES
 from analysis.selftest import check, is_synthetic
 from analysis.verdicts import QUESTION, VERDICTS, meanings
 from analysis.words import counted, head_name, signed
-from app import address, library, new_study, state
+from app import address, header, library, new_study, state
 from app.components import cells, charts, choices, comparison, keys, many_texts, markup, one_head
 from app.engine import Engine
 from app.figures import heat, planes
@@ -57,12 +57,7 @@ def draw(engine: Engine, jobs: Jobs, pages: Mapping[str, StreamlitPage]) -> None
     with st.container(key="explore"):
         st.title("Which heads, and why?")
         if not state.run_id():
-            st.info(
-                f"There is no run of {markup.plain(state.model())} yet. Choose *New run* in the header: one pass "
-                "over a "
-                "text records the norm of every key and the attention that it gets.",
-                icon=":material/article:",
-            )
+            header.no_run()
             return
         state.RUN.set(state.run_id())  # chosen now, so that the parts below need not look for the latest
         state.OVER.set(state.over())

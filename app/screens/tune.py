@@ -47,7 +47,7 @@ def draw(engine: Engine, jobs: Jobs) -> None:
     st.title("Where should the bytes go?")
     run = state.run()
     if run is None:
-        st.info(f"There is no run of {markup.plain(state.model())} yet: press *New run* in the header.")
+        header.no_run()
         return
     if not run.cache_shape.layers:
         st.info("Every layer of this model has a sliding window, so its cache is bounded. There is nothing to tune.")
