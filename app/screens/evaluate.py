@@ -33,6 +33,7 @@ TASK = state.Slot("task", "passkey", state.Param("task", state.one_of(tuple(TASK
 OTHER = state.Slot("other_results", "", state.Param("and", str))
 _FOLLOWED = state.Slot("followed_job", "")
 """Job whose results were put on screen when the first of them were there."""
+_COLUMNS = ("method", "n", "MiB held", "score", "change", "perplexity ratio")  # the figure's Data has all
 _EVERY = 3.0  # seconds between two looks at results that grow
 _RATIOS = (0.9, 0.75, 0.5, 0.25, 0.1)
 
@@ -280,10 +281,11 @@ def _one(id: str, name: str, *, growing: bool) -> None:
     made = _section(id, library.version_of(id))
     for words in made.words:
         st.caption(markup.plain(words))
+    rows = _summary(id, library.version_of(id))
     st.dataframe(
-        _summary(id, library.version_of(id)),
+        rows,
         hide_index=True,
-        column_order=("method", "n", "MiB held", "score", "change", "perplexity ratio"),  # the figure's Data has all
+        column_order=[name for name in _COLUMNS if any(name in row for row in rows)],
         column_config=dict.fromkeys(("MiB held", "MiB allocated"), st.column_config.NumberColumn(format="%.2f")),
         key=f"summary_{id}",
     )
@@ -337,6 +339,6 @@ def _along(id: str, version: library.Version) -> tuple[Drawing, ...]:
 def _summary(id: str, version: library.Version) -> list[dict[str, Any]]:
     """A row for each method: what it scores, what it holds, and how far it is from the full cache."""
     results = library.opened(Results, id)
-    rows = results.summary(replace(TASKS[results.task], axes=()))
     titles = {"samples": "n", "MiB": "MiB held", "allocated_MiB": "MiB allocated"}
-    return [{titles.get(name, name.replace("_", " ")): told(value) for name, value in row.items()} for row in rows]
+    rows = told(results, replace(TASKS[results.task], axes=()))
+    return [{titles.get(name, name.replace("_", " ")): value for name, value in row.items()} for row in rows]

@@ -69,7 +69,7 @@ def test_what_was_measured_is_listed_and_opens_by_its_link(server, workspace):
     page.run()
     assert not page.exception and not page.error
     table = page.dataframe[0].value
-    assert list(table["method"]) == [FULL, "random 0.5", "protected ends + random 0.5", "low_norm 0.5"]
+    assert list(table["method"]) == [FULL, "random 0.5", "protected ends + random 0.5", "low norm 0.5"]
     assert list(table["n"]) == [2] * 4 and len(set(table["MiB held"][1:])) == 1
     link = {name: "".join(values) for name, values in page.query_params.items()}
     assert link["results"] == job.result == workspace.entries("results")[0].id
