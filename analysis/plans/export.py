@@ -16,6 +16,7 @@ from analysis.models.gguf import is_gguf
 from analysis.models.load import NAMED_MODELS
 from analysis.models.packaged import PACKAGED
 from analysis.plans.curves import BY_NORM
+from analysis.words import counted
 from l2kv.config import CacheShape
 from l2kv.policies import OF_FILE, POLICIES
 from l2kv.policy_files import policy_source
@@ -326,9 +327,9 @@ def _kvpress_cannot(spec: CompressionSpec) -> list[tuple[str, bool]]:
         ("It compresses once, after the prompt: what is generated is kept. l2kv evicts as tokens come.", True),
         (f"KnormPress keeps low norms everywhere; the spec's {spec.policy} keeps others.", spec.policy != "low_norm"),
         ("Ratios per kv head become one for each layer, of the same total.", spec.head_ratios is not None),
-        (f"The first {spec.protect_first} tokens are not protected.", spec.protect_first > 0),
-        (f"The last {spec.protect_last} tokens are not protected.", spec.protect_last > 0),
-        (f"Caches under {spec.prune_after} tokens are not left alone.", spec.prune_after > 0),
+        (f"The first {counted(spec.protect_first, 'token')} can be evicted.", spec.protect_first > 0),
+        (f"The last {counted(spec.protect_last, 'token')} can be evicted.", spec.protect_last > 0),
+        (f"Caches under {counted(spec.prune_after, 'token')} are not left alone.", spec.prune_after > 0),
         ("Keys and values are stored in full, not in fewer bits or channels.", spec.codes),
         ("A ratio of the pairs held, anew each time, is not known.", spec.schedule == "reference"),
         ("Pinned tokens may be evicted.", bool(spec.pinned)),

@@ -17,7 +17,7 @@ from analysis.measures import attention_loss, kept_tokens
 from analysis.metrics import METRICS
 from analysis.selftest import is_synthetic
 from analysis.verdicts import meanings
-from analysis.words import head_name, signed
+from analysis.words import counted, head_name, signed
 from app import figures, library, state
 from app.components import many_texts, markup, why
 from app.components.charts import explain, show
@@ -99,8 +99,8 @@ def _numbers(one: _Head) -> None:
     said = verdict
     if state.over() == "many texts" and (study := state.study()):
         over = library.verdicts_over(state.study_id(), many_texts.probe_of(study))[layer, head]
-        n = len(study.names)
-        said = f"{verdict}, here and over {n} texts" if over == verdict else f"{verdict} here, {over} over {n} texts"
+        n = counted(len(study.names), "text")
+        said = f"{verdict}, here and over {n}" if over == verdict else f"{verdict} here, {over} over {n}"
     which = f"{one.side.upper()} · " if state.PINNED.get() else ""
     st.markdown(f"#### {which}{one.name}: {said}", help=f"By {whose}: {markup.plain(meanings(1)[verdict])}.")
     lost = _lost(one)
@@ -200,7 +200,7 @@ def _by_position(one: _Head) -> None:
     received = one.run.attention_received[one.layer, one.head]
     key, alt = (
         f"by_position_{one.side}",
-        f"Key norm and attention by position, {one.name}, {end - one.skip_first} tokens",
+        f"Key norm and attention by position, {one.name}, {counted(end - one.skip_first, 'token')}",
     )
     st.echarts_chart(
         positions.norm_and_attention(
@@ -322,7 +322,7 @@ def _attention_map(one: _Head) -> None:
     show(
         figures.pooled_map(pooled, tokens_per_bin=one.run.tokens_per_bin, n_tokens=one.run.n_tokens),
         key=f"pooled_{one.side}",
-        alt=f"Attention map of {one.name}, pooled in bins of {one.run.tokens_per_bin} tokens",
+        alt=f"Attention map of {one.name}, pooled in bins of {counted(one.run.tokens_per_bin, 'token')}",
         caption=f"Each row is {one.run.tokens_per_bin} queries, each column as many keys. A bright first column is "
         "a sink, a "
         "bright diagonal is recency." + " The first column is not shown." * one.skip_first,

@@ -59,8 +59,8 @@ def tile(engine: Engine, spec: CompressionSpec) -> Saving | None:
         st.markdown("The weights are not on this machine, so what fits beside them is not told.")
     else:
         st.markdown(
-            f"Fits {markup.plain(state.GPU.get())}: {_count(row.full_fits)} → **{_count(row.kept_fits)} sequences**, "
-            f"beside weights of {human_bytes(sizes.weights)}, as stored"
+            f"Sequences that fit {markup.plain(state.GPU.get())}: {_count(row.full_fits)} → "
+            f"**{_count(row.kept_fits)}**, beside weights of {human_bytes(sizes.weights)}, as stored"
         )
     with st.popover("GPU, tokens, dtype", icon=":material/tune:"):
         st.selectbox("GPU", list(GPUS), **state.GPU.widget())

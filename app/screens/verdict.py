@@ -302,12 +302,13 @@ def _measure(engine: Engine, jobs: Jobs) -> None:
     except (UserError, SpecError) as error:
         st.error(markup.plain(str(error)), icon=":material/error:")
         return
+    told = f"{counted(sizes.excerpts, 'excerpt')}, {counted(sizes.samples, 'passkey')} and as many needles"
     if left_to_do.seconds:
         longer = not context and left_to_do.total > 60 * sizes.minutes
         fewer = " Those are the shortest: fewer excerpts, passkeys and needles take less." * longer
-        st.markdown(f"Takes {left_to_do}.{fewer}")
+        st.markdown(f"{told} take {left_to_do}.{fewer}")
     else:
-        st.markdown("All of this is measured already: more samples add to it.")
+        st.markdown(f"{told} are measured already: more of them add to it.")
 
 
 _Asked = tuple[object, ...]
