@@ -26,13 +26,14 @@ from analysis.evaluation import batches
 from analysis.evaluation.batches import Cells, cells_of
 from analysis.evaluation.log import Log, digest_of_samples
 from analysis.evaluation.results import LIVE, ONCE, Methods, Results, Row, Run
+from analysis.evaluation.settings import check_settings
 from analysis.evaluation.task import Sample, Scoring, Task
 from analysis.evaluation.tasks import TASKS
 from analysis.models.digest import digest_of
 from analysis.models.load import LoadedModel
 from analysis.preview import end_tokens, prepared, watched, whole_characters
 from analysis.progress import Progress, unheard
-from analysis.recorder import check_length
+from analysis.recorder import check_length, check_positions
 from analysis.texts.excerpts import Texts, excerpts_from
 from analysis.texts.tokens import Tokens
 from l2kv import CompressedCache, CompressionSpec
@@ -98,6 +99,7 @@ def samples_of(
     settings = what.settings() if settings is None else settings
     if not isinstance(settings, what.settings):
         raise SettingsError(f"settings of the task {task} must be {what.settings.__name__}, got {settings!r:.60}")
+    check_settings(settings)
     notes, asked = [], settings
     if texts is None and what.bundled:
         settings, given = what.bundled(loaded, settings)
@@ -113,6 +115,22 @@ def samples_of(
     if not samples:
         raise TextError(f"The task {task} has no samples: its settings leave none, {settings}.")
     return samples, settings, (*notes, *_checked(loaded, samples))
+
+
+def check_request(loaded: LoadedModel, task: str, *, texts: Texts | None = None, settings: Any) -> tuple[str, ...]:
+    """Check settings as `evaluate` would, by a few short samples and the greatest length, and return warnings.
+
+    Args:
+        loaded: may be without weights.
+
+    Raises:
+        As `evaluate`.
+    """
+    check_settings(settings)
+    notes = check_positions(loaded, max(getattr(settings, "lengths", ()), default=1), new_tokens=1)
+    few = TASKS.find(task).sketch(settings, loaded.positions)
+    warnings = samples_of(loaded, task, texts=texts, settings=few)[2]
+    return tuple(notes) or warnings
 
 
 def _checked(loaded: LoadedModel, samples: Sequence[Sample]) -> tuple[str, ...]:

@@ -129,6 +129,9 @@ def cancelled_at_the_first_count(call):
     [
         ("task_passkey_lengths", "many", "must be numbers such as 400, 1000; got 'many'"),
         ("task_passkey_lengths", "", "is empty"),
+        ("task_passkey_lengths", "-5, 400", "lengths must be 1 or more, got -5"),
+        ("task_passkey_lengths", "10, 999999", "more than the 10 asked for"),
+        ("task_passkey_depths", "1.5", "depths must be from 0 to 1, got 1.5"),
     ],
 )
 def test_a_bad_setting_is_refused_in_a_line_before_anything_runs(server, workspace, key, text, said):
@@ -138,16 +141,25 @@ def test_a_bad_setting_is_refused_in_a_line_before_anything_runs(server, workspa
     assert not [button for button in page.button if button.key == "start_evaluation"]
 
 
-def test_a_mistake_that_only_the_model_can_tell_is_told_by_the_job(server, workspace):
+@pytest.mark.parametrize("task", ["passkey", "needle", "ruler"])
+def test_lengths_that_the_task_or_the_model_has_no_room_for_are_told_before_anything_runs(server, workspace, task):
+    page = opened(server, task=task)
+    lengths = page.text_input(key=f"task_{task}_lengths")
+    lengths.set_value("10").run()
+    assert len(page.error) == 1 and "10" in page.error[0].value and not page.exception
+    assert not [button for button in page.button if button.key == "start_evaluation"]
+    lengths.set_value("999999").run()
+    (warning,) = page.warning
+    assert "1000000 tokens it goes beyond" in warning.value and not page.error and not page.exception
+    assert [button for button in page.button if button.key == "start_evaluation"]
+
+
+def test_what_the_first_settings_lack_is_told_when_they_are_started(server, workspace):
     page = opened(server, task="longbench")
+    assert not page.error
     page.button(key="start_evaluation").click().run()
-    for _ in range(100):
-        if page.error:
-            break
-        time.sleep(0.1)
-        page.run()
     assert "none was given" in page.error[0].value.replace("\\", "") and not page.exception
-    assert not list(server[1].running()) and not workspace.entries("results")
+    assert "job" not in page.query_params and not workspace.entries("results")
 
 
 def test_a_text_is_measured_in_excerpts(server, workspace):
