@@ -158,8 +158,11 @@ def _use(engine: Engine, ref: str) -> None:
 
 
 def _run_label() -> str:
-    entry = library.find(state.run_id())
-    return f"{markup.plain(entry.name)}, {entry.about}" if entry else "No run yet"
+    """What the run on screen is, then its name: a long one is cut at its end, and no number is."""
+    if (entry := library.find(state.run_id())) is None:
+        return "No run yet"
+    about = entry.about.replace(" ", "\N{NO-BREAK SPACE}")
+    return f"{about} · {markup.plain(entry.name)}"
 
 
 def _runs() -> None:
