@@ -147,7 +147,7 @@ class Columns:
     ) -> Generator[tuple[Step, ...], None, None]:
         """Let each column read what is new to it in its text, then all of them write in step, as `stream`."""
         with prepared(loaded):
-            with _watched(loaded, len(texts), progress):
+            with watched(loaded, len(texts), progress):
                 for column, text in zip(self._columns, texts, strict=True):
                     column.read(loaded, text, count_heads=count_heads)
             for _ in range(max_new_tokens):
@@ -246,7 +246,7 @@ def prepared(loaded: LoadedModel) -> Iterator[None]:
 
 
 @contextmanager
-def _watched(loaded: LoadedModel, passes: int, progress: Progress) -> Iterator[None]:
+def watched(loaded: LoadedModel, passes: int, progress: Progress) -> Iterator[None]:
     """Within the block, `progress` hears of every layer of so many forward passes."""
     done, total = 0, passes * loaded.config.num_hidden_layers
 

@@ -186,13 +186,22 @@ def check_fits(loaded: LoadedModel, n_tokens: int, *, last_queries: int = LAST_Q
 
 def check_length(loaded: LoadedModel, tokens: Tokens, *, new_tokens: int = 1) -> list[str]:
     """Warn of a long text. Raises TextError if the model cannot take it at all."""
-    n, limit = len(tokens), getattr(loaded.config, "max_position_embeddings", None)
+    n = len(tokens)
     if n < MIN_TOKENS:
         raise TextError(f"The text has {counted(n, 'token')}; at least {MIN_TOKENS} are needed to rank them.")
     if tokens.ids.max() >= getattr(loaded.model.get_input_embeddings(), "num_embeddings", sys.maxsize):
         raise TextError(
             "The tokenizer gives tokens that the model lacks: they do not belong together. Give the model's own."
         )
+    return check_positions(loaded, n, new_tokens=new_tokens)
+
+
+def check_positions(loaded: LoadedModel, n: int, *, new_tokens: int) -> list[str]:
+    """Warn of n tokens, and those that follow, beyond what a model was trained on. Raises TextError if it has no more.
+
+    Knows the model by its config alone.
+    """
+    limit = getattr(loaded.config, "max_position_embeddings", None)
     if limit is None or limit < 1 or n + new_tokens <= limit:  # XLNet: -1
         return []
     if getattr(loaded.config, "rope_parameters", None) is None:

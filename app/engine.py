@@ -23,6 +23,7 @@ from analysis.models.load import (
     loading_note,
     model_config,
     model_folder,
+    outline,
     tokenizer_and_config,
 )
 from analysis.models.packaged import PACKAGED, is_fetched
@@ -78,6 +79,15 @@ class Engine:
         if ref not in self._configs and self._is_here(ref):
             self._configs[ref] = model_config(ref)
         return self._configs.get(ref)
+
+    def outline(self, ref: str) -> LoadedModel | None:
+        """The resident model, or one on this machine without its weights; None if it has to be fetched first.
+
+        Raises ModelError, as `analysis.models.load.outline`.
+        """
+        if self._loaded is not None and self._ref == ref:
+            return self._loaded
+        return _outline(ref) if self._is_here(ref) else None
 
     @contextmanager
     def turn(
@@ -207,6 +217,11 @@ def check_allowed(ref: str, *, any_folder: bool = False) -> str:
 @lru_cache(maxsize=8)
 def _tokenizer_and_config(ref: str) -> tuple[PreTrainedTokenizerBase, PretrainedConfig]:
     return tokenizer_and_config(ref)
+
+
+@lru_cache(maxsize=2)
+def _outline(ref: str) -> LoadedModel:
+    return outline(ref)
 
 
 def _allowed_folders() -> list[Path]:

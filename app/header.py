@@ -82,7 +82,7 @@ def show_result(job: Job) -> None:
 def in_words(spec: CompressionSpec) -> str:
     """Describe a compression in a few words of Markdown: "low norm · keep 50 % · window 32 · skip layers 0, 1"."""
     kept = f"{spec.keep_ratio:.0%}".replace("%", " %") if spec.budget is None else counted(spec.budget, "token")
-    name = POLICIES[spec.policy].title.split(" (")[0].lower() if spec.policy in POLICIES else spec.policy
+    name = POLICIES[spec.policy].in_words if spec.policy in POLICIES else spec.policy
     parts = [markup.plain(name), f"keep {kept}"]
     parts += ["a plan by kv head"] * bool(spec.head_ratios) + ["a plan by layer"] * bool(spec.layer_ratios)
     parts += [f"first {spec.protect_first}"] * bool(spec.protect_first) + [f"window {spec.protect_last}"]
@@ -158,8 +158,11 @@ def _use(engine: Engine, ref: str) -> None:
 
 
 def _run_label() -> str:
-    entry = library.find(state.run_id())
-    return f"{markup.plain(entry.name)}, {entry.about}" if entry else "No run yet"
+    """What the run on screen is, then its name: a long one is cut at its end, and no number is."""
+    if (entry := library.find(state.run_id())) is None:
+        return "No run yet"
+    about = entry.about.replace(" ", "\N{NO-BREAK SPACE}")
+    return f"{about} · {markup.plain(entry.name)}"
 
 
 def _runs() -> None:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 Work = Callable[["LoadedModel", "Job"], str]
 """(model, job, to be called as a `Progress`, which raises to cancel) -> id of the record that it made."""
 Status = Literal["running", "done", "cancelled", "failed"]
+GROWING = ("study", "ablation", "front", "results")
+"""Kinds of records whose measurement is kept as it goes, so that the same again goes on where it was cancelled."""
 _MOST_ENDED = 100  # jobs that are remembered once they have ended
 
 
@@ -47,7 +49,7 @@ class Job:
     total: int = 0
     """Number of steps; 0 while it is not known."""
     what: str = ""
-    """What the steps are: "samples"."""
+    """What the steps are: "scores"."""
     message: str = ""
     """Why it failed."""
     result: str = ""
@@ -76,14 +78,22 @@ class Job:
         passed = self.done - first
         return (time.monotonic() - began) / passed * (self.total - self.done) if passed > 0 else None
 
+    @property
+    def cancelling(self) -> bool:
+        """Tell whether it was cancelled and has not ended yet."""
+        return self.running and self._cancelled.is_set()
+
     def cancel(self) -> None:
         """End it at its next step, within a token or a layer. What it measured is kept."""
         self._cancelled.set()
 
     def __call__(self, done: int, total: int, what: str) -> None:
         """Take note of its progress. Raises CancelledError after `cancel`."""
+        self._note(done, total, what)
         if self._cancelled.is_set():
             raise CancelledError
+
+    def _note(self, done: int, total: int, what: str) -> None:
         if not total:
             self.stage, self.total, self._steps_began = what, 0, None
             return

@@ -40,7 +40,8 @@ _BUNDLED = {"demo": "run", "study": "study", "front": "front", "ablation": "abla
 _BUNDLED |= {"timeline": "timeline"} | dict.fromkeys(("lm", "passkey", "needle"), "results")
 """Field of `BundledResults` -> kind of record."""
 _BUNDLED_KINDS = (*dict.fromkeys(_BUNDLED.values()), "story")
-_NAMES = {"run": "Anne of Avonlea", "timeline": "A pass key that is lost"}  # of the bundled records
+_RUN_NAMES = {"smollm2": "Anne of Avonlea, a long passage", "books-5m": "Anne of Avonlea"}
+"""Names of the bundled runs by model, whose texts differ."""
 _MOST_OPEN = 8
 _MOST_ANSWERS = 256
 _MOST_EVIDENCE = 200
@@ -126,7 +127,7 @@ def _bundled_entries(kind: str) -> tuple[Entry, ...]:
             digest_of_file(file),
             kind,
             model,
-            _NAMES.get(kind, f"Bundled {field}"),
+            {"run": _RUN_NAMES[model], "timeline": "A pass key that is lost"}.get(kind, f"Bundled {field}"),
             f"{field}, bundled" if kind == "results" else "bundled",
             "",
             str(file),

@@ -86,6 +86,12 @@ class Policy:
             raise ValueError(f"{self.title}: give its function a docstring, whose first line says what it keeps")
 
     @property
+    def in_words(self) -> str:
+        """Its title within a sentence or a table: "low norm", "KeyDiff"."""
+        name = self.title.partition(" (")[0]
+        return name if name[1:] != name[1:].lower() else name.lower()
+
+    @property
     def about(self) -> str:
         """One line on what it keeps."""
         return (self.score.__doc__ or "").partition("\n")[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -18,7 +19,8 @@ from analysis.evaluation.needle import needle_examples
 from analysis.evaluation.ruler import OFFLINE, RULER, ruler_examples
 from analysis.evaluation.ruler_files import read_questions, read_ruler
 from analysis.evaluation.scoring import SCORERS
-from analysis.evaluation.task import Sample, Scoring, Task
+from analysis.evaluation.settings import Bounds
+from analysis.evaluation.task import Sample, Scoring, Task, shortest
 from analysis.texts.excerpts import Excerpt
 from analysis.texts.tokens import tokenize
 
@@ -46,8 +48,8 @@ class RulerSettings:
     """Tasks, lengths and number of RULER's samples."""
 
     tasks: Annotated[tuple[str, ...], "Tasks of RULER.", RULER] = OFFLINE
-    lengths: Annotated[tuple[int, ...], "Tokens of an example at most, the answer's included."] = (1000,)
-    samples: Annotated[int, "Samples of each task and length."] = 5
+    lengths: Annotated[tuple[int, ...], "Tokens of an example at most, the answer's included.", Bounds(1)] = (1000,)
+    samples: Annotated[int, "Samples of each task and length.", Bounds(1)] = 5
     seed: Annotated[int, "Seed of keys, values and places."] = 0
     questions: Annotated[str, "File of questions for qa_1 or qa_2, in SQuAD's or HotpotQA's JSON."] = ""
     path: Annotated[str, "RULER's own file, in a folder named after its task. Nothing is made then."] = ""
@@ -57,9 +59,15 @@ class RulerSettings:
 class NeedleSettings:
     """Lengths and depths of the needle map."""
 
-    lengths: Annotated[tuple[int, ...], "Tokens of an example at most, the answer's included."] = (400, 1000, 2000)
-    depths: Annotated[tuple[float, ...], "Shares of the haystack before the needle."] = (0, 0.25, 0.5, 0.75, 1)
-    samples: Annotated[int, "Haystacks of each length."] = 3
+    lengths: Annotated[tuple[int, ...], "Tokens of an example at most, the answer's included.", Bounds(1)] = (
+        400,
+        1000,
+        2000,
+    )
+    depths: Annotated[tuple[float, ...], "Shares of the haystack before the needle.", Bounds(0, 1)] = (
+        0, 0.25, 0.5, 0.75, 1,
+    )  # fmt: skip
+    samples: Annotated[int, "Haystacks of each length.", Bounds(1)] = 3
     seed: Annotated[int, "Seed of where haystacks begin."] = 0
 
 
@@ -162,6 +170,7 @@ RULER_TASK = _task(
     settings=RulerSettings,
     texts="may",
     axes=("task", "n_tokens"),
+    sketch=partial(shortest, samples=1),
 )
 NEEDLE_TASK = _task(
     "Needle in a haystack",
@@ -171,6 +180,7 @@ NEEDLE_TASK = _task(
     texts="may",
     axes=("n_tokens",),
     share=True,
+    sketch=partial(shortest, samples=1),
 )
 LONGBENCH_TASK = _task(
     "LongBench",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 from analysis.defaults import EXCERPTS, NEW_TOKENS, PROMPT_TOKENS
 from analysis.demo.presets import bundled_prose
 from analysis.errors import SettingsError, TextError
+from analysis.evaluation.settings import Bounds
 from analysis.evaluation.task import Sample, Task
 from analysis.texts.excerpts import SPARE, Excerpt, excerpts
 from analysis.texts.tokens import beginning, check_text, tokenize
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 class Lengths:
     """Lengths of the prompt and of the continuation, in tokens."""
 
-    prompt_tokens: Annotated[int, "Tokens in each prompt, special tokens included."] = PROMPT_TOKENS
-    new_tokens: Annotated[int, "Tokens to predict after the prompt."] = NEW_TOKENS
+    prompt_tokens: Annotated[int, "Tokens in each prompt, special tokens included.", Bounds(2)] = PROMPT_TOKENS
+    new_tokens: Annotated[int, "Tokens to predict after the prompt.", Bounds(1)] = NEW_TOKENS
 
     @property
     def n_tokens(self) -> int:

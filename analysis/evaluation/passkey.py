@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 
 from analysis.errors import SettingsError, TextError
 from analysis.evaluation.prompts import FOUND
-from analysis.evaluation.task import Sample, Task
+from analysis.evaluation.settings import Bounds
+from analysis.evaluation.task import Sample, Task, shortest
 from analysis.texts.excerpts import Excerpt
 from analysis.texts.tokens import tokenize
 
@@ -31,11 +33,11 @@ QUESTION = "What is the pass key? The pass key is"
 class PasskeySettings:
     """Lengths of the prompts, depths of the keys, and number of keys."""
 
-    lengths: Annotated[tuple[int, ...], "Tokens of the prompts, at most."] = (400, 1000, 2000)
-    depths: Annotated[tuple[float, ...], "Where the key is told: 0 before the filler, 1 after it."] = (
+    lengths: Annotated[tuple[int, ...], "Tokens of the prompts, at most.", Bounds(1)] = (400, 1000, 2000)
+    depths: Annotated[tuple[float, ...], "Where the key is told: 0 before the filler, 1 after it.", Bounds(0, 1)] = (
         0.1, 0.3, 0.5, 0.7, 0.9,
     )  # fmt: skip
-    keys: Annotated[int, "Keys asked for at each length and depth."] = 4
+    keys: Annotated[int, "Keys asked for at each length and depth.", Bounds(1)] = 4
     seed: Annotated[int, "Seed of the keys."] = 0
 
 
@@ -121,4 +123,5 @@ PASSKEY = Task(
     scoring=FOUND,
     axes=("n_tokens",),
     share=True,
+    sketch=partial(shortest, keys=1),
 )

@@ -26,13 +26,14 @@ from analysis.evaluation import batches
 from analysis.evaluation.batches import Cells, cells_of
 from analysis.evaluation.log import Log, digest_of_samples
 from analysis.evaluation.results import LIVE, ONCE, Methods, Results, Row, Run
+from analysis.evaluation.settings import check_settings
 from analysis.evaluation.task import Sample, Scoring, Task
 from analysis.evaluation.tasks import TASKS
 from analysis.models.digest import digest_of
 from analysis.models.load import LoadedModel
-from analysis.preview import end_tokens, prepared, whole_characters
+from analysis.preview import end_tokens, prepared, watched, whole_characters
 from analysis.progress import Progress, unheard
-from analysis.recorder import check_length
+from analysis.recorder import check_length, check_positions
 from analysis.texts.excerpts import Texts, excerpts_from
 from analysis.texts.tokens import Tokens
 from l2kv import CompressedCache, CompressionSpec
@@ -65,7 +66,7 @@ def evaluate(
         workers: what runs the model, such as those of `ray_workers`; by default this process. With others, `loaded` may
             be without weights (`models.load.outline`).
         notes: what is to be known of the methods, kept with the results.
-        progress: counts samples times distinct specs, and is called at every token.
+        progress: counts samples times distinct specs ("scores"), and is called at every layer of each pass.
 
     Raises:
         SettingsError, SpecError: the task is unknown, a setting is out of range, or a spec does not fit the model.
@@ -98,6 +99,7 @@ def samples_of(
     settings = what.settings() if settings is None else settings
     if not isinstance(settings, what.settings):
         raise SettingsError(f"settings of the task {task} must be {what.settings.__name__}, got {settings!r:.60}")
+    check_settings(settings)
     notes, asked = [], settings
     if texts is None and what.bundled:
         settings, given = what.bundled(loaded, settings)
@@ -113,6 +115,22 @@ def samples_of(
     if not samples:
         raise TextError(f"The task {task} has no samples: its settings leave none, {settings}.")
     return samples, settings, (*notes, *_checked(loaded, samples))
+
+
+def check_request(loaded: LoadedModel, task: str, *, texts: Texts | None = None, settings: Any) -> tuple[str, ...]:
+    """Check settings as `evaluate` would, by a few short samples and the greatest length, and return warnings.
+
+    Args:
+        loaded: may be without weights.
+
+    Raises:
+        As `evaluate`.
+    """
+    check_settings(settings)
+    notes = check_positions(loaded, max(getattr(settings, "lengths", ()), default=1), new_tokens=1)
+    few = TASKS.find(task).sketch(settings, loaded.positions)
+    warnings = samples_of(loaded, task, texts=texts, settings=few)[2]
+    return tuple(notes) or warnings
 
 
 def _checked(loaded: LoadedModel, samples: Sequence[Sample]) -> tuple[str, ...]:
@@ -239,10 +257,12 @@ def measure(
     total = len(samples) * len(wanted)
 
     def keep(cells: Cells, rows: Sequence[Row]) -> None:
-        for (spec, sample), row in zip(cells.rows(), rows, strict=True):
-            if spec in wanted:
-                found[sample.name, spec] = row
-                progress(len(found), total, "samples")
+        of_cells = zip(cells.rows(), rows, strict=True)
+        found.update({(sample.name, spec): row for (spec, sample), row in of_cells if spec in wanted})
+        tick()
+
+    def tick() -> None:
+        progress(len(found), total, "scores")
 
     workers = workers or Here(loaded)
     with prepared(loaded):
@@ -256,7 +276,7 @@ def measure(
                     elif set(cells.specs) & set(wanted):
                         todo[-1].append(cells)
         left = [of_pass for of_pass in todo if of_pass]
-        with closing(workers.run(left, scoring, lambda: progress(len(found), total, "samples"))) as runs:
+        with closing(workers.run(left, scoring, tick)) as runs:
             for cells, rows in runs:
                 keep(cells, log.add(cells, rows) if log else rows)
     return tuple(replace(found[sample.name, spec], method=name) for name, spec in methods.items() for sample in samples)
@@ -265,20 +285,21 @@ def measure(
 def run_cells(
     loaded: LoadedModel, of_pass: Sequence[Cells], scoring: Scoring | None, tick: Callable[[], object] = lambda: None
 ) -> Iterator[tuple[Cells, list[Row]]]:
-    """Run batches of the same samples, on a prepared model; `tick` is called before each token.
+    """Run batches of the same samples, on a prepared model; `tick` is called at every layer of every pass.
 
     Yields each batch with its rows, whose methods are not set.
     """
-    compressed = prefilled(loaded, of_pass) if of_pass else None
-    for i, cells in enumerate(of_pass):
-        assert compressed is not None
-        caches = [compressed(spec) for spec in cells.specs]
-        if i == len(of_pass) - 1:
-            compressed = None  # and with it the full cache
-        yield (
-            cells,
-            (_answered(loaded, cells, caches, scoring, tick) if scoring else _predicted(loaded, cells, caches, tick)),
-        )
+    with watched(loaded, 1, lambda *_: tick()):
+        compressed = prefilled(loaded, of_pass) if of_pass else None
+        for i, cells in enumerate(of_pass):
+            assert compressed is not None
+            caches = []
+            for spec in cells.specs:
+                tick()
+                caches.append(compressed(spec))
+            if i == len(of_pass) - 1:
+                compressed = None  # and with it the full cache
+            yield cells, _answered(loaded, cells, caches, scoring) if scoring else _predicted(loaded, cells, caches)
 
 
 def prefilled(loaded: LoadedModel, of_pass: Sequence[Cells]) -> Callable[[CompressionSpec | None], CompressedCache]:
@@ -316,9 +337,7 @@ def _sizes(cells: Cells, caches: Sequence[CompressedCache]) -> list[tuple[int, i
     return [sizes for sizes in of_specs for _ in cells.samples]
 
 
-def _predicted(
-    loaded: LoadedModel, cells: Cells, caches: Sequence[CompressedCache], tick: Callable[[], object]
-) -> list[Row]:
+def _predicted(loaded: LoadedModel, cells: Cells, caches: Sequence[CompressedCache]) -> list[Row]:
     """The NLL of each row's target, fed token by token."""
     times, once = len(cells.specs), len(cells.samples[0].context) > 0
     target = _ids(loaded, [sample.target for sample in cells.samples]).repeat(times, 1)
@@ -327,7 +346,6 @@ def _predicted(
     hits = target.new_zeros(target.shape)
     cache, sizes = joined(loaded, cells, caches), None
     for i, token in enumerate(target.unbind(dim=1)):
-        tick()
         logits = loaded.model(fed, past_key_values=cache, use_cache=True).logits[:, -1]
         sizes = sizes if sizes and once else _sizes(cells, caches)  # after the prompt; after all tokens without one
         nats[:, i] = torch.nn.functional.cross_entropy(logits.float(), token, reduction="none")
@@ -365,13 +383,7 @@ def _row(sample: Sample, spec: CompressionSpec | None, sizes: tuple[int, int], s
     )
 
 
-def _answered(
-    loaded: LoadedModel,
-    cells: Cells,
-    caches: Sequence[CompressedCache],
-    scoring: Scoring,
-    tick: Callable[[], object],
-) -> list[Row]:
+def _answered(loaded: LoadedModel, cells: Cells, caches: Sequence[CompressedCache], scoring: Scoring) -> list[Row]:
     """Score greedy answers; a row ends, and leaves the batch, where the model ends it or its score is decided."""
     token = _ids(loaded, [sample.question for sample in cells.samples]).repeat(len(cells.specs), 1)
     cache, ends, asked = joined(loaded, cells, caches), end_tokens(loaded), list(cells.rows())
@@ -380,7 +392,6 @@ def _answered(
     rows: dict[int, Row] = {}
     going = list(range(len(asked)))  # of the batch
     while len(rows) < len(asked):
-        tick()
         token = decode_one_token(loaded.model, token, cache)
         sizes = sizes or _sizes(cells, caches)  # after the prompt
         for i, latest in zip(going, token[:, 0].tolist(), strict=True):

@@ -7,7 +7,7 @@ tokens are predicted (their likelihood is the score), or an answer is generated 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -49,6 +49,11 @@ class Sample:
 @dataclass(frozen=True, slots=True)
 class NoSettings:
     """Settings of a task that has none."""
+
+
+def shortest(settings: Any, most: int, **counts: int) -> Any:
+    """Settings of the shortest samples alone, of at most so many tokens, and of others than lengths as given."""
+    return replace(settings, lengths=(min((*settings.lengths, most)),), **counts)
 
 
 Build = Callable[["LoadedModel", Any, Sequence[Excerpt]], Sequence[Sample]]
@@ -105,6 +110,8 @@ class Task:
     """Whether each score is 0 or `right`, so that their mean is a share."""
     axes: tuple[str, ...] = ()
     """Axes of the samples' grid (`Sample.at`) that results are summarised by: a row for each place on them."""
+    sketch: Callable[[Any, int], Any] = lambda settings, most: settings
+    """(settings, most tokens) -> settings of a few samples, by which others are checked before all samples are made."""
     bundled: Callable[[LoadedModel, Any], tuple[Any, Sequence[Excerpt]]] | None = None
     """(model, settings) -> settings and bundled texts to use if no texts are given; None if some must be."""
     version: int = 1

@@ -45,7 +45,7 @@ def ask(*, few: str = "") -> Mapping[str, str]:
         _PASTED.drop()
         _UPLOADER.set(number + 1)
 
-    st.file_uploader("Texts (.txt)", type="txt", accept_multiple_files=True, key=key, on_change=take)
+    st.file_uploader("Text files", accept_multiple_files=True, key=key, on_change=take)
     st.text_area("Or paste one", **_PASTED.widget(), height=80, max_chars=2_000_000)
     uploads.show_refused()
     given = dict(_FILES.get())

@@ -9,13 +9,15 @@ import streamlit as st
 from analysis.words import duration
 from app import state
 from app.components import markup
-from app.jobs import Job, Jobs
+from app.jobs import GROWING, Job, Jobs
 
 _EVERY = 0.5  # seconds between two looks at a job
 
 
 def told(job: Job) -> str:
     """Say how far a job is: "3 of 24 texts, about 2 min left"."""
+    if job.cancelling:
+        return "Cancelling: it stops after the step that it is at."
     if not job.total:
         return job.stage
     left = job.seconds_left
@@ -60,7 +62,9 @@ def _running(job: Job) -> None:
     with st.container(border=True, key=f"job_{job.id}", horizontal=True, vertical_alignment="center"):
         share = min(job.done / job.total, 1.0) if job.total else 0.0
         st.progress(share, f"{markup.plain(job.title)}: {markup.plain(told(job))}")
-        st.button("Cancel", icon=":material/cancel:", key=f"job_cancel_{job.id}", on_click=job.cancel)
+        st.button(
+            "Cancel", icon=":material/cancel:", key=f"job_cancel_{job.id}", on_click=job.cancel, disabled=job.cancelling
+        )
 
 
 def _end(job: Job) -> None:
@@ -68,6 +72,14 @@ def _end(job: Job) -> None:
     if job.status == "done":
         st.toast(f"{title}: done in {took}.", icon=":material/check:")
     elif job.status == "cancelled":
-        st.info(f"{title}: cancelled after {took}. What was measured is kept.", icon=":material/cancel:")
+        st.info(f"{title}: cancelled after {took}. {_kept(job)}", icon=":material/cancel:")
     else:
         st.error(f"{title}: {markup.plain(job.message)}", icon=":material/error:")
+
+
+def _kept(job: Job) -> str:
+    """Say what is left of a cancelled job, and what becomes of it."""
+    if not job.done or job.kind not in GROWING:
+        return "Nothing was measured to its end, so nothing is kept."
+    kept = f"{job.done:,} of {job.total:,} {job.what} are" if job.result else "What was measured is"
+    return f"{kept} kept: start the same again, and it goes on from there."

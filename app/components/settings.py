@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import streamlit as st
 
 from analysis.errors import SettingsError
-from analysis.evaluation.settings import Setting, settings_of
+from analysis.evaluation.settings import Setting, check_settings, settings_of
 from app import library
 from app.components import uploads
 
@@ -31,6 +32,7 @@ def ask(kind: type, *, key: str) -> object:
         with columns[i % len(columns)]:
             given[setting.name] = _ask(setting, f"{key}_{setting.name}")
     made: object = kind(**given)
+    check_settings(made)
     return made
 
 
@@ -51,7 +53,10 @@ def _ask(setting: Setting, key: str) -> Any:
     if setting.kind is bool:
         return st.toggle(label, default, help=setting.about, key=key)
     if setting.kind in (int, float):
-        return st.number_input(label, value=default, help=setting.about, key=key)
+        least, most = (
+            setting.kind(end) if isfinite(end) else None for end in (setting.bounds.least, setting.bounds.most)
+        )
+        return st.number_input(label, least, most, default, help=setting.about, key=key)
     return st.text_input(label, default, help=setting.about, key=key)
 
 

@@ -25,6 +25,8 @@ from app.figures.style import (
 )
 
 _STEEP = 4  # times the lowest score that the highest may be on a linear axis
+_ASIDE = 0.012  # of the largest x, from one line to the next
+_SAME = 0.01  # share by which places that count as one may differ
 _ACROSS = 3  # panels side by side
 _CELL, _BETWEEN = 30, 64  # px: height of a cell, and of the lengths below a panel and the title above the next
 
@@ -45,6 +47,8 @@ class Curve:
 def score_by_bytes(lines: Mapping[str, Curve], *, full: Curve | None, score: str, most: float | None) -> go.Figure:
     """The bytes that a cache holds (x) against its score (y): a line for each method, the full cache in grey.
 
+    Methods that hold the same bytes are drawn side by side, so that no interval hides another.
+
     Args:
         full: the full cache, at one place; None where it was not measured.
         score: title of the axis, with the unit.
@@ -54,9 +58,10 @@ def score_by_bytes(lines: Mapping[str, Curve], *, full: Curve | None, score: str
     if full is not None:
         if np.isfinite(full.mean[0]):
             level(figure, float(full.mean[0]))
-        _draw(figure, "full cache", full, "%{x:.2f} MiB", color=FULL_GREY, symbol="x", size=13)
-    for name, line, style in _styled(lines, 13):
-        _draw(figure, name, line, "%{x:.2f} MiB", **style)
+        _draw(figure, "full cache", full, "%{customdata:.2f} MiB", color=FULL_GREY, symbol="x", size=13)
+    apart = _apart([*lines.values(), *([full] if full else [])])
+    for i, (name, line, style) in enumerate(_styled(lines, 13)):
+        _draw(figure, name, line, "%{customdata:.2f} MiB", aside=apart * (i - (len(lines) - 1) / 2), **style)
     return figure.update_layout(
         xaxis=axis("keys and values held, MiB", rangemode="tozero"),
         yaxis=axis(score, **_scale(lines, most)),
@@ -71,9 +76,9 @@ def score_by_position(lines: Mapping[str, Curve], *, full: Curve | None, score: 
     """
     figure = new_figure(height=400, legend=BELOW)
     if full is not None:
-        _draw(figure, "full cache", full, "from position %{x:d}", color=FULL_GREY, symbol="x", size=7)
+        _draw(figure, "full cache", full, "from position %{customdata:d}", color=FULL_GREY, symbol="x", size=7)
     for name, line, style in _styled(lines, 10):
-        _draw(figure, name, line, "from position %{x:d}", **style)
+        _draw(figure, name, line, "from position %{customdata:d}", **style)
     return figure.update_layout(
         xaxis=axis("position of the token", tickformat="d"), yaxis=axis(score, **_scale(lines, most))
     )
@@ -160,8 +165,21 @@ def _scale(lines: Mapping[str, Curve], most: float | None) -> dict[str, Any]:
     return dict(type="log", tickvals=ticks, ticktext=[f"{tick:,g}" for tick in ticks])
 
 
-def _draw(figure: go.Figure, name: str, line: Curve, place: str, *, color: str, symbol: str, size: int) -> None:
-    """Add a line with its intervals; its name says at how many places it is undefined, since nothing is drawn there."""
+def _apart(lines: Sequence[Curve]) -> float:
+    """Distance on the x axis between lines that share a place, nearly; 0 where none do."""
+    x = np.sort(np.concatenate([line.x for line in lines] or [np.zeros(0)]))
+    return _ASIDE * x[-1] if (np.diff(x) <= _SAME * x[1:]).any() else 0.0
+
+
+def _draw(
+    figure: go.Figure, name: str, line: Curve, place: str, *, color: str, symbol: str, size: int, aside: float = 0.0
+) -> None:
+    """Add a line with its intervals; its name says at how many places it is undefined, since nothing is drawn there.
+
+    Args:
+        place: what the hover says of the place, `line.x`, which is "%{customdata}".
+        aside: how far from its places it is drawn.
+    """
     undefined = int((~np.isfinite(line.mean)).sum())
     told = f"{literal(name)} (undefined at {undefined} of {len(line.mean)})" if undefined else literal(name)
     notes = [
@@ -169,7 +187,8 @@ def _draw(figure: go.Figure, name: str, line: Curve, place: str, *, color: str, 
         for each, mean, low, high in zip(line.names, line.mean, line.low, line.high, strict=True)
     ]
     figure.add_scatter(
-        x=line.x, y=line.mean, mode="lines+markers", name=told, line=dict(color=color, width=2),
-        marker=dict(size=size, symbol=symbol), text=notes, hovertemplate=f"%{{text}}<br>{place}<extra></extra>",
+        x=line.x + aside, y=line.mean, customdata=line.x, mode="lines+markers", name=told,
+        line=dict(color=color, width=2), marker=dict(size=size, symbol=symbol),
+        text=notes, hovertemplate=f"%{{text}}<br>{place}<extra></extra>",
         error_y=error_bars(line.mean, line.low, line.high, color=color) | dict(thickness=1, width=3),
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import floor, inf, log10
+from math import floor, inf, log10, nan
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ from analysis.words import counted, span
 from app import figures
 from app.figures import Curve
 from app.report.writing import Drawing, Section, Table
+from l2kv.policies import POLICIES
 
 _PLACES = 16  # points of a line over positions, each the mean of neighbouring ones
 
@@ -63,15 +64,13 @@ def section(results: Results, *, heading: str = "", by_position: Sequence[str] =
         few_documents_warning(results.documents if known else ()),
         f"Of {counted(n, 'sample')} they are too narrow." if not task.share and n < MIN_TEXTS else "",
         "The full cache scores 0, so this task tells nothing about this model." if _fails(results, task) else "",
-        *results.notes,
+        *map(_note, results.notes),
     )
     maps = tuple(_maps(results, task))
     drawings = (_by_bytes(results, task), *maps, *by_positions(results, by_position))
     columns = 1 if maps else 2  # a map for each method takes the whole width
-    rows = [{name: told(value) for name, value in row.items()} for row in results.summary(task)]
-    return Section(
-        heading or f"{task.title}: {results.model}", tuple(filter(None, words)), drawings, columns, _table(rows)
-    )
+    rows = _table(told(results, task))
+    return Section(heading or f"{task.title}: {results.model}", tuple(filter(None, words)), drawings, columns, rows)
 
 
 def _fails(results: Results, task: Task) -> bool:
@@ -97,7 +96,7 @@ def _by_bytes(results: Results, task: Task) -> Drawing:
         figures.score_by_bytes(lines, full=full, score=score.unit, most=score.most),
         alt=f"The bytes held against the {score.unit}, a line for each method",
         title=f"{task.title} against bytes, n = {n}",
-        caption=f"Means over {counted(n, 'sample')} with 95 % intervals. "
+        caption=f"Means over {counted(n, 'sample')} with 95 % intervals; those of the same bytes stand side by side. "
         f"{'Upper' if task.higher_is_better else 'Lower'} left is better.",
         table=_table(rows),
     )
@@ -173,8 +172,8 @@ def _lines(results: Results, points: Iterable[_Point]) -> tuple[dict[str, Curve]
 
 
 def _curve(points: Sequence[_Point]) -> Curve:
-    x, ends = np.array([point.x for point in points]), np.array([point.value for point in points], dtype=object)
-    mean, low, high = (np.array([getattr(one, end) for one in ends]) for end in ("value", "low", "high"))
+    x, values = np.array([point.x for point in points]), [_with_width(point.value) for point in points]
+    mean, low, high = (np.array([getattr(one, end) for one in values]) for end in ("value", "low", "high"))
     return Curve(x, mean, low, high, tuple(_words(point.method) for point in points))
 
 
@@ -190,13 +189,31 @@ def _line_of(method: str) -> str:
 
 
 def _words(method: str) -> str:
-    return method.replace("_", " ")
+    """The name of a method for readers: a policy is called what it is called everywhere."""
+    budget = _budget_of(method)
+    name = method.removesuffix(f" {budget}")
+    told = POLICIES[name].in_words if name in POLICIES else name.replace("_", " ")
+    return f"{told} {budget}".rstrip()
 
 
-def told(value: Any) -> Any:
-    """An interval as one cell of a table, to the places that its width makes worth reading; anything else as it is."""
-    if not isinstance(value, Interval):
-        return value
+def _note(note: str) -> str:
+    """A note that may begin with the name of a method, as those of `analysis.evaluation.methods`."""
+    method, left_out, why = note.partition(" is left out: ")
+    return _words(method) + left_out + why if left_out else note
+
+
+def told(results: Results, task: Task) -> list[dict[str, Any]]:
+    """The summary for readers: methods by their names, and each interval in one cell."""
+    return [
+        row
+        | {"method": _words(row["method"])}
+        | {name: _told(value, row["samples"]) for name, value in row.items() if isinstance(value, Interval)}
+        for row in results.summary(task)
+    ]
+
+
+def _told(value: Interval, n: int) -> str:
+    """A mean of n and its interval, to the places that its width makes worth reading."""
     if np.isnan(value.value):
         return "undefined"
     width = value.high - value.low
@@ -204,7 +221,19 @@ def told(value: Any) -> Any:
     mean, low, high = (
         f"{end:.{places}f}".replace("-", "\N{MINUS SIGN}") for end in (value.value, value.low, value.high)
     )
+    if _all_equal(value):
+        return f"{mean} (no interval: all {n} are equal)"
     return mean if np.isnan(value.low) else f"{mean} ({low} to {high})"
+
+
+def _all_equal(value: Interval) -> bool:
+    """Tell whether an interval has no width: resampling equal numbers says nothing about others."""
+    return bool(np.isclose(value.low, value.high, rtol=1e-9, atol=0))
+
+
+def _with_width(value: Interval) -> Interval:
+    """The mean alone where its interval has no width."""
+    return replace(value, low=nan, high=nan) if _all_equal(value) else value
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -214,7 +243,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
         values, title = [row[name] for row in rows], name.removeprefix("n_").replace("_", " ")
         if isinstance(first, Interval):
             ends = (("", "value"), (", from", "low"), (", to", "high"))
-            columns |= {f"{title}{word}": [getattr(one, end) for one in values] for word, end in ends}
+            columns |= {f"{title}{word}": [getattr(_with_width(one), end) for one in values] for word, end in ends}
         else:
             columns[title] = [_words(value) for value in values] if name == "method" else values
     return columns

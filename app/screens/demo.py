@@ -248,7 +248,7 @@ def _ask_prompt(engine: Engine, ref: str, chosen: Preset) -> Preset:
             placeholder="None: nothing is right or wrong",
             help="Digits are found where the first number written begins with them, words wherever they are written.",
         )  # fmt: skip
-        st.file_uploader("Or upload a text", type="txt", key="live_file", on_change=uploaded)
+        st.file_uploader("Or upload a text", key="live_file", on_change=uploaded)
         uploads.show_refused()
         chat = _ask_template(engine, ref)
         why = chosen.why if chosen.spec in (None, state.spec()) else ""  # it was measured with that compression

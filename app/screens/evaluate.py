@@ -33,6 +33,9 @@ TASK = state.Slot("task", "passkey", state.Param("task", state.one_of(tuple(TASK
 OTHER = state.Slot("other_results", "", state.Param("and", str))
 _FOLLOWED = state.Slot("followed_job", "")
 """Job whose results were put on screen when the first of them were there."""
+_CHECKED = state.Slot[tuple[str, tuple[str, ...], str]]("checked_evaluation", ("", (), ""))
+"""What was checked last, with warnings and why it can't be measured."""
+_COLUMNS = ("method", "n", "MiB held", "score", "change", "perplexity ratio")  # the figure's Data has all
 _EVERY = 3.0  # seconds between two looks at results that grow
 _RATIOS = (0.9, 0.75, 0.5, 0.25, 0.1)
 
@@ -61,6 +64,12 @@ class Asked:
             return self.texts
         n_tokens = min(of(self.settings), loaded.positions)
         return excerpts(loaded.tokenizer, self.texts, n_tokens=n_tokens, at_most=self.excerpts)
+
+    def check(self, loaded: LoadedModel) -> tuple[str, ...]:
+        """Warnings of texts and lengths. Raises UserError where it can't be measured."""
+        from analysis.evaluation.run import check_request
+
+        return check_request(loaded, self.task, texts=self.given(loaded), settings=self.settings)
 
     def compared(self, loaded: LoadedModel, texts: Any) -> Comparison:
         """Make methods that hold the same bytes after a prompt of the task's median length."""
@@ -113,10 +122,37 @@ def _new(engine: Engine, jobs: Jobs) -> None:
     with right:
         if asked.excerpts:
             st.caption(f"{counted(asked.excerpts, 'excerpt')} at most.")
+        as_it_comes = chosen == offered[task].settings()  # and a page that nobody has touched loads no tokenizer
+        if not as_it_comes and not _possible(engine, asked):
+            return
         _estimate(engine, asked)
-        if st.button("Start", type="primary", icon=":material/play_arrow:", key="start_evaluation"):
+        started = st.button("Start", type="primary", icon=":material/play_arrow:", key="start_evaluation")
+        if started and (not as_it_comes or _possible(engine, asked)):
             state.follow(start(jobs, state.model_ref(), asked))
             st.rerun()
+
+
+def _possible(engine: Engine, asked: Asked) -> bool:
+    """Tell whether it can be measured, as far as shows before it runs; say why not, and what to expect."""
+    key = f"{state.model_ref()} {asked!r}"
+    if _CHECKED.get()[0] != key:
+        with st.spinner("Checking …", show_time=True):
+            _CHECKED.set((key, *_checked(engine, asked)))
+    _, notes, error = _CHECKED.get()
+    for note in notes:
+        st.warning(markup.plain(note), icon=":material/warning:")
+    if error:
+        st.error(markup.plain(error), icon=":material/error:")
+    return not error
+
+
+def _checked(engine: Engine, asked: Asked) -> tuple[tuple[str, ...], str]:
+    """Warnings, and why it can't be measured; a model that has to be fetched first is checked by the job."""
+    try:
+        model = engine.outline(state.model_ref())
+        return ((), "") if model is None else (asked.check(model), "")
+    except UserError as error:
+        return (), str(error)
 
 
 def _texts(task: str) -> tuple[Mapping[str, str] | None, int]:
@@ -204,6 +240,7 @@ def start(jobs: Jobs, ref: str, asked: Asked) -> str:
 
         id, file = library.WORKSPACE.results_file({"weights": digest_of(loaded), "asked": asked})
         file.parent.mkdir(parents=True, exist_ok=True)
+        job(0, 0, "Making the samples …")
         texts = asked.given(loaded)
         comparison = asked.compared(loaded, texts)
 
@@ -229,7 +266,7 @@ def start(jobs: Jobs, ref: str, asked: Asked) -> str:
                 progress=progress,
             )
         finally:  # what was measured is listed, also if it was cancelled
-            if file.exists():
+            if job.done:
                 list_them()
         return id
 
@@ -272,15 +309,19 @@ def _one(id: str, name: str, *, growing: bool) -> None:
         st.caption(f":material/pending: Being measured: {counted(n, 'sample')} done by all methods so far.")
     if not results.rows:
         if not growing:
-            st.info("Not one sample is done by all methods yet. Start the same evaluation again, and it goes on.")
+            st.info(
+                "Scores are shown of samples that all methods have done, and none is yet. Start the same evaluation "
+                "again: it goes on from the scores that are kept."
+            )
         return
     made = _section(id, library.version_of(id))
     for words in made.words:
         st.caption(markup.plain(words))
+    rows = _summary(id, library.version_of(id))
     st.dataframe(
-        _summary(id, library.version_of(id)),
+        rows,
         hide_index=True,
-        column_order=("method", "n", "MiB held", "score", "change", "perplexity ratio"),  # the figure's Data has all
+        column_order=[name for name in _COLUMNS if any(name in row for row in rows)],
         column_config=dict.fromkeys(("MiB held", "MiB allocated"), st.column_config.NumberColumn(format="%.2f")),
         key=f"summary_{id}",
     )
@@ -334,6 +375,6 @@ def _along(id: str, version: library.Version) -> tuple[Drawing, ...]:
 def _summary(id: str, version: library.Version) -> list[dict[str, Any]]:
     """A row for each method: what it scores, what it holds, and how far it is from the full cache."""
     results = library.opened(Results, id)
-    rows = results.summary(replace(TASKS[results.task], axes=()))
     titles = {"samples": "n", "MiB": "MiB held", "allocated_MiB": "MiB allocated"}
-    return [{titles.get(name, name.replace("_", " ")): told(value) for name, value in row.items()} for row in rows]
+    rows = told(results, replace(TASKS[results.task], axes=()))
+    return [{titles.get(name, name.replace("_", " ")): value for name, value in row.items()} for row in rows]

@@ -159,7 +159,7 @@ def test_texts_are_studied_cancelled_and_continued(explore, tmp_path):
     begin("Start")
     page.get_by_text(re.compile(r"[2-9] of 24 texts")).first.wait_for()
     page.get_by_role("button", name="Cancel", exact=True).click()
-    page.get_by_text(re.compile("cancelled after .* What was measured is kept")).wait_for()
+    page.get_by_text(re.compile("cancelled after .* of 24 texts are kept")).wait_for()
     settled(page)
     partial = page.get_by_role("radio", name=re.compile(r"Mean of \d+ texts")).inner_text()
     assert int(partial.split()[2]) < 24

@@ -107,7 +107,7 @@ def test_what_a_file_holds_is_not_computed_again(loaded, undisturbed, tmp_path, 
     seen = []
     later = lm(loaded, out, progress=lambda *call: seen.append(call[:2]))
     assert passes == [3, 3, 1]  # random and attention by one pass, for each of three batches of texts
-    assert seen == sorted(seen) and set(seen) == {(i, 28) for i in range(1, 29)}
+    assert seen == sorted(seen) and (seen[0], seen[-1]) == ((3, 28), (28, 28))
     for method in METHODS:
         assert later.scores(method) == pytest.approx(undisturbed.scores(method), rel=1e-6)
     passes.clear()
@@ -200,7 +200,7 @@ def test_a_cancelled_evaluation_keeps_its_rows(loaded, undisturbed, tmp_path):
     out = tmp_path / "rows.jsonl"
 
     def stop(done, total, what):
-        if done == 10:
+        if done >= 10:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

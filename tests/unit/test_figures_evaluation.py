@@ -49,7 +49,7 @@ def test_a_line_has_its_means_its_intervals_and_a_marker_of_its_own_and_the_full
     lines = {"low norm": curve(0.5, 0.75), "<img> $x$": curve(0.25, 0.5)}
     figure = draw(lines, full=curve(1.0), score="share found", most=1)
     low, other, full = (trace(figure, name) for name in ("low norm", "&lt;img&gt; &#36;x&#36;", "full cache"))
-    assert list(low.x) == [1, 2] and list(low.y) == [0.5, 0.75]
+    assert list(low.customdata) == [1, 2] and list(low.y) == [0.5, 0.75]
     np.testing.assert_allclose(ends(low), [(0.4, 0.7), (0.65, 0.95)])
     assert low.text[1] == "method 1<br>0.750, 95 % 0.650 to 0.950"
     assert low.line.color != other.line.color and low.marker.symbol != other.marker.symbol
@@ -70,6 +70,16 @@ def test_lines_of_equal_scores_do_not_hide_each_other():
     drawn = score_by_bytes({name: curve(0, 0) for name in "abcd"}, full=None, score="x", most=1).data
     sizes = [line.marker.size for line in drawn]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4  # the last is on top
+
+
+def test_intervals_at_the_same_bytes_stand_side_by_side_and_others_at_their_place():
+    same = score_by_bytes({name: curve(0.5) for name in "abc"}, full=None, score="x", most=1).data
+    places = [line.x[0] for line in same]
+    assert np.diff(places) == pytest.approx([0.012] * 2) and places[1] == 1  # of the largest, 1 MiB
+    assert all("%{customdata:.2f} MiB" in line.hovertemplate and list(line.customdata) == [1] for line in same)
+    apart = replace(curve(0.5), x=np.array([2.0]))
+    drawn = score_by_bytes({"a": curve(0.5), "b": apart}, full=None, score="x", most=1).data
+    assert [line.x[0] for line in drawn] == [1, 2]
 
 
 def test_an_undefined_score_is_named_and_not_drawn_as_a_number():
@@ -179,7 +189,7 @@ def test_the_perplexity_ratio_is_drawn_against_bytes_with_the_interval_of_two_do
     assert list(line.x) == [1] and list(line.y) == pytest.approx([4])  # the geometric mean of 2 and 8
     np.testing.assert_allclose(ends(line), [(2, 8)])
     full = trace(drawn, "full cache")
-    assert (list(full.x), list(full.y), ends(full)) == ([2], [1], [(1, 1)])
+    assert (list(full.x), list(full.y), ends(full)) == ([2], [1], [(1, 1)]) and full.text[0].endswith("no interval")
     assert "perplexity ratio" in drawn.layout.yaxis.title.text
 
 
@@ -240,6 +250,20 @@ def test_the_table_tells_each_interval_in_a_cell_and_few_samples_are_warned_of()
     assert any("2 samples they are too narrow" in words for words in of.words)
     many = section(predictions_of({"low_norm 0.5": [[0.25] * 2] * 6}))
     assert not any("too narrow" in words for words in many.words)
+
+
+def test_equal_differences_have_no_interval_rather_than_one_without_width():
+    lost = section(passkeys_of({FULL: {(400, 0.1): [1] * 5}, "keydiff 0.5": {(400, 0.1): [0] * 5}}))
+    assert lost.table["change"] == ["0.000 (no interval: all 5 are equal)", "−1.000 (no interval: all 5 are equal)"]
+    assert "(no interval" not in lost.table["score"][0]  # Wilson's has a width
+
+
+def test_a_policy_is_called_the_same_in_table_legend_and_notes():
+    found = passkeys_of({FULL: {(400, 0.1): [1]}, "low_norm 0.5": {(400, 0.1): [1]}, "keydiff 0.5": {(400, 0.1): [1]}})
+    of = section(replace(found, notes=("last_query 0.1 is left out: it holds more.", "A text is_short.")))
+    assert of.table["method"] == ["full cache", "low norm 0.5", "KeyDiff 0.5"]
+    assert {line.name for line in of.drawings[0].figure.data} == {"full cache", "low norm", "KeyDiff"}
+    assert of.words[-2:] == ("attention of the last query 0.1 is left out: it holds more.", "A text is_short.")
 
 
 def test_results_of_a_task_that_is_not_registered_are_refused():

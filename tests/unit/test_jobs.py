@@ -9,6 +9,7 @@ import pytest
 
 from analysis.errors import ModelError
 from app import header
+from app.components import progress
 from app.jobs import Jobs
 
 
@@ -84,6 +85,24 @@ def test_cancelling_ends_it_at_its_next_step_also_while_it_waits(jobs):
     assert 0 < first.done < 10_000 and waiting.done == 0
 
 
+def test_a_cancel_is_told_at_once_and_the_step_that_it_ends_at_is_counted(jobs):
+    begun, go = threading.Event(), threading.Event()
+
+    def steps(loaded, job):
+        begun.set()
+        go.wait(5)
+        job(3, 10, "scores")  # which are on disk
+        raise AssertionError("it goes on")
+
+    job = jobs.start("steps", "toy", steps, kind="results")
+    begun.wait(5)
+    assert not job.cancelling
+    job.cancel()
+    assert job.cancelling and progress.told(job).startswith("Cancelling")
+    go.set()
+    assert ended(job).status == "cancelled" and not job.cancelling and job.done == 3
+
+
 def test_the_time_left_goes_by_the_pace_of_the_steps_and_not_by_the_loading_before_them(jobs):
     told = threading.Event()
 
@@ -119,7 +138,6 @@ def test_the_engine_goes_on_after_a_job_that_failed(jobs):
 
 def test_a_job_that_is_started_beside_another_hides_neither(monkeypatch, jobs):
     from app import state
-    from app.components import progress
 
     go, held = threading.Event(), {}
     monkeypatch.setattr("streamlit.session_state", held)
