@@ -87,8 +87,7 @@ def verdicts_of(
 ) -> np.ndarray:
     """Judge each head by Γ of N texts with the first token and without it, [N, L, H] each; NaN is undefined.
 
-    In this order: undefined, if too few texts define Γ; unstable, if Γ with the first token is; else by the two signs,
-    and low and high norms exchanged, "follows the paper" is "mirror".
+    In this order: undefined, if too few texts define Γ; unstable, if Γ with the first token is; else by the two signs.
 
     A sign over many texts is that of the whole interval. There is none where too few texts define that Γ (without the
     first token next to no attention may be left), nor where it is unstable: with very many texts an interval excludes

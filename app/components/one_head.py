@@ -17,7 +17,7 @@ from analysis.measures import attention_loss, kept_tokens
 from analysis.metrics import METRICS
 from analysis.selftest import is_synthetic
 from analysis.verdicts import meanings
-from analysis.words import head_name, signed
+from analysis.words import counted, head_name, signed
 from app import figures, library, state
 from app.components import many_texts, markup, why
 from app.components.charts import explain, show
@@ -96,16 +96,10 @@ def _numbers(one: _Head) -> None:
     verdict = str(library.verdicts_of(state.run_id(), probe)[layer, head])
     number = {name: float(values.of(name)[layer, head]) for name in values.names}
     whose = _PROBES.get(probe, f"the last {len(run.recent_positions)} queries")
-    said = verdict
-    if state.over() == "many texts" and (study := state.study()):
-        over = library.verdicts_over(state.study_id(), many_texts.probe_of(study))[layer, head]
-        n = len(study.names)
-        said = f"{verdict}, here and over {n} texts" if over == verdict else f"{verdict} here, {over} over {n} texts"
-    which = f"{one.side.upper()} · " if state.PINNED.get() else ""
-    st.markdown(f"#### {which}{one.name}: {said}", help=f"By {whose}: {markup.plain(meanings(1)[verdict])}.")
-    lost = _lost(one)
+    lost, scale = _lost(one), "−1 the paper's claim, 0 chance, +1 the opposite"
+    with_first = float(library.values_of(state.run_id(), 0, probe).of("gamma")[layer, head])
     shown = {
-        "Γ": (signed(number["gamma"]), "−1 the paper's claim, 0 chance, +1 the opposite"),
+        "Γ": (signed(with_first), f"{scale}. The verdict goes by this and by that without the first token."),
         "Γ without first": (
             signed(number["gamma_skip_first"]),
             "The same without the first token. Undefined where the others get less than 1 % of the attention.",
@@ -116,11 +110,23 @@ def _numbers(one: _Head) -> None:
             "share of the next token's attention that goes to tokens evicted at the settings in the header",
         ),
     }
+    said = verdict
+    if state.over() == "many texts" and (study := state.study()):
+        id, of, texts = state.study_id(), many_texts.probe_of(study), counted(len(study.names), "text")
+        over = str(library.verdicts_over(id, of)[layer, head])
+        said = f"{verdict} in this text{' and' if over == verdict else f'; {over}'} over {texts}"
+        mean = signed(library.means_of(id, "gamma", of).mean[layer, head])
+        shown = {f"Γ, {texts}": (mean, f"Mean of all: {scale}. The view *Over texts* has more.")} | {
+            f"{name}, this text": value for name, value in shown.items()
+        }
+    which = f"{one.side.upper()} · " if state.PINNED.get() else ""
+    st.markdown(f"#### {which}{one.name}: {said}", help=f"By {whose}: {markup.plain(meanings(1)[verdict])}.")
     with st.container(horizontal=True, gap="medium", vertical_alignment="bottom"):
         for name, (value, about) in shown.items():
             st.metric(name, value.replace("nan%", "undefined"), help=about, width="content")
     with st.container(horizontal=True, vertical_alignment="top", gap="small", key=f"explain_numbers_{one.side}"):
-        st.caption(f"{_kept_words(one, lost)} {_layer_note(run, layer)}".rstrip(), width="stretch")
+        notes = (_kept_words(one, lost), _layer_note(run, layer), _query_note(run, whose))
+        st.caption(" ".join(filter(None, notes)), width="stretch")
         with st.popover("All metrics", type="tertiary", key=f"numbers_{one.side}", on_change="rerun") as every:
             if every.open:
                 _all_numbers(one, number, whose)
@@ -168,6 +174,13 @@ def _layer_note(run: Capture, layer: int) -> str:
     if layer == 0 and not is_synthetic(run):
         return "In layer 0 a key's norm depends on the token alone."
     return ""
+
+
+def _query_note(run: Capture, whose: str) -> str:
+    """Whose the numbers are, where the chart below them is of another query."""
+    if state.VIEW.get() != "By position" or not state.QUERY.get():
+        return ""
+    return f"Γ and the share of the first token are of {whose}; only the chart is of {_query(run)[0]}."
 
 
 def query_stepper(run: Capture) -> None:
@@ -279,7 +292,7 @@ def _scatter(one: _Head) -> None:
         key=f"scatter_{one.side}",
         alt=f"Key norm against attention received, {one.name}",
         caption="Each token by key norm and by the attention it receives, the mean over all queries that see it (log "
-        "scale). A slope down to the right is the paper's claim. No p-value: tokens are not independent.",
+        "scale), whichever attention is chosen above. A slope down to the right is the paper's claim. No p-value: tokens are not independent.",
         table={
             "position": np.arange(one.run.n_tokens)[shown],
             "token": one.labels[shown],

@@ -92,7 +92,7 @@ def norm_attention_scatter(
         )  # fmt: skip
     stated = "undefined" if rho is None or not np.isfinite(rho) else f"= {number(rho, signed=True)}"
     # Above the plot, under the legend: inside, one corner or another belongs to the points.
-    figure.add_annotation(text=f"Spearman ρ {stated}, n = {n}", showarrow=False, xref="paper", yref="paper",
+    figure.add_annotation(text=f"Spearman ρ {stated}, all queries, n = {n}", showarrow=False, xref="paper", yref="paper",
                           x=0, y=1, xanchor="left", yanchor="bottom", font=dict(size=14))  # fmt: skip
     figure.update_layout(xaxis=axis("key norm (L2)"), yaxis=axis("attention (log)", **scale), legend_y=1.09)
     return figure

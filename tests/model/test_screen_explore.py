@@ -116,7 +116,7 @@ def test_the_first_token_and_the_probe_go_together_on_the_map_beside_the_head_an
     page = explored(probe=probe, skip_first="1", layer="3", head="1")
     expected = metrics(run, probe, skip_first=1).of("gamma")
     np.testing.assert_allclose(shown_map(page), expected)
-    assert next(tile.value for tile in page.metric if tile.label == "Γ") == signed(expected[3, 1])
+    assert next(tile.value for tile in page.metric if tile.label == "Γ without first") == signed(expected[3, 1])
     counts = verdict_counts(verdicts(study_of(run), probe=probe))
     said = next(line.help for line in page.markdown if "Layer" in line.value and line.help).replace("\\", "")
     assert f"In {counts['follows the paper']} of 48 heads low" in said and f"in {counts['mirror']} high" in said
@@ -167,6 +167,10 @@ def test_the_mean_of_many_texts_is_mapped_with_intervals_and_shown_for_the_head(
     np.testing.assert_allclose(shown_map(page), means.mean)
     n = len(library.opened(state.Study, study.id).names)
     assert f"Mean of {n} texts" in [option for group in page.get("button_group") for option in group.options]
+    tiles = {tile.label: tile.value for tile in page.metric}
+    assert tiles[f"Γ, {n} texts"] == signed(means.mean[2, 1])
+    assert tiles["Γ, this text"] == signed(library.values_of(SMALL, 0, "next token").of("gamma")[2, 1])
+    assert all("text" in label for label in tiles)
     assert f"Over {n} texts" in told(page) and "Median Γ" in "".join(line.help or "" for line in page.markdown)
 
 
@@ -225,6 +229,7 @@ def test_queries_are_stepped_through_and_end_at_the_first_that_is_kept():
     before = next(button for button in page.button if button.label == "Query before")
     before.click().run()
     assert f"Attention of token {run.n_tokens - 1} " in told(page)
+    assert f"are of the next token; only the chart is of token {run.n_tokens - 1} " in told(page)
     page = explored(query="999")
     assert f"Attention of token {run.n_tokens - len(run.recent_positions)} " in told(page)
     assert next(button for button in page.button if button.label == "Query before").disabled

@@ -221,7 +221,7 @@ def test_a_long_text_is_thinned_without_losing_what_stands_out():
 )
 def test_rho_is_stated_with_its_sign_and_n(rho, stated):
     figure = norm_attention_scatter(*tokens(5), rho=rho, n=311)
-    assert figure.layout.annotations[0].text == f"Spearman ρ {stated}, n = 311"
+    assert figure.layout.annotations[0].text == f"Spearman ρ {stated}, all queries, n = 311"
 
 
 def test_the_sink_has_a_marker_of_its_own():
