@@ -100,6 +100,11 @@ def _in_a_browser() -> bool:
     return "User-Agent" in st.context.headers
 
 
+def page_is_dark() -> bool:
+    """Tell whether the reader's page is: maps are as clear as the page at 0."""
+    return st.context.theme.type == "dark"
+
+
 def show(
     figure: go.Figure,
     *,

@@ -9,7 +9,7 @@ from analysis.comparing import Comparison, compare
 from analysis.errors import RecordError
 from app import library, state
 from app.components import markup, uploads
-from app.components.charts import show
+from app.components.charts import page_is_dark, show
 from app.report.chapters import of_comparison
 
 _LONGEST = 20  # letters of a run's name in a title
@@ -34,7 +34,7 @@ def draw() -> None:
         st.caption("Runs of all models are listed. *New run* in the header makes another.")
         return
     comparison = _compared(other, shown, _names(other, shown))
-    compared = of_comparison(comparison)
+    compared = of_comparison(comparison, dark=page_is_dark())
     for words in compared.words:
         st.markdown(markup.plain(words))
     columns = st.columns(len(compared.drawings), gap="medium")

@@ -20,7 +20,7 @@ from analysis.verdicts import meanings
 from analysis.words import counted, head_name, signed
 from app import figures, library, state
 from app.components import many_texts, markup, why
-from app.components.charts import explain, show
+from app.components.charts import explain, page_is_dark, show
 from app.figures import positions
 from app.jobs import Jobs
 from l2kv.policies import POLICIES
@@ -219,7 +219,7 @@ def _by_position(one: _Head) -> None:
         positions.norm_and_attention(
             one.norm[shown], row[one.skip_first :], one.labels[shown],
             kept=None if one.kept is None else one.kept[shown], first_position=one.skip_first, height=_HEIGHT,
-            dark=st.context.theme.type == "dark",
+            dark=page_is_dark(),
         ),
         key=key, height=_HEIGHT, alt=alt,
     )  # fmt: skip
@@ -291,8 +291,9 @@ def _scatter(one: _Head) -> None:
         ),
         key=f"scatter_{one.side}",
         alt=f"Key norm against attention received, {one.name}",
-        caption="Each token by key norm and by the attention it receives, the mean over all queries that see it (log "
-        "scale), whichever attention is chosen above. A slope down to the right is the paper's claim. No p-value: tokens are not independent.",
+        caption="Each token by key norm and by the attention it receives (log scale), the mean over all queries that "
+        "see it, whichever attention is chosen above. A slope down to the right is the paper's claim. No p-value: "
+        "tokens are not independent.",
         table={
             "position": np.arange(one.run.n_tokens)[shown],
             "token": one.labels[shown],
@@ -333,12 +334,13 @@ def _attention_map(one: _Head) -> None:
     if one.skip_first:
         pooled[:, 0] = np.nan  # the bin that holds the first token: what is left gets the colours
     show(
-        figures.pooled_map(pooled, tokens_per_bin=one.run.tokens_per_bin, n_tokens=one.run.n_tokens),
+        figures.pooled_map(
+            pooled, tokens_per_bin=one.run.tokens_per_bin, n_tokens=one.run.n_tokens, dark=page_is_dark()
+        ),
         key=f"pooled_{one.side}",
         alt=f"Attention map of {one.name}, pooled in bins of {one.run.tokens_per_bin} tokens",
-        caption=f"Each row is {one.run.tokens_per_bin} queries, each column as many keys. A bright first column is "
-        "a sink, a "
-        "bright diagonal is recency." + " The first column is not shown." * one.skip_first,
+        caption=f"Each row is {one.run.tokens_per_bin} queries, each column as many keys. A strong first column is "
+        "a sink, a strong diagonal is recency." + " The first column is not shown." * one.skip_first,
         table={f"keys from {i * one.run.tokens_per_bin}": column for i, column in enumerate(pooled.T)},
     )
 

@@ -147,8 +147,8 @@ def ablation_table(check: Ablation) -> Table:
     )
 
 
-def of_comparison(comparison: Comparison) -> Section:
-    """Two runs or two studies head by head, or as distributions where the shapes differ."""
+def of_comparison(comparison: Comparison, *, dark: bool = False) -> Section:
+    """Two runs or two studies head by head, or as distributions where the shapes differ; dark: whether the page is."""
     names, difference, runs = comparison.names, comparison.difference, comparison.texts == (1, 1)
     counts = dict(zip(names, comparison.verdicts, strict=True))
     first, second = (means.mean for means in comparison.means)
@@ -173,7 +173,7 @@ def of_comparison(comparison: Comparison) -> Section:
         intervals = "" if runs else " The table has the 95 % intervals, by resampling texts."
         drawings = (
             Drawing(
-                figures.head_map(difference.mean, title="ΔΓ", diverging=True),
+                figures.head_map(difference.mean, title="ΔΓ", diverging=True, dark=dark),
                 alt=f"Map of the difference of the {mean}Γ by layer and head",
                 title=f"The {mean}Γ of the second less that of the first",
                 caption="Purple: low norms get more of the attention in the second. Colours end at ±1, numbers do "

@@ -207,7 +207,7 @@ def _map() -> None:
         st.echarts_chart(
             heat.clickable_map(
                 values, scale, kv_heads=run.n_kv_heads, names=_names(run), notes=notes, shown=_shown(run, verdict),
-                dark=st.context.theme.type == "dark",
+                dark=charts.page_is_dark(),
             ),
             key="map_chart", height=heat.map_height(run.n_layers), alt=alt,
         )  # fmt: skip

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from app.figures.heat import Scale, clickable_map, map_height, outlines
-from app.figures.maps import luminance
+from app.figures.style import luminance
 
 GAMMA = Scale("Γ", -1, 1, diverging=True)
 
