@@ -11,6 +11,7 @@ import streamlit as st
 
 from analysis.records import json_text
 from app import address, state
+from app.components import markup
 
 Table = Mapping[str, Iterable[Any]]
 """Columns by name, of one length."""
@@ -112,6 +113,7 @@ def show(
     alt: str,
     caption: str,
     table: Table | None = None,
+    file: str = "",
     on_head: Callable[[int, int], None] | None = None,
 ) -> None:
     """Draw a figure. `on_head(layer, head)` is called when a head in it is clicked."""
@@ -126,11 +128,15 @@ def show(
         figure, key=key, alt=alt, config={"displaylogo": False}, selection_mode="points",
         on_select="ignore" if on_head is None else clicked,
     )  # fmt: skip
-    explain(key, alt=alt, caption=caption, table=table)
+    explain(key, alt=alt, caption=caption, table=table, file=file)
 
 
-def explain(key: str, *, alt: str, caption: str, table: Table | None) -> None:
-    """Write below the chart of that key its caption, and offer its numbers and its picture as files."""
+def explain(key: str, *, alt: str, caption: str, table: Table | None, file: str = "") -> None:
+    """Write below the chart of that key its caption, and offer its numbers and its picture as files.
+
+    Args:
+        file: name of the files without their ends; the key by default.
+    """
     with st.container(horizontal=True, vertical_alignment="top", gap="small", key=f"explain_{key}"):
         st.caption(caption, width="stretch")
         if table is None:
@@ -139,21 +145,21 @@ def explain(key: str, *, alt: str, caption: str, table: Table | None) -> None:
             "Data", type="tertiary", icon=":material/download:", key=f"{key}_data", on_change="rerun"
         ) as of:
             if of.open:
-                _data(key, alt, caption, table)
+                _data(key, alt, caption, table, file or key)
 
 
-def _data(key: str, alt: str, caption: str, table: Table) -> None:
+def _data(key: str, alt: str, caption: str, table: Table, file: str) -> None:
     import pandas
 
     columns = {name: list(column) for name, column in table.items()}
-    told = {"chart": alt, "about": caption, "of": address.params(), "numbers": columns}
+    told = {"chart": alt, "about": markup.unmarked(caption), "of": address.params(), "numbers": columns}
     frame = pandas.DataFrame(columns)
     with st.container(horizontal=True):
         for kind, make, mime in (
             ("CSV", lambda: frame.to_csv(index=False), "text/csv"),
             ("JSON", lambda: json_text(told), "application/json"),
         ):
-            name = f"{key}.{kind.lower()}"
+            name = f"{file}.{kind.lower()}"
             st.download_button(kind, make, name, mime, key=f"{key}_{kind}", on_click="ignore")
-        _PICTURE(key=f"{key}_png", data={"chart": key, "name": f"{key}.png"}, width="content")
+        _PICTURE(key=f"{key}_png", data={"chart": key, "name": f"{file}.png"}, width="content")
     st.dataframe(frame, hide_index=True, key=f"{key}_table", width=640)

@@ -62,6 +62,11 @@ def plain(text: str) -> str:
     return _MARKDOWN.sub(r"\\\1", printable(" ".join(text.split())))
 
 
+def unmarked(markdown: str) -> str:
+    """Write a caption's Markdown as plain text: without its escapes, bold and italics."""
+    return re.sub(r"\\(.)|\*+", r"\1", markdown)
+
+
 def escaped(text: str) -> str:
     """Escape running text for HTML, in an element or in a quoted attribute."""
     return html.escape(printable(text))

@@ -5,6 +5,7 @@ All that is said to be lost or kept is of the settings in the header, and of all
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -46,6 +47,11 @@ class _Head:
     def name(self) -> str:
         return head_name(self.layer, self.run.kv_head(self.head), self.head)
 
+    def file(self, whose: str = "") -> str:
+        """Name of a file of the view on screen: of whose attention, and without the first token if it is left out."""
+        without = "without first token" if self.skip_first else ""
+        return file_name(f"{self.name} {state.VIEW.get()}", whose, without, text_name())
+
     @property
     def row(self) -> np.ndarray:
         """Attention of the next token, [T] float64."""
@@ -83,6 +89,18 @@ def draw(side: str, layer: int, head: int, jobs: Jobs) -> None:
         why.draw(side, layer, head, jobs)
     else:
         _VIEWS[view](one)
+
+
+def file_name(*parts: str) -> str:
+    """Name a file of a chart of the model on screen, without its end; empty parts are left out."""
+    words = (re.sub(r"[\W_]+", "-", part.lower()).strip("-") for part in (state.model(), *parts))
+    return "_".join(filter(None, words))
+
+
+def text_name() -> str:
+    """Name of the run on screen."""
+    run = library.find(state.run_id())
+    return run.name if run else ""
 
 
 def step_query(run: Capture, by: int) -> None:
@@ -225,6 +243,7 @@ def _by_position(one: _Head) -> None:
     )  # fmt: skip
     explain(
         key,
+        file=one.file(f"token {end}" if end < one.run.n_tokens else "next token"),
         alt=alt,
         caption=f"Key norm, and the attention of {named} (log scale), by position, n = {end - one.skip_first:,}. "
         "Where the "
@@ -272,6 +291,7 @@ def _losses(one: _Head) -> None:
             dropped, curves, keep_ratio=spec.keep_ratio if one.kept is None else float(one.kept.mean()), lost=lost
         ),
         key=f"losses_{one.side}",
+        file=file_name(f"{one.name} loss curves", "next token", text_name()),
         alt=f"Attention lost by share of tokens evicted, {one.name}",
         caption="Share of the next token's attention that is lost as tokens are evicted. "
         + (f"Protected, never evicted: {protected} tokens. " if protected else "Nothing is protected. ")
@@ -290,6 +310,7 @@ def _scatter(one: _Head) -> None:
             n=one.run.n_tokens - one.skip_first, first_position=one.skip_first,
         ),
         key=f"scatter_{one.side}",
+        file=one.file("all queries"),
         alt=f"Key norm against attention received, {one.name}",
         caption="Each token by key norm and by the attention it receives (log scale), the mean over all queries that "
         "see it, whichever attention is chosen above. A slope down to the right is the paper's claim. No p-value: "
@@ -317,6 +338,7 @@ def _queries(one: _Head) -> None:
             next_label=markup.visible(one.run.probe_label), marked=one.run.n_tokens - state.QUERY.get(),
         ),
         key=f"by_query_{one.side}",
+        file=one.file(),
         alt=f"Γ of each of the last {len(positions)} queries, {one.name}",
         caption=f"Γ of each of the last {len(positions)} queries over the tokens before it, and of the next token. "
         "One query "
@@ -338,6 +360,7 @@ def _attention_map(one: _Head) -> None:
             pooled, tokens_per_bin=one.run.tokens_per_bin, n_tokens=one.run.n_tokens, dark=page_is_dark()
         ),
         key=f"pooled_{one.side}",
+        file=one.file(),
         alt=f"Attention map of {one.name}, pooled in bins of {one.run.tokens_per_bin} tokens",
         caption=f"Each row is {one.run.tokens_per_bin} queries, each column as many keys. A strong first column is "
         "a sink, a strong diagonal is recency." + " The first column is not shown." * one.skip_first,

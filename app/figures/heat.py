@@ -6,6 +6,7 @@ Its frame is fixed, so that the cell under a click is known (`components.cells`)
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,7 @@ def clickable_map(
     names: np.ndarray,
     notes: np.ndarray,
     shown: np.ndarray | None = None,
+    skipped: Mapping[int, str] | None = None,
     dark: bool = False,
 ) -> dict[str, Any]:
     """Map of values [L, H], layer 0 at the top.
@@ -68,6 +70,7 @@ def clickable_map(
         names: [L, H] of str, the places of the heads, no two alike.
         notes: [L, H] of str, what to add to the value when the pointer is over a cell.
         shown: [L, H] bool, cells that are not faded; all by default.
+        skipped: layers of which there is nothing to tell, with what is written across their cells.
         dark: whether the page behind it is.
     """
     layers, heads = values.shape
@@ -82,6 +85,11 @@ def clickable_map(
         colors = color_scale("diverging" if scale.diverging else "sequential", dark=dark)
         for cell, black in zip(cells, reads_black(colors, (values - low) / (high - low)).ravel(), strict=True):
             cell["label"] = dict(color="#000000" if black else "#FFFFFF")
+    for layer, word in (skipped or {}).items():
+        row = cells[layer * heads : (layer + 1) * heads]
+        for cell in row:
+            cell["label"] = dict(show=False)
+        row[heads // 2]["label"] = dict(show=True, formatter=word, color=QUIET[dark])
     groups = dict(show=kv_heads > 1, interval=0, lineStyle=dict(color=_INK[dark], opacity=0.55, width=1.5))
     return dict(
         animation=False,

@@ -107,7 +107,11 @@ def test_every_metric_has_a_map_of_its_numbers(probe):
     for name in METRICS:
         page.selectbox(key=state.MAP.key).set_value(name).run()
         assert not page.exception
-        np.testing.assert_allclose(shown_map(page), library.values_of(SMALL, 0, probe).of(name))
+        values = library.values_of(SMALL, 0, probe).of(name)
+        np.testing.assert_allclose(shown_map(page), values)
+        caption = next(line.value for line in page.caption if line.value.startswith(f"**{METRICS[name].title}**"))
+        assert any(end in caption for end in ("Weak colour is good", "Strong colour is good", "Purple: ", "No end is"))
+        assert ("Grey: undefined" in caption) == np.isnan(values).any()
 
 
 @pytest.mark.parametrize("probe", PROBES)
@@ -141,6 +145,13 @@ def test_the_attention_lost_is_one_number_on_the_map_and_beside_the_head(policy)
     np.testing.assert_allclose(shown_map(page), lost)
     assert next(metric.value for metric in page.metric if metric.label == "Lost") == f"{lost[4, 2]:.1%}"
     assert f"loses **{lost[4, 2]:.1%}** of the next token" in told(page) and (lost[1] == 0).all()
+    assert page.get("echarts_chart")[0].proto.spec.count('"skipped"') == 1
+
+
+def test_a_map_of_one_text_beside_means_of_many_says_so_where_it_is_chosen():
+    page = explored(one_text=False, over="many texts", map=state.LOST)
+    assert "Attention lost at my settings, this text" in page.selectbox(key=state.MAP.key).options
+    assert "**Attention lost at my settings**, this one text." in told(page)
 
 
 def test_what_a_run_does_not_tell_is_said_and_not_drawn_as_a_number():

@@ -86,6 +86,12 @@ def test_cells_that_are_filtered_out_are_faded():
     assert faded["itemStyle"]["opacity"] < 0.2 and "itemStyle" not in shown
 
 
+def test_a_layer_of_which_there_is_nothing_to_tell_says_so_once_across_its_cells():
+    told, silent = (cells(a_map(np.zeros((2, 3)), skipped={1: "skipped"}))[at : at + 3] for at in (3, 0))
+    assert [cell["label"]["formatter"] for cell in told if cell["label"]["show"]] == ["skipped"]
+    assert not any("formatter" in cell["label"] for cell in silent)
+
+
 def test_lines_part_the_query_heads_of_each_kv_head():
     heads, groups = a_map(np.zeros((2, 6)), kv_heads=3)["xAxis"]
     assert len(heads["data"]) == 6 and groups["data"] == ["KV 0", "KV 1", "KV 2"] and groups["splitLine"]["show"]
