@@ -16,6 +16,11 @@ from app.components import markup
 Table = Mapping[str, Iterable[Any]]
 """Columns by name, of one length."""
 
+# Few buttons, and none that saves a nameless picture: *Data* has one with a name.
+_CONFIG = {
+    "displaylogo": False,
+    "modeBarButtonsToRemove": ["toImage", "zoomIn2d", "zoomOut2d", "autoScale2d", "select2d", "lasso2d"],
+}
 LONGEST_WAIT = 10.0  # seconds, for a browser to draw its first chart
 _FIRST_CHART = st.components.v2.component(
     "first_chart",
@@ -125,7 +130,7 @@ def show(
 
     # A callback, so that the choice is known before the page is drawn.
     st.plotly_chart(
-        figure, key=key, alt=alt, config={"displaylogo": False}, selection_mode="points",
+        figure, key=key, alt=alt, config=_CONFIG, selection_mode="points",
         on_select="ignore" if on_head is None else clicked,
     )  # fmt: skip
     explain(key, alt=alt, caption=caption, table=table, file=file)

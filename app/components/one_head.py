@@ -139,7 +139,7 @@ def _numbers(one: _Head) -> None:
         }
     which = f"{one.side.upper()} · " if state.PINNED.get() else ""
     st.markdown(f"#### {which}{one.name}: {said}", help=f"By {whose}: {markup.plain(meanings(1)[verdict])}.")
-    with st.container(horizontal=True, gap="medium", vertical_alignment="bottom"):
+    with st.container(horizontal=True, gap="small" if which else "medium", vertical_alignment="bottom"):
         for name, (value, about) in shown.items():
             st.metric(name, value.replace("nan%", "undefined"), help=about, width="content")
     with st.container(horizontal=True, vertical_alignment="top", gap="small", key=f"explain_numbers_{one.side}"):

@@ -31,7 +31,7 @@ _STYLE = """<style>
 .st-key-explore [data-testid="stColumn"] { min-width: min(19rem, 100%); }
 .st-key-explore [data-testid="stMetricValue"] { font-size: 1.25rem; }
 .st-key-explore h1 { padding: 0; font-size: 2rem; }
-.st-key-explore h4 { padding: 0; }
+.st-key-explore h4 { padding: 0; font-size: 1.25rem; }
 .st-key-map_frame { position: relative; }
 .st-key-outlines, .st-key-outlines * { position: absolute; inset: 0; pointer-events: none; }
 </style>"""
@@ -250,7 +250,7 @@ def _titles() -> dict[str, str]:
     study = state.study()
     assert study is not None
     titles = {name: many_texts.metric_of(name).title for name in study.metrics}
-    lost = {state.LOST: f"{state.maps()[state.LOST]}, this text"}
+    lost = {state.LOST: "Attention lost, this text"}
     return {name: title for name, title in (state.maps() | titles | lost).items() if name in titles or name in lost}
 
 
@@ -367,7 +367,7 @@ def _heads(tune: StreamlitPage | None, jobs: Jobs) -> None:
     run = library.run(state.run_id())
     pinned = state.PINNED.get()
     _bar(run, tune)
-    sides = st.columns(2, gap="medium") if pinned else [st.container()]
+    sides = st.columns(2, gap="large") if pinned else [st.container()]
     with sides[0]:
         one_head.draw("a", *state.chosen_head(), jobs)
     if pinned:

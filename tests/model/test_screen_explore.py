@@ -150,7 +150,7 @@ def test_the_attention_lost_is_one_number_on_the_map_and_beside_the_head(policy)
 
 def test_a_map_of_one_text_beside_means_of_many_says_so_where_it_is_chosen():
     page = explored(one_text=False, over="many texts", map=state.LOST)
-    assert "Attention lost at my settings, this text" in page.selectbox(key=state.MAP.key).options
+    assert "Attention lost, this text" in page.selectbox(key=state.MAP.key).options
     assert "**Attention lost at my settings**, this one text." in told(page)
 
 
