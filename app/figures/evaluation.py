@@ -100,7 +100,7 @@ def length_depth_maps(
     """
     rows = max(-(-len(panels) // _ACROSS), 1)
     height = rows * _CELL * len(depths) + (rows - 1) * _BETWEEN
-    figure = new_figure(height=height + 76, margin=dict(l=56, r=8, t=28, b=48), plot_bgcolor=GRID)
+    figure = new_figure(height=height + 76, margin=dict(l=56, r=8, t=28, b=48, pad=0), plot_bgcolor=GRID)
     scale = color_scale("kept", dark=dark)
     figure.set_subplots(
         rows=rows, cols=_ACROSS, subplot_titles=[literal(name) for name in panels],

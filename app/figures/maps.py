@@ -87,7 +87,7 @@ def _map(shape: tuple[int, ...], unit: str, **layout: Any) -> tuple[go.Figure, i
     row = int(np.clip(480 // max(layers, 1), 14, 34))  # px: 32 layers without scrolling, none under 14
     height = row * layers
     lines = dict(plot_bgcolor=GRID)  # seen between the cells, which may be of the page's colour
-    figure = new_figure(height=height + 56, margin=dict(l=52, r=8, t=8, b=48), **lines, **layout)
+    figure = new_figure(height=height + 56, margin=dict(l=52, r=8, t=8, b=48, pad=0), **lines, **layout)
     figure.update_xaxes(**index_axis(heads, unit, most=12))
     figure.update_yaxes(**index_axis(layers, "layer", most=height // 18), autorange=False)
     figure.update_yaxes(range=[layers - 0.5, -0.5])

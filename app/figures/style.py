@@ -37,7 +37,7 @@ MOST_SAMPLES = 500  # points of a line: more than a screen has use for
 OF_HEAD = "layer %{customdata[0]}, head %{customdata[1]}<br>"  # hover text begins so, over `as_customdata`
 ZERO_LINE = dict(zeroline=True, zerolinecolor=FULL_GREY)
 DECADES = 6  # depth of a logarithmic attention axis below its largest value
-LONGEST_LABEL = 40
+LONGEST_LABEL, LONGEST_NAME = 40, 64  # letters of a token, and of a run in a legend or along an axis
 
 
 def new_figure(*, height: int, **layout: Any) -> go.Figure:
@@ -166,12 +166,12 @@ def error_bars(mean: np.ndarray, low: np.ndarray, high: np.ndarray, *, color: st
     return dict(type="data", symmetric=False, array=above, arrayminus=below, color=color, thickness=1.5, width=5)
 
 
-def literal(text: str) -> str:
+def literal(text: str, *, longest: int = LONGEST_LABEL) -> str:
     """Escape any text for Plotly: no tags, no entities, no TeX.
 
     Plotly knows &lt; &gt; &amp; and numbers but not &quot;, so quotes stay as they are.
     """
-    short = text if len(text) <= LONGEST_LABEL else text[: LONGEST_LABEL - 1] + "…"
+    short = text if len(text) <= longest else text[: longest - 1] + "…"
     return html.escape(short, quote=False).replace("$", "&#36;")
 
 

@@ -175,8 +175,8 @@ def of_comparison(comparison: Comparison, *, dark: bool = False) -> Section:
             Drawing(
                 figures.head_map(difference.mean, title="ΔΓ", diverging=True, dark=dark),
                 alt=f"Map of the difference of the {mean}Γ by layer and head",
-                title=f"The {mean}Γ of the second less that of the first",
-                caption="Purple: low norms get more of the attention in the second. Colours end at ±1, numbers do "
+                title=f"The {mean}Γ in {names[1]} less that in {names[0]}",
+                caption=f"Purple: low norms get more of the attention in {names[1]}. Colours end at ±1, numbers do "
                 f"not.{intervals}",
                 table={
                     "layer": layer,
@@ -189,7 +189,7 @@ def of_comparison(comparison: Comparison, *, dark: bool = False) -> Section:
             ),
             Drawing(
                 figures.gamma_against(first, second, names=names),
-                alt=f"The {mean}Γ of every head in the second against the first",
+                alt=f"The {mean}Γ of every head in {names[1]} against {names[0]}",
                 title="Head by head",
                 caption="On the line nothing changed. Colour is the layer.",
                 rows=2,

@@ -188,7 +188,7 @@ def test_the_mean_of_many_texts_is_mapped_with_intervals_and_shown_for_the_head(
 def test_many_texts_are_told_by_layer_and_by_the_order_of_layers():
     page = explored(below="Many texts")
     assert "From how many texts on" in told(page) and len(page.get("plotly_chart")) == 2
-    assert any("meaning" in table.value for table in page.dataframe)
+    assert any("meaning" in table.value for table in page.table)
 
 
 def test_heads_that_do_not_match_the_filter_are_faded():
