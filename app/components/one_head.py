@@ -156,7 +156,9 @@ def _all_numbers(one: _Head, number: dict[str, float], whose: str) -> None:
     )
     titles = {METRICS[name].title: _decimals(value) for name, value in number.items()}
     titles |= {"ALR of its kv head": _decimals(group)}
-    st.caption(f"By {whose}, {one.run.n_tokens - one.skip_first:,} tokens, nothing protected, as in the paper.")
+    st.caption(
+        f"By {whose}, {one.run.n_tokens - one.skip_first:,} tokens of this text, nothing protected, as in the paper."
+    )
     st.table({"metric": list(titles), "value": list(titles.values())})
     st.caption(
         f"The ALR of a kv head is of the mean attention of its {one.run.n_heads // one.run.n_kv_heads} query "

@@ -490,7 +490,7 @@ def _all_heads() -> None:
             key="quadrant",
             file=one_head.file_name("all heads", probe, one_head.text_name()),
             alt="All heads by Γ with the first token and without it",
-            caption="Γ with the first token (across) and without it (up); size is the first token's share of the "
+            caption="This text: Γ with the first token (across) and without it (up); size is the first token's share of the "
             f"attention. Lower left follows the paper. {_WHOSE[probe].format(w=len(run.recent_positions))} Heads "
             "in which "
             "the others get next to none are not drawn. Click one to open it.",
