@@ -23,7 +23,7 @@ from analysis.models.load import LoadedModel
 from analysis.models.memory import memory_errors
 from analysis.progress import Progress, unheard
 from analysis.recorder import check_length
-from analysis.stories import Step
+from analysis.stories import MOST_COUNTED, Step
 from analysis.texts.tokens import Tokens
 from l2kv import CompressedCache, CompressionSpec, UnsupportedModelError, compressible
 from l2kv.cache import cache_nbytes
@@ -85,7 +85,7 @@ def stream(
     Args:
         chat: put the prompt to the model as a user's question, by its chat template.
         sampling: how tokens are drawn.
-        count_heads: count at each step the heads that hold each token of the prompt.
+        count_heads: count at each step the heads that hold each token of the prompt, up to `MOST_COUNTED` tokens.
         progress: counts layers while the prompt is read into one cache after the other.
 
     Raises:
@@ -93,52 +93,67 @@ def stream(
         ModelError: the model cannot be compressed.
         SpecError: a spec does not fit the model.
     """
-    ids = prompt_tokens(loaded.tokenizer, prompt, chat=chat).ids
-    columns = _columns(loaded, specs, len(ids) if count_heads else 0)
-    yield from _turn(loaded, columns, [ids] * len(columns), max_new_tokens, sampling, progress)
+    columns = Columns(loaded, specs)
+    ids = _fitting(loaded, prompt_tokens(loaded.tokenizer, prompt, chat=chat).ids, max_new_tokens)
+    yield from columns.write(
+        loaded, [ids] * len(specs),
+        max_new_tokens=max_new_tokens, sampling=sampling, count_heads=count_heads, progress=progress,
+    )  # fmt: skip
 
 
-class Chat:
-    """A chat over several caches, full and compressed, which live on between its turns. Keeps no model.
+class Columns:
+    """Caches side by side, full and compressed, which live on between the turns of a chat. Keeps no model.
 
-    Each column has its own answers, and so its own memory of the chat.
+    Each has its own text: what it read, and what was written with it.
 
     Args:
-        specs: what to keep in each column; None is the full cache.
+        specs: what to keep in each; None is the full cache.
+
+    Raises:
+        ModelError: the model cannot be compressed.
+        SpecError: a spec does not fit the model.
     """
 
-    def __init__(self, specs: Sequence[CompressionSpec | None]) -> None:
-        self.specs = tuple(specs)
-        self.turns: list[tuple[str, tuple[Step, ...]]] = []
-        """Messages of the user, each with the answers to it, which grow token by token."""
-        self._columns: list[_Column] = []
+    def __init__(self, loaded: LoadedModel, specs: Sequence[CompressionSpec | None]) -> None:
+        try:
+            self._columns = [_Column(loaded, spec) for spec in specs]
+        except UnsupportedModelError as error:
+            raise ModelError(str(error)) from error
 
-    def say(
+    def asked(self, loaded: LoadedModel, message: str, *, new_tokens: int) -> list[np.ndarray]:
+        """Tokens [T] int64 of each column's chat, from its beginning to where a message is to be answered.
+
+        Raises:
+            TextError: the message is empty, the model has no chat template, or one that takes a single message only, or
+                the chat grows longer than the model takes.
+        """
+        if not any(column.seen for column in self._columns):
+            texts = [prompt_tokens(loaded.tokenizer, message, chat=True).ids] * len(self._columns)
+        else:
+            further = next_turn_ids(loaded.tokenizer, message)
+            texts = [column.continued(further) for column in self._columns]
+        return [_fitting(loaded, text, new_tokens) for text in texts]
+
+    @torch.inference_mode()  # as a decorator it is on only while the generator runs, not between its steps
+    def write(
         self,
         loaded: LoadedModel,
-        message: str,
+        texts: Sequence[np.ndarray],
         *,
         max_new_tokens: int,
         sampling: Sampling = GREEDY,
+        count_heads: bool = False,
         progress: Progress = unheard,
     ) -> Generator[tuple[Step, ...], None, None]:
-        """Answer a message, as `stream`. An answer that is stopped stays in the caches as far as it got.
-
-        Raises:
-            TextError: the message is empty, the model has no chat template, or one that takes a single message only.
-            OutOfMemoryError, ModelError, SpecError: as `stream`; the chat then has to begin anew.
-        """
-        if not self._columns:
-            columns = _columns(loaded, self.specs)
-            ids = [prompt_tokens(loaded.tokenizer, message, chat=True).ids] * len(columns)
-        else:
-            columns, further = self._columns, next_turn_ids(loaded.tokenizer, message)
-            ids = [column.continued(further) for column in columns]
-        self._columns = []  # until they have read it: half a message cannot be answered
-        turns, self.turns = self.turns, []
-        for steps in _turn(loaded, columns, ids, max_new_tokens, sampling, progress):
-            self._columns, self.turns = columns, [*turns, (message, steps)]
-            yield steps
+        """Let each column read what is new to it in its text, then all of them write in step, as `stream`."""
+        with prepared(loaded):
+            with _watched(loaded, len(texts), progress):
+                for column, text in zip(self._columns, texts, strict=True):
+                    column.read(loaded, text, count_heads=count_heads)
+            for _ in range(max_new_tokens):
+                yield tuple(column.step(loaded, sampling) for column in self._columns)
+                if all(column.finished for column in self._columns):
+                    return
 
 
 def tokens_per_second(
@@ -153,42 +168,18 @@ def tokens_per_second(
     return float(1 / np.median(later))
 
 
-@torch.inference_mode()  # as a decorator it is on only while the generator runs, not between its steps
-def _turn(
-    loaded: LoadedModel,
-    columns: Sequence[_Column],
-    ids: Sequence[np.ndarray],
-    max_new_tokens: int,
-    sampling: Sampling,
-    progress: Progress,
-) -> Generator[tuple[Step, ...], None, None]:
-    """Let each column read its tokens, then all of them write in step."""
-    for column, further in zip(columns, ids, strict=True):
-        tokens = np.concatenate([np.array(column.seen, np.int64), further])
-        check_length(loaded, Tokens(tokens, np.zeros((len(tokens), 2), np.int32), ()), new_tokens=max_new_tokens)
-    with prepared(loaded):
-        with _watched(loaded, len(columns), progress):
-            for column, further in zip(columns, ids, strict=True):
-                column.read(loaded, further)
-        for _ in range(max_new_tokens):
-            yield tuple(column.step(loaded, sampling) for column in columns)
-            if all(column.finished for column in columns):
-                return
-
-
-def _columns(loaded: LoadedModel, specs: Sequence[CompressionSpec | None], counted: int = 0) -> list[_Column]:
-    try:
-        return [_Column(loaded, spec, counted) for spec in specs]
-    except UnsupportedModelError as error:
-        raise ModelError(str(error)) from error
+def _fitting(loaded: LoadedModel, ids: np.ndarray, new_tokens: int) -> np.ndarray:
+    """The tokens of a text. Raises TextError if the model cannot take them and so many more."""
+    check_length(loaded, Tokens(ids, np.zeros((len(ids), 2), np.int32), ()), new_tokens=new_tokens)
+    return ids
 
 
 class _Column:
     """A cache, and what was written with it since it read last."""
 
-    def __init__(self, loaded: LoadedModel, spec: CompressionSpec | None, counted: int) -> None:
+    def __init__(self, loaded: LoadedModel, spec: CompressionSpec | None) -> None:
         self._cache = new_cache(loaded.config, spec, special_ids=loaded.special_ids(spec))
-        self._counted = counted  # tokens whose heads are counted
+        self._counted = 0  # tokens whose heads are counted
         self.seen = list[int]()  # tokens in the cache, evicted or not
         self._next, self._new = 0, list[int]()
         self._last: Step | None = None
@@ -198,19 +189,22 @@ class _Column:
         return self._last is not None and self._last.finished
 
     def continued(self, further: np.ndarray) -> np.ndarray:
-        """Tokens to read in the next turn: the latest that was written, which is not in the cache yet, and `further`.
+        """Tokens seen, the latest that was written, which is not in the cache yet, and `further`.
 
         `further` begins with the end of an answer, which may have been written already.
         """
         again = bool(self.finished and len(further) and further[0] == self._next)
-        return np.concatenate([[self._next], further[1:] if again else further]).astype(np.int64)
+        return np.concatenate([self.seen, [self._next], further[1:] if again else further]).astype(np.int64)
 
-    def read(self, loaded: LoadedModel, ids: np.ndarray) -> None:
+    def read(self, loaded: LoadedModel, text: np.ndarray, *, count_heads: bool) -> None:
+        """Read a text, of which the cache may have seen the beginning, up to its last token, which comes next."""
         self._last, self._new = None, []
-        if len(ids) > 1:
-            prefill(loaded.model, torch.from_numpy(ids[:-1])[None].to(loaded.device), self._cache)
-        self.seen += ids[:-1].tolist()
-        self._next = int(ids[-1])
+        self._counted = len(text) if count_heads and len(text) <= MOST_COUNTED else 0
+        ids = text[len(self.seen) : -1]
+        if len(ids):
+            prefill(loaded.model, torch.from_numpy(ids)[None].to(loaded.device), self._cache)
+        self.seen += ids.tolist()
+        self._next = int(text[-1])
 
     def step(self, loaded: LoadedModel, sampling: Sampling) -> Step:
         if self._last is not None and self._last.finished:

@@ -30,7 +30,7 @@ from analysis.models.memory import (
 )
 from analysis.progress import Progress, unheard
 from analysis.texts.tokens import LONG, MIN_TOKENS, Tokens, about_tokens, tokenize
-from analysis.words import human_bytes
+from analysis.words import counted, human_bytes
 from l2kv import UnsupportedModelError, kernels
 from l2kv.config import CacheShape, layer_kinds
 from l2kv.hooks import Look, WatchedCache, watching
@@ -188,7 +188,7 @@ def check_length(loaded: LoadedModel, tokens: Tokens, *, new_tokens: int = 1) ->
     """Warn of a long text. Raises TextError if the model cannot take it at all."""
     n, limit = len(tokens), getattr(loaded.config, "max_position_embeddings", None)
     if n < MIN_TOKENS:
-        raise TextError(f"The text has {n} token{'s' * (n != 1)}; at least {MIN_TOKENS} are needed to rank them.")
+        raise TextError(f"The text has {counted(n, 'token')}; at least {MIN_TOKENS} are needed to rank them.")
     if tokens.ids.max() >= getattr(loaded.model.get_input_embeddings(), "num_embeddings", sys.maxsize):
         raise TextError(
             "The tokenizer gives tokens that the model lacks: they do not belong together. Give the model's own."

@@ -15,6 +15,8 @@ from analysis.words import counted
 from l2kv.spec import CompressionSpec
 
 FULL = "full cache"
+MOST_COUNTED = 4000
+"""Most tokens of a text for which the heads that hold each are counted, which takes time at every step."""
 
 
 def name_of(spec: CompressionSpec) -> str:
@@ -44,7 +46,7 @@ class Step:
     finished: bool = False
     """The model ended its text here."""
     kept: tuple[int, ...] = ()
-    """For each token of the prompt the number of kv heads that hold it; empty where they were not counted."""
+    """For each token read before the first new one the number of kv heads that hold it; empty if not counted."""
 
 
 def full_nbytes(full: Step, seen: int) -> float:
@@ -63,6 +65,8 @@ class Told:
     steps: tuple[Step, ...] = ()
     tokens_per_second: float | None = None
     """Median rate of decoding, in a run of its own; None where it was not measured."""
+    labels: tuple[str, ...] = ()
+    """Tokens that it had read, in a chat: earlier turns with its own answers, and the prompt. Else empty."""
 
 
 @record("story", version=1, title="a story", again="l2kv demo", lines="caches")

@@ -26,6 +26,7 @@ from analysis.models.digest import digest_of
 from analysis.progress import Progress, unheard
 from analysis.statistics import Interval, Means, means, median, nanmean
 from analysis.texts.excerpts import Excerpt, Texts, excerpts_from
+from analysis.words import counted
 
 if TYPE_CHECKING:
     from analysis.models.load import LoadedModel
@@ -315,7 +316,9 @@ def _resumed(path: str | Path | None, model: str, weights: str, texts: tuple[Exc
             f"Then: {AGAIN}"
         )
     if len(done.names) > len(texts):
-        raise RecordError(f"{path} holds {len(done.names)} texts already, and {len(texts)} were given. {instead}")
+        raise RecordError(
+            f"{path} holds {counted(len(done.names), 'text')} already, and {len(texts)} were given. {instead}"
+        )
     for i, (before, digest, (name, text, _)) in enumerate(zip(done.names, done.digests, texts, strict=False)):
         if (before, digest) != (name, _digest(text)):
             what = f"it was {before!r}, and is now {name!r}" if before != name else f"{name!r} has changed"

@@ -25,7 +25,7 @@ def head_name(layer: int, kv_head: int, head: int) -> str:
 def span(numbers: Iterable[int]) -> str:
     """Write the range of some numbers: "60 to 80", or "60" if they are equal."""
     least, most = min(numbers), max(numbers)
-    return f"{least}" if least == most else f"{least} to {most}"
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
 def ranges(numbers: Sequence[int]) -> str:

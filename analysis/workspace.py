@@ -34,6 +34,7 @@ from analysis.records import json_line, kind_of, load, load_any, record, save
 from analysis.stories import Story
 from analysis.studies import Study
 from analysis.timelines import Timeline
+from analysis.words import counted
 
 KINDS: dict[str, type] = {
     kind_of(cls).name: cls for cls in (Capture, Study, Results, Plan, Front, Ablation, Speed, Timeline, Story)
@@ -235,13 +236,13 @@ def _entry(path: Path, changed: int) -> Entry | None:
 
 def _in_words(thing: object) -> str:
     if isinstance(thing, Capture):
-        return f"{thing.n_tokens:,} tokens"
+        return counted(thing.n_tokens, "token")
     if isinstance(thing, Study):
-        return f"{len(thing.names)} texts"
+        return counted(len(thing.names), "text")
     if isinstance(thing, Results):
-        return f"{thing.task}, {len({row.sample for row in thing.rows})} samples, {len(thing.methods)} methods"
+        return f"{thing.task}, {counted(len(thing.samples), 'sample')}, {counted(len(thing.methods), 'method')}"
     if isinstance(thing, Timeline):
-        return f"{len(thing.labels):,} tokens, {len(thing.nats)} of them its continuation"
+        return f"{counted(len(thing.labels), 'token')}, {len(thing.nats)} of them its continuation"
     if isinstance(thing, Story):
-        return f"{len(thing.caches)} caches, {len(thing.labels):,} tokens and {thing.n_steps} new ones"
+        return f"{counted(len(thing.caches), 'cache')}, {counted(len(thing.labels), 'token')} and {thing.n_steps} new"
     return kind_of(type(thing)).title.removeprefix("a ")

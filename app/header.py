@@ -57,6 +57,20 @@ def draw(engine: Engine, jobs: Jobs) -> None:
         new_run.dialog(engine, jobs)
 
 
+def no_run() -> None:
+    """Say that the model on screen has no run yet, and offer to make one."""
+    with st.container(horizontal=True, vertical_alignment="center", key="no_run"):
+        st.markdown(
+            f"There is no run of {markup.plain(state.model())} yet: one pass over a text records the norm of every key "
+            "and the attention that it gets.",
+            width="content",
+        )
+        st.button(
+            "New run", icon=":material/add:", type="primary", key="first_run", on_click=state.OPENING.set,
+            args=(new_run.DIALOG,),
+        )  # fmt: skip
+
+
 def show_result(job: Job) -> None:
     """Put on screen what a job has made."""
     if job.kind == "run":

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache, wraps
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 from analysis.captures import Capture
 from analysis.decision.checklist import RETRIEVAL, Decision, Limits
@@ -19,6 +19,7 @@ from analysis.errors import RecordError
 from analysis.evaluation.results import Results, results_so_far
 from analysis.measures import attention_lost, by_kv_head
 from analysis.metrics import METRICS, HeadValues, by_query, metrics
+from analysis.pace import Pace
 from analysis.plans.allocation import AllocationPlan
 from analysis.plans.curves import loss_curves
 from analysis.plans.skip import Plan
@@ -31,6 +32,9 @@ from analysis.verdicts import answer, verdicts
 from analysis.workspace import KINDS, Entry, Workspace, digest_of_file
 from l2kv.spec import CompressionSpec
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 WORKSPACE = Workspace()
 _BUNDLED = {"demo": "run", "study": "study", "front": "front", "ablation": "ablation", "plan": "plan"}
 _BUNDLED |= {"timeline": "timeline"} | dict.fromkeys(("lm", "passkey", "needle"), "results")
@@ -40,6 +44,7 @@ _NAMES = {"run": "Anne of Avonlea", "timeline": "A pass key that is lost"}  # of
 _MOST_OPEN = 8
 _MOST_ANSWERS = 256
 _MOST_EVIDENCE = 200
+_MOST_TIMED = 3
 
 Thing = TypeVar("Thing")
 Asked = ParamSpec("Asked")
@@ -161,6 +166,15 @@ def remembered(work: Callable[Asked, Answer]) -> Callable[Asked, Answer]:
 def run(id: str) -> Capture:
     """Open a run. Raises RecordError."""
     return opened(Capture, id)
+
+
+def pace(model: str, like: Capture | PretrainedConfig) -> Pace:
+    """Pace of a model here: by its latest runs in the workspace, else a rough one by its size."""
+    runs = []
+    for entry in WORKSPACE.entries("run", model=model)[:_MOST_TIMED]:
+        with suppress(RecordError):
+            runs.append(run(entry.id))
+    return Pace.of(runs) or Pace.rough(like)
 
 
 @remembered

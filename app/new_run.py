@@ -73,7 +73,7 @@ def start(jobs: Jobs, ref: str, text: str, name: str) -> str:
 
 
 def _tell_size(engine: Engine, text: str) -> None:
-    """Say how many tokens a text has, and what memory its capture takes, where the tokenizer is at hand."""
+    """Say how many tokens a text has, and what memory and time its capture takes, where the tokenizer is here."""
     if not text.strip():
         return
     ref = state.model_ref()
@@ -81,7 +81,7 @@ def _tell_size(engine: Engine, text: str) -> None:
         with st.spinner("Loading the tokenizer …", show_time=True):
             found = engine.tokenizer_and_config(ref)
         if found is None:
-            st.caption("Tokens and memory are counted once the model is here.")
+            st.caption("Tokens, memory and time are told once the model is here.")
             return
         tokenizer, config = found
         sample = text[:_COUNTED_CHARACTERS]
@@ -94,8 +94,11 @@ def _tell_size(engine: Engine, text: str) -> None:
     needed = capture_bytes(config, n, itemsize=resident.model.dtype.itemsize if resident else 4)
     free = human_bytes(free_bytes(resident.device if resident else "cpu"))
     about = "about " if len(text) > len(sample) else ""
-    length = counted(n, "token")
-    st.markdown(f"{about}**{length}**, about **{human_bytes(needed)}** of memory beyond the model; {free} is free.")
+    length, pace = counted(n, "token"), library.pace(state.model(), config)
+    st.markdown(
+        f"{about}**{length}**, about **{human_bytes(needed)}** of memory beyond the model; {free} is free. It takes "
+        f"{pace.told(pace.capture(n))}."
+    )
     for note in tokens.notes:
         st.caption(markup.plain(note))
     limit = getattr(config, "max_position_embeddings", None)

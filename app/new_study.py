@@ -13,7 +13,7 @@ import streamlit as st
 from analysis.defaults import EXCERPT_TOKENS, STUDY_EXCERPTS
 from analysis.errors import RecordError, TextError, UserError
 from analysis.studies import load_study
-from analysis.words import counted, duration
+from analysis.words import counted
 from analysis.workspace import digest_of_file
 from app import library, state
 from app.components import documents, markup
@@ -81,7 +81,9 @@ def dialog(engine: Engine, jobs: Jobs) -> None:
         )
         return
     done = asked.done
-    st.markdown(f"About **{counted(expected, 'excerpt')}**{_time(expected - done, int(n_tokens))}.")
+    st.markdown(
+        f"About **{counted(expected, 'excerpt')}** of {n_tokens:,} tokens{_time(expected - done, int(n_tokens))}."
+    )
     _note_special_tokens(engine, texts)
     if st.button(f"Continue ({done} done)" if done else "Start", type="primary", icon=":material/play_arrow:"):
         state.OVER.set("many texts")
@@ -124,11 +126,12 @@ def _expected(asked: _Asked) -> int:
 
 
 def _time(excerpts: int, n_tokens: int) -> str:
-    """About how long it takes, by the run on screen; empty where there is none."""
+    """About how long it takes; empty where there is no run of the model."""
     run = state.run()
-    if run is None or not run.seconds:
+    if run is None:
         return ""
-    return f", about {duration(excerpts * n_tokens * run.seconds / run.n_tokens)} by the pace of the run on screen"
+    pace = library.pace(run.model, run)
+    return f"; that takes {pace.told(excerpts * pace.capture(n_tokens))}"
 
 
 def _note_special_tokens(engine: Engine, texts: Mapping[str, str]) -> None:

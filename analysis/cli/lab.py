@@ -92,7 +92,7 @@ def lab(
         front = measured.on_front(results)
         rows = [row | {"front": "yes" * (row["method"] in front)} for row in results.summary(TASKS[task])]
         title = f"{TASKS[task].title}, {TASKS[task].unit}: {counted(len(results.samples), 'sample')}, the last "
-        title += f"{protect_last} tokens protected; front: on the Pareto front, by bytes and score"
+        title += f"{counted(protect_last, 'token')} protected; front: on the Pareto front, by bytes and score"
         section(task, columns, rows, title, "\n".join(_said(results, policy, policies, keep_ratios)))
     if json:
         tell({}, [], json=True, model=loaded.name, policy=policy, **found)

@@ -22,6 +22,7 @@ from analysis.metrics import METRICS, PROBES, metrics
 from analysis.statistics import Interval, means, stability
 from analysis.studies import head_means, layer_alr, layer_means
 from analysis.verdicts import answer, verdicts
+from analysis.words import counted, span
 
 _QUESTION = "Does low norm predict attention in"
 
@@ -42,7 +43,10 @@ def capture(
     with shown("layer") as progress:
         run = recorder.capture(loaded, content, progress=progress)
     wrote(save_run(run, to))
-    print(f"{run.model}: {run.n_tokens} tokens, {run.n_layers} layers, {run.seconds:.1f} s on {run.device}")
+    print(
+        f"{run.model}: {counted(run.n_tokens, 'token')}, {counted(run.n_layers, 'layer')}, "
+        f"{run.seconds:.1f} s on {run.device}"
+    )
     print(f"{_QUESTION} {run.model}? {answer(studies.study_of(run))}")
 
 
@@ -113,7 +117,7 @@ def _tell_study(done: studies.Study, probe: str, metric: str | None, *, json: bo
     of_layers = {name: layer_means(done, name, probe=probe) for name in ("gamma", "gamma_skip_first")}
     of_layers["layer_alr"] = means(losses, documents=done.documents)
     title = (
-        f"{done.model}, {len(done.names)} texts of {done.n_tokens.min()} to {done.n_tokens.max()} tokens\n"
+        f"{done.model}, {counted(len(done.names), 'text')} of {span(done.n_tokens.tolist())} tokens\n"
         f"means over heads and texts; 95 % intervals over texts; layers count from 0\n{probe}: {PROBES[probe]}"
     )
     ends: list[dict[str, str]] = [{} for _ in verdict]

@@ -157,8 +157,9 @@ def decide(
                 "This compression fails; a plan of the same bytes passes, on texts that it was not made from.",
             )
         case _, Status.NOT_YET:
-            answer, why = Answer.NOT_YET, "As set, it fails. A plan of the same bytes may pass: to be measured"
-            why += f" with it: {_missing(planned)}." if planned else ", on texts that it is not made from."
+            answer, why = Answer.NOT_YET, f"As set, it fails: {_failures(asked)}. A plan of the same bytes may pass; "
+            why += f"to be measured of it: {_missing(planned)}." if planned else "none is measured yet."
+            why += f" {_would_pass(smallest, family)}" if smallest else ""
         case _:
             answer, why = (
                 Answer.NO_GO,
@@ -221,6 +222,17 @@ def _outcome(checks: Sequence[Check]) -> Status:
 
 def _missing(checks: Sequence[Check]) -> str:
     return ", ".join(check.missing for check in checks if check.status is Status.NOT_YET)
+
+
+def _failures(checks: Sequence[Check]) -> str:
+    """What failed and by how much: "perplexity × 1.019 (95 % up to 1.056), passkeys 31 of 50 (full 50)"."""
+    prediction, *retrieval = checks
+    ends = prediction.measured
+    told = [
+        f"perplexity {prediction.short}{f' (95 % up to {ends.high:.3f})' if ends else ''}",
+        *(f"{task}s {one.short}" for task, one in zip(RETRIEVAL, retrieval, strict=True)),
+    ]
+    return ", ".join(words for words, one in zip(told, checks, strict=True) if one.status is Status.FAILED)
 
 
 def _not_judged(checks: Sequence[Check]) -> str:
@@ -320,7 +332,7 @@ def _points(value: float) -> str:
 
 def _not_yet(asks: str, n: int, needed: int, noun: str) -> Check:
     says = f"Measured on {n} of the {counted(needed, noun)} that it takes." if n else "Not measured."
-    missing = f"{needed - n}{' more' if n else ''} {noun}{'s' * (needed - n != 1)}"
+    missing = counted(needed - n, f"more {noun}" if n else noun)
     return Check(asks, Status.NOT_YET, says, f"{n} of {needed} measured" if n else "", n, missing)
 
 
@@ -340,11 +352,11 @@ def _fair(
     results: Sequence[Results], plan: CompressionSpec, spec: CompressionSpec, planned_on: Collection[str]
 ) -> tuple[Check, Check]:
     """Whether a plan holds no more bytes than the compression, and was measured on other texts than made it."""
-    asks, ratio = "Does the plan hold no more bytes?", bytes_beside(results, plan, spec)
+    asks, ratio = "Does the plan hold the same bytes?", bytes_beside(results, plan, spec)
     if isnan(ratio):
         held = Check(asks, Status.NOT_YET, "Not measured.", missing="the plan and the compression side by side")
     else:
-        says = f"It holds × {ratio:.3f} of them; × {1 + SAME_BYTES:g} is allowed."
+        says = f"It holds × {ratio:.3f} of them; up to × {1 + SAME_BYTES:g} is allowed."
         held = Check(asks, Status.PASSED if ratio <= 1 + SAME_BYTES else Status.FAILED, says)
     return held, _on_other_texts(results, plan, planned_on)
 

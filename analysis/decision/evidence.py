@@ -29,7 +29,7 @@ from analysis.plans.skip import Plan
 from analysis.progress import Progress, unheard
 from analysis.records import load
 from analysis.texts.excerpts import Excerpt, planning_and_measuring
-from analysis.words import duration
+from analysis.words import counted, duration
 from l2kv.config import CacheShape
 from l2kv.spec import CompressionSpec
 
@@ -82,7 +82,7 @@ class Evidence:
         found = tuple(records)
         fronts = [one for one in found if isinstance(one, Front)]
         planned = (
-            Plan(front.model, point.spec, point.strategy, front.planned_on)
+            Plan(front.model, point.spec, f"{point.strategy}: a point of the Pareto front", front.planned_on)
             for front in fronts
             for point in front.points
         )
@@ -343,7 +343,8 @@ class Measurement:
             out=self.workspace.results_file({"plan": self._asked})[1],
             progress=progress,
         )
-        note = f"{strategy}: the best on {len(planning)} excerpts at {self._share:.3g} of the pairs ({self._asked})"
+        on = counted(len(planning), "excerpt")
+        note = f"{strategy}: the best on {on} at {self._share:.3g} of the pairs ({self._asked})"
         made = Plan(self.loaded.name, spec, note, tuple(one.name for one in planning))
         self.workspace.add(made, name=f"Verdict: {strategy}, keep {self.spec.keep_ratio:g}")
         return made

@@ -30,6 +30,7 @@ from analysis.models.load import LoadedModel
 from analysis.progress import Progress, unheard
 from analysis.texts.excerpts import Excerpt
 from analysis.texts.tokens import Passage, passages
+from analysis.words import counted
 from l2kv import CompressionSpec
 
 CALM_SPEC = CompressionSpec(keep_ratio=0.5, protect_last=32)
@@ -116,8 +117,8 @@ def _candidates(loaded: LoadedModel, texts: Mapping[str, str], criteria: Criteri
     if not found:
         shortest = min(criteria.lengths)
         raise TextError(
-            f"The {len(texts)} texts hold no passage of whole sentences of {shortest} tokens with "
-            f"{criteria.new_tokens} more after it that fits the model's {positions} positions. Give longer texts."
+            f"No passage of whole sentences of {shortest} tokens with {criteria.new_tokens} more after it fits the "
+            f"model's {positions} positions in {counted(len(texts), 'text')}. Give longer texts."
         )
     return found
 

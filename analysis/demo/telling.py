@@ -1,4 +1,4 @@
-"""Stories told by a model: live, token by token, or recorded to come with the program."""
+"""Stories told by a model: live, token by token, turn by turn in a chat, or recorded to come with the program."""
 
 from __future__ import annotations
 
@@ -8,31 +8,97 @@ from dataclasses import replace
 
 from analysis.demo.presets import Preset
 from analysis.demo.questions import HALF
-from analysis.evaluation.prompts import decided, prompt_labels
+from analysis.evaluation.prompts import decided, decoded, prompt_labels
 from analysis.models.load import LoadedModel
-from analysis.preview import GREEDY, Sampling, heads_that_evict, stream, tokens_per_second
+from analysis.preview import (
+    GREEDY,
+    Columns,
+    Sampling,
+    heads_that_evict,
+    stream,
+    tokens_per_second,
+)
 from analysis.progress import Progress, unheard
-from analysis.stories import FULL, Step, Story, Told, name_of
+from analysis.stories import FULL, MOST_COUNTED, Step, Story, Told, name_of
 from l2kv.spec import CompressionSpec
 
 
-def begin(
+def tell(
     loaded: LoadedModel,
     preset: Preset,
     specs: Mapping[str, CompressionSpec],
     *,
+    new_tokens: int,
     dtype: str = "",
-) -> Story:
-    """Make the beginning of a story: everything but its steps.
+    sampling: Sampling = GREEDY,
+    progress: Progress = unheard,
+) -> Generator[Story, None, None]:
+    """Generate, and yield the story after each new token, and at last as ended; a decided task ends it, but not a chat.
+
+    Close the iterator to stop at once. Raises as `analysis.preview.stream`.
 
     Args:
         preset: the prompt, and the answer if it has one.
         specs: the compressed caches, by name.
         dtype: what bytes are told in; by default what the model runs in.
-
-    Raises:
-        TextError: as `prompt_tokens`.
     """
+    rows = stream(
+        loaded, preset.text, [None, *specs.values()], max_new_tokens=new_tokens, chat=preset.chat, sampling=sampling,
+        count_heads=True, progress=progress,
+    )  # fmt: skip
+    yield from _grown(_begun(loaded, preset, specs, dtype), rows)
+
+
+class Chat:
+    """A chat over several caches, full and compressed, which live on between its turns. Keeps no model.
+
+    Each cache has its own answers, and so its own memory of the chat.
+
+    Args:
+        specs: the compressed caches, by name.
+        dtype: what bytes are told in; by default what the model runs in.
+    """
+
+    def __init__(self, specs: Mapping[str, CompressionSpec], *, dtype: str = "") -> None:
+        self.specs, self.dtype = dict(specs), dtype
+        self.turns: tuple[Story, ...] = ()
+        """A story of each message, the last of which grows token by token."""
+        self._columns: Columns | None = None
+
+    def say(
+        self,
+        loaded: LoadedModel,
+        message: str,
+        *,
+        new_tokens: int,
+        sampling: Sampling = GREEDY,
+        progress: Progress = unheard,
+    ) -> Generator[Story, None, None]:
+        """Answer a message, as `tell`. An answer that is stopped stays in the caches as far as it got.
+
+        Raises:
+            TextError: as `Columns.asked`; the chat stays as it was.
+            OutOfMemoryError, ModelError, SpecError: as `stream`; the chat then has to begin anew.
+        """
+        columns = self._columns or Columns(loaded, [None, *self.specs.values()])
+        texts = columns.asked(loaded, message, new_tokens=new_tokens)
+        story = _begun(loaded, Preset("Chat", message, chat=True), self.specs, self.dtype)
+        labels = (decoded(loaded.tokenizer, text) if len(text) <= MOST_COUNTED else () for text in texts)
+        caches = (replace(cache, labels=read) for cache, read in zip(story.caches, labels, strict=True))
+        story = replace(story, caches=tuple(caches))
+        # Until they have read it: half a message cannot be answered.
+        earlier, self.turns, self._columns = self.turns, (), None
+        rows = columns.write(
+            loaded, texts, max_new_tokens=new_tokens, sampling=sampling, count_heads=True, progress=progress
+        )
+        with closing(_grown(story, rows)) as stories:
+            for story in stories:
+                self.turns, self._columns = (*earlier, story), columns
+                yield story
+
+
+def _begun(loaded: LoadedModel, preset: Preset, specs: Mapping[str, CompressionSpec], dtype: str) -> Story:
+    """Everything of a story but its steps."""
     labels, answer_at = prompt_labels(loaded.tokenizer, preset.text, preset.answer, chat=preset.chat)
     return Story(
         model=loaded.name,
@@ -54,40 +120,17 @@ def begin(
     )
 
 
-def tell(
-    loaded: LoadedModel,
-    story: Story,
-    *,
-    new_tokens: int,
-    sampling: Sampling = GREEDY,
-    count_heads: bool = True,
-    progress: Progress = unheard,
-) -> Generator[Story, None, None]:
-    """Generate, and yield the story after each new token, and at last as ended; a decided task ends it, but not a chat.
-
-    Close the iterator to stop at once. Raises as `analysis.preview.stream`.
-    """
-    rows = stream(
-        loaded,
-        story.prompt,
-        [cache.spec for cache in story.caches],
-        max_new_tokens=new_tokens,
-        chat=story.chat,
-        sampling=sampling,
-        count_heads=count_heads,
-        progress=progress,
-    )
+def _grown(story: Story, rows: Generator[tuple[Step, ...], None, None]) -> Generator[Story, None, None]:
     with closing(rows):
         for row in rows:
-            caches = zip(story.caches, row, strict=True)
-            story = replace(story, caches=tuple(_with(cache, step) for cache, step in caches))
+            story = replace(story, caches=tuple(map(_that_wrote, story.caches, row)))
             yield story
             if story.answer and not story.chat and all(decided(story.answer, step.text) for step in row):
                 break
     yield replace(story, ended=True)
 
 
-def _with(cache: Told, step: Step) -> Told:
+def _that_wrote(cache: Told, step: Step) -> Told:
     return cache if cache.steps and cache.steps[-1].finished else replace(cache, steps=(*cache.steps, step))
 
 
@@ -111,6 +154,5 @@ def record_story(loaded: LoadedModel, preset: Preset, *, dtype: str = "", new_to
     specs = [spec, *([preset.beside] if preset.beside else [])]
     if preset.beside and preset.beside.policy == "random" and not preset.chat:
         specs.append(replace(spec, policy="high_norm"))
-    story = begin(loaded, preset, {name_of(each): each for each in specs}, dtype=dtype)
-    *_, story = tell(loaded, story, new_tokens=new_tokens)
+    *_, story = tell(loaded, preset, {name_of(each): each for each in specs}, new_tokens=new_tokens, dtype=dtype)
     return story

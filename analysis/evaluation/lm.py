@@ -16,6 +16,7 @@ from analysis.errors import SettingsError, TextError
 from analysis.evaluation.task import Sample, Task
 from analysis.texts.excerpts import SPARE, Excerpt, excerpts
 from analysis.texts.tokens import beginning, check_text, tokenize
+from analysis.words import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,8 +90,8 @@ def lm_sample(tokenizer: PreTrainedTokenizerBase, excerpt: Excerpt, settings: Lm
     ids = tokenize(tokenizer, excerpt.text).ids
     if len(ids) < end:
         raise TextError(
-            f"{excerpt.name}: the text has {len(ids)} tokens; {prompt} are needed for the prompt, {end - prompt} after "
-            "it. Give a longer text."
+            f"{excerpt.name}: the text has {counted(len(ids), 'token')}; {prompt} are needed for the prompt, "
+            f"{end - prompt} after it. Give a longer text."
         )
     context, question, target = ids[: prompt - 1], ids[prompt - 1 : prompt], ids[prompt:end]
     return Sample(excerpt.name, context, question, target, document=excerpt.document)

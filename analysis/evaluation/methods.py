@@ -18,6 +18,7 @@ from analysis.evaluation.task import Sample
 from analysis.plans.allocation import BudgetError
 from analysis.plans.curves import LossCurves
 from analysis.plans.strategies import plan
+from analysis.words import counted
 from l2kv.config import CacheShape
 from l2kv.errors import SpecError
 from l2kv.spec import CompressionSpec
@@ -69,8 +70,8 @@ def compare(
         raise SettingsError("Allocation strategies go by loss curves: give a study.")
     if curves is not None and curves.protect_last != base.protect_last:
         raise SettingsError(
-            f"The study protects the last {curves.protect_last} tokens, and the methods the last {base.protect_last}. "
-            "Give both the same number."
+            f"The study protects the last {counted(curves.protect_last, 'token')}, and the methods the last "
+            f"{base.protect_last}. Give both the same number."
         )
     # Made first: a keep ratio that is out of range is a mistake, and no reason to leave a method out.
     payloads = {ratio: shape.nbytes(n_tokens, replace(base, keep_ratio=ratio)) for ratio in keep_ratios}

@@ -108,7 +108,7 @@ def prompt_labels(
     labels, text = tokens.labels, prompt
     starts, ends = tokens.spans.T.tolist() if len(tokens) else ([], [])
     if chat:  # whose text is the template's
-        labels = tuple(str(tokenizer.decode([id])) for id in tokens.ids.tolist())
+        labels = decoded(tokenizer, tokens.ids)
         ends = list(accumulate(map(len, labels)))
         starts, text = [end - len(label) for end, label in zip(ends, labels, strict=True)], "".join(labels)
     answers = [match.span() for match in re.finditer(re.escape(answer), text, re.IGNORECASE)] if answer else []
@@ -117,6 +117,20 @@ def prompt_labels(
     return labels, tuple(said)
 
 
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray) -> tuple[str, ...]:
+    """Labels of the tokens [T] of a chat: their text, and that of a character that several share numbered, "🙂 1/4"."""
+    labels, begun = list[str](), list[int]()
+    for id in ids.tolist():
+        begun.append(id)
+        text = str(tokenizer.decode(begun))
+        if not text.endswith("\N{REPLACEMENT CHARACTER}") or len(begun) == _MOST_BYTES:
+            n = len(begun)
+            labels += [text] if n == 1 else [f"{text} {i}/{n}" for i in range(1, n + 1)]
+            begun = []
+    return (*labels, *(str(tokenizer.decode([id])) for id in begun))
+
+
+_MOST_BYTES = 4  # of a character in UTF-8
 _ANSWER = "An answer \N{SECTION SIGN} 7041."  # stands for one that was written, in a template that is read off
 
 

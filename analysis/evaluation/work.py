@@ -17,6 +17,7 @@ from analysis.evaluation.task import Sample
 from analysis.models.load import LoadedModel
 from analysis.preview import prepared
 from analysis.texts.excerpts import Texts
+from analysis.words import counted
 from l2kv.decoding import decode_one_token
 
 _TIMED = 512  # tokens of a context at most
@@ -39,8 +40,8 @@ class Estimate:
     def __str__(self) -> str:
         work = self.work
         time = f"{self.seconds:.0f} s" if self.seconds < 100 else f"{self.seconds / 60:.0f} min"
-        contexts = f"{work.prefilled:,} context tokens ({work.saved:,} more saved by sharing passes), "
-        return f"{time}: {contexts if work.prefilled else ''}at most {work.decoded:,} tokens one by one"
+        contexts = f"{counted(work.prefilled, 'context token')} ({work.saved:,} more saved by sharing passes), "
+        return f"{time}: {contexts if work.prefilled else ''}at most {counted(work.decoded, 'token')} one by one"
 
 
 @torch.inference_mode()

@@ -320,8 +320,8 @@ class _Reader:
 
 def _read_metadata(reader: _Reader) -> tuple[dict[str, Value], int]:
     """All keys and values, and the number of tensors."""
-    if (magic := reader.take(4, "the magic")) != MAGIC:
-        raise reader.error(f"it is not a GGUF file: it begins with {magic!r}, not with {MAGIC!r}", "Give a GGUF file")
+    if reader.take(4, "the magic") != MAGIC:
+        raise reader.error(f"it is not a GGUF file: it does not begin with {MAGIC.decode()}", "Give a GGUF file")
     version = reader.whole("<I", "the version")
     if version in (0x02000000, 0x03000000):
         raise reader.error("it is big-endian, which is not supported", _CONVERT)

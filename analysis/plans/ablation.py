@@ -123,7 +123,7 @@ class Ablation:
         by_alr = "" if self.alr is None else f"; of the paper's ALR and that change: {self.alr_agreement}"
         return (
             f"Spearman of normalised ALR and of the NLL change when only this layer is compressed, over "
-            f"{len(self.layers)} layers and {n} text{'s' * (n != 1)}: {self.agreement}{by_alr}. "
+            f"{counted(len(self.layers), 'layer')} and {counted(n, 'text')}: {self.agreement}{by_alr}. "
             f"{few_documents_warning(self.documents)}"
         ).strip()
 
@@ -245,7 +245,7 @@ def suggest_by_ablation(
 
 
 def _told(spec: CompressionSpec) -> str:
-    kept = f"{100 * spec.keep_ratio:.3g} %" if spec.budget is None else f"{spec.budget} tokens"
+    kept = f"{100 * spec.keep_ratio:.3g} %" if spec.budget is None else counted(spec.budget, "token")
     return f"{kept} kept by {spec.policy.replace('_', ' ')} with the last {spec.protect_last} protected"
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from analysis.errors import SettingsError
 from analysis.plans.curves import BY_NORM, TINY, LossCurves
+from analysis.words import counted
 from l2kv.spec import CompressionSpec
 
 
@@ -144,7 +145,7 @@ class Budget:
             raise BudgetError(
                 f"the keep ratio must be {least.sum() / bins / len(least):.3g} or more here, got {self.keep_ratio:g}: "
                 f"{int(skipped.sum())} of {len(least)} kv heads keep everything, and the others hold the last "
-                f"{self.curves.protect_last} tokens"
+                f"{counted(self.curves.protect_last, 'token')}"
             )
         return least
 

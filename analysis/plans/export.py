@@ -16,6 +16,7 @@ from analysis.models.gguf import is_gguf
 from analysis.models.load import NAMED_MODELS
 from analysis.models.packaged import PACKAGED
 from analysis.plans.curves import BY_NORM
+from analysis.words import counted
 from l2kv.config import CacheShape
 from l2kv.policies import OF_FILE, POLICIES
 from l2kv.policy_files import policy_source
@@ -132,9 +133,16 @@ with compressible(model){", torch.no_grad()" if again else ""}:
     output = model.generate(**inputs, past_key_values=cache, max_new_tokens={again.new_tokens if again else 48}, \
 do_sample=False)
 print(tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))
+{"" if again else _HELD}"""
+
+
+_HELD = """\
+print("tokens held, by layer:", *cache.held, "of", output.shape[1] - 1)
 """
-
-
+_EXAMPLE = """\
+filler = "The grass is green. The sky is blue. The sun is yellow. Here we go. " * 20
+prompt = f"{filler}The pass key is 71432. Remember it. {filler}What is the pass key?"
+"""
 _PREFILL = """\
     # Compressed before its last token is read: even the first new token comes from what is kept.
     prefill(model, inputs.input_ids[:, :-1], cache)
@@ -148,15 +156,14 @@ prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tok
 def _inputs_code(again: Generation | None) -> str:
     """Write how a prompt becomes tokens."""
     if again is None:
-        prompt = _quoted("The old man looked at the sea. What did he see?")
+        prompt = _EXAMPLE
         templated = "if tokenizer.chat_template:\n" + textwrap.indent(_TEMPLATED, "    ")
         special = ", add_special_tokens=not tokenizer.chat_template"
     else:
-        prompt = repr(again.prompt)  # JSON would write an emoji as two characters
+        prompt = f"prompt = {again.prompt!r}\n"  # JSON would write an emoji as two characters
         templated, special = (_TEMPLATED, ", add_special_tokens=False") if again.chat else ("", "")
     return f'''\
-prompt = {prompt}
-{templated}inputs = tokenizer(prompt, return_tensors="pt"{special}).to(model.device)'''
+{prompt}{templated}inputs = tokenizer(prompt, return_tensors="pt"{special}).to(model.device)'''
 
 
 def generate_code(spec: CompressionSpec, special_ids: Iterable[int] | None = None) -> str:
@@ -320,9 +327,9 @@ def _kvpress_cannot(spec: CompressionSpec) -> list[tuple[str, bool]]:
         ("It compresses once, after the prompt: what is generated is kept. l2kv evicts as tokens come.", True),
         (f"KnormPress keeps low norms everywhere; the spec's {spec.policy} keeps others.", spec.policy != "low_norm"),
         ("Ratios per kv head become one for each layer, of the same total.", spec.head_ratios is not None),
-        (f"The first {spec.protect_first} tokens are not protected.", spec.protect_first > 0),
-        (f"The last {spec.protect_last} tokens are not protected.", spec.protect_last > 0),
-        (f"Caches under {spec.prune_after} tokens are not left alone.", spec.prune_after > 0),
+        (f"The first {counted(spec.protect_first, 'token')} can be evicted.", spec.protect_first > 0),
+        (f"The last {counted(spec.protect_last, 'token')} can be evicted.", spec.protect_last > 0),
+        (f"Caches under {counted(spec.prune_after, 'token')} are not left alone.", spec.prune_after > 0),
         ("Keys and values are stored in full, not in fewer bits or channels.", spec.codes),
         ("A ratio of the pairs held, anew each time, is not known.", spec.schedule == "reference"),
         ("Pinned tokens may be evicted.", bool(spec.pinned)),

@@ -244,9 +244,7 @@ class Front:
         if not compared:
             return "This Pareto front cannot tell: it has no plan beside a uniform strategy at the same budget."
         if n < MIN_TEXTS:
-            return (
-                f"This Pareto front cannot tell: it was measured on {n} text{'s' * (n != 1)}; {MIN_TEXTS} are needed."
-            )
+            return f"This Pareto front cannot tell: it was measured on {counted(n, 'text')}; {MIN_TEXTS} are needed."
         won = [one for one in compared if one.verdict == "better"]
         lost = sum(one.verdict == "worse" for one in compared)
         most = min(won or compared, key=lambda one: one.less.value)

@@ -6,6 +6,7 @@ import codecs
 from pathlib import Path
 
 from analysis.errors import TextError
+from analysis.words import counted
 
 MOST_BYTES = 256 * 2**20  # in a file: far more than is ever run, and too little to exhaust memory
 _LEAST_DOCUMENT = 100  # characters, in the mean, for NUL to separate documents and not be part of something else
@@ -36,7 +37,9 @@ def decoded(data: bytes, source: str) -> str:
     """Decode a file's bytes as `read_text` does. Raises TextError, which names the source."""
     found = list(documents(data, source, "").values())
     if len(found) > 1:
-        raise TextError(f"{source} holds {len(found)} documents, separated by NUL characters. Give one of them.")
+        raise TextError(
+            f"{source} holds {counted(len(found), 'document')}, separated by NUL characters. Give one of them."
+        )
     return found[0]
 
 

@@ -12,6 +12,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
+from analysis.words import counted
 from app.figures.style import PRIMARY
 
 MOST_TOKENS = 3000  # of a strip: more is unreadable, and slow to lay out
@@ -82,7 +83,7 @@ def token_strip(labels: Sequence[str], kept: Sequence[bool]) -> str:
     chips, hidden = [], len(labels) - MOST_TOKENS
     for i, (label, keep) in enumerate(zip(labels, kept, strict=True)):
         if hidden > 0 and i == MOST_TOKENS // 2:
-            chips.append(f"<em> … {hidden} tokens not shown … </em>")
+            chips.append(f"<em> … {counted(hidden, 'token')} not shown … </em>")
         if hidden > 0 and MOST_TOKENS // 2 <= i < len(labels) - MOST_TOKENS // 2:
             continue
         state, word = ("l2kv-kept", "kept") if keep else ("l2kv-gone", "evicted")

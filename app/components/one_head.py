@@ -233,7 +233,7 @@ def _by_position(one: _Head) -> None:
     received = one.run.attention_received[one.layer, one.head]
     key, alt = (
         f"by_position_{one.side}",
-        f"Key norm and attention by position, {one.name}, {end - one.skip_first} tokens",
+        f"Key norm and attention by position, {one.name}, {counted(end - one.skip_first, 'token')}",
     )
     st.echarts_chart(
         positions.norm_and_attention(
@@ -363,7 +363,7 @@ def _attention_map(one: _Head) -> None:
         ),
         key=f"pooled_{one.side}",
         file=one.file(),
-        alt=f"Attention map of {one.name}, pooled in bins of {one.run.tokens_per_bin} tokens",
+        alt=f"Attention map of {one.name}, pooled in bins of {counted(one.run.tokens_per_bin, 'token')}",
         caption=f"Each row is {one.run.tokens_per_bin} queries, each column as many keys. A strong first column is "
         "a sink, a strong diagonal is recency." + " The first column is not shown." * one.skip_first,
         table={f"keys from {i * one.run.tokens_per_bin}": column for i, column in enumerate(pooled.T)},

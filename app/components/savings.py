@@ -59,8 +59,8 @@ def tile(engine: Engine, spec: CompressionSpec) -> Saving | None:
         st.markdown("The weights are not on this machine, so what fits beside them is not told.")
     else:
         st.markdown(
-            f"Fits {markup.plain(state.GPU.get())}: {_count(row.full_fits)} → **{_count(row.kept_fits)} sequences**, "
-            f"beside weights of {human_bytes(sizes.weights)}"
+            f"Sequences that fit {markup.plain(state.GPU.get())}: {_count(row.full_fits)} → "
+            f"**{_count(row.kept_fits)}**, beside weights of {human_bytes(sizes.weights)}, as stored"
         )
     with st.popover("GPU, tokens, dtype", icon=":material/tune:"):
         st.selectbox("GPU", list(GPUS), **state.GPU.widget())
@@ -112,7 +112,7 @@ def table(engine: Engine, spec: CompressionSpec) -> None:
         st.dataframe(columns, hide_index=True)
         st.caption(
             f"Arithmetic for {markup.plain(state.GPU.get())}, batch {state.BATCH.get()}, caches in {sizes.dtype}"
-            + (f", weights of {human_bytes(sizes.weights)}" if sizes.weights is not None else "")
+            + (f", weights of {human_bytes(sizes.weights)} as stored" if sizes.weights is not None else "")
             + ". A step of a dense model reads all weights and caches once; a mixture of experts reads fewer weights. "
             "The model need not work at all these lengths."
         )

@@ -10,11 +10,10 @@ import html
 from collections.abc import Sequence
 from itertools import pairwise
 
-from analysis.stories import FULL, Step, Story, full_nbytes, name_of
+from analysis.stories import MOST_COUNTED, Story
 from analysis.words import counted, human_bytes, span
 from app.components.markup import escaped, visible
 from app.figures.style import CONTRAST, FULL_GREY, PRIMARY
-from l2kv.spec import CompressionSpec
 
 _PROMPT_TAIL = 110  # characters
 _AROUND = 14  # tokens shown before and after each that says the answer
@@ -55,17 +54,18 @@ CSS = f"""
 STYLE = f"<style>{CSS}</style>"
 
 
-def stage(story: Story, step: int) -> str:
+def stage(story: Story, step: int, *, texts_only: bool = False) -> str:
     """Write all caches of a story after a step (-1 is before the first) as HTML, side by side. It needs `CSS`."""
-    boxes = "".join(_cache(story, i, step) for i in range(len(story.caches)))
+    boxes = "".join(_cache(story, i, step, texts_only=texts_only) for i in range(len(story.caches)))
     legend = _legend(story) if "l2kv-tokens" in boxes else ""
     return f'<div class="l2kv-stage">{boxes}</div>{legend}'
 
 
 def _legend(story: Story) -> str:
     answer = ', <span class="answer">outlined</span> those of the answer' if story.answer_at else ""
+    of = "chat that each cache had read" if any(cache.labels for cache in story.caches) else "prompt"
     return (
-        '<p class="l2kv-small l2kv-tokens">Tokens of the prompt: <span style="background:color-mix(in srgb, '
+        f'<p class="l2kv-small l2kv-tokens">Tokens of the {of}: <span style="background:color-mix(in srgb, '
         f'{PRIMARY} 45%, transparent)">solid</span> are held by at least half of the {story.heads} kv heads, '
         f'<span class="hollow">hollow</span> by fewer{answer}.</p>'
     )
@@ -118,7 +118,7 @@ def _held_in_words(held: float | None, *, found: bool) -> str:
     return f" The answer's tokens are held by {held:.0%} of heads{end}"
 
 
-def _cache(story: Story, i: int, step: int) -> str:
+def _cache(story: Story, i: int, step: int, *, texts_only: bool) -> str:
     cache, asked = story.caches[i], f'<span class="l2kv-asked">{escaped(_tail(story))}</span>'
     kind = "full" if cache.spec is None else "compressed"
     if step < 0 or not cache.steps:
@@ -126,7 +126,8 @@ def _cache(story: Story, i: int, step: int) -> str:
     now = story.at(i, step)
     score = {True: "found", False: "lost", None: ""}[story.score(i, step)]
     says = f'{asked}<span class="l2kv-new">{escaped(now.text)}</span>'
-    return _box(f"{kind} {score}", cache.name, score, says, _memory(story, i, step) + _tokens(story, i, step))
+    below = _small(_cut(story, i, step)) if texts_only else _memory(story, i, step) + _tokens(story, i, step)
+    return _box(f"{kind} {score}", cache.name, score, says, below)
 
 
 def _box(kind: str, name: str, score: str, says: str, below: str) -> str:
@@ -146,29 +147,15 @@ def _tail(story: Story) -> str:
 
 
 def _memory(story: Story, i: int, step: int) -> str:
-    now = story.at(i, step)
-    share = "" if story.caches[i].spec is None else _share(story.share(i, step), now)
-    cache = story.caches[i]
-    return _held(story.nbytes(i, step), share, now, cache.spec, cache.tokens_per_second)
-
-
-def _share(share: float, now: Step) -> str:
-    return f"{share:.0%} of a full cache of {counted(now.seen, 'token')}"
-
-
-def _held(
-    nbytes: float,
-    share: str,
-    now: Step,
-    spec: CompressionSpec | None,
-    tokens_per_second: float | None = None,
-) -> str:
     """Write what a cache takes, and as a picture what each of its layers holds of the tokens seen."""
-    told = f"{span(now.held)} of {counted(now.seen, 'token')} held per layer"
-    rate = f" · {tokens_per_second:.1f} tokens/s alone" if tokens_per_second else ""
+    cache, now = story.caches[i], story.at(i, step)
+    spec, seen = cache.spec, counted(now.seen, "token")
+    share = f"{story.share(i, step):.0%} of a full cache of {seen}" if spec else ""
+    told = f"{span(now.held)} of {seen} held per layer"
+    rate = f" · {cache.tokens_per_second:.1f} tokens/s alone" if cache.tokens_per_second else ""
     shares = (n / max(now.seen, 1) for n in now.held)
     bars = "".join(f'<i><b style="height:{share:.0%}"></b></i>' for share in shares)
-    notes = []
+    notes = [_cut(story, i, step)]
     if now.finished and not now.text:
         notes.append("It ended at once, without a word.")
     if spec is not None and min(now.held) < now.seen and min(now.held) <= spec.protect_first + spec.protect_last:
@@ -176,42 +163,37 @@ def _held(
     if spec is not None and min(now.held) == now.seen <= spec.prune_after:
         notes.append(f"Nothing is evicted yet: that begins at {counted(spec.prune_after, 'token')}.")
     return (
-        f'<div><div><span class="l2kv-bytes">{human_bytes(nbytes)}</span> <span class="l2kv-small">{share}</span></div>'
+        f'<div><div><span class="l2kv-bytes">{human_bytes(story.nbytes(i, step))}</span> '
+        f'<span class="l2kv-small">{share}</span></div>'
         f'<div class="l2kv-layers" role="img" aria-label="{told}">{bars}</div>'
-        f'<div class="l2kv-small">{told}{rate}</div><div class="l2kv-small">{" ".join(notes)}</div></div>'
+        f"{_small(told + rate)}{_small(' '.join(filter(None, notes)))}</div>"
     )
 
 
-def _tokens(story: Story, i: int, step: int) -> str:
-    """Why an answer is found or lost: the tokens of the prompt, and how many heads still hold them."""
+def _cut(story: Story, i: int, step: int) -> str:
+    """Say that an answer of a chat is cut: it does not grow any more, and the model did not end it."""
     now = story.at(i, step)
-    if story.caches[i].spec is None or not now.kept or not story.heads:
+    cut = story.chat and story.ended and step >= story.n_steps - 1 and not now.finished
+    return f"Stopped after {counted(len(now.token_ids), 'token')}." if cut else ""
+
+
+def _small(text: str) -> str:
+    return f'<div class="l2kv-small">{text}</div>'
+
+
+def _tokens(story: Story, i: int, step: int) -> str:
+    """Why an answer is found or lost: the tokens read before it, and how many heads still hold them."""
+    now = story.at(i, step)
+    if story.caches[i].spec is None or not story.heads:
         return ""
+    if not now.kept:
+        return _small(f"Which tokens are held is counted for up to {counted(MOST_COUNTED, 'token')}.")
     shares = [n / story.heads for n in now.kept]
     lead = ""
     if (held := story.answer_held(i, step)) is not None:
-        lead = (
-            f'<div class="l2kv-small"><b>{escaped(story.answer)}</b> in the prompt: held by {held:.0%} of heads</div>'
-        )
-    return f"<div>{lead}{token_strip(story.labels, shares, story.answer_at, heads=story.heads)}</div>"
-
-
-def answers(
-    specs: Sequence[CompressionSpec | None], steps: Sequence[Step], *, memory: bool, growing: bool = False
-) -> str:
-    """Write as HTML what each cache of a chat answers, and what it holds if it is the latest turn.
-
-    An answer that does not grow any more, and that the model did not end, is said to be cut.
-    """
-    boxes = []
-    for spec, now in zip(specs, steps, strict=True):
-        share = _share(now.nbytes / full_nbytes(steps[0], now.seen), now) if spec else ""
-        cut = not (growing or now.finished)
-        below = f'<div class="l2kv-small">Stopped after {counted(len(now.token_ids), "token")}.</div>' if cut else ""
-        below += _held(now.nbytes, share, now, spec) if memory else ""
-        said = f'<span class="l2kv-new">{escaped(now.text)}</span>'
-        boxes.append(_box("compressed" if spec else "full", name_of(spec) if spec else FULL, "", said, below))
-    return f'{STYLE}<div class="l2kv-stage">{"".join(boxes)}</div>'
+        lead = _small(f"<b>{escaped(story.answer)}</b> in the prompt: held by {held:.0%} of heads")
+    labels = story.caches[i].labels or story.labels
+    return f"<div>{lead}{token_strip(labels, shares, story.answer_at, heads=story.heads)}</div>"
 
 
 def token_strip(labels: Sequence[str], shares: Sequence[float], marked: Sequence[int], *, heads: int) -> str:
@@ -232,9 +214,7 @@ def token_strip(labels: Sequence[str], shares: Sequence[float], marked: Sequence
     if shown and shown[-1] < len(labels) - 1:
         chips.append(f"<em> … {len(labels) - 1 - shown[-1]} … </em>")
     # What scrolls can be reached with the keyboard.
-    return (
-        f'<div class="l2kv-tokens" tabindex="0" role="group" aria-label="Tokens of the prompt">{"".join(chips)}</div>'
-    )
+    return f'<div class="l2kv-tokens" tabindex="0" role="group" aria-label="Tokens read">{"".join(chips)}</div>'
 
 
 def _shown(n: int, marked: Sequence[int]) -> list[int]:

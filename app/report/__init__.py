@@ -28,7 +28,7 @@ from analysis.records import json_line
 from analysis.statistics import nanmean
 from analysis.studies import Study, layer_alr, policy_alr, study_of
 from analysis.verdicts import answer, meanings, verdict_counts, verdicts
-from analysis.words import human_bytes, layers_listed, signed
+from analysis.words import counted, human_bytes, layers_listed, signed
 from app import figures
 from app.report import chapters, evaluation
 from app.report.writing import Drawing, Section, Table, document
@@ -171,8 +171,9 @@ def _heads(run: Capture, study: Study, after: str) -> Section:
         | {"verdict": verdict.ravel()},
     )
     about = (
-        f"{_about(run)} in {run.architecture}: {run.n_layers} layers, {run.n_heads} query heads on {run.n_kv_heads} kv "
-        f"heads of {run.head_dim}, {run.dtype}. Numbers of a head are of one query, the next token."
+        f"{_about(run)} in {run.architecture}: {counted(run.n_layers, 'layer')}, "
+        f"{counted(run.n_heads, 'query head')} on {counted(run.n_kv_heads, 'kv head')} of {run.head_dim}, {run.dtype}. "
+        "Numbers of a head are of one query, the next token."
     )
     table = chapters.verdict_table({run.model: verdict_counts(verdict)}, meanings(1))
     return Section(f"Where it holds{after}", (about, *run.warnings), (maps[0], quadrant, *maps[1:]), 2, table)

@@ -86,9 +86,9 @@ def of_front(front: Front) -> Section:
     drawing = Drawing(
         front_figure(front),
         alt="Bytes of the cache against the change of the negative log likelihood, a line for each strategy",
-        caption=f"The mean over {n} text{'s' * (n != 1)}; {INTERVALS}. Lower left is better. Bytes "
+        caption=f"The mean over {counted(n, 'text')}; {INTERVALS}. Lower left is better. Bytes "
         f"are counted in the caches after a prompt of {front.lengths[0]} tokens and {front.lengths[1]} more. Plans "
-        f"were made from {len(front.planned_on)} other texts.",
+        f"were made from {counted(len(front.planned_on), 'other text')}.",
         table={
             "strategy": [title_of(point.strategy) for point in points],
             "keep ratio": [point.keep_ratio for point in points],
@@ -123,14 +123,14 @@ def of_ablation(check: Ablation) -> Section:
         table=ablation_table(check),
     )
     spec = check.spec
-    kept = f"{spec.budget} tokens" if spec.budget is not None else f"{spec.keep_ratio:.0%}"
+    kept = counted(spec.budget, "token") if spec.budget is not None else f"{spec.keep_ratio:.0%}"
     return Section(
         f"Each layer compressed alone: {check.model}",
         (
             str(check),
-            f"One layer keeps {kept} by {spec.policy.replace('_', ' ')}, with the last {spec.protect_last} tokens "
-            "protected, and all others keep everything. ALR is read off attention; the cost is measured by predicting "
-            "text, in nats/token against the full cache.",
+            f"One layer keeps {kept} by {spec.policy.replace('_', ' ')}, with the last "
+            f"{counted(spec.protect_last, 'token')} protected, and all others keep everything. ALR is read off "
+            "attention; the cost is measured by predicting text, in nats/token against the full cache.",
         ),
         (drawing,),
     )

@@ -1,4 +1,7 @@
-"""A story as a report: one page with its text, scores, bytes, and the code of each compression. Runs no model."""
+"""A story, or a chat of several, as a report: one page with texts, scores, bytes and the code of each compression.
+
+Runs no model, and draws no figures, so it needs no library of charts.
+"""
 
 from __future__ import annotations
 
@@ -8,41 +11,47 @@ from analysis.words import counted, human_bytes
 from app.report.writing import Section, Table, document
 
 
-def report(story: Story) -> str:
-    """Write a story as the HTML of one page. A report has no figures, and so no library of charts."""
-    return document(f"What compression changes in {story.model}", story.name, sections(story))
-
-
-def sections(story: Story) -> tuple[Section, ...]:
-    """Write the sections of a story: the scores, the texts, the code."""
-    last, caches = story.n_steps - 1, range(len(story.caches))
-    scores: Table = {
-        "cache": [cache.name for cache in story.caches],
-        **({"answer": [_score(story.score(i, last)) for i in caches]} if story.answer else {}),
-        f"bytes ({story.dtype})": [human_bytes(story.nbytes(i, last)) for i in caches],
-        "share of a full cache of as many tokens": [f"{story.share(i, last):.0%}" for i in caches],
-        "heads that hold the answer": [_share(story.answer_held(i, last)) for i in caches],
-        "tokens/s alone": [f"{cache.tokens_per_second:.1f}" if cache.tokens_per_second else "not timed"
-                           for cache in story.caches],
-        "text": [story.at(i, last).text for i in caches],
-    }  # fmt: skip
-    asked = f"Expected: {story.answer}. " if story.answer else ""
-    length = f"Prompt of {counted(len(story.labels), 'token')}, up to {counted(story.n_steps, 'new token')}"
-    about = (
-        f"{asked}{length}; one prompt is an anecdote. "
-        "All caches were decoded in step, and the prompt was compressed before its last token was read. "
-        "The scripts do this again, and take the most probable token each time."
-    )
+def report(*turns: Story) -> str:
+    """Write a story, or the turns of a chat, as the HTML of one page."""
+    first = turns[0]
+    told = [Section(f"Turn {n}", (turn.prompt, _about(turn)), table=_scores(turn)) for n, turn in enumerate(turns, 1)]
+    if len(turns) == 1:
+        about = tuple(filter(None, (first.why, _about(first))))
+        told = [Section("Scores and cost", about, table=_scores(first)), Section("The prompt", (first.prompt,))]
     code = tuple(
-        (f"With this library: {cache.name}", library_code(cache.spec, story.model, _again(story, cache)))
-        for cache in story.caches
+        (f"With this library: {cache.name}", library_code(cache.spec, first.model, _again(first, cache)))
+        for cache in first.caches
         if cache.spec is not None
     )
+    again = f"The scripts {'answer the first message' if first.chat else 'continue the prompt'} again, "
+    told.append(Section("The code", (f"{again}and take the most probable token each time.",), code=code))
+    return document(f"What compression changes in {first.model}", first.name, told)
+
+
+def _about(story: Story) -> str:
+    asked = f"Expected: {story.answer}. " if story.answer else ""
+    read = counted(story.at(0, 0).seen, "token")
     return (
-        Section("Scores and cost", tuple(filter(None, (story.why, about))), table=scores),
-        Section("The prompt", (story.prompt,)),
-        Section("The code", code=code),
+        f"{asked}{read} read, up to {counted(story.n_steps, 'new token')}; one prompt is an anecdote. "
+        "All caches were decoded in step, and what was read was compressed before its last token."
     )
+
+
+def _scores(story: Story) -> Table:
+    last, caches = story.n_steps - 1, range(len(story.caches))
+    answer: Table = {
+        "answer": [_score(story.score(i, last)) for i in caches],
+        "heads that hold the answer": [_share(story.answer_held(i, last)) for i in caches],
+    }
+    rates = [cache.tokens_per_second for cache in story.caches]
+    return {
+        "cache": [cache.name for cache in story.caches],
+        **(answer if story.answer else {}),
+        f"bytes ({story.dtype})": [human_bytes(story.nbytes(i, last)) for i in caches],
+        "share of a full cache of as many tokens": [f"{story.share(i, last):.0%}" for i in caches],
+        "tokens/s alone": [f"{rate:.1f}" if rate else "not timed" for rate in rates],
+        "text": [story.at(i, last).text for i in caches],
+    }
 
 
 def _again(story: Story, cache: Told) -> Generation:

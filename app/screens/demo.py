@@ -6,7 +6,7 @@ without a model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -30,9 +30,11 @@ from l2kv.spec import CompressionSpec
 
 if TYPE_CHECKING:
     from streamlit.delta_generator import DeltaGenerator
+    from transformers import PretrainedConfig
 
+    from analysis.demo.telling import Chat
     from analysis.models.load import LoadedModel
-    from analysis.preview import Chat, Sampling
+    from analysis.preview import Sampling
     from analysis.progress import Progress
 
 RECORDED, LIVE, CHAT = "Recorded", "Live", "Chat"
@@ -48,9 +50,8 @@ TOLD = state.Slot[Story | None]("demo_told", None)
 TOLD_ID = state.Slot("demo_told_id", "", state.Param("told", str))
 """The same, once it is kept: a reload begins with it."""
 TALK: state.Slot[Chat | None] = state.Slot("demo_talk", None)
-TALK_MODEL = state.Slot("demo_talk_model", "")
+_MOST_CHARACTERS = 400_000  # of a prompt or a message
 _CHAT_FROM = 128  # tokens: of a question alone the recent window leaves nothing to choose
-_LONGEST_COUNTED = 4000  # tokens of a prompt whose heads are counted at every step
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,27 +93,33 @@ def _recorded(engine: Engine, jobs: Jobs) -> None:
             library.WORKSPACE.delete(id)
             state.STORY.drop()
             st.rerun()
-    _player(library.opened(Story, id), jobs, at_its_end=False)
+    _player(library.opened(Story, id), jobs=jobs, at_its_end=False)
 
 
-def _player(story: Story, jobs: Jobs, *, at_its_end: bool) -> None:
-    """Draw a story that can be played, scrubbed and presented, and what can be done with it."""
+def _player(*turns: Story, jobs: Jobs | None = None, at_its_end: bool) -> None:
+    """Draw a story, or the last turn of a chat, so that it can be played and presented, and offer a report of it all.
+
+    With `jobs` its caches can be timed.
+    """
+    story = turns[-1]
+    if not story.ended:
+        st.caption(":material/cancel: Cancelled: what was written until then is kept.")
     player.player(story, at_its_end=at_its_end)
     st.caption(f"Bytes are of the keys and values held, counted, in {story.dtype}, the checkpoint's dtype.")
     with st.container(horizontal=True):
-        _report(story)
-        if st.button(
+        _report(turns)
+        if jobs is not None and st.button(
             "Time each cache alone", icon=":material/timer:", key="time_story",
             help="Decodes with one cache at a time: caches decoded in turn give no fair rate.",
         ):  # fmt: skip
             _time(story, jobs)
 
 
-def _report(story: Story) -> None:
+def _report(turns: Sequence[Story]) -> None:
     from app.report.story import report
 
     st.download_button(
-        "Download report", lambda: report(story).encode(), "story.html", "text/html", icon=":material/download:",
+        "Download report", lambda: report(*turns).encode(), "story.html", "text/html", icon=":material/download:",
         on_click="ignore", key="story_report", help="One page: the text, scores, bytes and code. It needs no network.",
     )  # fmt: skip
 
@@ -194,9 +201,7 @@ def _live(engine: Engine, jobs: Jobs) -> None:
         with told.container():
             if (shown.model, shown.prompt, shown.answer, shown.chat, [one.spec for one in shown.caches[1:]]) != asked:
                 st.caption(":material/history: This is of earlier settings. Press *Start* to see the new ones.")
-            if not shown.ended:
-                st.caption(":material/cancel: Cancelled: what was written until then is kept.")
-            _player(shown, jobs, at_its_end=True)
+            _player(shown, jobs=jobs, at_its_end=True)
 
 
 def _go_on_from_address() -> None:
@@ -235,7 +240,7 @@ def _ask_prompt(engine: Engine, ref: str, chosen: Preset) -> Preset:
 
     with st.expander("Prompt", icon=":material/edit:", expanded=chosen.name == OWN):
         prompt = st.text_area(
-            "Prompt", key="live_prompt", persist_state="session", height=180, max_chars=400_000,
+            "Prompt", key="live_prompt", persist_state="session", height=180, max_chars=_MOST_CHARACTERS,
             on_change=prompt_edited,
         )  # fmt: skip
         answer = st.text_input(
@@ -301,40 +306,59 @@ def _length(engine: Engine, ref: str, preset: Preset) -> None:
     except UserError as error:
         st.warning(markup.plain(str(error)), icon=":material/warning:")
         return
-    limit, notes = getattr(config, "max_position_embeddings", None) or 0, " ".join(map(markup.plain, tokens.notes))
-    if 0 < limit < len(tokens):
+    _tell_length(len(tokens), config, tokens.notes)
+
+
+def _tell_length(n: int, config: PretrainedConfig, notes: Sequence[str]) -> None:
+    limit, noted = getattr(config, "max_position_embeddings", None) or 0, " ".join(map(markup.plain, notes))
+    if 0 < limit < n:
         st.warning(
-            f"{counted(len(tokens), 'token')}, and the model was trained on {limit:,}: expect it to fail. {notes}",
+            f"{counted(n, 'token')}, and the model was trained on {limit:,}: expect it to fail. {noted}",
             icon=":material/warning:",
         )
     else:
-        st.caption(f"{counted(len(tokens), 'token')} of the {limit:,} that the model was trained on. {notes}")
+        st.caption(f"{counted(n, 'token')} of the {limit:,} that the model was trained on. {noted}")
 
 
 def _tell(engine: Engine, preset: Preset, run: Run, place: DeltaGenerator) -> None:
-    """Generate in this script, so that it ends within a token when the tab is closed, and draw each token."""
+    def telling(loaded: LoadedModel) -> Generator[Story, None, None]:
+        from analysis.demo.telling import tell
+
+        return tell(
+            loaded, preset, run.specs, new_tokens=run.new_tokens, dtype=_dtype(state.model_ref()),
+            sampling=run.sampling, progress=_shown_in(place),
+        )  # fmt: skip
+
     TOLD.drop()
     TOLD_ID.drop()
-    try:
-        with engine.lend(state.model_ref(), _shown_in(place)) as loaded:
-            from analysis.demo.telling import begin, tell
+    if story := _grow(engine, telling, place, TOLD.set):
+        TOLD_ID.set(library.WORKSPACE.add(story, name=story.name).id)
+        state.STORY.set(TOLD_ID.get())
+        st.rerun()
 
-            story = begin(loaded, preset, run.specs, dtype=_dtype(state.model_ref()))
-            counted_too = len(story.labels) <= _LONGEST_COUNTED
-            rows = tell(
-                loaded, story, new_tokens=run.new_tokens, sampling=run.sampling, count_heads=counted_too,
-                progress=_shown_in(place),
-            )  # fmt: skip
-            with closing(rows):  # before the turn ends: the next session must find the model as it was
-                for story in rows:
-                    TOLD.set(story)  # at every token: a click may end this here
-                    place.html(stage.STYLE + stage.stage(story, story.n_steps - 1))
+
+def _grow(
+    engine: Engine,
+    telling: Callable[[LoadedModel], Generator[Story, None, None]],
+    place: DeltaGenerator,
+    keep: Callable[[Story], None] | None = None,
+) -> Story | None:
+    """Generate in this script, so that it ends within a token when the tab is closed, and draw each token.
+
+    Returns the story as it ended; where there is none, the place says why.
+    """
+    story = None
+    try:
+        # Closed before the turn ends: the next session must find the model as it was.
+        with engine.lend(state.model_ref(), _shown_in(place)) as loaded, closing(telling(loaded)) as stories:
+            for story in stories:
+                if keep is not None:
+                    keep(story)  # at every token: a click may end this here
+                place.html(stage.STYLE + stage.stage(story, story.n_steps - 1))
     except (UserError, SpecError) as error:  # a SpecError: a skip list or a plan that was made for another model
         place.error(markup.plain(str(error)), icon=":material/error:")
-        return
-    TOLD_ID.set(library.WORKSPACE.add(story, name=story.name).id)
-    state.STORY.set(TOLD_ID.get())
-    st.rerun()
+        return None
+    return story
 
 
 def _shown_in(place: DeltaGenerator) -> Progress:
@@ -381,39 +405,40 @@ def _chat(engine: Engine, jobs: Jobs) -> None:
         "the page ends the chat. Compressed: "
         f"{header.in_words(state.spec())}" + (f", from {counted(start, 'token')} on." if start else ".")
     )
-    asked, talk = (state.model(), None, *run.specs.values()), TALK.get()
-    if talk is not None and (TALK_MODEL.get(), *talk.specs) != asked:
+    talk = TALK.get()
+    turns = talk.turns if talk else ()
+    of_another = bool(turns) and turns[0].model != state.model()
+    if talk and turns and (of_another or talk.specs != run.specs):
         st.caption(":material/history: This chat has earlier settings. *New chat* begins one with those of the header.")
-    message, shown = st.chat_input("Ask it something", key="chat_message"), st.container()
-    with shown:
-        for i, (earlier, steps) in enumerate(talk.turns if talk else []):
-            st.chat_message("user").text(markup.printable(earlier))
-            assert talk is not None
-            st.html(stage.answers(talk.specs, steps, memory=i == len(talk.turns) - 1))
-        if message:
-            _say(engine, plain_text(message), run)
+    message = st.chat_input(
+        "Ask it something", key="chat_message", max_chars=_MOST_CHARACTERS, disabled=of_another
+    )  # fmt: skip
+    for turn in turns if message else turns[:-1]:
+        st.html(stage.STYLE + stage.stage(turn, turn.n_steps - 1, texts_only=True))
+    if message:
+        _say(engine, plain_text(message), run)
+    elif turns:
+        _player(*turns, at_its_end=True)
+        if found:
+            tokenizer, config = found
+            notes = prompt_tokens(tokenizer, turns[-1].prompt, chat=True).notes
+            _tell_length(turns[-1].at(0, turns[-1].n_steps - 1).seen, config, notes)
+    elif talk:
+        st.caption(":material/cancel: The message was not read to its end, so the chat begins anew.")
 
 
 def _say(engine: Engine, message: str, run: Run) -> None:
-    """Answer a message in this script, as `_tell`; the chat keeps its caches, and no model."""
-    from analysis.preview import Chat
+    """Answer a message; the chat keeps its caches, and no model."""
+    from analysis.demo.telling import Chat
 
-    talk = TALK.get()
-    if talk is None:
-        TALK.set(talk := Chat([None, *run.specs.values()]))
-        TALK_MODEL.set(state.model())
-    st.chat_message("user").text(markup.printable(message))
-    place = st.empty()
-    try:
-        if TALK_MODEL.get() != state.model():
-            raise ModelError(f"This chat is with {TALK_MODEL.get()}. Press New chat.")
-        with engine.lend(state.model_ref(), _shown_in(place)) as loaded:
-            rows = talk.say(
-                loaded, message, max_new_tokens=run.new_tokens, sampling=run.sampling, progress=_shown_in(place)
-            )  # fmt: skip
-            with closing(rows):
-                for steps in rows:
-                    place.html(stage.answers(talk.specs, steps, memory=True, growing=True))
-            place.html(stage.answers(talk.specs, talk.turns[-1][1], memory=True))
-    except (UserError, SpecError) as error:
-        place.error(markup.plain(str(error)), icon=":material/error:")
+    talk, place, below = TALK.get(), st.empty(), st.empty()
+    below.button("Cancel", icon=":material/cancel:", key="cancel_chat")  # any click ends this script
+    if talk is None or not talk.turns:
+        TALK.set(talk := Chat(run.specs, dtype=_dtype(state.model_ref())))
+
+    def telling(loaded: LoadedModel) -> Generator[Story, None, None]:
+        return talk.say(loaded, message, new_tokens=run.new_tokens, sampling=run.sampling, progress=_shown_in(place))
+
+    if _grow(engine, telling, place):
+        st.rerun()
+    below.empty()

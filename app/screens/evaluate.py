@@ -111,6 +111,8 @@ def _new(engine: Engine, jobs: Jobs) -> None:
         st.error(markup.plain(str(error)), icon=":material/error:")
         return
     with right:
+        if asked.excerpts:
+            st.caption(f"{counted(asked.excerpts, 'excerpt')} at most.")
         _estimate(engine, asked)
         if st.button("Start", type="primary", icon=":material/play_arrow:", key="start_evaluation"):
             state.follow(start(jobs, state.model_ref(), asked))
@@ -155,9 +157,8 @@ def _methods() -> tuple[CompressionSpec, tuple[str, ...], tuple[float, ...], tup
     plans: list[tuple[str, CompressionSpec]] = []
     if (plan := state.plan()) is not None and st.checkbox("The plan in force", True, key="evaluate_plan"):
         plans.append(("plan", plan.spec))
-    protected = f"first {base.protect_first} and last {base.protect_last} tokens" if base.protect_first else (
-        f"last {base.protect_last} tokens"
-    )  # fmt: skip
+    first_ones = f"first {base.protect_first} and " if base.protect_first else ""
+    protected = f"{first_ones}last {counted(base.protect_last, 'token')}"
     if not (plans or (ratios and policies)):
         raise SettingsError("Choose a policy and a keep ratio at least")
     st.caption(
@@ -189,7 +190,7 @@ def _estimate(engine: Engine, asked: Asked) -> None:
     except (UserError, SpecError) as error:
         st.error(markup.plain(str(error)), icon=":material/error:")
         return
-    key.set((repr(asked), f"{duration(found.seconds)}, {found.work.decoded:,} tokens at most"))
+    key.set((repr(asked), f"{duration(found.seconds)}, {counted(found.work.decoded, 'token')} at most"))
     st.rerun()
 
 

@@ -15,7 +15,7 @@ from analysis.metrics import METRICS, OVERLAP_RATIO, PROBES
 from analysis.selftest import check, is_synthetic
 from analysis.verdicts import QUESTION, VERDICTS, meanings
 from analysis.words import counted, head_name, signed
-from app import address, library, new_study, state
+from app import address, header, library, new_study, state
 from app.components import cells, charts, choices, comparison, keys, many_texts, markup, one_head
 from app.engine import Engine
 from app.figures import heat, planes
@@ -65,12 +65,7 @@ def draw(engine: Engine, jobs: Jobs, pages: Mapping[str, StreamlitPage]) -> None
     with st.container(key="explore"):
         st.title("Which heads, and why?")
         if not state.run_id():
-            st.info(
-                f"There is no run of {markup.plain(state.model())} yet. Choose *New run* in the header: one pass "
-                "over a "
-                "text records the norm of every key and the attention that it gets.",
-                icon=":material/article:",
-            )
+            header.no_run()
             return
         state.RUN.set(state.run_id())  # chosen now, so that the parts below need not look for the latest
         state.OVER.set(state.over())
@@ -490,10 +485,9 @@ def _all_heads() -> None:
             key="quadrant",
             file=one_head.file_name("all heads", probe, one_head.text_name()),
             alt="All heads by Γ with the first token and without it",
-            caption="This text: Γ with the first token (across) and without it (up); size is the first token's share of the "
-            f"attention. Lower left follows the paper. {_WHOSE[probe].format(w=len(run.recent_positions))} Heads "
-            "in which "
-            "the others get next to none are not drawn. Click one to open it.",
+            caption="This text: Γ with the first token (across) and without it (up); size is the first token's share "
+            f"of the attention. Lower left follows the paper. {_WHOSE[probe].format(w=len(run.recent_positions))} "
+            "Heads in which the others get next to none are not drawn. Click one to open it.",
             on_head=open_head,
         )
     with right:

@@ -47,7 +47,7 @@ def draw(engine: Engine, jobs: Jobs) -> None:
     st.title("Where should the bytes go?")
     run = state.run()
     if run is None:
-        st.info(f"There is no run of {markup.plain(state.model())} yet: press *New run* in the header.")
+        header.no_run()
         return
     if not run.cache_shape.layers:
         st.info("Every layer of this model has a sliding window, so its cache is bounded. There is nothing to tune.")
@@ -108,7 +108,8 @@ def _curve(front: Front | None, run: Capture) -> None:
     )  # fmt: skip
     st.caption(
         f"Change of the NLL after {front.lengths[0]} tokens, the mean over {front.counted}; {INTERVALS}. "
-        f"Plans were made on {len(front.planned_on)} others. Lower left is better. **Click a point to use it.**"
+        f"Plans were made on {counted(len(front.planned_on), 'other')}. Lower left is better. "
+        "**Click a point to use it.**"
     )
     with st.container(horizontal=True, vertical_alignment="bottom"):
         names, best = list(lines), _least(front)
@@ -425,10 +426,7 @@ def _measure_layers(jobs: Jobs, run: Capture, texts: Any, cut: documents.Cut) ->
         st.info(f"ALR is about {' and '.join(name.replace('_', ' ') for name in POLICIES)}: choose one in the header.")
         return
     n = cut.excerpts * (len(run.cache_shape.layers) + 2)
-    st.caption(
-        f"Each layer alone by the header's settings: {header.in_words(spec)}. {n:,} passes of "
-        f" {cut.lm.prompt_tokens} + {cut.lm.new_tokens} tokens."
-    )
+    st.caption(f"Each layer alone by the header's settings: {header.in_words(spec)}. {_takes(run, cut, n)}")
 
     def work(loaded: LoadedModel, progress: Progress) -> str:
         from analysis.plans.ablation import ablate_layers
@@ -474,10 +472,7 @@ def _measure_front(jobs: Jobs, run: Capture, texts: Any, cut: documents.Cut) -> 
     window = int(state.PROTECT_LAST.get())
     heads = len(run.cache_shape.layers) * run.n_kv_heads
     n = passes(cut.excerpts, cut.excerpts, keep_ratios=len(ratios), strategies=strategies, kv_heads=heads)
-    st.caption(
-        f"{SPLIT} At most {n:,} passes of {cut.lm.prompt_tokens} + {cut.lm.new_tokens} tokens; the last {window} "
-        "tokens are protected."
-    )
+    st.caption(f"{SPLIT} Recent window: {counted(window, 'token')}. {_takes(run, cut, n, planning=True)}")
 
     def work(loaded: LoadedModel, progress: Progress) -> str:
         asked = {
@@ -505,6 +500,16 @@ def _measure_front(jobs: Jobs, run: Capture, texts: Any, cut: documents.Cut) -> 
         title = f"Measuring quality against memory of {run.model}"
         state.follow(jobs.start(title, state.model_ref(), work, kind="front").id)
         st.rerun()
+
+
+def _takes(run: Capture, cut: documents.Cut, passes: int, *, planning: bool = False) -> str:
+    """What is measured, and how long it takes; with `planning`, as many other prompts are captured beforehand."""
+    pace = library.pace(run.model, run)
+    seconds = pace.predictions(cut.excerpts * (1 + planning), passes, cut.lm)
+    return (
+        f"{counted(cut.excerpts, 'excerpt')}, at most {passes:,} passes of {cut.lm.prompt_tokens} + "
+        f"{cut.lm.new_tokens} tokens: {pace.told(seconds)}, once the model is in memory."
+    )
 
 
 def _part(file: Any) -> Any:

@@ -16,7 +16,8 @@ from analysis.decision.speed import Speed
 from analysis.errors import UserError
 from analysis.plans.export import Saving, library_code
 from analysis.plans.skip import Plan
-from analysis.words import signed
+from analysis.plans.strategies import title_of
+from analysis.words import counted, signed
 from app import library, state
 from app.components import documents, markup, savings
 from app.components import progress as progress_bar
@@ -64,9 +65,9 @@ def draw(engine: Engine, jobs: Jobs, pages: Mapping[str, StreamlitPage] = Mappin
         st.title("Can I use this plan?")
     else:
         st.title("Can I halve this cache?" if asked.keep_ratio == 0.5 else "Can I compress this cache?")
-    if _answer(_decision(), asked):
-        _measure(engine, jobs)
     growing = progress_bar.running(jobs, "results") is not None
+    if _answer(_decision(), asked, growing):
+        _measure(engine, jobs)
     (st.fragment(_grounds, run_every=_EVERY) if growing else _grounds)(engine, jobs, pages)
     decision = _decision()
     _script(_chosen(decision), decision)
@@ -101,14 +102,16 @@ def _grounds(engine: Engine, jobs: Jobs, pages: Mapping[str, StreamlitPage]) -> 
             _limits()
     _checklist("The plan in force" if state.plan() else "As set", decision.checks, pages)
     if decision.plan_checks:
-        _checklist("With a plan of the same bytes", decision.plan_checks, pages)
+        assert decision.plan is not None, "it has been checked"
+        strategy = markup.plain(title_of(_plan_of(decision.plan).note.split(":")[0]))
+        _checklist(f"With a plan of the same bytes: {strategy}", decision.plan_checks, pages)
 
 
 # --------------------------------------------------------------------------------------------------------- the answer
 
 
-def _answer(decision: Decision, asked: CompressionSpec) -> bool:
-    """Draw the answer, and tell whether the user wants to measure."""
+def _answer(decision: Decision, asked: CompressionSpec, growing: bool) -> bool:
+    """Draw the answer, and tell whether the user wants to measure, which cannot be asked while it is being done."""
     with st.container(border=True, key="answer", horizontal=True, vertical_alignment="center"):
         with st.container(width="stretch", gap="xxsmall"):
             st.markdown(f"### :{_COLOUR[decision.answer]}[{decision.answer}]")
@@ -132,19 +135,22 @@ def _answer(decision: Decision, asked: CompressionSpec) -> bool:
             )  # fmt: skip
         not_yet = decision.answer is Answer.NOT_YET
         measure = st.button(
-            "Measure" if not_yet else "Measure again", icon=":material/play_arrow:", key="measure",
-            type="primary" if not_yet else "secondary",
+            "Measuring …" if growing else "Measure" if not_yet else "Measure again", key="measure", disabled=growing,
+            icon=":material/play_arrow:", type="primary" if not_yet else "secondary",
         )  # fmt: skip
     return measure
 
 
 def _use_plan(spec: CompressionSpec) -> None:
-    known = {library.opened(Plan, one.id).spec: one.id for one in library.entries("plan", model=state.model())}
-    if spec not in known:  # it is of a Pareto front
-        plans = library.gathered(library.evidence(state.model())).plans
-        made = next(plan for plan in plans if plan.spec == spec)
-        known[spec] = library.WORKSPACE.add(made, name="Verdict").id
-    state.PLAN.set(known[spec])
+    kept = {library.opened(Plan, one.id).spec: one.id for one in library.entries("plan", model=state.model())}
+    if spec not in kept:  # it is of a Pareto front
+        kept[spec] = library.WORKSPACE.add(_plan_of(spec), name="Verdict").id
+    state.PLAN.set(kept[spec])
+
+
+def _plan_of(spec: CompressionSpec) -> Plan:
+    """The plan that a decision fell back on."""
+    return next(plan for plan in library.gathered(library.evidence(state.model())).plans if plan.spec == spec)
 
 
 # ---------------------------------------------------------------------------------------------------------- the tiles
@@ -221,7 +227,8 @@ def _heads(pages: Mapping[str, StreamlitPage]) -> None:
         probe = study.probes[0]
     told = library.answer_of(state.study_id() or state.run_id(), probe)
     with st.container(horizontal=True, vertical_alignment="center"):
-        st.markdown(f"**{verdicts.QUESTION}** {markup.plain(told)}", width="stretch")
+        of_one = "" if (run := state.run()) is None or study else f" By one text of {counted(run.n_tokens, 'token')}."
+        st.markdown(f"**{verdicts.QUESTION}** {markup.plain(told)}{of_one}", width="stretch")
         _link(pages, "explore", "Why")
 
 
@@ -280,7 +287,7 @@ def _measure(engine: Engine, jobs: Jobs) -> None:
     )
     context = right.selectbox(
         "Tokens of their prompts", [0, *reversed(CONTEXTS)], key="verdict_context",
-        format_func=lambda n: f"{n:,}" if n else "as 20 minutes allow",
+        format_func=lambda n: f"{n:,}" if n else "the longest for 20 minutes",
     )  # fmt: skip
     with st.expander("Texts", icon=":material/article:"):
         given = documents.ask(few="Half of them are planned on, the others are measured.")
@@ -291,11 +298,17 @@ def _measure(engine: Engine, jobs: Jobs) -> None:
         state.follow(start(jobs, ref, spec, sizes, given, known))
         st.rerun()
     try:
-        told = _estimate(engine, ref, spec, sizes, given)
+        left_to_do = _estimate(engine, ref, spec, sizes, given)
     except (UserError, SpecError) as error:
         st.error(markup.plain(str(error)), icon=":material/error:")
         return
-    st.markdown(f"Takes {told}." if told.seconds else "All of this is measured already: more samples add to it.")
+    told = f"{counted(sizes.excerpts, 'excerpt')}, {counted(sizes.samples, 'passkey')} and as many needles"
+    if left_to_do.seconds:
+        longer = not context and left_to_do.total > 60 * sizes.minutes
+        fewer = " Those are the shortest: fewer excerpts, passkeys and needles take less." * longer
+        st.markdown(f"{told} take {left_to_do}.{fewer}")
+    else:
+        st.markdown(f"{told} are measured already: more of them add to it.")
 
 
 _Asked = tuple[object, ...]
@@ -338,9 +351,10 @@ def _estimate(engine: Engine, ref: str, spec: CompressionSpec, sizes: Sizes, tex
     def show(done: int, total: int, what: str) -> None:
         place.caption(markup.plain(what))
 
+    asked = _asked(ref, spec, texts)
     with st.spinner("Timing a few tokens …", show_time=True), engine.lend(ref, show) as loaded:
         found = Measurement(loaded, spec, library.WORKSPACE, sizes, texts, plan=state.plan()).estimate
+        # Before anything is drawn: a click meanwhile, as on Start, ends this script there.
+        _ESTIMATES.set({asked: {**_ESTIMATES.get().get(asked, {}), sizes: found}})
     place.empty()
-    asked = _asked(ref, spec, texts)
-    _ESTIMATES.set({asked: {**_ESTIMATES.get().get(asked, {}), sizes: found}})
     return found

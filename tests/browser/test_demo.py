@@ -5,13 +5,25 @@ import shutil
 
 import pytest
 
-from tests.support.browser import settled
-from tests.support.texts import HOSTILE
+from tests.support.browser import served, settled
+from tests.support.texts import HOSTILE, chatty
 
 pytestmark = [
     pytest.mark.xdist_group("browser"),
     pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on this machine (apt install chromium)"),
 ]
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+    """Folder of a model that has a chat template."""
+    return chatty(tmp_path_factory.mktemp("models") / "talker")
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory, talker):
+    with served(tmp_path_factory.mktemp("home"), L2KV_MODEL_DIRS=str(talker.parent)) as url:
+        yield url
 
 
 @pytest.fixture
@@ -106,3 +118,33 @@ def test_no_text_of_a_user_becomes_markup_and_a_narrow_page_does_not_scroll_side
         page.get_by_role("button", name="Download report").click()
     report = download.value.path().read_text()
     assert len(report) < 1_000_000 and not re.search(r"<img|alert\(1\)</script>", report)
+
+
+def test_a_chat_is_typed_cancelled_continued_and_reported(demo, talker):
+    page = demo(model=talker, demo="Chat")
+    page.get_by_text("Length and sampling").click()
+    tokens = page.get_by_label("New tokens").first
+    tokens.fill("400")
+    tokens.press("Enter")
+    settled(page)
+
+    def say(text):
+        page.get_by_test_id("stChatInputTextArea").click()
+        page.keyboard.type(text)  # "p" and the space are keys of the player
+        page.keyboard.press("Enter")
+        # For the first token: before it, there is no answer to keep.
+        page.locator(".l2kv-asked", has_text=text).last.wait_for()
+        page.get_by_role("button", name="Cancel", exact=True).click()
+        settled(page)
+        assert page.get_by_text("Cancelled: what was written until then is kept.").count() == 1
+
+    say("Is it <b>right</b>, please?")
+    said = written(page)
+    say("And happy people?")
+    assert written(page)[:2] == said and len(written(page)) == 4 and not page.locator("dialog[open]").count()
+    assert page.locator(".l2kv-asked").last.inner_text().strip() == "And happy people?"
+    assert page.locator(".l2kv-tokens .hollow[title]").count() or page.get_by_text("Nothing is evicted yet").count()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download report").click()
+    report = download.value.path().read_text()
+    assert "Turn 2" in report and "And happy people?" in report and "<b>right" not in report

@@ -28,7 +28,9 @@ def test_from_not_yet_to_an_answer_and_a_script_that_runs_as_pasted(page, addres
         page.get_by_role("spinbutton", name=label, exact=True).press("Enter")
     page.get_by_role("combobox", name="Tokens of their prompts").click()
     page.get_by_role("option", name="400", exact=True).click()
-    page.get_by_text(re.compile("Takes about .* on this machine, with prompts of 400 tokens")).wait_for(timeout=LONG)
+    page.get_by_text(re.compile("needles take about .* on this machine, with prompts of 400 tokens")).wait_for(
+        timeout=LONG
+    )
     page.get_by_role("button", name="Start").click()
     page.get_by_role("button", name="Cancel").wait_for(timeout=LONG)
     page.wait_for_url(re.compile("job="))

@@ -1,7 +1,6 @@
 """The code that a plan is exported as, run in a process of its own."""
 
 import os
-import shutil
 import subprocess
 import sys
 
@@ -10,7 +9,7 @@ from analysis.plans.export import Generation, library_code
 from analysis.preview import stream
 from l2kv import CompressionSpec
 from tests.support.paths import BUNDLED, ROOT
-from tests.support.texts import TEMPLATE
+from tests.support.texts import chatty
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
@@ -24,10 +23,9 @@ def ran(code):
 
 
 def test_the_code_of_a_story_writes_the_storys_text(tmp_path):
-    shutil.copytree(BUNDLED, tmp_path / "chatty")
-    (tmp_path / "chatty" / "chat_template.jinja").write_text(TEMPLATE)
+    folder = str(chatty(tmp_path / "chatty"))
     spec = CompressionSpec(keep_ratio=0.2)
-    for ref, chat in (("books-5m", False), (str(tmp_path / "chatty"), False), (str(tmp_path / "chatty"), True)):
+    for ref, chat in (("books-5m", False), (folder, False), (folder, True)):
         loaded, prompt = load_model(ref), "\"Sea,\" he said, and 'sea' said she \N{SLIGHTLY SMILING FACE}:\n"
         *_, (told,) = stream(loaded, prompt, [spec], max_new_tokens=12, chat=chat)
         code = library_code(spec, ref, Generation(prompt, chat, len(told.token_ids), loaded.dtype))
@@ -35,11 +33,9 @@ def test_the_code_of_a_story_writes_the_storys_text(tmp_path):
 
 
 def test_the_code_of_this_library_runs_as_it_is_pasted(tmp_path):
-    chatty = tmp_path / "chatty"
-    shutil.copytree(BUNDLED, chatty)
-    (chatty / "chat_template.jinja").write_text(TEMPLATE)
+    folder = chatty(tmp_path / "chatty")
     answers = []
-    for ref, policy in (("books-5m", "fastgen"), (str(BUNDLED), "low_norm"), (str(chatty), "low_norm")):
+    for ref, policy in (("books-5m", "fastgen"), (str(BUNDLED), "low_norm"), (str(folder), "low_norm")):
         code = library_code(CompressionSpec(keep_ratio=0.5, skip_layers=(0,), protect_last=4, policy=policy), ref)
         answers.append(ran(code))
     assert len(answers[0]) > 20 and answers[1] != answers[2]

@@ -1,7 +1,6 @@
 """The commands that plan, measure and compare compressions, as a user types them."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from l2kv import CompressionSpec
 from l2kv.config import CacheShape
 from tests.support.models import TINY, build
 from tests.support.paths import BUNDLED
-from tests.support.texts import TEMPLATE
+from tests.support.texts import chatty
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -123,9 +122,7 @@ def test_a_question_is_asked_through_the_template_where_there_is_one(tmp_path, c
     question = tmp_path / "question.txt"
     question.write_text("Which colour has the sea?")
     assert "no chat template" in refused(capsys, "generate", str(question), "--chat", "-m", "books-5m")
-    folder = tmp_path / "chatty"
-    shutil.copytree(BUNDLED, folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    folder = chatty(tmp_path / "chatty")
     said = told(capsys, "generate", str(question), "--chat", "-m", str(folder), "--new-tokens", "4")
     assert "full cache" in said and "nats/token" in said and "<s>" not in said
     assert said != told(capsys, "generate", str(question), "-m", str(folder), "--new-tokens", "4")

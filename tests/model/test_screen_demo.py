@@ -4,11 +4,11 @@ import base64
 import gzip
 import json
 import re
-import shutil
 import time
 from dataclasses import replace
 
 import pytest
+import torch
 
 from analysis.demo.presets import Preset
 from analysis.plans.skip import Plan
@@ -18,9 +18,8 @@ from app import library
 from app.engine import Engine
 from app.jobs import Jobs
 from l2kv import CompressionSpec
-from tests.support.paths import BUNDLED
 from tests.support.screens import opened as opened_screen
-from tests.support.texts import HOSTILE, TEMPLATE
+from tests.support.texts import HOSTILE, chatty
 
 SEA = "The old man looked at the sea, and the sea looked at the old man. Then he said to his wife: "
 
@@ -220,19 +219,53 @@ def test_a_model_without_a_template_says_so_in_place_of_a_chat():
     assert "has no chat template" in said(page) and not page.chat_input
 
 
-def test_a_chat_goes_on_in_its_caches(tmp_path, monkeypatch):
-    shutil.copytree(BUNDLED, tmp_path / "talker")
-    (tmp_path / "talker" / "chat_template.jinja").write_text(TEMPLATE)
+@pytest.fixture
+def talker(tmp_path, monkeypatch):
+    """Folder of a model that has a chat template."""
     monkeypatch.setenv("L2KV_MODEL_DIRS", str(tmp_path))
-    page = opened(str(tmp_path / "talker"), demo="Chat")
+    return str(chatty(tmp_path / "talker"))
+
+
+def fails(*args):
+    raise torch.OutOfMemoryError("out of memory")
+
+
+def test_a_chat_goes_on_in_its_caches(talker):
+    page = opened(talker, demo="Chat")
     page.number_input(key="chat_new").set_value(3).run()
     for i, message in enumerate(("Who is it?", "<b>And</b> why?"), 1):
         page.chat_input(key="chat_message").set_value(message).run()
         assert not page.exception and not page.error and len(page.session_state["demo_talk"].turns) == i
-        shown = [part.value for part in page.get("html") if "l2kv-stage" in part.value]
+        shown = [*(part.value for part in page.get("html") if "l2kv-stage" in part.value), stage(page)]
         # Three tokens end no answer, and neither turn has the 128 that compression begins at.
         assert [html.count("Stopped after 3 tokens.") for html in shown] == [2] * i
         assert shown[-1].count("Nothing is evicted yet: that begins at 128 tokens.") == 1
-    assert "<b>And</b>" not in "".join(part.value for part in page.get("html"))
+        assert "held by" not in "".join(shown[:-1])
+    assert "<b>And</b>" not in "".join(shown)
+    told = page.session_state["demo_talk"].turns[-1].caches[0].steps[-1]
+    assert f"{told.seen} tokens of the 1,024 that the model was trained on." in said(page)
     page.button(key="new_chat").click().run()
     assert page.session_state["demo_talk"] is None if "demo_talk" in page.session_state else True
+
+
+def test_hollow_tokens_of_a_chat_are_those_that_its_cache_holds_in_few_heads(talker):
+    page = opened(talker, demo="Chat", keep="0.3", window="0")
+    page.number_input(key="chat_new").set_value(3).run()
+    page.number_input(key="chat_from").set_value(0).run()
+    for message in ("Who is it?", "And why?"):
+        page.chat_input(key="chat_message").set_value(message).run()
+    cache = page.session_state["demo_talk"].turns[-1].caches[1]
+    chips = re.findall(r'title="(\d+): held by (\d+) of', stage(page))
+    assert [int(held) for _, held in chips] == list(cache.steps[-1].kept) and len(chips) == len(cache.labels)
+
+
+def test_a_message_that_cannot_be_read_leaves_the_chat_and_one_that_was_stopped_ends_it(talker, monkeypatch):
+    page = opened(talker, demo="Chat")
+    page.number_input(key="chat_new").set_value(2).run()
+    page.chat_input(key="chat_message").set_value("Who is it?").run()
+    page.chat_input(key="chat_message").set_value(" ").run()
+    assert len(page.error) == 1 and len(page.session_state["demo_talk"].turns) == 1
+    monkeypatch.setattr("analysis.preview.prefill", fails)
+    page.chat_input(key="chat_message").set_value("And why?").run()
+    assert len(page.error) == 1 and not page.exception
+    assert "so the chat begins anew" in said(page.run())

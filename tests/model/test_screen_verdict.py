@@ -111,6 +111,7 @@ def test_a_plan_that_passes_is_used_at_the_press_of_a_button(workspace):
     keep(workspace, Plan("smollm2", PLAN, "by hand", ("another text",)), *(planned(*one) for one in lists))
     app = opened()
     assert ":green[GO WITH A PLAN]" in words(app) and "made from 1 text" in words(app)
+    assert "With a plan of the same bytes: by hand" in words(app)
     assert "head_ratios" in unfolded(app, "script").code[0].value
     button(app, "use_plan").click()
     app.run()

@@ -77,6 +77,12 @@ PHRASES = (
     Phrase(r"\b(Raises|Raise) \w+, with the reason\b", "Raises RecordError, with the reason.", "say when"),
     Phrase(r"\banother (way|kind|shape|thing|order) than\b", "of another shape than that", "a different ... from"),
     Phrase(r"\bsign of life\b", "pip gave no sign of life", "stopped responding"),
+    Phrase(
+        r"(?<!\bof )\{len\([^{}]+\)(:,)?\}\*{0,2} (texts|tokens|excerpts|samples|methods|caches|documents|others)\b",
+        "{len(names)} texts",
+        "counted(len(names), 'text'): there may be one",
+    ),
+    Phrase(r"\} [a-z]+\{'s' \*", "{n} text{'s' * (n != 1)}", "counted(n, 'text')"),
     Phrase(r"\bif not told\b", "all, if not told which", "by default"),
 )
 

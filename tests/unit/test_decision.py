@@ -85,7 +85,17 @@ def test_too_few_samples_say_how_many_are_missing():
 def test_a_failure_is_an_answer_though_the_rest_is_not_measured():
     failed = lm(*[0.4] * 16)
     assert decide([failed], HALF).answer is Answer.NOT_YET  # a plan may pass
-    assert "A plan of the same bytes may pass" in decide([failed], HALF).why
+    told = "As set, it fails: perplexity × 1.492 (95 % up to 1.492). A plan of the same bytes may pass; none is "
+    told += "measured yet."
+    assert decide([failed], HALF).why == told
+    larger = [
+        results(
+            one.task,
+            {FULL: (None, list(one.scores(FULL))), "0.9": (replace(HALF, keep_ratio=0.9), list(one.scores(FULL)))},
+        )
+        for one in GOOD
+    ]
+    assert decide([failed, *larger], HALF).why == f"{told} The smallest keep ratio measured that passes is 0.9."
     both = results("lm", {FULL: (None, [2.0] * 16), "it": (HALF, [2.4] * 16), "plan": (PLAN, [2.3] * 16)})
     decision = decide([both], HALF, plan=PLAN, planned_on=["another"])
     assert decision.answer is Answer.NO_GO and "Of the keep ratios measured (0.5) none passes." in decision.why

@@ -61,9 +61,9 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "torn in the data": (lambda: WHOLE[: len(WHOLE) - DATA + 100], "'token_embd.weight' ends at byte"),
     "torn in the last tensor": (lambda: WHOLE[:-1], "'blk.0.ffn_down.weight' ends at byte"),
     # what it is
-    "a pickle": (lambda: b"\x80\x04\x95" + WHOLE, "it begins with b'\\x80\\x04\\x95G'"),
+    "a pickle": (lambda: b"\x80\x04\x95" + WHOLE, "it does not begin with GGUF"),
     "an archive": (lambda: b"PK\x03\x04" + WHOLE[4:], "it is not a GGUF file"),
-    "another magic": (lambda: build(magic=b"GGML"), "b'GGML'"),
+    "another magic": (lambda: build(magic=b"GGML"), "it does not begin with GGUF"),
     "version 0": (lambda: build(version=u32(0)), "version 0"),
     "version 1": (lambda: build(version=u32(1)), "version 1; versions 2 and 3 are supported. Convert"),
     "version 4": (lambda: build(version=u32(4)), "version 4"),

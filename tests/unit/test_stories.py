@@ -1,5 +1,6 @@
 """Stories: scores and shares worked by hand, and the stage that shows them."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -78,10 +79,6 @@ def test_a_cache_is_named_by_its_policy_and_its_budget(spec, name):
     assert name_of(spec) == name
 
 
-def body(html):
-    return html.split("</style>")[1]
-
-
 def test_colour_and_words_carry_the_task_and_hollow_tokens_are_those_that_most_heads_lost():
     shown = stage.stage(STORY, 1)
     assert shown.count("✓ found") == 2 and shown.count("✗ not found") == 1
@@ -99,16 +96,39 @@ def test_of_a_long_prompt_only_what_is_around_the_answer_is_shown():
     assert strip.count("<span") == 29 and "… 236 …" in strip and "… 235 …" in strip
 
 
+def chat(*steps, spec=HALF):
+    caches = (Told(FULL, None, steps), Told("low norm", spec, steps))
+    return Story("m", "Chat", "Is it?", caches, chat=True, heads=4)
+
+
 def test_an_answer_of_a_chat_that_the_model_did_not_end_is_said_to_be_cut():
-    specs, steps = [None, HALF], [step("So", 2, 12, 800), step("So it is.", 3, 6, 400, finished=True)]
-    assert body(stage.answers(specs, steps, memory=False)).count("Stopped after 2 tokens.") == 1
-    assert "Stopped" not in body(stage.answers(specs, steps, memory=False, growing=True))
+    cut = chat(step("So", 2, 12, 800))
+    assert stage.stage(cut, 0).count("Stopped after 2 tokens.") == 2
+    assert "Stopped" not in stage.stage(replace(cut, ended=False), 0)  # it still grows
+    assert "Stopped" not in stage.stage(chat(step("So it is.", 3, 6, 400, finished=True)), 0)
+    brief = stage.stage(cut, 0, texts_only=True)
+    assert brief.count("Stopped after 2 tokens.") == 2 and "held" not in brief
+
+
+def test_a_turn_of_a_chat_shows_the_tokens_that_each_cache_had_read_itself():
+    turn = chat(step("So", 1, 6, 400, (4, 1)))
+    own = replace(turn, caches=tuple(replace(cache, labels=("own", cache.name)) for cache in turn.caches))
+    shown = stage.stage(own, 0)
+    assert "Tokens of the chat that each cache had read" in shown and 'title="1: held by 1 of 4 kv heads">low' in shown
 
 
 def test_a_cache_too_short_to_be_compressed_says_from_where_on_it_is():
-    for_later, held = [replace(HALF, prune_after=20)], [step("So", 2, 12, 800)]
-    assert "Nothing is evicted yet: that begins at 20 tokens." in body(stage.answers(for_later, held, memory=True))
-    assert "Nothing" not in body(stage.answers([HALF], held, memory=True))
+    short = step("So", 2, 12, 800)
+    waits = "Nothing is evicted yet: that begins at 20 tokens."
+    assert stage.stage(chat(short, spec=replace(HALF, prune_after=20)), 0).count(waits) == 1
+    assert "Nothing" not in stage.stage(chat(short), 0)
+
+
+def test_a_text_too_long_to_count_heads_says_so_and_its_numbers_are_grouped():
+    long = Step((1,), 20_000, "So", (1200, 20_000), 400)
+    shown = stage.stage(chat(long), 0)
+    assert "1,200 to 20,000 of 20,000 tokens held per layer" in shown
+    assert shown.count("Which tokens are held is counted for up to 4,000 tokens.") == 1
 
 
 def test_no_text_becomes_markup():
@@ -123,3 +143,14 @@ def test_a_report_is_one_small_page_with_scores_bytes_and_code():
     assert len(page) < 100_000
     for told in ("found", "not found", "210 B", "keep_ratio=0.5", "The key is 42"):
         assert told in page, told
+
+
+def test_a_report_of_a_chat_holds_all_turns_and_the_code_once():
+    turns = [replace(chat(step(f"Answer {n}.", 2, 6, 400)), prompt=f"Question {n}?") for n in (1, 2)]
+    page = report(*turns)
+    assert re.findall(r"<h2[^>]*>(.*?)</h2>", page) == ["Turn 1", "Turn 2", "The code"]
+    assert re.findall(r"Question \d|Answer \d", page)[:6] == [
+        *["Question 1", *["Answer 1"] * 2],
+        *["Question 2", *["Answer 2"] * 2],
+    ]
+    assert page.count("With this library") == 1 and "answer the first message again" in page
