@@ -47,7 +47,7 @@ def draw() -> None:
             key = f"compared_{i}"
             file = one_head.file_name(key, *comparison.names)
             show(drawing.figure, key=key, alt=drawing.alt, caption=caption, table=table, file=file)
-    st.table({markup.plain(title): list(column) for title, column in compared.table.items()}, hide_index=True)
+    st.table({markup.plain(title): list(column) for title, column in (compared.table or {}).items()}, hide_index=True)
 
 
 def _gammas(comparison: Comparison) -> dict[str, np.ndarray]:
