@@ -6,12 +6,14 @@ Every step of every cache is in it: its text, what it holds, and how many heads 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from analysis.evaluation.prompts import decided, found
 from analysis.models.memory import DTYPES
 from analysis.records import record
-from analysis.words import counted
+from analysis.words import capitalised, counted, layers_listed, percent
+from l2kv.policies import POLICIES
 from l2kv.spec import CompressionSpec
 
 FULL = "full cache"
@@ -20,11 +22,12 @@ MOST_COUNTED = 4000
 
 
 def name_of(spec: CompressionSpec) -> str:
-    """Name a compressed cache: "low norm, 50% kept"."""
-    kept = f"{spec.keep_ratio:.0%} kept" if spec.budget is None else f"{counted(spec.budget, 'token')} kept"
+    """Name a compressed cache: "low norm, 50 % kept"."""
+    kept = f"{percent(spec.keep_ratio)} kept" if spec.budget is None else f"{counted(spec.budget, 'token')} kept"
     by = " by kv head" if spec.head_ratios else " by layer" if spec.layer_ratios else ""
     bits = [f", {what}s in {n} bits" for what, n in (("key", spec.key_bits), ("value", spec.value_bits)) if n]
-    return f"{spec.policy.replace('_', ' ')}, {kept}{by}{''.join(bits)}"
+    policy = POLICIES[spec.policy].in_words if spec.policy in POLICIES else spec.policy
+    return f"{policy}, {kept}{by}{''.join(bits)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,19 @@ class Told:
     """Median rate of decoding, in a run of its own; None where it was not measured."""
     labels: tuple[str, ...] = ()
     """Tokens that it had read, in a chat: earlier turns with its own answers, and the prompt. Else empty."""
+
+    @property
+    def title(self) -> str:
+        """Its name as of today, as a heading: records made earlier may have another."""
+        return capitalised(self.name if self.spec is None else name_of(self.spec))
+
+    @property
+    def keeps(self) -> str:
+        """What its policy keeps, in a few words; empty for a policy that is not known here."""
+        if self.spec is None:
+            return "Keeps every token"
+        about = POLICIES[self.spec.policy].about if self.spec.policy in POLICIES else ""
+        return about.partition(" (")[0].partition(":")[0].rstrip(".").replace("Keep ", "Keeps ", 1)
 
 
 @record("story", version=1, title="a story", again="l2kv demo", lines="caches")
@@ -137,7 +153,45 @@ class Story:
             return None
         return sum(kept[i] for i in self.answer_at) / len(self.answer_at) / self.heads
 
-    def agreement(self, cache: int) -> tuple[int, int]:
-        """Number of new tokens that a cache shares with the full one at the same place, and of those compared."""
-        full, other = (self.at(i, self.n_steps - 1).token_ids for i in (0, cache))
-        return sum(a == b for a, b in zip(full, other, strict=False)), len(full)
+    @property
+    def told_apart(self) -> bool:
+        """Tell whether rates of decoding differ more from the full cache's than between caches of the same bytes."""
+        full, *others = (cache.tokens_per_second for cache in self.caches)
+        sizes = [self.nbytes(i, 0) for i in range(1, len(self.caches))]
+        if not full or not all(others) or len(others) < 2 or max(sizes) > 1.01 * min(sizes):
+            return False
+        rates = [rate for rate in others if rate]
+        gains = [max(rate / full, full / rate) for rate in rates]
+        return max(rates) / min(rates) < min(gains)
+
+
+def introduction(story: Story) -> tuple[str, ...]:
+    """Write for readers who know nothing of caches what a story is about, and what to watch: a few sentences."""
+    read = f"a text of {counted(story.at(0, 0).seen, 'token')} (words or pieces of words)"
+    what = "number" if story.answer.isdigit() else "phrase"
+    if not story.answer:
+        asked = f"The model reads {read} and {'answers it' if story.chat else 'writes on'}."
+    elif story.answer_at:
+        asked = f"A {what}, {story.answer}, is hidden in {read}; then the model is asked for it."
+    else:
+        asked = f"The model reads {read} and is asked for a {what}: {story.answer}."
+    specs = [cache.spec for cache in story.caches if cache.spec]
+    memory = (
+        "A cache is the model's memory of what it read: a key and a value for each token. A key's length is its norm. "
+        f"The full cache keeps every token, {_kept(specs)}. Watch the tokens: a hollow one is forgotten in most places."
+    )
+    return tuple(filter(None, (asked, memory, story.why)))
+
+
+def _kept(specs: Sequence[CompressionSpec]) -> str:
+    """Say what compressed caches keep, as far as it is the same in all."""
+    ratios = {None if spec.budget or spec.layer_ratios or spec.head_ratios else spec.keep_ratio for spec in specs}
+    ratio = ratios.pop() if len(ratios) == 1 else None
+    words = [
+        f"{'each other one' if len(specs) > 1 else 'the other one'} {percent(ratio) if ratio else 'a part of them'}"
+    ]
+    if len(skipped := {spec.skip_layers for spec in specs}) == 1 and (layers := skipped.pop()):
+        words.append(f"but all in {layers_listed(layers)}")
+    if len(protected := {spec.protect_last for spec in specs}) == 1 and (last := protected.pop()):
+        words.append(f"and always the last {last}")
+    return ", ".join(words)

@@ -17,6 +17,16 @@ def counted(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
+def percent(share: float) -> str:
+    """Write a share: 0.5 -> "50 %", which no line end parts."""
+    return f"{100 * share:.0f}\N{NARROW NO-BREAK SPACE}%"
+
+
+def capitalised(text: str) -> str:
+    """Begin a text with a capital, and leave the others: "KeyDiff, half" stays."""
+    return text[:1].upper() + text[1:]
+
+
 def head_name(layer: int, kv_head: int, head: int) -> str:
     """Write the place of a query head: "L12 KV1 Q4"."""
     return f"L{layer} KV{kv_head} Q{head}"

@@ -173,8 +173,8 @@ def _calm(model: str, measured: Sequence[_Measured], criteria: Criteria) -> Pres
         ),
     )
     why = (
-        f"Half the cache, hardly a change. {_told(model, chosen, chosen.calm, CALM_SPEC, criteria)} {count} of "
-        f"{len(measured)} passages tried stay within {criteria.calm:g}; this is the first."
+        f"Half the cache, hardly a change. {_told(model, chosen, chosen.calm, CALM_SPEC, criteria)} This passage was "
+        f"picked: {count} of {len(measured)} tried stay within {criteria.calm:g}."
     )
     return Preset("Calm: half the cache will do", chosen.prompt, why, CALM_SPEC)
 
@@ -192,8 +192,8 @@ def _breaks(model: str, measured: Sequence[_Measured], criteria: Criteria) -> Pr
         ),
     )
     why = (
-        f"Half the cache, and it breaks. {_told(model, chosen, chosen.breaks, BREAKS_SPEC, criteria)} {count} of "
-        f"{len(measured)} passages tried lose more than {criteria.breaks:g}; this is the first."
+        f"Half the cache, and it breaks. {_told(model, chosen, chosen.breaks, BREAKS_SPEC, criteria)} This passage was "
+        f"picked: {count} of {len(measured)} tried lose more than {criteria.breaks:g}."
     )
     return Preset("Breaks: nothing protected", chosen.prompt, why, BREAKS_SPEC)
 

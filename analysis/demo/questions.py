@@ -103,9 +103,8 @@ def _first(loaded: LoadedModel, search: Search, questions: Sequence[Question], p
         )
     chosen = meeting[0]
     why = (
-        f"{search.claim} Layers {' and '.join(map(str, search.spec.skip_layers))} skipped, the last "
-        f"{search.spec.protect_last} tokens protected in every cache. In {loaded.name} {len(meeting)} of "
-        f"{len(questions)} prompts tried show this; it is the first."
+        f"{search.claim} This prompt was picked: in {loaded.name} {len(meeting)} of {len(questions)} tried "
+        f"show{'s' * (len(meeting) == 1)} this."
     )
     return Preset(search.name, chosen.prompt, why, search.spec, chosen.answer, chosen.chat, search.contrast)
 

@@ -22,6 +22,7 @@ from l2kv.policies import OF_FILE, POLICIES
 from l2kv.policy_files import policy_source
 from l2kv.spec import CompressionSpec, Target
 
+_LINE = 100  # characters of a prompt on a line of a script
 LENGTHS = (4096, 32_768, 131_072)  # tokens, that savings are told at
 
 
@@ -160,10 +161,17 @@ def _inputs_code(again: Generation | None) -> str:
         templated = "if tokenizer.chat_template:\n" + textwrap.indent(_TEMPLATED, "    ")
         special = ", add_special_tokens=not tokenizer.chat_template"
     else:
-        prompt = f"prompt = {again.prompt!r}\n"  # JSON would write an emoji as two characters
+        prompt = f"prompt = {_wrapped(again.prompt)}\n"
         templated, special = (_TEMPLATED, ", add_special_tokens=False") if again.chat else ("", "")
     return f'''\
 {prompt}{templated}inputs = tokenizer(prompt, return_tensors="pt"{special}).to(model.device)'''
+
+
+def _wrapped(text: str) -> str:
+    """Write a text as a literal of Python, of several lines if it is long."""
+    lines = [text[i : i + _LINE] for i in range(0, len(text), _LINE)]
+    # JSON would write an emoji as two characters.
+    return repr(text) if len(lines) < 2 else "(\n" + "".join(f"    {line!r}\n" for line in lines) + ")"
 
 
 def generate_code(spec: CompressionSpec, special_ids: Iterable[int] | None = None) -> str:

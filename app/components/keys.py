@@ -49,7 +49,7 @@ export default function ({{ data, parentElement, setStateValue }}) {{
     return part
   }})))
   const known = new Map(data.keys.map(([key, , , sent]) => [key, sent]))
-  const open = () => dialog.open || dialog.showModal()
+  const open = () => dialog.showModal()
   // Outlives this call, which is made again at every run. What is sent is the latest presses and not the new ones:
   // of several messages the server reads the last.
   const held = (parentElement.held ??= {{ pressed: [], number: 0 }})
@@ -65,15 +65,17 @@ export default function ({{ data, parentElement, setStateValue }}) {{
   const listen = event => {{
     const at = event.composedPath()[0]
     if (event.key === "Tab") held.pointed = false
-    if (event.ctrlKey || event.metaKey || event.altKey || dialog.open || !(at instanceof Element)) return
+    if (event.ctrlKey || event.metaKey || event.altKey || !(at instanceof Element)) return
     const within = selector => at.closest(selector) ?? at.getRootNode().host?.closest(selector)
     const field = "input:not([data-keys=page]), textarea, select, [contenteditable], [role=slider], " +
       "[role=listbox], [role=menu], [role=dialog], [role=application], [data-testid=stDataFrame]"
     // Arrows move within a group that was reached by keyboard; one that was clicked is done with.
-    if (within(field) || (within("[role=radio], [role=tab]") && !held.pointed)) return
+    const listed = dialog.open
+    if (!listed && (within(field) || (within("[role=radio], [role=tab]") && !held.pointed))) return
     const key = event.key.length === 1 ? event.key.toLowerCase() : event.key
-    if (key === " " && within("button, a, summary") && !held.pointed) return
-    if (key === "?") open()
+    if (key === " " && !listed && within("button, a, summary") && !held.pointed) return
+    if (listed && (key === "?" || known.has(key))) dialog.close()  // the key does what it would without the list
+    if (key === "?") listed || open()
     else if (known.get(key)) {{
       held.number = Math.max(held.number + 1, Date.now())  // goes on where the listener is made anew
       held.pressed = [...held.pressed, [held.number, key]].slice(-{_SENT})
@@ -111,6 +113,6 @@ def listen(bindings: Mapping[str, tuple[str, Callable[[], object] | None]], *, h
                 if act := bindings.get(key, ("", None))[1]:
                     act()
 
-    keys = [(key, _SHOWN.get(key, key.upper()), about, act is not None) for key, (about, act) in bindings.items()]
+    keys = [(key, _SHOWN.get(key, key.capitalize()), about, act is not None) for key, (about, act) in bindings.items()]
     listed = [*keys, ("?", "?", "list the keys", False)]
     _LISTENER(key="keys", data={"hint": hint, "keys": listed}, on_pressed_change=pressed)

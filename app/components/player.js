@@ -3,7 +3,7 @@
 
 const PLAYED_MS = 450
 const states = new WeakMap()
-const left = new Map()  // how each story was left: Streamlit may make its player anew
+const left = (globalThis.l2kvStories ??= new Map())  // how each was left: Streamlit may make its player, or this, anew
 
 const unpacked = async (encoded) => {
   const bytes = Uint8Array.from(atob(encoded), (c) => c.charCodeAt(0))
@@ -23,10 +23,9 @@ class Player {
       ArrowLeft: () => this.go(this.step - 1),
       ArrowRight: () => this.go(this.step + 1),
       " ": () => this.play(),
-      p: () => {
-        if (!this.find("dialog").open) this.go(0)
-        this.present()
-      },
+      Home: () => this.go(0),
+      End: () => this.go(this.last),
+      p: () => this.present(),
     }
   }
 

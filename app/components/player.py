@@ -37,6 +37,8 @@ _HERE = Path(__file__).parent
 _KEYS = {
     "ArrowLeft": "one token back",
     "ArrowRight": "next token",
+    "Home": "before the first token",
+    "End": "last token",
     " ": "play or pause",
     "p": "present in large type; P or Esc closes it",
 }
@@ -50,9 +52,9 @@ def _component() -> Any:
     )
 
 
-def player(story: Story, *, at_its_end: bool) -> None:
-    """Draw a story that can be played, at its beginning or its end, and listen to its keys."""
-    _component()(key="story_player", data=content(story) | {"begin": story.n_steps if at_its_end else 0})
+def player(story: Story, *, at_its_end: bool, note: str = "") -> None:
+    """Draw a story that can be played, at its beginning or its end, and listen to its keys. Its end says the note."""
+    _component()(key="story_player", data=content(story, note) | {"begin": story.n_steps if at_its_end else 0})
     keys.listen(
         {key: (about, None) for key, about in _KEYS.items()},
         hint="Keys: ← → move, Space plays, P presents, ? lists all",
@@ -60,10 +62,11 @@ def player(story: Story, *, at_its_end: bool) -> None:
 
 
 @lru_cache(maxsize=4)
-def content(story: Story) -> dict[str, Any]:
+def content(story: Story, note: str = "") -> dict[str, Any]:
     """What the browser is sent: the HTML of each step, from before the first token on, as base64 of gzipped JSON."""
     steps = [stage.stage(story, step) for step in range(-1, story.n_steps)]
-    steps[-1] += stage.ending(story)
+    steps[0] = stage.beginning(story) + steps[0]
+    steps[-1] += stage.ending(story, note)
     sent = base64.b64encode(gzip.compress(json.dumps(steps).encode(), 3, mtime=0)).decode()
     told = repr((story.model, story.prompt, [(cache.name, cache.steps[-1:]) for cache in story.caches]))
     return {"id": sha256(told.encode()).hexdigest()[:16], "last": story.n_steps, "steps": sent}

@@ -10,8 +10,8 @@ import html
 from collections.abc import Sequence
 from itertools import pairwise
 
-from analysis.stories import MOST_COUNTED, Story
-from analysis.words import counted, human_bytes, span
+from analysis.stories import MOST_COUNTED, Story, Told, introduction
+from analysis.words import counted, human_bytes, layers_listed, percent, span
 from app.components.markup import escaped, visible
 from app.figures.style import CONTRAST, FULL_GREY, PRIMARY
 
@@ -28,9 +28,8 @@ CSS = f"""
 .l2kv-cache.full {{ border-top-color: {FULL_GREY}; }}
 .l2kv-cache.found {{ box-shadow: inset 0 0 0 2px #1B7F3B; }}
 .l2kv-cache.lost {{ box-shadow: inset 0 0 0 2px #C0392B; }}
-.l2kv-name {{ font-weight: 600; display: flex; gap: .5rem; justify-content: space-between; flex-wrap: wrap;
-  align-items: flex-start; }}
-.l2kv-score {{ color: #fff; border-radius: .4rem; padding: 0 .5rem; font-weight: 600; }}
+.l2kv-name {{ font-weight: 600; display: flex; gap: .5rem; justify-content: space-between; align-items: flex-start; }}
+.l2kv-score {{ color: #fff; border-radius: .4rem; padding: 0 .5rem; font-weight: 600; flex: none; font-size: .9em; }}
 .l2kv-score.found {{ background: #1B7F3B; }} .l2kv-score.lost {{ background: #C0392B; }}
 .l2kv-said {{ white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.5; min-height: 3rem; max-height: 16rem;
   overflow-y: auto; unicode-bidi: isolate; margin: .3rem 0; }}
@@ -48,6 +47,7 @@ CSS = f"""
   white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; display: inline-block; max-width: 100%; }}
 .l2kv-tokens .hollow {{ border: 1px dashed {FULL_GREY}; text-decoration: line-through; }}
 .l2kv-tokens .answer {{ outline: 2px solid {CONTRAST}; font-weight: 700; }}
+.l2kv-start {{ margin-bottom: .75rem; font-size: 1.05rem; }} .l2kv-start p {{ margin: 0 0 .3rem; }}
 .l2kv-ending {{ margin: .5rem 0; border-left: 4px solid {FULL_GREY}; padding-left: .6rem; }}
 .l2kv-ending.found {{ border-color: #1B7F3B; }} .l2kv-ending.lost {{ border-color: #C0392B; }}
 """
@@ -66,16 +66,31 @@ def _legend(story: Story) -> str:
     of = "chat that each cache had read" if any(cache.labels for cache in story.caches) else "prompt"
     return (
         f'<p class="l2kv-small l2kv-tokens">Tokens of the {of}: <span style="background:color-mix(in srgb, '
-        f'{PRIMARY} 45%, transparent)">solid</span> are held by at least half of the {story.heads} kv heads, '
-        f'<span class="hollow">hollow</span> by fewer{answer}.</p>'
+        f'{PRIMARY} 45%, transparent)">solid</span> are held by at least half of the {story.heads} kv heads, and can '
+        f'be lost in the heads that matter; <span class="hollow">hollow</span> by fewer{answer}.{_rates(story)}</p>'
     )
 
 
-def ending(story: Story) -> str:
-    """Write as HTML what the end of a story says: the task first, and how far the texts agree as a footnote."""
+def _rates(story: Story) -> str:
+    """Say what rates of decoding are worth, where there are some."""
+    if not any(cache.tokens_per_second for cache in story.caches):
+        return ""
+    apart = "" if story.told_apart else ": not told apart"
+    return f" Tokens/s: measured once, on this machine, with other work{apart}."
+
+
+def beginning(story: Story) -> str:
+    """Write as HTML what a story is about, for readers who know nothing of caches."""
+    first, *more = introduction(story)
+    rest = "".join(f"<p>{escaped(text)}</p>" for text in more)
+    return f'<div class="l2kv-start"><p><b>{escaped(first)}</b></p>{rest}</div>'
+
+
+def ending(story: Story, note: str = "") -> str:
+    """Write as HTML what the end of a story says of the task. A note says how far the story stands for others."""
     last = story.n_steps - 1
     scores = [story.score(i, last) for i in range(len(story.caches))]
-    said = [_ending("", story.why)] if story.why else []
+    said = []
     if scores[0] is False:
         said.append(
             _ending(
@@ -91,19 +106,13 @@ def ending(story: Story) -> str:
         said.append(
             _ending(
                 "found" if scores[i] else "lost",
-                f"{'✓' if scores[i] else '✗'} {cache.name.capitalize()}: {story.answer} "
+                f"{'✓' if scores[i] else '✗'} {cache.title}: {story.answer} "
                 f"{'found' if scores[i] else 'not found'}, in {human_bytes(story.nbytes(i, last))} instead of "
-                f"{human_bytes(story.full_nbytes(i, last))}: {story.share(i, last):.0%} of a full cache of as many "
-                f"tokens.{why}",
+                f"{human_bytes(story.full_nbytes(i, last))}.{why}",
             )
         )
-    same = ", ".join(
-        f"{story.caches[i].name} {agreed} of {counted(of, 'token')}"
-        for i in range(1, len(story.caches))
-        for agreed, of in [story.agreement(i)]
-    )
-    agree = "That measures nothing: texts that part seldom meet again."
-    return "".join(said) + _ending("l2kv-small", f"The same as the full cache's, token by token: {same}. {agree}")
+    task = "Only the task counts" if story.answer else "Nothing is asked for here"
+    return "".join(said) + _ending("l2kv-small", f"{task}: another wording isn't wrong. {note}")
 
 
 def _ending(kind: str, text: str) -> str:
@@ -114,27 +123,29 @@ def _held_in_words(held: float | None, *, found: bool) -> str:
     """Say how many heads hold the answer's tokens, and where that did not help."""
     if held is None:
         return ""
-    end = ", and yet it is not found: holding is not enough." if held >= HALF and not found else "."
-    return f" The answer's tokens are held by {held:.0%} of heads{end}"
+    lost = held >= HALF and not found
+    end = ", and yet it is not found: the heads that matter can be among the others." if lost else "."
+    return f" {percent(held)} of heads hold its tokens{end}"
 
 
 def _cache(story: Story, i: int, step: int, *, texts_only: bool) -> str:
     cache, asked = story.caches[i], f'<span class="l2kv-asked">{escaped(_tail(story))}</span>'
     kind = "full" if cache.spec is None else "compressed"
     if step < 0 or not cache.steps:
-        return _box(kind, cache.name, "", asked, "")
+        return _box(kind, cache, "", asked, "")
     now = story.at(i, step)
     score = {True: "found", False: "lost", None: ""}[story.score(i, step)]
     says = f'{asked}<span class="l2kv-new">{escaped(now.text)}</span>'
     below = _small(_cut(story, i, step)) if texts_only else _memory(story, i, step) + _tokens(story, i, step)
-    return _box(f"{kind} {score}", cache.name, score, says, below)
+    return _box(f"{kind} {score}", cache, score, says, below)
 
 
-def _box(kind: str, name: str, score: str, says: str, below: str) -> str:
+def _box(kind: str, cache: Told, score: str, says: str, below: str) -> str:
     word = {"found": "✓ found", "lost": "✗ not found"}.get(score)
     badge = f'<span class="l2kv-score {score}">{word}</span>' if word else ""
     return (
-        f'<div class="l2kv-cache {kind}"><div class="l2kv-name"><span>{escaped(name.capitalize())}</span>{badge}</div>'
+        f'<div class="l2kv-cache {kind}"><div><div class="l2kv-name"><span>{escaped(cache.title)}</span>{badge}</div>'
+        f"{_small(escaped(cache.keeps))}</div>"
         f'<div class="l2kv-said" tabindex="0" role="group" aria-label="Text">{says}</div>{below}</div>'
     )
 
@@ -150,8 +161,11 @@ def _memory(story: Story, i: int, step: int) -> str:
     """Write what a cache takes, and as a picture what each of its layers holds of the tokens seen."""
     cache, now = story.caches[i], story.at(i, step)
     spec, seen = cache.spec, counted(now.seen, "token")
-    share = f"{story.share(i, step):.0%} of a full cache of {seen}" if spec else ""
-    told = f"{span(now.held)} of {seen} held per layer"
+    skipped = spec.skip_layers if spec else ()
+    share = f"{percent(story.share(i, step))} of a full cache" if spec else ""
+    share += f": {layers_listed(skipped)} keep{'s' * (len(skipped) == 1)} all" if skipped else ""
+    others = [n for layer, n in enumerate(now.held) if layer not in skipped] or now.held
+    told = f"{span(others)} of {seen} held {'in each other' if skipped else 'per'} layer"
     rate = f" · {cache.tokens_per_second:.1f} tokens/s alone" if cache.tokens_per_second else ""
     shares = (n / max(now.seen, 1) for n in now.held)
     bars = "".join(f'<i><b style="height:{share:.0%}"></b></i>' for share in shares)
@@ -191,7 +205,7 @@ def _tokens(story: Story, i: int, step: int) -> str:
     shares = [n / story.heads for n in now.kept]
     lead = ""
     if (held := story.answer_held(i, step)) is not None:
-        lead = _small(f"<b>{escaped(story.answer)}</b> in the prompt: held by {held:.0%} of heads")
+        lead = _small(f"<b>{escaped(story.answer)}</b> in the prompt: held by {percent(held)} of heads")
     labels = story.caches[i].labels or story.labels
     return f"<div>{lead}{token_strip(labels, shares, story.answer_at, heads=story.heads)}</div>"
 

@@ -5,27 +5,32 @@ Runs no model, and draws no figures, so it needs no library of charts.
 
 from __future__ import annotations
 
+from datetime import date
+
 from analysis.plans.export import Generation, library_code
-from analysis.stories import Story, Told
-from analysis.words import counted, human_bytes
+from analysis.stories import Story, Told, introduction
+from analysis.words import counted, human_bytes, percent
 from app.report.writing import Section, Table, document
 
 
 def report(*turns: Story) -> str:
     """Write a story, or the turns of a chat, as the HTML of one page."""
     first = turns[0]
-    told = [Section(f"Turn {n}", (turn.prompt, _about(turn)), table=_scores(turn)) for n, turn in enumerate(turns, 1)]
+    told = [Section("", introduction(first))]
     if len(turns) == 1:
-        about = tuple(filter(None, (first.why, _about(first))))
-        told = [Section("Scores and cost", about, table=_scores(first)), Section("The prompt", (first.prompt,))]
+        told += [Section("Scores and cost", (_about(first),), table=_scores(first))]
+        told += [Section("The prompt", (first.prompt,))]
+    else:
+        told += [Section(f"Turn {n}", (one.prompt, _about(one)), table=_scores(one)) for n, one in enumerate(turns, 1)]
     code = tuple(
-        (f"With this library: {cache.name}", library_code(cache.spec, first.model, _again(first, cache)))
+        (f"With this library: {cache.title}", library_code(cache.spec, first.model, _again(first, cache)))
         for cache in first.caches
         if cache.spec is not None
     )
     again = f"The scripts {'answer the first message' if first.chat else 'continue the prompt'} again, "
     told.append(Section("The code", (f"{again}and take the most probable token each time.",), code=code))
-    return document(f"What compression changes in {first.model}", first.name, told)
+    lead = f"What compression changes in {first.model}. Written on {date.today():%d %B %Y}."
+    return document(first.name, lead, told)
 
 
 def _about(story: Story) -> str:
@@ -44,12 +49,14 @@ def _scores(story: Story) -> Table:
         "heads that hold the answer": [_share(story.answer_held(i, last)) for i in caches],
     }
     rates = [cache.tokens_per_second for cache in story.caches]
+    apart = "" if story.told_apart else ", not told apart"
+    timed: Table = {f"tokens/s alone, once{apart}": [f"{rate:.1f}" if rate else "" for rate in rates]}
     return {
-        "cache": [cache.name for cache in story.caches],
+        "cache": [cache.title for cache in story.caches],
         **(answer if story.answer else {}),
         f"bytes ({story.dtype})": [human_bytes(story.nbytes(i, last)) for i in caches],
-        "share of a full cache of as many tokens": [f"{story.share(i, last):.0%}" for i in caches],
-        "tokens/s alone": [f"{rate:.1f}" if rate else "not timed" for rate in rates],
+        "share of a full cache of as many tokens": [percent(story.share(i, last)) for i in caches],
+        **(timed if any(rates) else {}),
         "text": [story.at(i, last).text for i in caches],
     }
 
@@ -63,4 +70,4 @@ def _score(found: bool | None) -> str:
 
 
 def _share(held: float | None) -> str:
-    return "" if held is None else f"{held:.0%}"
+    return "" if held is None else percent(held)

@@ -552,7 +552,7 @@ def test_a_task_preset_is_the_first_prompt_on_which_each_cache_does_as_the_searc
     )
     assert (preset.text, preset.answer, preset.chat) == ("Prompt number one", "48213", False)
     assert preset.spec == CompressionSpec(protect_last=8) and seen[-1] == (9, 9)
-    assert "2 of 3 prompts tried show this" in preset.why and "the last 8 tokens protected" in preset.why
+    assert "This prompt was picked: in books-5m 2 of 3 tried show this." in preset.why
 
 
 def test_where_no_prompt_meets_a_search_it_says_what_each_cache_did(loaded, says):

@@ -2,17 +2,20 @@
 
 import re
 from dataclasses import replace
+from datetime import date
+from html import unescape
 
 import pytest
 
 from analysis.records import load, save
-from analysis.stories import FULL, Step, Story, Told, full_nbytes, name_of
+from analysis.stories import FULL, Step, Story, Told, full_nbytes, introduction, name_of
 from app.components import stage
 from app.report.story import report
 from l2kv import CompressionSpec
 from tests.support.texts import HOSTILE
 
 HALF = CompressionSpec(keep_ratio=0.5)
+NARROW = "\N{NARROW NO-BREAK SPACE}%"
 
 
 def step(text, n, held, nbytes, kept=(), finished=False):
@@ -53,7 +56,6 @@ def test_bytes_are_told_in_the_dtype_of_the_checkpoint_and_shares_at_the_same_nu
     longer = replace(STORY, caches=(replace(STORY.caches[0], steps=STORY.caches[0].steps[:1]), *STORY.caches[1:]))
     assert longer.share(1, 1) == 420 / (800 * 12 / 11)  # the full cache ended at 11 tokens, this one at 12
     assert full_nbytes(step("", 1, 4, 1500), 22) == 1500 * (4 + 22) / (4 + 11)  # a window of 4 does not grow
-    assert STORY.agreement(1) == (2, 2) and STORY.agreement(2) == (1, 2)
 
 
 def test_the_share_of_heads_that_hold_the_answer_is_of_its_own_tokens():
@@ -69,26 +71,66 @@ def test_a_story_is_read_as_it_was_written(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "name"),
     [
-        (CompressionSpec(keep_ratio=0.25, policy="high_norm"), "high norm, 25% kept"),
+        (CompressionSpec(keep_ratio=0.25, policy="high_norm"), "high norm, 25 % kept"),
         (CompressionSpec(budget=100), "low norm, 100 tokens kept"),
-        (CompressionSpec(key_bits=8), "low norm, 50% kept, keys in 8 bits"),
-        (CompressionSpec(head_ratios={(0, 0): 0.5}), "low norm, 50% kept by kv head"),
+        (CompressionSpec(key_bits=8), "low norm, 50 % kept, keys in 8 bits"),
+        (CompressionSpec(head_ratios={(0, 0): 0.5}), "low norm, 50 % kept by kv head"),
+        (CompressionSpec(policy="keydiff"), "KeyDiff, 50 % kept"),
     ],
 )
 def test_a_cache_is_named_by_its_policy_and_its_budget(spec, name):
-    assert name_of(spec) == name
+    assert name_of(spec) == name.replace(" %", NARROW)
+    assert Told("of an earlier day", spec).title == name_of(spec)[0].upper() + name_of(spec)[1:]
 
 
 def test_colour_and_words_carry_the_task_and_hollow_tokens_are_those_that_most_heads_lost():
     shown = stage.stage(STORY, 1)
     assert shown.count("✓ found") == 2 and shown.count("✗ not found") == 1
-    assert "210 B" in shown and "50% of a full cache of 12 tokens" in shown
-    assert "held by at least half of the 4 kv heads" in shown
+    assert "210 B" in shown and f"50{NARROW} of a full cache" in shown
+    assert "held by at least half of the 4 kv heads, and can be lost in the heads that matter" in shown
     low = shown.split("l2kv-cache")[2]
     chips = low.split("l2kv-tokens")[1].split("<span class=")[1:]
     assert ["hollow" in chip for chip in chips] == [False, True, False, True, True]
     assert ["answer" in chip.split(">")[0] for chip in chips] == [False, False, True, True, False]
-    assert "held by 50% of heads" in low and "found" not in stage.stage(STORY, -1)
+    assert f"held by 50{NARROW} of heads" in low and "found" not in stage.stage(STORY, -1)
+
+
+def test_a_story_begins_in_words_for_readers_who_know_nothing_of_caches():
+    about, memory = introduction(STORY)
+    assert about.startswith("A number, 42, is hidden in a text of 11 tokens")
+    assert f"keeps every token, each other one 50{NARROW}. Watch the tokens" in memory
+    specs = [replace(HALF, skip_layers=(0, 1), protect_last=32), HALF]
+    caches = [STORY.caches[0], *(replace(told, spec=specs[0]) for told in STORY.caches[1:])]
+    skipping = replace(STORY, caches=tuple(caches), answer="a rose", answer_at=(), why="It shows this.")
+    about, memory, why = introduction(skipping)
+    assert "asked for a phrase: a rose" in about and why == "It shows this."
+    assert f"each other one 50{NARROW}, but all in layers 0, 1, and always the last 32." in memory
+    mixed = replace(HALF, budget=100, protect_last=3)
+    assert (
+        "each other one a part of them. Watch"
+        in introduction(replace(skipping, caches=(*caches[:2], Told("b", mixed))))[1]
+    )
+    assert "writes on" in introduction(replace(STORY, answer=""))[0]
+
+
+def test_each_compressed_cache_says_what_it_keeps_and_why_that_is_more_than_its_keep_ratio():
+    caches = [replace(told, spec=told.spec and replace(told.spec, skip_layers=(1,))) for told in STORY.caches]
+    shown = stage.stage(replace(STORY, caches=tuple(caches)), 1)
+    assert "Keeps the keys of lowest L2 norm<" in shown and "Keeps tokens at random<" in shown
+    assert f"50{NARROW} of a full cache: layer 1 keeps all" in shown
+    assert "6 of 12 tokens held in each other layer" in shown  # 6 and 12, of which the layer that skips is left out
+
+
+@pytest.mark.parametrize(
+    ("rates", "apart"),
+    [((0.6, 1.1, 0.6), False), ((0.6, 1.1, 1.1), True), ((1, 0.5, 0.45), True), ((0.6, 1.1, None), False)],
+)
+def test_rates_are_told_apart_where_caches_of_the_same_bytes_differ_less_than_from_the_full_one(rates, apart):
+    caches = (replace(told, tokens_per_second=rate) for told, rate in zip(STORY.caches, rates, strict=True))
+    timed = replace(STORY, caches=tuple(caches))
+    assert timed.told_apart == apart
+    assert (": not told apart." in stage.stage(timed, 1)) == (not apart) and "measured once" in stage.stage(timed, 1)
+    assert ("not told apart" in report(timed)) == (not apart) and "measured once" not in stage.stage(STORY, 1)
 
 
 def test_of_a_long_prompt_only_what_is_around_the_answer_is_shown():
@@ -139,10 +181,12 @@ def test_no_text_becomes_markup():
 
 
 def test_a_report_is_one_small_page_with_scores_bytes_and_code():
-    page = report(STORY)
+    page = report(replace(STORY, prompt=f"The key is 42. {'So it goes on. ' * 50}What is it?"))
     assert len(page) < 100_000
-    for told in ("found", "not found", "210 B", "keep_ratio=0.5", "The key is 42"):
+    for told in ("<h1>A key", "is hidden in a text", "found", "not found", "210 B", "keep_ratio=0.5", "The key is 42"):
         assert told in page, told
+    assert f"Written on {date.today():%d %B %Y}" in page and "tokens/s" not in page
+    assert max(map(len, unescape(page.split("<pre>", 1)[1].split("</code>")[0]).splitlines())) < 120
 
 
 def test_a_report_of_a_chat_holds_all_turns_and_the_code_once():
