@@ -63,6 +63,10 @@ class Pace:
         after = (passes - texts) * lengths.new_tokens * _AFTER
         return texts * self.capture(lengths.prompt_tokens) + (texts * lengths.prompt_tokens + after) * self.token
 
+    def generations(self, caches: int, prompt_tokens: int, new_tokens: int) -> float:
+        """Seconds of reading a prompt and writing after it, with some caches one after the other."""
+        return caches * (prompt_tokens + new_tokens * _AFTER) * self.token
+
     def told(self, seconds: float) -> str:
         """Write a time and what it is told by: "about 2 min, by earlier runs"."""
         return f"about {duration(max(seconds, 1))}, {self.by}"

@@ -157,7 +157,7 @@ class Columns:
 
 
 def tokens_per_second(
-    loaded: LoadedModel, prompt: str, spec: CompressionSpec | None, *, chat: bool = False, new_tokens: int = 24
+    loaded: LoadedModel, prompt: str, spec: CompressionSpec | None, *, chat: bool = False, new_tokens: int
 ) -> float:
     """Decode with one cache alone, and return the median rate of its tokens. Raises as `stream`."""
     times = [time.perf_counter()]

@@ -17,6 +17,8 @@ from l2kv.policies import POLICIES
 from l2kv.spec import CompressionSpec
 
 FULL = "full cache"
+TIMED = 24
+"""New tokens that a cache is timed by."""
 MOST_COUNTED = 4000
 """Most tokens of a text for which the heads that hold each are counted, which takes time at every step."""
 

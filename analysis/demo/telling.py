@@ -19,7 +19,7 @@ from analysis.preview import (
     tokens_per_second,
 )
 from analysis.progress import Progress, unheard
-from analysis.stories import FULL, MOST_COUNTED, Step, Story, Told, name_of
+from analysis.stories import FULL, MOST_COUNTED, TIMED, Step, Story, Told, name_of
 from l2kv.spec import CompressionSpec
 
 
@@ -139,7 +139,7 @@ def timed(loaded: LoadedModel, story: Story, *, progress: Progress = unheard) ->
     caches = []
     for i, cache in enumerate(story.caches):
         progress(i, len(story.caches), "caches")
-        rate = tokens_per_second(loaded, story.prompt, cache.spec, chat=story.chat)
+        rate = tokens_per_second(loaded, story.prompt, cache.spec, chat=story.chat, new_tokens=TIMED)
         caches.append(replace(cache, tokens_per_second=rate))
     progress(len(caches), len(caches), "caches")
     return replace(story, caches=tuple(caches))

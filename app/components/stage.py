@@ -163,7 +163,7 @@ def _memory(story: Story, i: int, step: int) -> str:
     spec, seen = cache.spec, counted(now.seen, "token")
     skipped = spec.skip_layers if spec else ()
     share = f"{percent(story.share(i, step))} of a full cache" if spec else ""
-    share += f": {layers_listed(skipped)} keep{'s' * (len(skipped) == 1)} all" if skipped else ""
+    share += f": all in {layers_listed(skipped)}" if skipped else ""
     others = [n for layer, n in enumerate(now.held) if layer not in skipped] or now.held
     told = f"{span(others)} of {seen} held {'in each other' if skipped else 'per'} layer"
     rate = f" · {cache.tokens_per_second:.1f} tokens/s alone" if cache.tokens_per_second else ""

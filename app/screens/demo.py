@@ -18,7 +18,7 @@ from analysis.errors import ModelError, UserError
 from analysis.evaluation.prompts import can_chat, prompt_tokens
 from analysis.models.memory import DTYPES
 from analysis.models.sizes import checkpoint_dtype
-from analysis.stories import Story, name_of
+from analysis.stories import TIMED, Story, name_of
 from analysis.texts.read import plain_text
 from analysis.words import counted
 from app import header, library, state
@@ -75,7 +75,8 @@ def draw(engine: Engine, jobs: Jobs) -> None:
 
 
 def _recorded(engine: Engine, jobs: Jobs) -> None:
-    entries = {entry.id: entry for entry in library.entries("story", model=state.model())}
+    stories = sorted(library.entries("story", model=state.model()), key=lambda entry: not library.is_bundled(entry.id))
+    entries = {entry.id: entry for entry in stories}
     if not entries:
         st.info(
             f"No story of {markup.plain(state.model())} is recorded yet: tell one under *{LIVE}*, and it is kept.",
@@ -93,10 +94,24 @@ def _recorded(engine: Engine, jobs: Jobs) -> None:
             library.WORKSPACE.delete(id)
             state.STORY.drop()
             st.rerun()
-    _player(library.opened(Story, id), jobs=jobs, at_its_end=False)
+    story = library.opened(Story, id)
+    _player(story, jobs=jobs, at_its_end=False, note=_over_many(story))
 
 
-def _player(*turns: Story, jobs: Jobs | None = None, at_its_end: bool) -> None:
+def _over_many(story: Story) -> str:
+    """Say what the first compression of a story finds over many passkeys, as Verdict has it; empty if not measured."""
+    if (spec := story.caches[1].spec) is None or not story.answer:
+        return ""
+    for where, measured in (("", spec), (" in every layer", replace(spec, skip_layers=()))):
+        decision = library.decision(library.evidence(story.model), measured, state.limits())
+        passkeys = decision.checks[1]
+        if passkeys.short:
+            found = f"Of many passkeys {name_of(measured)}{where}, finds {passkeys.short}."
+            return f"This is one prompt. {found} The page Verdict says {decision.answer}."
+    return ""
+
+
+def _player(*turns: Story, jobs: Jobs | None = None, at_its_end: bool, note: str = "") -> None:
     """Draw a story, or the last turn of a chat, so that it can be played and presented, and offer a report of it all.
 
     With `jobs` its caches can be timed.
@@ -104,15 +119,21 @@ def _player(*turns: Story, jobs: Jobs | None = None, at_its_end: bool) -> None:
     story = turns[-1]
     if not story.ended:
         st.caption(":material/cancel: Cancelled: what was written until then is kept.")
-    player.player(story, at_its_end=at_its_end)
+    player.player(story, at_its_end=at_its_end, note=note)
     st.caption(f"Bytes are of the keys and values held, counted, in {story.dtype}, the checkpoint's dtype.")
-    with st.container(horizontal=True):
+    with st.container(horizontal=True, vertical_alignment="center"):
         _report(turns)
-        if jobs is not None and st.button(
+        if jobs is None:
+            return
+        if st.button(
             "Time each cache alone", icon=":material/timer:", key="time_story",
             help="Decodes with one cache at a time: caches decoded in turn give no fair rate.",
         ):  # fmt: skip
             _time(story, jobs)
+        if run := state.run():
+            pace = library.pace(run.model, run)
+            takes = pace.told(pace.generations(len(story.caches), story.at(0, 0).seen, TIMED))
+            st.caption(f"It takes {takes}, and longer beside other work.", width="content")
 
 
 def _report(turns: Sequence[Story]) -> None:

@@ -84,6 +84,26 @@ def test_a_wrong_answer_whose_tokens_are_held_says_that_they_can_be_lost_where_i
     assert {*said_so} == {True, False}
 
 
+def test_a_story_begins_in_words_and_ends_with_what_many_passkeys_say():
+    page = opened("smollm2")
+    first, *_, last = steps(page)
+    assert "A number, 86556, is hidden in a text of 448 tokens" in first and "l2kv-start" not in last
+    assert "12 of 12 tried show this" in first and "token by token" not in last
+    # The bundled results: 40 of 50, and the full cache 50.
+    assert "in every layer, finds 40 of 50 (full 50). The page Verdict says NO-GO." in last
+
+
+def test_own_stories_are_listed_after_those_that_come_with_the_program(workspace):
+    shown = opened().session_state["story_id"]
+    timed = library.opened(Story, shown)
+    own = workspace.add(
+        replace(timed, caches=tuple(replace(one, tokens_per_second=2) for one in timed.caches)), name="x"
+    )
+    again = opened()
+    assert again.session_state["story_id"] == shown and again.selectbox(key="story_id").options[-1].startswith("x")
+    assert "It takes about" in said(again) and own.id != shown
+
+
 def offer(monkeypatch, *presets):
     monkeypatch.setattr("app.screens.demo.presets", lambda model: presets)
 

@@ -117,7 +117,7 @@ def test_each_compressed_cache_says_what_it_keeps_and_why_that_is_more_than_its_
     caches = [replace(told, spec=told.spec and replace(told.spec, skip_layers=(1,))) for told in STORY.caches]
     shown = stage.stage(replace(STORY, caches=tuple(caches)), 1)
     assert "Keeps the keys of lowest L2 norm<" in shown and "Keeps tokens at random<" in shown
-    assert f"50{NARROW} of a full cache: layer 1 keeps all" in shown
+    assert f"50{NARROW} of a full cache: all in layer 1" in shown
     assert "6 of 12 tokens held in each other layer" in shown  # 6 and 12, of which the layer that skips is left out
 
 
