@@ -45,12 +45,12 @@ VERDICTS = {
         "Γ < 0 thanks to the first token; among the others low norm gets no more attention, or less, or they get less "
         f"than {LEAST_MASS:.0%} of it"
     ),
-    "hidden by the sink": _both("Γ < 0 without the first token, which hides that low-norm keys get the attention"),
-    "mirror": _both("Γ > 0, and not thanks to the first token: HIGH-norm keys get the attention"),
+    "hidden by the sink": _both("Γ < 0 only without the first token, which hides that low-norm keys get the attention"),
+    "mirror": _both("Γ > 0 with and without the first token: HIGH-norm keys get the attention"),
     "too weak to call": Verdict(
-        f"|Γ| < {WEAK}, or Γ > 0 only thanks to the first token: one text cannot tell its sign", ""
+        f"otherwise, where |Γ| < {WEAK} with the first token or without it: one text cannot tell its sign", ""
     ),
-    "no signal": Verdict("", "the interval of Γ spans 0, or Γ > 0 only thanks to the first token"),
+    "no signal": Verdict("", "otherwise, where the interval of Γ spans 0 with the first token or without it"),
     "unstable": Verdict(
         "", f"Γ is called (|Γ| ≥ {WEAK}) below 0 and above 0 in more than {UNSTABLE:.0%} of the texts each"
     ),
@@ -66,11 +66,8 @@ _OF_SIGNS = {
     (-1, 1): "sink only",
     (0, -1): "hidden by the sink",
     (1, -1): "hidden by the sink",
-    (0, 1): "mirror",
     (1, 1): "mirror",
-    (0, 0): "",  # "too weak to call" on one text, "no signal" on many
-    (1, 0): "",
-}
+}  # else "too weak to call" on one text, "no signal" on many
 
 
 def meanings(n_texts: int) -> dict[str, str]:
@@ -104,7 +101,7 @@ def verdicts_of(
         few, unstable, neither = _too_few(gamma), _unstable(gamma), "no signal"
     result = np.full(gamma.shape[1:], neither, dtype=object)
     for pair, name in _OF_SIGNS.items():
-        result[(signs[0] == pair[0]) & (signs[1] == pair[1])] = name or neither
+        result[(signs[0] == pair[0]) & (signs[1] == pair[1])] = name
     result[unstable] = "unstable"
     result[few] = "undefined"
     return result

@@ -11,10 +11,16 @@ import streamlit as st
 
 from analysis.records import json_text
 from app import address, state
+from app.components import markup
 
 Table = Mapping[str, Iterable[Any]]
 """Columns by name, of one length."""
 
+# Few buttons, and none that saves a nameless picture: *Data* has one with a name.
+_CONFIG = {
+    "displaylogo": False,
+    "modeBarButtonsToRemove": ["toImage", "zoomIn2d", "zoomOut2d", "autoScale2d", "select2d", "lasso2d"],
+}
 LONGEST_WAIT = 10.0  # seconds, for a browser to draw its first chart
 _FIRST_CHART = st.components.v2.component(
     "first_chart",
@@ -100,6 +106,11 @@ def _in_a_browser() -> bool:
     return "User-Agent" in st.context.headers
 
 
+def page_is_dark() -> bool:
+    """Tell whether the reader's page is: maps are as clear as the page at 0."""
+    return st.context.theme.type == "dark"
+
+
 def show(
     figure: go.Figure,
     *,
@@ -107,6 +118,7 @@ def show(
     alt: str,
     caption: str,
     table: Table | None = None,
+    file: str = "",
     on_head: Callable[[int, int], None] | None = None,
 ) -> None:
     """Draw a figure. `on_head(layer, head)` is called when a head in it is clicked."""
@@ -118,14 +130,18 @@ def show(
 
     # A callback, so that the choice is known before the page is drawn.
     st.plotly_chart(
-        figure, key=key, alt=alt, config={"displaylogo": False}, selection_mode="points",
+        figure, key=key, alt=alt, config=_CONFIG, selection_mode="points",
         on_select="ignore" if on_head is None else clicked,
     )  # fmt: skip
-    explain(key, alt=alt, caption=caption, table=table)
+    explain(key, alt=alt, caption=caption, table=table, file=file)
 
 
-def explain(key: str, *, alt: str, caption: str, table: Table | None) -> None:
-    """Write below the chart of that key its caption, and offer its numbers and its picture as files."""
+def explain(key: str, *, alt: str, caption: str, table: Table | None, file: str = "") -> None:
+    """Write below the chart of that key its caption, and offer its numbers and its picture as files.
+
+    Args:
+        file: name of the files without their ends; the key by default.
+    """
     with st.container(horizontal=True, vertical_alignment="top", gap="small", key=f"explain_{key}"):
         st.caption(caption, width="stretch")
         if table is None:
@@ -134,21 +150,21 @@ def explain(key: str, *, alt: str, caption: str, table: Table | None) -> None:
             "Data", type="tertiary", icon=":material/download:", key=f"{key}_data", on_change="rerun"
         ) as of:
             if of.open:
-                _data(key, alt, caption, table)
+                _data(key, alt, caption, table, file or key)
 
 
-def _data(key: str, alt: str, caption: str, table: Table) -> None:
+def _data(key: str, alt: str, caption: str, table: Table, file: str) -> None:
     import pandas
 
     columns = {name: list(column) for name, column in table.items()}
-    told = {"chart": alt, "about": caption, "of": address.params(), "numbers": columns}
+    told = {"chart": alt, "about": markup.unmarked(caption), "of": address.params(), "numbers": columns}
     frame = pandas.DataFrame(columns)
     with st.container(horizontal=True):
         for kind, make, mime in (
             ("CSV", lambda: frame.to_csv(index=False), "text/csv"),
             ("JSON", lambda: json_text(told), "application/json"),
         ):
-            name = f"{key}.{kind.lower()}"
+            name = f"{file}.{kind.lower()}"
             st.download_button(kind, make, name, mime, key=f"{key}_{kind}", on_click="ignore")
-        _PICTURE(key=f"{key}_png", data={"chart": key, "name": f"{key}.png"}, width="content")
+        _PICTURE(key=f"{key}_png", data={"chart": key, "name": f"{file}.png"}, width="content")
     st.dataframe(frame, hide_index=True, key=f"{key}_table", width=640)

@@ -8,11 +8,11 @@ import streamlit as st
 from analysis.comparing import Comparison, compare
 from analysis.errors import RecordError
 from app import library, state
-from app.components import markup, uploads
-from app.components.charts import show
+from app.components import markup, one_head, uploads
+from app.components.charts import page_is_dark, show
 from app.report.chapters import of_comparison
 
-_LONGEST = 20  # letters of a run's name in a title
+_LONGEST = 40  # letters of a run's name in a title
 
 
 def draw() -> None:
@@ -34,16 +34,20 @@ def draw() -> None:
         st.caption("Runs of all models are listed. *New run* in the header makes another.")
         return
     comparison = _compared(other, shown, _names(other, shown))
-    compared = of_comparison(comparison)
+    compared = of_comparison(comparison, dark=page_is_dark())
     for words in compared.words:
         st.markdown(markup.plain(words))
+    heads = compared.drawings[0].table or _gammas(comparison)
     columns = st.columns(len(compared.drawings), gap="medium")
     for i, (column, drawing) in enumerate(zip(columns, compared.drawings, strict=True)):
         with column:
             st.markdown(f"**{markup.plain(drawing.title)}**")
-            table = drawing.table or (_gammas(comparison) if drawing.title.startswith("Γ") else compared.table)
-            show(drawing.figure, key=f"compared_{i}", alt=drawing.alt, caption=drawing.caption, table=table)
-    st.dataframe(compared.table, hide_index=True, key="compared_verdicts")
+            table = compared.table if drawing is compared.drawings[-1] else heads
+            caption = markup.plain(drawing.caption)
+            key = f"compared_{i}"
+            file = one_head.file_name(key, *comparison.names)
+            show(drawing.figure, key=key, alt=drawing.alt, caption=caption, table=table, file=file)
+    st.table({markup.plain(title): list(column) for title, column in (compared.table or {}).items()}, hide_index=True)
 
 
 def _gammas(comparison: Comparison) -> dict[str, np.ndarray]:

@@ -69,17 +69,8 @@ def draw(study: Study | None) -> None:
         _order(study)
     told = meanings(len(study.names))
     verdict = library.verdicts_over(state.study_id(), probe_of(study))
-    st.dataframe(
-        {"verdict": list(told), "heads": list(verdict_counts(verdict, told).values()), "meaning": list(told.values())},
-        hide_index=True,
-        column_config={
-            "heads": st.column_config.ProgressColumn(
-                "heads", format="%d", min_value=0, max_value=verdict.size, width="small"
-            ),
-            "meaning": st.column_config.TextColumn(width="large"),
-        },
-        key="study_verdicts",
-    )
+    heads = list(verdict_counts(verdict, told).values())
+    st.table({"verdict": list(told), "heads": heads, "meaning": list(told.values())}, hide_index=True)
 
 
 def _choose(study: Study) -> None:

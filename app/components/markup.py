@@ -22,6 +22,7 @@ _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|$<>~:^&])")
 
 # Streamlit's own colours of selected buttons, key caps and ticks have contrasts of 2.3 to 4.3.
 # Columns go below each other where they would be too narrow for a figure, not only on a phone.
+# A chart's toolbar lies at its foot, on the right, where the least is covered. Its nameless PNG is not offered.
 PAGE_STYLE = """<style>
 [data-testid="stColumn"] { min-width: min(26rem, 100%); }
 [class*="st-key-explain_"] { flex-wrap: nowrap; }
@@ -30,6 +31,10 @@ PAGE_STYLE = """<style>
 button kbd[aria-label] { color: inherit; opacity: 1; }
 .js-plotly-plot :is(.xtick, .ytick, [class^="g-x"], [class^="g-y"], .legend, .colorbar) text {
   fill: currentColor !important; }
+.js-plotly-plot .modebar-container, .js-plotly-plot .modebar { top: auto !important; bottom: 0; }
+[data-testid="stFullScreenFrame"]:has([data-testid="stEChartsChart"]) [data-testid="stElementToolbar"] {
+  top: auto; bottom: 0; }
+[data-testid="stElementToolbarButton"]:has([aria-label^="Download as PNG"]) { display: none; }
 [data-testid="stCaptionContainer"] { opacity: 1; }
 [data-testid="stCaptionContainer"] p { color: color-mix(in srgb, currentColor 40%, var(--st-text-color, inherit)); }
 </style>"""
@@ -61,6 +66,11 @@ def printable(text: str) -> str:
 def plain(text: str) -> str:
     """Escape text for Streamlit's Markdown: no links, images, formulas, emoji codes or markup."""
     return _MARKDOWN.sub(r"\\\1", printable(" ".join(text.split())))
+
+
+def unmarked(markdown: str) -> str:
+    """Write a caption's Markdown as plain text: without its escapes, bold and italics."""
+    return re.sub(r"\\(.)|\*+", r"\1", markdown)
 
 
 def escaped(text: str) -> str:

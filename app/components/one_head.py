@@ -5,6 +5,7 @@ All that is said to be lost or kept is of the settings in the header, and of all
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from analysis.verdicts import meanings
 from analysis.words import counted, head_name, signed
 from app import figures, library, state
 from app.components import many_texts, markup, why
-from app.components.charts import explain, show
+from app.components.charts import explain, page_is_dark, show
 from app.figures import positions
 from app.jobs import Jobs
 from l2kv.policies import POLICIES
@@ -45,6 +46,11 @@ class _Head:
     @property
     def name(self) -> str:
         return head_name(self.layer, self.run.kv_head(self.head), self.head)
+
+    def file(self, whose: str = "") -> str:
+        """Name of a file of the view on screen: of whose attention, and without the first token if it is left out."""
+        without = "without first token" if self.skip_first else ""
+        return file_name(f"{self.name} {state.VIEW.get()}", whose, without, text_name())
 
     @property
     def row(self) -> np.ndarray:
@@ -85,6 +91,18 @@ def draw(side: str, layer: int, head: int, jobs: Jobs) -> None:
         _VIEWS[view](one)
 
 
+def file_name(*parts: str) -> str:
+    """Name a file of a chart of the model on screen, without its end; empty parts are left out."""
+    words = (re.sub(r"[\W_]+", "-", part.lower()).strip("-") for part in (state.model(), *parts))
+    return "_".join(filter(None, words))
+
+
+def text_name() -> str:
+    """Name of the run on screen."""
+    run = library.find(state.run_id())
+    return run.name if run else ""
+
+
 def step_query(run: Capture, by: int) -> None:
     """Show an earlier query (`by` 1) or a later one (-1)."""
     state.QUERY.set(int(np.clip(state.QUERY.get() + by, 0, len(run.recent_positions))))
@@ -96,16 +114,10 @@ def _numbers(one: _Head) -> None:
     verdict = str(library.verdicts_of(state.run_id(), probe)[layer, head])
     number = {name: float(values.of(name)[layer, head]) for name in values.names}
     whose = _PROBES.get(probe, f"the last {len(run.recent_positions)} queries")
-    said = verdict
-    if state.over() == "many texts" and (study := state.study()):
-        over = library.verdicts_over(state.study_id(), many_texts.probe_of(study))[layer, head]
-        n = counted(len(study.names), "text")
-        said = f"{verdict}, here and over {n}" if over == verdict else f"{verdict} here, {over} over {n}"
-    which = f"{one.side.upper()} · " if state.PINNED.get() else ""
-    st.markdown(f"#### {which}{one.name}: {said}", help=f"By {whose}: {markup.plain(meanings(1)[verdict])}.")
-    lost = _lost(one)
+    lost, scale = _lost(one), "−1 the paper's claim, 0 chance, +1 the opposite"
+    with_first = float(library.values_of(state.run_id(), 0, probe).of("gamma")[layer, head])
     shown = {
-        "Γ": (signed(number["gamma"]), "−1 the paper's claim, 0 chance, +1 the opposite"),
+        "Γ": (signed(with_first), f"{scale}. The verdict goes by this and by that without the first token."),
         "Γ without first": (
             signed(number["gamma_skip_first"]),
             "The same without the first token. Undefined where the others get less than 1 % of the attention.",
@@ -116,11 +128,23 @@ def _numbers(one: _Head) -> None:
             "share of the next token's attention that goes to tokens evicted at the settings in the header",
         ),
     }
-    with st.container(horizontal=True, gap="medium", vertical_alignment="bottom"):
+    said = verdict
+    if state.over() == "many texts" and (study := state.study()):
+        id, of, texts = state.study_id(), many_texts.probe_of(study), counted(len(study.names), "text")
+        over = str(library.verdicts_over(id, of)[layer, head])
+        said = f"{verdict} in this text{' and' if over == verdict else f'; {over}'} over {texts}"
+        mean = signed(library.means_of(id, "gamma", of).mean[layer, head])
+        shown = {f"Γ, {texts}": (mean, f"Mean of all: {scale}. The view *Over texts* has more.")} | {
+            f"{name}, this text": value for name, value in shown.items()
+        }
+    which = f"{one.side.upper()} · " if state.PINNED.get() else ""
+    st.markdown(f"#### {which}{one.name}: {said}", help=f"By {whose}: {markup.plain(meanings(1)[verdict])}.")
+    with st.container(horizontal=True, gap="small" if which else "medium", vertical_alignment="bottom"):
         for name, (value, about) in shown.items():
             st.metric(name, value.replace("nan%", "undefined"), help=about, width="content")
     with st.container(horizontal=True, vertical_alignment="top", gap="small", key=f"explain_numbers_{one.side}"):
-        st.caption(f"{_kept_words(one, lost)} {_layer_note(run, layer)}".rstrip(), width="stretch")
+        notes = (_kept_words(one, lost), _layer_note(run, layer), _query_note(run, whose))
+        st.caption(" ".join(filter(None, notes)), width="stretch")
         with st.popover("All metrics", type="tertiary", key=f"numbers_{one.side}", on_change="rerun") as every:
             if every.open:
                 _all_numbers(one, number, whose)
@@ -132,7 +156,9 @@ def _all_numbers(one: _Head, number: dict[str, float], whose: str) -> None:
     )
     titles = {METRICS[name].title: _decimals(value) for name, value in number.items()}
     titles |= {"ALR of its kv head": _decimals(group)}
-    st.caption(f"By {whose}, {one.run.n_tokens - one.skip_first:,} tokens, nothing protected, as in the paper.")
+    st.caption(
+        f"By {whose}, {one.run.n_tokens - one.skip_first:,} tokens of this text, nothing protected, as in the paper."
+    )
     st.table({"metric": list(titles), "value": list(titles.values())})
     st.caption(
         f"The ALR of a kv head is of the mean attention of its {one.run.n_heads // one.run.n_kv_heads} query "
@@ -168,6 +194,13 @@ def _layer_note(run: Capture, layer: int) -> str:
     if layer == 0 and not is_synthetic(run):
         return "In layer 0 a key's norm depends on the token alone."
     return ""
+
+
+def _query_note(run: Capture, whose: str) -> str:
+    """Whose the numbers are, where the chart below them is of another query."""
+    if state.VIEW.get() != "By position" or not state.QUERY.get():
+        return ""
+    return f"Γ and the share of the first token are of {whose}; only the chart is of {_query(run)[0]}."
 
 
 def query_stepper(run: Capture) -> None:
@@ -206,12 +239,13 @@ def _by_position(one: _Head) -> None:
         positions.norm_and_attention(
             one.norm[shown], row[one.skip_first :], one.labels[shown],
             kept=None if one.kept is None else one.kept[shown], first_position=one.skip_first, height=_HEIGHT,
-            dark=st.context.theme.type == "dark",
+            dark=page_is_dark(),
         ),
         key=key, height=_HEIGHT, alt=alt,
     )  # fmt: skip
     explain(
         key,
+        file=one.file(f"token {end}" if end < one.run.n_tokens else "next token"),
         alt=alt,
         caption=f"Key norm, and the attention of {named} (log scale), by position, n = {end - one.skip_first:,}. "
         "Where the "
@@ -259,6 +293,7 @@ def _losses(one: _Head) -> None:
             dropped, curves, keep_ratio=spec.keep_ratio if one.kept is None else float(one.kept.mean()), lost=lost
         ),
         key=f"losses_{one.side}",
+        file=file_name(f"{one.name} loss curves", "next token", text_name()),
         alt=f"Attention lost by share of tokens evicted, {one.name}",
         caption="Share of the next token's attention that is lost as tokens are evicted. "
         + (f"Protected, never evicted: {protected} tokens. " if protected else "Nothing is protected. ")
@@ -277,9 +312,11 @@ def _scatter(one: _Head) -> None:
             n=one.run.n_tokens - one.skip_first, first_position=one.skip_first,
         ),
         key=f"scatter_{one.side}",
+        file=one.file("all queries"),
         alt=f"Key norm against attention received, {one.name}",
-        caption="Each token by key norm and by the attention it receives, the mean over all queries that see it (log "
-        "scale). A slope down to the right is the paper's claim. No p-value: tokens are not independent.",
+        caption="Each token by key norm and by the attention it receives (log scale), the mean over all queries that "
+        "see it, whichever attention is chosen above. A slope down to the right is the paper's claim. No p-value: "
+        "tokens are not independent.",
         table={
             "position": np.arange(one.run.n_tokens)[shown],
             "token": one.labels[shown],
@@ -303,6 +340,7 @@ def _queries(one: _Head) -> None:
             next_label=markup.visible(one.run.probe_label), marked=one.run.n_tokens - state.QUERY.get(),
         ),
         key=f"by_query_{one.side}",
+        file=one.file(),
         alt=f"Γ of each of the last {len(positions)} queries, {one.name}",
         caption=f"Γ of each of the last {len(positions)} queries over the tokens before it, and of the next token. "
         "One query "
@@ -320,12 +358,14 @@ def _attention_map(one: _Head) -> None:
     if one.skip_first:
         pooled[:, 0] = np.nan  # the bin that holds the first token: what is left gets the colours
     show(
-        figures.pooled_map(pooled, tokens_per_bin=one.run.tokens_per_bin, n_tokens=one.run.n_tokens),
+        figures.pooled_map(
+            pooled, tokens_per_bin=one.run.tokens_per_bin, n_tokens=one.run.n_tokens, dark=page_is_dark()
+        ),
         key=f"pooled_{one.side}",
+        file=one.file(),
         alt=f"Attention map of {one.name}, pooled in bins of {counted(one.run.tokens_per_bin, 'token')}",
-        caption=f"Each row is {one.run.tokens_per_bin} queries, each column as many keys. A bright first column is "
-        "a sink, a "
-        "bright diagonal is recency." + " The first column is not shown." * one.skip_first,
+        caption=f"Each row is {one.run.tokens_per_bin} queries, each column as many keys. A strong first column is "
+        "a sink, a strong diagonal is recency." + " The first column is not shown." * one.skip_first,
         table={f"keys from {i * one.run.tokens_per_bin}": column for i, column in enumerate(pooled.T)},
     )
 

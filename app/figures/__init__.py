@@ -1,7 +1,7 @@
 """Figures of the app: numpy arrays in, `plotly.graph_objects.Figure` out.
 
 Knows the encodings (which colour means what, which scale is shown) and Plotly's traps. Does not know
-Streamlit, models, captures, the reader's theme or which head is chosen: a figure that changed with the choice
+Streamlit, models, captures or which head is chosen: a figure that changed with the choice
 would lose the selection that made it. L layers, H query heads, T tokens, all 0-based. Backgrounds are
 transparent and ordinary text has no colour of its own, so light and dark are the page's business; the page
 also draws headings and captions.
@@ -10,7 +10,7 @@ also draws headings and captions.
 from app.figures.comparing import gamma_spread, verdict_bars
 from app.figures.evaluation import Curve, length_depth_maps, score_by_bytes, score_by_position
 from app.figures.layers import layer_alr, layer_costs, means_by_layer
-from app.figures.maps import direction_map, head_map, ratio_map
+from app.figures.maps import head_map, ratio_map
 from app.figures.paper import channel_shares, excess_loss, key_dimensions, zeroed_dimensions
 from app.figures.planes import factor_plane, gamma_against, head_quadrant
 from app.figures.plans import Line, front
@@ -21,7 +21,6 @@ __all__ = [
     "Curve",
     "Line",
     "channel_shares",
-    "direction_map",
     "excess_loss",
     "factor_plane",
     "front",

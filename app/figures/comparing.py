@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import plotly.graph_objects as go
 
-from app.figures.style import CONTRAST, PRIMARY, ZERO_LINE, axis, correlation_axis, literal, new_figure
+from app.figures.style import CONTRAST, LONGEST_NAME, PRIMARY, ZERO_LINE, axis, correlation_axis, literal, new_figure
 
 _SIDES = (PRIMARY, CONTRAST)
 
@@ -31,9 +31,9 @@ def verdict_bars(counts: Mapping[str, Mapping[str, int]]) -> go.Figure:
     for i, (name, of) in enumerate(counts.items()):
         total = max(sum(of.values()), 1)
         figure.add_bar(
-            x=[count / total for count in of.values()], y=list(of), orientation="h", name=literal(name),
-            marker=dict(color=_SIDES[i % len(_SIDES)]), customdata=list(of.values()),
-            hovertemplate="%{y}: %{customdata} heads, %{x:.0%}<extra></extra>",
+            x=[count / total for count in of.values()], y=list(of), orientation="h",
+            name=literal(name, longest=LONGEST_NAME), marker=dict(color=_SIDES[i % len(_SIDES)]),
+            customdata=list(of.values()), hovertemplate="%{y}: %{customdata} heads, %{x:.0%}<extra></extra>",
         )  # fmt: skip
     figure.update_layout(
         xaxis=axis("share of the heads", tickformat=".0%", rangemode="tozero"),

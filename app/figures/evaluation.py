@@ -9,19 +9,21 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from app.figures.maps import KEPT, PALE
 from app.figures.style import (
     BELOW,
     COLORS,
     FULL_GREY,
+    GRID,
     MARKERS,
     UNDEFINED,
     axis,
+    color_scale,
     colorbar,
     error_bars,
     level,
     literal,
     new_figure,
+    reads_black,
 )
 
 _STEEP = 4  # times the lowest score that the highest may be on a linear axis
@@ -85,7 +87,12 @@ def score_by_position(lines: Mapping[str, Curve], *, full: Curve | None, score: 
 
 
 def length_depth_maps(
-    panels: Mapping[str, np.ndarray], *, lengths: Sequence[float], depths: Sequence[float], samples: np.ndarray
+    panels: Mapping[str, np.ndarray],
+    *,
+    lengths: Sequence[float],
+    depths: Sequence[float],
+    samples: np.ndarray,
+    dark: bool = False,
 ) -> go.Figure:
     """The share found by length of the prompt (x) and depth (y, 0 at the top): a panel for each method, scale 0 to 1.
 
@@ -94,10 +101,12 @@ def length_depth_maps(
         lengths: N numbers of tokens.
         depths: D shares of the text before what is hidden.
         samples: [D, N] numbers of samples behind each share.
+        dark: whether the page is.
     """
     rows = max(-(-len(panels) // _ACROSS), 1)
     height = rows * _CELL * len(depths) + (rows - 1) * _BETWEEN
-    figure = new_figure(height=height + 76, margin=dict(l=56, r=8, t=28, b=48))
+    figure = new_figure(height=height + 76, margin=dict(l=56, r=8, t=28, b=48, pad=0), plot_bgcolor=GRID)
+    scale = color_scale("kept", dark=dark)
     figure.set_subplots(
         rows=rows, cols=_ACROSS, subplot_titles=[literal(name) for name in panels],
         horizontal_spacing=0.06, vertical_spacing=_BETWEEN / height if rows > 1 else 0,
@@ -107,17 +116,22 @@ def length_depth_maps(
     ends = dict(type="category", showgrid=False, fixedrange=True, tickangle=0, ticks="")
     for i, (name, values) in enumerate(panels.items()):
         place = dict(row=i // _ACROSS + 1, col=i % _ACROSS + 1)
-        for trace in _cells(name, values, across, down, samples):
+        for trace in _cells(name, values, across, down, samples, reads_black(scale, values)):
             figure.add_trace(trace, **place)
         first, last = i % _ACROSS == 0, i + _ACROSS >= len(panels)
         figure.update_xaxes(axis("tokens" if last else "", **ends), **place)
         figure.update_yaxes(axis("depth" if first else "", autorange="reversed", showticklabels=first, **ends), **place)
     bar = dict(tickformat=".0%", nticks=5, len=min(height, 240), lenmode="pixels", y=1, yanchor="top")
-    return figure.update_layout(coloraxis=dict(cmin=0, cmax=1, colorscale=KEPT, colorbar=colorbar("found", **bar)))
+    return figure.update_layout(coloraxis=dict(cmin=0, cmax=1, colorscale=scale, colorbar=colorbar("found", **bar)))
 
 
 def _cells(
-    name: str, values: np.ndarray, across: Sequence[str], down: Sequence[str], samples: np.ndarray
+    name: str,
+    values: np.ndarray,
+    across: Sequence[str],
+    down: Sequence[str],
+    samples: np.ndarray,
+    black: np.ndarray,
 ) -> Iterator[go.Heatmap | go.Scatter]:
     """The cells of a panel, and what is written in them; undefined ones are grey, with a dash in the page's colour."""
     undefined = ~np.isfinite(values)
@@ -131,7 +145,7 @@ def _cells(
         z=np.where(undefined, 0.0, np.nan), colorscale=[[0, UNDEFINED], [1, UNDEFINED]], showscale=False, **grid,
         hovertemplate=f"{literal(name)}<br>%{{x}} tokens, depth %{{y}}<br>undefined<extra></extra>",
     )  # fmt: skip
-    for cells, color in ((~undefined, np.where(values < PALE, "#000000", "#FFFFFF")), (undefined, None)):
+    for cells, color in ((~undefined, np.where(black, "#000000", "#FFFFFF")), (undefined, None)):
         depth, length = (index.tolist() for index in np.nonzero(cells))
         yield go.Scatter(
             x=[across[n] for n in length], y=[down[d] for d in depth], mode="text", hoverinfo="skip", showlegend=False,

@@ -6,21 +6,29 @@ Its frame is fixed, so that the cell under a click is known (`components.cells`)
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from app.figures.maps import luminance
-from app.figures.style import GRID, QUIET, UNDEFINED, largest, number
+from app.figures.style import (
+    GRID,
+    ORANGE,
+    PAGE,
+    PURPLE,
+    QUIET,
+    UNDEFINED,
+    Rgb,
+    color_scale,
+    largest,
+    number,
+    reads_black,
+)
 
 Head = tuple[int, int]
 """(layer, query head)."""
 
-_Rgb = tuple[int, int, int]
-_PURPLE: dict[bool, _Rgb] = {False: (74, 56, 201), True: (169, 159, 255)}  # by whether the page is dark
-_ORANGE: dict[bool, _Rgb] = {False: (179, 77, 4), True: (255, 176, 102)}
-_PAGE: dict[bool, _Rgb] = {False: (255, 255, 255), True: (23, 22, 20)}
 _STEPS = 20  # of a scale from the clear end to the full colour
 _INK = {False: "#14161D", True: "#FAFAFA"}
 FRAME = dict(left=38, right=6, top=22, bottom=58)
@@ -51,6 +59,7 @@ def clickable_map(
     names: np.ndarray,
     notes: np.ndarray,
     shown: np.ndarray | None = None,
+    skipped: Mapping[int, str] | None = None,
     dark: bool = False,
 ) -> dict[str, Any]:
     """Map of values [L, H], layer 0 at the top.
@@ -61,6 +70,7 @@ def clickable_map(
         names: [L, H] of str, the places of the heads, no two alike.
         notes: [L, H] of str, what to add to the value when the pointer is over a cell.
         shown: [L, H] bool, cells that are not faded; all by default.
+        skipped: layers of which there is nothing to tell, with what is written across their cells.
         dark: whether the page behind it is.
     """
     layers, heads = values.shape
@@ -72,10 +82,14 @@ def clickable_map(
         for cell in np.ndindex(layers, heads)
     ]
     if room:
-        share = np.abs(values) if scale.diverging else (values - low) / (high - low)
-        for cell, of, value in zip(cells, share.ravel(), values.ravel(), strict=True):
-            hue = (_PURPLE if scale.diverging and value < 0 else _ORANGE)[dark]
-            cell["label"] = dict(color=_ink_on(_mixed(hue, _PAGE[dark], float(np.clip(np.nan_to_num(of), 0, 1)))))
+        colors = color_scale("diverging" if scale.diverging else "sequential", dark=dark)
+        for cell, black in zip(cells, reads_black(colors, (values - low) / (high - low)).ravel(), strict=True):
+            cell["label"] = dict(color="#000000" if black else "#FFFFFF")
+    for layer, word in (skipped or {}).items():
+        row = cells[layer * heads : (layer + 1) * heads]
+        for cell in row:
+            cell["label"] = dict(show=False)
+        row[heads // 2]["label"] = dict(show=True, formatter=word, color=QUIET[dark])
     groups = dict(show=kv_heads > 1, interval=0, lineStyle=dict(color=_INK[dark], opacity=0.55, width=1.5))
     return dict(
         animation=False,
@@ -91,7 +105,7 @@ def clickable_map(
             left="center", bottom=0, itemWidth=10, itemHeight=150, hoverLink=False,
             text=[_written(high, scale, end=True), _written(low, scale, end=True)], textStyle=dict(color=QUIET[dark]),
             inRange=dict(color=_colours(scale.diverging, dark)),
-            controller=dict(inRange=dict(color=_colours(scale.diverging, dark, page=_PAGE[dark]))),  # it can't be clear
+            controller=dict(inRange=dict(color=_colours(scale.diverging, dark, page=PAGE[dark]))),  # it can't be clear
         ),
         series=[
             dict(
@@ -164,9 +178,9 @@ def _written(value: float, scale: Scale, *, end: bool = False) -> str:
     return number(value, signed=scale.diverging)
 
 
-def _colours(diverging: bool, dark: bool, *, page: _Rgb | None = None) -> list[str]:
+def _colours(diverging: bool, dark: bool, *, page: Rgb | None = None) -> list[str]:
     """Colours of a scale in even steps: ever more of one hue over the page, or over its colour where it is given."""
-    purple, orange = _PURPLE[dark], _ORANGE[dark]
+    purple, orange = PURPLE[dark], ORANGE[dark]
     steps = [(orange, step / _STEPS) for step in range(_STEPS + 1)]
     if diverging:
         steps = [(purple, step / _STEPS) for step in range(_STEPS, 0, -1)] + steps
@@ -175,12 +189,7 @@ def _colours(diverging: bool, dark: bool, *, page: _Rgb | None = None) -> list[s
     return [f"rgb{_mixed(hue, page, share)}" for hue, share in steps]
 
 
-def _mixed(hue: _Rgb, page: _Rgb, share: float) -> _Rgb:
+def _mixed(hue: Rgb, page: Rgb, share: float) -> Rgb:
     """A share of one colour over another."""
     red, green, blue = (round(share * over + (1 - share) * under) for over, under in zip(hue, page, strict=True))
     return red, green, blue
-
-
-def _ink_on(color: _Rgb) -> str:
-    """Black or white, whichever reads better on a colour."""
-    return "#000000" if luminance([tuple(c / 255 for c in color)])[0] > 0.179 else "#FFFFFF"

@@ -1,33 +1,28 @@
-"""Maps of layer x head, layer 0 at the top: `head_map`, which is clickable, `ratio_map` and `direction_map`."""
+"""Maps of layer x head, layer 0 at the top: `head_map`, which is clickable, and `ratio_map`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
-from plotly.colors import sample_colorscale
 
 from app.figures.style import (
     CLEAR,
-    DIVERGING,
     FULL_GREY,
+    GRID,
     OF_HEAD,
-    SEQUENTIAL,
     UNDEFINED,
     as_customdata,
+    color_scale,
     colorbar,
     index_axis,
     largest,
     literal,
     new_figure,
     number,
+    reads_black,
 )
-
-KEPT = [[0.0, "#EFEDFB"], [0.5, "#A79DF5"], [1.0, "#4A38C9"]]  # kept is purple, everywhere
-PALE = 0.77  # of KEPT, below which black reads better on it than white
-_LOW, _HIGH = DIVERGING[0][1], DIVERGING[-1][1]
 
 
 def head_map(
@@ -38,15 +33,16 @@ def head_map(
     status: np.ndarray | None = None,
     zmin: float = 0.0,
     zmax: float | None = None,
+    dark: bool = False,
 ) -> go.Figure:
     """One clickable cell per head.
 
     values [L, H], NaN = undefined; status [L, H] of str says why, and is shown where it is not "ok".
     diverging: the scale is fixed to [-1, 1]. Otherwise it runs from `zmin` to `zmax`, or to the largest value: give
-    `zmax` to make two maps comparable. A click arrives with customdata (layer, head).
+    `zmax` to make two maps comparable. A click arrives with customdata (layer, head). dark: whether the page is.
     """
     low, high = (-1.0, 1.0) if diverging else (zmin, zmax or largest(values, default=1.0))
-    scale = DIVERGING if diverging else SEQUENTIAL
+    scale = color_scale("diverging" if diverging else "sequential", dark=dark)
     figure, plot_height = _map(values.shape, "head", hoverdistance=-1)
     figure.add_heatmap(
         z=values, zmin=low, zmax=high, colorscale=scale, xgap=1, ygap=1, hoverinfo="skip",
@@ -58,9 +54,8 @@ def head_map(
             z=np.where(defined, np.nan, 0.0), colorscale=[[0, UNDEFINED], [1, UNDEFINED]],
             xgap=1, ygap=1, hoverinfo="skip", showscale=False,
         )  # fmt: skip
-    fraction = np.clip((np.where(defined, values, low) - low) / (high - low), 0, 1)
-    pale = luminance(sample_colorscale(scale, fraction.ravel(), colortype="tuple")) > 0.179  # where both read alike
-    _write(figure, _written(values, signed=diverging), pale.reshape(values.shape), defined, most=12)
+    pale = reads_black(scale, (np.where(defined, values, low) - low) / (high - low))
+    _write(figure, _written(values, signed=diverging), pale, defined, most=12)
 
     # A click on a heat map does not reach Streamlit, a click on a marker does. No wider than the smallest
     # cell: the pointer is equally near to all markers that it is inside of, and would pick the wrong one of two.
@@ -73,29 +68,16 @@ def head_map(
     return figure
 
 
-def ratio_map(ratios: np.ndarray) -> go.Figure:
-    """Map of the keep ratio of each kv head, [L, Hkv], 0 to 1."""
+def ratio_map(ratios: np.ndarray, *, dark: bool = False) -> go.Figure:
+    """Map of the keep ratio of each kv head, [L, Hkv], 0 to 1; dark: whether the page is."""
     figure, _ = _map(ratios.shape, "kv head")
+    scale = color_scale("kept", dark=dark)
     figure.add_heatmap(
-        z=ratios, zmin=0, zmax=1, colorscale=KEPT, xgap=1, ygap=1,
+        z=ratios, zmin=0, zmax=1, colorscale=scale, xgap=1, ygap=1,
         colorbar=colorbar("kept", tickformat=".0%", len=1, nticks=5),
         hovertemplate="layer %{y}, kv head %{x}<br>keeps %{z:.0%}<extra></extra>",
     )  # fmt: skip
-    _write(figure, _written(ratios, signed=False), ratios < PALE)
-    return figure
-
-
-def direction_map(high: np.ndarray) -> go.Figure:
-    """Map of the norms that each kv head keeps, [L, Hkv] bool: True high ones, False low ones."""
-    words = np.where(high, "high", "low")
-    figure, _ = _map(high.shape, "kv head")
-    figure.add_heatmap(
-        z=high.astype(np.int8), zmin=0, zmax=1, xgap=1, ygap=1, text=words,
-        colorscale=[[0.0, _LOW], [0.5, _LOW], [0.5, _HIGH], [1.0, _HIGH]],
-        colorbar=colorbar("stays", tickvals=[0.25, 0.75], ticktext=["low", "high"], len=1),
-        hovertemplate="layer %{y}, kv head %{x}<br>%{text} norms stay<extra></extra>",
-    )  # fmt: skip
-    _write(figure, words, np.zeros(high.shape, dtype=bool))
+    _write(figure, _written(ratios, signed=False), reads_black(scale, ratios))
     return figure
 
 
@@ -104,7 +86,8 @@ def _map(shape: tuple[int, ...], unit: str, **layout: Any) -> tuple[go.Figure, i
     layers, heads = shape
     row = int(np.clip(480 // max(layers, 1), 14, 34))  # px: 32 layers without scrolling, none under 14
     height = row * layers
-    figure = new_figure(height=height + 56, margin=dict(l=52, r=8, t=8, b=48), **layout)
+    lines = dict(plot_bgcolor=GRID)  # seen between the cells, which may be of the page's colour
+    figure = new_figure(height=height + 56, margin=dict(l=52, r=8, t=8, b=48, pad=0), **lines, **layout)
     figure.update_xaxes(**index_axis(heads, unit, most=12))
     figure.update_yaxes(**index_axis(layers, "layer", most=height // 18), autorange=False)
     figure.update_yaxes(range=[layers - 0.5, -0.5])
@@ -144,10 +127,3 @@ def _notes(values: np.ndarray, title: str, status: np.ndarray | None, *, signed:
         note = f"{title} {number(value, signed=signed)}" if np.isfinite(value) else f"{title} undefined"
         notes.append(note if reason == "ok" else f"{note}: {literal(reason)}")
     return notes
-
-
-def luminance(colors: Sequence[tuple[float, ...]]) -> np.ndarray:
-    """WCAG relative luminance of sRGB colours, each channel 0..1."""
-    channels = np.asarray(colors, dtype=float)
-    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
-    return np.asarray(linear @ np.array([0.2126, 0.7152, 0.0722]))

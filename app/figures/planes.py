@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from app.figures.style import (
     FULL_GREY,
     LAYERS,
+    LONGEST_NAME,
     OF_HEAD,
     ZERO_LINE,
     as_customdata,
@@ -68,7 +69,7 @@ def gamma_against(first: np.ndarray, second: np.ndarray, *, names: Sequence[str]
     figure = new_figure(height=480)
     _add_diagonal(figure, -1)
     figure.add_trace(_heads(first, second, "Γ %{x:+.2f}, then %{y:+.2f}"))
-    x, y = (correlation_axis(f"Γ, {literal(name)}", **ZERO_LINE) for name in names)
+    x, y = (correlation_axis(f"Γ, {literal(name, longest=LONGEST_NAME)}", **ZERO_LINE) for name in names)
     return figure.update_layout(xaxis=x, yaxis=y)
 
 

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import html
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 import pandas  # noqa: F401 - whole, before any figure: Plotly takes what another session's thread has half imported
 import plotly.graph_objects as go
+from plotly.colors import sample_colorscale
 
 PRIMARY = "#6C5FF0"  # low norm kept, compressed; at least 4:1 on white and on #0e1117
 CONTRAST = "#E8710A"  # its opposite: high norm kept, the sink, a limit
 FULL_GREY = "#8A8F98"  # the full cache, chance, the ideal: what things are compared with
-UNDEFINED = "rgba(138,143,152,0.35)"
+UNDEFINED = "rgba(138,143,152,0.5)"
 CLEAR = "rgba(0,0,0,0)"
 GRID = "rgba(138,143,152,0.22)"
 QUIET = {False: "#5A5E68", True: "#B4B8C2"}  # of numbers on axes, by whether the page is dark: contrast 4.5 or more
 
-# Purple and orange stay apart in every common colour blindness. Alike ends, so that -1 and +1 weigh the same.
-DIVERGING = [[0.0, "#4A38C9"], [0.25, "#8F84EC"], [0.5, "#ECEAF1"], [0.75, "#EE9A50"], [1.0, "#B34D04"]]
-# One hue, the one that means "bad" in DIVERGING: side by side, purple must not say two opposite things.
-SEQUENTIAL = [[0.0, "#F5EFE9"], [0.5, "#EE9A50"], [1.0, "#A34503"]]
+Rgb = tuple[int, int, int]
+# Purple and orange stay apart in every common colour blindness. Each by whether the page is dark.
+PURPLE: dict[bool, Rgb] = {False: (74, 56, 201), True: (169, 159, 255)}
+ORANGE: dict[bool, Rgb] = {False: (179, 77, 4), True: (255, 176, 102)}
+PAGE: dict[bool, Rgb] = {False: (255, 255, 255), True: (23, 22, 20)}
 # Viridis without its ends, which drown in a white or in a dark page.
 LAYERS = [[0.0, "#5B5BB5"], [0.33, "#2C8C9B"], [0.67, "#3BB273"], [1.0, "#C9C22B"]]
 
@@ -34,7 +37,7 @@ MOST_SAMPLES = 500  # points of a line: more than a screen has use for
 OF_HEAD = "layer %{customdata[0]}, head %{customdata[1]}<br>"  # hover text begins so, over `as_customdata`
 ZERO_LINE = dict(zeroline=True, zerolinecolor=FULL_GREY)
 DECADES = 6  # depth of a logarithmic attention axis below its largest value
-LONGEST_LABEL = 40
+LONGEST_LABEL, LONGEST_NAME = 40, 64  # letters of a token, and of a run in a legend or along an axis
 
 
 def new_figure(*, height: int, **layout: Any) -> go.Figure:
@@ -49,6 +52,32 @@ def new_figure(*, height: int, **layout: Any) -> go.Figure:
         legend=dict(orientation="h", x=0, xanchor="left", y=1.02, yanchor="bottom", title_text=""),
     )
     return go.Figure(layout=shared | layout)
+
+
+def color_scale(kind: Literal["diverging", "sequential", "kept"], *, dark: bool) -> list[list[Any]]:
+    """Colours of a map, those of the page at 0.
+
+    One hue for what is lost, that of the bad end of the diverging one, and the other for what is kept: side by side,
+    purple must not say two opposite things.
+    """
+    purple, page, orange = (f"rgb{color[dark]}" for color in (PURPLE, PAGE, ORANGE))
+    if kind == "diverging":
+        return [[0.0, purple], [0.5, page], [1.0, orange]]
+    return [[0.0, page], [1.0, purple if kind == "kept" else orange]]
+
+
+def reads_black(scale: list[list[Any]], share: np.ndarray) -> np.ndarray:
+    """Whether black reads better than white at places of a scale, 0..1, of any shape; NaN counts as 0."""
+    places = np.clip(np.nan_to_num(share), 0, 1)
+    colors = sample_colorscale(scale, places.ravel(), colortype="tuple")
+    return (luminance(colors) > 0.179).reshape(places.shape)  # where both read alike
+
+
+def luminance(colors: Sequence[tuple[float, ...]]) -> np.ndarray:
+    """WCAG relative luminance of sRGB colours, each channel 0..1."""
+    channels = np.asarray(colors, dtype=float).reshape(-1, 3)
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    return np.asarray(linear @ np.array([0.2126, 0.7152, 0.0722]))
 
 
 def axis(title: str, **options: Any) -> dict[str, Any]:
@@ -137,12 +166,12 @@ def error_bars(mean: np.ndarray, low: np.ndarray, high: np.ndarray, *, color: st
     return dict(type="data", symmetric=False, array=above, arrayminus=below, color=color, thickness=1.5, width=5)
 
 
-def literal(text: str) -> str:
+def literal(text: str, *, longest: int = LONGEST_LABEL) -> str:
     """Escape any text for Plotly: no tags, no entities, no TeX.
 
     Plotly knows &lt; &gt; &amp; and numbers but not &quot;, so quotes stay as they are.
     """
-    short = text if len(text) <= LONGEST_LABEL else text[: LONGEST_LABEL - 1] + "…"
+    short = text if len(text) <= longest else text[: longest - 1] + "…"
     return html.escape(short, quote=False).replace("$", "&#36;")
 
 

@@ -7,18 +7,18 @@ from collections.abc import Sequence
 import numpy as np
 import plotly.graph_objects as go
 
-from app.figures.style import CONTRAST, FULL_GREY, PRIMARY, SEQUENTIAL, axis, colorbar, index_axis, new_figure
+from app.figures.style import CONTRAST, FULL_GREY, PRIMARY, axis, color_scale, colorbar, index_axis, new_figure
 
 _HELD, _EVICTED = "●", "×"  # so that not colour alone tells them apart
 
 
 def evictions_by_head(
-    layers: Sequence[int], heads: Sequence[int], after: np.ndarray, *, span: tuple[int, int]
+    layers: Sequence[int], heads: Sequence[int], after: np.ndarray, *, span: tuple[int, int], dark: bool = False
 ) -> go.Figure:
     """Map of the heads that hold a token in the end, and of when the others evicted it; layers from left to right.
 
     layers, heads: numbers of the layer and the kv head of each of K heads; after [K]: tokens read when it evicted the
-    token, NaN where it never did; span: the fewest and the most tokens read.
+    token, NaN where it never did; span: the fewest and the most tokens read; dark: whether the page is.
     """
     columns, rows = sorted(set(layers)), 1 + max(heads)
     evicted, held = np.full((2, rows, len(columns)), np.nan)
@@ -34,8 +34,8 @@ def evictions_by_head(
         hovertemplate=place + "held to the end<extra></extra>",
     )  # fmt: skip
     figure.add_heatmap(
-        z=evicted, x=names, zmin=low, zmax=high, colorscale=SEQUENTIAL, reversescale=True, xgap=1, ygap=1,
-        hoverongaps=False,
+        z=evicted, x=names, zmin=low, zmax=high, colorscale=color_scale("sequential", dark=dark), reversescale=True,
+        xgap=1, ygap=1, hoverongaps=False,
         text=np.where(np.isnan(evicted), "", _EVICTED), texttemplate="%{text}",
         colorbar=colorbar("tokens read", len=1, tickvals=[low, high], tickformat="d"),
         hovertemplate=place + "evicted after %{z:,.0f} tokens<extra></extra>",

@@ -15,6 +15,7 @@ from app.figures.style import (
     PRIMARY,
     ZERO_LINE,
     axis,
+    color_scale,
     colorbar,
     correlation_axis,
     largest,
@@ -92,8 +93,10 @@ def norm_attention_scatter(
         )  # fmt: skip
     stated = "undefined" if rho is None or not np.isfinite(rho) else f"= {number(rho, signed=True)}"
     # Above the plot, under the legend: inside, one corner or another belongs to the points.
-    figure.add_annotation(text=f"Spearman ρ {stated}, n = {n}", showarrow=False, xref="paper", yref="paper",
-                          x=0, y=1, xanchor="left", yanchor="bottom", font=dict(size=14))  # fmt: skip
+    figure.add_annotation(
+        text=f"Spearman ρ {stated}, all queries, n = {n}", showarrow=False, xref="paper", yref="paper",
+        x=0, y=1, xanchor="left", yanchor="bottom", font=dict(size=14),
+    )  # fmt: skip
     figure.update_layout(xaxis=axis("key norm (L2)"), yaxis=axis("attention (log)", **scale), legend_y=1.09)
     return figure
 
@@ -210,11 +213,11 @@ def loss_curves(
     return figure
 
 
-def pooled_map(pooled: np.ndarray, *, tokens_per_bin: int, n_tokens: int) -> go.Figure:
+def pooled_map(pooled: np.ndarray, *, tokens_per_bin: int, n_tokens: int, dark: bool = False) -> go.Figure:
     """Attention map, pooled: where each query looks, query 0 at the top.
 
     pooled [P, P]: row = query bin, column = key bin, each row sums to about 1; NaN is left out.
-    A bin holds `tokens_per_bin` tokens, the last one what is left of `n_tokens`.
+    A bin holds `tokens_per_bin` tokens, the last one what is left of `n_tokens`. dark: whether the page is.
     """
     n_bins = len(pooled)
     share = np.asarray(pooled, dtype=np.float32)
@@ -233,7 +236,8 @@ def pooled_map(pooled: np.ndarray, *, tokens_per_bin: int, n_tokens: int) -> go.
 
     figure = new_figure(height=480)
     figure.add_heatmap(
-        z=root, x=spans, y=spans, zmin=0, zmax=top, colorscale="Viridis", customdata=share, hoverongaps=False,
+        z=root, x=spans, y=spans, zmin=0, zmax=top, colorscale=color_scale("sequential", dark=dark), customdata=share,
+        hoverongaps=False,
         colorbar=colorbar("attention share (√ scale)", len=280, lenmode="pixels", y=1, yanchor="top",
                            tickvals=ticks.tolist(), ticktext=[f"{100 * tick**2:.3g} %" for tick in ticks]),
         hovertemplate="query tokens %{y}<br>key tokens %{x}"

@@ -51,7 +51,7 @@ _READING = {
 _MAPS = {
     "gamma": "Purple: low norms get the attention, as the paper says. Orange: high norms do.",
     "spearman": "Of norm and attention. It counts every token alike.",
-    "alr": "The paper's figure, of lost attention: pale is good. It grows with the text.",
+    "alr": "The paper's figure, of lost attention: weak colour is good. It grows with the text.",
     "alr_per_token": "The same by the token: what two texts may be compared by.",
 }
 _LIMITS = (

@@ -147,8 +147,8 @@ def ablation_table(check: Ablation) -> Table:
     )
 
 
-def of_comparison(comparison: Comparison) -> Section:
-    """Two runs or two studies head by head, or as distributions where the shapes differ."""
+def of_comparison(comparison: Comparison, *, dark: bool = False) -> Section:
+    """Two runs or two studies head by head, or as distributions where the shapes differ; dark: whether the page is."""
     names, difference, runs = comparison.names, comparison.difference, comparison.texts == (1, 1)
     counts = dict(zip(names, comparison.verdicts, strict=True))
     first, second = (means.mean for means in comparison.means)
@@ -173,10 +173,10 @@ def of_comparison(comparison: Comparison) -> Section:
         intervals = "" if runs else " The table has the 95 % intervals, by resampling texts."
         drawings = (
             Drawing(
-                figures.head_map(difference.mean, title="ΔΓ", diverging=True),
+                figures.head_map(difference.mean, title="ΔΓ", diverging=True, dark=dark),
                 alt=f"Map of the difference of the {mean}Γ by layer and head",
-                title=f"The {mean}Γ of the second less that of the first",
-                caption="Purple: low norms get more of the attention in the second. Colours end at ±1, numbers do "
+                title=f"The {mean}Γ in {names[1]} less that in {names[0]}",
+                caption=f"Purple: low norms get more of the attention in {names[1]}. Colours end at ±1, numbers do "
                 f"not.{intervals}",
                 table={
                     "layer": layer,
@@ -189,7 +189,7 @@ def of_comparison(comparison: Comparison) -> Section:
             ),
             Drawing(
                 figures.gamma_against(first, second, names=names),
-                alt=f"The {mean}Γ of every head in the second against the first",
+                alt=f"The {mean}Γ of every head in {names[1]} against {names[0]}",
                 title="Head by head",
                 caption="On the line nothing changed. Colour is the layer.",
                 rows=2,

@@ -44,12 +44,15 @@ POSITIONED = ("perplexity_ratio", "accuracy")
 """Scores of predicted tokens that are drawn by their position, unless others are asked for."""
 
 
-def section(results: Results, *, heading: str = "", by_position: Sequence[str] = POSITIONED) -> Section:
+def section(
+    results: Results, *, heading: str = "", by_position: Sequence[str] = POSITIONED, dark: bool = False
+) -> Section:
     """The section of results of a task: what they hold in drawings, and their summary as a table.
 
     Args:
         heading: by default, task and model.
         by_position: what to draw where tokens were predicted, of "nll", "perplexity_ratio" and "accuracy".
+        dark: whether the page is.
 
     Raises:
         SettingsError: the task is not registered.
@@ -66,7 +69,7 @@ def section(results: Results, *, heading: str = "", by_position: Sequence[str] =
         "The full cache scores 0, so this task tells nothing about this model." if _fails(results, task) else "",
         *map(_note, results.notes),
     )
-    maps = tuple(_maps(results, task))
+    maps = tuple(_maps(results, task, dark))
     drawings = (_by_bytes(results, task), *maps, *by_positions(results, by_position))
     columns = 1 if maps else 2  # a map for each method takes the whole width
     rows = _table(told(results, task))
@@ -102,7 +105,7 @@ def _by_bytes(results: Results, task: Task) -> Drawing:
     )
 
 
-def _maps(results: Results, task: Task) -> Iterator[Drawing]:
+def _maps(results: Results, task: Task, dark: bool) -> Iterator[Drawing]:
     """The maps of lengths and depths, where samples have both."""
     if not all({"n_tokens", "depth"} <= row.at.keys() for row in results.rows):
         return
@@ -119,10 +122,10 @@ def _maps(results: Results, task: Task) -> Iterator[Drawing]:
             shares[cells[place]] = nanmean(scores) / task.right
     depth, length = (index.ravel() for index in np.indices(samples.shape))
     yield Drawing(
-        figures.length_depth_maps(panels, lengths=lengths, depths=depths, samples=samples),
+        figures.length_depth_maps(panels, lengths=lengths, depths=depths, samples=samples, dark=dark),
         alt="Share found by length of the prompt and depth in it, a map for each method",
         title=f"{task.title} by length and depth, n = {span(samples[samples > 0].tolist())} in each cell",
-        caption="Depth 0 % is the beginning of the text. Dark is found, pale is not.",
+        caption="Depth 0 % is the beginning of the text. Strong colour is found, weak is not.",
         table={"tokens": np.array(lengths)[length], "depth": np.array(depths)[depth], "samples": samples.ravel()}
         | {name: shares.ravel() for name, shares in panels.items()},
     )

@@ -17,7 +17,7 @@ from analysis.evaluation.tasks import TASKS
 from analysis.words import counted, duration
 from app import address, library, state
 from app.components import choices, documents, markup, progress, settings
-from app.components.charts import show
+from app.components.charts import page_is_dark, show
 from app.engine import Engine
 from app.jobs import Job, Jobs
 from app.report.evaluation import by_positions, section, told
@@ -316,7 +316,7 @@ def _one(id: str, name: str, *, growing: bool) -> None:
                 "again: it goes on from the scores that are kept."
             )
         return
-    made = _section(id, library.version_of(id))
+    made = _section(id, library.version_of(id), page_is_dark())
     for words in made.words:
         st.caption(markup.plain(words))
     rows = _summary(id, library.version_of(id))
@@ -362,9 +362,9 @@ def _draw(drawing: Drawing, key: str) -> None:
 
 
 @library.remembered
-def _section(id: str, version: library.Version) -> Section:
+def _section(id: str, version: library.Version, dark: bool) -> Section:
     """What is said and drawn of results, as they were in that version."""
-    return section(library.opened(Results, id), by_position=())
+    return section(library.opened(Results, id), by_position=(), dark=dark)
 
 
 @library.remembered

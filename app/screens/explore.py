@@ -11,7 +11,7 @@ import streamlit as st
 
 from analysis.captures import Capture
 from analysis.errors import SettingsError, UserError
-from analysis.metrics import METRICS, PROBES
+from analysis.metrics import METRICS, OVERLAP_RATIO, PROBES
 from analysis.selftest import check, is_synthetic
 from analysis.verdicts import QUESTION, VERDICTS, meanings
 from analysis.words import counted, head_name, signed
@@ -31,7 +31,7 @@ _STYLE = """<style>
 .st-key-explore [data-testid="stColumn"] { min-width: min(19rem, 100%); }
 .st-key-explore [data-testid="stMetricValue"] { font-size: 1.25rem; }
 .st-key-explore h1 { padding: 0; font-size: 2rem; }
-.st-key-explore h4 { padding: 0; }
+.st-key-explore h4 { padding: 0; font-size: 1.25rem; }
 .st-key-map_frame { position: relative; }
 .st-key-outlines, .st-key-outlines * { position: absolute; inset: 0; pointer-events: none; }
 </style>"""
@@ -40,9 +40,17 @@ _WHOSE = {
     "last queries": "The mean over the last {w} queries, each over the tokens before it.",
     "all queries": "Of the attention that each token receives, the mean over all queries that see it.",
 }
-_READ = {  # maps for which the metric's own line is too short
-    "gamma": "Purple: keys of low norm get the attention, as the paper says. Orange: keys of high norm do.",
-    "alr": "Pale is good. It is a sum over the tokens, so it grows with the text and with how much there is to lose.",
+_SIDES = "Purple: keys of low norm get the attention, as the paper says. Orange: keys of high norm do."
+_NEITHER = "No end is good or bad."
+_GOOD = {  # which end of a map is good
+    **dict.fromkeys(("gamma", "gamma_skip_first", "spearman", "pearson"), _SIDES),
+    **dict.fromkeys(("alr", "alr_per_token", "normalised_alr", state.LOST), "Weak colour is good."),
+    "overlap": f"Strong colour is good; {OVERLAP_RATIO:g} is chance.",
+    **dict.fromkeys(("alr_chance", "sink_share", "entropy", "entropy_normalised"), _NEITHER),
+}
+_READ = {  # maps for which the metric's own line is too short, or says no more
+    "gamma": "",
+    "alr": "It is a sum over the tokens, so it grows with the text and with how much there is to lose.",
     "spearman": "It counts every token alike, so it does not notice a sink. In layer 0 equal tokens have equal norms.",
 }
 
@@ -202,13 +210,26 @@ def _map() -> None:
         st.echarts_chart(
             heat.clickable_map(
                 values, scale, kv_heads=run.n_kv_heads, names=_names(run), notes=notes, shown=_shown(run, verdict),
-                dark=st.context.theme.type == "dark",
+                skipped=_not_compressed(run) if state.MAP.get() == state.LOST else None, dark=charts.page_is_dark(),
             ),
             key="map_chart", height=heat.map_height(run.n_layers), alt=alt,
         )  # fmt: skip
         with st.container(key="outlines"):
             st.html(heat.outlines(verdict.shape, state.PINNED.get()))
-    charts.explain("map_chart", alt=alt, caption=caption, table=_table(run, verdict, values, scale))
+    charts.explain(
+        "map_chart", alt=alt, caption=caption + " Grey: undefined." * bool(np.isnan(values).any()),
+        table=_table(run, verdict, values, scale), file=_file(state.MAP.get()),
+    )  # fmt: skip
+
+
+def _file(chart: str) -> str:
+    """What a map is of, for the name of a file: whose attention, and which text or how many."""
+    if chart == state.LOST:
+        return one_head.file_name(chart, "next token", one_head.text_name())
+    study = state.study() if _over_many() else None
+    without = "without first token" if state.SKIP_FIRST.get() and (chart == "gamma" or not study) else ""
+    of = counted(len(study.names), "text") if study else one_head.text_name()
+    return one_head.file_name(chart, state.PROBE.get(), without, of)
 
 
 def _names(run: Capture) -> np.ndarray:
@@ -224,7 +245,8 @@ def _titles() -> dict[str, str]:
     study = state.study()
     assert study is not None
     titles = {name: many_texts.metric_of(name).title for name in study.metrics}
-    return {name: title for name, title in (state.maps() | titles).items() if name in titles or name == state.LOST}
+    lost = {state.LOST: "Attention lost, this text"}
+    return {name: title for name, title in (state.maps() | titles | lost).items() if name in titles or name in lost}
 
 
 def _verdicts() -> np.ndarray:
@@ -263,9 +285,12 @@ def _values(run: Capture, verdict: np.ndarray) -> tuple[np.ndarray, heat.Scale, 
     which, probe, skip_first = state.MAP.get(), state.PROBE.get(), int(state.SKIP_FIRST.get())
     if which == state.LOST:
         return _lost(run)
+    if _over_many() and skip_first and which == "gamma":
+        which = "gamma_skip_first"
     of = many_texts.metric_of(which)
     scale = heat.Scale(of.title, of.low or 0.0, of.high, of.diverging)
-    reading = _READ.get(which, f"{of.about[0].upper()}{of.about[1:]}.")
+    about = _READ.get(which, f"{of.about[0].upper()}{of.about[1:]}.")
+    reading = " ".join(filter(None, (_GOOD.get(which, ""), about)))
     if _over_many():
         means = library.means_of(state.study_id(), which, probe)
         notes = np.array(
@@ -277,31 +302,38 @@ def _values(run: Capture, verdict: np.ndarray) -> tuple[np.ndarray, heat.Scale, 
             ],
             dtype=object,
         ).reshape(verdict.shape)
-        return means.mean, scale, notes, f"**{of.title}**, mean over texts. {reading} Grey: undefined."
+        with_first = " The first token counts, too." * (skip_first and not of.about_sink)
+        return means.mean, scale, notes, f"**{of.title}**, mean over texts. {reading}{with_first}"
     values = library.values_of(state.run_id(), skip_first, probe)
     status = values.status_of(which)
     notes = np.where(status == "ok", verdict, status)
     whose = _WHOSE[probe].format(w=len(run.recent_positions))
-    return values.of(which), scale, notes, f"**{of.title}**. {reading} {whose} Grey: undefined."
+    return values.of(which), scale, notes, f"**{of.title}**. {reading} {whose}"
 
 
 def _lost(run: Capture) -> tuple[np.ndarray, heat.Scale, np.ndarray, str]:
     """The map of what the settings in force lose."""
     spec = state.spec()
     scale = heat.Scale("Lost", 0.0, None, percent=True)
-    skipped = [layer in spec.skip_layers or kind != "full" for layer, kind in enumerate(run.layer_kinds)]
-    notes = np.where(np.repeat(np.array(skipped)[:, None], run.n_heads, axis=1), "not compressed", "of its attention")
+    skipped = np.isin(np.arange(run.n_layers), list(_not_compressed(run)))
+    notes = np.repeat(np.where(skipped, "not compressed", "of its attention")[:, None], run.n_heads, axis=1)
     try:
         lost = library.lost_of(state.run_id(), spec)
     except SettingsError as error:
         undefined = np.full(notes.shape, np.nan)
         return undefined, scale, np.full(notes.shape, "not told"), f"**Attention lost at my settings.** {error}"
     caption = (
-        "**Attention lost at my settings**: the share of the next token's attention that goes to tokens which each "
-        f"head evicts, if the text of {counted(run.n_tokens, 'token')} is compressed once, at its end. Median "
-        f"{np.median(lost):.1%}."
+        f"**Attention lost at my settings**, this one text. {_GOOD[state.LOST]} The share of the next token's "
+        "attention that goes to tokens which each head evicts, if the text of "
+        f"{counted(run.n_tokens, 'token')} is compressed once, at its end. Median {np.median(lost):.1%}."
     )
-    return np.asarray(lost), scale, notes, caption + " Of this one text." * _over_many()
+    return np.asarray(lost), scale, notes, caption
+
+
+def _not_compressed(run: Capture) -> dict[int, str]:
+    """Layers that the settings in force leave alone, each with the word for it."""
+    skipped = dict.fromkeys(state.spec().skip_layers, "skipped")
+    return skipped | {layer: "sliding window" for layer, kind in enumerate(run.layer_kinds) if kind != "full"}
 
 
 def _number(value: float, scale: heat.Scale) -> str:
@@ -330,7 +362,7 @@ def _heads(tune: StreamlitPage | None, jobs: Jobs) -> None:
     run = library.run(state.run_id())
     pinned = state.PINNED.get()
     _bar(run, tune)
-    sides = st.columns(2, gap="medium") if pinned else [st.container()]
+    sides = st.columns(2, gap="large") if pinned else [st.container()]
     with sides[0]:
         one_head.draw("a", *state.chosen_head(), jobs)
     if pinned:
@@ -451,11 +483,11 @@ def _all_heads() -> None:
                 values.of("gamma"), values.of("gamma_skip_first"), values.of("sink_share"), status=verdict
             ),
             key="quadrant",
+            file=one_head.file_name("all heads", probe, one_head.text_name()),
             alt="All heads by Γ with the first token and without it",
-            caption="Γ with the first token (across) and without it (up); size is the first token's share of the "
-            f"attention. Lower left follows the paper. {_WHOSE[probe].format(w=len(run.recent_positions))} Heads "
-            "in which "
-            "the others get next to none are not drawn. Click one to open it.",
+            caption="This text: Γ with the first token (across) and without it (up); size is the first token's share "
+            f"of the attention. Lower left follows the paper. {_WHOSE[probe].format(w=len(run.recent_positions))} "
+            "Heads in which the others get next to none are not drawn. Click one to open it.",
             on_head=open_head,
         )
     with right:

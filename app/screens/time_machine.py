@@ -19,7 +19,7 @@ from analysis.timelines import COMPRESSED, Timeline, WhatIf, timeline_bytes
 from analysis.words import counted, duration, human_bytes, layers_listed
 from app import address, header, library, state
 from app.components import markup, timeline
-from app.components.charts import show
+from app.components.charts import page_is_dark, show
 from app.engine import Engine
 from app.figures import timeline as figures
 from app.figures.style import literal
@@ -160,7 +160,7 @@ def _detail(id: str, recorded: Timeline, jobs: Jobs) -> None:
     show(
         figures.evictions_by_head(
             recorded.layers, recorded.heads, recorded.evicted_after(token),
-            span=(recorded.n_context, len(recorded.labels)),
+            span=(recorded.n_context, len(recorded.labels)), dark=page_is_dark(),
         ),
         key="evictions_by_head",
         alt=f"Map of layers and kv heads: {int((recorded.evicted[:, token] == 0).sum())} of {recorded.n_heads} hold "

@@ -26,7 +26,7 @@ from analysis.texts.excerpts import SPLIT
 from analysis.words import counted, layers_listed
 from app import figures, header, library, state
 from app.components import choices, documents, markup
-from app.components.charts import show
+from app.components.charts import page_is_dark, show
 from app.engine import Engine
 from app.jobs import Jobs
 from app.report.chapters import INTERVALS, front_figure
@@ -352,7 +352,8 @@ def _allocate(run: Capture, front: Front | None) -> None:
     )
     layer, head = np.indices(made.ratios.shape).reshape(2, -1)
     show(
-        figures.ratio_map(made.ratios), key="tune_ratios", alt="Share of the tokens that each kv head keeps",
+        figures.ratio_map(made.ratios, dark=page_is_dark()), key="tune_ratios",
+        alt="Share of the tokens that each kv head keeps",
         caption=f"Keep ratio of each kv head, {made.used:.1%} of all pairs. Rows are layers, columns kv heads.",
         table={"layer": layer, "kv head": head, "keep ratio": made.ratios.ravel()},
     )  # fmt: skip

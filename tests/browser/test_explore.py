@@ -119,18 +119,22 @@ def test_a_dialog_that_is_closed_stays_closed_and_the_keys_work_again(explore):
 
 def test_each_chart_is_had_as_csv_json_and_png(explore):
     page = explore
-    for chart in ("map_chart", "by_position_a"):
+    for chart, file in (
+        ("map_chart", "gamma_next-token_24-texts"),
+        ("by_position_a", r"l\d-kv\d-q\d-by-position_next-token_anne-of-avonlea"),
+    ):
         page.locator(f".st-key-{chart}_data button").first.click()
         for kind in ("CSV", "JSON", "PNG"):
             with page.expect_download() as download:
                 page.get_by_role("button", name=kind, exact=True).click()
             saved = download.value.path().read_bytes()
-            assert download.value.suggested_filename == f"{chart}.{kind.lower()}"
+            assert re.fullmatch(rf"books-5m_{file}\.{kind.lower()}", download.value.suggested_filename)
             if kind == "CSV":
                 assert saved.startswith(b"layer,kv head" if chart == "map_chart" else b"position,token,key norm")
             elif kind == "JSON":
                 told = json.loads(saved)
                 assert told["of"]["model"] == "books-5m" and len(told["numbers"]) >= 5
+                assert "*" not in told["about"] and "\\" not in told["about"]
             else:
                 assert saved.startswith(b"\x89PNG") and len(saved) > 10_000
         page.keyboard.press("Escape")

@@ -107,7 +107,11 @@ def test_every_metric_has_a_map_of_its_numbers(probe):
     for name in METRICS:
         page.selectbox(key=state.MAP.key).set_value(name).run()
         assert not page.exception
-        np.testing.assert_allclose(shown_map(page), library.values_of(SMALL, 0, probe).of(name))
+        values = library.values_of(SMALL, 0, probe).of(name)
+        np.testing.assert_allclose(shown_map(page), values)
+        caption = next(line.value for line in page.caption if line.value.startswith(f"**{METRICS[name].title}**"))
+        assert any(end in caption for end in ("Weak colour is good", "Strong colour is good", "Purple: ", "No end is"))
+        assert ("Grey: undefined" in caption) == np.isnan(values).any()
 
 
 @pytest.mark.parametrize("probe", PROBES)
@@ -116,7 +120,7 @@ def test_the_first_token_and_the_probe_go_together_on_the_map_beside_the_head_an
     page = explored(probe=probe, skip_first="1", layer="3", head="1")
     expected = metrics(run, probe, skip_first=1).of("gamma")
     np.testing.assert_allclose(shown_map(page), expected)
-    assert next(tile.value for tile in page.metric if tile.label == "Γ") == signed(expected[3, 1])
+    assert next(tile.value for tile in page.metric if tile.label == "Γ without first") == signed(expected[3, 1])
     counts = verdict_counts(verdicts(study_of(run), probe=probe))
     said = next(line.help for line in page.markdown if "Layer" in line.value and line.help).replace("\\", "")
     assert f"In {counts['follows the paper']} of 48 heads low" in said and f"in {counts['mirror']} high" in said
@@ -141,6 +145,13 @@ def test_the_attention_lost_is_one_number_on_the_map_and_beside_the_head(policy)
     np.testing.assert_allclose(shown_map(page), lost)
     assert next(metric.value for metric in page.metric if metric.label == "Lost") == f"{lost[4, 2]:.1%}"
     assert f"loses **{lost[4, 2]:.1%}** of the next token" in told(page) and (lost[1] == 0).all()
+    assert page.get("echarts_chart")[0].proto.spec.count('"skipped"') == 1
+
+
+def test_a_map_of_one_text_beside_means_of_many_says_so_where_it_is_chosen():
+    page = explored(one_text=False, over="many texts", map=state.LOST)
+    assert "Attention lost, this text" in page.selectbox(key=state.MAP.key).options
+    assert "**Attention lost at my settings**, this one text." in told(page)
 
 
 def test_what_a_run_does_not_tell_is_said_and_not_drawn_as_a_number():
@@ -167,13 +178,17 @@ def test_the_mean_of_many_texts_is_mapped_with_intervals_and_shown_for_the_head(
     np.testing.assert_allclose(shown_map(page), means.mean)
     n = len(library.opened(state.Study, study.id).names)
     assert f"Mean of {n} texts" in [option for group in page.get("button_group") for option in group.options]
+    tiles = {tile.label: tile.value for tile in page.metric}
+    assert tiles[f"Γ, {n} texts"] == signed(means.mean[2, 1])
+    assert tiles["Γ, this text"] == signed(library.values_of(SMALL, 0, "next token").of("gamma")[2, 1])
+    assert all("text" in label for label in tiles)
     assert f"Over {n} texts" in told(page) and "Median Γ" in "".join(line.help or "" for line in page.markdown)
 
 
 def test_many_texts_are_told_by_layer_and_by_the_order_of_layers():
     page = explored(below="Many texts")
     assert "From how many texts on" in told(page) and len(page.get("plotly_chart")) == 2
-    assert any("meaning" in table.value for table in page.dataframe)
+    assert any("meaning" in table.value for table in page.table)
 
 
 def test_heads_that_do_not_match_the_filter_are_faded():
@@ -225,6 +240,7 @@ def test_queries_are_stepped_through_and_end_at_the_first_that_is_kept():
     before = next(button for button in page.button if button.label == "Query before")
     before.click().run()
     assert f"Attention of token {run.n_tokens - 1} " in told(page)
+    assert f"are of the next token; only the chart is of token {run.n_tokens - 1} " in told(page)
     page = explored(query="999")
     assert f"Attention of token {run.n_tokens - len(run.recent_positions)} " in told(page)
     assert next(button for button in page.button if button.label == "Query before").disabled

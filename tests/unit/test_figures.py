@@ -10,10 +10,12 @@ from app.figures import (
     head_map,
     head_quadrant,
     layer_alr,
+    length_depth_maps,
     loss_curves,
     norm_and_attention,
     norm_attention_scatter,
     pooled_map,
+    ratio_map,
     style,
 )
 from app.figures.style import PRIMARY
@@ -107,29 +109,40 @@ def test_a_small_map_has_its_numbers_written(diverging, numbers):
     assert {text for trace in written(figure) for text in trace.text} == numbers
 
 
-def test_numbers_are_readable_on_every_colour():
-    """WCAG contrast of text and cell, recomputed here from the hex codes along the whole scale."""
+@pytest.mark.parametrize("dark", [False, True])
+def test_numbers_are_readable_on_every_colour(dark):
+    """WCAG contrast of text and cell, recomputed here from the colours along the whole scale."""
 
     def luminance(rgb):
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
     def at(value):
-        fraction = (value + 1) / 2
-        for (start, a), (end, b) in zip(style.DIVERGING, style.DIVERGING[1:], strict=False):
-            if fraction <= end:
-                part = (fraction - start) / (end - start)
-                channels = [(int(a[i : i + 2], 16), int(b[i : i + 2], 16)) for i in (1, 3, 5)]
-                return [(x + part * (y - x)) / 255 for x, y in channels]
+        full = style.PURPLE if value < 0 else style.ORANGE
+        return [(x + abs(value) * (y - x)) / 255 for x, y in zip(style.PAGE[dark], full[dark], strict=True)]
 
     values = np.linspace(-1, 1, 144).reshape(12, 12)
-    traces = written(head_map(values, title="Γ", diverging=True))
+    traces = written(head_map(values, title="Γ", diverging=True, dark=dark))
     assert sum(len(trace.text) for trace in traces) == 144
     for trace in traces:
         text = luminance([int(trace.textfont.color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
         for layer, head in zip(trace.y, trace.x, strict=True):
             cell = luminance(at(values[layer, head]))
             assert (max(text, cell) + 0.05) / (min(text, cell) + 0.05) >= 4.5
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_every_map_has_the_colour_of_the_page_at_0(dark):
+    maps = (
+        head_map(gammas(), title="Γ", diverging=True, dark=dark),
+        head_map(abs(gammas()), title="ALR", diverging=False, dark=dark),
+        ratio_map(abs(gammas()), dark=dark),
+        pooled_map(np.eye(2), tokens_per_bin=1, n_tokens=2, dark=dark),
+        length_depth_maps({"a": np.ones((1, 1))}, lengths=[1], depths=[0], samples=np.ones((1, 1)), dark=dark),
+    )
+    for figure in maps:
+        scale = dict(figure.layout.coloraxis.colorscale or figure.data[0].colorscale)
+        assert scale[0.5 if len(scale) == 3 else 0] == f"rgb{style.PAGE[dark]}"
 
 
 @pytest.mark.parametrize(("n_layers", "n_heads"), [(1, 1), (6, 8), (32, 32), (80, 64)])
@@ -221,7 +234,7 @@ def test_a_long_text_is_thinned_without_losing_what_stands_out():
 )
 def test_rho_is_stated_with_its_sign_and_n(rho, stated):
     figure = norm_attention_scatter(*tokens(5), rho=rho, n=311)
-    assert figure.layout.annotations[0].text == f"Spearman ρ {stated}, n = 311"
+    assert figure.layout.annotations[0].text == f"Spearman ρ {stated}, all queries, n = 311"
 
 
 def test_the_sink_has_a_marker_of_its_own():

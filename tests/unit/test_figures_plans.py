@@ -8,7 +8,6 @@ import pytest
 
 from app.figures import (
     Line,
-    direction_map,
     front,
     head_over_texts,
     layer_costs,
@@ -16,8 +15,7 @@ from app.figures import (
     order_agreement,
     ratio_map,
 )
-from app.figures.maps import KEPT
-from app.figures.style import FULL_GREY, PRIMARY, error_bars
+from app.figures.style import FULL_GREY, PAGE, PRIMARY, PURPLE, error_bars
 
 
 def trace(figure: go.Figure, name: str) -> go.Scatter:
@@ -107,22 +105,15 @@ def test_the_map_of_ratios_runs_from_0_to_1_with_layer_0_at_the_top():
     assert figure.layout.yaxis.range == (2.5, -0.5) and figure.layout.xaxis.range == (-0.5, 1.5)
 
 
-def test_the_map_of_directions_says_which_norms_stay():
-    figure = direction_map(np.array([[True, False], [False, False]]))
-    assert figure.data[0].text.tolist() == [["high", "low"], ["low", "low"]]
-    assert "high" in figure.data[-1].text and figure.data[-1].textfont.color == "#FFFFFF"
-    np.testing.assert_array_equal(figure.data[0].z, [[1, 0], [0, 0]])
-
-
 @pytest.mark.parametrize(("shape", "written"), [((6, 4), True), ((80, 8), False)])
 def test_cells_have_numbers_only_where_there_is_room(shape, written):
-    for figure in (ratio_map(np.ones(shape)), direction_map(np.ones(shape, bool))):
-        assert any(trace.mode == "text" for trace in figure.data[1:]) == written
+    assert any(trace.mode == "text" for trace in ratio_map(np.ones(shape)).data[1:]) == written
     assert len(ratio_map(np.ones((80, 8))).to_json()) < 50_000
 
 
-def test_numbers_are_readable_on_every_ratio():
-    """WCAG contrast of text and cell, recomputed here from the hex codes along the whole scale."""
+@pytest.mark.parametrize("dark", [False, True])
+def test_numbers_are_readable_on_every_ratio(dark):
+    """WCAG contrast of text and cell, recomputed here from the colours along the whole scale."""
 
     def luminance(rgb):
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb]
@@ -131,16 +122,13 @@ def test_numbers_are_readable_on_every_ratio():
     def channels(color):
         return np.array([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
 
-    def at(value):
-        (start, a), (end, b) = KEPT[:2] if value <= 0.5 else KEPT[1:]
-        return channels(a) + (value - start) / (end - start) * (channels(b) - channels(a))
-
+    page, full = (np.array(of[dark]) / 255 for of in (PAGE, PURPLE))
     ratios = np.linspace(0, 1, 256).reshape(16, 16)
-    for trace in ratio_map(ratios).data[1:]:
+    for trace in ratio_map(ratios, dark=dark).data[1:]:
         text = luminance(channels(trace.textfont.color))
         for layer, head in zip(trace.y, trace.x, strict=True):
-            cell = luminance(at(ratios[layer, head]))
-            assert (max(text, cell) + 0.05) / (min(text, cell) + 0.05) >= 4.4
+            cell = luminance(page + ratios[layer, head] * (full - page))
+            assert (max(text, cell) + 0.05) / (min(text, cell) + 0.05) >= 4.5
 
 
 # the front

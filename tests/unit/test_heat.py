@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from app.figures.heat import Scale, clickable_map, map_height, outlines
-from app.figures.maps import luminance
+from app.figures.style import luminance
 
 GAMMA = Scale("Γ", -1, 1, diverging=True)
 
@@ -84,6 +84,12 @@ def test_a_box_lies_around_the_open_cell_and_a_dashed_one_around_the_pinned():
 def test_cells_that_are_filtered_out_are_faded():
     faded, shown = cells(a_map([[0.5, 0.5]], shown=np.array([[False, True]])))
     assert faded["itemStyle"]["opacity"] < 0.2 and "itemStyle" not in shown
+
+
+def test_a_layer_of_which_there_is_nothing_to_tell_says_so_once_across_its_cells():
+    told, silent = (cells(a_map(np.zeros((2, 3)), skipped={1: "skipped"}))[at : at + 3] for at in (3, 0))
+    assert [cell["label"]["formatter"] for cell in told if cell["label"]["show"]] == ["skipped"]
+    assert not any("formatter" in cell["label"] for cell in silent)
 
 
 def test_lines_part_the_query_heads_of_each_kv_head():
