@@ -71,6 +71,13 @@ def test_the_header_counts_a_job_that_waits_as_waiting_alone(jobs, in_queue, tol
     assert header.status(engine, started)[0].endswith(told)
 
 
+def test_the_header_says_how_long_a_run_is_before_its_name_which_may_be_cut(monkeypatch):
+    run = SimpleNamespace(name="Weather ledgers (mine)", about="69 tokens")
+    monkeypatch.setattr(header.state, "run_id", lambda: "1")
+    monkeypatch.setattr(header.library, "find", {"1": run}.get)
+    assert header._run_label().replace("\\", "") == "69\N{NO-BREAK SPACE}tokens · Weather ledgers (mine)"
+
+
 def test_cancelling_ends_it_at_its_next_step_also_while_it_waits(jobs):
     def steps(loaded, progress):
         for i in range(10_000):
