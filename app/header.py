@@ -21,7 +21,7 @@ from l2kv.spec import CompressionSpec
 
 STYLE = """<style>
 .st-key-header [data-testid="stPopover"] button { justify-content: flex-start; text-align: left; }
-.st-key-header [data-testid="stPopover"] button p { overflow: hidden; display: -webkit-box;
+.st-key-header [data-testid="stPopover"] button p { overflow: hidden; display: -webkit-box; white-space: normal;
   -webkit-box-orient: vertical; -webkit-line-clamp: 2; line-height: 1.15; overflow-wrap: anywhere; }
 .st-key-header [data-testid="stCaptionContainer"] p { line-height: 1.15; }
 </style>"""

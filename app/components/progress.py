@@ -32,7 +32,10 @@ def current(jobs: Jobs, *, on_done: Callable[[Job], object]) -> list[Job]:
     """
     found = {id: jobs.find(id) for id in state.JOBS.get()}
     if None in found.values():
-        state.notice("A job that the address names is gone: the server was restarted. What it measured is kept.")
+        state.notice(
+            "This server has no job of the address: it was started elsewhere, or before the server was. What a job "
+            "measured is kept."
+        )
     here = [job for job in found.values() if job]
     state.JOBS.set(tuple(job.id for job in here if job.running))
     for job in here:

@@ -24,6 +24,7 @@ from app.report.evaluation import by_positions, section, told
 from app.report.writing import Drawing, Section
 from l2kv.config import CacheShape
 from l2kv.errors import SpecError
+from l2kv.policies import POLICIES
 from l2kv.spec import CompressionSpec
 
 if TYPE_CHECKING:
@@ -245,8 +246,9 @@ def start(jobs: Jobs, ref: str, asked: Asked) -> str:
         comparison = asked.compared(loaded, texts)
 
         def list_them() -> None:
-            ratios = ", ".join(f"{ratio:.0%}" for ratio in asked.keep_ratios)
-            library.WORKSPACE.note_results(id, name=f"{title}, keep {ratios}, {', '.join(asked.policies[:4])}")
+            ratios = ", ".join(f"{ratio:.0%}".replace("%", " %") for ratio in asked.keep_ratios)
+            policies = ", ".join(POLICIES[name].in_words for name in asked.policies[:4])
+            library.WORKSPACE.note_results(id, name=f"{title}, keep {ratios}, {policies}")
             job.result = id
 
         def progress(done: int, total: int, what: str) -> None:

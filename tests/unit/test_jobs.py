@@ -10,7 +10,7 @@ import pytest
 from analysis.errors import ModelError
 from app import header
 from app.components import progress
-from app.jobs import Jobs
+from app.jobs import Job, Jobs
 
 
 class OneAtATime:
@@ -71,6 +71,13 @@ def test_the_header_counts_a_job_that_waits_as_waiting_alone(jobs, in_queue, tol
     assert header.status(engine, started)[0].endswith(told)
 
 
+def test_the_header_says_how_long_a_run_is_before_its_name_which_may_be_cut(monkeypatch):
+    run = SimpleNamespace(name="Weather ledgers (mine)", about="69 tokens")
+    monkeypatch.setattr(header.state, "run_id", lambda: "1")
+    monkeypatch.setattr(header.library, "find", {"1": run}.get)
+    assert header._run_label().replace("\\", "") == "69\N{NO-BREAK SPACE}tokens · Weather ledgers (mine)"
+
+
 def test_cancelling_ends_it_at_its_next_step_also_while_it_waits(jobs):
     def steps(loaded, progress):
         for i in range(10_000):
@@ -122,6 +129,21 @@ def test_the_time_left_goes_by_the_pace_of_the_steps_and_not_by_the_loading_befo
     told.set()
     ended(job)
     assert job.seconds_left is None
+
+
+def test_an_estimate_is_believed_until_a_fifth_of_the_work_is_done_and_then_the_pace(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr("app.jobs.time.monotonic", lambda: now)
+    job = Job("id", "it", "results")
+    for done, at, left in (
+        (0, 1000.0, 100),
+        (2, 1040.0, 0.9 * 98 + 0.1 * (40 / 2 * 98)),  # 20 times as slow, of which a tenth is believed
+        (20, 1060.0, 60 / 20 * 80),
+        (50, 1150.0, 150 / 50 * 50),
+    ):
+        now = at
+        job(done, 100, f"s of work ({'plan' if done < 20 else 'lm'})")
+        assert job.seconds_left == pytest.approx(left)
 
 
 def test_a_users_mistake_is_told_and_a_bug_of_ours_is_not_dressed_up_as_one(jobs, caplog):
