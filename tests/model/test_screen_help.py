@@ -33,8 +33,11 @@ def test_there_is_one_title_and_each_word_of_the_header_is_explained():
     page = opened()
     assert [title.value for title in page.title] == ["Help"]
     text = "\n".join(part.value for part in page.markdown)
-    for word in ("keep ratio", "recent window", "skipped layers", "policy", "payload", "attention sink"):
-        assert f"**{word}**" in text
+    words = ("token", "layer", "head", "attention", "norm", "keep ratio", "recent window", "skipped layers", "policy")
+    words += ("payload", "attention sink", "perplexity", "passkey", "needle", "plan", "GO, NO-GO", "solid, hollow")
+    for word in (*words, "temperature", "top-p", "seed", "chat template"):
+        assert f"**{word}" in text, word
+    assert text.index("reads a text as tokens") < text.index("KV cache")
 
 
 def test_the_self_test_passes_and_says_what_it_measured():
