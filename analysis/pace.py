@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # Measured on two cores of a CPU, with models of 5 and 135 million weights.
 _PAIR = 300  # multiplications that take as long as a query and a key of one head do in a capture
 _AFTER = 5  # tokens of a prompt that take as long as one that is predicted after it, in a batch
+_ALONE = 40  # likewise, where one text is written with one cache
 _SIDE, _ROWS, _TRIES = 1024, 128, 10  # of the products that the machine is timed with, a millisecond each
 
 
@@ -65,7 +66,7 @@ class Pace:
 
     def generations(self, caches: int, prompt_tokens: int, new_tokens: int) -> float:
         """Seconds of reading a prompt and writing after it, with some caches one after the other."""
-        return caches * (prompt_tokens + new_tokens * _AFTER) * self.token
+        return caches * (prompt_tokens + new_tokens * _ALONE) * self.token
 
     def told(self, seconds: float) -> str:
         """Write a time and what it is told by: "about 2 min, by earlier runs"."""

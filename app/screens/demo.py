@@ -133,7 +133,7 @@ def _player(*turns: Story, jobs: Jobs | None = None, at_its_end: bool, note: str
         if run := state.run():
             pace = library.pace(run.model, run)
             takes = pace.told(pace.generations(len(story.caches), story.at(0, 0).seen, TIMED))
-            st.caption(f"It takes {takes}, and longer beside other work.", width="content")
+            st.caption(f"It takes {takes}; loading the model and other work add to it.", width="content")
 
 
 def _report(turns: Sequence[Story]) -> None:

@@ -74,11 +74,45 @@ def test_a_story_is_presented_and_no_key_is_lost_while_a_job_runs_and_ends(demo)
     page.get_by_text("tokens/s alone").first.wait_for(timeout=120_000)
     settled(page)
     page.get_by_text("17 new tokens of 24").wait_for(timeout=2000)  # the rates came, and the step stayed
-    page.get_by_text("kv heads, hollow by fewer").wait_for()
+    page.get_by_text("hollow by fewer").wait_for()
+    page.get_by_text("with other work: not told apart").wait_for()
     assert page.locator("dialog[open]").bounding_box()["height"] >= 900
     page.keyboard.press("Escape")
     page.get_by_role("button", name="Present", exact=True).wait_for()
+    page.get_by_text("17 new tokens of 24").wait_for(timeout=2000)
     assert not said
+
+
+def test_a_presentation_opens_and_closes_at_the_step_shown_and_its_end_fits_the_screen(demo):
+    page = demo(model="smollm2")
+    page.set_viewport_size({"width": 1400, "height": 900})
+    page.get_by_text("A number, 86556, is hidden in a text of 448 tokens").wait_for()
+    for key in ("ArrowRight", "ArrowRight", "p"):
+        page.keyboard.press(key)
+    page.get_by_text("2 new tokens of 24").wait_for(timeout=2000)
+    page.keyboard.press("End")
+    presented = page.locator("dialog[open]")
+    presented.get_by_text("The page Verdict says").wait_for(timeout=2000)
+    assert presented.evaluate("dialog => dialog.scrollHeight <= dialog.clientHeight")
+    page.keyboard.press("p")
+    page.get_by_role("button", name="Present", exact=True).wait_for()
+    page.get_by_text("24 new tokens of 24").wait_for(timeout=2000)
+    page.keyboard.press("Home")
+    page.get_by_text("Press → for the first new token").wait_for(timeout=2000)
+
+
+def test_the_list_of_keys_closes_by_the_key_that_opens_it_and_hides_no_other(demo):
+    page = demo()
+    listed = page.get_by_role("dialog", name="Keys of this page")
+    for key in ("?", "?", "?", "ArrowRight"):
+        page.keyboard.press(key)
+    page.get_by_text("1 new token of 24").wait_for(timeout=2000)
+    assert not listed.count()
+    page.keyboard.press("?")
+    listed.wait_for()
+    page.keyboard.press("Space")
+    page.get_by_role("button", name="Pause").wait_for(timeout=2000)
+    assert not listed.count()
 
 
 def test_caches_stream_and_cancel_keeps_what_was_written(demo):

@@ -34,9 +34,9 @@ def test_predictions_take_a_capture_and_a_pass_for_each_prompt_and_five_tokens_f
     assert one.predictions(2, 8, Lengths(10, 4)) == pytest.approx(0.4 + 0.2 + 1.2)
 
 
-def test_caches_that_write_one_after_the_other_take_five_tokens_of_a_prompt_for_each_new_one():
+def test_caches_that_write_one_after_the_other_take_forty_tokens_of_a_prompt_for_each_new_one():
     one = Pace(token=0.01, pair=0.001, by="by hand")
-    assert one.generations(3, 100, 4) == pytest.approx(3 * (1.0 + 0.2))
+    assert one.generations(3, 100, 4) == pytest.approx(3 * (1.0 + 1.6))
 
 
 def test_a_rough_pace_goes_by_the_size_and_the_machine_and_says_so(monkeypatch):
