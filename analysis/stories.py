@@ -168,7 +168,7 @@ class Story:
 
 
 def introduction(story: Story) -> tuple[str, ...]:
-    """Write for readers who know nothing of caches what a story is about, and what to watch: a few sentences."""
+    """Write for readers who know nothing of caches what a story is about: a few sentences."""
     read = f"a text of {counted(story.at(0, 0).seen, 'token')} (words or pieces of words)"
     what = "number" if story.answer.isdigit() else "phrase"
     if not story.answer:
@@ -180,7 +180,7 @@ def introduction(story: Story) -> tuple[str, ...]:
     specs = [cache.spec for cache in story.caches if cache.spec]
     memory = (
         "A cache is the model's memory of what it read: a key and a value for each token. A key's length is its norm. "
-        f"The full cache keeps every token, {_kept(specs)}. Watch the tokens: a hollow one is forgotten in most places."
+        f"The full cache keeps every token, {_kept(specs)}."
     )
     return tuple(filter(None, (asked, memory, story.why)))
 

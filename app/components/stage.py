@@ -81,7 +81,8 @@ def _rates(story: Story) -> str:
 
 def beginning(story: Story) -> str:
     """Write as HTML what a story is about, for readers who know nothing of caches."""
-    first, *more = introduction(story)
+    first, memory, *why = introduction(story)
+    more = (f"{memory} Watch the tokens: a hollow one is forgotten in most places.", *why)
     rest = "".join(f"<p>{escaped(text)}</p>" for text in more)
     return f'<div class="l2kv-start"><p><b>{escaped(first)}</b></p>{rest}</div>'
 

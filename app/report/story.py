@@ -16,7 +16,7 @@ from app.report.writing import Section, Table, document
 def report(*turns: Story) -> str:
     """Write a story, or the turns of a chat, as the HTML of one page."""
     first = turns[0]
-    told = [Section("", introduction(first))]
+    told = [Section("What this is", introduction(first))]
     if len(turns) == 1:
         told += [Section("Scores and cost", (_about(first),), table=_scores(first))]
         told += [Section("The prompt", (first.prompt,))]

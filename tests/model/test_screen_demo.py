@@ -88,6 +88,7 @@ def test_a_story_begins_in_words_and_ends_with_what_many_passkeys_say():
     page = opened("smollm2")
     first, *_, last = steps(page)
     assert "A number, 86556, is hidden in a text of 448 tokens" in first and "l2kv-start" not in last
+    assert "Watch the tokens: a hollow one" in first
     assert "12 of 12 tried show this" in first and "token by token" not in last
     # The bundled results: 40 of 50, and the full cache 50.
     assert "in every layer, finds 40 of 50 (full 50). The page Verdict says NO-GO." in last

@@ -98,7 +98,7 @@ def test_colour_and_words_carry_the_task_and_hollow_tokens_are_those_that_most_h
 def test_a_story_begins_in_words_for_readers_who_know_nothing_of_caches():
     about, memory = introduction(STORY)
     assert about.startswith("A number, 42, is hidden in a text of 11 tokens")
-    assert f"keeps every token, each other one 50{NARROW}. Watch the tokens" in memory
+    assert f"keeps every token, each other one 50{NARROW}." in memory
     specs = [replace(HALF, skip_layers=(0, 1), protect_last=32), HALF]
     caches = [STORY.caches[0], *(replace(told, spec=specs[0]) for told in STORY.caches[1:])]
     skipping = replace(STORY, caches=tuple(caches), answer="a rose", answer_at=(), why="It shows this.")
@@ -107,8 +107,7 @@ def test_a_story_begins_in_words_for_readers_who_know_nothing_of_caches():
     assert f"each other one 50{NARROW}, but all in layers 0, 1, and always the last 32." in memory
     mixed = replace(HALF, budget=100, protect_last=3)
     assert (
-        "each other one a part of them. Watch"
-        in introduction(replace(skipping, caches=(*caches[:2], Told("b", mixed))))[1]
+        "each other one a part of them." in introduction(replace(skipping, caches=(*caches[:2], Told("b", mixed))))[1]
     )
     assert "writes on" in introduction(replace(STORY, answer=""))[0]
 
@@ -192,7 +191,7 @@ def test_a_report_is_one_small_page_with_scores_bytes_and_code():
 def test_a_report_of_a_chat_holds_all_turns_and_the_code_once():
     turns = [replace(chat(step(f"Answer {n}.", 2, 6, 400)), prompt=f"Question {n}?") for n in (1, 2)]
     page = report(*turns)
-    assert re.findall(r"<h2[^>]*>(.*?)</h2>", page) == ["Turn 1", "Turn 2", "The code"]
+    assert re.findall(r"<h2[^>]*>(.*?)</h2>", page) == ["What this is", "Turn 1", "Turn 2", "The code"]
     assert re.findall(r"Question \d|Answer \d", page)[:6] == [
         *["Question 1", *["Answer 1"] * 2],
         *["Question 2", *["Answer 2"] * 2],
