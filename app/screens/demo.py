@@ -18,7 +18,7 @@ from analysis.errors import ModelError, UserError
 from analysis.evaluation.prompts import can_chat, prompt_tokens
 from analysis.models.memory import DTYPES
 from analysis.models.sizes import checkpoint_dtype
-from analysis.stories import Story, name_of
+from analysis.stories import FULL, Story, Told, name_of
 from analysis.texts.read import plain_text
 from analysis.words import counted
 from app import header, library, state
@@ -50,7 +50,12 @@ TOLD = state.Slot[Story | None]("demo_told", None)
 TOLD_ID = state.Slot("demo_told_id", "", state.Param("told", str))
 """The same, once it is kept: a reload begins with it."""
 TALK: state.Slot[Chat | None] = state.Slot("demo_talk", None)
+UNREAD = state.Slot("demo_unread", "")
+"""The latest message of the chat, until it is being answered."""
+FAILED = state.Slot("demo_failed", "")
+"""Why a run failed, to be said once."""
 _MOST_CHARACTERS = 400_000  # of a prompt or a message
+_MOST_QUOTED = 80  # characters of a message
 _CHAT_FROM = 128  # tokens: of a question alone the recent window leaves nothing to choose
 
 
@@ -196,12 +201,15 @@ def _live(engine: Engine, jobs: Jobs) -> None:
     if started:
         place.button("Cancel", icon=":material/cancel:", key="cancel_story")  # any click ends this script
         _tell(engine, preset, run, told)
-    elif shown is not None and shown.n_steps:
+        return
+    with told.container():
+        _tell_failure()
+        if shown is None or not shown.n_steps:
+            return
         asked = (state.model(), preset.text, preset.answer, preset.chat, list(run.specs.values()))
-        with told.container():
-            if (shown.model, shown.prompt, shown.answer, shown.chat, [one.spec for one in shown.caches[1:]]) != asked:
-                st.caption(":material/history: This is of earlier settings. Press *Start* to see the new ones.")
-            _player(shown, jobs=jobs, at_its_end=True)
+        if (shown.model, shown.prompt, shown.answer, shown.chat, [one.spec for one in shown.caches[1:]]) != asked:
+            st.caption(":material/history: This is of earlier settings. Press *Start* to see the new ones.")
+        _player(shown, jobs=jobs, at_its_end=True)
 
 
 def _go_on_from_address() -> None:
@@ -334,31 +342,35 @@ def _tell(engine: Engine, preset: Preset, run: Run, place: DeltaGenerator) -> No
     if story := _grow(engine, telling, place, TOLD.set):
         TOLD_ID.set(library.WORKSPACE.add(story, name=story.name).id)
         state.STORY.set(TOLD_ID.get())
-        st.rerun()
+    st.rerun()
 
 
 def _grow(
     engine: Engine,
     telling: Callable[[LoadedModel], Generator[Story, None, None]],
     place: DeltaGenerator,
-    keep: Callable[[Story], None] | None = None,
+    keep: Callable[[Story], None],
 ) -> Story | None:
     """Generate in this script, so that it ends within a token when the tab is closed, and draw each token.
 
-    Returns the story as it ended; where there is none, the place says why.
+    Returns the story as it ended; where there is none, `FAILED` says why once the page is drawn again.
     """
     story = None
     try:
         # Closed before the turn ends: the next session must find the model as it was.
         with engine.lend(state.model_ref(), _shown_in(place)) as loaded, closing(telling(loaded)) as stories:
             for story in stories:
-                if keep is not None:
-                    keep(story)  # at every token: a click may end this here
+                keep(story)  # at every token: a click may end this here
                 place.html(stage.STYLE + stage.stage(story, story.n_steps - 1))
     except (UserError, SpecError) as error:  # a SpecError: a skip list or a plan that was made for another model
-        place.error(markup.plain(str(error)), icon=":material/error:")
+        FAILED.set(str(error))
         return None
     return story
+
+
+def _tell_failure() -> None:
+    if why := FAILED.take():
+        st.error(markup.plain(why), icon=":material/error:")
 
 
 def _shown_in(place: DeltaGenerator) -> Progress:
@@ -396,6 +408,7 @@ def _chat(engine: Engine, jobs: Jobs) -> None:
         _ask_beside()
         if st.button("New chat", icon=":material/add_comment:", key="new_chat"):
             TALK.drop()
+            UNREAD.drop()
     left, right = st.columns([3, 2])
     with right, st.expander("Length and sampling", icon=":material/casino:"):
         run = _ask_run("chat", prune_after=_CHAT_FROM)
@@ -410,35 +423,48 @@ def _chat(engine: Engine, jobs: Jobs) -> None:
     of_another = bool(turns) and turns[0].model != state.model()
     if talk and turns and (of_another or talk.specs != run.specs):
         st.caption(":material/history: This chat has earlier settings. *New chat* begins one with those of the header.")
-    message = st.chat_input(
-        "Ask it something", key="chat_message", max_chars=_MOST_CHARACTERS, disabled=of_another
+    # Known before the input is drawn, which this script, as it answers, leaves disabled: another message would end it.
+    message = st.session_state.get("chat_message")
+    st.chat_input(
+        "Ask it something", key="chat_message", max_chars=_MOST_CHARACTERS, disabled=of_another or bool(message)
     )  # fmt: skip
     for turn in turns if message else turns[:-1]:
         st.html(stage.STYLE + stage.stage(turn, turn.n_steps - 1, texts_only=True))
+        if not turn.ended:
+            st.caption(f":material/cancel: Cancelled after {counted(turn.n_steps, 'token')}.")
     if message:
         _say(engine, plain_text(message), run)
-    elif turns:
+    _tell_failure()
+    if unread := UNREAD.get():
+        anew = "" if turns else " It was not read to its end, so the chat begins anew."
+        st.caption(f":material/cancel: Not answered: “{markup.plain(unread[:_MOST_QUOTED])}”.{anew}")
+    if turns:
         _player(*turns, at_its_end=True)
         if found:
             tokenizer, config = found
             notes = prompt_tokens(tokenizer, turns[-1].prompt, chat=True).notes
             _tell_length(turns[-1].at(0, turns[-1].n_steps - 1).seen, config, notes)
-    elif talk:
-        st.caption(":material/cancel: The message was not read to its end, so the chat begins anew.")
 
 
 def _say(engine: Engine, message: str, run: Run) -> None:
     """Answer a message; the chat keeps its caches, and no model."""
     from analysis.demo.telling import Chat
 
-    talk, place, below = TALK.get(), st.empty(), st.empty()
-    below.button("Cancel", icon=":material/cancel:", key="cancel_chat")  # any click ends this script
+    talk, asked, place = TALK.get(), st.empty(), st.empty()
+    st.button("Cancel", icon=":material/cancel:", key="cancel_chat")  # any click ends this script
     if talk is None or not talk.turns:
         TALK.set(talk := Chat(run.specs, dtype=_dtype(state.model_ref())))
+    caches = (Told(FULL, None), *(Told(name, spec) for name, spec in talk.specs.items()))
+    asked.html(stage.STYLE + stage.stage(Story(state.model(), "Chat", message, caches, chat=True), -1))
+    UNREAD.set(message)
 
     def telling(loaded: LoadedModel) -> Generator[Story, None, None]:
         return talk.say(loaded, message, new_tokens=run.new_tokens, sampling=run.sampling, progress=_shown_in(place))
 
-    if _grow(engine, telling, place):
-        st.rerun()
-    below.empty()
+    def answered(story: Story) -> None:
+        if story.n_steps == 1:
+            asked.empty()
+            UNREAD.drop()
+
+    _grow(engine, telling, place, answered)
+    st.rerun()

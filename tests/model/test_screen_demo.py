@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 
 import pytest
+import streamlit as st
 import torch
 
 from analysis.demo.presets import Preset
@@ -269,3 +270,33 @@ def test_a_message_that_cannot_be_read_leaves_the_chat_and_one_that_was_stopped_
     page.chat_input(key="chat_message").set_value("And why?").run()
     assert len(page.error) == 1 and not page.exception
     assert "so the chat begins anew" in said(page.run())
+
+
+def test_a_message_is_shown_at_once_and_one_that_was_stopped_before_it_was_read_is_named(talker, monkeypatch):
+    def stopped(*args):
+        st.stop()
+
+    page = opened(talker, demo="Chat")
+    page.number_input(key="chat_new").set_value(2).run()
+    page.chat_input(key="chat_message").set_value("Who is it?").run()
+    with monkeypatch.context() as waiting:
+        waiting.setattr(Engine, "lend", stopped)
+        page.chat_input(key="chat_message").set_value("<b>And</b> why?").run()
+    assert page.chat_input(key="chat_message").disabled and page.button(key="cancel_chat")
+    shown = "".join(part.value for part in page.get("html"))
+    assert shown.count("&lt;b&gt;And&lt;/b&gt; why?") == 2  # once for each cache
+    page.run()
+    assert not page.chat_input(key="chat_message").disabled and "Not answered: “" in said(page)
+    page.chat_input(key="chat_message").set_value("So?").run()
+    assert [turn.prompt for turn in page.session_state["demo_talk"].turns] == ["Who is it?", "So?"]
+    assert "Not answered" not in said(page)
+
+
+def test_an_answer_that_was_cancelled_is_marked_in_the_chat(talker):
+    page = opened(talker, demo="Chat")
+    page.number_input(key="chat_new").set_value(2).run()
+    page.chat_input(key="chat_message").set_value("Who is it?").run()
+    talk = page.session_state["demo_talk"]
+    talk.turns = (replace(talk.turns[0], ended=False),)
+    page.chat_input(key="chat_message").set_value("And why?").run()
+    assert said(page).count("Cancelled after 2 tokens.") == 1
