@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from analysis.evaluation.prompts import decided, found
 from analysis.models.memory import DTYPES
 from analysis.records import record
+from analysis.sampling import GREEDY, Sampling
 from analysis.words import counted
 from l2kv.spec import CompressionSpec
 
@@ -95,6 +96,8 @@ class Story:
     """Dtype of the checkpoint, which bytes are told in."""
     ended: bool = True
     """It was told to its end, and not stopped."""
+    sampling: Sampling = GREEDY
+    """How its tokens were drawn."""
 
     @property
     def n_steps(self) -> int:

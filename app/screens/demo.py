@@ -18,6 +18,7 @@ from analysis.errors import ModelError, UserError
 from analysis.evaluation.prompts import can_chat, prompt_tokens
 from analysis.models.memory import DTYPES
 from analysis.models.sizes import checkpoint_dtype
+from analysis.sampling import GREEDY, Sampling
 from analysis.stories import FULL, Story, Told, name_of
 from analysis.texts.read import plain_text
 from analysis.words import counted
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
     from analysis.demo.telling import Chat
     from analysis.models.load import LoadedModel
-    from analysis.preview import Sampling
     from analysis.progress import Progress
 
 RECORDED, LIVE, CHAT = "Recorded", "Live", "Chat"
@@ -110,7 +110,10 @@ def _player(*turns: Story, jobs: Jobs | None = None, at_its_end: bool) -> None:
     if not story.ended:
         st.caption(":material/cancel: Cancelled: what was written until then is kept.")
     player.player(story, at_its_end=at_its_end)
-    st.caption(f"Bytes are of the keys and values held, counted, in {story.dtype}, the checkpoint's dtype.")
+    st.caption(
+        f"{story.sampling.told()} Bytes are of the keys and values held, counted, in {story.dtype}, the checkpoint's "
+        "dtype."
+    )
     with st.container(horizontal=True):
         _report(turns)
         if jobs is not None and st.button(
@@ -161,21 +164,22 @@ def _ask_beside() -> None:
 
 def _ask_run(key: str, *, prune_after: int) -> Run:
     """Ask how long, how tokens are drawn, and from which length on caches are compressed. Raises SettingsError."""
-    from analysis.preview import Sampling
-
+    for name, value in (("temperature", 0.0), ("top_p", 1.0), ("seed", 0)):
+        st.session_state.setdefault(f"{key}_{name}", value)  # not the widget's own: a reload may begin with others
     with st.container(horizontal=True):
         new = st.number_input("New tokens", 1, 512, 48, 16, key=f"{key}_new", persist_state="session", width=120)
         temperature = st.number_input(
-            "Temperature", 0.0, 2.0, 0.0, 0.1, key=f"{key}_temperature", help="0 takes the most probable token.",
+            "Temperature", 0.0, 2.0, step=0.1, key=f"{key}_temperature", help="0 takes the most probable token.",
             persist_state="session", width=120,
         )  # fmt: skip
-        top_p = st.number_input("Top-p", 0.05, 1.0, 1.0, 0.05, key=f"{key}_top_p", persist_state="session", width=120)
-        seed = st.number_input("Seed", 0, 2**31 - 1, 0, key=f"{key}_seed", persist_state="session", width=120)
+        top_p = st.number_input("Top-p", 0.05, 1.0, step=0.05, key=f"{key}_top_p", persist_state="session", width=120)
+        seed = st.number_input("Seed", 0, 2**31 - 1, key=f"{key}_seed", persist_state="session", width=120)
         start = st.number_input(
             "Compress from", 0, 100_000, prune_after, 64, key=f"{key}_from", persist_state="session", width=120,
             help="In tokens: a head that holds fewer evicts nothing.",
         )  # fmt: skip
-    return Run(int(new), Sampling(temperature, top_p, int(seed)), _specs(int(start)))
+    sampling = Sampling(temperature, top_p, int(seed)) if temperature else GREEDY
+    return Run(int(new), sampling, _specs(int(start)))
 
 
 def _live(engine: Engine, jobs: Jobs) -> None:
@@ -206,8 +210,9 @@ def _live(engine: Engine, jobs: Jobs) -> None:
         _tell_failure()
         if shown is None or not shown.n_steps:
             return
-        asked = (state.model(), preset.text, preset.answer, preset.chat, list(run.specs.values()))
-        if (shown.model, shown.prompt, shown.answer, shown.chat, [one.spec for one in shown.caches[1:]]) != asked:
+        asked = (state.model(), preset.text, preset.answer, preset.chat, run.sampling, list(run.specs.values()))
+        specs = [one.spec for one in shown.caches[1:]]
+        if (shown.model, shown.prompt, shown.answer, shown.chat, shown.sampling, specs) != asked:
             st.caption(":material/history: This is of earlier settings. Press *Start* to see the new ones.")
         _player(shown, jobs=jobs, at_its_end=True)
 
@@ -220,8 +225,9 @@ def _go_on_from_address() -> None:
     TOLD.set(story := library.opened(Story, entry.id))
     same = (one.name for one in presets(story.model) if (one.text, one.answer) == (story.prompt, story.answer))
     st.session_state.update(
-        live_preset=next(same, OWN), live_prompt=story.prompt, live_answer=story.answer, live_chat=story.chat
-    )
+        live_preset=next(same, OWN), live_prompt=story.prompt, live_answer=story.answer, live_chat=story.chat,
+        live_temperature=story.sampling.temperature, live_top_p=story.sampling.top_p, live_seed=story.sampling.seed,
+    )  # fmt: skip
 
 
 def _presets() -> dict[str, Preset]:

@@ -18,6 +18,7 @@ from analysis.workspace import Workspace
 from app import library
 from app.engine import Engine
 from app.jobs import Jobs
+from app.report.story import report
 from l2kv import CompressionSpec
 from tests.support.screens import opened as opened_screen
 from tests.support.texts import HOSTILE, chatty
@@ -159,6 +160,22 @@ def test_a_reload_shows_what_was_told_last_from_its_own_prompt(monkeypatch):
     again = opened(**link)
     assert link["beside_keep"] == "0.75" and stage(again) == stage(page) and "random, 75% kept" in stage(again).lower()
     assert again.text_area(key="live_prompt").value == SEA and "earlier settings" not in said(again)
+
+
+def test_a_sampled_story_says_how_it_was_drawn_and_a_reload_begins_with_that(monkeypatch):
+    offer(monkeypatch, Preset("Another", "A"))
+    page = opened(demo="Live")
+    page.text_area(key="live_prompt").set_value(SEA).run()
+    page.number_input(key="live_new").set_value(3).run()
+    for name, value in {"temperature": 0.8, "top_p": 0.9, "seed": 7}.items():
+        page.number_input(key=f"live_{name}").set_value(value).run()
+    page.button(key="tell_story").click().run()
+    page = opened(**{name: "".join(values) for name, values in page.query_params.items()})
+    assert "Sampled: temperature 0.8, top-p 0.9, seed 7." in said(page) and "earlier settings" not in said(page)
+    assert "Sampled: temperature 0.8, top-p 0.9, seed 7." in report(page.session_state["demo_told"])
+    assert not page.warning
+    page.number_input(key="live_seed").set_value(8).run()
+    assert "earlier settings" in said(page)
 
 
 def test_the_plan_in_force_is_told_with_and_another_compression_beside_it(monkeypatch, workspace):

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from analysis.records import load, save
+from analysis.sampling import Sampling
 from analysis.stories import FULL, Step, Story, Told, full_nbytes, name_of
 from app.components import stage
 from app.report.story import report
@@ -143,6 +144,12 @@ def test_a_report_is_one_small_page_with_scores_bytes_and_code():
     assert len(page) < 100_000
     for told in ("found", "not found", "210 B", "keep_ratio=0.5", "The key is 42"):
         assert told in page, told
+
+
+def test_a_report_of_sampled_tokens_names_the_sampling_and_says_that_its_scripts_do_not_repeat_it():
+    told = "Sampled: temperature 0.8, top-p 1, seed 7.", "they do not draw the sampled tokens again."
+    assert all(words in report(replace(STORY, sampling=Sampling(0.8, seed=7))) for words in told)
+    assert not any(words in report(STORY) for words in told)
 
 
 def test_a_report_of_a_chat_holds_all_turns_and_the_code_once():
