@@ -50,8 +50,8 @@ TOLD = state.Slot[Story | None]("demo_told", None)
 TOLD_ID = state.Slot("demo_told_id", "", state.Param("told", str))
 """The same, once it is kept: a reload begins with it."""
 TALK: state.Slot[Chat | None] = state.Slot("demo_talk", None)
-UNREAD = state.Slot("demo_unread", "")
-"""The latest message of the chat, until it is being answered."""
+ASKED = state.Slot("demo_asked", ("", 0))
+"""The latest message of the chat, and the number of turns before it: with no more of them it was not answered."""
 FAILED = state.Slot("demo_failed", "")
 """Why a run failed, to be said once."""
 _MOST_CHARACTERS = 400_000  # of a prompt or a message
@@ -192,7 +192,10 @@ def _live(engine: Engine, jobs: Jobs) -> None:
             help="A task is offered for a model only where its full cache solves it.",
         )  # fmt: skip
         _ask_beside()
-        started = st.button("Start", type="primary", icon=":material/play_arrow:", key="tell_story")
+        started = st.button(
+            "Start", type="primary", icon=":material/play_arrow:", key="tell_story",
+            disabled=not plain_text(st.session_state["live_prompt"]).strip(),
+        )  # fmt: skip
         place = st.empty()
     chosen = begin.get(name, Preset(OWN, ""))
     _offer_compression(chosen)
@@ -203,7 +206,9 @@ def _live(engine: Engine, jobs: Jobs) -> None:
     with right, st.expander("Length and sampling", icon=":material/casino:"):
         run = _ask_run("live", prune_after=0)
     if started:
-        place.button("Cancel", icon=":material/cancel:", key="cancel_story")  # any click ends this script
+        with place.container(horizontal=True, vertical_alignment="center"):
+            st.button("Cancel", icon=":material/cancel:", key="cancel_story")  # any click ends this script
+            st.caption("A reload ends it, and forgets the prompt and these settings.", width="content")
         _tell(engine, preset, run, told)
         return
     with told.container():
@@ -279,9 +284,9 @@ def _begin_with(name: str) -> None:
     """Begin with a preset's text. The compression stays as it is: that of a preset is taken on a click only."""
     st.session_state["live_preset"] = name
     preset = next((one for one in presets(state.model()) if one.name == name), None)
-    if preset is None:  # one's own text begins with what is there
-        for key in ("live_prompt", "live_answer"):
-            st.session_state.setdefault(key, "")
+    if preset is None:  # one's own text begins with what is there, of which nothing is expected
+        st.session_state.setdefault("live_prompt", "")
+        st.session_state["live_answer"] = ""
         return
     st.session_state.update(live_prompt=preset.text, live_answer=preset.answer, live_chat=preset.chat)
 
@@ -414,7 +419,7 @@ def _chat(engine: Engine, jobs: Jobs) -> None:
         _ask_beside()
         if st.button("New chat", icon=":material/add_comment:", key="new_chat"):
             TALK.drop()
-            UNREAD.drop()
+            ASKED.drop()
     left, right = st.columns([3, 2])
     with right, st.expander("Length and sampling", icon=":material/casino:"):
         run = _ask_run("chat", prune_after=_CHAT_FROM)
@@ -441,9 +446,10 @@ def _chat(engine: Engine, jobs: Jobs) -> None:
     if message:
         _say(engine, plain_text(message), run)
     _tell_failure()
-    if unread := UNREAD.get():
+    asked, before = ASKED.get()
+    if asked and len(turns) <= before:
         anew = "" if turns else " It was not read to its end, so the chat begins anew."
-        st.caption(f":material/cancel: Not answered: “{markup.plain(unread[:_MOST_QUOTED])}”.{anew}")
+        st.caption(f":material/cancel: Not answered: “{markup.plain(asked[:_MOST_QUOTED])}”.{anew}")
     if turns:
         _player(*turns, at_its_end=True)
         if found:
@@ -462,15 +468,10 @@ def _say(engine: Engine, message: str, run: Run) -> None:
         TALK.set(talk := Chat(run.specs, dtype=_dtype(state.model_ref())))
     caches = (Told(FULL, None), *(Told(name, spec) for name, spec in talk.specs.items()))
     asked.html(stage.STYLE + stage.stage(Story(state.model(), "Chat", message, caches, chat=True), -1))
-    UNREAD.set(message)
+    ASKED.set((message, len(talk.turns)))
 
     def telling(loaded: LoadedModel) -> Generator[Story, None, None]:
         return talk.say(loaded, message, new_tokens=run.new_tokens, sampling=run.sampling, progress=_shown_in(place))
 
-    def answered(story: Story) -> None:
-        if story.n_steps == 1:
-            asked.empty()
-            UNREAD.drop()
-
-    _grow(engine, telling, place, answered)
+    _grow(engine, telling, place, lambda story: asked.empty())
     st.rerun()

@@ -197,6 +197,7 @@ def test_a_plan_for_more_layers_than_the_model_has_gets_an_answer(monkeypatch, w
     page = opened(demo="Live", plan=plan)
     page.button(key="tell_story").click().run()
     assert not page.exception and len(page.error) == 1 and not workspace.entries("story")
+    assert "cancel_story" not in [button.key for button in page.button]
 
 
 def test_each_cache_is_timed_alone_as_a_job_and_the_story_keeps_the_rates(workspace):
@@ -223,7 +224,20 @@ def test_a_story_that_was_cancelled_leaves_its_task_open():
     assert not (found(page) or page.error or page.exception) and "does not give" not in stage(page)
 
 
-@pytest.mark.parametrize("prompt", ["", " ", "\\ud800", "a"])
+def test_one_s_own_text_expects_no_answer_until_one_is_given_and_a_blank_one_cannot_be_started(monkeypatch):
+    offer(monkeypatch, Preset("Task", SEA, answer="sea"))
+    page = opened(demo="Live")
+    page.selectbox(key="live_preset").set_value("My own text").run()
+    assert page.text_area(key="live_prompt").value == SEA and page.text_input(key="live_answer").value == ""
+    page.selectbox(key="live_preset").set_value("Task").run()
+    page.text_input(key="live_answer").set_value("man").run()
+    assert page.selectbox(key="live_preset").value == "My own text"
+    assert page.text_input(key="live_answer").value == "man" and not page.button(key="tell_story").disabled
+    page.text_area(key="live_prompt").set_value(" \n").run()
+    assert page.button(key="tell_story").disabled
+
+
+@pytest.mark.parametrize("prompt", ["\\ud800", "a"])
 def test_a_bad_prompt_gets_a_sentence(monkeypatch, prompt):
     offer(monkeypatch)
     page = opened(demo="Live")
