@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
+SECONDS = "s of work"
+"""What is counted where steps are seconds of an estimate; the stage may follow in brackets."""
+
 
 class Progress(Protocol):
     """Callback (done, total, what is counted, such as "layers"), after each step and now and then during long ones.

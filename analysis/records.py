@@ -338,6 +338,8 @@ def _check_readable(cls: type, fields: Mapping[str, Any], arrays: Mapping[str, n
 
 def _check_known(where: str, content: object, hint: Any) -> None:
     """Raise ValueError for a field that a dataclass within a record does not have, so that no typo goes unnoticed."""
+    if not isinstance(content, (list, dict)) or not _holds_dataclass(hint):  # a record may hold many thousand numbers
+        return
     origin, within = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         for one in within:
@@ -355,6 +357,12 @@ def _check_known(where: str, content: object, hint: Any) -> None:
             raise ValueError(f"{where} has no field {', '.join(sorted(map(repr, unknown)))}")
         for name, value in content.items():
             _check_known(f"{where}.{name}", value, hints[name])
+
+
+@cache
+def _holds_dataclass(hint: Any) -> bool:
+    """Tell whether a value of a type is, or may have within it, a dataclass."""
+    return dataclasses.is_dataclass(hint) or any(map(_holds_dataclass, get_args(hint)))
 
 
 _hints_of: Callable[[Any], dict[str, Any]] = cache(get_type_hints)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from analysis.errors import UserError
+from analysis.progress import SECONDS
 from app.engine import Engine
 from l2kv.errors import SpecError
 
@@ -26,6 +27,7 @@ Work = Callable[["LoadedModel", "Job"], str]
 Status = Literal["running", "done", "cancelled", "failed"]
 GROWING = ("study", "ablation", "front", "results")
 """Kinds of records whose measurement is kept as it goes, so that the same again goes on where it was cancelled."""
+_TRUSTED = 0.2  # share of the work after which its pace alone tells what is left
 _MOST_ENDED = 100  # jobs that are remembered once they have ended
 
 
@@ -71,12 +73,20 @@ class Job:
 
     @property
     def seconds_left(self) -> float | None:
-        """Time that it will take, by the pace of the steps so far; None before the second one."""
+        """Time that it will take, by the pace of the steps so far; None before the second one.
+
+        Where steps are seconds of an estimate, that is believed at first, and the pace as more of the work is done:
+        the first steps may be unlike the later ones.
+        """
         if self._steps_began is None or not self.running:
             return None
         began, first = self._steps_began
-        passed = self.done - first
-        return (time.monotonic() - began) / passed * (self.total - self.done) if passed > 0 else None
+        passed, left = self.done - first, self.total - self.done
+        by_pace = (time.monotonic() - began) / passed * left if passed > 0 else None
+        if not self.what.startswith(SECONDS):
+            return by_pace
+        trust = min(passed / (_TRUSTED * self.total), 1.0)
+        return left if by_pace is None else (1 - trust) * left + trust * by_pace
 
     @property
     def cancelling(self) -> bool:
@@ -97,7 +107,8 @@ class Job:
         if not total:
             self.stage, self.total, self._steps_began = what, 0, None
             return
-        if (self.total, self.what) != (total, what):
+        same = what == self.what or (what.startswith(SECONDS) and self.what.startswith(SECONDS))
+        if self.total != total or not same:
             self._steps_began = None
         if self._steps_began is None:
             self._steps_began = time.monotonic(), done

@@ -26,7 +26,7 @@ from analysis.evaluation.passkey import PasskeySettings
 from analysis.evaluation.results import FULL, Methods, Results
 from analysis.plans.front import Front
 from analysis.plans.skip import Plan
-from analysis.progress import Progress, unheard
+from analysis.progress import SECONDS, Progress, unheard
 from analysis.records import load
 from analysis.texts.excerpts import Excerpt, planning_and_measuring
 from analysis.words import counted, duration
@@ -374,7 +374,7 @@ class _Stages:
             if done:
                 next(first, lambda: None)()
             at = before + (done / steps if steps else 0.0) * seconds[stage]
-            self._progress(min(round(at), total), total, f"s of work ({stage})")
+            self._progress(min(round(at), total), total, f"{SECONDS} ({stage})")
 
         return tell
 

@@ -205,12 +205,16 @@ def _note(note: str) -> str:
     return _words(method) + left_out + why if left_out else note
 
 
+_AGAINST_FULL = ("change", "perplexity_ratio")
+
+
 def told(results: Results, task: Task) -> list[dict[str, Any]]:
     """The summary for readers: methods by their names, and each interval in one cell."""
     return [
         row
         | {"method": _words(row["method"])}
         | {name: _told(value, row["samples"]) for name, value in row.items() if isinstance(value, Interval)}
+        | {name: "" for name in _AGAINST_FULL if name in row and results.methods[row["method"]] is None}
         for row in results.summary(task)
     ]
 

@@ -24,6 +24,7 @@ from app.screens import time_machine
 from l2kv.errors import SpecError
 
 if TYPE_CHECKING:
+    import plotly.graph_objects as go
     from streamlit.navigation.page import StreamlitPage
 
 _FEW_TOKENS = 64
@@ -479,9 +480,7 @@ def _all_heads() -> None:
     left, right = st.columns([2, 3], gap="medium")
     with left:
         charts.show(
-            planes.head_quadrant(
-                values.of("gamma"), values.of("gamma_skip_first"), values.of("sink_share"), status=verdict
-            ),
+            _quadrant(run_id, probe),
             key="quadrant",
             file=one_head.file_name("all heads", probe, one_head.text_name()),
             alt="All heads by Γ with the first token and without it",
@@ -508,3 +507,11 @@ def _all_heads() -> None:
         )
         told = " · ".join(f"**{name}**: {markup.plain(meaning)}" for name, meaning in meanings(1).items())
         st.caption(f"Select a row to open the head. {told}")
+
+
+@library.remembered
+def _quadrant(run_id: str, probe: str) -> go.Figure:
+    """All heads of a run by Γ with the sink and without it."""
+    values, verdict = library.values_of(run_id, 0, probe), library.verdicts_of(run_id, probe)
+    across, up, size = (values.of(name) for name in ("gamma", "gamma_skip_first", "sink_share"))
+    return planes.head_quadrant(across, up, size, status=verdict)

@@ -10,7 +10,7 @@ import pytest
 from analysis.errors import ModelError
 from app import header
 from app.components import progress
-from app.jobs import Jobs
+from app.jobs import Job, Jobs
 
 
 class OneAtATime:
@@ -129,6 +129,21 @@ def test_the_time_left_goes_by_the_pace_of_the_steps_and_not_by_the_loading_befo
     told.set()
     ended(job)
     assert job.seconds_left is None
+
+
+def test_an_estimate_is_believed_until_a_fifth_of_the_work_is_done_and_then_the_pace(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr("app.jobs.time.monotonic", lambda: now)
+    job = Job("id", "it", "results")
+    for done, at, left in (
+        (0, 1000.0, 100),
+        (2, 1040.0, 0.9 * 98 + 0.1 * (40 / 2 * 98)),  # 20 times as slow, of which a tenth is believed
+        (20, 1060.0, 60 / 20 * 80),
+        (50, 1150.0, 150 / 50 * 50),
+    ):
+        now = at
+        job(done, 100, f"s of work ({'plan' if done < 20 else 'lm'})")
+        assert job.seconds_left == pytest.approx(left)
 
 
 def test_a_users_mistake_is_told_and_a_bug_of_ours_is_not_dressed_up_as_one(jobs, caplog):
