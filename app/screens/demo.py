@@ -19,7 +19,7 @@ from analysis.evaluation.prompts import can_chat, prompt_tokens
 from analysis.models.memory import DTYPES
 from analysis.models.sizes import checkpoint_dtype
 from analysis.sampling import GREEDY, Sampling
-from analysis.stories import FULL, Story, Told, name_of
+from analysis.stories import FULL, MOST_COUNTED, Story, Told, name_of
 from analysis.texts.read import plain_text
 from analysis.words import counted
 from app import header, library, state
@@ -202,7 +202,7 @@ def _live(engine: Engine, jobs: Jobs) -> None:
     told = st.empty()  # above the prompt, so in view; what it shows replaces all that it showed
     left, right = st.columns([3, 2])
     with left:
-        preset = _ask_prompt(engine, ref, chosen)
+        preset, n_tokens = _ask_prompt(engine, ref, chosen)
     with right, st.expander("Length and sampling", icon=":material/casino:"):
         run = _ask_run("live", prune_after=0)
     if started:
@@ -211,6 +211,10 @@ def _live(engine: Engine, jobs: Jobs) -> None:
             st.caption("A reload ends it, and forgets the prompt and these settings.", width="content")
         _tell(engine, preset, run, told)
         return
+    if n_tokens and (config := engine.config(ref)):
+        pace = library.pace(state.model(), config)
+        seconds = pace.story(1 + len(run.specs), n_tokens, run.new_tokens)
+        place.caption(f"Takes {pace.told(seconds)}.", width="content")
     with told.container():
         _tell_failure()
         if shown is None or not shown.n_steps:
@@ -244,8 +248,8 @@ def _presets() -> dict[str, Preset]:
     return by_name
 
 
-def _ask_prompt(engine: Engine, ref: str, chosen: Preset) -> Preset:
-    """Show the prompt that was chosen, to be edited, and return it."""
+def _ask_prompt(engine: Engine, ref: str, chosen: Preset) -> tuple[Preset, int]:
+    """Show the prompt that was chosen, to be edited, and return it and its number of tokens, 0 if that is not known."""
 
     def answer_edited() -> None:
         st.session_state["live_preset"] = OWN
@@ -272,8 +276,7 @@ def _ask_prompt(engine: Engine, ref: str, chosen: Preset) -> Preset:
         chat = _ask_template(engine, ref)
         why = chosen.why if chosen.spec in (None, state.spec()) else ""  # it was measured with that compression
         preset = Preset(chosen.name, plain_text(prompt), why, None, answer.strip(), chat)
-        _length(engine, ref, preset)
-    return preset
+        return preset, _length(engine, ref, preset)
 
 
 def _take_preset() -> None:
@@ -315,21 +318,25 @@ def _ask_template(engine: Engine, ref: str) -> bool:
     return st.toggle("Through the chat template", key="live_chat", persist_state="session")
 
 
-def _length(engine: Engine, ref: str, preset: Preset) -> None:
-    """Say how long the prompt is, and whether the model was trained for that."""
+def _length(engine: Engine, ref: str, preset: Preset) -> int:
+    """Say how long the prompt is, and whether the model was trained for that; return the length, 0 if unknown."""
     if not preset.text.strip() or not (found := engine.tokenizer_and_config(ref)):
-        return
+        return 0
     tokenizer, config = found
     try:
         tokens = prompt_tokens(tokenizer, preset.text, chat=preset.chat)
     except UserError as error:
         st.warning(markup.plain(str(error)), icon=":material/warning:")
-        return
+        return 0
     _tell_length(len(tokens), config, tokens.notes)
+    return len(tokens)
 
 
 def _tell_length(n: int, config: PretrainedConfig, notes: Sequence[str]) -> None:
-    limit, noted = getattr(config, "max_position_embeddings", None) or 0, " ".join(map(markup.plain, notes))
+    limit = getattr(config, "max_position_embeddings", None) or 0
+    if n > MOST_COUNTED:
+        notes = (*notes, f"Which tokens are held is counted for up to {counted(MOST_COUNTED, 'token')}.")
+    noted = " ".join(map(markup.plain, notes))
     if 0 < limit < n:
         st.warning(
             f"{counted(n, 'token')}, and the model was trained on {limit:,}: expect it to fail. {noted}",

@@ -12,6 +12,7 @@ import streamlit as st
 import torch
 
 from analysis.demo.presets import Preset
+from analysis.pace import Pace
 from analysis.plans.skip import Plan
 from analysis.stories import Story
 from analysis.workspace import Workspace
@@ -160,6 +161,19 @@ def test_a_reload_shows_what_was_told_last_from_its_own_prompt(monkeypatch):
     again = opened(**link)
     assert link["beside_keep"] == "0.75" and stage(again) == stage(page) and "random, 75% kept" in stage(again).lower()
     assert again.text_area(key="live_prompt").value == SEA and "earlier settings" not in said(again)
+
+
+def test_the_time_of_a_story_and_what_is_not_counted_in_a_long_one_are_told_before_it_starts(monkeypatch):
+    monkeypatch.setattr(library, "pace", lambda model, config: Pace(0.001, 0.0, "by earlier runs"))
+    offer(monkeypatch)
+    page = opened(demo="Live", beside="random")
+    page.text_area(key="live_prompt").set_value("word " * 800).run()
+    n = int(re.search(r"([\d,]+) tokens of the 1,024", said(page)).group(1).replace(",", ""))
+    page.number_input(key="live_new").set_value(200).run()
+    assert f"Takes about {3 * (n + 200 * 25) / 1000:.0f} s, by earlier runs." in said(page)
+    assert "is counted for up to" not in said(page)
+    page.text_area(key="live_prompt").set_value("word " * 4100).run()
+    assert "Which tokens are held is counted for up to 4,000 tokens." in said(page)
 
 
 def test_a_sampled_story_says_how_it_was_drawn_and_a_reload_begins_with_that(monkeypatch):
