@@ -367,7 +367,7 @@ def _grow(
     engine: Engine,
     telling: Callable[[LoadedModel], Generator[Story, None, None]],
     place: DeltaGenerator,
-    keep: Callable[[Story], None],
+    keep: Callable[[Story], object],
 ) -> Story | None:
     """Generate in this script, so that it ends within a token when the tab is closed, and draw each token.
 
