@@ -196,7 +196,7 @@ def _live(engine: Engine, jobs: Jobs) -> None:
             "Start", type="primary", icon=":material/play_arrow:", key="tell_story",
             disabled=not plain_text(st.session_state["live_prompt"]).strip(),
         )  # fmt: skip
-        place = st.empty()
+        place, about = st.empty(), st.empty()
     chosen = begin.get(name, Preset(OWN, ""))
     _offer_compression(chosen)
     told = st.empty()  # above the prompt, so in view; what it shows replaces all that it showed
@@ -206,15 +206,14 @@ def _live(engine: Engine, jobs: Jobs) -> None:
     with right, st.expander("Length and sampling", icon=":material/casino:"):
         run = _ask_run("live", prune_after=0)
     if started:
-        with place.container(horizontal=True, vertical_alignment="center"):
-            st.button("Cancel", icon=":material/cancel:", key="cancel_story")  # any click ends this script
-            st.caption("A reload ends it, and forgets the prompt and these settings.", width="content")
+        place.button("Cancel", icon=":material/cancel:", key="cancel_story")  # any click ends this script
+        about.caption("A reload ends it, and forgets the prompt.", width="content")
         _tell(engine, preset, run, told)
         return
     if n_tokens and (config := engine.config(ref)):
         pace = library.pace(state.model(), config)
         seconds = pace.story(1 + len(run.specs), n_tokens, run.new_tokens)
-        place.caption(f"Takes {pace.told(seconds)}.", width="content")
+        about.caption(f"Takes {pace.told(seconds)}.", width="content")
     with told.container():
         _tell_failure()
         if shown is None or not shown.n_steps:

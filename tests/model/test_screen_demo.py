@@ -170,10 +170,14 @@ def test_the_time_of_a_story_and_what_is_not_counted_in_a_long_one_are_told_befo
     page.text_area(key="live_prompt").set_value("word " * 800).run()
     n = int(re.search(r"([\d,]+) tokens of the 1,024", said(page)).group(1).replace(",", ""))
     page.number_input(key="live_new").set_value(200).run()
+    assert "A reload ends it" not in said(page)
     assert f"Takes about {3 * (n + 200 * 25) / 1000:.0f} s, by earlier runs." in said(page)
     assert "is counted for up to" not in said(page)
     page.text_area(key="live_prompt").set_value("word " * 4100).run()
     assert "Which tokens are held is counted for up to 4,000 tokens." in said(page)
+    monkeypatch.setattr(Engine, "lend", lambda *_: st.stop())
+    page.button(key="tell_story").click().run()
+    assert page.button(key="cancel_story") and "A reload ends it, and forgets the prompt." in said(page)
 
 
 def test_a_sampled_story_says_how_it_was_drawn_and_a_reload_begins_with_that(monkeypatch):
