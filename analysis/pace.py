@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # Measured on two cores of a CPU, with models of 5 and 135 million weights.
 _PAIR = 300  # multiplications that take as long as a query and a key of one head do in a capture
 _AFTER = 5  # tokens of a prompt that take as long as one that is predicted after it, in a batch
-_STEP = 25  # tokens of a prompt that take as long as one that is written with a cache alone
+_ALONE = 40  # likewise, where one text is written with one cache
 _SIDE, _ROWS, _TRIES = 1024, 128, 10  # of the products that the machine is timed with, a millisecond each
 
 
@@ -64,9 +64,9 @@ class Pace:
         after = (passes - texts) * lengths.new_tokens * _AFTER
         return texts * self.capture(lengths.prompt_tokens) + (texts * lengths.prompt_tokens + after) * self.token
 
-    def story(self, caches: int, n_tokens: int, new_tokens: int) -> float:
-        """Seconds of reading a prompt into so many caches, and of writing new tokens with each, one by one."""
-        return caches * (n_tokens + new_tokens * _STEP) * self.token
+    def generations(self, caches: int, prompt_tokens: int, new_tokens: int) -> float:
+        """Seconds of reading a prompt and writing after it, with some caches one after the other."""
+        return caches * (prompt_tokens + new_tokens * _ALONE) * self.token
 
     def told(self, seconds: float) -> str:
         """Write a time and what it is told by: "about 2 min, by earlier runs"."""

@@ -212,7 +212,7 @@ def _live(engine: Engine, jobs: Jobs) -> None:
         return
     if n_tokens and (config := engine.config(ref)):
         pace = library.pace(state.model(), config)
-        seconds = pace.story(1 + len(run.specs), n_tokens, run.new_tokens)
+        seconds = pace.generations(1 + len(run.specs), n_tokens, run.new_tokens)
         about.caption(f"Takes {pace.told(seconds)}.", width="content")
     with told.container():
         _tell_failure()

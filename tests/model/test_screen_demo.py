@@ -171,7 +171,7 @@ def test_the_time_of_a_story_and_what_is_not_counted_in_a_long_one_are_told_befo
     n = int(re.search(r"([\d,]+) tokens of the 1,024", said(page)).group(1).replace(",", ""))
     page.number_input(key="live_new").set_value(200).run()
     assert "A reload ends it" not in said(page)
-    assert f"Takes about {3 * (n + 200 * 25) / 1000:.0f} s, by earlier runs." in said(page)
+    assert f"Takes about {3 * (n + 200 * 40) / 1000:.0f} s, by earlier runs." in said(page)
     assert "is counted for up to" not in said(page)
     page.text_area(key="live_prompt").set_value("word " * 4100).run()
     assert "Which tokens are held is counted for up to 4,000 tokens." in said(page)

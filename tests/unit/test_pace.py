@@ -34,9 +34,9 @@ def test_predictions_take_a_capture_and_a_pass_for_each_prompt_and_five_tokens_f
     assert one.predictions(2, 8, Lengths(10, 4)) == pytest.approx(0.4 + 0.2 + 1.2)
 
 
-def test_a_story_takes_a_pass_over_the_prompt_for_each_cache_and_25_tokens_for_each_new_one():
-    # 3 caches, each 100 tokens read and 4 written: 3 * (100 + 4 * 25) tokens at 0.01.
-    assert Pace(token=0.01, pair=0.001, by="by hand").story(3, 100, 4) == pytest.approx(6.0)
+def test_caches_that_write_one_after_the_other_take_forty_tokens_of_a_prompt_for_each_new_one():
+    one = Pace(token=0.01, pair=0.001, by="by hand")
+    assert one.generations(3, 100, 4) == pytest.approx(3 * (1.0 + 1.6))
 
 
 def test_a_rough_pace_goes_by_the_size_and_the_machine_and_says_so(monkeypatch):
