@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,53 +16,21 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from analysis.errors import ModelError, SettingsError
+from analysis.errors import ModelError
 from analysis.evaluation.prompts import next_turn_ids, prompt_tokens
 from analysis.models.load import LoadedModel
 from analysis.models.memory import memory_errors
 from analysis.progress import Progress, unheard
 from analysis.recorder import check_length
+from analysis.sampling import GREEDY, Sampling
 from analysis.stories import MOST_COUNTED, Step
 from analysis.texts.tokens import Tokens
+from analysis.words import counted
 from l2kv import CompressedCache, CompressionSpec, UnsupportedModelError, compressible
 from l2kv.cache import cache_nbytes
 from l2kv.config import CacheShape
 from l2kv.decoding import new_cache, prefill
 from l2kv.hooks import Attention, attention_hook
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How the next token is drawn from the model's prediction.
-
-    All columns draw by the same random numbers, so they part only where their predictions do.
-    """
-
-    temperature: float = 0.0
-    """0 takes the most probable token."""
-    top_p: float = 1.0
-    """Only the most probable tokens that make up this share are drawn from."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature <= 10:
-            raise SettingsError(f"temperature must be from 0 to 10, got {self.temperature:g}")
-        if not 0 < self.top_p <= 1:
-            raise SettingsError(f"top_p must be above 0 and at most 1, got {self.top_p:g}")
-
-    def draw(self, logits: Tensor, step: int) -> int:
-        """Draw a token by its logits [vocabulary]; the same step draws by the same random number."""
-        if not self.temperature:
-            return int(logits.argmax())
-        share, order = torch.softmax(logits.double() / self.temperature, -1).sort(descending=True, stable=True)
-        below = share.cumsum(-1)
-        share = torch.where(below - share < self.top_p, share, 0.0)
-        below = share.cumsum(-1)
-        number = np.random.default_rng((self.seed, step)).random() * float(below[-1])
-        return int(order[int(torch.searchsorted(below, number, right=True).clamp(max=len(order) - 1))])
-
-
-GREEDY = Sampling()
 
 
 def stream(
@@ -253,7 +220,7 @@ def watched(loaded: LoadedModel, passes: int, progress: Progress) -> Iterator[No
     def heard(inner: Attention, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         nonlocal done
         done += 1
-        progress(min(done, total), total, "layers")
+        progress(min(done, total), total, "layers" if passes == 1 else f"layers of {counted(passes, 'cache')}")
         return inner(*args, **kwargs)
 
     with attention_hook(loaded.model, heard):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from analysis.evaluation.prompts import decided, found
 from analysis.models.memory import DTYPES
 from analysis.records import record
+from analysis.sampling import GREEDY, Sampling
 from analysis.words import capitalised, counted, layers_listed, percent
 from l2kv.policies import POLICIES
 from l2kv.spec import CompressionSpec
@@ -113,6 +114,8 @@ class Story:
     """Dtype of the checkpoint, which bytes are told in."""
     ended: bool = True
     """It was told to its end, and not stopped."""
+    sampling: Sampling = GREEDY
+    """How its tokens were drawn."""
 
     @property
     def n_steps(self) -> int:

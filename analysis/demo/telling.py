@@ -10,15 +10,9 @@ from analysis.demo.presets import Preset
 from analysis.demo.questions import HALF
 from analysis.evaluation.prompts import decided, decoded, prompt_labels
 from analysis.models.load import LoadedModel
-from analysis.preview import (
-    GREEDY,
-    Columns,
-    Sampling,
-    heads_that_evict,
-    stream,
-    tokens_per_second,
-)
+from analysis.preview import Columns, heads_that_evict, stream, tokens_per_second
 from analysis.progress import Progress, unheard
+from analysis.sampling import GREEDY, Sampling
 from analysis.stories import FULL, MOST_COUNTED, TIMED, Step, Story, Told, name_of
 from l2kv.spec import CompressionSpec
 
@@ -46,7 +40,7 @@ def tell(
         loaded, preset.text, [None, *specs.values()], max_new_tokens=new_tokens, chat=preset.chat, sampling=sampling,
         count_heads=True, progress=progress,
     )  # fmt: skip
-    yield from _grown(_begun(loaded, preset, specs, dtype), rows)
+    yield from _grown(_begun(loaded, preset, specs, dtype, sampling), rows)
 
 
 class Chat:
@@ -82,7 +76,7 @@ class Chat:
         """
         columns = self._columns or Columns(loaded, [None, *self.specs.values()])
         texts = columns.asked(loaded, message, new_tokens=new_tokens)
-        story = _begun(loaded, Preset("Chat", message, chat=True), self.specs, self.dtype)
+        story = _begun(loaded, Preset("Chat", message, chat=True), self.specs, self.dtype, sampling)
         labels = (decoded(loaded.tokenizer, text) if len(text) <= MOST_COUNTED else () for text in texts)
         caches = (replace(cache, labels=read) for cache, read in zip(story.caches, labels, strict=True))
         story = replace(story, caches=tuple(caches))
@@ -97,7 +91,9 @@ class Chat:
                 yield story
 
 
-def _begun(loaded: LoadedModel, preset: Preset, specs: Mapping[str, CompressionSpec], dtype: str) -> Story:
+def _begun(
+    loaded: LoadedModel, preset: Preset, specs: Mapping[str, CompressionSpec], dtype: str, sampling: Sampling
+) -> Story:
     """Everything of a story but its steps."""
     labels, answer_at = prompt_labels(loaded.tokenizer, preset.text, preset.answer, chat=preset.chat)
     return Story(
@@ -117,6 +113,7 @@ def _begun(loaded: LoadedModel, preset: Preset, specs: Mapping[str, CompressionS
         if any(spec.key_bits or spec.value_bits for spec in specs.values())
         else dtype or loaded.dtype,
         ended=False,
+        sampling=sampling,
     )
 
 

@@ -28,7 +28,9 @@ def report(*turns: Story) -> str:
         if cache.spec is not None
     )
     again = f"The scripts {'answer the first message' if first.chat else 'continue the prompt'} again, "
-    told.append(Section("The code", (f"{again}and take the most probable token each time.",), code=code))
+    again += "and take the most probable token each time"
+    again += ": they do not draw the sampled tokens again." if any(turn.sampling.temperature for turn in turns) else "."
+    told.append(Section("The code", (again,), code=code))
     lead = f"What compression changes in {first.model}. Written on {date.today():%d %B %Y}."
     return document(first.name, lead, told)
 
@@ -38,7 +40,8 @@ def _about(story: Story) -> str:
     read = counted(story.at(0, 0).seen, "token")
     return (
         f"{asked}{read} read, up to {counted(story.n_steps, 'new token')}; one prompt is an anecdote. "
-        "All caches were decoded in step, and what was read was compressed before its last token."
+        "All caches were decoded in step, and what was read was compressed before its last token. "
+        + story.sampling.told()
     )
 
 

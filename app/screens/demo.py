@@ -18,7 +18,8 @@ from analysis.errors import ModelError, UserError
 from analysis.evaluation.prompts import can_chat, prompt_tokens
 from analysis.models.memory import DTYPES
 from analysis.models.sizes import checkpoint_dtype
-from analysis.stories import TIMED, Story, name_of
+from analysis.sampling import GREEDY, Sampling
+from analysis.stories import FULL, MOST_COUNTED, TIMED, Story, Told, name_of
 from analysis.texts.read import plain_text
 from analysis.words import counted
 from app import header, library, state
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
     from analysis.demo.telling import Chat
     from analysis.models.load import LoadedModel
-    from analysis.preview import Sampling
     from analysis.progress import Progress
 
 RECORDED, LIVE, CHAT = "Recorded", "Live", "Chat"
@@ -50,7 +50,12 @@ TOLD = state.Slot[Story | None]("demo_told", None)
 TOLD_ID = state.Slot("demo_told_id", "", state.Param("told", str))
 """The same, once it is kept: a reload begins with it."""
 TALK: state.Slot[Chat | None] = state.Slot("demo_talk", None)
+ASKED = state.Slot("demo_asked", ("", 0))
+"""The latest message of the chat, and the number of turns before it: with no more of them it was not answered."""
+FAILED = state.Slot("demo_failed", "")
+"""Why a run failed, to be said once."""
 _MOST_CHARACTERS = 400_000  # of a prompt or a message
+_MOST_QUOTED = 80  # characters of a message
 _CHAT_FROM = 128  # tokens: of a question alone the recent window leaves nothing to choose
 
 
@@ -120,7 +125,10 @@ def _player(*turns: Story, jobs: Jobs | None = None, at_its_end: bool, note: str
     if not story.ended:
         st.caption(":material/cancel: Cancelled: what was written until then is kept.")
     player.player(story, at_its_end=at_its_end, note=note)
-    st.caption(f"Bytes are of the keys and values held, counted, in {story.dtype}, the checkpoint's dtype.")
+    st.caption(
+        f"{story.sampling.told()} Bytes are of the keys and values held, counted, in {story.dtype}, the checkpoint's "
+        "dtype."
+    )
     with st.container(horizontal=True, vertical_alignment="center"):
         _report(turns)
         if jobs is None:
@@ -177,21 +185,22 @@ def _ask_beside() -> None:
 
 def _ask_run(key: str, *, prune_after: int) -> Run:
     """Ask how long, how tokens are drawn, and from which length on caches are compressed. Raises SettingsError."""
-    from analysis.preview import Sampling
-
+    for name, value in (("temperature", 0.0), ("top_p", 1.0), ("seed", 0)):
+        st.session_state.setdefault(f"{key}_{name}", value)  # not the widget's own: a reload may begin with others
     with st.container(horizontal=True):
         new = st.number_input("New tokens", 1, 512, 48, 16, key=f"{key}_new", persist_state="session", width=120)
         temperature = st.number_input(
-            "Temperature", 0.0, 2.0, 0.0, 0.1, key=f"{key}_temperature", help="0 takes the most probable token.",
+            "Temperature", 0.0, 2.0, step=0.1, key=f"{key}_temperature", help="0 takes the most probable token.",
             persist_state="session", width=120,
         )  # fmt: skip
-        top_p = st.number_input("Top-p", 0.05, 1.0, 1.0, 0.05, key=f"{key}_top_p", persist_state="session", width=120)
-        seed = st.number_input("Seed", 0, 2**31 - 1, 0, key=f"{key}_seed", persist_state="session", width=120)
+        top_p = st.number_input("Top-p", 0.05, 1.0, step=0.05, key=f"{key}_top_p", persist_state="session", width=120)
+        seed = st.number_input("Seed", 0, 2**31 - 1, key=f"{key}_seed", persist_state="session", width=120)
         start = st.number_input(
             "Compress from", 0, 100_000, prune_after, 64, key=f"{key}_from", persist_state="session", width=120,
             help="In tokens: a head that holds fewer evicts nothing.",
         )  # fmt: skip
-    return Run(int(new), Sampling(temperature, top_p, int(seed)), _specs(int(start)))
+    sampling = Sampling(temperature, top_p, int(seed)) if temperature else GREEDY
+    return Run(int(new), sampling, _specs(int(start)))
 
 
 def _live(engine: Engine, jobs: Jobs) -> None:
@@ -204,25 +213,37 @@ def _live(engine: Engine, jobs: Jobs) -> None:
             help="A task is offered for a model only where its full cache solves it.",
         )  # fmt: skip
         _ask_beside()
-        started = st.button("Start", type="primary", icon=":material/play_arrow:", key="tell_story")
-        place = st.empty()
+        started = st.button(
+            "Start", type="primary", icon=":material/play_arrow:", key="tell_story",
+            disabled=not plain_text(st.session_state["live_prompt"]).strip(),
+        )  # fmt: skip
+        place, about = st.empty(), st.empty()
     chosen = begin.get(name, Preset(OWN, ""))
     _offer_compression(chosen)
     told = st.empty()  # above the prompt, so in view; what it shows replaces all that it showed
     left, right = st.columns([3, 2])
     with left:
-        preset = _ask_prompt(engine, ref, chosen)
+        preset, n_tokens = _ask_prompt(engine, ref, chosen)
     with right, st.expander("Length and sampling", icon=":material/casino:"):
         run = _ask_run("live", prune_after=0)
     if started:
         place.button("Cancel", icon=":material/cancel:", key="cancel_story")  # any click ends this script
+        about.caption("A reload ends it, and forgets the prompt.", width="content")
         _tell(engine, preset, run, told)
-    elif shown is not None and shown.n_steps:
-        asked = (state.model(), preset.text, preset.answer, preset.chat, list(run.specs.values()))
-        with told.container():
-            if (shown.model, shown.prompt, shown.answer, shown.chat, [one.spec for one in shown.caches[1:]]) != asked:
-                st.caption(":material/history: This is of earlier settings. Press *Start* to see the new ones.")
-            _player(shown, jobs=jobs, at_its_end=True)
+        return
+    if n_tokens and (config := engine.config(ref)):
+        pace = library.pace(state.model(), config)
+        seconds = pace.generations(1 + len(run.specs), n_tokens, run.new_tokens)
+        about.caption(f"Takes {pace.told(seconds)}.", width="content")
+    with told.container():
+        _tell_failure()
+        if shown is None or not shown.n_steps:
+            return
+        asked = (state.model(), preset.text, preset.answer, preset.chat, run.sampling, list(run.specs.values()))
+        specs = [one.spec for one in shown.caches[1:]]
+        if (shown.model, shown.prompt, shown.answer, shown.chat, shown.sampling, specs) != asked:
+            st.caption(":material/history: This is of earlier settings. Press *Start* to see the new ones.")
+        _player(shown, jobs=jobs, at_its_end=True)
 
 
 def _go_on_from_address() -> None:
@@ -233,8 +254,9 @@ def _go_on_from_address() -> None:
     TOLD.set(story := library.opened(Story, entry.id))
     same = (one.name for one in presets(story.model) if (one.text, one.answer) == (story.prompt, story.answer))
     st.session_state.update(
-        live_preset=next(same, OWN), live_prompt=story.prompt, live_answer=story.answer, live_chat=story.chat
-    )
+        live_preset=next(same, OWN), live_prompt=story.prompt, live_answer=story.answer, live_chat=story.chat,
+        live_temperature=story.sampling.temperature, live_top_p=story.sampling.top_p, live_seed=story.sampling.seed,
+    )  # fmt: skip
 
 
 def _presets() -> dict[str, Preset]:
@@ -246,8 +268,8 @@ def _presets() -> dict[str, Preset]:
     return by_name
 
 
-def _ask_prompt(engine: Engine, ref: str, chosen: Preset) -> Preset:
-    """Show the prompt that was chosen, to be edited, and return it."""
+def _ask_prompt(engine: Engine, ref: str, chosen: Preset) -> tuple[Preset, int]:
+    """Show the prompt that was chosen, to be edited, and return it and its number of tokens, 0 if that is not known."""
 
     def answer_edited() -> None:
         st.session_state["live_preset"] = OWN
@@ -274,8 +296,7 @@ def _ask_prompt(engine: Engine, ref: str, chosen: Preset) -> Preset:
         chat = _ask_template(engine, ref)
         why = chosen.why if chosen.spec in (None, state.spec()) else ""  # it was measured with that compression
         preset = Preset(chosen.name, plain_text(prompt), why, None, answer.strip(), chat)
-        _length(engine, ref, preset)
-    return preset
+        return preset, _length(engine, ref, preset)
 
 
 def _take_preset() -> None:
@@ -286,9 +307,9 @@ def _begin_with(name: str) -> None:
     """Begin with a preset's text. The compression stays as it is: that of a preset is taken on a click only."""
     st.session_state["live_preset"] = name
     preset = next((one for one in presets(state.model()) if one.name == name), None)
-    if preset is None:  # one's own text begins with what is there
-        for key in ("live_prompt", "live_answer"):
-            st.session_state.setdefault(key, "")
+    if preset is None:  # one's own text begins with what is there, of which nothing is expected
+        st.session_state.setdefault("live_prompt", "")
+        st.session_state["live_answer"] = ""
         return
     st.session_state.update(live_prompt=preset.text, live_answer=preset.answer, live_chat=preset.chat)
 
@@ -317,21 +338,25 @@ def _ask_template(engine: Engine, ref: str) -> bool:
     return st.toggle("Through the chat template", key="live_chat", persist_state="session")
 
 
-def _length(engine: Engine, ref: str, preset: Preset) -> None:
-    """Say how long the prompt is, and whether the model was trained for that."""
+def _length(engine: Engine, ref: str, preset: Preset) -> int:
+    """Say how long the prompt is, and whether the model was trained for that; return the length, 0 if unknown."""
     if not preset.text.strip() or not (found := engine.tokenizer_and_config(ref)):
-        return
+        return 0
     tokenizer, config = found
     try:
         tokens = prompt_tokens(tokenizer, preset.text, chat=preset.chat)
     except UserError as error:
         st.warning(markup.plain(str(error)), icon=":material/warning:")
-        return
+        return 0
     _tell_length(len(tokens), config, tokens.notes)
+    return len(tokens)
 
 
 def _tell_length(n: int, config: PretrainedConfig, notes: Sequence[str]) -> None:
-    limit, noted = getattr(config, "max_position_embeddings", None) or 0, " ".join(map(markup.plain, notes))
+    limit = getattr(config, "max_position_embeddings", None) or 0
+    if n > MOST_COUNTED:
+        notes = (*notes, f"Which tokens are held is counted for up to {counted(MOST_COUNTED, 'token')}.")
+    noted = " ".join(map(markup.plain, notes))
     if 0 < limit < n:
         st.warning(
             f"{counted(n, 'token')}, and the model was trained on {limit:,}: expect it to fail. {noted}",
@@ -355,31 +380,35 @@ def _tell(engine: Engine, preset: Preset, run: Run, place: DeltaGenerator) -> No
     if story := _grow(engine, telling, place, TOLD.set):
         TOLD_ID.set(library.WORKSPACE.add(story, name=story.name).id)
         state.STORY.set(TOLD_ID.get())
-        st.rerun()
+    st.rerun()
 
 
 def _grow(
     engine: Engine,
     telling: Callable[[LoadedModel], Generator[Story, None, None]],
     place: DeltaGenerator,
-    keep: Callable[[Story], None] | None = None,
+    keep: Callable[[Story], object],
 ) -> Story | None:
     """Generate in this script, so that it ends within a token when the tab is closed, and draw each token.
 
-    Returns the story as it ended; where there is none, the place says why.
+    Returns the story as it ended; where there is none, `FAILED` says why once the page is drawn again.
     """
     story = None
     try:
         # Closed before the turn ends: the next session must find the model as it was.
         with engine.lend(state.model_ref(), _shown_in(place)) as loaded, closing(telling(loaded)) as stories:
             for story in stories:
-                if keep is not None:
-                    keep(story)  # at every token: a click may end this here
+                keep(story)  # at every token: a click may end this here
                 place.html(stage.STYLE + stage.stage(story, story.n_steps - 1))
     except (UserError, SpecError) as error:  # a SpecError: a skip list or a plan that was made for another model
-        place.error(markup.plain(str(error)), icon=":material/error:")
+        FAILED.set(str(error))
         return None
     return story
+
+
+def _tell_failure() -> None:
+    if why := FAILED.take():
+        st.error(markup.plain(why), icon=":material/error:")
 
 
 def _shown_in(place: DeltaGenerator) -> Progress:
@@ -417,6 +446,7 @@ def _chat(engine: Engine, jobs: Jobs) -> None:
         _ask_beside()
         if st.button("New chat", icon=":material/add_comment:", key="new_chat"):
             TALK.drop()
+            ASKED.drop()
     left, right = st.columns([3, 2])
     with right, st.expander("Length and sampling", icon=":material/casino:"):
         run = _ask_run("chat", prune_after=_CHAT_FROM)
@@ -431,35 +461,44 @@ def _chat(engine: Engine, jobs: Jobs) -> None:
     of_another = bool(turns) and turns[0].model != state.model()
     if talk and turns and (of_another or talk.specs != run.specs):
         st.caption(":material/history: This chat has earlier settings. *New chat* begins one with those of the header.")
-    message = st.chat_input(
-        "Ask it something", key="chat_message", max_chars=_MOST_CHARACTERS, disabled=of_another
+    # Known before the input is drawn, which this script, as it answers, leaves disabled: another message would end it.
+    message = st.session_state.get("chat_message")
+    st.chat_input(
+        "Ask it something", key="chat_message", max_chars=_MOST_CHARACTERS, disabled=of_another or bool(message)
     )  # fmt: skip
     for turn in turns if message else turns[:-1]:
         st.html(stage.STYLE + stage.stage(turn, turn.n_steps - 1, texts_only=True))
+        if not turn.ended:
+            st.caption(f":material/cancel: Cancelled after {counted(turn.n_steps, 'token')}.")
     if message:
         _say(engine, plain_text(message), run)
-    elif turns:
+    _tell_failure()
+    asked, before = ASKED.get()
+    if asked and len(turns) <= before:
+        anew = "" if turns else " It was not read to its end, so the chat begins anew."
+        st.caption(f":material/cancel: Not answered: “{markup.plain(asked[:_MOST_QUOTED])}”.{anew}")
+    if turns:
         _player(*turns, at_its_end=True)
         if found:
             tokenizer, config = found
             notes = prompt_tokens(tokenizer, turns[-1].prompt, chat=True).notes
             _tell_length(turns[-1].at(0, turns[-1].n_steps - 1).seen, config, notes)
-    elif talk:
-        st.caption(":material/cancel: The message was not read to its end, so the chat begins anew.")
 
 
 def _say(engine: Engine, message: str, run: Run) -> None:
     """Answer a message; the chat keeps its caches, and no model."""
     from analysis.demo.telling import Chat
 
-    talk, place, below = TALK.get(), st.empty(), st.empty()
-    below.button("Cancel", icon=":material/cancel:", key="cancel_chat")  # any click ends this script
+    talk, asked, place = TALK.get(), st.empty(), st.empty()
+    st.button("Cancel", icon=":material/cancel:", key="cancel_chat")  # any click ends this script
     if talk is None or not talk.turns:
         TALK.set(talk := Chat(run.specs, dtype=_dtype(state.model_ref())))
+    caches = (Told(FULL, None), *(Told(name, spec) for name, spec in talk.specs.items()))
+    asked.html(stage.STYLE + stage.stage(Story(state.model(), "Chat", message, caches, chat=True), -1))
+    ASKED.set((message, len(talk.turns)))
 
     def telling(loaded: LoadedModel) -> Generator[Story, None, None]:
         return talk.say(loaded, message, new_tokens=run.new_tokens, sampling=run.sampling, progress=_shown_in(place))
 
-    if _grow(engine, telling, place):
-        st.rerun()
-    below.empty()
+    _grow(engine, telling, place, lambda story: asked.empty())
+    st.rerun()

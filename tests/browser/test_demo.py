@@ -167,7 +167,7 @@ def test_a_chat_is_typed_cancelled_continued_and_reported(demo, talker):
         page.keyboard.type(text)  # "p" and the space are keys of the player
         page.keyboard.press("Enter")
         # For the first token: before it, there is no answer to keep.
-        page.locator(".l2kv-asked", has_text=text).last.wait_for()
+        page.locator(".l2kv-cache:has(.l2kv-new)", has_text=text).last.wait_for()
         page.get_by_role("button", name="Cancel", exact=True).click()
         settled(page)
         assert page.get_by_text("Cancelled: what was written until then is kept.").count() == 1

@@ -12,7 +12,8 @@ from analysis.demo.telling import Chat
 from analysis.errors import SettingsError
 from analysis.evaluation.prompts import decoded, prompt_tokens
 from analysis.models.load import LoadedModel
-from analysis.preview import Sampling, next_logits, stream
+from analysis.preview import next_logits, stream
+from analysis.sampling import Sampling
 from l2kv import CompressionSpec
 from tests.support.oracle import masked_forward
 from tests.support.paths import BUNDLED

@@ -83,7 +83,7 @@ def test_the_prompt_is_told_layer_by_layer_and_may_be_cancelled_there(loaded):
     told, specs = [], [None, CompressionSpec()]
     plain = next(stream(loaded, PROMPT, specs, max_new_tokens=3))
     rows = stream(loaded, PROMPT, specs, max_new_tokens=3, progress=lambda *layers: told.append(layers))
-    assert next(rows) == plain and told == [(done, 12, "layers") for done in range(1, 13)]
+    assert next(rows) == plain and told == [(done, 12, "layers of 2 caches") for done in range(1, 13)]
     rows.close()
 
     def cancel(done, total, what):

@@ -8,15 +8,18 @@ import time
 from dataclasses import replace
 
 import pytest
+import streamlit as st
 import torch
 
 from analysis.demo.presets import Preset
+from analysis.pace import Pace
 from analysis.plans.skip import Plan
 from analysis.stories import Story
 from analysis.workspace import Workspace
 from app import library
 from app.engine import Engine
 from app.jobs import Jobs
+from app.report.story import report
 from l2kv import CompressionSpec
 from tests.support.screens import opened as opened_screen
 from tests.support.texts import HOSTILE, chatty
@@ -185,6 +188,39 @@ def test_a_reload_shows_what_was_told_last_from_its_own_prompt(monkeypatch):
     assert again.text_area(key="live_prompt").value == SEA and "earlier settings" not in said(again)
 
 
+def test_the_time_of_a_story_and_what_is_not_counted_in_a_long_one_are_told_before_it_starts(monkeypatch):
+    monkeypatch.setattr(library, "pace", lambda model, config: Pace(0.001, 0.0, "by earlier runs"))
+    offer(monkeypatch)
+    page = opened(demo="Live", beside="random")
+    page.text_area(key="live_prompt").set_value("word " * 800).run()
+    n = int(re.search(r"([\d,]+) tokens of the 1,024", said(page)).group(1).replace(",", ""))
+    page.number_input(key="live_new").set_value(200).run()
+    assert "A reload ends it" not in said(page)
+    assert f"Takes about {3 * (n + 200 * 40) / 1000:.0f} s, by earlier runs." in said(page)
+    assert "is counted for up to" not in said(page)
+    page.text_area(key="live_prompt").set_value("word " * 4100).run()
+    assert "Which tokens are held is counted for up to 4,000 tokens." in said(page)
+    monkeypatch.setattr(Engine, "lend", lambda *_: st.stop())
+    page.button(key="tell_story").click().run()
+    assert page.button(key="cancel_story") and "A reload ends it, and forgets the prompt." in said(page)
+
+
+def test_a_sampled_story_says_how_it_was_drawn_and_a_reload_begins_with_that(monkeypatch):
+    offer(monkeypatch, Preset("Another", "A"))
+    page = opened(demo="Live")
+    page.text_area(key="live_prompt").set_value(SEA).run()
+    page.number_input(key="live_new").set_value(3).run()
+    for name, value in {"temperature": 0.8, "top_p": 0.9, "seed": 7}.items():
+        page.number_input(key=f"live_{name}").set_value(value).run()
+    page.button(key="tell_story").click().run()
+    page = opened(**{name: "".join(values) for name, values in page.query_params.items()})
+    assert "Sampled: temperature 0.8, top-p 0.9, seed 7." in said(page) and "earlier settings" not in said(page)
+    assert "Sampled: temperature 0.8, top-p 0.9, seed 7." in report(page.session_state["demo_told"])
+    assert not page.warning
+    page.number_input(key="live_seed").set_value(8).run()
+    assert "earlier settings" in said(page)
+
+
 def test_the_plan_in_force_is_told_with_and_another_compression_beside_it(monkeypatch, workspace):
     offer(monkeypatch, Preset("No task", SEA))
     spec = CompressionSpec(layer_ratios={0: 0.9, 1: 0.1}, protect_last=4)
@@ -204,6 +240,7 @@ def test_a_plan_for_more_layers_than_the_model_has_gets_an_answer(monkeypatch, w
     page = opened(demo="Live", plan=plan)
     page.button(key="tell_story").click().run()
     assert not page.exception and len(page.error) == 1 and not workspace.entries("story")
+    assert "cancel_story" not in [button.key for button in page.button]
 
 
 def test_each_cache_is_timed_alone_as_a_job_and_the_story_keeps_the_rates(workspace):
@@ -230,7 +267,20 @@ def test_a_story_that_was_cancelled_leaves_its_task_open():
     assert not (found(page) or page.error or page.exception) and "does not give" not in stage(page)
 
 
-@pytest.mark.parametrize("prompt", ["", " ", "\\ud800", "a"])
+def test_one_s_own_text_expects_no_answer_until_one_is_given_and_a_blank_one_cannot_be_started(monkeypatch):
+    offer(monkeypatch, Preset("Task", SEA, answer="sea"))
+    page = opened(demo="Live")
+    page.selectbox(key="live_preset").set_value("My own text").run()
+    assert page.text_area(key="live_prompt").value == SEA and page.text_input(key="live_answer").value == ""
+    page.selectbox(key="live_preset").set_value("Task").run()
+    page.text_input(key="live_answer").set_value("man").run()
+    assert page.selectbox(key="live_preset").value == "My own text"
+    assert page.text_input(key="live_answer").value == "man" and not page.button(key="tell_story").disabled
+    page.text_area(key="live_prompt").set_value(" \n").run()
+    assert page.button(key="tell_story").disabled
+
+
+@pytest.mark.parametrize("prompt", ["\\ud800", "a"])
 def test_a_bad_prompt_gets_a_sentence(monkeypatch, prompt):
     offer(monkeypatch)
     page = opened(demo="Live")
@@ -294,3 +344,33 @@ def test_a_message_that_cannot_be_read_leaves_the_chat_and_one_that_was_stopped_
     page.chat_input(key="chat_message").set_value("And why?").run()
     assert len(page.error) == 1 and not page.exception
     assert "so the chat begins anew" in said(page.run())
+
+
+def test_a_message_is_shown_at_once_and_one_that_was_stopped_before_it_was_read_is_named(talker, monkeypatch):
+    def stopped(*args):
+        st.stop()
+
+    page = opened(talker, demo="Chat")
+    page.number_input(key="chat_new").set_value(2).run()
+    page.chat_input(key="chat_message").set_value("Who is it?").run()
+    with monkeypatch.context() as waiting:
+        waiting.setattr(Engine, "lend", stopped)
+        page.chat_input(key="chat_message").set_value("<b>And</b> why?").run()
+    assert page.chat_input(key="chat_message").disabled and page.button(key="cancel_chat")
+    shown = "".join(part.value for part in page.get("html"))
+    assert shown.count("&lt;b&gt;And&lt;/b&gt; why?") == 2  # once for each cache
+    page.run()
+    assert not page.chat_input(key="chat_message").disabled and "Not answered: “" in said(page)
+    page.chat_input(key="chat_message").set_value("So?").run()
+    assert [turn.prompt for turn in page.session_state["demo_talk"].turns] == ["Who is it?", "So?"]
+    assert "Not answered" not in said(page)
+
+
+def test_an_answer_that_was_cancelled_is_marked_in_the_chat(talker):
+    page = opened(talker, demo="Chat")
+    page.number_input(key="chat_new").set_value(2).run()
+    page.chat_input(key="chat_message").set_value("Who is it?").run()
+    talk = page.session_state["demo_talk"]
+    talk.turns = (replace(talk.turns[0], ended=False),)
+    page.chat_input(key="chat_message").set_value("And why?").run()
+    assert said(page).count("Cancelled after 2 tokens.") == 1

@@ -8,6 +8,7 @@ from html import unescape
 import pytest
 
 from analysis.records import load, save
+from analysis.sampling import Sampling
 from analysis.stories import FULL, Step, Story, Told, full_nbytes, introduction, name_of
 from app.components import stage
 from app.report.story import report
@@ -186,6 +187,12 @@ def test_a_report_is_one_small_page_with_scores_bytes_and_code():
         assert told in page, told
     assert f"Written on {date.today():%d %B %Y}" in page and "tokens/s" not in page
     assert max(map(len, unescape(page.split("<pre>", 1)[1].split("</code>")[0]).splitlines())) < 120
+
+
+def test_a_report_of_sampled_tokens_names_the_sampling_and_says_that_its_scripts_do_not_repeat_it():
+    told = "Sampled: temperature 0.8, top-p 1, seed 7.", "they do not draw the sampled tokens again."
+    assert all(words in report(replace(STORY, sampling=Sampling(0.8, seed=7))) for words in told)
+    assert not any(words in report(STORY) for words in told)
 
 
 def test_a_report_of_a_chat_holds_all_turns_and_the_code_once():
