@@ -135,7 +135,7 @@ def _numbers(one: _Head) -> None:
         said = f"{verdict} in this text{' and' if over == verdict else f'; {over}'} over {texts}"
         mean = signed(library.means_of(id, "gamma", of).mean[layer, head])
         shown = {f"Γ, {texts}": (mean, f"Mean of all: {scale}. The view *Over texts* has more.")} | {
-            f"{name}, this text": value for name, value in shown.items()
+            f"{name}, here": value for name, value in shown.items()
         }
     which = f"{one.side.upper()} · " if state.PINNED.get() else ""
     st.markdown(f"#### {which}{one.name}: {said}", help=f"By {whose}: {markup.plain(meanings(1)[verdict])}.")

@@ -31,6 +31,8 @@ _FEW_TOKENS = 64
 _STYLE = """<style>
 .st-key-explore [data-testid="stColumn"] { min-width: min(19rem, 100%); }
 .st-key-explore [data-testid="stMetricValue"] { font-size: 1.25rem; }
+.st-key-explore [data-testid="stMetricLabel"] p { font-size: 0.8rem; }
+.st-key-explore [data-testid="stButtonGroup"] button { padding: 0 0.6rem; }
 .st-key-explore h1 { padding: 0; font-size: 2rem; }
 .st-key-explore h4 { padding: 0; font-size: 1.25rem; }
 .st-key-map_frame { position: relative; }
