@@ -38,8 +38,8 @@ def texts(loaded) -> list[Excerpt]:
 def test_the_cost_of_a_layer_is_that_of_compressing_it_and_no_other(loaded, texts):
     calls = []
     check = ablate_layers(loaded, texts, SPEC, settings=SETTINGS, progress=lambda *call: calls.append(call[:2]))
-    assert list(dict.fromkeys(calls)) == [(i, 2 * (2 + 6)) for i in range(17)]
-    assert calls.count((0, 16)) > 6 and calls.count((2, 16)) == 1 + 4  # in the middle of a capture; at every token
+    assert calls == sorted(calls) and {(0, 16), (1, 16), (2, 16), (16, 16)} <= set(calls)
+    assert calls.count((0, 16)) > 6 and calls.count((2, 16)) > 4 * 6  # amid a capture; at every layer of every token
     assert check.layers == tuple(range(6)) and check.nll_change.shape == check.normalised_alr.shape == (6, 2)
     for i, (_, text, _) in enumerate(texts):
         full = continuation_nll(loaded, text, None, **LENGTHS)
@@ -150,7 +150,7 @@ def test_it_is_cancelled_by_raising(loaded, texts):
         pass
 
     def stop(done, total, what):
-        if done == 4:
+        if done == 2:  # amid the first batch
             raise Cancelled
 
     with pytest.raises(Cancelled):

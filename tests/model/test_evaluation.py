@@ -492,7 +492,7 @@ def test_presets_are_the_first_passages_that_meet_the_criteria_with_the_figures_
             continuation_nll(loaded, TEXTS["anne"], spec, prompt_tokens=n, new_tokens=4) for spec in (None, preset.spec)
         )
         assert f"these {n} of anne goes from {full:.3f} to {after:.3f} nats/token ({after - full:+.3f})" in preset.why
-        assert "5 of 5 passages tried" in preset.why
+        assert "This passage was picked: 5 of 5 tried" in preset.why
     for source, text in TEXTS.items():  # both texts are tried, each under its own name
         assert any(source == name and p.prompt in text for name, p in finding._candidates(loaded, TEXTS, EASY))
         assert all(p.prompt in TEXTS[name] for name, p in finding._candidates(loaded, TEXTS, EASY))

@@ -61,7 +61,8 @@ def test_every_strategy_is_measured_at_every_budget_or_named_as_left_out(front, 
         (words.split(", keep")[0], float(words.split("keep ratio ")[1].split(":")[0])) for words in front.left_out
     } == {(name, keep) for name in STRATEGIES for keep in KEEPS}
     assert any(words.startswith("skip_first_two, keep ratio 0.2: the keep ratio must be") for words in front.left_out)
-    assert list(dict.fromkeys(done for done, _ in calls)) == list(range(calls[-1][1] + 1))
+    done = [done for done, _ in calls]
+    assert done == sorted(done) and {0, 1, 2, 3, calls[-1][1]} <= set(done)
     assert calls[-1][1] == 3 + 3 * (1 + 24) + 2 + 2 * (1 + len({p.spec for p in front.points}))
     assert calls[0] == (0, passes(3, 2, keep_ratios=2, strategies=STRATEGIES, kv_heads=24))
     assert calls[0][1] - calls[-1][1] == 2 * (2 * len(STRATEGIES) - len({p.spec for p in front.points}))
@@ -165,7 +166,7 @@ def test_it_is_cancelled_by_raising(loaded, texts):
         pass
 
     def stop(done, total, what):
-        if done == 3:
+        if done > 1:
             raise Cancelled
 
     with pytest.raises(Cancelled):

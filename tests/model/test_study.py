@@ -576,7 +576,7 @@ def test_the_command_prints_a_row_per_layer_and_the_answer_and_goes_on(tmp_path,
     assert "This study cannot tell" in capsys.readouterr().out
     assert main([*command, "7"]) == 0
     told = capsys.readouterr().out.splitlines()
-    assert told[0] == "books-5m, 7 texts of 40 to 40 tokens" and len(told) == 4 + 6 + 2
+    assert told[0] == "books-5m, 7 texts of 40 tokens" and len(told) == 4 + 6 + 2
     assert told[2].startswith("next token: ")
     done = load_study(out)
     assert done.names == tuple(f"keats {i}" for i in range(7))
