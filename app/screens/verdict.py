@@ -65,10 +65,12 @@ def draw(engine: Engine, jobs: Jobs, pages: Mapping[str, StreamlitPage] = Mappin
         st.title("Can I use this plan?")
     else:
         st.title("Can I halve this cache?" if asked.keep_ratio == 0.5 else "Can I compress this cache?")
-    growing = progress_bar.running(jobs, "results") is not None
-    if _answer(_decision(), asked, growing):
-        _measure(engine, jobs)
-    (st.fragment(_grounds, run_every=_EVERY) if growing else _grounds)(engine, jobs, pages)
+    if progress_bar.running(jobs, "results"):
+        st.fragment(_as_it_grows, run_every=_EVERY)(engine, jobs, pages)
+    else:
+        if _answer(_decision(), asked):
+            _measure(engine, jobs)
+        _grounds(engine, jobs, pages)
     decision = _decision()
     _script(_chosen(decision), decision)
     savings.table(engine, _chosen(decision))
@@ -81,6 +83,12 @@ def _decision() -> Decision:
 def _chosen(decision: Decision) -> CompressionSpec:
     """The compression that the page is about: a plan where the answer is one."""
     return decision.plan if decision.answer is Answer.GO_WITH_A_PLAN and decision.plan else state.spec()
+
+
+def _as_it_grows(engine: Engine, jobs: Jobs, pages: Mapping[str, StreamlitPage]) -> None:
+    """Draw the answer and its grounds while more is measured."""
+    _answer(_decision(), state.spec(), growing=True)
+    _grounds(engine, jobs, pages)
 
 
 def _grounds(engine: Engine, jobs: Jobs, pages: Mapping[str, StreamlitPage]) -> None:
@@ -110,13 +118,16 @@ def _grounds(engine: Engine, jobs: Jobs, pages: Mapping[str, StreamlitPage]) -> 
 # --------------------------------------------------------------------------------------------------------- the answer
 
 
-def _answer(decision: Decision, asked: CompressionSpec, growing: bool) -> bool:
-    """Draw the answer, and tell whether the user wants to measure, which cannot be asked while it is being done."""
+def _answer(decision: Decision, asked: CompressionSpec, *, growing: bool = False) -> bool:
+    """Draw the answer, and what may be done about it unless it grows; tell whether the user wants to measure."""
     with st.container(border=True, key="answer", horizontal=True, vertical_alignment="center"):
         with st.container(width="stretch", gap="xxsmall"):
             st.markdown(f"### :{_COLOUR[decision.answer]}[{decision.answer}]")
             st.markdown(markup.plain(decision.why))
             st.caption(f"{markup.plain(state.model())} with {in_words(asked)}, against its full cache")
+        if growing:
+            st.button("Measuring …", icon=":material/play_arrow:", key="being_measured", disabled=True)
+            return False
         if decision.answer is Answer.GO_WITH_A_PLAN:
             st.button("Use the plan", type="primary", on_click=_use_plan, args=(decision.plan,), key="use_plan")
         elif decision.rival:
@@ -135,8 +146,8 @@ def _answer(decision: Decision, asked: CompressionSpec, growing: bool) -> bool:
             )  # fmt: skip
         not_yet = decision.answer is Answer.NOT_YET
         measure = st.button(
-            "Measuring …" if growing else "Measure" if not_yet else "Measure again", key="measure", disabled=growing,
-            icon=":material/play_arrow:", type="primary" if not_yet else "secondary",
+            "Measure" if not_yet else "Measure again", icon=":material/play_arrow:", key="measure",
+            type="primary" if not_yet else "secondary",
         )  # fmt: skip
     return measure
 
