@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from math import log
 from types import MappingProxyType
@@ -111,7 +112,7 @@ def _grounds(engine: Engine, jobs: Jobs, pages: Mapping[str, StreamlitPage]) -> 
     _checklist("The plan in force" if state.plan() else "As set", decision.checks, pages)
     if decision.plan_checks:
         assert decision.plan is not None, "it has been checked"
-        strategy = markup.plain(title_of(_plan_of(decision.plan).note.split(":")[0]))
+        strategy = markup.plain(title_of(re.split("[,:]", _plan_of(decision.plan).note)[0]))
         _checklist(f"With a plan of the same bytes: {strategy}", decision.plan_checks, pages)
 
 
