@@ -19,6 +19,7 @@ from analysis.evaluation.results import Results
 from analysis.evaluation.tasks import TASKS
 from analysis.statistics import Interval, few_documents_warning
 from analysis.words import counted, signed
+from l2kv.policies import POLICIES
 from l2kv.spec import CompressionSpec
 
 RETRIEVAL = ("passkey", "needle")
@@ -168,7 +169,7 @@ def decide(
     if answer in (Answer.GO, Answer.GO_WITH_A_PLAN):
         why += _not_judged(planned if answer is Answer.GO_WITH_A_PLAN else asked)
     elif rival:
-        why += f" The same bytes by {rival.policy.replace('_', ' ')} pass."
+        why += f" The same bytes by {POLICIES.find(rival.policy).in_words} pass."
     return Decision(answer, why, asked, plan, planned, smallest, rival)
 
 

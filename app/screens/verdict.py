@@ -26,6 +26,7 @@ from app.engine import Engine
 from app.header import in_words
 from app.jobs import Jobs
 from l2kv.errors import SpecError
+from l2kv.policies import POLICIES
 from l2kv.spec import CompressionSpec
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def _answer(decision: Decision, asked: CompressionSpec, *, growing: bool = False
             st.button("Use the plan", type="primary", on_click=_use_plan, args=(decision.plan,), key="use_plan")
         elif decision.rival:
             other = decision.rival.policy
-            name = other.replace("_", " ")
+            name = POLICIES.find(other).in_words
             st.button(f"Use {name}", type="primary", on_click=state.POLICY.set, args=(other,), key="use_rival")
         elif decision.answer is Answer.NO_GO and decision.smallest:
             st.button(

@@ -146,7 +146,7 @@ def test_a_policy_that_passes_where_the_one_asked_about_fails_is_named():
 
     decision = decide(beside(None), HALF, plan=PLAN, planned_on=["x"])
     assert decision.answer is Answer.NO_GO and decision.rival == other
-    assert decision.why.endswith("The same bytes by keydiff pass.")
+    assert decision.why.endswith("The same bytes by KeyDiff pass.")
     assert decide(beside("needle"), HALF, plan=PLAN, planned_on=["x"]).rival is None
     assert decide(beside(None, replace(other, keep_ratio=0.6)), HALF, plan=PLAN, planned_on=["x"]).rival is None
 
